@@ -1,0 +1,139 @@
+"""One reading of the arguments, for every public function: dtype, shape, axis, `where`, and the text of the errors.
+
+All of it is static, so it costs nothing at run time, and errors are raised while tracing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def public(*static: str) -> Callable[[F], F]:
+    """`jax.jit` with these arguments static, keeping the signature that editors and type checkers see."""
+    return lambda function: cast(F, jax.jit(function, static_argnames=static))
+
+
+def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:
+    """The arguments as floating-point arrays of one dtype and one shape."""
+    arrays = _as_floats(function, arguments)
+    try:
+        shape = np.broadcast_shapes(*(x.shape for x in arrays))
+    except ValueError:
+        raise ValueError(
+            f"{function}: {_and(arguments)} must have shapes that broadcast; got {_describe(arguments)}."
+            f" Add axes of length 1 where they differ, or use jax.vmap."
+        ) from None
+    return [jnp.broadcast_to(x, shape) for x in arrays]
+
+
+def distributions(function: str, axis: int, where: ArrayLike | None, **arguments: ArrayLike) -> tuple[list[Array], int]:
+    """The arguments as floating-point arrays of one dtype and shape, with excluded classes 0; and axis < 0."""
+    arrays = _as_floats(function, arguments)
+    axis = _class_axis(function, axis, arguments, arrays)
+    if len({x.shape[axis] for x in arrays}) > 1:
+        raise ValueError(
+            f"{function}: {_and(arguments)} must have the same number of classes along axis {axis}, which is never"
+            f" broadcast; got {_describe(arguments)}. Say which axis holds the classes with axis=, or pad with zeros."
+        )
+    try:
+        shape = np.broadcast_shapes(*(x.shape for x in arrays))
+    except ValueError:
+        raise ValueError(
+            f"{function}: the batch axes of {_and(arguments)} must broadcast; got {_describe(arguments)}."
+            f" Add axes of length 1 where they differ, or use jax.vmap."
+        ) from None
+    arrays = [jnp.broadcast_to(x, shape) for x in arrays]
+    if where is not None:
+        mask = _mask(function, where, shape, arguments)
+        # The select stands outside every rule, so an excluded entry's derivative is exactly 0, whatever it holds.
+        arrays = [jnp.where(mask, x, jnp.zeros_like(x)) for x in arrays]
+    return arrays, axis
+
+
+def _as_floats(function: str, arguments: dict[str, ArrayLike]) -> list[Array]:
+    """Arrays of the widest floating dtype among the arguments, at least float32; a Python scalar never widens."""
+    arrays = [_as_array(function, name, x) for name, x in arguments.items()]
+    for x in arrays:
+        if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
+            raise TypeError(
+                f"{function}: {_and(arguments)} must be real (floating-point, integer or bool);"
+                f" got {_describe(arguments)}. Convert to real numbers first."
+            )
+    strong = [x.dtype for x in arrays if not x.weak_type]
+    double = jnp.float64 in (strong or [jnp.result_type(float)])
+    return [x.astype(jnp.float64 if double else jnp.float32) for x in arrays]
+
+
+def _as_array(function: str, name: str, x: ArrayLike) -> Array:
+    try:
+        if x is None:
+            raise TypeError
+        return jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{function}: {name} must be an array, a number or a rectangular nest of numbers;"
+            f" got {name}: {type(x).__name__}. Convert it with jnp.asarray first."
+        ) from None
+
+
+def _class_axis(function: str, axis: int, arguments: dict[str, ArrayLike], arrays: list[Array]) -> int:
+    """`axis` of the broadcast arguments, counted from the end, where it means the same for arrays of unlike rank."""
+    if min(x.ndim for x in arrays) == 0:
+        raise ValueError(
+            f"{function}: {_and(arguments)} must have a class axis; got {_describe(arguments)}."
+            f" Pass the probabilities of all classes; for one number alpha that stands for {{alpha, 1 - alpha}} there"
+            f" are the binary functions."
+        )
+    ndim = max(x.ndim for x in arrays)
+    try:
+        axis = operator.index(axis)
+    except TypeError:
+        raise ValueError(f"{function}: axis must be one int; got axis={axis!r}. Merge several axes first.") from None
+    if not -ndim <= axis < ndim:
+        raise ValueError(
+            f"{function}: axis must be from {-ndim} to {ndim - 1}; got axis={axis} with {_describe(arguments)}."
+            f" Name the axis that holds the classes."
+        )
+    axis = axis - ndim if axis >= 0 else axis
+    if min(x.ndim for x in arrays) < -axis:
+        raise ValueError(
+            f"{function}: {_and(arguments)} must each have the class axis {axis}, which is never broadcast;"
+            f" got {_describe(arguments)}. Add the missing axis, or use jax.vmap."
+        )
+    return axis
+
+
+def _mask(function: str, where: ArrayLike, shape: tuple[int, ...], arguments: dict[str, ArrayLike]) -> Array:
+    got = {"where": where, **arguments}
+    mask = _as_array(function, "where", where)
+    if mask.dtype != bool:
+        raise TypeError(f"{function}: where must be boolean; got {_describe(got)}. Compare it first: where=mask != 0.")
+    try:
+        fits = np.broadcast_shapes(mask.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{function}: where must broadcast to the shape {shape} of {_and(arguments)}; got {_describe(got)}."
+            f" To drop whole distributions, give it a class axis of length 1: where=mask[..., None]."
+        )
+    return jnp.broadcast_to(mask, shape)
+
+
+def _and(arguments: dict[str, ArrayLike]) -> str:
+    return " and ".join(arguments)
+
+
+def _describe(arguments: dict[str, ArrayLike]) -> str:
+    arrays = {name: jnp.asarray(x) for name, x in arguments.items()}
+    return ", ".join(f"{name}: {x.dtype}[{','.join(map(str, x.shape))}]" for name, x in arrays.items())

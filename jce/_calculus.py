@@ -1,0 +1,98 @@
+"""Closed-form derivative rules, and the quotient and logarithm they are written in, safe at 0 to every order.
+
+A rule's coefficients are differentiated again for a Hessian, and again for a third derivative. Plain `a / b` and
+`jnp.log` would meet 0 · ∞ there; `ratio` and `log` carry rules written in themselves, so no order does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+
+from jce._mul0 import mul0
+
+
+def directional_derivative(primals, tangents, *partials: Callable[..., Array]) -> Array | None:
+    """Σᵢ ∂ᵢf · tᵢ, elementwise; None if every tᵢ is a symbolic zero: what isn't differentiated adds nothing."""
+    terms = [
+        mul0(partial(*primals), t)
+        for partial, t in zip(partials, tangents, strict=True)
+        if not isinstance(t, SymbolicZero)
+    ]
+    return functools.reduce(jnp.add, terms) if terms else None
+
+
+def def_partials(kernel: jax.custom_jvp, *partials: Callable[..., Array]) -> None:
+    """Gives an elementwise kernel its rule: one partial derivative an argument, as functions of all arguments."""
+
+    def rule(primals, tangents):
+        value = kernel(*primals)
+        tangent = directional_derivative(primals, tangents, *partials)
+        return value, jnp.zeros_like(value) if tangent is None else tangent
+
+    kernel.defjvp(rule, symbolic_zeros=True)
+
+
+def def_twin(kernel: jax.custom_jvp, twin: Callable[..., Array]) -> None:
+    """Gives an elementwise kernel the derivative of another expression for it, accurate in the derivative."""
+    kernel.defjvp(lambda primals, tangents: (kernel(*primals), jax.jvp(twin, primals, tangents)[1]))
+
+
+def both_zero(a: Array, b: Array) -> Array:
+    """Where an outcome is absent from both distributions. It contributes 0, and 0 to every derivative."""
+    return (a == 0) & (b == 0)
+
+
+@jax.custom_jvp
+def ratio(a: Array, b: Array) -> Array:
+    """a / b for b ≥ 0, with 0 / 0 = 0."""
+    return jnp.where(a == 0, jnp.zeros_like(a), a / jnp.abs(b))  # |b|: -0 is 0 too
+
+
+def reciprocal(a: Array, b: Array) -> Array:
+    """1 / b, but 0 where a = b = 0: the derivative of a / b, or of log b weighed by a."""
+    return ratio(jnp.where(both_zero(a, b), jnp.zeros_like(a), jnp.ones_like(a)), b)
+
+
+def _ratio_rule(primals, tangents):
+    a, b = primals
+    da, db = tangents
+    # d(a/b) = (da - (a/b) db) / b: its two factors stay in range where a/b² is beyond it.
+    return ratio(a, b), mul0(reciprocal(a, b), da - mul0(ratio(a, b), db))
+
+
+ratio.defjvp(_ratio_rule)
+
+
+@jax.custom_jvp
+def log(x: Array) -> Array:
+    """log x, sharing its one logarithm with `finite_log(x)` when both occur in a program."""
+    return jnp.where(x == 0, jnp.full_like(x, -jnp.inf), finite_log(x))
+
+
+# d log x/dx = 1/x
+def_partials(log, lambda x: ratio(jnp.ones_like(x), x))
+
+
+def finite_log(x: Array) -> Array:
+    """log max(x, tiny): log x for every x > 0, and finite at 0, so that 0 · finite_log(0) = 0 without a select.
+
+    A select inside a sum would make XLA write the whole operand to memory first, on a CPU. Not a rule: differentiate
+    what uses it.
+    """
+    return jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+
+
+@jax.custom_jvp
+def negative(x: Array) -> Array:
+    """0 - x, which is 0 and not -0 at x = 0: the entropy of certainty has a reciprocal of +∞."""
+    return 0 - x
+
+
+# Under differentiation plain -x, the same number: XLA moves it out of a mean, and then reads the batch once less.
+negative.defjvp(lambda primals, tangents: (-primals[0], -tangents[0]))

@@ -1,0 +1,44 @@
+"""0 · anything = 0: the product that closed-form derivatives need at a corner.
+
+At a corner a partial derivative is infinite (∂H/∂p = +∞ at p = 0) while the tangent or cotangent that meets it is
+often exactly zero: another row's, a masked class's, a weight of 0. The limit along such a direction is 0, but the
+IEEE product is NaN. A `jnp.where` on the tangent can't say it, because a rule must stay linear for reverse mode to
+transpose it; so the product is a primitive, bilinear by decree. It lowers to a multiply and a select.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Primitive
+from jax.extend.core.primitives import mul_p
+from jax.interpreters import ad, batching, mlir
+
+_mul0_p = Primitive("mul0")
+
+
+def mul0(c: Array, t: Array) -> Array:
+    """c · t elementwise, and 0 where t = 0, whatever c is there. Equal shapes and dtypes; linear in each argument."""
+    return _mul0_p.bind(c, t)
+
+
+def _multiply_and_select(c, t):
+    return jnp.where(t == 0, jnp.zeros_like(t), c * t)
+
+
+def _batch(args, axes):
+    size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
+    c, t = (
+        jnp.broadcast_to(x[None], (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(args, axes, strict=True)
+    )
+    return mul0(c, t), 0
+
+
+_mul0_p.def_impl(jax.jit(_multiply_and_select))
+# Its type (shape, dtype, sharding, varying manual axes) is the ordinary product's.
+_mul0_p.def_abstract_eval(lambda c, t: mul_p.abstract_eval(c, t)[0])
+ad.defbilinear(_mul0_p, lambda ct, c, t: mul0(ct, t), lambda ct, c, t: mul0(c, ct))
+batching.primitive_batchers[_mul0_p] = _batch
+mlir.register_lowering(_mul0_p, mlir.lower_fun(_multiply_and_select, multiple_results=False))

@@ -1,0 +1,69 @@
+"""A formula's exact value and derivatives on the exact stored floats, in mpmath; and errors in ulps."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import mpmath as mp
+import numpy as np
+
+BITS = {np.float32: 450, np.float64: 1300}  # 1 - α of the smallest α needs 150 and 1100
+STEP = mp.mpf(2) ** -250  # relative; central differences with it are right to 200 bits and more
+
+
+def to_mp(row):
+    """One distribution an argument, or one number."""
+    return tuple([mp.mpf(float(x)) for x in a] if np.ndim(a) else mp.mpf(float(a)) for a in row)
+
+
+def shifted(row, *shifts):
+    """The row with `amount` added to entry `place` of argument `argument`, for each shift."""
+    row = [list(a) if isinstance(a, list) else a for a in row]
+    for argument, place, amount in shifts:
+        if isinstance(row[argument], list):
+            row[argument][place] += amount
+        else:
+            row[argument] += amount
+    return tuple(row)
+
+
+def entries(row):
+    """(argument, place, value) of every number in the row."""
+    return [(i, j, x) for i, a in enumerate(row) for j, x in enumerate(a if isinstance(a, list) else [a])]
+
+
+def partial(formula, row, entry):
+    """∂formula/∂entry; the entry is not 0."""
+    i, j, x = entry
+    h = x * STEP
+    with enough_bits_for(h):
+        difference = formula(*shifted(row, (i, j, h))) - formula(*shifted(row, (i, j, -h)))
+        return mp.chop(difference / (2 * h), 1e-50)  # what the step leaves of an exact 0
+
+
+def second_partial(formula, row, a, b):
+    """∂²formula/∂a∂b; the entries are not 0."""
+    h, k = a[2] * STEP, b[2] * STEP
+    with enough_bits_for(h * k):
+        at = [formula(*shifted(row, (*a[:2], s * h), (*b[:2], t * k))) for s in (1, -1) for t in (1, -1)]
+        return (at[0] - at[1] - at[2] + at[3]) / (4 * h * k)
+
+
+def enough_bits_for(change):
+    """The precision at which what a change of this size does to a value near 1 is right to the usual precision."""
+    return mp.workprec(mp.mp.prec - mp.mag(change))
+
+
+def ulps(got, exact, scale, dtype) -> float:
+    """|got - exact| in spacings of the dtype at the scale; NaN and a wrong infinity count as infinitely many."""
+    if mp.isinf(exact) or mp.isnan(exact):
+        return 0.0 if float(got) == float(exact) or (np.isnan(got) and mp.isnan(exact)) else np.inf
+    if not np.isfinite(got):
+        return np.inf
+    return float(abs(mp.mpf(float(got)) - exact) / spacing(float(abs(scale)), dtype))
+
+
+def spacing(x, dtype):
+    """The distance from |x| to the next number of the dtype, ml_dtypes' included."""
+    info = jnp.finfo(dtype)
+    with np.errstate(divide="ignore"):
+        return np.exp2(np.maximum(np.floor(np.log2(np.abs(x))), info.minexp) - info.nmant)

@@ -1,0 +1,179 @@
+"""Every value, first derivative and Hessian-vector product is within its bar of the formula in mpmath."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import mpmath as mp
+import numpy as np
+import pytest
+from kernels import TABLE, Kernel
+from oracle import BITS, entries, partial, second_partial, spacing, to_mp, ulps
+
+each_with_classes = pytest.mark.parametrize("kernel", [k for k in TABLE if k.has_classes], ids=lambda kernel: kernel.name)
+each_kernel = pytest.mark.parametrize("kernel", TABLE, ids=lambda kernel: kernel.name)
+
+
+@pytest.fixture(params=BITS)
+def dtype(request):
+    with mp.workprec(BITS[request.param]):
+        yield request.param
+
+
+def sampled(kernel: Kernel, rng, shape, dtype) -> tuple[list[str], list[np.ndarray]]:
+    """The regime of each distribution, and the arguments, all regimes in one array for one compilation."""
+    samples = kernel.sample(rng, shape, dtype)
+    arguments = [np.concatenate(arrays) for arrays in zip(*samples.values(), strict=True)]
+    return list(np.repeat(list(samples), len(distributions(kernel, *arguments)) // len(samples))), arguments
+
+
+def distributions(kernel: Kernel, *arrays) -> list[tuple]:
+    """One tuple a distribution, or a number: its part of each array."""
+    if kernel.has_classes:
+        return list(zip(*(np.asarray(x).reshape(-1, x.shape[-1]) for x in arrays), strict=True))
+    return list(zip(*(np.asarray(x).ravel() for x in arrays), strict=True))
+
+
+def total(kernel: Kernel):
+    return lambda *arguments: kernel.function(*arguments).sum()
+
+
+def gradient(kernel: Kernel):
+    return jax.grad(total(kernel), tuple(range(len(kernel.arguments))))
+
+
+class Judge:
+    """Collects what misses its bar; results below the normal range, which XLA flushes, are out."""
+
+    def __init__(self, dtype):
+        self.dtype, self.misses = dtype, []
+
+    def __call__(self, got, exact, scale, bar, *where):
+        if np.finfo(self.dtype).tiny <= abs(scale) <= np.finfo(self.dtype).max:
+            error = ulps(got, exact, scale, self.dtype)
+            if not error <= bar:
+                self.misses.append(f"{error:.3g} ulp, bar {bar}: got {got}, exact {mp.nstr(exact, 9)}, at {where}")
+
+    def finish(self):
+        assert not self.misses, f"{len(self.misses)} misses, such as\n" + "\n".join(self.misses[:5])
+
+
+def interior(row) -> Iterator[tuple]:
+    """The entries where a central difference of the formula is its derivative; the corners are tested apart."""
+    for i, j, x in entries(row):
+        at_j = [a[j] if isinstance(a, list) else a for a in row]
+        if all(0 < y < 1 or (isinstance(row[0], list) and y > 0) for y in at_j):
+            yield i, j, x
+
+
+@each_kernel
+def test_values(kernel, dtype, rng):
+    regimes, arguments = sampled(kernel, rng, (12, 33), dtype)
+    with jax.enable_x64(dtype == np.float64):
+        value = np.asarray(kernel.function(*arguments))
+    assert value.dtype == dtype
+    judge = Judge(dtype)
+    for regime, row, got in zip(regimes, distributions(kernel, *arguments), value.ravel(), strict=True):
+        exact = kernel.formula(*to_mp(row))
+        scale = kernel.value_scale(*to_mp(row)) if kernel.value_scale else exact
+        judge(got, exact, scale, kernel.value_bar, regime, row)
+        assert got >= 0 or not kernel.never_negative, (regime, row)
+    judge.finish()
+
+
+@each_kernel
+def test_first_derivatives(kernel, dtype, rng):
+    regimes, arguments = sampled(kernel, rng, (12, 8), dtype)
+    with jax.enable_x64(dtype == np.float64):
+        gradients = jax.tree.map(np.asarray, jax.jit(gradient(kernel))(*arguments))
+    judge = Judge(dtype)
+    pairs = zip(distributions(kernel, *arguments), distributions(kernel, *gradients), strict=True)
+    for regime, (row, got) in zip(regimes, pairs, strict=True):
+        exact_row = to_mp(row)
+        for i, j, x in interior(exact_row):
+            exact = partial(kernel.formula, exact_row, (i, j, x))
+            scale = kernel.gradient_scale[i](*exact_row)[j] if kernel.gradient_scale[i] else exact
+            judge(np.atleast_1d(got[i])[j], exact, scale, kernel.gradient_bar[i], regime, kernel.arguments[i], row)
+    judge.finish()
+
+
+@each_kernel
+def test_hessian_vector_products(kernel, dtype, rng):
+    regimes, arguments = sampled(kernel, rng, (4, 3), dtype)
+    # Directions in proportion to each entry: mixed ones, where terms cancel, and every term counts.
+    tangents = [(x * rng.uniform(-1, 1, x.shape)).astype(dtype) for x in arguments]
+    with jax.enable_x64(dtype == np.float64):
+        _, hvp = jax.jit(lambda x, t: jax.jvp(gradient(kernel), x, t))(tuple(arguments), tuple(tangents))
+        hvp = jax.tree.map(np.asarray, hvp)
+    judge = Judge(dtype)
+    rows = (distributions(kernel, *x) for x in (arguments, tangents, hvp))
+    for regime, row, direction, got in zip(regimes, *rows, strict=True):
+        exact_row, inside = to_mp(row), list(interior(to_mp(row)))
+        for e in inside:
+            terms = [
+                second_partial(kernel.formula, exact_row, e, f) * mp.mpf(float(np.atleast_1d(direction[f[0]])[f[1]]))
+                for f in inside
+            ]
+            exact, scale = sum(terms), sum(abs(term) for term in terms)
+            judge(np.atleast_1d(got[e[0]])[e[1]], exact, scale, kernel.hvp_bar, regime, kernel.arguments[e[0]], row)
+    judge.finish()
+
+
+@each_kernel
+def test_third_derivative(kernel, rng):
+    """Along a direction, to 1e-9 of the formula's: all three orders nested, forward over forward over reverse."""
+    regime, arguments = next(iter(kernel.sample(rng, (4, 3), np.float64).items()))
+    direction = [x * rng.uniform(-0.5, 0.5, x.shape) for x in arguments]
+
+    def along(t):
+        return kernel.function(*(x + t * d for x, d in zip(arguments, direction, strict=True)))
+
+    with jax.enable_x64(True):
+        third = jax.jacfwd(jax.jacfwd(jax.jacrev(along)))(0.0)
+    rows = zip(distributions(kernel, *arguments), distributions(kernel, *direction), strict=True)
+    for (row, step), got in zip(rows, np.ravel(third), strict=True):
+        x, d = to_mp(row), to_mp(step)
+
+        def exact_along(t, x=x, d=d):
+            return kernel.formula(
+                *([a + t * b for a, b in zip(u, v, strict=True)] if kernel.has_classes else u + t * v for u, v in zip(x, d, strict=True))
+            )
+
+        with mp.workprec(300):
+            np.testing.assert_allclose(got, float(mp.diff(exact_along, 0, 3)), rtol=1e-9, err_msg=regime)
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(kernel, dtype, rng):
+    """Half-precision arguments give the float32 results of the same numbers; their gradients are those, rounded."""
+    _, arguments = sampled(kernel, rng, (12, 8), np.float32)
+    half = [jnp.asarray(x, dtype) for x in arguments]
+    exact = [x.astype(np.float32) for x in half]
+
+    @jax.jit
+    def value_and_gradient(*x):
+        return kernel.function(*x), gradient(kernel)(*x)
+
+    value, got = value_and_gradient(*half)
+    exact_value, expected = value_and_gradient(*exact)
+    assert value.dtype == np.float32
+    np.testing.assert_allclose(value, exact_value, rtol=4 * np.finfo(np.float32).eps)
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == half[0].dtype
+        g, e = np.asarray(g, np.float32), np.asarray(e)
+        in_range = np.abs(e) < float(jnp.finfo(dtype).max)
+        np.testing.assert_array_less(np.abs(g - e)[in_range], 0.51 * spacing(e, dtype)[in_range])
+        np.testing.assert_array_equal(g[~in_range], np.copysign(np.inf, e[~in_range]))
+
+
+@each_with_classes
+def test_a_hundred_thousand_classes(kernel, rng):
+    for regime, arguments in kernel.sample(rng, (1, 100_000), np.float32).items():
+        if regime in ("dirichlet 1", "near 0.001", "peaked 0.01"):
+            (row,) = distributions(kernel, *arguments)
+            got = kernel.function(*(x[0] for x in arguments))
+            with mp.workprec(100):
+                exact = kernel.formula(*to_mp(row))
+                scale = kernel.value_scale(*to_mp(row)) if kernel.value_scale else exact
+            assert ulps(got, exact, scale, np.float32) <= kernel.value_bar, regime

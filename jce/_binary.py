@@ -15,7 +15,33 @@ from jce._mul0 import mul0
 
 @public()
 def binary_entropy(alpha: ArrayLike) -> Array:
-    """TODO"""
+    """H(α) = α log 1/α + (1-α) log 1/(1-α), in nats: the entropy of {α, 1-α}, elementwise.
+
+    Between 0, at α = 0 and α = 1, and log 2, at α = 1/2.
+
+    Args:
+      alpha: real, any shape, probabilities.
+
+    Returns:
+      The shape of alpha; float32, or float64 if alpha is.
+
+    At the boundary:
+      H = 0 at α = 0 and α = 1, with dH/dα = +∞ and -∞ there, the one-sided limits. An infinite derivative times a
+      tangent or a cotangent that is exactly 0 is 0.
+
+    Derivative:
+      dH/dα = log (1-α)/α, in alpha's dtype.
+
+    Raises:
+      TypeError: an argument is not real.
+
+    Not checked:
+      0 ≤ α ≤ 1; outside it is NaN, as the logarithm is.
+
+    Example:
+      >>> print(jce.binary_entropy(jnp.array([0.0, 0.5, 1.0])))
+      [0.        0.6931472 0.       ]
+    """
     (alpha,) = elementwise("binary_entropy", alpha=alpha)
     return _entropy(alpha)
 
@@ -27,7 +53,36 @@ def _entropy(a):
 
 @public()
 def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
-    """TODO"""
+    """H(α, β) = α log 1/β + (1-α) log 1/(1-β), in nats: the cross-entropy of {α, 1-α} and {β, 1-β}, elementwise.
+
+    Minimal over β at β = α, where it is H(α). Not symmetric.
+
+    Args:
+      alpha: real, the target's probabilities. Shapes broadcast.
+      beta: real, the model's.
+
+    Returns:
+      The broadcast shape; float32, or float64 if alpha or beta is.
+
+    At the boundary:
+      A term of weight 0 is 0: at α = β = 0 and at α = β = 1, H = 0, with ∂H/∂β = +1 and -1 and ∂H/∂α = 0. Where β is 0
+      or 1 and α is not the same, H = +∞, with the infinite derivatives of the formulas. An infinite derivative times a
+      tangent or a cotangent that is exactly 0 is 0.
+
+    Derivative:
+      ∂H/∂β = (β-α)/(β(1-β)), ∂H/∂α = log (1-β)/β, each in its argument's dtype.
+
+    Raises:
+      TypeError: an argument is not real.
+      ValueError: the shapes don't broadcast.
+
+    Not checked:
+      0 ≤ α, β ≤ 1; β outside gives NaN, as the logarithm does, unless its term has weight 0.
+
+    Example:
+      >>> print(jce.binary_cross_entropy(1.0, 0.25), jax.grad(jce.binary_cross_entropy, 1)(1.0, 0.25))
+      1.3862944 -4.0
+    """
     alpha, beta = elementwise("binary_cross_entropy", alpha=alpha, beta=beta)
     return _cross_entropy(alpha, beta)
 
@@ -39,7 +94,36 @@ def _cross_entropy(a, b):
 
 @public()
 def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
-    """TODO"""
+    """KL(α‖β) = α log α/β + (1-α) log (1-α)/(1-β), in nats: the divergence of {β, 1-β} from {α, 1-α}, elementwise.
+
+    ≥ 0 to the last bit, and 0 only at α = β. Not symmetric.
+
+    Args:
+      alpha: real, the target's probabilities. Shapes broadcast.
+      beta: real, the model's.
+
+    Returns:
+      The broadcast shape; float32, or float64 if alpha or beta is.
+
+    At the boundary:
+      At α = β = 0 and at α = β = 1, KL = 0, with ∂KL/∂β = +1 and -1 and ∂KL/∂α = 0. At α = 0 and α = 1 with another β,
+      ∂KL/∂α = -∞ and +∞, the one-sided limits. Where β is 0 or 1 and α is not the same, KL = +∞, with the infinite
+      derivatives of the formulas. An infinite derivative times a tangent or a cotangent that is exactly 0 is 0.
+
+    Derivative:
+      ∂KL/∂β = (β-α)/(β(1-β)), ∂KL/∂α = log α(1-β)/((1-α)β), each in its argument's dtype.
+
+    Raises:
+      TypeError: an argument is not real.
+      ValueError: the shapes don't broadcast.
+
+    Not checked:
+      0 ≤ α, β ≤ 1.
+
+    Example:
+      >>> print(jce.binary_kl_divergence(0.5, jnp.array([0.25, 0.5, 1.0])))
+      [0.14384104 0.                inf]
+    """
     alpha, beta = elementwise("binary_kl_divergence", alpha=alpha, beta=beta)
     return _kl_divergence(alpha, beta)
 
@@ -60,8 +144,9 @@ def _score(a, b):
 @jax.custom_jvp
 def _log_odds_against(a, b):
     # |1 - 2β| is exact where it is small, and log1p of a positive number keeps its digits.
-    b = jnp.abs(b)
-    log_odds = jnp.log1p(jnp.abs(1 - 2 * b) / jnp.minimum(b, 1 - b))
+    smaller = jnp.minimum(b, 1 - b)
+    smaller = jnp.where(smaller == 0, jnp.zeros_like(b), smaller)  # -0 is 0 too
+    log_odds = jnp.log1p(jnp.abs(1 - 2 * b) / smaller)
     return jnp.where(_agree(a, b), jnp.zeros_like(b), jnp.where(b < 0.5, log_odds, -log_odds))
 
 

@@ -16,7 +16,49 @@ from jce._deviance import deviance, log_ratio
 
 @public("axis")
 def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
-    """TODO"""
+    """KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ, in nats: the Kullback-Leibler divergence of a model q from a target p.
+
+    KL(p‖q) = H(p, q) - H(p) ≥ 0, and 0 only at p = q. Not symmetric.
+
+    It is the sum of the numbers as they are stored, right to a few ulps also where p ≈ q. Rounding leaves Σ pᵢ and
+    Σ qᵢ of stored distributions a little off 1, so it can be negative by Σ qᵢ - Σ pᵢ, truthfully.
+    `generalized_kl_divergence` and `binary_kl_divergence` can't be.
+
+    Args:
+      p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
+      q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
+      axis: the axis of the n classes, an int.
+      where: bool, broadcasts to the shape of p and q. A class where it is False takes no part, whatever it holds; a
+        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops whole rows.
+
+    Returns:
+      [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
+
+    At the boundary:
+      pᵢ = 0 contributes 0, with ∂KL/∂qᵢ = 0 and, where qᵢ > 0, ∂KL/∂pᵢ = -∞, the one-sided limit. pᵢ > 0 = qᵢ makes
+      KL = +∞, with ∂KL/∂qᵢ = -∞ and ∂KL/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: 0 for both. An infinite derivative
+      times a tangent or a cotangent that is exactly 0 is 0. n = 0 gives 0.
+
+    Derivative:
+      ∂KL/∂pᵢ = log pᵢ/qᵢ + 1, ∂KL/∂qᵢ = -pᵢ/qᵢ, each in its argument's dtype.
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, `axis` is not
+        an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      pᵢ, qᵢ ≥ 0, Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). Subnormal numbers count as 0 where XLA flushes them, as it
+      does on a CPU.
+
+    Source:
+      S. Kullback and R. A. Leibler, On Information and Sufficiency (1951).
+
+    Example:
+      >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])
+      >>> print(jce.kl_divergence(p, q), jce.cross_entropy(p, q) - jce.entropy(p), jce.kl_divergence(q, p))
+      0.3465736 0.3465736 inf
+    """
     (p, q), axis = distributions("kl_divergence", axis, where, p=p, q=q)
     return _kl(p, q, axis)
 
@@ -43,7 +85,44 @@ _kl.defjvp(_kl_rule, symbolic_zeros=True)
 
 @public("axis")
 def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
-    """TODO"""
+    """Σᵢ (pᵢ log pᵢ/qᵢ - pᵢ + qᵢ), in nats: the KL divergence of non-negative numbers that need not sum to 1.
+
+    ≥ 0 to the last bit for any non-negative floats, and 0 only at p = q. Where Σ pᵢ = Σ qᵢ it is KL(p‖q). Not
+    symmetric.
+
+    Args:
+      p: real, [..., n, ...], the target's weights of n classes along `axis`.
+      q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
+      axis: the axis of the n classes, an int.
+      where: bool, broadcasts to the shape of p and q. A class where it is False takes no part, whatever it holds; a
+        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops whole rows.
+
+    Returns:
+      [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
+
+    At the boundary:
+      pᵢ = 0 contributes qᵢ, with ∂/∂qᵢ = 1 and, where qᵢ > 0, ∂/∂pᵢ = -∞, the one-sided limit. pᵢ > 0 = qᵢ makes it +∞,
+      with ∂/∂qᵢ = -∞ and ∂/∂pᵢ = +∞. At pᵢ = qᵢ = 0, ∂/∂qᵢ = 1 and ∂/∂pᵢ = 0. An infinite derivative times a tangent or
+      a cotangent that is exactly 0 is 0. n = 0 gives 0.
+
+    Derivative:
+      ∂/∂pᵢ = log pᵢ/qᵢ, ∂/∂qᵢ = (qᵢ - pᵢ)/qᵢ, each in its argument's dtype and relatively accurate also where p ≈ q.
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, `axis` is not
+        an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      pᵢ, qᵢ ≥ 0. Subnormal numbers count as 0 where XLA flushes them, as it does on a CPU.
+
+    Source:
+      D. D. Lee and H. S. Seung, Algorithms for Non-negative Matrix Factorization (2000), where it is the divergence.
+
+    Example:
+      >>> print(jce.generalized_kl_divergence([1.0, 0.0], [2.0, 3.0]))
+      3.3068528
+    """
     (p, q), axis = distributions("generalized_kl_divergence", axis, where, p=p, q=q)
     return _deviance(p, q).sum(axis)
 
@@ -72,7 +151,7 @@ def_twin(_excess, lambda p, q: -ratio(p, q))
 
 
 def _sum_of_differences(p, q, axis):
-    """Σ (p - q), to an ulp even where it is the little that rounding left of 1 - 1: a sum of exact two-float numbers."""
+    """Σ (p - q), to an ulp even where it is the little that rounding left of 1 - 1: a sum of two-float numbers."""
     high, low = _two_sum(p, -q)
     zero = jnp.zeros((), p.dtype)
     high, low = lax.reduce((high, low), (zero, zero), _add, (high.ndim + axis,))

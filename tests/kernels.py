@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import jax
 import mpmath as mp
 import numpy as np
+import pytest
 
 import jce
 
@@ -203,7 +205,7 @@ TABLE = [
             Corner(([0.5, 0.5], [-0.0, 1.0]), INF, ([INF, 0.0], [-INF, -0.5])),
             Corner(([2.0**-126, 1.0], [0.0, 1.0]), INF, ([INF, 0.0], [-INF, -1.0])),
             Corner(([0.0, 0.0], [0.0, 0.0]), 0.0, ([0.0, 0.0], [0.0, 0.0])),
-            Corner(([NAN, 1.0], [1.0, 1.0]), NAN, ([0.0, 0.0], [NAN, -1.0])),
+            Corner(([NAN, 1.0], [1.0, 1.0]), NAN, ([NAN, 0.0], [NAN, -1.0])),
             Corner(([1.0, 1.0], [NAN, 1.0]), NAN, ([NAN, 0.0], [NAN, -1.0])),
         ],
     ),
@@ -318,3 +320,26 @@ TABLE = [
         ],
     ),
 ]
+
+
+# For tests of every row
+
+
+each_kernel = pytest.mark.parametrize("kernel", TABLE, ids=lambda kernel: kernel.name)
+each_with_classes = pytest.mark.parametrize(
+    "kernel", [kernel for kernel in TABLE if kernel.has_classes], ids=lambda kernel: kernel.name
+)
+
+
+def easy(kernel: Kernel, rng: np.random.Generator, shape: tuple[int, ...], dtype=np.float32) -> list[np.ndarray]:
+    """Arguments without corners."""
+    return next(iter(kernel.sample(rng, shape, dtype).values()))
+
+
+def total(kernel: Kernel) -> Callable:
+    return lambda *arguments: kernel.function(*arguments).sum()
+
+
+def gradient(kernel: Kernel) -> Callable:
+    """The gradient in every argument, as a tuple."""
+    return jax.grad(total(kernel), tuple(range(len(kernel.arguments))))

@@ -1,0 +1,57 @@
+"""A check of what the kernels take on trust: that the entries are ≥ 0 and sum to 1."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+
+from jce._arguments import distributions
+
+
+def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = None) -> None:
+    """Checks that `p` holds probability distributions along `axis`: entries ≥ 0 that sum to 1.
+
+    Outside any transformation a violation raises; under `jax.experimental.checkify` it is a check; under plain `jit`,
+    `vmap` or `grad`, where values can't raise, it does nothing. So the call may stay in code that is traced.
+
+    Args:
+      p: real, shape [..., n, ...].
+      axis: the axis of the n classes.
+      atol: how far a sum may be from 1, or an entry below 0. By default the square root of the machine epsilon of
+        p's dtype: 3e-4 in float32, 1e-8 in float64, 9e-2 in bfloat16.
+
+    Returns:
+      None.
+
+    Raises:
+      ValueError: where a distribution is violated, naming the worst one, its sum and its smallest entry (a NaN is the
+        worst of all); if `p` has no class axis; if `axis` is not an int in range.
+      TypeError: if `p` is not real.
+
+    Example:
+      >>> jce.check_distribution([[0.25, 0.75], [1.0, 0.0]])
+    """
+    (x,), axis = distributions("check_distribution", axis, None, p=p)
+    dtype = jnp.asarray(p).dtype
+    eps = float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.floating) else x.dtype).eps)
+    tolerance = eps**0.5 if atol is None else atol
+    sums, smallest = x.sum(axis), x.min(axis, initial=jnp.inf)
+    if sums.size == 0:
+        return
+    violation = jnp.nan_to_num(jnp.maximum(jnp.abs(sums - 1), -smallest), nan=jnp.inf).ravel()
+    worst = violation.argmax()
+    message = (
+        f"check_distribution: p{{where}} is not a distribution along axis {axis}: its sum is {{sum}} and its smallest"
+        f" entry {{smallest}}, with atol={tolerance:.3g}. Normalize it, or pass the atol that its rounding needs."
+    )
+    found = {"sum": sums.ravel()[worst], "smallest": smallest.ravel()[worst]}
+    if isinstance(violation, Tracer):
+        message = message.format(where=" (row {row} of the batch)", sum="{sum}", smallest="{smallest}")
+        checkify.debug_check(violation[worst] <= tolerance, message, row=worst, **found)
+    elif violation[worst] > tolerance:
+        index = [int(i) for i in np.unravel_index(int(worst), sums.shape)]
+        found = {name: f"{float(x):.9g}" for name, x in found.items()}
+        raise ValueError(message.format(where=index or "", **found))

@@ -1,0 +1,279 @@
+"""What the functions accept: dtypes, numbers, lists, axes and masks; and what they say to anything else."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from kernels import TABLE, each_kernel, each_with_classes, easy, gradient
+
+import jce
+
+# dtypes
+
+
+@each_kernel
+def test_result_and_gradient_dtypes(kernel, rng):
+    """At least float32 out; gradients in the argument's dtype; unlike dtypes promote."""
+    arguments = easy(kernel, rng, (4, 5))
+    for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+        mixed = [jnp.asarray(x, dtype if i == 0 else jnp.float32) for i, x in enumerate(arguments)]
+        assert kernel.function(*mixed).dtype == jnp.float32
+        assert [g.dtype for g in gradient(kernel)(*mixed)] == [x.dtype for x in mixed]
+    with jax.enable_x64(True):
+        mixed = [jnp.asarray(x, jnp.float64 if i == 0 else jnp.float32) for i, x in enumerate(arguments)]
+        assert kernel.function(*mixed).dtype == jnp.float64
+        assert [g.dtype for g in gradient(kernel)(*mixed)] == [x.dtype for x in mixed]
+
+
+@each_kernel
+def test_integers_bools_lists_and_numpy(kernel):
+    one_hot = np.eye(3, dtype=np.int32)
+    expected = kernel.function(*(one_hot.astype(np.float32) for _ in kernel.arguments))
+    for x in (one_hot, one_hot.astype(bool), one_hot.tolist(), one_hot.astype(np.float32).tolist()):
+        value = kernel.function(*(x for _ in kernel.arguments))
+        assert value.dtype == jnp.float32
+        np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_python_scalars_never_widen(x64):
+    with jax.enable_x64(x64):
+        assert jce.binary_cross_entropy(0.25, jnp.float32(0.5)).dtype == jnp.float32
+        assert jce.binary_cross_entropy(1, jnp.bfloat16(0.5)).dtype == jnp.float32
+        assert jce.binary_entropy(0.25).dtype == (jnp.float64 if x64 else jnp.float32)
+        assert jce.binary_entropy(jnp.int32(1)).dtype == jnp.float32
+
+
+def test_float8():
+    p = np.array([0.5, 0.5], ml_dtypes.float8_e4m3fn)
+    assert jce.cross_entropy(p, p) == jce.cross_entropy(np.float32([0.5, 0.5]), np.float32([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("kernel", [k for k in TABLE if len(k.arguments) == 2], ids=lambda kernel: kernel.name)
+def test_broadcasting(kernel, rng):
+    p, q = easy(kernel, rng, (3, 4, 5))
+    np.testing.assert_allclose(kernel.function(p[0, 0], q), kernel.function(np.broadcast_to(p[0, 0], q.shape), q))
+    np.testing.assert_allclose(kernel.function(p[:, :1], q[0]), kernel.function(*np.broadcast_arrays(p[:, :1], q[0])))
+    assert gradient(kernel)(p[0, 0], q)[0].shape == (5,)
+
+
+# axis and where
+
+
+@each_with_classes
+def test_axis(kernel, rng):
+    arguments = easy(kernel, rng, (2, 3, 4, 5))
+    expected = kernel.function(*arguments)
+    for axis in range(-4, 4):
+        moved = [np.moveaxis(x, -1, axis) for x in arguments]
+        np.testing.assert_allclose(kernel.function(*moved, axis=axis), expected, rtol=1e-6, atol=1e-7)
+        g = jax.grad(lambda *x, axis=axis: kernel.function(*x, axis=axis).sum())(*moved)
+        np.testing.assert_allclose(np.moveaxis(g, axis, -1), gradient(kernel)(*arguments)[0], rtol=1e-6)
+
+
+@each_with_classes
+def test_where_is_leaving_classes_out(kernel, rng):
+    """Whatever an excluded class holds, the value and the gradient are those of the other classes alone."""
+    arguments = easy(kernel, rng, (4, 6))
+    mask = np.array([True, False, True, True, False, False])
+    kept = [x[:, mask] for x in arguments]
+    for garbage in (0.0, np.nan, -7.0, np.inf):
+        filled = [np.where(mask, x, np.float32(garbage)) for x in arguments]
+
+        def masked(*x):
+            return kernel.function(*x, where=mask)
+
+        positions = tuple(range(len(filled)))
+        np.testing.assert_allclose(masked(*filled), kernel.function(*kept), rtol=1e-6)
+        reverse = jax.grad(lambda *x: masked(*x).sum(), positions)(*filled)
+        forward = jax.vmap(jax.jacfwd(masked, positions))(*filled)
+        for g, f, expected in zip(reverse, forward, gradient(kernel)(*kept), strict=True):
+            np.testing.assert_allclose(g[:, mask], expected, rtol=1e-6)
+            np.testing.assert_array_equal(g[:, ~mask], 0 * np.ones((4, 3)))
+            np.testing.assert_allclose(f, g, rtol=1e-6)
+
+
+@each_with_classes
+def test_where_drops_rows(kernel, rng):
+    """where=mask[..., None]: a dropped row is 0 with gradient 0, even if it holds NaN."""
+    arguments = easy(kernel, rng, (4, 6))
+    for x in arguments:
+        x[1] = np.nan
+    mask = np.array([True, False, True, True])
+    value = kernel.function(*arguments, where=mask[..., None])
+    assert value[1] == 0
+    np.testing.assert_array_equal(value[mask], kernel.function(*(x[mask] for x in arguments)))
+    g = jax.grad(lambda *x: kernel.function(*x, where=mask[..., None]).sum())(*arguments)
+    np.testing.assert_array_equal(g[1], np.zeros(6))
+    assert np.isfinite(g).all()
+
+
+# Errors: the function, what it wants, what it got by argument name, what to do
+
+
+def complains(error, function, *arguments, wants, got, do, **options):
+    with pytest.raises(error, match=f"^{function.__name__}: ") as info:
+        function(*arguments, **options)
+    for text in (wants, got, do):
+        assert text in str(info.value), str(info.value)
+    with pytest.raises(error):
+        jax.eval_shape(lambda *x: function(*x, **options), *arguments)
+
+
+def ones(*shape, dtype=jnp.float32):
+    return jnp.ones(shape, dtype)
+
+
+@each_kernel
+def test_complex(kernel):
+    arguments = [ones(2, dtype=jnp.complex64) for _ in kernel.arguments]
+    first = kernel.arguments[0]
+    complains(
+        TypeError,
+        kernel.function,
+        *arguments,
+        wants=f"{' and '.join(kernel.arguments)} must be real",
+        got=f"got {first}: complex64[2]",
+        do="Convert to real numbers first",
+    )
+
+
+@each_kernel
+def test_not_an_array(kernel):
+    for wrong in (None, {"a": 1.0}):
+        arguments = [wrong, *(ones(2) for _ in kernel.arguments[1:])]
+        first = kernel.arguments[0]
+        complains(
+            TypeError,
+            kernel.function,
+            *arguments,
+            wants=f"{first} must be an array, a number or a rectangular nest of numbers",
+            got=f"got {first}: {type(wrong).__name__}",
+            do="Convert it with jnp.asarray first",
+        )
+
+
+@each_with_classes
+def test_scalar_for_a_distribution(kernel):
+    arguments = [ones() for _ in kernel.arguments]
+    complains(
+        ValueError,
+        kernel.function,
+        *arguments,
+        wants="must have a class axis",
+        got=f"{kernel.arguments[-1]}: float32[]",
+        do="binary functions",
+    )
+
+
+@each_with_classes
+def test_axis_out_of_range(kernel):
+    arguments = [ones(2, 3) for _ in kernel.arguments]
+    for axis in (2, -3):
+        complains(
+            ValueError,
+            kernel.function,
+            *arguments,
+            axis=axis,
+            wants="axis must be from -2 to 1",
+            got=f"got axis={axis} with {kernel.arguments[0]}: float32[2,3]",
+            do="Name the axis that holds the classes",
+        )
+
+
+@each_with_classes
+def test_several_axes(kernel):
+    arguments = [ones(2, 3) for _ in kernel.arguments]
+    complains(
+        ValueError,
+        kernel.function,
+        *arguments,
+        axis=(0, 1),
+        wants="axis must be one int",
+        got="got axis=(0, 1)",
+        do="Merge several axes first",
+    )
+
+
+two_distributions = pytest.mark.parametrize(
+    "function", [kernel.function for kernel in TABLE if kernel.has_classes and len(kernel.arguments) == 2]
+)
+
+
+@two_distributions
+@pytest.mark.parametrize("n", [1, 4])
+def test_unlike_numbers_of_classes(function, n):
+    complains(
+        ValueError,
+        function,
+        ones(2, 3),
+        ones(2, n),
+        wants="p and q must have the same number of classes along axis -1, which is never broadcast",
+        got=f"got p: float32[2,3], q: float32[2,{n}]",
+        do="axis=",
+    )
+
+
+@two_distributions
+def test_a_class_axis_is_never_broadcast(function):
+    complains(
+        ValueError,
+        function,
+        ones(3),
+        ones(2, 3),
+        axis=0,
+        wants="p and q must each have the class axis -2",
+        got="got p: float32[3], q: float32[2,3]",
+        do="Add the missing axis",
+    )
+
+
+@two_distributions
+def test_unlike_batches(function):
+    complains(
+        ValueError,
+        function,
+        ones(4, 3),
+        ones(2, 3),
+        wants="the batch axes of p and q must broadcast",
+        got="got p: float32[4,3], q: float32[2,3]",
+        do="Add axes of length 1",
+    )
+
+
+@pytest.mark.parametrize("function", [jce.binary_cross_entropy, jce.binary_kl_divergence])
+def test_unlike_shapes(function):
+    complains(
+        ValueError,
+        function,
+        ones(4),
+        ones(3),
+        wants="alpha and beta must have shapes that broadcast",
+        got="got alpha: float32[4], beta: float32[3]",
+        do="Add axes of length 1",
+    )
+
+
+@each_with_classes
+def test_where(kernel):
+    arguments = [ones(2, 3) for _ in kernel.arguments]
+    for shape in ((2,), (4, 2, 3)):
+        complains(
+            ValueError,
+            kernel.function,
+            *arguments,
+            where=ones(*shape, dtype=bool),
+            wants="where must broadcast to the shape (2, 3)",
+            got=f"got where: bool[{','.join(map(str, shape))}], {kernel.arguments[0]}: float32[2,3]",
+            do="where=mask[..., None]",
+        )
+    complains(
+        TypeError,
+        kernel.function,
+        *arguments,
+        where=ones(2, 3),
+        wants="where must be boolean",
+        got="got where: float32[2,3]",
+        do="where=mask != 0",
+    )

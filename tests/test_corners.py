@@ -1,0 +1,131 @@
+"""At 0, 1, ±∞ and NaN: the value and the derivative of the table, in both modes, and never a NaN beside them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernels import Kernel, each_kernel, each_with_classes, easy, gradient
+
+import jce
+
+
+def stacked(kernel: Kernel, dtype=np.float32) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
+    """All corners of a kernel as one batch: arguments, values, gradients."""
+    arguments = zip(*(corner.arguments for corner in kernel.corners), strict=True)
+    gradients = zip(*(corner.gradient for corner in kernel.corners), strict=True)
+    values = [corner.value for corner in kernel.corners]
+    return [np.array(x, dtype) for x in arguments], np.array(values), [np.array(x) for x in gradients]
+
+
+def agrees(got, expected):
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-30)
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_value_and_gradient_in_both_modes(kernel, dtype):
+    arguments, values, gradients = stacked(kernel, dtype)
+    positions = tuple(range(len(arguments)))
+    with jax.enable_x64(dtype == np.float64):
+        agrees(kernel.function(*arguments), values)
+        reverse = jax.jit(jax.vmap(jax.jacrev(kernel.function, positions)))(*arguments)
+        forward = jax.jit(jax.vmap(jax.jacfwd(kernel.function, positions)))(*arguments)
+    for r, f, expected in zip(reverse, forward, gradients, strict=True):
+        agrees(r, expected)
+        agrees(f, expected)
+
+
+@each_kernel
+def test_alone_and_eagerly(kernel):
+    """Each corner by itself, not in a batch; eager calls are jitted inside, and disable_jit runs them op by op."""
+    for corner in kernel.corners:
+        arguments = [np.float32(x) for x in corner.arguments]
+        agrees(kernel.function(*arguments), corner.value)
+        for got, expected in zip(gradient(kernel)(*arguments), corner.gradient, strict=True):
+            agrees(got, expected)
+    with jax.disable_jit():
+        agrees(kernel.function(*arguments), corner.value)
+
+
+@each_kernel
+def test_one_argument_at_a_time(kernel):
+    """What isn't differentiated adds exactly nothing to a tangent, and a dense zero tangent doesn't either."""
+    arguments, _, gradients = stacked(kernel)
+    for i, expected in enumerate(gradients):
+        alone = jax.jacfwd(kernel.function, i)
+        agrees(jax.vmap(alone)(*arguments), expected)
+        tangents = [np.zeros_like(x) for x in arguments]
+        _, tangent = jax.jvp(kernel.function, tuple(arguments), tuple(tangents))
+        np.testing.assert_array_equal(tangent, np.zeros_like(tangent))
+
+
+@each_kernel
+def test_zero_cotangents(kernel):
+    """An outer where, or a weight of 0, removes a row and leaves every gradient finite."""
+    arguments, values, _ = stacked(kernel)
+    keep = np.zeros(values.shape, bool)
+
+    def selected(*x):
+        return jnp.where(keep, kernel.function(*x), 0).sum()
+
+    def weighted(*x):
+        return jnp.vdot(jnp.zeros(keep.shape), jnp.where(jnp.isfinite(values), kernel.function(*x), 0))
+
+    for function in (selected, weighted):
+        for g in jax.grad(function, tuple(range(len(arguments))))(*arguments):
+            np.testing.assert_array_equal(g, np.zeros_like(g))
+
+
+@each_kernel
+def test_second_derivatives(kernel):
+    """The Hessian is the same in all four nestings; NaN only where an argument is."""
+    arguments, values, _ = stacked(kernel)
+    positions = tuple(range(len(arguments)))
+    nestings = [
+        jax.jit(jax.vmap(outer(inner(kernel.function, positions), positions)))(*arguments)
+        for outer in (jax.jacfwd, jax.jacrev)
+        for inner in (jax.jacfwd, jax.jacrev)
+    ]
+    for blocks in zip(*(jax.tree.leaves(hessian) for hessian in nestings), strict=True):
+        for other in blocks[1:]:
+            agrees(other, blocks[0])
+        inside = ~np.isnan(values)
+        assert not np.isnan(blocks[0][inside]).any()
+
+
+def test_finite_second_derivatives():
+    """Where the first derivative is finite or its other argument's, the second is the formula's: p/q², 1/β², ..."""
+    p, q = np.float32([0, 1]), np.float32([0.5, 0.5])
+    for function in (jce.cross_entropy, jce.kl_divergence, jce.generalized_kl_divergence):
+        agrees(jax.hessian(function, 1)(p, q), [[0, 0], [0, 4]])
+        agrees(jax.hessian(function, 1)(p, p), [[0, 0], [0, 1]])
+    agrees(jax.jacfwd(jax.grad(jce.cross_entropy, 0), 1)(p, q), [[-2, 0], [0, -2]])
+    for function in (jce.binary_cross_entropy, jce.binary_kl_divergence):
+        second = jax.vmap(jax.grad(jax.grad(function, 1), 1))
+        agrees(second(np.float32([0, 1, 0, 1]), np.float32([0, 1, 0.5, 0.5])), [1, 1, 4, 4])
+
+
+@each_with_classes
+def test_absent_classes(kernel, rng):
+    """A class of p = q = 0 changes no value, and its gradient and Hessian rows are those of the class alone."""
+    arguments = easy(kernel, rng, (4, 5))
+    padded = [np.pad(x, [(0, 0), (0, 3)]) for x in arguments]
+    np.testing.assert_allclose(kernel.function(*padded), kernel.function(*arguments), rtol=1e-6)
+    for g, h in zip(gradient(kernel)(*padded), gradient(kernel)(*arguments), strict=True):
+        np.testing.assert_allclose(g[:, :5], h, rtol=1e-6)
+        assert not np.isnan(g).any()
+
+
+@each_kernel
+def test_hessian_vector_product_beside_a_corner(kernel):
+    """A direction that is 0 at the corners gives a finite product: 0 · ∞ doesn't enter."""
+    arguments, _, _ = stacked(kernel)
+    ordinary = [np.full_like(x, 0.25) for x in arguments]
+    arguments = [np.concatenate([x, y]) for x, y in zip(arguments, ordinary, strict=True)]
+    tangents = [np.concatenate([np.zeros_like(y), y]) for y in ordinary]
+    _, hvp = jax.jvp(gradient(kernel), tuple(arguments), tuple(tangents))
+    _, alone = jax.jvp(gradient(kernel), tuple(ordinary), tuple(ordinary))
+    half = len(ordinary[0])
+    for h, a in zip(hvp, alone, strict=True):
+        np.testing.assert_allclose(h[half:], a, rtol=1e-6)
+        np.testing.assert_array_equal(h[:half], np.zeros_like(a))

@@ -1,0 +1,28 @@
+"""What doesn't depend on the machine: temporaries of the compiled programs, and how many calls an eager one makes."""
+
+import jax
+import numpy as np
+import pytest
+from kernels import TABLE, each_kernel, easy, gradient
+
+
+@pytest.mark.parametrize("shape", [(256, 1000), (4096, 10)])
+@pytest.mark.parametrize("kernel", TABLE[:2], ids=lambda kernel: kernel.name)
+def test_value_and_gradient_need_no_temporary_of_the_inputs_size(kernel, shape):
+    """The entropies read their input and write the gradient, and nothing of its size between, on a CPU."""
+    arguments = [jax.ShapeDtypeStruct(shape, np.float32) for _ in kernel.arguments]
+    for position in range(len(arguments)):
+        function = jax.value_and_grad(lambda *x: kernel.function(*x).mean(), position)
+        for program in (kernel.function, jax.jit(function)):
+            temporaries = program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+            assert temporaries < 4 * np.prod(shape) / 10
+
+
+@each_kernel
+def test_an_eager_call_is_one_dispatch(kernel, rng):
+    """One jitted call that carries the function's name, in the value and in what differentiation makes of it."""
+    arguments = easy(kernel, rng, (4, 5))
+    (equation,) = jax.make_jaxpr(kernel.function)(*arguments).eqns
+    assert equation.params["name"] == kernel.name
+    assert equation.params["jaxpr"].eqns
+    assert kernel.name in str(jax.make_jaxpr(gradient(kernel))(*arguments))

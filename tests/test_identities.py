@@ -1,0 +1,145 @@
+"""The document's own statements, as relations between the functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernels import binary_regimes, probability_regimes
+
+import jce
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+@pytest.fixture(params=["dirichlet 1", "dirichlet 0.1", "zeros in p", "zeros in both", "near 0.01", "near 1e-05"])
+def pair(request, rng):
+    return probability_regimes(rng, (50, 20), np.float32)[request.param]
+
+
+def test_kl_is_cross_entropy_minus_entropy(pair):
+    p, q = pair
+    scale = jce.cross_entropy(p, q) + jce.entropy(p)
+    np.testing.assert_array_less(
+        np.abs(jce.kl_divergence(p, q) - (jce.cross_entropy(p, q) - jce.entropy(p))), 8 * EPS * scale
+    )
+
+
+def test_entropy_is_not_negative_and_cross_entropy_of_itself(pair):
+    p, _ = pair
+    assert (jce.entropy(p) >= 0).all()
+    np.testing.assert_allclose(jce.cross_entropy(p, p), jce.entropy(p), rtol=4 * EPS)
+
+
+def test_gibbs(pair):
+    """KL ≥ 0 and H(p, q) ≥ H(p): to the last bit in the generalised form, and up to Σp - Σq for sums rounded off 1."""
+    p, q = pair
+    assert (jce.generalized_kl_divergence(p, q) >= 0).all()
+    surplus = np.asarray(p.astype(np.float64).sum(-1) - q.astype(np.float64).sum(-1))
+    kl = np.asarray(jce.kl_divergence(p, q), np.float64)
+    generalized = np.asarray(jce.generalized_kl_divergence(p, q), np.float64)
+    assert (kl - surplus >= -4 * EPS * (generalized + np.abs(surplus))).all()
+    h, hpq = (np.asarray(x, np.float64) for x in (jce.entropy(p), jce.cross_entropy(p, q)))
+    assert (hpq - h - surplus >= -4 * EPS * (h + hpq)).all()
+
+
+def test_divergence_is_zero_only_at_equality(rng):
+    """Exactly for the generalised and the binary form, down to q one ulp away in a single entry."""
+    p, _ = probability_regimes(rng, (50, 20), np.float32)["dirichlet 1"]
+    for divergence in (jce.kl_divergence, jce.generalized_kl_divergence):
+        np.testing.assert_array_equal(divergence(p, p), np.zeros(50))
+    q = p.copy()
+    q[:, 3] = np.nextafter(q[:, 3], np.float32(2))
+    assert (jce.generalized_kl_divergence(p, q) > 0).all()
+    alpha, beta = binary_regimes(rng, (1000,), np.float32)["one ulp"]
+    np.testing.assert_array_equal(jce.binary_kl_divergence(alpha, alpha), np.zeros(1000))
+    assert (jce.binary_kl_divergence(alpha, beta) > 0).all()
+
+
+def test_generalized_form_is_never_negative(rng):
+    """For any non-negative floats, from one ulp apart to every pair of binary exponents."""
+    p = np.abs(rng.standard_normal(100_000)).astype(np.float32)
+    for steps in range(1, 6):
+        q = (p.view(np.int32) + steps).view(np.float32)
+        assert (jce.generalized_kl_divergence(p[:, None], q[:, None]) > 0).all()
+        assert (jce.generalized_kl_divergence(q[:, None], p[:, None]) > 0).all()
+    powers = np.exp2(np.arange(-126, 127)).astype(np.float32)
+    p, q = (x.ravel() for x in np.meshgrid(powers, powers * np.float32(1.5)))
+    value = jce.generalized_kl_divergence(p[:, None], q[:, None])
+    exact = p.astype(float) * np.log(p.astype(float) / q) - p + q
+    assert (value >= 0).all()
+    ordinary = (exact < np.finfo(np.float32).max / 4) & (p + q > 1e-36)  # smaller ones meet the subnormal range inside
+    np.testing.assert_allclose(value[ordinary], exact[ordinary], rtol=4 * EPS)
+
+
+def test_neither_is_symmetric():
+    p, q = np.float32([0.5, 0.25, 0.25]), np.float32([0.125, 0.125, 0.75])
+    for f in (jce.cross_entropy, jce.kl_divergence, jce.generalized_kl_divergence):
+        assert abs(f(p, q) - f(q, p)) > 0.02
+    for f in (jce.binary_cross_entropy, jce.binary_kl_divergence):
+        assert abs(f(0.25, 0.75) - f(0.75, 0.5)) > 0.01
+        assert abs(f(0.25, 0.5) - f(0.5, 0.25)) > 0.01
+
+
+def test_entropy_is_log_n_at_uniform_and_the_maximum(rng):
+    for n in (1, 2, 10, 1000):
+        uniform = np.full(n, 1 / n, np.float32)
+        np.testing.assert_allclose(jce.entropy(uniform), np.log(n), rtol=1e-6, atol=1e-7)
+        others = rng.dirichlet(np.ones(n), 20).astype(np.float32)
+        assert (jce.entropy(others) <= np.log(n) * (1 + 1e-6) + 1e-7).all()
+    np.testing.assert_array_equal(jce.entropy(np.eye(5, dtype=np.float32)), np.zeros(5))
+    assert not np.signbit(jce.entropy(np.eye(5, dtype=np.float32))).any()
+
+
+def test_gradients_as_the_document_derives_them(rng):
+    p, q = probability_regimes(rng, (50, 20), np.float32)["dirichlet 1"]
+    gradient = jax.vmap(jax.grad(jce.cross_entropy, 1))(p, q)
+    np.testing.assert_allclose(gradient, -p / q, rtol=EPS)
+    alpha, beta = binary_regimes(rng, (1000,), np.float32)["uniform"]
+    gradient = jax.vmap(jax.grad(jce.binary_cross_entropy, 1))(alpha, beta)
+    alpha, beta = alpha.astype(np.float64), beta.astype(np.float64)
+    np.testing.assert_allclose(gradient, (beta - alpha) / (beta * (1 - beta)), rtol=4 * EPS)
+
+
+def test_same_minimizer_over_q(rng):
+    """min H ≡ min KL: equal gradients on the simplex, both 0 at q = p along it, and H(p, p) = H(p) the minimum."""
+    p, q = probability_regimes(rng, (50, 20), np.float32)["dirichlet 1"]
+    h, kl = (jax.vmap(jax.grad(f, 1)) for f in (jce.cross_entropy, jce.kl_divergence))
+    np.testing.assert_array_equal(h(p, q), kl(p, q))
+    at_p = h(p, p)
+    np.testing.assert_array_equal(at_p - at_p.mean(-1, keepdims=True), np.zeros_like(p))
+    assert (jce.cross_entropy(p, q) >= jce.entropy(p)).all()
+    softmax_gradient = jax.vmap(jax.grad(lambda z, p: jce.cross_entropy(p, jax.nn.softmax(z))))(jnp.log(p), p)
+    np.testing.assert_allclose(softmax_gradient, np.zeros_like(p), atol=4 * EPS)
+
+
+def test_gradient_through_the_softmax(rng):
+    """∂H/∂z = q Σp - p at q = softmax(z), and β - α at β = σ(x)."""
+    p, _ = probability_regimes(rng, (50, 20), np.float32)["dirichlet 1"]
+    z = rng.standard_normal((50, 20)).astype(np.float32)
+    gradient = jax.vmap(jax.grad(lambda z, p: jce.cross_entropy(p, jax.nn.softmax(z))))(z, p)
+    np.testing.assert_allclose(gradient, jax.nn.softmax(z) - p, atol=4 * EPS)
+    alpha, x = p[:, 0], z[:, 0]
+    gradient = jax.vmap(jax.grad(lambda x, a: jce.binary_cross_entropy(a, jax.nn.sigmoid(x))))(x, alpha)
+    np.testing.assert_allclose(gradient, jax.nn.sigmoid(x) - alpha, atol=4 * EPS)
+
+
+@pytest.mark.parametrize("regime", ["uniform", "labels", "near 0.01", "near 1"])
+def test_binary_is_two_classes(regime, rng):
+    alpha, beta = binary_regimes(rng, (1000,), np.float32)[regime]
+    with jax.enable_x64(True):  # where 1 - α of a float32 α is exact
+        p, q = (np.stack([x, 1 - x], -1) for x in (alpha.astype(np.float64), beta.astype(np.float64)))
+        pairs = [
+            (jce.binary_entropy(alpha), jce.entropy(p)),
+            (jce.binary_cross_entropy(alpha, beta), jce.cross_entropy(p, q)),
+            (jce.binary_kl_divergence(alpha, beta), jce.kl_divergence(p, q)),
+        ]
+    for binary, two_classes in pairs:
+        np.testing.assert_allclose(binary, two_classes, rtol=4 * EPS, atol=1e-30)
+
+
+def test_chain_rule_of_entropy(rng):
+    """H of a product is the sum of the entropies, and KL of products the sum of the divergences."""
+    p, q = probability_regimes(rng, (2, 12), np.float32)["dirichlet 1"]
+    product = [np.outer(x[0], x[1]).ravel() for x in (p, q)]
+    np.testing.assert_allclose(jce.entropy(product[0]), jce.entropy(p).sum(), rtol=1e-6)
+    np.testing.assert_allclose(jce.kl_divergence(*product), jce.kl_divergence(p, q).sum(), rtol=1e-5)

@@ -1,0 +1,57 @@
+"""What plain JAX gives at the corners today. Where one of these fails, JAX has mended it, and a rule of ours may go."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.scipy.special import entr, rel_entr, xlogy
+
+import jce
+
+P, Q = np.float32([0.0, 1.0]), np.float32([0.5, 0.5])
+
+
+def test_the_textbook_formula_is_nan_at_zero():
+    assert np.isnan(-(P * jnp.log(P)).sum())
+    assert jce.entropy(P) == 0
+
+
+def test_the_textbook_gradient_is_nan_behind_a_where():
+    def safe(p):
+        return -jnp.where(p > 0, p * jnp.log(p), 0).sum()
+
+    assert np.isnan(jax.grad(safe)(P)[0])
+    assert jax.grad(jce.entropy)(P)[0] == np.inf
+
+
+def test_entr_is_nan_in_forward_mode_beside_a_zero():
+    assert np.isnan(jax.jacfwd(lambda p: entr(p).sum())(P)).any()
+    np.testing.assert_array_equal(jax.jacfwd(jce.entropy)(P), [np.inf, -1])
+
+
+def test_xlogy_derivatives_at_zero_are_nan():
+    assert np.isnan(jax.grad(xlogy, 1)(0.0, 0.0))
+    assert jax.grad(jce.cross_entropy, 1)(np.zeros(1), np.zeros(1)) == 0
+
+
+def test_rel_entr_gradient_misses_the_infinity():
+    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    assert jax.grad(lambda q: rel_entr(one, q).sum())(zero) == 0
+    assert jax.grad(jce.kl_divergence, 1)(one, zero) == -np.inf
+
+
+def test_optax_kl_divergence_is_nan_at_a_zero_target():
+    assert np.isnan(jax.grad(lambda p: optax.kl_divergence(jnp.log(Q), p))(P)[0])
+    assert jax.grad(jce.kl_divergence)(P, Q)[0] == -np.inf
+
+
+def test_kl_of_near_distributions_is_noise(rng):
+    p = rng.dirichlet(np.ones(32), 100)
+    q = (p * (1 + 1e-5 * rng.standard_normal(p.shape))).astype(np.float32)
+    p = p.astype(np.float32)
+    wide = p.astype(np.float64)
+    exact = (wide * np.log(wide / q) - wide + q).sum(-1)
+    plain = np.asarray(rel_entr(p, q).sum(-1) - p.sum(-1) + q.sum(-1))
+    assert (plain < 0).any()
+    assert np.median(np.abs(plain - exact) / exact) > 0.9
+    np.testing.assert_allclose(jce.generalized_kl_divergence(p, q), exact, rtol=1e-5)

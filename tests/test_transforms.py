@@ -1,0 +1,145 @@
+"""Every transformation of JAX gives the numbers of the plain call."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from kernels import each_kernel, easy, gradient, total
+
+close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
+
+
+@each_kernel
+def test_jit_eager_vmap_and_loop(kernel, rng):
+    arguments = easy(kernel, rng, (3, 4, 5))
+    plain = kernel.function(*arguments)
+    close(jax.jit(kernel.function)(*arguments), plain)
+    close(jax.vmap(kernel.function)(*arguments), plain)
+    close(jax.vmap(jax.vmap(kernel.function), in_axes=1, out_axes=1)(*arguments), plain)
+    close(np.stack([kernel.function(*(x[i] for x in arguments)) for i in range(3)]), plain)
+    with jax.disable_jit():
+        close(kernel.function(*arguments), plain)
+
+
+@each_kernel
+def test_mixed_in_axes(kernel, rng):
+    """A batch of one argument against a single other."""
+    arguments = easy(kernel, rng, (3, 5))
+    for i in range(len(arguments)):
+        mixed = [x if j == i else x[0] for j, x in enumerate(arguments)]
+        in_axes = [0 if j == i else None for j in range(len(arguments))]
+        broadcast = [np.broadcast_to(x, arguments[0].shape) for x in mixed]
+        close(jax.vmap(kernel.function, in_axes)(*mixed), kernel.function(*broadcast))
+        close(jax.vmap(gradient(kernel), in_axes)(*mixed), gradient(kernel)(*broadcast))
+
+
+@each_kernel
+def test_forward_equals_reverse(kernel, rng):
+    arguments = tuple(easy(kernel, rng, (4, 5)))
+    tangents = tuple(rng.standard_normal(x.shape).astype(x.dtype) for x in arguments)
+    value, tangent = jax.jvp(total(kernel), arguments, tangents)
+    close(value, total(kernel)(*arguments))
+    expected = sum(jnp.vdot(g, t) for g, t in zip(gradient(kernel)(*arguments), tangents, strict=True))
+    close(tangent, expected, rtol=1e-5)
+    value, linear = jax.linearize(total(kernel), *arguments)
+    close(linear(*tangents), tangent, rtol=1e-5)
+
+
+@each_kernel
+def test_the_value_is_the_same_under_differentiation(kernel, rng):
+    arguments = tuple(easy(kernel, rng, (4, 5)))
+    plain = kernel.function(*arguments)
+    close(jax.vjp(kernel.function, *arguments)[0], plain, rtol=3e-7)
+    close(jax.jvp(kernel.function, arguments, arguments)[0], plain, rtol=3e-7)
+    close(jax.linearize(kernel.function, *arguments)[0], plain, rtol=3e-7)
+
+
+@each_kernel
+def test_checkpoint_and_scan(kernel, rng):
+    arguments = tuple(easy(kernel, rng, (4, 5)))
+    expected = gradient(kernel)(*arguments)
+    positions = tuple(range(len(arguments)))
+    close(jax.grad(jax.checkpoint(total(kernel)), positions)(*arguments), expected)
+
+    def scanned(*x):
+        return jax.lax.scan(lambda carry, row: (carry + total(kernel)(*row), None), 0.0, x)[0]
+
+    close(jax.jit(jax.grad(scanned, positions))(*arguments), expected)
+
+
+@each_kernel
+def test_hessians_of_all_nestings_agree(kernel, rng):
+    arguments = tuple(x[0] for x in easy(kernel, rng, (1, 3)))
+    positions = tuple(range(len(arguments)))
+    forward_over_reverse = jax.jit(jax.jacfwd(jax.jacrev(total(kernel), positions), positions))(*arguments)
+    reverse_over_forward = jax.jit(jax.jacrev(jax.jacfwd(total(kernel), positions), positions))(*arguments)
+    reverse_over_reverse = jax.jit(jax.jacrev(jax.jacrev(total(kernel), positions), positions))(*arguments)
+    close(reverse_over_forward, forward_over_reverse, rtol=1e-5, atol=0)
+    close(reverse_over_reverse, forward_over_reverse, rtol=1e-5, atol=0)
+
+
+@each_kernel
+def test_export(kernel, rng):
+    """Serialised and read back, with its gradient."""
+    arguments = easy(kernel, rng, (4, 5))
+    exported = jax.export.export(jax.jit(kernel.function))(*arguments).serialize(vjp_order=1)
+    restored = jax.export.deserialize(exported)
+    close(restored.call(*arguments), kernel.function(*arguments))
+    cotangent = np.ones(restored.out_avals[0].shape, np.float32)
+    close(tuple(restored.vjp().call(*arguments, cotangent)), gradient(kernel)(*arguments))
+
+
+@each_kernel
+def test_shapes(kernel, rng):
+    """No batch, an empty batch, five axes; one class and none."""
+    tail = (4,) if kernel.has_classes else ()
+    for batch in ((), (0,), (2, 0, 3), (2, 1, 3, 2)):
+        arguments = easy(kernel, rng, (2, 1, 3, 2, 4))
+        arguments = [x[0, 0, 0, 0] if batch in ((), (0,), (2, 0, 3)) else x for x in arguments]
+        arguments = [np.broadcast_to(x if tail else x[..., 0], (*batch, *tail)) for x in arguments]
+        value = kernel.function(*arguments)
+        assert value.shape == batch
+        assert [g.shape for g in gradient(kernel)(*arguments)] == [x.shape for x in arguments]
+    if kernel.has_classes:
+        empty = [np.zeros((3, 0), np.float32) for _ in kernel.arguments]
+        np.testing.assert_array_equal(kernel.function(*empty), np.zeros(3))
+        certain = [np.ones((3, 1), np.float32) for _ in kernel.arguments]
+        np.testing.assert_array_equal(kernel.function(*certain), np.zeros(3))
+
+
+@each_kernel
+@pytest.mark.parametrize("axes", [("rows", None), (None, "classes"), ("rows", "classes")])
+def test_sharded_arrays(kernel, rng, axes):
+    """Rows, classes, or both spread over eight devices: the same numbers."""
+    mesh = jax.make_mesh((4, 2), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)
+    arguments = easy(kernel, rng, (8, 16))
+    sharded = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes))) for x in arguments]
+    close(kernel.function(*sharded), kernel.function(*arguments))
+    close(gradient(kernel)(*sharded), gradient(kernel)(*arguments))
+
+
+@each_kernel
+def test_inside_shard_map(kernel, rng):
+    """Rows spread over eight devices, with JAX's checks of varying axes: value, gradient, jvp, and a corner."""
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("rows")
+    arguments = tuple(x.copy() for x in easy(kernel, rng, (8, 4)))
+    for x in arguments:
+        x[0] = 0
+    sharded = jax.shard_map(kernel.function, mesh=mesh, in_specs=(rows,) * len(arguments), out_specs=rows)
+
+    def sharded_total(*x):
+        return sharded(*x).sum()
+
+    positions = tuple(range(len(arguments)))
+    close(jax.jit(sharded)(*arguments), kernel.function(*arguments))
+    close(jax.jit(jax.grad(sharded_total, positions))(*arguments), gradient(kernel)(*arguments))
+    tangents = tuple(np.where(x == 0, 0, x).astype(np.float32) for x in arguments)
+    close(
+        jax.jit(lambda x, t: jax.jvp(sharded_total, x, t))(arguments, tangents),
+        jax.jvp(total(kernel), arguments, tangents),
+    )

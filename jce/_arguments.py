@@ -25,15 +25,7 @@ def public(*static: str) -> Callable[[F], F]:
 
 def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:
     """The arguments as floating-point arrays of one dtype and one shape."""
-    arrays = _as_floats(function, arguments)
-    try:
-        shape = np.broadcast_shapes(*(x.shape for x in arrays))
-    except ValueError:
-        raise ValueError(
-            f"{function}: {_and(arguments)} must have shapes that broadcast; got {_describe(arguments)}."
-            f" Add axes of length 1 where they differ, or use jax.vmap."
-        ) from None
-    return [jnp.broadcast_to(x, shape) for x in arrays]
+    return _broadcast(function, "the shapes", arguments, _as_floats(function, arguments))
 
 
 def distributions(function: str, axis: int, where: ArrayLike | None, **arguments: ArrayLike) -> tuple[list[Array], int]:
@@ -45,19 +37,23 @@ def distributions(function: str, axis: int, where: ArrayLike | None, **arguments
             f"{function}: {_and(arguments)} must have the same number of classes along axis {axis}, which is never"
             f" broadcast; got {_describe(arguments)}. Say which axis holds the classes with axis=, or pad with zeros."
         )
+    arrays = _broadcast(function, "the batch axes", arguments, arrays)
+    if where is not None:
+        mask = _mask(function, where, arrays[0].shape, arguments)
+        # The select stands outside every rule, so an excluded entry's derivative is exactly 0, whatever it holds.
+        arrays = [jnp.where(mask, x, jnp.zeros_like(x)) for x in arrays]
+    return arrays, axis
+
+
+def _broadcast(function: str, what: str, arguments: dict[str, ArrayLike], arrays: list[Array]) -> list[Array]:
     try:
         shape = np.broadcast_shapes(*(x.shape for x in arrays))
     except ValueError:
         raise ValueError(
-            f"{function}: the batch axes of {_and(arguments)} must broadcast; got {_describe(arguments)}."
+            f"{function}: {what} of {_and(arguments)} must broadcast; got {_describe(arguments)}."
             f" Add axes of length 1 where they differ, or use jax.vmap."
         ) from None
-    arrays = [jnp.broadcast_to(x, shape) for x in arrays]
-    if where is not None:
-        mask = _mask(function, where, shape, arguments)
-        # The select stands outside every rule, so an excluded entry's derivative is exactly 0, whatever it holds.
-        arrays = [jnp.where(mask, x, jnp.zeros_like(x)) for x in arrays]
-    return arrays, axis
+    return [jnp.broadcast_to(x, shape) for x in arrays]
 
 
 def _as_floats(function: str, arguments: dict[str, ArrayLike]) -> list[Array]:

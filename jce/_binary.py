@@ -51,6 +51,10 @@ def _entropy(a):
     return _cross_entropy(a, a)
 
 
+# dH(α)/dα = log (1-α)/α
+def_partials(_entropy, lambda a: _log_odds_against(jnp.full_like(a, 0.5), a))
+
+
 @public()
 def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
     """H(α, β) = α log 1/β + (1-α) log 1/(1-β), in nats: the cross-entropy of {α, 1-α} and {β, 1-β}, elementwise.
@@ -90,6 +94,10 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
 @jax.custom_jvp
 def _cross_entropy(a, b):
     return mul0(-jnp.log(b), a) + mul0(-_log_complement(b), 1 - a)
+
+
+# ∂H/∂α = log (1-β)/β, ∂H/∂β = (β-α)/(β(1-β))
+def_partials(_cross_entropy, lambda a, b: _log_odds_against(a, b), lambda a, b: _score(a, b))
 
 
 @public()
@@ -133,12 +141,20 @@ def _kl_divergence(a, b):
     return deviance(a, b, a - b) + deviance(1 - a, 1 - b, b - a)
 
 
-# Their derivatives
+# ∂KL/∂α = log α(1-β)/((1-α)β), ∂KL/∂β = (β-α)/(β(1-β))
+def_partials(_kl_divergence, lambda a, b: _log_odds_ratio(a, b), lambda a, b: _score(a, b))
+
+
+# What the derivatives are made of
 
 
 @jax.custom_jvp
 def _score(a, b):
     return jnp.where(_agree(a, b), 1 - 2 * b, (b - a) / jnp.abs(b * (1 - b)))
+
+
+# (β-α)/(β(1-β)) = (1-α)/(1-β) - α/β
+def_twin(_score, lambda a, b: ratio(1 - a, 1 - b) - ratio(a, b))
 
 
 @jax.custom_jvp
@@ -150,14 +166,17 @@ def _log_odds_against(a, b):
     return jnp.where(_agree(a, b), jnp.zeros_like(b), jnp.where(b < 0.5, log_odds, -log_odds))
 
 
+# ∂/∂β log (1-β)/β = -1/(β(1-β))
+def_partials(_log_odds_against, lambda a, b: jnp.zeros_like(a), lambda a, b: -_precision(a, b))
+
+
 @jax.custom_jvp
 def _log_odds_ratio(a, b):
     return log_ratio(a, b, a - b) - log_ratio(1 - a, 1 - b, b - a)
 
 
-def _agree(a, b):
-    """α = β = 0 or α = β = 1: one outcome is absent from both distributions."""
-    return both_zero(a, b) | both_zero(1 - a, 1 - b)
+# ∂/∂α log α(1-β)/((1-α)β) = 1/(α(1-α)), ∂/∂β = -1/(β(1-β))
+def_partials(_log_odds_ratio, lambda a, b: _precision(b, a), lambda a, b: -_precision(a, b))
 
 
 def _precision(a, b):
@@ -165,18 +184,9 @@ def _precision(a, b):
     return reciprocal(a, b) + reciprocal(1 - a, 1 - b)
 
 
-# dH(α)/dα = log (1-α)/α
-def_partials(_entropy, lambda a: _log_odds_against(jnp.full_like(a, 0.5), a))
-# ∂H/∂α = log (1-β)/β, ∂H/∂β = (β-α)/(β(1-β))
-def_partials(_cross_entropy, _log_odds_against, _score)
-# ∂KL/∂α = log α(1-β)/((1-α)β), ∂KL/∂β = (β-α)/(β(1-β))
-def_partials(_kl_divergence, _log_odds_ratio, _score)
-# (β-α)/(β(1-β)) = (1-α)/(1-β) - α/β
-def_twin(_score, lambda a, b: ratio(1 - a, 1 - b) - ratio(a, b))
-# ∂/∂β log (1-β)/β = -1/(β(1-β))
-def_partials(_log_odds_against, lambda a, b: jnp.zeros_like(a), lambda a, b: -_precision(a, b))
-# ∂/∂α log α(1-β)/((1-α)β) = 1/(α(1-α)), ∂/∂β = -1/(β(1-β))
-def_partials(_log_odds_ratio, lambda a, b: _precision(b, a), lambda a, b: -_precision(a, b))
+def _agree(a, b):
+    """α = β = 0 or α = β = 1: one outcome is absent from both distributions."""
+    return both_zero(a, b) | both_zero(1 - a, 1 - b)
 
 
 def _log_complement(b):

@@ -1,7 +1,7 @@
-"""Closed-form derivative rules, and the quotient and logarithm they are written in, safe at 0 to every order.
+"""Closed-form derivative rules, and the quotient that their coefficients are written in.
 
-A rule's coefficients are differentiated again for a Hessian, and again for a third derivative. Plain `a / b` and
-`jnp.log` would meet 0 · ∞ there; `ratio` and `log` carry rules written in themselves, so no order does.
+A rule's coefficients are differentiated again for a Hessian, and again for a third derivative, where a plain `a / b`
+would meet 0 · ∞ at a corner. `ratio` carries a rule written in itself, so no order does.
 """
 
 from __future__ import annotations
@@ -67,25 +67,6 @@ def _ratio_rule(primals, tangents):
 
 
 ratio.defjvp(_ratio_rule)
-
-
-@jax.custom_jvp
-def log(x: Array) -> Array:
-    """log x, sharing its one logarithm with `finite_log(x)` when both occur in a program."""
-    return jnp.where(x == 0, jnp.full_like(x, -jnp.inf), finite_log(x))
-
-
-# d log x/dx = 1/x
-def_partials(log, lambda x: ratio(jnp.ones_like(x), x))
-
-
-def finite_log(x: Array) -> Array:
-    """log max(x, tiny): log x for every x > 0, and finite at 0, so that 0 · finite_log(0) = 0 without a select.
-
-    A select inside a sum would make XLA write the whole operand to memory first, on a CPU. Not a rule: differentiate
-    what uses it.
-    """
-    return jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
 
 
 @jax.custom_jvp

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# (atanh v / v - 1) / v² as a polynomial in v², |v| ≤ 1/2, highest power first: Chebyshev approximations of relative
-# error 2⁻²⁷ and 2⁻⁵⁵, which weigh at most a tenth in the logarithm. The power series starts 1/3 + v²/5 + v⁴/7.
+# T as a polynomial in v², |v| ≤ 1/2, highest power first: Chebyshev approximations of relative error 2⁻²⁷ and 2⁻⁵⁵,
+# before the coefficients are rounded. T weighs at most a tenth in the logarithm and a quarter in the deviance.
 ATANH_TAIL = {
     np.dtype("float32"): (
         0.1562916538185637,

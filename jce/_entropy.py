@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
-from jce._calculus import def_partials, finite_log, log, negative
+from jce._calculus import def_partials, negative, ratio
 
 
 @public("axis")
@@ -53,8 +54,24 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
 
 @jax.custom_jvp
 def _p_log_p(p):
-    return p * finite_log(p)
+    return p * _finite_log(p)
 
 
 # d/dp p log p = log p + 1
-def_partials(_p_log_p, lambda p: log(p) + 1)
+def_partials(_p_log_p, lambda p: _log(p) + 1)
+
+
+@jax.custom_jvp
+def _log(p):
+    # Not jnp.log(p), so that a program with value and gradient computes one logarithm.
+    return jnp.where(p == 0, jnp.full_like(p, -jnp.inf), _finite_log(p))
+
+
+# d log p/dp = 1/p
+def_partials(_log, lambda p: ratio(jnp.ones_like(p), p))
+
+
+def _finite_log(p):
+    """log p for p > 0, and finite at 0, so that 0 log 0 = 0 without a select: inside a sum, a select would make XLA
+    write the N × n terms to memory first, on a CPU."""
+    return jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny))

@@ -132,9 +132,17 @@ def _deviance(p, q):
     return deviance(p, q, p - q)
 
 
+# ∂/∂p (p log p/q - p + q) = log p/q, ∂/∂q (p log p/q - p + q) = (q - p)/q
+def_partials(_deviance, lambda p, q: _log_ratio(p, q), lambda p, q: _excess(p, q))
+
+
 @jax.custom_jvp
 def _log_ratio(p, q):
     return log_ratio(p, q, p - q)
+
+
+# ∂/∂p log p/q = 1/p, ∂/∂q log p/q = -1/q
+def_partials(_log_ratio, lambda p, q: reciprocal(q, p), lambda p, q: -reciprocal(p, q))
 
 
 @jax.custom_jvp
@@ -142,10 +150,6 @@ def _excess(p, q):
     return jnp.where(both_zero(p, q), jnp.ones_like(q), (q - p) / jnp.abs(q))
 
 
-# ∂/∂p (p log p/q - p + q) = log p/q, ∂/∂q (p log p/q - p + q) = (q - p)/q
-def_partials(_deviance, _log_ratio, _excess)
-# ∂/∂p log p/q = 1/p, ∂/∂q log p/q = -1/q
-def_partials(_log_ratio, lambda p, q: reciprocal(q, p), lambda p, q: -reciprocal(p, q))
 # (q - p)/q = 1 - p/q
 def_twin(_excess, lambda p, q: -ratio(p, q))
 

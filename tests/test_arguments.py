@@ -249,7 +249,7 @@ def test_unlike_shapes(function):
         function,
         ones(4),
         ones(3),
-        wants="alpha and beta must have shapes that broadcast",
+        wants="the shapes of alpha and beta must broadcast",
         got="got alpha: float32[4], beta: float32[3]",
         do="Add axes of length 1",
     )

@@ -6,6 +6,7 @@ import pytest
 from kernels import TABLE, each_kernel, easy, gradient
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
 @pytest.mark.parametrize("shape", [(256, 1000), (4096, 10)])
 @pytest.mark.parametrize("kernel", TABLE[:2], ids=lambda kernel: kernel.name)
 def test_value_and_gradient_need_no_temporary_of_the_inputs_size(kernel, shape):

@@ -1,0 +1,408 @@
+"""min over q of H(p, q), on real text: `python -m jce.demo [TEXT]`.
+
+A text gives a batch of targets p, one a letter: how often each of a-z and space follows it, with many exact zeros. Each
+has its model q = softmax(θ), which starts at random and descends along ∇H(p, q). Since H(p, q) = H(p) + KL(p‖q), the
+least cross-entropy is the entropy, at q = p, and the gap is the KL divergence.
+
+The same in Python:
+
+    p, letters = transition_distributions(text)
+    for snapshot in fit(p, make_optimizer("lbfgs"), steps=1000):
+        print(snapshot.step, snapshot.kl)
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+import jce
+
+PROGRAM = "python -m jce.demo"
+
+try:
+    import matplotlib
+    import optax
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    missing = f"{PROGRAM} needs {error.name}, which isn't installed: pip install 'jce[demo]'"
+    if __name__ != "__main__":
+        raise ModuleNotFoundError(missing, name=error.name) from error
+    print(missing, file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+# The targets: next-character frequencies
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz "
+
+
+def transition_distributions(text: str) -> tuple[Array, str]:
+    """How often each character of a-z and space follows each other one.
+
+    The text is lower-cased, and whatever isn't a-z becomes one space a run. A letter that nothing follows has no
+    distribution, and no row.
+
+    Returns:
+      p: [m, 27], row i the distribution of the character after letters[i], columns in the order of `ALPHABET`.
+      letters: the m characters that have a row, in the order of `ALPHABET`.
+
+    Raises:
+      ValueError: if the text has no letter, or is a single one.
+    """
+    text = re.sub("[^a-z]+", " ", text.lower())
+    if not text.strip():
+        raise ValueError("has no letter from a to z")
+    if len(text) < 2:
+        raise ValueError("is a single letter, which nothing follows")
+    n = len(ALPHABET)
+    codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(int) - ord("a")
+    codes[codes < 0] = n - 1  # the space
+    counts = np.bincount(n * codes[:-1] + codes[1:], minlength=n * n).reshape(n, n)
+    occurs = counts.any(axis=1)
+    counts = counts[occurs]
+    return jnp.asarray(counts / counts.sum(axis=1, keepdims=True)), "".join(np.array(list(ALPHABET))[occurs])
+
+
+def default_text() -> str:
+    """The documentation that ships inside Python, some 400 000 characters of English."""
+    from pydoc_data.topics import topics
+
+    return " ".join(topics.values())
+
+
+# The fit: θ → q = softmax(θ), down the gradient of H(p, q)
+
+
+def _lbfgs(learning_rate: float) -> optax.GradientTransformationExtraArgs:
+    """optax's L-BFGS, without the steps that would raise the value.
+
+    Its curvature pairs are differences of float32 gradients and can point uphill, by whole nats at times; the line
+    search gives up on such a direction, but takes a step all the same. Each step that isn't taken adds a pair of zeros
+    to the memory, so the wrong pair leaves it.
+    """
+
+    def update(updates, state, params: Any = None, **extra):
+        descends = extra["value_fn"](params + updates) <= extra["value"]
+        return jnp.where(descends, updates, jnp.zeros_like(updates)), state
+
+    never_uphill = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return optax.chain(optax.lbfgs(learning_rate), never_uphill)
+
+
+# Each with a learning rate that suits any text. 2 is one over the largest curvature that H(p, softmax(θ)) can have: its
+# Hessian diag(q) - qqᵀ is at most 1/2.
+OPTIMIZERS: dict[str, tuple[Callable[[float], optax.GradientTransformation], float]] = {
+    "sgd": (optax.sgd, 2.0),
+    "nesterov": (functools.partial(optax.sgd, momentum=0.9, nesterov=True), 2.0),
+    "adam": (optax.adam, 0.3),
+    "lbfgs": (_lbfgs, 1.0),
+}
+
+
+@functools.cache  # the same object for the same arguments, so that `_descend` is compiled once
+def make_optimizer(name: str, learning_rate: float | None = None) -> optax.GradientTransformation:
+    """The optimizer of that name in `OPTIMIZERS`, at its own learning rate if none is given."""
+    make, default = OPTIMIZERS[name]
+    return make(default if learning_rate is None else learning_rate)
+
+
+class Snapshot(NamedTuple):
+    """What the fit has reached: q, and numbers that are means over the rows, or the largest of all entries."""
+
+    step: int
+    q: Array  # [m, 27]
+    entropy: float
+    cross_entropy: float
+    kl: float
+    distance: float  # max |q - p|
+    disagreement: float  # max |∇θ H by the chain rule - (q - p)|
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.cross_entropy)
+
+
+def fit(p: Array, optimizer: optax.GradientTransformation, steps: int, *, seed: int = 0) -> Iterator[Snapshot]:
+    """Minimizes H(p, softmax(θ)) from a random θ, and yields a snapshot now and then: at 0, at `steps`, and between.
+
+    A generator, so that whoever runs it can show how far it is, or stop; `list(fit(...))` is the history.
+
+    Args:
+      p: [m, n], a batch of targets, each fitted by itself.
+      optimizer: any of optax's.
+      steps: at least 1.
+      seed: of the standard normal θ to start from.
+
+    Raises:
+      FloatingPointError: if it diverges, so that H(p, q) is no longer finite.
+    """
+    theta = jax.random.normal(jax.random.key(seed), p.shape, p.dtype)
+    # Where optax starts from weakly typed zeros the loop returns strong ones, and would be compiled again for those.
+    state = jax.tree.map(lambda x: x.astype(x.dtype), jax.vmap(optimizer.init)(theta))
+    done = 0
+    for mark in _marks(steps):
+        theta, state = _descend(p, theta, state, mark - done, optimizer)
+        done = mark
+        q, *numbers = _measure(p, theta)
+        snapshot = Snapshot(mark, q, *map(float, numbers))
+        if not math.isfinite(snapshot.kl):
+            raise FloatingPointError(f"H(p,q) is {snapshot.cross_entropy} at step {mark}: the fit diverged")
+        yield snapshot
+
+
+def _marks(steps: int) -> list[int]:
+    """20 steps a decade for a curve on log axes, every hundredth of the way for the bar, and those of the table."""
+    curve = np.geomspace(1, steps, 2 + math.floor(20 * math.log10(steps))).round().astype(int).tolist()
+    bar = np.linspace(0, steps, 101).astype(int).tolist()
+    return sorted({*curve, *bar, *_table_marks(steps)})
+
+
+def _table_marks(steps: int) -> set[int]:
+    """0, 1, 3, 10, 30, 100 … and the last."""
+    return {0, steps} | {c * 10**k for k in range(len(str(steps))) for c in (1, 3) if c * 10**k < steps}
+
+
+# A loop with a traced bound, not a scan: one compilation serves every distance between two marks.
+@functools.partial(jax.jit, static_argnames="optimizer")
+def _descend(p, theta, state, steps, optimizer):
+    update = optax.with_extra_args_support(optimizer).update
+
+    def step(p, theta, state):
+        def loss(theta):
+            return jce.cross_entropy(p, jax.nn.softmax(theta))
+
+        def gap(theta):
+            return jce.generalized_kl_divergence(p, jax.nn.softmax(theta))
+
+        grad = jax.grad(loss)(theta)
+        # L-BFGS also compares values, in its line search. Near the minimum those of H(p, q) no longer differ from H(p)
+        # by more than an ulp; those of KL(p‖q), which differ from them by a constant, have all their digits.
+        direction, state = update(grad, state, theta, value=gap(theta), grad=grad, value_fn=gap)
+        return optax.apply_updates(theta, direction), state
+
+    return lax.fori_loop(0, steps, lambda _, carry: jax.vmap(step)(p, *carry), (theta, state))
+
+
+@jax.jit
+def _measure(p, theta):
+    q, h, h_pq, kl, distance, disagreement = jax.vmap(_measure_one)(p, theta)
+    return q, h.mean(), h_pq.mean(), kl.mean(), distance.max(), disagreement.max()
+
+
+def _measure_one(p, theta):
+    q = jax.nn.softmax(theta)
+    distance, disagreement = jnp.abs(q - p), jnp.abs(chain_rule_gradient(p, theta) - (q - p))
+    # The generalized form is KL here too, and can't be negative by rounding.
+    kl = jce.generalized_kl_divergence(p, q)
+    return q, jce.entropy(p), jce.cross_entropy(p, q), kl, distance.max(), disagreement.max()
+
+
+def chain_rule_gradient(p: Array, theta: Array) -> Array:
+    """∇θ H(p, q) in two factors, -p/q and the Jacobian of q = softmax(θ). It is q - p, where no q is left to divide."""
+    q, times_jacobian = jax.vjp(jax.nn.softmax, theta)
+    return times_jacobian(jax.grad(jce.cross_entropy, argnums=1)(p, q))[0]
+
+
+# The picture
+
+# Okabe and Ito's colours, told apart by every kind of colour vision, and a stroke each for none.
+LINES = {"sgd": ("#CC79A7", ":"), "nesterov": ("#009E73", "-."), "adam": ("#0072B2", "--"), "lbfgs": ("#D55E00", "-")}
+
+
+@matplotlib.rc_context({"font.size": 16, "axes.titlesize": 18, "axes.labelsize": 16, "figure.titlesize": 23})
+def picture(p: Array, letters: str, histories: dict[str, list[Snapshot]], name: str) -> Figure:
+    """p and the q of the optimizer of that name as heat maps, beside the gaps of all of them against steps."""
+    history = histories[name]
+    midway = next((s for s in history if s.kl < history[0].kl / 5), history[-1])
+    stages = {"start": history[0], "midway": midway, "end": history[-1]}
+    maps = {f"q, {when}: step {s.step}, gap {s.kl:.2g}": s.q for when, s in stages.items()}
+    figure = Figure(figsize=(18, 11), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    figure.suptitle("min H(p, q) over q = softmax(θ):  q learns what follows each character of the text")
+    left, right = figure.add_gridspec(1, 2, width_ratios=(1.95, 1), wspace=0.06)
+    _draw_heat_maps(figure, left, letters, {"p, the target": p} | maps)
+    _draw_gaps(figure.add_subplot(right), histories, name, stages)
+    return figure
+
+
+def _draw_heat_maps(figure: Figure, place: SubplotSpec, letters: str, maps: dict[str, Array]) -> None:
+    norm = PowerNorm(0.5, 0, 1)  # the square root, so that rare letters are seen
+    panels = list(place.subgridspec(2, 2).subplots(squeeze=False).flat)
+    for axes, (title, x) in zip(panels, maps.items(), strict=True):
+        axes.imshow(x, norm=norm, cmap="viridis", aspect="auto")
+        axes.set_title(title)
+        axes.set_xticks(range(len(ALPHABET)), ALPHABET.replace(" ", "␣"), fontsize=13)
+        axes.set_yticks(range(len(letters)), letters.replace(" ", "␣"), fontsize=12)
+        axes.tick_params(length=0)
+    for axes in panels[2:]:
+        axes.set_xlabel("next character")
+    for axes in panels[::2]:
+        axes.set_ylabel("character")
+    ticks = [0, 0.01, 0.05, 0.1, 0.25, 0.5, 1]
+    label = "probability (square-root scale)"
+    figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels, ticks=ticks, format="{x:g}", aspect=40, label=label)
+
+
+def _draw_gaps(axes: Axes, histories: dict[str, list[Snapshot]], name: str, stages: dict[str, Snapshot]) -> None:
+    for key, (colour, stroke) in LINES.items():
+        steps, gaps = zip(*((s.step, s.kl) for s in histories[key] if s.step), strict=True)
+        label = f"{key}, {gaps[-1]:.0e}"
+        axes.plot(steps, gaps, stroke, color=colour, linewidth=4, marker="o", markevery=[-1], label=label)
+    for step, (when, gap) in {s.step: (when, s.kl) for when, s in stages.items() if s.step}.items():
+        axes.plot(step, gap, "o", color=LINES[name][0], markersize=13, markeredgecolor="black", clip_on=False)
+        axes.annotate(when, (step, gap), (-6, -24), textcoords="offset points", ha="right")
+    axes.set(xscale="log", yscale="log")
+    axes.set(title="the gap, for four optimizers", xlabel="step", ylabel="H(p, q) − H(p) = KL(p‖q),  nats")
+    axes.margins(y=0.08)
+    axes.grid(color="0.88")
+    axes.legend(loc="lower left", title="the gap at the end", alignment="left", handlelength=3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# The command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print the usage too."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    rates = ", ".join(f"{rate:g} for {name}" for name, (_, rate) in OPTIMIZERS.items())
+    claim = "Minimize H(p,q) over q = softmax(theta), where p holds the next-character frequencies of a text."
+    parser = _Parser(prog=PROGRAM, description=claim, add_help=False)
+    add = parser.add_argument
+    add("text", metavar="TEXT", nargs="?", type=_text_file, help="A UTF-8 file (default: Python's own documentation).")
+    add("--optimizer", choices=OPTIMIZERS, default="lbfgs", help="What takes the steps (default: %(default)s).")
+    add("--learning-rate", type=_rate, metavar="RATE", help=f"The length of a step (default: {rates}).")
+    add("--steps", type=_integer(1, 10**9), default=1000, help="How many to take (default: %(default)s).")
+    add("--seed", type=_integer(0, 2**32 - 1), default=0, help="Draws the theta to start from (default: %(default)s).")
+    add("--out", type=_png, default="demo.png", metavar="FILE.png", help="The picture to write (default: %(default)s).")
+    add("--help", action="help", help="Show this and exit.")
+    return parser
+
+
+def _text_file(name: str) -> tuple[Array, str]:
+    try:
+        with open(name, encoding="utf-8") as file:
+            text = file.read()
+        if "\0" in text:
+            raise ValueError
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"can't read {name!r}: {error.strerror}") from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{name!r} isn't UTF-8 text") from None
+    try:
+        return transition_distributions(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{name!r} {error if text else 'is empty'}") from None
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive finite number, not {text!r}")
+    return rate
+
+
+def _integer(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d{1,20}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be an integer from {least} to {most}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _png(name: str) -> str:
+    folder = os.path.dirname(name)
+    if folder and not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"can't write {name!r}: there is no folder {folder!r}")
+    if not name.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"must end in .png, not {name!r}")
+    is_new = not os.path.exists(name)
+    try:
+        # Permission bits don't tell: a root user passes them all, even on a read-only disk.
+        with open(name, "ab"):
+            pass
+        if is_new:
+            os.remove(name)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"can't write {name!r}: {error.strerror}") from None
+    return name
+
+
+HEADER = f"{'step':>9} {'H(p)':>9} {'H(p,q)':>9} {'KL':>9} {'perplexity':>11} {'max|q-p|':>9}"
+
+
+def _row(s: Snapshot) -> str:
+    return f"{s.step:9} {s.entropy:9.6f} {s.cross_entropy:9.6f} {s.kl:9.2e} {s.perplexity:11.6f} {s.distance:9.2e}"
+
+
+def _watch(p: Array, name: str, rate: float, steps: int, seed: int, rows: Container[int] = ()) -> list[Snapshot]:
+    """The history of a fit, shown as it happens: a progress bar, and a line of the table at each of these steps."""
+    history = []
+    with tqdm(total=steps, desc=f"{name:8}", unit=" steps", leave=False, dynamic_ncols=True) as bar:
+        for s in fit(p, make_optimizer(name, rate), steps, seed=seed):
+            bar.set_postfix_str(f"H(p,q) {s.cross_entropy:.6f}, H(p) {s.entropy:.6f}, gap {s.kl:.1e}", refresh=False)
+            bar.update(s.step - bar.n)
+            if s.step in rows:
+                bar.write(_row(s))
+            history.append(s)
+    return history
+
+
+def _run(args: argparse.Namespace) -> None:
+    p, letters = args.text or transition_distributions(default_text())
+    chosen, rates = args.optimizer, {name: rate for name, (_, rate) in OPTIMIZERS.items()}
+    rates[chosen] = args.learning_rate or rates[chosen]
+    zeros = int((p == 0).sum())
+    print(f"p: the next-character frequencies, {len(letters)} x {len(ALPHABET)}, {zeros} of them exactly 0")
+    print(f"q: softmax(theta), by {chosen} with learning rate {rates[chosen]:g} from seed {args.seed}")
+    print(f"H(p), H(p,q) and KL: means over the rows, in nats; perplexity: exp H(p,q)\n\n{HEADER}")
+    history = _watch(p, chosen, rates[chosen], args.steps, args.seed, _table_marks(args.steps))
+    largest = max(s.disagreement for s in history)
+    print("\ngradient of H(p,q) in theta, by the chain rule through -p/q and the softmax's Jacobian,")
+    print(f"and in closed form, q - p: largest difference {largest:.1e}")
+    others = {name: _watch(p, name, rates[name], args.steps, args.seed) for name in OPTIMIZERS if name != chosen}
+    print(f"the others' KL after {args.steps}: {', '.join(f'{k} {h[-1].kl:.2e}' for k, h in others.items())}")
+    picture(p, letters, others | {chosen: history}, chosen).savefig(args.out)
+    print(f"picture: {args.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo; the exit status is 2 for wrong input, 1 if the fit diverges, 130 if it is interrupted."""
+    try:
+        _run(_parser().parse_args(argv))
+    except FloatingPointError as error:
+        print(f"{PROGRAM}: {error}; choose a smaller --learning-rate", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -8,13 +8,20 @@ Pure, jitted functions of arrays, each with its closed-form derivative as a `cus
 
 from importlib.metadata import version as _version
 
-from jce._binary import binary_cross_entropy as binary_cross_entropy
-from jce._binary import binary_entropy as binary_entropy
-from jce._binary import binary_kl_divergence as binary_kl_divergence
-from jce._check import check_distribution as check_distribution
-from jce._cross_entropy import cross_entropy as cross_entropy
-from jce._entropy import entropy as entropy
-from jce._kl_divergence import generalized_kl_divergence as generalized_kl_divergence
-from jce._kl_divergence import kl_divergence as kl_divergence
+from jce._binary import binary_cross_entropy, binary_entropy, binary_kl_divergence
+from jce._check import check_distribution
+from jce._cross_entropy import cross_entropy
+from jce._entropy import entropy
+from jce._kl_divergence import generalized_kl_divergence, kl_divergence
 
+__all__ = [
+    "binary_cross_entropy",
+    "binary_entropy",
+    "binary_kl_divergence",
+    "check_distribution",
+    "cross_entropy",
+    "entropy",
+    "generalized_kl_divergence",
+    "kl_divergence",
+]
 __version__ = _version("jce")

@@ -30,16 +30,16 @@ def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:
 
 def distributions(function: str, axis: int, where: ArrayLike | None, **arguments: ArrayLike) -> tuple[list[Array], int]:
     """The arguments as floating-point arrays of one dtype and shape, with excluded classes 0; and axis < 0."""
-    arrays = _as_floats(function, arguments)
+    arrays, given = _as_floats(function, arguments), axis
     axis = _class_axis(function, axis, arguments, arrays)
     if len({x.shape[axis] for x in arrays}) > 1:
         raise ValueError(
-            f"{function}: {_and(arguments)} must have the same number of classes along axis {axis}, which is never"
+            f"{function}: {_and(arguments)} must have the same number of classes along axis={given}, which is never"
             f" broadcast; got {_describe(arguments)}. Say which axis holds the classes with axis=, or pad with zeros."
         )
     arrays = _broadcast(function, "the batch axes", arguments, arrays)
     if where is not None:
-        mask = _mask(function, where, arrays[0].shape, arguments)
+        mask = _mask(function, where, arrays[0].shape, axis, arguments)
         # The select stands outside every rule, so an excluded entry's derivative is exactly 0, whatever it holds.
         arrays = [jnp.where(mask, x, jnp.zeros_like(x)) for x in arrays]
     return arrays, axis
@@ -78,7 +78,7 @@ def _as_array(function: str, name: str, x: ArrayLike) -> Array:
     except (TypeError, ValueError):
         raise TypeError(
             f"{function}: {name} must be an array, a number or a rectangular nest of numbers;"
-            f" got {name}: {type(x).__name__}. Convert it with jnp.asarray first."
+            f" got {name}: {type(x).__name__}. Pass what jnp.asarray takes."
         ) from None
 
 
@@ -91,10 +91,12 @@ def _class_axis(function: str, axis: int, arguments: dict[str, ArrayLike], array
             f" are the binary functions."
         )
     ndim = max(x.ndim for x in arrays)
-    try:
-        axis = operator.index(axis)
-    except TypeError:
-        raise ValueError(f"{function}: axis must be one int; got axis={axis!r}. Merge several axes first.") from None
+    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
+        raise ValueError(
+            f"{function}: axis must be one int; got axis={axis!r}. Name the axis that holds the classes; of several,"
+            f" make one with reshape first."
+        )
+    given, axis = axis, operator.index(axis)
     if not -ndim <= axis < ndim:
         raise ValueError(
             f"{function}: axis must be from {-ndim} to {ndim - 1}; got axis={axis} with {_describe(arguments)}."
@@ -103,13 +105,13 @@ def _class_axis(function: str, axis: int, arguments: dict[str, ArrayLike], array
     axis = axis - ndim if axis >= 0 else axis
     if min(x.ndim for x in arrays) < -axis:
         raise ValueError(
-            f"{function}: {_and(arguments)} must each have the class axis {axis}, which is never broadcast;"
-            f" got {_describe(arguments)}. Add the missing axis, or use jax.vmap."
+            f"{function}: {_and(arguments)} must each have the class axis, which is never broadcast; got axis={given}"
+            f" of the broadcast shape with {_describe(arguments)}. Add the missing axis, or use jax.vmap."
         )
     return axis
 
 
-def _mask(function: str, where: ArrayLike, shape: tuple[int, ...], arguments: dict[str, ArrayLike]) -> Array:
+def _mask(function: str, where: ArrayLike, shape: tuple[int, ...], axis: int, arguments: dict[str, ArrayLike]) -> Array:
     got = {"where": where, **arguments}
     mask = _as_array(function, "where", where)
     if mask.dtype != bool:
@@ -121,7 +123,7 @@ def _mask(function: str, where: ArrayLike, shape: tuple[int, ...], arguments: di
     if not fits:
         raise ValueError(
             f"{function}: where must broadcast to the shape {shape} of {_and(arguments)}; got {_describe(got)}."
-            f" To drop whole distributions, give it a class axis of length 1: where=mask[..., None]."
+            f" To drop whole distributions, give it a class axis of length 1: where=jnp.expand_dims(mask, {axis})."
         )
     return jnp.broadcast_to(mask, shape)
 

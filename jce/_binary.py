@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from jce._arguments import elementwise, public
@@ -191,6 +191,5 @@ def _agree(a, b):
 
 def _log_complement(b):
     """log(1 - β), from the rounded 1 - β and what the rounding lost. log1p is further off, up to 128 ulp in float64."""
-    finfo = jnp.finfo(b.dtype)
-    c = lax.reduce_precision(1 - b, finfo.nexp, finfo.nmant)  # or XLA takes 1 - (1 - β) for β
-    return jnp.log(c) + ((1 - c) - b) / jnp.maximum(c, finfo.tiny)
+    c = 1 - b
+    return jnp.log(c) + ((1 - c) - b) / jnp.maximum(c, jnp.finfo(b.dtype).tiny)

@@ -17,23 +17,21 @@ from jax.custom_derivatives import SymbolicZero
 from jce._mul0 import mul0
 
 
-def directional_derivative(primals, tangents, *partials: Callable[..., Array]) -> Array | None:
-    """Σᵢ ∂ᵢf · tᵢ, elementwise; None if every tᵢ is a symbolic zero: what isn't differentiated adds nothing."""
+def directional_derivative(primals, tangents, *partials: Callable[..., Array]) -> Array:
+    """Σᵢ ∂ᵢf · tᵢ, elementwise, over the arguments that are differentiated: the others add nothing."""
     terms = [
         mul0(partial(*primals), t)
         for partial, t in zip(partials, tangents, strict=True)
         if not isinstance(t, SymbolicZero)
     ]
-    return functools.reduce(jnp.add, terms) if terms else None
+    return functools.reduce(jnp.add, terms)
 
 
 def def_partials(kernel: jax.custom_jvp, *partials: Callable[..., Array]) -> None:
     """Gives an elementwise kernel its rule: one partial derivative an argument, as functions of all arguments."""
 
     def rule(primals, tangents):
-        value = kernel(*primals)
-        tangent = directional_derivative(primals, tangents, *partials)
-        return value, jnp.zeros_like(value) if tangent is None else tangent
+        return kernel(*primals), directional_derivative(primals, tangents, *partials)
 
     kernel.defjvp(rule, symbolic_zeros=True)
 

@@ -19,7 +19,7 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
 
     Args:
       p: real, shape [..., n, ...].
-      axis: the axis of the n classes.
+      axis: the axis of the n classes, an int.
       atol: how far a sum may be from 1, or an entry below 0. By default the square root of the machine epsilon of
         p's dtype: 3e-4 in float32, 1e-8 in float64, 9e-2 in bfloat16.
 
@@ -28,28 +28,31 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
 
     Raises:
       ValueError: where a distribution is violated, naming the worst one, its sum and its smallest entry (a NaN is the
-        worst of all); if `p` has no class axis; if `axis` is not an int in range.
+        worst of all); if `p` has no class axis; if `axis` is not an int in range; if `atol` < 0.
       TypeError: if `p` is not real.
 
     Example:
       >>> jce.check_distribution([[0.25, 0.75], [1.0, 0.0]])
     """
-    (x,), axis = distributions("check_distribution", axis, None, p=p)
+    (x,), class_axis = distributions("check_distribution", axis, None, p=p)
     dtype = jnp.asarray(p).dtype
     eps = float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.floating) else x.dtype).eps)
-    tolerance = eps**0.5 if atol is None else atol
-    sums, smallest = x.sum(axis), x.min(axis, initial=jnp.inf)
+    if atol is not None and not atol >= 0:
+        raise ValueError(f"check_distribution: atol must be ≥ 0; got atol={atol}. Leave it out for the dtype's own.")
+    tolerance = eps**0.5 if atol is None else float(atol)
+    sums, smallest = x.sum(class_axis), x.min(class_axis, initial=1)
     if sums.size == 0:
         return
     violation = jnp.nan_to_num(jnp.maximum(jnp.abs(sums - 1), -smallest), nan=jnp.inf).ravel()
     worst = violation.argmax()
     message = (
-        f"check_distribution: p{{where}} is not a distribution along axis {axis}: its sum is {{sum}} and its smallest"
+        f"check_distribution: p{{where}} is not a distribution along axis={axis}: its sum is {{sum}} and its smallest"
         f" entry {{smallest}}, with atol={tolerance:.3g}. Normalize it, or pass the atol that its rounding needs."
     )
     found = {"sum": sums.ravel()[worst], "smallest": smallest.ravel()[worst]}
     if isinstance(violation, Tracer):
-        message = message.format(where=" (row {row} of the batch)", sum="{sum}", smallest="{smallest}")
+        row = " (row {row} of the batch)" if sums.ndim else ""
+        message = message.format(where=row, sum="{sum}", smallest="{smallest}")
         checkify.debug_check(violation[worst] <= tolerance, message, row=worst, **found)
     elif violation[worst] > tolerance:
         index = [int(i) for i in np.unravel_index(int(worst), sums.shape)]

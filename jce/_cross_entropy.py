@@ -21,15 +21,15 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
     Args:
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
-      axis: the axis of the n classes, an int.
+      axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcasts to the shape of p and q. A class where it is False takes no part, whatever it holds; a
-        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops whole rows.
+        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
-      pᵢ = 0 contributes 0, whatever qᵢ is, and ∂H/∂qᵢ = 0. pᵢ > 0 = qᵢ makes H = +∞, with ∂H/∂qᵢ = -∞ and
+      pᵢ = 0 contributes 0, whatever number qᵢ is, and ∂H/∂qᵢ = 0. pᵢ > 0 = qᵢ makes H = +∞, with ∂H/∂qᵢ = -∞ and
       ∂H/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: 0 for both. An infinite derivative times a tangent or a cotangent
       that is exactly 0 is 0. n = 0 gives 0.
 

@@ -19,9 +19,9 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
 
     Args:
       p: real, [..., n, ...], probabilities of n classes along `axis`.
-      axis: the axis of the n classes, an int.
+      axis: the axis of the n classes: a static int.
       where: bool, broadcasts to the shape of p. A class where it is False takes no part, whatever it holds; a
-        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops whole rows.
+        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
 
     Returns:
       [..., ...], p without `axis`; float32, or float64 if p is.

@@ -27,9 +27,9 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
     Args:
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
-      axis: the axis of the n classes, an int.
+      axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcasts to the shape of p and q. A class where it is False takes no part, whatever it holds; a
-        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops whole rows.
+        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
@@ -76,8 +76,7 @@ def _kl_rule(axis, primals, tangents):
         lambda p, q: jnp.where(both_zero(p, q), jnp.zeros_like(p), _log_ratio(p, q) + 1),
         lambda p, q: -ratio(p, q),
     )
-    value = _kl(*primals, axis)
-    return value, jnp.zeros_like(value) if tangent is None else tangent.sum(axis)
+    return _kl(*primals, axis), tangent.sum(axis)
 
 
 _kl.defjvp(_kl_rule, symbolic_zeros=True)
@@ -93,9 +92,9 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
     Args:
       p: real, [..., n, ...], the target's weights of n classes along `axis`.
       q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
-      axis: the axis of the n classes, an int.
+      axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcasts to the shape of p and q. A class where it is False takes no part, whatever it holds; a
-        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops whole rows.
+        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.

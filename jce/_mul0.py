@@ -20,25 +20,32 @@ _mul0_p = Primitive("mul0")
 
 def mul0(c: Array, t: Array) -> Array:
     """c · t elementwise, and 0 where t = 0, whatever c is there. Equal shapes and dtypes; linear in each argument."""
-    return _mul0_p.bind(c, t)
+    return _mul0_p.bind(c, t, symmetric=False)
 
 
-def _multiply_and_select(c, t):
-    return jnp.where(t == 0, jnp.zeros_like(t), c * t)
+def _multiply_and_select(c, t, *, symmetric):
+    return jnp.where((c == 0) | (t == 0) if symmetric else t == 0, jnp.zeros_like(t), c * t)
 
 
-def _batch(args, axes):
+def _symmetric(c, t):
+    # In a first derivative only t is ever exactly 0, and one comparison is all it pays for. Differentiated again, c has
+    # a tangent too, which may be 0 where t is infinite.
+    return _mul0_p.bind(c, t, symmetric=True)
+
+
+def _batch(args, axes, *, symmetric):
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
     c, t = (
         jnp.broadcast_to(x[None], (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(args, axes, strict=True)
     )
-    return mul0(c, t), 0
+    return _mul0_p.bind(c, t, symmetric=symmetric), 0
 
 
-_mul0_p.def_impl(jax.jit(_multiply_and_select))
+_mul0_p.def_impl(jax.jit(_multiply_and_select, static_argnames="symmetric"))
 # Its type (shape, dtype, sharding, varying manual axes) is the ordinary product's.
-_mul0_p.def_abstract_eval(lambda c, t: mul_p.abstract_eval(c, t)[0])
-ad.defbilinear(_mul0_p, lambda ct, c, t: mul0(ct, t), lambda ct, c, t: mul0(c, ct))
+_mul0_p.def_abstract_eval(lambda c, t, *, symmetric: mul_p.abstract_eval(c, t)[0])
+ad.defbilinear(_mul0_p, lambda ct, c, t, **p: _mul0_p.bind(ct, t, **p), lambda ct, c, t, **p: _mul0_p.bind(c, ct, **p))
+ad.defjvp(_mul0_p, lambda dc, c, t, **_: _symmetric(dc, t), lambda dt, c, t, **_: _symmetric(c, dt))
 batching.primitive_batchers[_mul0_p] = _batch
 mlir.register_lowering(_mul0_p, mlir.lower_fun(_multiply_and_select, multiple_results=False))

@@ -296,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_integer(1, 10**9), default=1000, help="How many to take (default: %(default)s).")
     add("--seed", type=_integer(0, 2**32 - 1), default=0, help="Draws the theta to start from (default: %(default)s).")
     add("--out", type=_png, default="demo.png", metavar="FILE.png", help="The picture to write (default: %(default)s).")
-    add("--help", action="help", help="Show this and exit.")
+    add("-h", "--help", action="help", help="Show this and exit.")
     return parser
 
 

@@ -14,6 +14,7 @@ import jce
 
 INF, NAN = np.inf, np.nan
 LOG2 = float(np.log(2.0))
+TINY = 2.0**-126  # the smallest normal float32
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ TABLE = [
             Corner(([0.5, 0.5],), LOG2, ([LOG2 - 1, LOG2 - 1],)),
             Corner(([0.0, 0.0],), 0.0, ([INF, INF],)),
             Corner(([-0.0, 1.0],), 0.0, ([INF, -1.0],)),
+            Corner(([TINY, 1.0],), 126 * LOG2 * TINY, ([126 * LOG2 - 1, -1.0],)),
             Corner(([NAN, 1.0],), NAN, ([NAN, -1.0],)),
         ],
     ),
@@ -203,7 +205,8 @@ TABLE = [
             Corner(([0.0, 1.0], [0.0, 0.5]), LOG2, ([0.0, LOG2], [0.0, -2.0])),
             Corner(([0.5, 0.5], [0.0, 1.0]), INF, ([INF, 0.0], [-INF, -0.5])),
             Corner(([0.5, 0.5], [-0.0, 1.0]), INF, ([INF, 0.0], [-INF, -0.5])),
-            Corner(([2.0**-126, 1.0], [0.0, 1.0]), INF, ([INF, 0.0], [-INF, -1.0])),
+            Corner(([TINY, 1.0], [0.0, 1.0]), INF, ([INF, 0.0], [-INF, -1.0])),
+            Corner(([0.0, 1.0], [TINY, 1.0]), 0.0, ([126 * LOG2, 0.0], [0.0, -1.0])),
             Corner(([0.0, 0.0], [0.0, 0.0]), 0.0, ([0.0, 0.0], [0.0, 0.0])),
             Corner(([NAN, 1.0], [1.0, 1.0]), NAN, ([NAN, 0.0], [NAN, -1.0])),
             Corner(([1.0, 1.0], [NAN, 1.0]), NAN, ([NAN, 0.0], [NAN, -1.0])),
@@ -224,7 +227,7 @@ TABLE = [
             Corner(([0.5, 0.5], [0.5, 0.5]), 0.0, ([1.0, 1.0], [-1.0, -1.0])),
             Corner(([0.5, 0.5], [0.0, 1.0]), INF, ([INF, 1 - LOG2], [-INF, -0.5])),
             Corner(([0.5, 0.5], [-0.0, 1.0]), INF, ([INF, 1 - LOG2], [-INF, -0.5])),
-            Corner(([2.0**-126, 1.0], [0.0, 1.0]), INF, ([INF, 1.0], [-INF, -1.0])),
+            Corner(([TINY, 1.0], [0.0, 1.0]), INF, ([INF, 1.0], [-INF, -1.0])),
             Corner(([0.0, 0.0], [0.0, 0.0]), 0.0, ([0.0, 0.0], [0.0, 0.0])),
             Corner(([NAN, 1.0], [1.0, 1.0]), NAN, ([NAN, 1.0], [NAN, -1.0])),
             Corner(([1.0, 1.0], [NAN, 1.0]), NAN, ([NAN, 1.0], [NAN, -1.0])),
@@ -244,7 +247,7 @@ TABLE = [
             Corner(([0.0, 1.0], [2.0, 1.0]), 2.0, ([-INF, 0.0], [1.0, 0.0])),
             Corner(([0.5, 0.5], [0.0, 1.0]), INF, ([INF, -LOG2], [-INF, 0.5])),
             Corner(([0.5, 0.5], [-0.0, 1.0]), INF, ([INF, -LOG2], [-INF, 0.5])),
-            Corner(([2.0**-126, 1.0], [0.0, 1.0]), INF, ([INF, 0.0], [-INF, 0.0])),
+            Corner(([TINY, 1.0], [0.0, 1.0]), INF, ([INF, 0.0], [-INF, 0.0])),
             Corner(([0.0, 0.0], [0.0, 0.0]), 0.0, ([0.0, 0.0], [1.0, 1.0])),
             Corner(([NAN, 1.0], [1.0, 1.0]), NAN, ([NAN, 0.0], [NAN, 0.0])),
             Corner(([1.0, 1.0], [NAN, 1.0]), NAN, ([NAN, 0.0], [NAN, 0.0])),
@@ -289,6 +292,7 @@ TABLE = [
             Corner((0.5, -0.0), INF, (INF, -INF)),
             Corner((0.5, 1.0), INF, (-INF, INF)),
             Corner((0.5, 0.5), LOG2, (0.0, 0.0)),
+            Corner((0.25, 0.25), 2 * LOG2 - 0.75 * np.log(3.0), (np.log(3.0), 0.0)),
             Corner((NAN, 0.5), NAN, (0.0, NAN)),
             Corner((0.5, NAN), NAN, (NAN, NAN)),
         ],
@@ -315,6 +319,7 @@ TABLE = [
             Corner((0.5, -0.0), INF, (INF, -INF)),
             Corner((0.5, 1.0), INF, (-INF, INF)),
             Corner((0.5, 0.5), 0.0, (0.0, 0.0)),
+            Corner((0.25, 0.25), 0.0, (0.0, 0.0)),
             Corner((NAN, 0.5), NAN, (NAN, NAN)),
             Corner((0.5, NAN), NAN, (NAN, NAN)),
         ],

@@ -150,7 +150,7 @@ def test_not_an_array(kernel):
             *arguments,
             wants=f"{first} must be an array, a number or a rectangular nest of numbers",
             got=f"got {first}: {type(wrong).__name__}",
-            do="Convert it with jnp.asarray first",
+            do="Pass what jnp.asarray takes",
         )
 
 
@@ -183,17 +183,18 @@ def test_axis_out_of_range(kernel):
 
 
 @each_with_classes
-def test_several_axes(kernel):
+def test_an_axis_that_is_no_int(kernel):
     arguments = [ones(2, 3) for _ in kernel.arguments]
-    complains(
-        ValueError,
-        kernel.function,
-        *arguments,
-        axis=(0, 1),
-        wants="axis must be one int",
-        got="got axis=(0, 1)",
-        do="Merge several axes first",
-    )
+    for axis in ((0, 1), 1.0, True, None):
+        complains(
+            ValueError,
+            kernel.function,
+            *arguments,
+            axis=axis,
+            wants="axis must be one int",
+            got=f"got axis={axis!r}",
+            do="make one with reshape first",
+        )
 
 
 two_distributions = pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_unlike_numbers_of_classes(function, n):
         function,
         ones(2, 3),
         ones(2, n),
-        wants="p and q must have the same number of classes along axis -1, which is never broadcast",
+        wants="p and q must have the same number of classes along axis=-1, which is never broadcast",
         got=f"got p: float32[2,3], q: float32[2,{n}]",
         do="axis=",
     )
@@ -223,10 +224,17 @@ def test_a_class_axis_is_never_broadcast(function):
         ones(3),
         ones(2, 3),
         axis=0,
-        wants="p and q must each have the class axis -2",
-        got="got p: float32[3], q: float32[2,3]",
+        wants="p and q must each have the class axis",
+        got="got axis=0 of the broadcast shape with p: float32[3], q: float32[2,3]",
         do="Add the missing axis",
     )
+
+
+@two_distributions
+def test_an_axis_counts_in_the_broadcast_shape(function):
+    p, q = np.full((2, 3), 1 / 3, np.float32), np.full(3, 1 / 3, np.float32)
+    np.testing.assert_array_equal(function(p, q, axis=1), function(p, p))
+    np.testing.assert_array_equal(function(q, p, axis=1), function(p, p))
 
 
 @two_distributions
@@ -256,9 +264,22 @@ def test_unlike_shapes(function):
 
 
 @each_with_classes
+def test_where_never_enlarges(kernel):
+    complains(
+        ValueError,
+        kernel.function,
+        *(ones(1, 3) for _ in kernel.arguments),
+        where=ones(2, 3, dtype=bool),
+        wants="where must broadcast to the shape (1, 3)",
+        got="got where: bool[2,3]",
+        do="where=jnp.expand_dims(mask, -1)",
+    )
+
+
+@each_with_classes
 def test_where(kernel):
     arguments = [ones(2, 3) for _ in kernel.arguments]
-    for shape in ((2,), (4, 2, 3)):
+    for shape in ((2,), (4, 2, 3), (2, 2, 3)):
         complains(
             ValueError,
             kernel.function,
@@ -266,7 +287,7 @@ def test_where(kernel):
             where=ones(*shape, dtype=bool),
             wants="where must broadcast to the shape (2, 3)",
             got=f"got where: bool[{','.join(map(str, shape))}], {kernel.arguments[0]}: float32[2,3]",
-            do="where=mask[..., None]",
+            do="where=jnp.expand_dims(mask, -1)",
         )
     complains(
         TypeError,

@@ -23,10 +23,10 @@ def test_accepts_distributions(dtype, rng):
 @pytest.mark.parametrize(
     ("p", "text"),
     [
-        ([[0.5, 0.5], [0.25, 0.5], [0.5, 0.75]], "p[1] is not a distribution along axis -1: its sum is 0.75 and its"),
-        ([[0.5, 0.5], [0.4, 0.6], [0.5, 0.75]], "p[2] is not a distribution along axis -1: its sum is 1.25 and its"),
-        ([-0.25, 1.25], "p is not a distribution along axis -1: its sum is 1 and its smallest entry -0.25"),
-        ([[[0.5, 0.5]], [[np.nan, 1.0]]], "p[1, 0] is not a distribution along axis -1: its sum is nan"),
+        ([[0.5, 0.5], [0.25, 0.5], [0.5, 0.75]], "p[1] is not a distribution along axis=-1: its sum is 0.75 and its"),
+        ([[0.5, 0.5], [0.4, 0.6], [0.5, 0.75]], "p[2] is not a distribution along axis=-1: its sum is 1.25 and its"),
+        ([-0.25, 1.25], "p is not a distribution along axis=-1: its sum is 1 and its smallest entry -0.25"),
+        ([[[0.5, 0.5]], [[np.nan, 1.0]]], "p[1, 0] is not a distribution along axis=-1: its sum is nan"),
         ([[2.0, 3.0], [np.nan, 1.0]], "p[1] is not"),
         (np.zeros((2, 0)), "its sum is 0"),
     ],
@@ -47,7 +47,19 @@ def test_atol():
         jce.check_distribution(np.array([0.5, 0.5000001]))
 
 
-@pytest.mark.parametrize("p", [np.float32(0.5), np.array([1j])])
+def test_default_atol_is_the_root_of_epsilon():
+    jce.check_distribution(np.float32([0.5, 0.5003]))
+    with pytest.raises(ValueError, match=r"with atol=0\.000345"):
+        jce.check_distribution(np.float32([0.5, 0.5005]))
+
+
+@pytest.mark.parametrize("atol", [-1, float("nan")])
+def test_wrong_atol(atol):
+    with pytest.raises(ValueError, match=r"^check_distribution: atol must be ≥ 0; got atol="):
+        jce.check_distribution([0.5, 0.5], atol=atol)
+
+
+@pytest.mark.parametrize("p", [np.float32(0.5), np.array([1j]), [[0.5], [0.5, 0.5]], "abc", None])
 def test_wrong_arguments(p):
     with pytest.raises((TypeError, ValueError), match=r"^check_distribution: p must"):
         jce.check_distribution(p)
@@ -66,4 +78,7 @@ def test_under_transformations():
     error.throw()
     error, _ = checked(bad)
     with pytest.raises(checkify.JaxRuntimeError, match=r"row 1 of the batch.*its sum is 2.0"):
+        error.throw()
+    error, _ = checkify.checkify(jax.vmap(jce.check_distribution), errors=checkify.user_checks)(bad)
+    with pytest.raises(checkify.JaxRuntimeError, match=r"p is not a distribution"):
         error.throw()

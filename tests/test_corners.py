@@ -93,6 +93,34 @@ def test_second_derivatives(kernel):
         assert not np.isnan(blocks[0][inside]).any()
 
 
+@each_kernel
+def test_third_derivatives(kernel):
+    """No NaN at third order either, in any direction, forward or reverse: 0 · ∞ enters at no order."""
+    arguments, values, _ = stacked(kernel)
+    last = len(arguments) - 1
+    # Not at the smallest normal number: there 1/q² is beyond the float range, and no corner.
+    huge = [((x != 0) & (np.abs(x) < 1e-30)).reshape(len(values), -1).any(1) for x in arguments]
+    inside = ~np.isnan(values) & ~np.any(huge, axis=0)
+    arguments = [x[inside] for x in arguments]
+    for outer in (jax.jacfwd, jax.jacrev):
+        third = jax.jit(jax.vmap(outer(jax.jacfwd(jax.jacrev(kernel.function, last), last), last)))(*arguments)
+        assert not np.isnan(third).any()
+
+
+def test_infinite_second_derivatives():
+    inf = np.inf
+    q = np.float32([0.5, 0.5])
+    for zero in (0.0, -0.0):
+        p = np.float32([zero, 1])
+        np.testing.assert_array_equal(jax.hessian(jce.entropy)(p), [[-inf, 0], [0, -1]])
+        for function in (jce.kl_divergence, jce.generalized_kl_divergence):
+            np.testing.assert_array_equal(jax.hessian(function)(p, q), [[inf, 0], [0, 1]])
+            np.testing.assert_array_equal(jax.hessian(function, 1)(q, p), [[inf, 0], [0, 0.5]])
+    for alpha in (0.0, -0.0, 1.0):
+        assert jax.grad(jax.grad(jce.binary_entropy))(alpha) == -inf
+        assert jax.grad(jax.grad(jce.binary_kl_divergence))(alpha, 0.5) == inf
+
+
 def test_finite_second_derivatives():
     """Where the first derivative is finite or its other argument's, the second is the formula's: p/q², 1/β², ..."""
     p, q = np.float32([0, 1]), np.float32([0.5, 0.5])

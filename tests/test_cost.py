@@ -16,7 +16,15 @@ def test_value_and_gradient_need_no_temporary_of_the_inputs_size(kernel, shape):
         function = jax.value_and_grad(lambda *x: kernel.function(*x).mean(), position)
         for program in (kernel.function, jax.jit(function)):
             temporaries = program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-            assert temporaries < 4 * np.prod(shape) / 10
+            assert temporaries < 4 * shape[0]  # less than a number a row, even
+
+
+@pytest.mark.parametrize("kernel", [k for k in TABLE if len(k.arguments) == 2], ids=lambda kernel: kernel.name)
+def test_what_is_not_differentiated_costs_nothing(kernel, rng):
+    p, q = easy(kernel, rng, (4, 5))
+    one = str(jax.make_jaxpr(lambda q: jax.jvp(lambda q: kernel.function(p, q), (q,), (q,)))(q))
+    both = str(jax.make_jaxpr(lambda p, q: jax.jvp(kernel.function, (p, q), (p, q)))(p, q))
+    assert both.count("mul0") == one.count("mul0") + 1
 
 
 @each_kernel

@@ -15,7 +15,7 @@ from kernels import TABLE
 import jce
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
-PUBLIC = {name: x for name, x in vars(jce).items() if callable(x) and not name.startswith("_")}
+PUBLIC = {name: getattr(jce, name) for name in jce.__all__}
 SECTIONS = ("Args:", "Returns:", "Raises:", "Example:")
 KERNEL_SECTIONS = ("At the boundary:", "Derivative:", "Not checked:")
 

@@ -17,46 +17,6 @@ LOG2 = float(np.log(2.0))
 TINY = 2.0**-126  # the smallest normal float32
 
 
-@dataclass(frozen=True)
-class Corner:
-    """Arguments where a formula read literally is 0 · ∞ or 0 / 0, and the truth there."""
-
-    arguments: tuple
-    value: float
-    gradient: tuple
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A public function, its formula in mpmath, where to try it, and how close it must come.
-
-    The formula takes one distribution an argument, as a list (classes) or a number (elementwise). Bars are in ulps of
-    the exact result, or of `value_scale` and `gradient_scale`, the sum of the absolute values of the closed form's
-    terms, where that is given; those of `hvp_bar` are always scaled, by Σ |Hᵢⱼ vⱼ|.
-    """
-
-    function: Callable
-    arguments: tuple[str, ...]
-    formula: Callable
-    value_bar: float
-    gradient_bar: tuple[float, ...]
-    hvp_bar: float
-    corners: Sequence[Corner]
-    value_scale: Callable | None = None
-    gradient_scale: tuple[Callable | None, ...] = (None, None)
-    never_negative: bool = False
-    has_classes: bool = True
-
-    @property
-    def name(self) -> str:
-        return self.function.__name__
-
-    def sample(self, rng: np.random.Generator, shape: tuple[int, ...], dtype) -> dict[str, list[np.ndarray]]:
-        """The arguments by regime, each of the shape given; for elementwise rows its last axis is a batch axis too."""
-        regimes = probability_regimes if self.has_classes else binary_regimes
-        return {name: list(pair[: len(self.arguments)]) for name, pair in regimes(rng, shape, dtype).items()}
-
-
 # Samplers
 
 
@@ -131,6 +91,48 @@ def binary_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]
         name: tuple(np.where(x == 0, x, np.clip(x, *clip)).astype(dtype) for x in pair)
         for name, pair in regimes.items()
     } | {"one ulp": (alpha, one_ulp)}
+
+
+@dataclass(frozen=True)
+class Corner:
+    """Arguments where a formula read literally is 0 · ∞ or 0 / 0, and the truth there."""
+
+    arguments: tuple
+    value: float
+    gradient: tuple
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A public function, its formula in mpmath, where to try it, and how close it must come.
+
+    The formula takes one distribution an argument, as a list (classes) or a number (elementwise). Bars are in ulps of
+    the exact result, or of `value_scale` and `gradient_scale`, the sum of the absolute values of the closed form's
+    terms, where that is given; those of `hvp_bar` are always scaled, by Σ |Hᵢⱼ vⱼ|. Derivatives are compared with the
+    formula's where every number is inside the open domain; on its edge are the corners.
+    """
+
+    function: Callable
+    arguments: tuple[str, ...]
+    formula: Callable
+    value_bar: float
+    gradient_bar: tuple[float, ...]
+    hvp_bar: float
+    corners: Sequence[Corner]
+    value_scale: Callable | None = None
+    gradient_scale: tuple[Callable | None, ...] = (None, None)
+    never_negative: bool = False
+    has_classes: bool = True
+    regimes: Callable = probability_regimes
+    domain: tuple[float, float] = (0, INF)
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    def sample(self, rng: np.random.Generator, shape: tuple[int, ...], dtype) -> dict[str, list[np.ndarray]]:
+        """The arguments by regime, each of the shape given; for elementwise rows its last axis is a batch axis too."""
+        return {name: list(pair[: len(self.arguments)]) for name, pair in self.regimes(rng, shape, dtype).items()}
 
 
 # Formulas
@@ -257,6 +259,8 @@ TABLE = [
         function=jce.binary_entropy,
         arguments=("alpha",),
         has_classes=False,
+        regimes=binary_regimes,
+        domain=(0, 1),
         formula=two_classes(entropy),
         value_bar=4,
         gradient_bar=(5,),
@@ -276,6 +280,8 @@ TABLE = [
         function=jce.binary_cross_entropy,
         arguments=("alpha", "beta"),
         has_classes=False,
+        regimes=binary_regimes,
+        domain=(0, 1),
         formula=two_classes(cross_entropy),
         value_bar=3,
         gradient_bar=(4, 4),
@@ -301,6 +307,8 @@ TABLE = [
         function=jce.binary_kl_divergence,
         arguments=("alpha", "beta"),
         has_classes=False,
+        regimes=binary_regimes,
+        domain=(0, 1),
         formula=two_classes(kl_divergence),
         value_bar=8,
         gradient_bar=(4, 4),

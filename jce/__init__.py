@@ -9,19 +9,31 @@ Pure, jitted functions of arrays, each with its closed-form derivative as a `cus
 from importlib.metadata import version as _version
 
 from jce._binary import binary_cross_entropy, binary_entropy, binary_kl_divergence
+from jce._binary_with_logits import (
+    binary_cross_entropy_with_logits,
+    binary_entropy_with_logits,
+    binary_kl_divergence_with_logits,
+)
 from jce._check import check_distribution
-from jce._cross_entropy import cross_entropy
-from jce._entropy import entropy
-from jce._kl_divergence import generalized_kl_divergence, kl_divergence
+from jce._cross_entropy import cross_entropy, cross_entropy_with_integer_labels, cross_entropy_with_logits
+from jce._entropy import entropy, entropy_with_logits
+from jce._kl_divergence import generalized_kl_divergence, kl_divergence, kl_divergence_with_logits
 
 __all__ = [
     "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
     "binary_entropy",
+    "binary_entropy_with_logits",
     "binary_kl_divergence",
+    "binary_kl_divergence_with_logits",
     "check_distribution",
     "cross_entropy",
+    "cross_entropy_with_integer_labels",
+    "cross_entropy_with_logits",
     "entropy",
+    "entropy_with_logits",
     "generalized_kl_divergence",
     "kl_divergence",
+    "kl_divergence_with_logits",
 ]
 __version__ = _version("jce")

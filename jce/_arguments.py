@@ -6,7 +6,7 @@ All of it is static, so it costs nothing at run time, and errors are raised whil
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar, cast
 
 import jax
@@ -28,8 +28,14 @@ def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:
     return _broadcast(function, "the shapes", arguments, _as_floats(function, arguments))
 
 
-def distributions(function: str, axis: int, where: ArrayLike | None, **arguments: ArrayLike) -> tuple[list[Array], int]:
-    """The arguments as floating-point arrays of one dtype and shape, with excluded classes 0; and axis < 0."""
+def distributions(
+    function: str, axis: int, where: ArrayLike | None, *, in_logits: Collection[str] = (), **arguments: ArrayLike
+) -> tuple[list[Array], int]:
+    """The arguments as floating-point arrays of one dtype and shape, and axis < 0.
+
+    Excluded classes have probability 0: a logit of -∞, in the arguments that are logits, and 0 in the others. A row of
+    logits with nothing left is certainty in the first class, which costs 0 in every function.
+    """
     arrays, given = _as_floats(function, arguments), axis
     axis = _class_axis(function, axis, arguments, arrays)
     if len({x.shape[axis] for x in arrays}) > 1:
@@ -41,8 +47,56 @@ def distributions(function: str, axis: int, where: ArrayLike | None, **arguments
     if where is not None:
         mask = _mask(function, where, arrays[0].shape, axis, arguments)
         # The select stands outside every rule, so an excluded entry's derivative is exactly 0, whatever it holds.
-        arrays = [jnp.where(mask, x, jnp.zeros_like(x)) for x in arrays]
+        arrays = [
+            jnp.where(mask, x, _impossible(mask, axis, x.dtype) if name in in_logits else jnp.zeros_like(x))
+            for name, x in zip(arguments, arrays, strict=True)
+        ]
+    if in_logits and arrays[0].shape[axis] == 0:
+        arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
     return arrays, axis
+
+
+def _impossible(mask: Array, axis: int, dtype) -> Array:
+    """Logits for excluded classes: -∞, and 0 for the first one where all are excluded."""
+    first = jnp.arange(mask.shape[axis]).reshape([-1 if a == mask.ndim + axis else 1 for a in range(mask.ndim)]) == 0
+    return jnp.where(first & ~mask.any(axis, keepdims=True), jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))
+
+
+def labelled(
+    function: str, axis: int, where: ArrayLike | None, labels: ArrayLike, logits: ArrayLike
+) -> tuple[Array, Array, Array, int]:
+    """Labels of the batch's shape, the logits as `distributions` reads them, 1 for each class kept, and axis < 0."""
+    got = {"labels": labels, "logits": logits}
+    y = _as_array(function, "labels", labels)
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: labels must be integers, a class index for each distribution; got {_describe(got)}. The"
+            f" target comes first, the model second; for probabilities as targets there is cross_entropy_with_logits."
+        )
+    (x,), axis = distributions(function, axis, where, in_logits=("logits",), logits=logits)
+    shape = jnp.asarray(logits).shape
+    batch = shape[: len(shape) + axis] + shape[len(shape) + axis + 1 :]
+    if y.shape != batch:
+        raise ValueError(
+            f"{function}: labels must have the shape of logits without the class axis, {batch}; got {_describe(got)}."
+            f" The target comes first, the model second; for one label against a batch of logits use jax.vmap."
+        )
+    kept = jnp.broadcast_to(True if where is None else jnp.asarray(where), shape)
+    # In a row with nothing left any label will do, also one that is none.
+    y = y if y.dtype.itemsize >= 4 else y.astype(jnp.int32)
+    y = jnp.where(kept.any(axis), y, jnp.zeros_like(y))
+    return y, x, jnp.ones_like(x) if shape[axis] == 0 else kept.astype(x.dtype), axis
+
+
+def fraction(function: str, **option: float) -> float:
+    """A static number from 0 to 1."""
+    ((name, value),) = option.items()
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
+        raise ValueError(
+            f"{function}: {name} must be a static number from 0 to 1; got {name}={value!r}. Pass the share of the"
+            f" target's weight that is spread over all classes, such as 0.1."
+        )
+    return float(value)
 
 
 def _broadcast(function: str, what: str, arguments: dict[str, ArrayLike], arrays: list[Array]) -> list[Array]:

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jce._arguments import elementwise, public
 from jce._calculus import both_zero, def_partials, def_twin, ratio, reciprocal
 from jce._deviance import deviance, log_ratio
+from jce._elementary import log_complement
 from jce._mul0 import mul0
 
 
@@ -93,7 +94,7 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
 @jax.custom_jvp
 def _cross_entropy(a, b):
-    return mul0(-jnp.log(b), a) + mul0(-_log_complement(b), 1 - a)
+    return mul0(-jnp.log(b), a) + mul0(-log_complement(b), 1 - a)
 
 
 # ∂H/∂α = log (1-β)/β, ∂H/∂β = (β-α)/(β(1-β))
@@ -187,9 +188,3 @@ def _precision(a, b):
 def _agree(a, b):
     """α = β = 0 or α = β = 1: one outcome is absent from both distributions."""
     return both_zero(a, b) | both_zero(1 - a, 1 - b)
-
-
-def _log_complement(b):
-    """log(1 - β), from the rounded 1 - β and what the rounding lost. log1p is further off, up to 128 ulp in float64."""
-    c = 1 - b
-    return jnp.log(c) + ((1 - c) - b) / jnp.maximum(c, jnp.finfo(b.dtype).tiny)

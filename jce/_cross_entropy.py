@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._arguments import distributions, public
+from jce._arguments import distributions, fraction, labelled, public
 from jce._calculus import both_zero, def_partials, negative, ratio, reciprocal
+from jce._mul0 import mul0
+from jce._softmax import another, centered, column, complement, off_label_sum, off_maximum_sum, softmax, surprisal
 
 
 @public("axis")
@@ -70,3 +75,180 @@ def _log_q(p, q):
 def_partials(_p_log_q, lambda p, q: jnp.where(both_zero(p, q), jnp.zeros_like(q), _log_q(p, q)), ratio)
 # ∂/∂q log q = 1/q
 def_partials(_log_q, lambda p, q: jnp.zeros_like(p), reciprocal)
+
+
+@public("axis")
+def cross_entropy_with_logits(
+    p: ArrayLike, logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
+) -> Array:
+    """H(p, q) = Σᵢ pᵢ log 1/qᵢ at q = softmax(logits), in nats: the cross-entropy of a target p and logits.
+
+    Relatively accurate where the model is sure and right: a loss of 1e-30 is 1e-30. Minimal over q at q = p.
+
+    Args:
+      p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
+      logits: real, [..., n, ...], the model's logits (or log-probabilities). Batch axes broadcast, the class axis
+        doesn't.
+      axis: the axis of the n classes: a static int, counted in the broadcast shape.
+      where: bool, broadcasts to the shape of p and logits. A class where it is False takes no part, whatever it holds;
+        a distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+
+    Returns:
+      [..., ...], the broadcast shape without `axis`; float32, or float64 if p or logits is.
+
+    At the boundary:
+      A logit of -∞ is a class of probability 0: where pᵢ = 0 it contributes 0, with derivative 0; where pᵢ > 0 it makes
+      H = +∞. ∂H/∂pᵢ = +∞ there. A NaN, a +∞ or nothing but -∞ among the logits makes its row NaN. n = 0 gives 0.
+
+    Derivative:
+      ∂H/∂xᵢ = qᵢ Σp - pᵢ, ∂H/∂pᵢ = log 1/qᵢ, each in its argument's dtype.
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, `axis` is not
+        an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      pᵢ ≥ 0 and Σ pᵢ = 1 (see `check_distribution`); a negative pᵢ makes H = +∞. Results below the smallest normal
+      number are 0 where XLA flushes them, as it does on a CPU.
+
+    Example:
+      >>> p, logits = jnp.array([1.0, 0.0, 0.0]), jnp.array([20.0, 0.0, 0.0])
+      >>> print(jce.cross_entropy_with_logits(p, logits), jax.grad(jce.cross_entropy_with_logits, 1)(p, logits))
+      4.1223074e-09 [-4.1223074e-09  2.0611537e-09  2.0611537e-09]
+    """
+    (p, x), axis = distributions("cross_entropy_with_logits", axis, where, in_logits=("logits",), p=p, logits=logits)
+    return _soft(p, x, axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _soft(p, x, axis):
+    m, s = off_maximum_sum(x, axis)
+    log_z = jnp.log1p(s)
+    surprisal = column(log_z, axis) - (x - column(another(m, log_z, x.shape[axis]), axis))
+    # A bound that is a number at p = 0, so that 0 · ∞ = 0, and beyond the float range at any p > 0.
+    info = jnp.finfo(p.dtype)
+    return (p * jnp.minimum(surprisal, info.max * (0.5 + p * (1.5 / info.tiny)))).sum(axis)
+
+
+# ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
+def _soft_rule(axis, primals, tangents):
+    p, x = primals
+    dp, dx = tangents
+    terms = []
+    if not isinstance(dp, SymbolicZero):
+        terms.append(mul0(surprisal(x, axis), dp))
+    if not isinstance(dx, SymbolicZero):
+        terms.append(mul0(_excess(p, x, axis), dx))
+    return _soft(p, x, axis), sum(terms[1:], terms[0]).sum(axis)
+
+
+_soft.defjvp(_soft_rule, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _excess(p, x, axis):
+    m, s = off_maximum_sum(x, axis)
+    total, z = p.sum(axis), 1 + s
+    d = x - column(another(m, s), axis)
+    # At a maximal class q = 1 - s/Z, and Σp - p is exact.
+    at_maximum = (column(total, axis) - p) - column(total * (s / z), axis)
+    return jnp.where(d == 0, at_maximum, jnp.exp(d) * column(total / z, axis) - p)
+
+
+@_excess.defjvp
+def _excess_rule(axis, primals, tangents):
+    (p, x), (dp, dx) = primals, tangents
+    q = softmax(x, axis)
+    total, d_total = (jnp.broadcast_to(t.sum(axis, keepdims=True), p.shape) for t in (p, dp))
+    # For a class of q > 1/2, q Σdp - dp is the sum of the other dp, less (1 - q) Σdp.
+    others = jnp.where(q > 0.5, jnp.zeros_like(dp), dp).sum(axis, keepdims=True)
+    dp_part = jnp.where(q > 0.5, others - mul0(complement(x, axis), d_total), mul0(q, d_total) - dp)
+    return _excess(p, x, axis), dp_part + mul0(q, mul0(total, centered(dx, x, axis)))
+
+
+@public("axis", "label_smoothing")
+def cross_entropy_with_integer_labels(
+    labels: ArrayLike,
+    logits: ArrayLike,
+    *,
+    label_smoothing: float = 0.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    """log 1/q_y at q = softmax(logits), in nats: the cross-entropy of one-hot targets, given as labels y, and logits.
+
+    With label_smoothing ε the target is (1-ε) one-hot + ε/n over all n classes, the label's included: the loss is
+    (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ. No one-hot array is built. Relatively accurate where the model is sure and right:
+    a loss of 1e-30 is 1e-30, and its gradient points the right way.
+
+    Args:
+      labels: integer, [..., ...], class indices: exactly the shape of logits without `axis`.
+      logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
+      label_smoothing: ε, a static number from 0 to 1.
+      axis: the axis of the n classes: a static int.
+      where: bool, broadcasts to the shape of logits. A class where it is False has probability 0, whatever it holds,
+        and n counts the others; a distribution with nothing left is 0, with gradient 0, whatever its label. So
+        `where=mask[..., None]` drops rows.
+
+    Returns:
+      [..., ...], the shape of labels; float32, or float64 if logits is.
+
+    At the boundary:
+      A label outside [0, n) makes its own row NaN, in value and gradient; it never counts from the end. A logit of -∞
+      is a class of probability 0, with derivative 0; at the label, or with label smoothing, it makes the loss +∞. A
+      NaN, a +∞ or nothing but -∞ makes a row NaN. n = 0 gives 0.
+
+    Derivative:
+      ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n, in logits' dtype; at ε = 0 relatively accurate for every i.
+
+    Raises:
+      TypeError: labels are not integers, logits not real, or `where` not boolean.
+      ValueError: labels don't have the shape of logits without the class axis, label_smoothing is not in [0, 1], there
+        is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+
+    Example:
+      >>> logits = jnp.array([[20.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
+      >>> print(jce.cross_entropy_with_integer_labels(jnp.array([0, 1]), logits))
+      [4.1223074e-09 1.4076060e+00]
+    """
+    smoothing = fraction("cross_entropy_with_integer_labels", label_smoothing=label_smoothing)
+    y, x, kept, axis = labelled("cross_entropy_with_integer_labels", axis, where, labels, logits)
+    loss = _label(y, x, axis)
+    if smoothing == 0:
+        return loss
+    uniform = kept / jnp.maximum(kept.sum(axis, keepdims=True), 1)
+    uniform_loss = _soft(uniform, x, axis)
+    if smoothing == 1:  # the label counts for nothing, even where its loss is +∞, but it still must be one
+        return jnp.where(jnp.isnan(loss), loss, uniform_loss)
+    return (1 - smoothing) * loss + smoothing * uniform_loss
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _label(y, x, axis):
+    m, s, x_y = off_label_sum(y, x, axis)
+    return (m - x_y) + jnp.log1p(s - (1 - jnp.exp(x_y - m)))
+
+
+# ∂/∂xᵢ log 1/q_y = qᵢ - [i = y]
+@_label.defjvp
+def _label_rule(axis, primals, tangents):
+    y, x = primals
+    return _label(y, x, axis), mul0(_label_excess(y, x, axis), tangents[1]).sum(axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _label_excess(y, x, axis):
+    m, s, x_y = off_label_sum(y, x, axis)
+    e = jnp.exp(x - column(m, axis))
+    is_label = lax.broadcasted_iota(y.dtype, x.shape, x.ndim + axis) == column(y, axis)
+    return jnp.where(is_label, column(-s, axis), e) / column(s + jnp.exp(x_y - m), axis)
+
+
+@_label_excess.defjvp
+def _label_excess_rule(axis, primals, tangents):
+    y, x = primals
+    return _label_excess(y, x, axis), mul0(softmax(x, axis), centered(tangents[1], x, axis))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -9,6 +11,8 @@ from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
 from jce._calculus import def_partials, negative, ratio
+from jce._mul0 import mul0
+from jce._softmax import another, column, off_maximum_sum, softmax, surprisal
 
 
 @public("axis")
@@ -75,3 +79,60 @@ def _finite_log(p):
     """log p for p > 0, and finite at 0, so that 0 log 0 = 0 without a select: inside a sum, a select would make XLA
     write the N × n terms to memory first, on a CPU."""
     return jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny))
+
+
+@public("axis")
+def entropy_with_logits(logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
+    """H(q) = Σᵢ qᵢ log 1/qᵢ of q = softmax(logits), in nats: the entropy of discrete distributions given by logits.
+
+    Between 0, at certainty, and log n, at equal logits; relatively accurate where one class takes nearly everything.
+
+    Args:
+      logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
+      axis: the axis of the n classes: a static int.
+      where: bool, broadcasts to the shape of logits. A class where it is False has probability 0, whatever it holds; a
+        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+
+    Returns:
+      [..., ...], logits without `axis`; float32, or float64 if logits is.
+
+    At the boundary:
+      A logit of -∞ is a class of probability 0: it contributes 0, with derivative 0. A NaN, a +∞ or nothing but -∞
+      makes its row NaN. n = 0 gives 0.
+
+    Derivative:
+      ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H), in logits' dtype.
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: there is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+
+    Example:
+      >>> print(jce.entropy_with_logits(jnp.array([[0.0, 0.0], [20.0, 0.0]])))
+      [6.9314718e-01 4.3284228e-08]
+    """
+    (x,), axis = distributions("entropy_with_logits", axis, where, in_logits=("logits",), logits=logits)
+    return _entropy_of_softmax(x, axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _entropy_of_softmax(x, axis):
+    # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z, without a term below 0
+    m, s = off_maximum_sum(x, axis)
+    log_z = jnp.log1p(s)
+    d = x - column(another(m, log_z, x.shape[axis]), axis)
+    # The lowest number for -∞, where eᵢ = 0 multiplies it.
+    return log_z - (jnp.exp(d) * jnp.maximum(d, jnp.finfo(x.dtype).min)).sum(axis) / (1 + s)
+
+
+# ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)
+@_entropy_of_softmax.defjvp
+def _entropy_of_softmax_rule(axis, primals, tangents):
+    (x,), (t,) = primals, tangents
+    h = _entropy_of_softmax(x, axis)
+    # q is 0 long before log 1/q is 10⁴. A number there, not +∞, is one that 0 can be multiplied with at every order.
+    excess = jnp.minimum(surprisal(x, axis), 1e4) - column(h, axis)
+    return h, mul0(mul0(excess, softmax(x, axis)), t).sum(axis)

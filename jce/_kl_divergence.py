@@ -11,7 +11,9 @@ from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
 from jce._calculus import both_zero, def_partials, def_twin, directional_derivative, ratio, reciprocal
-from jce._deviance import deviance, log_ratio
+from jce._deviance import deviance, deviance_from_log, log_ratio
+from jce._mul0 import mul0
+from jce._softmax import another, centered, column, off_maximum_sum, softmax
 
 
 @public("axis")
@@ -171,3 +173,133 @@ def _two_sum(a, b):
     s = a + b
     t = s - a
     return s, (a - (s - t)) + (b - t)
+
+
+@public("axis")
+def kl_divergence_with_logits(
+    p_logits: ArrayLike, q_logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
+) -> Array:
+    """KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ of p = softmax(p_logits) and q = softmax(q_logits), in nats.
+
+    ≥ 0 to the last bit, and relatively accurate also where the two are nearly the same. Not symmetric.
+
+    Args:
+      p_logits: real, [..., n, ...], the target's logits (or log-probabilities) of n classes along `axis`.
+      q_logits: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
+      axis: the axis of the n classes: a static int, counted in the broadcast shape.
+      where: bool, broadcasts to the shape of both. A class where it is False has probability 0 in both, whatever it
+        holds; a distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+
+    Returns:
+      [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
+
+    At the boundary:
+      A logit of -∞ is a class of probability 0. In p it contributes 0, with ∂KL/∂p_logits = 0. In q alone it makes
+      KL = +∞, with ∂KL/∂p_logits = +∞ there and -∞ at the other classes of p > 0; ∂KL/∂q_logits = q - p as everywhere.
+      A NaN, a +∞ or nothing but -∞ makes its row NaN. n = 0 gives 0.
+
+    Derivative:
+      ∂KL/∂p_logitsᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂q_logitsᵢ = qᵢ - pᵢ, each in its argument's dtype.
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, `axis` is not
+        an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+
+    Example:
+      >>> print(jce.kl_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
+      1.7358838e-21
+    """
+    names = ("p_logits", "q_logits")
+    (x, y), axis = distributions(
+        "kl_divergence_with_logits", axis, where, in_logits=names, p_logits=p_logits, q_logits=q_logits
+    )
+    return _kl_of_softmax(x, y, axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _kl_of_softmax(x, y, axis):
+    p, q, delta = _compare(x, y, axis)
+    return deviance_from_log(p, q, delta).sum(axis)
+
+
+# ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂yᵢ = qᵢ - pᵢ
+def _kl_of_softmax_rule(axis, primals, tangents):
+    x, y = primals
+    kl = _kl_of_softmax(x, y, axis)
+    tangent = directional_derivative(
+        primals, tangents, lambda x, y: _weighted_excess(x, y, axis), lambda x, y: _q_minus_p(x, y, axis)
+    )
+    return kl, tangent.sum(axis)
+
+
+_kl_of_softmax.defjvp(_kl_of_softmax_rule, symbolic_zeros=True)
+
+
+def _weighted_excess(x, y, axis):
+    """pᵢ (log pᵢ/qᵢ - KL)"""
+    p, log_p_q = softmax(x, axis), -_log_q_over_p(x, y, axis)
+    impossible = log_p_q == jnp.inf
+    infinite = column(_kl_of_softmax(x, y, axis), axis) == jnp.inf
+    excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), log_p_q), x, axis)
+    excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)
+    return mul0(excess, p)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _q_minus_p(x, y, axis):
+    p, q, delta = _compare(x, y, axis)
+    return (p + q) * jnp.tanh(delta / 2)
+
+
+@_q_minus_p.defjvp
+def _q_minus_p_rule(axis, primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    dq, dp = (mul0(softmax(z, axis), centered(t, z, axis)) for z, t in ((y, dy), (x, dx)))
+    return _q_minus_p(x, y, axis), dq - dp
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _log_q_over_p(x, y, axis):
+    return _compare(x, y, axis)[2]
+
+
+@_log_q_over_p.defjvp
+def _log_q_over_p_rule(axis, primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    return _log_q_over_p(x, y, axis), centered(dy, y, axis) - centered(dx, x, axis)
+
+
+def _compare(x, y, axis):
+    """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q."""
+    (m_x, s_x), (m_y, s_y) = off_maximum_sum(x, axis), off_maximum_sum(y, axis)
+    log_z_x, log_z_y = jnp.log1p(s_x), jnp.log1p(s_y)
+    # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x up to a number a row, by the rounding of the last. That number is
+    # Σ p (e^δ - 1) = Σ (p + q) tanh δ/2, which ought to be 0.
+    m, n = another(m_x, s_x), another(m_y, s_y)
+    p = jnp.exp((x - column(m, axis)) - column(log_z_x, axis))
+    q = jnp.exp((y - column(n, axis)) - column(log_z_y, axis))
+    delta = column(log_z_x - log_z_y, axis) - _difference(y, x, n, m, axis, 0.25)
+    surplus = ((p + q) * jnp.tanh(0.5 * delta)).sum(axis)
+    m, n = another(m_x, surplus * surplus), another(m_y, surplus * surplus)
+    p = jnp.exp(x - column(m, axis)) * column(1 / (1 + s_x), axis)
+    q = jnp.exp(y - column(n, axis)) * column(1 / (1 + s_y), axis)
+    return p, q, _difference(x, y, m, n, axis, 0.5) - column((log_z_y - log_z_x) + jnp.log1p(surplus), axis)
+
+
+def _difference(x, y, m, n, axis, k):
+    """(y - n) - (x - m) with a single rounding where it is small; -∞ where only y is, and a number where x is -∞."""
+    lowest = jnp.finfo(x.dtype).min * k
+    x, finite_y = jnp.maximum(x, lowest), jnp.maximum(y, lowest)
+    n_m, lost = _two_difference(n, m)
+    return ((y - x) - column(n_m, axis)) + (_two_difference(finite_y, x)[1] - column(lost, axis))
+
+
+def _two_difference(a, b):
+    """The rounded a - b, and what the rounding lost (Knuth, TAOCP 2, §4.2.2, theorem B)."""
+    d = a - b
+    t = d - a
+    return d, (a - (d - t)) - (b + t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -93,6 +94,92 @@ def binary_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]
     } | {"one ulp": (alpha, one_ulp)}
 
 
+def logit_rows(rng, shape, dtype) -> dict[str, np.ndarray]:
+    """Logits of every spread and offset; class 0, which the label rows take for their label, ahead or behind."""
+    n = shape[-1]
+
+    def normal(sigma, offset=0.0):
+        return sigma * rng.standard_normal(shape) + offset
+
+    def margin(gap, ahead):
+        x = normal(1)
+        x[..., 0 if ahead else 1] = x.max(-1) + gap
+        return x
+
+    def tied():
+        x = normal(3)
+        x[..., rng.integers(n)] = x[..., 0] = x.max(-1) + 1
+        return x
+
+    def masked():
+        x = normal(3)
+        return np.where((rng.random(shape) < 0.3) & (np.arange(n) > 1), -INF, x)
+
+    rows = {f"sigma {s}": normal(s) for s in (1, 3, 10)}
+    rows |= {f"ahead by {g}": margin(g, True) for g in (5, 10, 20, 40, 80)}
+    rows |= {f"behind by {g}": margin(g, False) for g in (5, 20, 80)}
+    rows |= {f"offset {o:g}": normal(3, o) for o in (1e4, -1e4, 1e6, -1e6)}
+    return {name: x.astype(dtype) for name, x in (rows | {"tied": tied(), "masked": masked()}).items()}
+
+
+def logit_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Two rows of logits: alike, far apart, and from 1 % to a few ulps apart."""
+
+    def near(x, epsilon):
+        return x, (x.astype(np.float64) + epsilon * rng.standard_normal(shape)).astype(dtype)
+
+    def other(x):
+        return np.where(np.isfinite(x), np.float64(3) * rng.standard_normal(shape), x).astype(dtype)
+
+    rows = logit_rows(rng, shape, dtype)
+    regimes = {name: (x, other(x)) for name, x in rows.items()}
+    regimes |= {f"near {e:g}": near(rows["sigma 3"], e) for e in (1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6)}
+    regimes |= {f"confident and near {e:g}": near(rows["ahead by 20"], e) for e in (1, 1e-2, 1e-4)}
+    return regimes | {"masked and near": near(rows["masked"], 1e-3)}
+
+
+def one_row_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray]]:
+    return {name: (x,) for name, x in logit_rows(rng, shape, dtype).items()}
+
+
+def soft_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Targets of every kind against logits of every kind."""
+    logits = logit_rows(rng, shape, dtype)
+    p = {name: pair[0] for name, pair in probability_regimes(rng, shape, dtype).items()}
+    classes = np.broadcast_to(np.arange(shape[-1]), shape)
+    p["one-hot"], p["one-hot, wrong"] = (classes == 0).astype(dtype), (classes == 1).astype(dtype)
+    names = ["dirichlet 1", "one-hot", "peaked 0.0001", "zeros in p", "one-hot, wrong"]
+    regimes = {}
+    for i, (name, x) in enumerate(logits.items()):
+        for target in (names[i % len(names)], "one-hot" if "ahead" in name else "peaked 0.01"):
+            masked = np.where(np.isfinite(x), p[target], np.zeros((), dtype))
+            regimes[f"{target}, {name}"] = (masked, x)
+    return regimes
+
+
+def binary_logit_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Two logits: of every size, alike and apart."""
+    x = 3 * rng.standard_normal(shape)
+    sign = rng.choice([-1, 1], shape)
+    regimes = {f"sigma {s}": (s * rng.standard_normal(shape), s * rng.standard_normal(shape)) for s in (1, 10)}
+    regimes |= {f"near {e:g}": (x, x + e * rng.standard_normal(shape)) for e in (1, 1e-1, 1e-2, 1e-3, 1e-5, 1e-6)}
+    regimes |= {f"at {v:g}": (sign * v, sign * v + rng.standard_normal(shape)) for v in (1e-6, 1e-2, 20, 40, 80)}
+    regimes["small"] = tuple(10 ** rng.uniform(-15, -1, shape) * sign for _ in range(2))
+    return {name: tuple(y.astype(dtype) for y in pair) for name, pair in regimes.items()}
+
+
+def binary_soft_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A probability against a logit."""
+    logits = binary_logit_regimes(rng, shape, dtype)
+    alpha = {name: pair[0] for name, pair in binary_regimes(rng, shape, dtype).items()}
+    regimes = {}
+    for i, (name, (x, _)) in enumerate(logits.items()):
+        target = ["uniform", "labels", "small", "near 1"][i % 4]
+        regimes[f"{target}, {name}"] = (alpha[target], x)
+        regimes[f"right, {name}"] = ((x > 0).astype(dtype), x)
+    return regimes
+
+
 @dataclass(frozen=True)
 class Corner:
     """Arguments where a formula read literally is 0 · ∞ or 0 / 0, and the truth there."""
@@ -100,16 +187,18 @@ class Corner:
     arguments: tuple
     value: float
     gradient: tuple
+    second_order: bool = True
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A public function, its formula in mpmath, where to try it, and how close it must come.
 
-    The formula takes one distribution an argument, as a list (classes) or a number (elementwise). Bars are in ulps of
-    the exact result, or of `value_scale` and `gradient_scale`, the sum of the absolute values of the closed form's
-    terms, where that is given; those of `hvp_bar` are always scaled, by Σ |Hᵢⱼ vⱼ|. Derivatives are compared with the
-    formula's where every number is inside the open domain; on its edge are the corners.
+    The formula takes one distribution an argument: a list (classes) or a number (elementwise). Bars are in ulps of the
+    exact result, or of `value_scale` and `gradient_scale`, the sum of the absolute values of the closed form's terms,
+    where that is given; those of `hvp_bar` are always scaled, by Σ |Hᵢⱼ vⱼ|, or by `hvp_scale` · |v|. Derivatives are
+    compared with the formula's where every number is inside its open domain; on the edge are the corners. `absent` is
+    what an argument holds at a class that isn't there, None where there is no such number.
     """
 
     function: Callable
@@ -121,10 +210,17 @@ class Kernel:
     corners: Sequence[Corner]
     value_scale: Callable | None = None
     gradient_scale: tuple[Callable | None, ...] = (None, None)
+    hvp_scale: Callable | None = None
     never_negative: bool = False
     has_classes: bool = True
     regimes: Callable = probability_regimes
-    domain: tuple[float, float] = (0, INF)
+    domains: tuple[tuple[float, float], ...] = ()
+    absent: tuple[float | None, ...] = (0.0, 0.0)
+    note: str = ""
+
+    def __post_init__(self):
+        if not self.domains:
+            object.__setattr__(self, "domains", ((0, INF),) * len(self.arguments))
 
     @property
     def name(self) -> str:
@@ -173,8 +269,91 @@ def log_ratio(p, q):
     return mp.log(p) - mp.log(q)
 
 
+def softmax(x):
+    m = max(x)
+    e = [mp.exp(xi - m) for xi in x]
+    z = sum(e)
+    return [ei / z for ei in e]
+
+
+def surprisals(x):
+    """log 1/softmax(x), without a softmax that underflows to 0."""
+    m = max(x)
+    log_z = mp.log(sum(mp.exp(xi - m) for xi in x))
+    return [m - xi + log_z for xi in x]
+
+
+def entropy_with_logits(x):
+    return sum(weighted(q, s) for q, s in zip(softmax(x), surprisals(x), strict=True))
+
+
+def cross_entropy_with_logits(p, x):
+    return sum(weighted(pi, s) for pi, s in zip(p, surprisals(x), strict=True))
+
+
+def cross_entropy_with_label_0(x):
+    return surprisals(x)[0]
+
+
+def smoothed(x):
+    s = surprisals(x)
+    return mp.mpf(1 - SMOOTHING) * s[0] + mp.mpf(SMOOTHING) * sum(s) / len(s)
+
+
+def kl_divergence_with_logits(x, y):
+    rows = zip(softmax(x), surprisals(x), surprisals(y), strict=True)
+    return sum(p * (b - a) for p, a, b in rows if p)
+
+
+def both_outcomes(x):
+    """The logits of {σ(x), 1 - σ(x)}."""
+    return [x, mp.mpf(0)]
+
+
+def binary_entropy_with_logits(x):
+    return entropy_with_logits(both_outcomes(x))
+
+
+def binary_cross_entropy_with_logits(a, x):
+    return cross_entropy_with_logits([a, 1 - a], both_outcomes(x))
+
+
+def binary_kl_divergence_with_logits(x, y):
+    return kl_divergence_with_logits(both_outcomes(x), both_outcomes(y))
+
+
+# The label functions as functions of the logits alone, with label 0
+
+
+def label_0(**options):
+    @functools.wraps(jce.cross_entropy_with_integer_labels)
+    def function(logits, *, axis=-1, **others):
+        shape = list(np.shape(logits))
+        if isinstance(axis, int) and -len(shape) <= axis < len(shape):
+            del shape[axis]
+        return jce.cross_entropy_with_integer_labels(np.zeros(shape, int), logits, axis=axis, **options, **others)
+
+    return function
+
+
+SMOOTHING = 0.125
+
+
+def sigmoid(x):
+    return 1 / (1 + mp.exp(-x))
+
+
+def kl_gradient_scale(x, y):
+    """p (|δ| + Σ p |δ| + KL): δ is known up to its mean."""
+    p, delta = softmax(x), [a - b for a, b in zip(surprisals(x), surprisals(y), strict=True)]
+    rest = sum(weighted(pi, abs(d)) for pi, d in zip(p, delta, strict=True)) + kl_divergence_with_logits(x, y)
+    return [weighted(pi, abs(d) + rest) for pi, d in zip(p, delta, strict=True)]
+
+
 # The rows
 
+LOGIT = (-INF, INF)
+IMPOSSIBLE = [[NAN, 0.0, 0.0, 0.0], [INF, 0.0, 0.0, 0.0], [-INF] * 4]  # logits of no distribution
 
 TABLE = [
     Kernel(
@@ -260,7 +439,7 @@ TABLE = [
         arguments=("alpha",),
         has_classes=False,
         regimes=binary_regimes,
-        domain=(0, 1),
+        domains=((0, 1),),
         formula=two_classes(entropy),
         value_bar=4,
         gradient_bar=(5,),
@@ -281,7 +460,7 @@ TABLE = [
         arguments=("alpha", "beta"),
         has_classes=False,
         regimes=binary_regimes,
-        domain=(0, 1),
+        domains=((0, 1), (0, 1)),
         formula=two_classes(cross_entropy),
         value_bar=3,
         gradient_bar=(4, 4),
@@ -308,7 +487,7 @@ TABLE = [
         arguments=("alpha", "beta"),
         has_classes=False,
         regimes=binary_regimes,
-        domain=(0, 1),
+        domains=((0, 1), (0, 1)),
         formula=two_classes(kl_divergence),
         value_bar=8,
         gradient_bar=(4, 4),
@@ -332,16 +511,208 @@ TABLE = [
             Corner((0.5, NAN), NAN, (NAN, NAN)),
         ],
     ),
+    Kernel(
+        function=jce.entropy_with_logits,
+        arguments=("logits",),
+        regimes=one_row_regimes,
+        domains=(LOGIT,),
+        absent=(-INF,),
+        formula=entropy_with_logits,
+        value_bar=4,
+        gradient_bar=(5,),
+        gradient_scale=(
+            lambda x: [
+                q * (s + h) for h in [entropy_with_logits(x)] for q, s in zip(softmax(x), surprisals(x), strict=True)
+            ],
+        ),
+        hvp_bar=5,
+        corners=[
+            Corner(([0.0, 0.0, 0.0, 0.0],), 2 * LOG2, ([0.0] * 4,)),
+            Corner(([0.0, 0.0, -INF, -INF],), LOG2, ([0.0] * 4,)),
+            Corner(([1.0, -INF, -INF, -INF],), 0.0, ([0.0] * 4,)),
+            Corner(([200.0, 0.0, 0.0, 0.0],), 0.0, ([0.0] * 4,)),
+            Corner(([3e38, -3e38, 0.0, -INF],), 0.0, ([0.0] * 4,)),
+            *[Corner((x,), NAN, ([NAN] * 4,)) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=jce.cross_entropy_with_logits,
+        arguments=("p", "logits"),
+        regimes=soft_regimes,
+        domains=((0, INF), LOGIT),
+        absent=(0.0, -INF),
+        formula=cross_entropy_with_logits,
+        value_bar=4,
+        gradient_bar=(4, 8),
+        gradient_scale=(None, lambda p, x: [sum(p) * q + pi for pi, q in zip(p, softmax(x), strict=True)]),
+        hvp_bar=10,
+        corners=[
+            Corner(([0.25] * 4, [0.0] * 4), 2 * LOG2, ([2 * LOG2] * 4, [0.0] * 4)),
+            Corner(([1.0, 0.0, 0.0, 0.0], [1.0, -INF, -INF, -INF]), 0.0, ([0.0, INF, INF, INF], [0.0] * 4)),
+            Corner(([1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -INF, -INF]), LOG2, ([LOG2, LOG2, INF, INF], [-0.5, 0.5, 0, 0])),
+            Corner(([0.0, 1.0, 0.0, 0.0], [0.0, -INF, 0.0, -INF]), INF, ([LOG2, INF, LOG2, INF], [0.5, -1, 0.5, 0])),
+            Corner(([1.0, TINY, 0.0, 0.0], [0.0, -INF, -INF, -INF]), INF, ([0.0, INF, INF, INF], [0.0, -TINY, 0, 0])),
+            Corner(([0.0] * 4, [0.0] * 4), 0.0, ([2 * LOG2] * 4, [0.0] * 4)),
+            Corner(([1.0, 0.0, 0.0, 0.0], [200.0, 0.0, 0.0, 0.0]), 0.0, ([0.0, 200, 200, 200], [0.0] * 4)),
+            Corner(([NAN, 0.0, 0.0, 0.0], [0.0] * 4), NAN, ([2 * LOG2] * 4, [NAN] * 4)),
+            *[Corner(([0.25] * 4, x), NAN, ([NAN] * 4, [NAN] * 4)) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=label_0(),
+        arguments=("logits",),
+        regimes=one_row_regimes,
+        domains=(LOGIT,),
+        absent=(-INF,),
+        formula=cross_entropy_with_label_0,
+        value_bar=4,
+        gradient_bar=(4,),
+        hvp_bar=8,
+        corners=[
+            Corner(([0.0] * 4,), 2 * LOG2, ([-0.75, 0.25, 0.25, 0.25],)),
+            Corner(([1.0, -INF, -INF, -INF],), 0.0, ([0.0] * 4,)),
+            Corner(([0.0, 0.0, -INF, -INF],), LOG2, ([-0.5, 0.5, 0.0, 0.0],)),
+            Corner(([-INF, 0.0, 0.0, -INF],), INF, ([-1.0, 0.5, 0.5, 0.0],)),
+            Corner(
+                ([20.0, 0.0, 0.0, -INF],), 4.1223072448771e-9, ([-4.1223072278834e-9, 2.0611536e-9, 2.0611536e-9, 0],)
+            ),
+            Corner(([-200.0, 0.0, -INF, -INF],), 200.0, ([-1.0, 1.0, 0.0, 0.0],)),
+            Corner(([200.0, 0.0, 0.0, 0.0],), 0.0, ([0.0] * 4,)),
+            *[Corner((x,), NAN, ([NAN] * 4,)) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=label_0(label_smoothing=SMOOTHING),
+        note="smoothed",
+        arguments=("logits",),
+        regimes=lambda *args: {name: x for name, x in one_row_regimes(*args).items() if name != "masked"},
+        domains=(LOGIT,),
+        absent=(None,),
+        formula=smoothed,
+        value_bar=4,
+        gradient_bar=(8,),
+        gradient_scale=(
+            lambda x: [q + SMOOTHING / len(x) + (1 - SMOOTHING) * (i == 0) for i, q in enumerate(softmax(x))],
+        ),
+        hvp_bar=10,
+        corners=[
+            Corner(([0.0] * 4,), 2 * LOG2, ([-0.65625, 0.21875, 0.21875, 0.21875],)),
+            Corner(([0.0, 0.0, -INF, -INF],), INF, ([-0.40625, 0.46875, -0.03125, -0.03125],)),
+            Corner(([-INF, 0.0, 0.0, -INF],), INF, ([-0.90625, 0.46875, 0.46875, -0.03125],)),
+            Corner(([200.0, 0.0, 0.0, 0.0],), 18.75, ([0.09375, -0.03125, -0.03125, -0.03125],)),
+            *[Corner((x,), NAN, ([NAN] * 4,)) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=jce.kl_divergence_with_logits,
+        arguments=("p_logits", "q_logits"),
+        regimes=logit_regimes,
+        domains=(LOGIT, LOGIT),
+        absent=(-INF, -INF),
+        formula=kl_divergence_with_logits,
+        value_bar=5,
+        gradient_bar=(8, 4),
+        gradient_scale=(
+            lambda x, y: kl_gradient_scale(x, y),
+            lambda x, y: [p + q for p, q in zip(softmax(x), softmax(y), strict=True)],
+        ),
+        hvp_bar=12,
+        never_negative=True,
+        corners=[
+            Corner(([0.0] * 4, [0.0] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([0.0] * 4, [5.0] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([0.0, 0.0, -INF, -INF], [0.0] * 4), LOG2, ([0.0] * 4, [-0.25, -0.25, 0.25, 0.25])),
+            Corner(([1.0, -INF, -INF, -INF], [1.0, -INF, -INF, -INF]), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(
+                ([0.0, 0.0, -INF, -INF], [0.0, -INF, 0.0, -INF]),
+                INF,
+                ([-INF, INF, 0.0, 0.0], [0.0, -0.5, 0.5, 0.0]),
+                False,
+            ),
+            *[Corner((x, [0.0] * 4), NAN, ([NAN] * 4, [NAN] * 4), False) for x in IMPOSSIBLE],
+            *[Corner(([0.0] * 4, x), NAN, ([NAN] * 4, [NAN] * 4), False) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=jce.binary_entropy_with_logits,
+        arguments=("logits",),
+        has_classes=False,
+        regimes=binary_logit_regimes,
+        domains=(LOGIT,),
+        formula=binary_entropy_with_logits,
+        value_bar=4,
+        gradient_bar=(5,),
+        hvp_bar=5,
+        hvp_scale=lambda x: sigmoid(x) * sigmoid(-x) * (1 + abs(x * mp.tanh(x / 2))),
+        corners=[
+            Corner((0.0,), LOG2, (0.0,)),
+            Corner((INF,), 0.0, (0.0,)),
+            Corner((-INF,), 0.0, (0.0,)),
+            Corner((200.0,), 0.0, (0.0,)),
+            Corner((NAN,), NAN, (NAN,)),
+        ],
+    ),
+    Kernel(
+        function=jce.binary_cross_entropy_with_logits,
+        arguments=("alpha", "logits"),
+        has_classes=False,
+        regimes=binary_soft_regimes,
+        domains=((0, 1), LOGIT),
+        formula=binary_cross_entropy_with_logits,
+        value_bar=4,
+        gradient_bar=(0.5, 3),
+        gradient_scale=(None, lambda a, x: [a * sigmoid(-x) + (1 - a) * sigmoid(x)]),
+        hvp_bar=5,
+        corners=[
+            Corner((0.5, 0.0), LOG2, (0.0, 0.0)),
+            Corner((1.0, INF), 0.0, (-INF, 0.0)),
+            Corner((0.0, -INF), 0.0, (INF, 0.0)),
+            Corner((0.0, INF), INF, (-INF, 1.0)),
+            Corner((1.0, -INF), INF, (INF, -1.0)),
+            Corner((TINY, -INF), INF, (INF, -TINY)),
+            Corner((0.0, -20.0), 2.0611536e-9, (20.0, 2.0611536e-9)),
+            Corner((1.0, 20.0), 2.0611536e-9, (-20.0, -2.0611536e-9)),
+            Corner((NAN, 0.0), NAN, (0.0, NAN)),
+            Corner((0.5, NAN), NAN, (NAN, NAN)),
+        ],
+    ),
+    Kernel(
+        function=jce.binary_kl_divergence_with_logits,
+        arguments=("alpha_logits", "beta_logits"),
+        has_classes=False,
+        regimes=binary_logit_regimes,
+        domains=(LOGIT, LOGIT),
+        formula=binary_kl_divergence_with_logits,
+        value_bar=8,
+        gradient_bar=(8, 8),
+        hvp_bar=8,
+        never_negative=True,
+        corners=[
+            Corner((0.0, 0.0), 0.0, (0.0, 0.0)),
+            Corner((INF, INF), 0.0, (0.0, 0.0)),
+            Corner((-INF, -INF), 0.0, (0.0, 0.0)),
+            Corner((INF, -INF), INF, (0.0, -1.0)),
+            Corner((-INF, INF), INF, (0.0, 1.0)),
+            Corner((INF, 0.0), LOG2, (0.0, -0.5)),
+            Corner((-INF, 0.0), LOG2, (0.0, 0.5)),
+            Corner((0.0, INF), INF, (-INF, 0.5)),
+            Corner((0.0, -INF), INF, (INF, -0.5)),
+            Corner((NAN, 0.0), NAN, (NAN, NAN)),
+            Corner((0.0, NAN), NAN, (NAN, NAN)),
+        ],
+    ),
 ]
 
 
 # For tests of every row
 
 
-each_kernel = pytest.mark.parametrize("kernel", TABLE, ids=lambda kernel: kernel.name)
-each_with_classes = pytest.mark.parametrize(
-    "kernel", [kernel for kernel in TABLE if kernel.has_classes], ids=lambda kernel: kernel.name
-)
+def label(kernel: Kernel) -> str:
+    return f"{kernel.name}-{kernel.note}" if kernel.note else kernel.name
+
+
+each_kernel = pytest.mark.parametrize("kernel", TABLE, ids=label)
+each_with_classes = pytest.mark.parametrize("kernel", [kernel for kernel in TABLE if kernel.has_classes], ids=label)
 
 
 def easy(kernel: Kernel, rng: np.random.Generator, shape: tuple[int, ...], dtype=np.float32) -> list[np.ndarray]:

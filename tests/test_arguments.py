@@ -9,6 +9,8 @@ from kernels import TABLE, each_kernel, each_with_classes, easy, gradient
 
 import jce
 
+NAN = float("nan")
+
 # dtypes
 
 
@@ -53,8 +55,8 @@ def test_float8():
 @pytest.mark.parametrize("kernel", [k for k in TABLE if len(k.arguments) == 2], ids=lambda kernel: kernel.name)
 def test_broadcasting(kernel, rng):
     p, q = easy(kernel, rng, (3, 4, 5))
-    np.testing.assert_allclose(kernel.function(p[0, 0], q), kernel.function(np.broadcast_to(p[0, 0], q.shape), q))
-    np.testing.assert_allclose(kernel.function(p[:, :1], q[0]), kernel.function(*np.broadcast_arrays(p[:, :1], q[0])))
+    for a, b in ((p[0, 0], q), (p[:, :1], q[0])):
+        np.testing.assert_allclose(kernel.function(a, b), kernel.function(*np.broadcast_arrays(a, b)), rtol=2e-6)
     assert gradient(kernel)(p[0, 0], q)[0].shape == (5,)
 
 
@@ -198,54 +200,55 @@ def test_an_axis_that_is_no_int(kernel):
 
 
 two_distributions = pytest.mark.parametrize(
-    "function", [kernel.function for kernel in TABLE if kernel.has_classes and len(kernel.arguments) == 2]
+    ("function", "a", "b"),
+    [(kernel.function, *kernel.arguments) for kernel in TABLE if kernel.has_classes and len(kernel.arguments) == 2],
 )
 
 
 @two_distributions
 @pytest.mark.parametrize("n", [1, 4])
-def test_unlike_numbers_of_classes(function, n):
+def test_unlike_numbers_of_classes(function, a, b, n):
     complains(
         ValueError,
         function,
         ones(2, 3),
         ones(2, n),
-        wants="p and q must have the same number of classes along axis=-1, which is never broadcast",
-        got=f"got p: float32[2,3], q: float32[2,{n}]",
+        wants=f"{a} and {b} must have the same number of classes along axis=-1, which is never broadcast",
+        got=f"got {a}: float32[2,3], {b}: float32[2,{n}]",
         do="axis=",
     )
 
 
 @two_distributions
-def test_a_class_axis_is_never_broadcast(function):
+def test_a_class_axis_is_never_broadcast(function, a, b):
     complains(
         ValueError,
         function,
         ones(3),
         ones(2, 3),
         axis=0,
-        wants="p and q must each have the class axis",
-        got="got axis=0 of the broadcast shape with p: float32[3], q: float32[2,3]",
+        wants=f"{a} and {b} must each have the class axis",
+        got=f"got axis=0 of the broadcast shape with {a}: float32[3], {b}: float32[2,3]",
         do="Add the missing axis",
     )
 
 
 @two_distributions
-def test_an_axis_counts_in_the_broadcast_shape(function):
+def test_an_axis_counts_in_the_broadcast_shape(function, a, b):
     p, q = np.full((2, 3), 1 / 3, np.float32), np.full(3, 1 / 3, np.float32)
     np.testing.assert_array_equal(function(p, q, axis=1), function(p, p))
     np.testing.assert_array_equal(function(q, p, axis=1), function(p, p))
 
 
 @two_distributions
-def test_unlike_batches(function):
+def test_unlike_batches(function, a, b):
     complains(
         ValueError,
         function,
         ones(4, 3),
         ones(2, 3),
-        wants="the batch axes of p and q must broadcast",
-        got="got p: float32[4,3], q: float32[2,3]",
+        wants=f"the batch axes of {a} and {b} must broadcast",
+        got=f"got {a}: float32[4,3], {b}: float32[2,3]",
         do="Add axes of length 1",
     )
 
@@ -298,3 +301,59 @@ def test_where(kernel):
         got="got where: float32[2,3]",
         do="where=mask != 0",
     )
+
+
+# Labels
+
+
+def test_float_labels():
+    function = jce.cross_entropy_with_integer_labels
+    for labels in (ones(2), ones(2, dtype=bool), ones(2, 3)):
+        complains(
+            TypeError,
+            function,
+            labels,
+            ones(2, 3),
+            wants="labels must be integers, a class index for each distribution",
+            got=f"got labels: {labels.dtype}[{','.join(map(str, labels.shape))}], logits: float32[2,3]",
+            do="cross_entropy_with_logits",
+        )
+
+
+def test_swapped_labels_and_logits():
+    complains(
+        TypeError,
+        jce.cross_entropy_with_integer_labels,
+        ones(2, 3),
+        ones(2, dtype=jnp.int32),
+        wants="labels must be integers",
+        got="got labels: float32[2,3], logits: int32[2]",
+        do="The target comes first, the model second",
+    )
+
+
+def test_labels_of_another_shape():
+    for shape in ((), (3,), (2, 1), (1, 2), (2, 3)):
+        complains(
+            ValueError,
+            jce.cross_entropy_with_integer_labels,
+            ones(*shape, dtype=jnp.int32),
+            ones(2, 3),
+            wants="labels must have the shape of logits without the class axis, (2,)",
+            got=f"got labels: int32[{','.join(map(str, shape))}], logits: float32[2,3]",
+            do="jax.vmap",
+        )
+
+
+def test_label_smoothing():
+    for wrong in (-0.1, 1.1, NAN, True, None, "0.1"):
+        complains(
+            ValueError,
+            jce.cross_entropy_with_integer_labels,
+            ones(2, dtype=jnp.int32),
+            ones(2, 3),
+            label_smoothing=wrong,
+            wants="label_smoothing must be a static number from 0 to 1",
+            got=f"got label_smoothing={wrong!r}",
+            do="such as 0.1",
+        )

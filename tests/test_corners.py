@@ -86,10 +86,11 @@ def test_second_derivatives(kernel):
         for outer in (jax.jacfwd, jax.jacrev)
         for inner in (jax.jacfwd, jax.jacrev)
     ]
+    regular = np.array([corner.second_order for corner in kernel.corners])
     for blocks in zip(*(jax.tree.leaves(hessian) for hessian in nestings), strict=True):
         for other in blocks[1:]:
-            agrees(other, blocks[0])
-        inside = ~np.isnan(values)
+            agrees(other[regular], blocks[0][regular])
+        inside = ~np.isnan(values) & regular
         assert not np.isnan(blocks[0][inside]).any()
 
 
@@ -100,7 +101,7 @@ def test_third_derivatives(kernel):
     last = len(arguments) - 1
     # Not at the smallest normal number: there 1/q² is beyond the float range, and no corner.
     huge = [((x != 0) & (np.abs(x) < 1e-30)).reshape(len(values), -1).any(1) for x in arguments]
-    inside = ~np.isnan(values) & ~np.any(huge, axis=0)
+    inside = ~np.isnan(values) & ~np.any(huge, axis=0) & [corner.second_order for corner in kernel.corners]
     arguments = [x[inside] for x in arguments]
     for outer in (jax.jacfwd, jax.jacrev):
         third = jax.jit(jax.vmap(outer(jax.jacfwd(jax.jacrev(kernel.function, last), last), last)))(*arguments)
@@ -136,8 +137,10 @@ def test_finite_second_derivatives():
 @each_with_classes
 def test_absent_classes(kernel, rng):
     """A class of p = q = 0 changes no value, and its gradient and Hessian rows are those of the class alone."""
+    if None in kernel.absent:
+        pytest.skip("every class counts")
     arguments = easy(kernel, rng, (4, 5))
-    padded = [np.pad(x, [(0, 0), (0, 3)]) for x in arguments]
+    padded = [np.pad(x, [(0, 0), (0, 3)], constant_values=a) for x, a in zip(arguments, kernel.absent, strict=False)]
     np.testing.assert_allclose(kernel.function(*padded), kernel.function(*arguments), rtol=1e-6)
     for g, h in zip(gradient(kernel)(*padded), gradient(kernel)(*arguments), strict=True):
         np.testing.assert_allclose(g[:, :5], h, rtol=1e-6)

@@ -1,0 +1,224 @@
+"""The two-outcome case from logits: q = {σ(x), 1 - σ(x)}, one logit x = log q/(1-q) for a distribution, elementwise.
+
+All of it is in terms of e = e^-|x| ≤ 1, the odds of the less probable outcome: nothing overflows or cancels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jce._arguments import elementwise, public
+from jce._calculus import def_partials
+from jce._deviance import deviance_from_log
+from jce._elementary import exponential_minus_1, log1p_unit, log_complement
+from jce._mul0 import mul0
+
+
+@public()
+def binary_entropy_with_logits(logits: ArrayLike) -> Array:
+    """H(α) = α log 1/α + (1-α) log 1/(1-α) at α = σ(logits), in nats: the entropy of {α, 1-α}, elementwise.
+
+    Args:
+      logits: real, any shape, log α/(1-α).
+
+    Returns:
+      The shape of logits; float32, or float64 if logits is.
+
+    At the boundary:
+      At ±∞ the outcome is certain: H = 0, with derivative 0. NaN gives NaN.
+
+    Derivative:
+      dH/dx = -x σ(x) σ(-x), in logits' dtype.
+
+    Raises:
+      TypeError: an argument is not real.
+
+    Not checked:
+      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+
+    Example:
+      >>> print(jce.binary_entropy_with_logits(jnp.array([0.0, 20.0, -jnp.inf])))
+      [6.9314718e-01 4.3284228e-08 0.0000000e+00]
+    """
+    (x,) = elementwise("binary_entropy_with_logits", logits=logits)
+    return _entropy_of_sigmoid(x)
+
+
+@jax.custom_jvp
+def _entropy_of_sigmoid(x):
+    e = _odds_against(x)
+    return mul0(jnp.abs(x), e / (1 + e)) + log1p_unit(e)
+
+
+# dH/dx = -x σ(x) σ(-x)
+def_partials(_entropy_of_sigmoid, lambda x: mul0(-_finite(x), _variance(x)))
+
+
+@public()
+def binary_cross_entropy_with_logits(alpha: ArrayLike, logits: ArrayLike) -> Array:
+    """H(α, β) = α log 1/β + (1-α) log 1/(1-β) at β = σ(logits), in nats: the binary cross-entropy, elementwise.
+
+    Relatively accurate where the model is sure and right. Minimal over the logits where β = α.
+
+    Args:
+      alpha: real, the target's probabilities. Shapes broadcast.
+      logits: real, the model's log β/(1-β).
+
+    Returns:
+      The broadcast shape; float32, or float64 if alpha or logits is.
+
+    At the boundary:
+      At ±∞, β is exactly 1 or 0: where α is the same, H = 0, with ∂H/∂x = 0; else H = +∞, with ∂H/∂x = β - α. NaN gives
+      NaN.
+
+    Derivative:
+      ∂H/∂x = σ(x) - α, ∂H/∂α = -x, each in its argument's dtype.
+
+    Raises:
+      TypeError: an argument is not real.
+      ValueError: the shapes don't broadcast.
+
+    Not checked:
+      0 ≤ α ≤ 1. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+
+    Example:
+      >>> print(jce.binary_cross_entropy_with_logits(1.0, jnp.array([0.0, 20.0, jnp.inf])))
+      [6.9314718e-01 2.0611537e-09 0.0000000e+00]
+    """
+    alpha, x = elementwise("binary_cross_entropy_with_logits", alpha=alpha, logits=logits)
+    return _cross_entropy_of_sigmoid(alpha, x)
+
+
+@jax.custom_jvp
+def _cross_entropy_of_sigmoid(a, x):
+    weight, softplus = jnp.where(x < 0, a, 1 - a), log1p_unit(_odds_against(x))
+    # The select comes last, so that nothing inside is stored for a sum that follows.
+    return jnp.where(weight == 0, softplus, jnp.abs(x) * weight + softplus)
+
+
+# ∂H/∂α = -x, ∂H/∂x = σ(x) - α
+def_partials(_cross_entropy_of_sigmoid, lambda a, x: -x, lambda a, x: _sigmoid_excess(a, x))
+
+
+@public()
+def binary_kl_divergence_with_logits(alpha_logits: ArrayLike, beta_logits: ArrayLike) -> Array:
+    """KL(α‖β) = α log α/β + (1-α) log (1-α)/(1-β) at α = σ(alpha_logits), β = σ(beta_logits), in nats, elementwise.
+
+    ≥ 0 to the last bit, and relatively accurate also where the two are nearly the same. Not symmetric.
+
+    Args:
+      alpha_logits: real, the target's log α/(1-α). Shapes broadcast.
+      beta_logits: real, the model's log β/(1-β).
+
+    Returns:
+      The broadcast shape; float32, or float64 if alpha_logits or beta_logits is.
+
+    At the boundary:
+      At ±∞, α or β is exactly 1 or 0. KL = 0 where both are the same infinity, with derivatives 0; KL = +∞ where only β
+      is certain, with ∂KL/∂x = ±∞, or where they are opposite, with ∂KL/∂x = 0. NaN gives NaN.
+
+    Derivative:
+      ∂KL/∂x = σ(x) σ(-x) (x - y), ∂KL/∂y = σ(y) - σ(x), with x = alpha_logits and y = beta_logits, each in its
+      argument's dtype.
+
+    Raises:
+      TypeError: an argument is not real.
+      ValueError: the shapes don't broadcast.
+
+    Not checked:
+      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+
+    Example:
+      >>> print(jce.binary_kl_divergence_with_logits(jnp.array([1.0, 1.0]), jnp.array([1.0, 1.001])))
+      [0.000000e+00 9.830001e-08]
+    """
+    x, y = elementwise("binary_kl_divergence_with_logits", alpha_logits=alpha_logits, beta_logits=beta_logits)
+    return _kl_of_sigmoid(x, y)
+
+
+@jax.custom_jvp
+def _kl_of_sigmoid(x, y):
+    # log σ(y)/σ(x) and log σ(-y)/σ(-x), from y - x: log(1 + σ(-x) (e^(x-y) - 1)) and its mirror image where that is
+    # small, else from both softplus, each in two parts.
+    d = _minus(y, x)
+    near = jnp.abs(d) < 0.5
+    a, not_a, b, not_b = (_sigmoid(z) for z in (x, -x, y, -y))
+    rest = log1p_unit(_odds_against(x)) - log1p_unit(_odds_against(y))
+    relu = jax.nn.relu
+    log_b_a = jnp.where(near, -log_complement(-not_a * exponential_minus_1(-d)), (relu(-x) - relu(-y)) + rest)
+    log_not = jnp.where(near, -log_complement(-a * exponential_minus_1(d)), (relu(x) - relu(y)) + rest)
+    return deviance_from_log(a, b, log_b_a) + deviance_from_log(not_a, not_b, log_not)
+
+
+# ∂KL/∂x = σ(x) σ(-x) (x - y), ∂KL/∂y = σ(y) - σ(x)
+def_partials(_kl_of_sigmoid, lambda x, y: _weighted_margin(x, y), lambda x, y: _sigmoid_difference(x, y))
+
+
+# What the derivatives are made of
+
+
+@jax.custom_jvp
+def _sigmoid_excess(a, x):
+    e = jnp.exp(jnp.minimum(x, -x))
+    return jnp.where(x < 0, (1 - a) * e - a, (1 - a) - a * e) / (1 + e)
+
+
+# ∂/∂α (σ(x) - α) = -1, ∂/∂x (σ(x) - α) = σ(x) σ(-x)
+def_partials(_sigmoid_excess, lambda a, x: -jnp.ones_like(a), lambda a, x: _variance(x))
+
+
+@jax.custom_jvp
+def _variance(x):
+    """σ(x) σ(-x)."""
+    e = _odds_against(x)
+    return e / ((1 + e) * (1 + e))
+
+
+def_partials(_variance, lambda x: -_variance(x) * jnp.tanh(x / 2))
+
+
+@jax.custom_jvp
+def _sigmoid_difference(x, y):
+    """σ(y) - σ(x) = ±σ σ (1 - e^-|y-x|)"""
+    d = _minus(y, x)
+    return jnp.where(d > 0, -_sigmoid(y) * _sigmoid(-x), _sigmoid(x) * _sigmoid(-y)) * jnp.expm1(-jnp.abs(d))
+
+
+def_partials(_sigmoid_difference, lambda x, y: -_variance(x), lambda x, y: _variance(y))
+
+
+@jax.custom_jvp
+def _weighted_margin(x, y):
+    """σ(x) σ(-x) (x - y)"""
+    return mul0(_minus(x, y), _variance(x))
+
+
+# ∂/∂x σσ (x - y) = σσ (1 - tanh(x/2) (x - y)), ∂/∂y σσ (x - y) = -σσ
+def_partials(
+    _weighted_margin,
+    lambda x, y: _variance(x) - mul0(_weighted_margin(x, y), jnp.tanh(x / 2)),
+    lambda x, y: -_variance(x),
+)
+
+
+def _minus(x, y):
+    """x - y, and 0 also where both are the same infinity."""
+    return jnp.where(x == y, jnp.zeros_like(x), x - y)
+
+
+def _finite(x):
+    """x, but at ±∞ a number that σ(x) σ(-x) = 0 can be multiplied with."""
+    return jnp.clip(x, -1e4, 1e4)
+
+
+def _sigmoid(x):
+    e = _odds_against(x)
+    return jnp.where(x < 0, e, jnp.ones_like(e)) / (1 + e)
+
+
+def _odds_against(x):
+    """e^-|x|: the odds of the less probable outcome."""
+    return jnp.exp(-jnp.abs(x))

@@ -1,0 +1,234 @@
+"""What only logits and labels have: labels of no class, smoothing, and logits spread over devices."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from kernels import LOGIT, TABLE, each_kernel, easy, gradient, label, logit_rows, total
+
+import jce
+
+INF, NAN = np.inf, np.nan
+
+
+def value_and_gradient(labels, logits, **options):
+    def loss(x):
+        return jce.cross_entropy_with_integer_labels(labels, x, **options)
+
+    return loss(logits), jax.grad(lambda x: loss(x).sum())(logits)
+
+
+# Labels
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("wrong", [-1, -4, 4, 2**31 - 1, -(2**31)])
+def test_a_label_of_no_class_makes_its_row_nan_and_no_other(wrong, smoothing, rng):
+    logits = rng.standard_normal((3, 4)).astype(np.float32)
+    labels = np.array([1, wrong, 3])
+    value, g = value_and_gradient(labels, logits, label_smoothing=smoothing)
+    expected, expected_g = value_and_gradient(labels % 4, logits, label_smoothing=smoothing)
+    assert np.isnan(value[1])
+    assert np.isnan(g[1]).all()
+    np.testing.assert_array_equal(value[::2], expected[::2])
+    np.testing.assert_array_equal(g[::2], expected_g[::2])
+    _, tangent = jax.jvp(lambda x: value_and_gradient(labels, x, label_smoothing=smoothing)[1], (logits,), (logits,))
+    assert not np.isnan(tangent[::2]).any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_a_dropped_row_may_hold_any_label_and_any_logit(smoothing, rng):
+    logits = rng.standard_normal((3, 4)).astype(np.float32)
+    logits[1] = [NAN, INF, -INF, 0]
+    kept = np.array([True, False, True])
+    value, g = value_and_gradient(np.array([1, -100, 3]), logits, where=kept[:, None], label_smoothing=smoothing)
+    expected, expected_g = value_and_gradient(np.array([1, 3]), logits[::2], label_smoothing=smoothing)
+    np.testing.assert_array_equal(value, [expected[0], 0, expected[1]])
+    np.testing.assert_array_equal(g, [expected_g[0], np.zeros(4), expected_g[1]])
+
+
+def test_a_label_of_an_excluded_class_costs_infinity():
+    logits, where = np.zeros(3, np.float32), np.array([True, False, True])
+    value, g = value_and_gradient(1, logits, where=where)
+    assert value == INF
+    np.testing.assert_array_equal(g, [0.5, 0, 0.5])
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int32])
+def test_label_dtypes(dtype, rng):
+    logits = rng.standard_normal((5, 200)).astype(np.float32)
+    labels = np.array([0, 1, 77, 100, 127])
+    expected, expected_g = value_and_gradient(labels, logits)
+    value, g = value_and_gradient(labels.astype(dtype), logits)
+    np.testing.assert_array_equal(value, expected)
+    np.testing.assert_array_equal(g, expected_g)
+
+
+def test_labels_along_any_axis(rng):
+    logits = rng.standard_normal((3, 4, 5)).astype(np.float32)
+    for axis in range(-3, 3):
+        labels = rng.integers(logits.shape[axis], size=np.delete(logits.shape, axis))
+        moved = np.moveaxis(logits, axis, -1)
+        for options in ({}, {"label_smoothing": 0.1}):
+            value, g = value_and_gradient(labels, logits, axis=axis, **options)
+            expected, expected_g = value_and_gradient(labels, moved, **options)
+            np.testing.assert_allclose(value, expected, rtol=1e-6)
+            np.testing.assert_allclose(np.moveaxis(g, axis, -1), expected_g, rtol=1e-6, atol=1e-8)
+
+
+def test_labels_are_one_hot_targets(rng):
+    for name, logits in logit_rows(rng, (50, 7), np.float32).items():
+        labels = rng.integers(7, size=50)
+        one_hot = np.eye(7, dtype=np.float32)[labels]
+        value, g = value_and_gradient(labels, logits)
+        np.testing.assert_allclose(jce.cross_entropy_with_logits(one_hot, logits), value, rtol=1e-6, err_msg=name)
+        soft = jax.grad(lambda x, p=one_hot: jce.cross_entropy_with_logits(p, x).sum())(logits)
+        np.testing.assert_allclose(soft, g, rtol=4e-6, atol=1e-7, err_msg=name)
+
+
+def test_smoothing_is_a_mixture_of_targets(rng):
+    """(1-ε) one-hot + ε/n, with n the classes that are kept; at ε = 1 the label doesn't matter."""
+    logits = 3 * rng.standard_normal((50, 7)).astype(np.float32)
+    labels, where = rng.integers(5, size=50), np.arange(7) < 5
+    for epsilon in (0.0, 0.1, 0.5, 1.0):
+        for options, n in (({}, 7), ({"where": where}, 5)):
+            target = np.float32((1 - epsilon) * np.eye(7)[labels] + epsilon / n * (np.arange(7) < n))
+            value, g = value_and_gradient(labels, logits, label_smoothing=epsilon, **options)
+            np.testing.assert_allclose(value, jce.cross_entropy_with_logits(target, logits, **options), rtol=2e-6)
+            soft = jax.grad(lambda x, p=target, o=options: jce.cross_entropy_with_logits(p, x, **o).sum())(logits)
+            np.testing.assert_allclose(g, soft, atol=4e-7)
+    np.testing.assert_array_equal(
+        jce.cross_entropy_with_integer_labels(0, np.float32([-INF, 0, 0]), label_smoothing=1.0), INF
+    )
+
+
+# Identities
+
+
+def test_shift_invariance(rng):
+    x, y = (rng.integers(-8, 8, (50, 7)).astype(np.float32) for _ in range(2))
+    p = np.float32(rng.dirichlet(np.ones(7), 50))
+    for shift in (1024.0, -65536.0):
+        z = x + np.float32(shift)  # exactly
+        for a, b in (
+            (jce.entropy_with_logits(x), jce.entropy_with_logits(z)),
+            (jce.cross_entropy_with_logits(p, x), jce.cross_entropy_with_logits(p, z)),
+            (jce.kl_divergence_with_logits(x, y), jce.kl_divergence_with_logits(z, y)),
+            (jce.kl_divergence_with_logits(y, x), jce.kl_divergence_with_logits(y, z)),
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_logits_are_probabilities_of_the_softmax(rng):
+    x, y = (rng.standard_normal((50, 7)).astype(np.float32) for _ in range(2))
+    p, q = jax.nn.softmax(x), jax.nn.softmax(y)
+    close = {"rtol": 4e-6, "atol": 1e-6}
+    np.testing.assert_allclose(jce.entropy_with_logits(x), jce.entropy(p), **close)
+    np.testing.assert_allclose(jce.cross_entropy_with_logits(p, y), jce.cross_entropy(p, q), **close)
+    np.testing.assert_allclose(jce.kl_divergence_with_logits(x, y), jce.kl_divergence(p, q), **close)
+    np.testing.assert_allclose(
+        jce.kl_divergence_with_logits(x, y),
+        jce.cross_entropy_with_logits(p, y) - jce.entropy_with_logits(x),
+        **close,
+    )
+
+
+def test_binary_logits_are_two_classes(rng):
+    x, y = (5 * rng.standard_normal(100).astype(np.float32) for _ in range(2))
+    two = [np.stack([z, np.zeros_like(z)], -1) for z in (x, y)]
+    alpha = rng.random(100).astype(np.float32)
+    np.testing.assert_allclose(jce.binary_entropy_with_logits(x), jce.entropy_with_logits(two[0]), rtol=2e-6)
+    np.testing.assert_allclose(
+        jce.binary_kl_divergence_with_logits(x, y), jce.kl_divergence_with_logits(*two), rtol=4e-6
+    )
+    np.testing.assert_allclose(
+        jce.binary_cross_entropy_with_logits(alpha, x),
+        jce.cross_entropy_with_logits(np.stack([alpha, 1 - alpha], -1), two[0]),
+        rtol=2e-6,
+    )
+
+
+def test_kl_is_zero_only_at_equality_up_to_a_shift(rng):
+    x = rng.standard_normal((1000, 7)).astype(np.float32)
+    np.testing.assert_array_equal(jce.kl_divergence_with_logits(x, x), np.zeros(1000))
+    y = x.copy()
+    y[:, 3] = np.nextafter(y[:, 3], np.float32(9))
+    assert (jce.kl_divergence_with_logits(x, y) >= 0).all()
+    np.testing.assert_array_equal(jce.binary_kl_divergence_with_logits(x, x), np.zeros_like(x))
+    assert (jce.binary_kl_divergence_with_logits(x, y)[:, 3] > 0).all()
+
+
+# Sharded logits
+
+
+with_logits = pytest.mark.parametrize("kernel", [k for k in TABLE if LOGIT in k.domains and k.has_classes], ids=label)
+
+
+@with_logits
+@pytest.mark.parametrize("axes", [("rows", None), (None, "classes"), ("rows", "classes")])
+def test_sharded_logits_are_not_gathered(kernel, axes, rng):
+    """Between devices go some numbers a row, in value and gradient: no collective holds as much as a row's classes."""
+    mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    rows, n = 8, 512
+    arguments = easy(kernel, rng, (rows, n))
+    positions = tuple(range(len(arguments)))
+    function = jax.jit(jax.value_and_grad(total(kernel), positions), in_shardings=(sharding,) * len(arguments))
+    value, g = function(*arguments)
+    np.testing.assert_allclose(value, total(kernel)(*arguments), rtol=4e-6)
+    for a, b in zip(g, gradient(kernel)(*arguments), strict=True):
+        np.testing.assert_allclose(a, b, rtol=4e-6, atol=1e-7)
+    for elements in collectives(function.lower(*arguments).compile().as_text()):
+        assert elements <= 8 * rows
+
+
+def collectives(text: str) -> list[int]:
+    """The sizes of what the collectives of a compiled program return."""
+    text = re.sub(r"/\*.*?\*/", "", text)
+    kinds = r"(?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+    shapes = re.findall(rf"= \(?((?:\w+\[[\d,]*\]\S*(?:, )?)+)\)? {kinds}(?:-start)?\(", text)
+    assert len(shapes) == len(re.findall(rf" {kinds}(?:-start)?\(", text))
+    return [
+        int(np.prod([int(d) for d in dims.split(",") if d], dtype=int))
+        for result in shapes
+        for dims in re.findall(r"\w+\[([\d,]*)\]", result)
+    ]
+
+
+# Cost
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
+@pytest.mark.parametrize("shape", [(8192, 1000), (65536, 10), (2048, 32000)])
+@pytest.mark.parametrize(
+    "function", [jce.cross_entropy_with_logits, jce.cross_entropy_with_integer_labels], ids=lambda f: f.__name__
+)
+def test_no_temporary_of_the_logits_size(function, shape):
+    """Value and gradient read their arguments and write the gradient, on a CPU: optax stores two such arrays more."""
+    logits = jax.ShapeDtypeStruct(shape, np.float32)
+    is_soft = function is jce.cross_entropy_with_logits
+    target = logits if is_soft else jax.ShapeDtypeStruct(shape[:1], np.int32)
+    for program in (function, jax.jit(jax.value_and_grad(lambda p, x: function(p, x).mean(), 1))):
+        temporaries = program.lower(target, logits).compile().memory_analysis().temp_size_in_bytes
+        assert temporaries <= 4 * 10 * shape[0]  # some numbers a row
+
+
+@each_kernel
+def test_many_classes_without_a_one_hot(kernel):
+    """Nothing of n × n."""
+    if not kernel.has_classes:
+        pytest.skip("elementwise")
+    arguments = [jax.ShapeDtypeStruct((3000,), np.float32)] * len(kernel.arguments)
+    program = jax.jit(gradient(kernel)).lower(*arguments).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 3000 * 100
+
+
+def test_plain_gather_of_a_class_index_beyond_float32():
+    """Above 2²⁴ classes the distance from the label is an integer's: float32 can't tell neighbours apart."""
+    n = 2**24 + 8
+    logits = jnp.zeros(n).at[n - 1].set(40.0)
+    loss = jce.cross_entropy_with_integer_labels(n - 2, logits)
+    np.testing.assert_allclose(loss, 40.0, rtol=1e-6)

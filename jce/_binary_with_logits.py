@@ -162,7 +162,7 @@ def_partials(_kl_of_sigmoid, lambda x, y: _weighted_margin(x, y), lambda x, y: _
 
 @jax.custom_jvp
 def _sigmoid_excess(a, x):
-    e = jnp.exp(jnp.minimum(x, -x))
+    e = jnp.exp(jnp.minimum(x, -x))  # e^-|x| in other words than the value's, which XLA would else store for both
     return jnp.where(x < 0, (1 - a) * e - a, (1 - a) - a * e) / (1 + e)
 
 
@@ -177,6 +177,7 @@ def _variance(x):
     return e / ((1 + e) * (1 + e))
 
 
+# d/dx σ(x) σ(-x) = -σ(x) σ(-x) tanh x/2
 def_partials(_variance, lambda x: -_variance(x) * jnp.tanh(x / 2))
 
 
@@ -187,6 +188,7 @@ def _sigmoid_difference(x, y):
     return jnp.where(d > 0, -_sigmoid(y) * _sigmoid(-x), _sigmoid(x) * _sigmoid(-y)) * jnp.expm1(-jnp.abs(d))
 
 
+# ∂/∂x (σ(y) - σ(x)) = -σ(x) σ(-x), ∂/∂y = σ(y) σ(-y)
 def_partials(_sigmoid_difference, lambda x, y: -_variance(x), lambda x, y: _variance(y))
 
 

@@ -7,11 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, fraction, labelled, public
-from jce._calculus import both_zero, def_partials, negative, ratio, reciprocal
+from jce._calculus import both_zero, def_partials, directional_derivative, negative, ratio, reciprocal
 from jce._mul0 import mul0
 from jce._softmax import another, centered, column, complement, off_label_sum, off_maximum_sum, softmax, surprisal
 
@@ -123,24 +122,18 @@ def cross_entropy_with_logits(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _soft(p, x, axis):
-    m, s = off_maximum_sum(x, axis)
-    log_z = jnp.log1p(s)
-    surprisal = column(log_z, axis) - (x - column(another(m, log_z, x.shape[axis]), axis))
-    # A bound that is a number at p = 0, so that 0 · ∞ = 0, and beyond the float range at any p > 0.
+    # The bound is a number at p = 0, so that 0 · ∞ = 0, and beyond the float range at any p > 0.
     info = jnp.finfo(p.dtype)
-    return (p * jnp.minimum(surprisal, info.max * (0.5 + p * (1.5 / info.tiny)))).sum(axis)
+    bound = info.max * (0.5 + p * (1.5 / info.tiny))
+    return (p * jnp.minimum(surprisal(x, axis), bound)).sum(axis)
 
 
 # ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
 def _soft_rule(axis, primals, tangents):
-    p, x = primals
-    dp, dx = tangents
-    terms = []
-    if not isinstance(dp, SymbolicZero):
-        terms.append(mul0(surprisal(x, axis), dp))
-    if not isinstance(dx, SymbolicZero):
-        terms.append(mul0(_excess(p, x, axis), dx))
-    return _soft(p, x, axis), sum(terms[1:], terms[0]).sum(axis)
+    tangent = directional_derivative(
+        primals, tangents, lambda p, x: surprisal(x, axis), lambda p, x: _excess(p, x, axis)
+    )
+    return _soft(*primals, axis), tangent.sum(axis)
 
 
 _soft.defjvp(_soft_rule, symbolic_zeros=True)

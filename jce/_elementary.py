@@ -1,6 +1,7 @@
 """Elementary functions where XLA's own are too far off or too slow. None is to be differentiated.
 
-Each is a polynomial by its nature, with the leading terms said exactly.
+Near the point where the function or its argument cancels, the leading terms are said exactly, and a short series or a
+correction says the rest.
 """
 
 from __future__ import annotations

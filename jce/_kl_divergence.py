@@ -228,12 +228,10 @@ def _kl_of_softmax(x, y, axis):
 
 # ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂yᵢ = qᵢ - pᵢ
 def _kl_of_softmax_rule(axis, primals, tangents):
-    x, y = primals
-    kl = _kl_of_softmax(x, y, axis)
     tangent = directional_derivative(
         primals, tangents, lambda x, y: _weighted_excess(x, y, axis), lambda x, y: _q_minus_p(x, y, axis)
     )
-    return kl, tangent.sum(axis)
+    return _kl_of_softmax(*primals, axis), tangent.sum(axis)
 
 
 _kl_of_softmax.defjvp(_kl_of_softmax_rule, symbolic_zeros=True)
@@ -291,15 +289,11 @@ def _compare(x, y, axis):
 
 
 def _difference(x, y, m, n, axis, k):
-    """(y - n) - (x - m) with a single rounding where it is small; -∞ where only y is, and a number where x is -∞."""
+    """(y - n) - (x - m) with a single rounding where it is small; -∞ where only y is, and a number where x is -∞.
+
+    k < 1 differs between the calls, as their m and n do: a constant that two passes share is stored N × n times too.
+    """
     lowest = jnp.finfo(x.dtype).min * k
     x, finite_y = jnp.maximum(x, lowest), jnp.maximum(y, lowest)
-    n_m, lost = _two_difference(n, m)
-    return ((y - x) - column(n_m, axis)) + (_two_difference(finite_y, x)[1] - column(lost, axis))
-
-
-def _two_difference(a, b):
-    """The rounded a - b, and what the rounding lost (Knuth, TAOCP 2, §4.2.2, theorem B)."""
-    d = a - b
-    t = d - a
-    return d, (a - (d - t)) - (b + t)
+    n_m, lost = _two_sum(n, -m)
+    return ((y - x) - column(n_m, axis)) + (_two_sum(finite_y, -x)[1] - column(lost, axis))

@@ -22,7 +22,8 @@ from jax import Array, lax
 
 from jce._mul0 import mul0
 
-LONG_ROW = 4096  # classes
+# Classes. XLA's fusion goes by the number of rows, which vmap hides; long rows are where few fit in memory.
+LONG_ROW = 4096
 
 
 def column(r: Array, axis: int) -> Array:
@@ -87,11 +88,12 @@ def softmax(x: Array, axis: int) -> Array:
     return jnp.exp(x - column(another(m, s), axis)) / column(1 + s, axis)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def surprisal(x: Array, axis: int) -> Array:
-    """log 1/qᵢ ≥ 0, and +∞ at a class of probability 0."""
-    m, s = off_maximum_sum(x, axis)
-    return (column(m, axis) - x) + column(jnp.log1p(s), axis)
+# dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
+@softmax.defjvp
+def _softmax_rule(axis, primals, tangents):
+    (x,), (t,) = primals, tangents
+    q = softmax(x, axis)
+    return q, mul0(q, centered(t, x, axis))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -101,20 +103,22 @@ def complement(x: Array, axis: int) -> Array:
     return (column(s, axis) + (1 - jnp.exp(x - column(another(m, s), axis)))) / column(1 + s, axis)
 
 
-# dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ), d log 1/qᵢ = -(tᵢ - Σⱼ qⱼtⱼ)
-@softmax.defjvp
-def _softmax_rule(axis, primals, tangents):
-    (x,), (t,) = primals, tangents
-    q = softmax(x, axis)
-    return q, mul0(q, centered(t, x, axis))
-
-
+# d(1 - qᵢ) = -qᵢ (tᵢ - Σⱼ qⱼtⱼ)
 @complement.defjvp
 def _complement_rule(axis, primals, tangents):
     (x,), (t,) = primals, tangents
     return complement(x, axis), -mul0(softmax(x, axis), centered(t, x, axis))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def surprisal(x: Array, axis: int) -> Array:
+    """log 1/qᵢ = log Z - (xᵢ - m) ≥ 0, and +∞ at a class of probability 0."""
+    m, s = off_maximum_sum(x, axis)
+    log_z = jnp.log1p(s)
+    return column(log_z, axis) - (x - column(another(m, log_z, x.shape[axis]), axis))
+
+
+# d log 1/qᵢ = -(tᵢ - Σⱼ qⱼtⱼ)
 @surprisal.defjvp
 def _surprisal_rule(axis, primals, tangents):
     (x,), (t,) = primals, tangents

@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +27,11 @@ import numpy as np
 from jax import Array, lax
 
 import jce
+from jce._command_line import Parser, demo_extra, integer, png
 
 PROGRAM = "python -m jce.demo"
 
-try:
+with demo_extra(PROGRAM, __name__):
     import matplotlib
     import optax
     from matplotlib.axes import Axes
@@ -41,12 +41,6 @@ try:
     from matplotlib.gridspec import SubplotSpec
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from tqdm import tqdm
-except ModuleNotFoundError as error:
-    missing = f"{PROGRAM} needs {error.name}, which isn't installed: pip install 'jce[demo]'"
-    if __name__ != "__main__":
-        raise ModuleNotFoundError(missing, name=error.name) from error
-    print(missing, file=sys.stderr)
-    raise SystemExit(2) from None
 
 
 # The targets: next-character frequencies
@@ -279,23 +273,17 @@ def _draw_gaps(axes: Axes, histories: dict[str, list[Snapshot]], name: str, stag
 # The command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print the usage too."""
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
     rates = ", ".join(f"{rate:g} for {name}" for name, (_, rate) in OPTIMIZERS.items())
     claim = "Minimize H(p,q) over q = softmax(theta), where p holds the next-character frequencies of a text."
-    parser = _Parser(prog=PROGRAM, description=claim, add_help=False)
+    parser = Parser(prog=PROGRAM, description=claim, add_help=False)
     add = parser.add_argument
     add("text", metavar="TEXT", nargs="?", type=_text_file, help="A UTF-8 file (default: Python's own documentation).")
     add("--optimizer", choices=OPTIMIZERS, default="lbfgs", help="What takes the steps (default: %(default)s).")
     add("--learning-rate", type=_rate, metavar="RATE", help=f"The length of a step (default: {rates}).")
-    add("--steps", type=_integer(1, 10**9), default=1000, help="How many to take (default: %(default)s).")
-    add("--seed", type=_integer(0, 2**32 - 1), default=0, help="Draws the theta to start from (default: %(default)s).")
-    add("--out", type=_png, default="demo.png", metavar="FILE.png", help="The picture to write (default: %(default)s).")
+    add("--steps", type=integer(1, 10**9), default=1000, help="How many to take (default: %(default)s).")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, help="Draws the theta to start from (default: %(default)s).")
+    add("--out", type=png, default="demo.png", metavar="FILE.png", help="The picture to write (default: %(default)s).")
     add("-h", "--help", action="help", help="Show this and exit.")
     return parser
 
@@ -324,33 +312,6 @@ def _rate(text: str) -> float:
     if not 0 < rate < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive finite number, not {text!r}")
     return rate
-
-
-def _integer(least: int, most: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"-?\d{1,20}", text) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"must be an integer from {least} to {most}, not {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _png(name: str) -> str:
-    folder = os.path.dirname(name)
-    if folder and not os.path.isdir(folder):
-        raise argparse.ArgumentTypeError(f"can't write {name!r}: there is no folder {folder!r}")
-    if not name.endswith(".png"):
-        raise argparse.ArgumentTypeError(f"must end in .png, not {name!r}")
-    is_new = not os.path.exists(name)
-    try:
-        # Permission bits don't tell: a root user passes them all, even on a read-only disk.
-        with open(name, "ab"):
-            pass
-        if is_new:
-            os.remove(name)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"can't write {name!r}: {error.strerror}") from None
-    return name
 
 
 HEADER = f"{'step':>9} {'H(p)':>9} {'H(p,q)':>9} {'KL':>9} {'perplexity':>11} {'max|q-p|':>9}"

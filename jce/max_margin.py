@@ -14,7 +14,6 @@ all their digits float32 steers like float64, until near step 125 000 the gradie
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,23 +23,16 @@ import numpy as np
 from jax import Array, lax
 
 import jce
+from jce._command_line import Parser, demo_extra, integer, png
 
 PROGRAM = "python -m jce.max_margin"
 
-try:
+with demo_extra(PROGRAM, __name__):
     import matplotlib
     from matplotlib.figure import Figure
     from sklearn.datasets import load_digits
     from sklearn.svm import LinearSVC
     from tqdm import tqdm
-
-    from jce.demo import _integer, _Parser, _png
-except ModuleNotFoundError as error:
-    missing = f"{PROGRAM} needs {error.name}, which isn't installed: pip install 'jce[demo]'"
-    if __name__ != "__main__":
-        raise ModuleNotFoundError(missing, name=error.name) from error
-    print(missing, file=sys.stderr)
-    raise SystemExit(2) from None
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -137,9 +129,9 @@ def picture(histories: dict[str, list[Snapshot]]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains the curves, prints a table and writes the picture; the exit status is 2 for wrong input."""
-    parser = _Parser(prog=PROGRAM, description="Train on the digits towards the largest margin, by three losses.")
-    parser.add_argument("--steps", type=_integer(1, 10**9), default=100_000, help="How many (default: %(default)s).")
-    parser.add_argument("--out", type=_png, default="max_margin.png", help="The picture (default: %(default)s).")
+    parser = Parser(prog=PROGRAM, description="Train on the digits towards the largest margin, by three losses.")
+    parser.add_argument("--steps", type=integer(1, 10**9), default=100_000, help="How many (default: %(default)s).")
+    parser.add_argument("--out", type=png, default="max_margin.png", help="The picture (default: %(default)s).")
     args = parser.parse_args(argv)
     histories = {}
     for name, (loss, dtype, *_) in CURVES.items():

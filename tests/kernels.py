@@ -1,4 +1,4 @@
-"""The table: one row a public function. The laws of test_laws.py hold for every row; a new function is a new row."""
+"""The table: one row a public function. The laws in test_*.py hold for every row; a new function is a new row."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kernels import LOGIT, TABLE, each_kernel, easy, gradient, label, logit_rows, total
+from kernels import LOGIT, TABLE, each_with_classes, easy, gradient, label, logit_rows, total
 
 import jce
 
@@ -216,17 +216,14 @@ def test_no_temporary_of_the_logits_size(function, shape):
         assert temporaries <= 4 * (10 * shape[0] + shape[1])  # some numbers a row, and a number a class
 
 
-@each_kernel
-def test_many_classes_without_a_one_hot(kernel):
-    """Nothing of n × n."""
-    if not kernel.has_classes:
-        pytest.skip("elementwise")
+@each_with_classes
+def test_nothing_of_classes_times_classes(kernel):
     arguments = [jax.ShapeDtypeStruct((3000,), np.float32)] * len(kernel.arguments)
     program = jax.jit(gradient(kernel)).lower(*arguments).compile()
     assert program.memory_analysis().temp_size_in_bytes < 3000 * 100
 
 
-def test_plain_gather_of_a_class_index_beyond_float32():
+def test_more_classes_than_float32_tells_apart():
     """Above 2²⁴ classes the distance from the label is an integer's: float32 can't tell neighbours apart."""
     n = 2**24 + 8
     logits = jnp.zeros(n).at[n - 1].set(40.0)

@@ -1,0 +1,57 @@
+"""What the programs' command lines share: errors in one line, checked values, and the extra they need."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+
+@contextlib.contextmanager
+def demo_extra(program: str, module: str) -> Iterator[None]:
+    """Around the imports of a program's module: a package that isn't installed is one line, with what to do."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = f"{program} needs {error.name}, which isn't installed: pip install 'jce[demo]'"
+        if module != "__main__":
+            raise ModuleNotFoundError(missing, name=error.name) from error
+        print(missing, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print the usage too."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def integer(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d{1,20}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be an integer from {least} to {most}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def png(name: str) -> str:
+    folder = os.path.dirname(name)
+    if folder and not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"can't write {name!r}: there is no folder {folder!r}")
+    if not name.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"must end in .png, not {name!r}")
+    is_new = not os.path.exists(name)
+    try:
+        # Permission bits don't tell: a root user passes them all, even on a read-only disk.
+        with open(name, "ab"):
+            pass
+        if is_new:
+            os.remove(name)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"can't write {name!r}: {error.strerror}") from None
+    return name

@@ -161,6 +161,20 @@ def test_kl_is_zero_only_at_equality_up_to_a_shift(rng):
     assert (jce.binary_kl_divergence_with_logits(x, y)[:, 3] > 0).all()
 
 
+def test_gradients_of_near_divergences_keep_their_direction(rng):
+    """At logits 1e-4 apart q - p, as a difference of two rounded numbers, has three digits left."""
+    x = rng.standard_normal((50, 7)).astype(np.float32)
+    y = x + np.float32(1e-4) * rng.standard_normal(x.shape).astype(np.float32)
+    for function in (jce.kl_divergence_with_logits, jce.binary_kl_divergence_with_logits):
+        gradients = jax.grad(lambda x, y, f=function: f(x, y).sum(), (0, 1))
+        single = gradients(x, y)
+        with jax.enable_x64(True):
+            double = gradients(x.astype(np.float64), y.astype(np.float64))
+        for a, b in zip(single, map(np.asarray, double), strict=True):
+            scale = np.abs(b).max(-1, keepdims=True)
+            assert (np.abs(np.asarray(a) - b) < 4e-6 * scale).all()
+
+
 # Sharded logits
 
 

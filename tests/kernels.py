@@ -196,9 +196,10 @@ class Kernel:
 
     The formula takes one distribution an argument: a list (classes) or a number (elementwise). Bars are in ulps of the
     exact result, or of `value_scale` and `gradient_scale`, the sum of the absolute values of the closed form's terms,
-    where that is given; those of `hvp_bar` are always scaled, by Σ |Hᵢⱼ vⱼ|, or by `hvp_scale` · |v|. Derivatives are
-    compared with the formula's where every number is inside its open domain; on the edge are the corners. `absent` is
-    what an argument holds at a class that isn't there, None where there is no such number.
+    where that is given; those of `hvp_bar` are always scaled, by Σ |Hᵢⱼ vⱼ| or, where Hᵢⱼ is itself a sum whose terms
+    cancel, by `hvp_scale` of the arguments and the direction. Derivatives are compared with the formula's where every
+    number is inside its open domain; on the edge are the corners. `absent` is what an argument holds at a class that
+    isn't there, None where there is no such number.
     """
 
     function: Callable
@@ -348,6 +349,24 @@ def kl_gradient_scale(x, y):
     p, delta = softmax(x), [a - b for a, b in zip(surprisals(x), surprisals(y), strict=True)]
     rest = sum(weighted(pi, abs(d)) for pi, d in zip(p, delta, strict=True)) + kl_divergence_with_logits(x, y)
     return [weighted(pi, abs(d) + rest) for pi, d in zip(p, delta, strict=True)]
+
+
+def kl_hvp_scale(x, y, dx, dy):
+    """The terms of d pᵢ(δᵢ - KL) and of d (qᵢ - pᵢ), with dpᵢ = pᵢ(dxᵢ - Σ p dx), and dqᵢ alike."""
+    p, q, known = softmax(x), softmax(y), kl_gradient_scale(x, y)
+    dp, dq = softmax_differential_scale(p, dx), softmax_differential_scale(q, dy)
+    d_kl = sum(k * abs(a) + abs(qi - pi) * abs(b) for k, a, qi, pi, b in zip(known, dx, q, p, dy, strict=True))
+    d_delta = sum(pi * abs(a) + qi * abs(b) for pi, a, qi, b in zip(p, dx, q, dy, strict=True)) + d_kl
+    in_x = [
+        weighted(pi, k / pi * dpi / pi + abs(a) + abs(b) + d_delta) if pi else mp.mpf(0)
+        for pi, k, dpi, a, b in zip(p, known, dp, dx, dy, strict=True)
+    ]
+    return in_x, [a + b for a, b in zip(dp, dq, strict=True)]
+
+
+def softmax_differential_scale(q, t):
+    mean = sum(weighted(qi, abs(ti)) for qi, ti in zip(q, t, strict=True))
+    return [weighted(qi, abs(ti) + mean) for qi, ti in zip(q, t, strict=True)]
 
 
 # The rows
@@ -616,7 +635,8 @@ TABLE = [
             lambda x, y: kl_gradient_scale(x, y),
             lambda x, y: [p + q for p, q in zip(softmax(x), softmax(y), strict=True)],
         ),
-        hvp_bar=12,
+        hvp_bar=6,
+        hvp_scale=kl_hvp_scale,
         never_negative=True,
         corners=[
             Corner(([0.0] * 4, [0.0] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
@@ -643,7 +663,7 @@ TABLE = [
         value_bar=4,
         gradient_bar=(5,),
         hvp_bar=5,
-        hvp_scale=lambda x: sigmoid(x) * sigmoid(-x) * (1 + abs(x * mp.tanh(x / 2))),
+        hvp_scale=lambda x, v: (abs(v) * sigmoid(x) * sigmoid(-x) * (1 + abs(x * mp.tanh(x / 2))),),
         corners=[
             Corner((0.0,), LOG2, (0.0,)),
             Corner((INF,), 0.0, (0.0,)),

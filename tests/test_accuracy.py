@@ -120,14 +120,15 @@ def test_hessian_vector_products(kernel, dtype, rng):
     rows = (distributions(kernel, *x) for x in (arguments, tangents, hvp))
     for regime, row, direction, got in zip(regimes, *rows, strict=True):
         exact_row, inside = to_mp(row), list(interior(kernel, to_mp(row)))
+        scales = kernel.hvp_scale(*exact_row, *to_mp(direction)) if kernel.hvp_scale else None
         for e in inside:
             terms = [
                 second_partial(kernel.formula, exact_row, e, f) * mp.mpf(float(np.atleast_1d(direction[f[0]])[f[1]]))
                 for f in inside
             ]
             exact, scale = sum(terms), sum(abs(term) for term in terms)
-            if kernel.hvp_scale:
-                scale = kernel.hvp_scale(*exact_row) * abs(mp.mpf(float(direction[0])))
+            if scales:
+                scale = scales[e[0]][e[1]] if kernel.has_classes else scales[e[0]]
             bar = kernel.hvp_bar + conditioning(kernel, exact_row, dtype, e[1])
             judge(np.atleast_1d(got[e[0]])[e[1]], exact, scale, bar, regime, kernel.arguments[e[0]], row)
     judge.finish()

@@ -18,6 +18,8 @@ from jce._check import check_distribution
 from jce._cross_entropy import cross_entropy, cross_entropy_with_integer_labels, cross_entropy_with_logits
 from jce._entropy import entropy, entropy_with_logits
 from jce._kl_divergence import generalized_kl_divergence, kl_divergence, kl_divergence_with_logits
+from jce._linear_cross_entropy import linear_cross_entropy
+from jce._linear_log_probs import linear_log_probs
 
 __all__ = [
     "binary_cross_entropy",
@@ -35,5 +37,7 @@ __all__ = [
     "generalized_kl_divergence",
     "kl_divergence",
     "kl_divergence_with_logits",
+    "linear_cross_entropy",
+    "linear_log_probs",
 ]
 __version__ = _version("jce")

@@ -41,7 +41,7 @@ def distributions(
     if len({x.shape[axis] for x in arrays}) > 1:
         raise ValueError(
             f"{function}: {_and(arguments)} must have the same number of classes along axis={given}, which is never"
-            f" broadcast; got {_describe(arguments)}. Say which axis holds the classes with axis=, or pad with zeros."
+            f" broadcast; got {described(arguments)}. Say which axis holds the classes with axis=, or pad with zeros."
         )
     arrays = _broadcast(function, "the batch axes", arguments, arrays)
     if where is not None:
@@ -67,10 +67,10 @@ def labelled(
 ) -> tuple[Array, Array, Array, int]:
     """Labels of the batch's shape, the logits as `distributions` reads them, 1 for each class kept, and axis < 0."""
     got = {"labels": labels, "logits": logits}
-    y = _as_array(function, "labels", labels)
+    y = as_array(function, "labels", labels)
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(
-            f"{function}: labels must be integers, a class index for each distribution; got {_describe(got)}. The"
+            f"{function}: labels must be integers, a class index for each distribution; got {described(got)}. The"
             f" target comes first, the model second; for probabilities as targets there is cross_entropy_with_logits."
         )
     (x,), axis = distributions(function, axis, where, in_logits=("logits",), logits=logits)
@@ -78,7 +78,7 @@ def labelled(
     batch = shape[: len(shape) + axis] + shape[len(shape) + axis + 1 :]
     if y.shape != batch:
         raise ValueError(
-            f"{function}: labels must have the shape of logits without the class axis, {batch}; got {_describe(got)}."
+            f"{function}: labels must have the shape of logits without the class axis, {batch}; got {described(got)}."
             f" The target comes first, the model second; for one label against a batch of logits use jax.vmap."
         )
     kept = jnp.broadcast_to(True if where is None else jnp.asarray(where), shape)
@@ -91,7 +91,7 @@ def labelled(
 def fraction(function: str, **option: float) -> float:
     """A static number from 0 to 1."""
     ((name, value),) = option.items()
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
+    if not _is_number(value) or not 0 <= value <= 1:
         raise ValueError(
             f"{function}: {name} must be a static number from 0 to 1; got {name}={value!r}. Pass the share of the"
             f" target's weight that is spread over all classes, such as 0.1."
@@ -99,12 +99,36 @@ def fraction(function: str, **option: float) -> float:
     return float(value)
 
 
+def positive(function: str, *, or_zero: bool = False, **option: float) -> float:
+    """A static finite number above 0."""
+    ((name, value),) = option.items()
+    if not _is_number(value) or not 0 <= value < np.inf or (value == 0 and not or_zero):
+        raise ValueError(
+            f"{function}: {name} must be a static number, finite and {'at least' if or_zero else 'above'} 0;"
+            f" got {name}={value!r}. Leave it out for none."
+        )
+    return float(value)
+
+
+def choice(function: str, *, choices: tuple[str, ...], **option: str) -> str:
+    """One of a few words."""
+    ((name, value),) = option.items()
+    if value not in choices:
+        words = " or ".join(f'"{word}"' for word in choices)
+        raise ValueError(f"{function}: {name} must be {words}; got {name}={value!r}.")
+    return value
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
 def _broadcast(function: str, what: str, arguments: dict[str, ArrayLike], arrays: list[Array]) -> list[Array]:
     try:
         shape = np.broadcast_shapes(*(x.shape for x in arrays))
     except ValueError:
         raise ValueError(
-            f"{function}: {what} of {_and(arguments)} must broadcast; got {_describe(arguments)}."
+            f"{function}: {what} of {_and(arguments)} must broadcast; got {described(arguments)}."
             f" Add axes of length 1 where they differ, or use jax.vmap."
         ) from None
     return [jnp.broadcast_to(x, shape) for x in arrays]
@@ -112,19 +136,25 @@ def _broadcast(function: str, what: str, arguments: dict[str, ArrayLike], arrays
 
 def _as_floats(function: str, arguments: dict[str, ArrayLike]) -> list[Array]:
     """Arrays of the widest floating dtype among the arguments, at least float32; a Python scalar never widens."""
-    arrays = [_as_array(function, name, x) for name, x in arguments.items()]
+    dtype = float_dtype(function, arguments)
+    return [as_array(function, name, x).astype(dtype) for name, x in arguments.items()]
+
+
+def float_dtype(function: str, arguments: dict[str, ArrayLike]):
+    """float64 if one of the arguments is, else float32."""
+    arrays = [as_array(function, name, x) for name, x in arguments.items()]
     for x in arrays:
         if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
             raise TypeError(
                 f"{function}: {_and(arguments)} must be real (floating-point, integer or bool);"
-                f" got {_describe(arguments)}. Convert to real numbers first."
+                f" got {described(arguments)}. Convert to real numbers first."
             )
     strong = [x.dtype for x in arrays if not x.weak_type]
     double = jnp.float64 in (strong or [jnp.result_type(float)])
-    return [x.astype(jnp.float64 if double else jnp.float32) for x in arrays]
+    return jnp.float64 if double else jnp.float32
 
 
-def _as_array(function: str, name: str, x: ArrayLike) -> Array:
+def as_array(function: str, name: str, x: ArrayLike) -> Array:
     try:
         if x is None:
             raise TypeError
@@ -140,7 +170,7 @@ def _class_axis(function: str, axis: int, arguments: dict[str, ArrayLike], array
     """`axis` of the broadcast arguments, counted from the end, where it means the same for arrays of unlike rank."""
     if min(x.ndim for x in arrays) == 0:
         raise ValueError(
-            f"{function}: {_and(arguments)} must have a class axis; got {_describe(arguments)}."
+            f"{function}: {_and(arguments)} must have a class axis; got {described(arguments)}."
             f" Pass the probabilities of all classes; for one number alpha that stands for {{alpha, 1 - alpha}} there"
             f" are the binary functions."
         )
@@ -153,30 +183,30 @@ def _class_axis(function: str, axis: int, arguments: dict[str, ArrayLike], array
     given, axis = axis, operator.index(axis)
     if not -ndim <= axis < ndim:
         raise ValueError(
-            f"{function}: axis must be from {-ndim} to {ndim - 1}; got axis={axis} with {_describe(arguments)}."
+            f"{function}: axis must be from {-ndim} to {ndim - 1}; got axis={axis} with {described(arguments)}."
             f" Name the axis that holds the classes."
         )
     axis = axis - ndim if axis >= 0 else axis
     if min(x.ndim for x in arrays) < -axis:
         raise ValueError(
             f"{function}: {_and(arguments)} must each have the class axis, which is never broadcast; got axis={given}"
-            f" of the broadcast shape with {_describe(arguments)}. Add the missing axis, or use jax.vmap."
+            f" of the broadcast shape with {described(arguments)}. Add the missing axis, or use jax.vmap."
         )
     return axis
 
 
 def _mask(function: str, where: ArrayLike, shape: tuple[int, ...], axis: int, arguments: dict[str, ArrayLike]) -> Array:
     got = {"where": where, **arguments}
-    mask = _as_array(function, "where", where)
+    mask = as_array(function, "where", where)
     if mask.dtype != bool:
-        raise TypeError(f"{function}: where must be boolean; got {_describe(got)}. Compare it first: where=mask != 0.")
+        raise TypeError(f"{function}: where must be boolean; got {described(got)}. Compare it first: where=mask != 0.")
     try:
         fits = np.broadcast_shapes(mask.shape, shape) == shape
     except ValueError:
         fits = False
     if not fits:
         raise ValueError(
-            f"{function}: where must broadcast to the shape {shape} of {_and(arguments)}; got {_describe(got)}."
+            f"{function}: where must broadcast to the shape {shape} of {_and(arguments)}; got {described(got)}."
             f" To drop whole distributions, give it a class axis of length 1: where=jnp.expand_dims(mask, {axis})."
         )
     return jnp.broadcast_to(mask, shape)
@@ -186,6 +216,6 @@ def _and(arguments: dict[str, ArrayLike]) -> str:
     return " and ".join(arguments)
 
 
-def _describe(arguments: dict[str, ArrayLike]) -> str:
+def described(arguments: dict[str, ArrayLike]) -> str:
     arrays = {name: jnp.asarray(x) for name, x in arguments.items()}
     return ", ".join(f"{name}: {x.dtype}[{','.join(map(str, x.shape))}]" for name, x in arrays.items())

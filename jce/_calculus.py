@@ -41,6 +41,21 @@ def def_twin(kernel: jax.custom_jvp, twin: Callable[..., Array]) -> None:
     kernel.defjvp(lambda primals, tangents: (kernel(*primals), jax.jvp(twin, primals, tangents)[1]))
 
 
+def live_jvp(function: Callable, primals, tangents):
+    """`jax.jvp`, in the arguments that are differentiated, of tangents with symbolic zeros."""
+    leaves, tree = jax.tree.flatten(primals)
+    tangents = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    live = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+
+    def of_live(*values):
+        all_leaves = list(leaves)
+        for i, x in zip(live, values, strict=True):
+            all_leaves[i] = x
+        return function(*tree.unflatten(all_leaves))
+
+    return jax.jvp(of_live, [leaves[i] for i in live], [tangents[i] for i in live])
+
+
 def both_zero(a: Array, b: Array) -> Array:
     """Where an outcome is absent from both distributions. It contributes 0, and 0 to every derivative."""
     return (a == 0) & (b == 0)

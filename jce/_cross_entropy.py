@@ -210,7 +210,7 @@ def cross_entropy_with_integer_labels(
     """
     smoothing = fraction("cross_entropy_with_integer_labels", label_smoothing=label_smoothing)
     y, x, kept, axis = labelled("cross_entropy_with_integer_labels", axis, where, labels, logits)
-    loss = _label(y, x, axis)
+    loss = label_surprisal(y, x, axis)
     if smoothing == 0:
         return loss
     uniform = kept / jnp.maximum(kept.sum(axis, keepdims=True), 1)
@@ -221,27 +221,31 @@ def cross_entropy_with_integer_labels(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _label(y, x, axis):
-    m, s, x_y = off_label_sum(y, x, axis)
-    return (m - x_y) + jnp.log1p(s - (1 - jnp.exp(x_y - m)))
+def label_surprisal(y, x, axis):
+    """log 1/q_y"""
+    return _label_surprisal_and_excess(y, x, axis)[0]
 
 
 # ∂/∂xᵢ log 1/q_y = qᵢ - [i = y]
-@_label.defjvp
-def _label_rule(axis, primals, tangents):
-    y, x = primals
-    return _label(y, x, axis), mul0(_label_excess(y, x, axis), tangents[1]).sum(axis)
+@label_surprisal.defjvp
+def _label_surprisal_rule(axis, primals, tangents):
+    surprisal, excess = _label_surprisal_and_excess(*primals, axis)
+    return surprisal, mul0(excess, tangents[1]).sum(axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _label_excess(y, x, axis):
+def _label_surprisal_and_excess(y, x, axis):
+    # Both in one function, since XLA can't see that two off-label sums, behind their barriers, are the same.
     m, s, x_y = off_label_sum(y, x, axis)
+    e_y = jnp.exp(x_y - m)
     e = jnp.exp(x - column(m, axis))
     is_label = lax.broadcasted_iota(y.dtype, x.shape, x.ndim + axis) == column(y, axis)
-    return jnp.where(is_label, column(-s, axis), e) / column(s + jnp.exp(x_y - m), axis)
+    excess = jnp.where(is_label, column(-s, axis), e) / column(s + e_y, axis)
+    return (m - x_y) + jnp.log1p(s - (1 - e_y)), excess
 
 
-@_label_excess.defjvp
-def _label_excess_rule(axis, primals, tangents):
-    y, x = primals
-    return _label_excess(y, x, axis), mul0(softmax(x, axis), centered(tangents[1], x, axis))
+@_label_surprisal_and_excess.defjvp
+def _label_surprisal_and_excess_rule(axis, primals, tangents):
+    x, t = primals[1], tangents[1]
+    surprisal, excess = _label_surprisal_and_excess(*primals, axis)
+    return (surprisal, excess), (mul0(excess, t).sum(axis), mul0(softmax(x, axis), centered(t, x, axis)))

@@ -115,11 +115,11 @@ def entropy_with_logits(logits: ArrayLike, *, axis: int = -1, where: ArrayLike |
       [6.9314718e-01 4.3284228e-08]
     """
     (x,), axis = distributions("entropy_with_logits", axis, where, in_logits=("logits",), logits=logits)
-    return _entropy_of_softmax(x, axis)
+    return entropy_of_softmax(x, axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _entropy_of_softmax(x, axis):
+def entropy_of_softmax(x, axis):
     # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z, without a term below 0
     m, s = off_maximum_sum(x, axis)
     log_z = jnp.log1p(s)
@@ -129,10 +129,10 @@ def _entropy_of_softmax(x, axis):
 
 
 # ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)
-@_entropy_of_softmax.defjvp
+@entropy_of_softmax.defjvp
 def _entropy_of_softmax_rule(axis, primals, tangents):
     (x,), (t,) = primals, tangents
-    h = _entropy_of_softmax(x, axis)
+    h = entropy_of_softmax(x, axis)
     # q is 0 long before log 1/q is 10⁴. A number there, not +∞, is one that 0 can be multiplied with at every order.
     excess = jnp.minimum(surprisal(x, axis), 1e4) - column(h, axis)
     return h, mul0(mul0(excess, softmax(x, axis)), t).sum(axis)

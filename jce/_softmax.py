@@ -125,6 +125,20 @@ def _surprisal_rule(axis, primals, tangents):
     return surprisal(x, axis), -centered(t, x, axis)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def logsumexp(x: Array, axis: int) -> Array:
+    """log Σ exp xᵢ = m + log(1 + s)."""
+    m, s = off_maximum_sum(x, axis)
+    return m + jnp.log1p(s)
+
+
+# d log Σ exp xᵢ = Σ qᵢtᵢ
+@logsumexp.defjvp
+def _logsumexp_rule(axis, primals, tangents):
+    (x,), (t,) = primals, tangents
+    return logsumexp(x, axis), mul0(softmax(x, axis), t).sum(axis)
+
+
 def centered(t: Array, x: Array, axis: int) -> Array:
     """tᵢ - Σⱼ qⱼtⱼ, linear in t.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import mpmath as mp
 import numpy as np
 import pytest
@@ -232,6 +235,10 @@ class Kernel:
         return {name: list(pair[: len(self.arguments)]) for name, pair in self.regimes(rng, shape, dtype).items()}
 
 
+def label(kernel: Kernel) -> str:
+    return f"{kernel.name}-{kernel.note}" if kernel.note else kernel.name
+
+
 # Formulas
 
 
@@ -335,6 +342,21 @@ def label_0(**options):
         return jce.cross_entropy_with_integer_labels(np.zeros(shape, int), logits, axis=axis, **options, **others)
 
     return function
+
+
+# The head's functions as functions of the logits alone: as the bias of a head of zeros, with label 0
+
+
+def as_bias(function, statistic=lambda result: result, **options):
+    @functools.wraps(function)
+    def of_logits(logits):
+        def of_row(row):
+            return statistic(function(np.zeros((), int), np.zeros(1), np.zeros((row.size, 1)), row, **options))
+
+        rows = jnp.reshape(logits, (math.prod(np.shape(logits)[:-1]), np.shape(logits)[-1]))
+        return jax.vmap(of_row)(rows).reshape(np.shape(logits)[:-1])
+
+    return of_logits
 
 
 SMOOTHING = 0.125
@@ -727,11 +749,23 @@ TABLE = [
 # For tests of every row
 
 
-def label(kernel: Kernel) -> str:
-    return f"{kernel.name}-{kernel.note}" if kernel.note else kernel.name
+ROWS = {label(kernel): kernel for kernel in TABLE}
+HEADS = [
+    dataclasses.replace(
+        ROWS["cross_entropy_with_integer_labels"], function=as_bias(jce.linear_cross_entropy, reduction="sum")
+    ),
+    dataclasses.replace(
+        ROWS["cross_entropy_with_integer_labels-smoothed"],
+        function=as_bias(jce.linear_cross_entropy, reduction="mean", label_smoothing=SMOOTHING),
+    ),
+    dataclasses.replace(
+        ROWS["entropy_with_logits"], function=as_bias(jce.linear_log_probs, lambda result: result.entropy)
+    ),
+]
 
 
-each_kernel = pytest.mark.parametrize("kernel", TABLE, ids=label)
+each_kernel = pytest.mark.parametrize("kernel", TABLE + HEADS, ids=label)
+each_function = pytest.mark.parametrize("kernel", TABLE, ids=label)
 each_with_classes = pytest.mark.parametrize("kernel", [kernel for kernel in TABLE if kernel.has_classes], ids=label)
 
 

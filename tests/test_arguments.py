@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from kernels import TABLE, each_kernel, each_with_classes, easy, gradient
+from kernels import TABLE, each_function, each_with_classes, easy, gradient
 
 import jce
 
@@ -14,7 +14,7 @@ NAN = float("nan")
 # dtypes
 
 
-@each_kernel
+@each_function
 def test_result_and_gradient_dtypes(kernel, rng):
     """At least float32 out; gradients in the argument's dtype; unlike dtypes promote."""
     arguments = easy(kernel, rng, (4, 5))
@@ -28,7 +28,7 @@ def test_result_and_gradient_dtypes(kernel, rng):
         assert [g.dtype for g in gradient(kernel)(*mixed)] == [x.dtype for x in mixed]
 
 
-@each_kernel
+@each_function
 def test_integers_bools_lists_and_numpy(kernel):
     one_hot = np.eye(3, dtype=np.int32)
     expected = kernel.function(*(one_hot.astype(np.float32) for _ in kernel.arguments))
@@ -127,7 +127,7 @@ def ones(*shape, dtype=jnp.float32):
     return jnp.ones(shape, dtype)
 
 
-@each_kernel
+@each_function
 def test_complex(kernel):
     arguments = [ones(2, dtype=jnp.complex64) for _ in kernel.arguments]
     first = kernel.arguments[0]
@@ -141,7 +141,7 @@ def test_complex(kernel):
     )
 
 
-@each_kernel
+@each_function
 def test_not_an_array(kernel):
     for wrong in (None, {"a": 1.0}):
         arguments = [wrong, *(ones(2) for _ in kernel.arguments[1:])]

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from kernels import TABLE, each_kernel, easy, gradient
+from kernels import TABLE, each_function, easy, gradient
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
@@ -27,7 +27,7 @@ def test_what_is_not_differentiated_costs_nothing(kernel, rng):
     assert both.count("mul0") > one.count("mul0")
 
 
-@each_kernel
+@each_function
 def test_an_eager_call_is_one_dispatch(kernel, rng):
     """One jitted call that carries the function's name, in the value and in what differentiation makes of it."""
     arguments = easy(kernel, rng, (4, 5))

@@ -10,7 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from kernels import TABLE
+from kernels import HEADS, TABLE
 
 import jce
 
@@ -23,7 +23,7 @@ each_public = pytest.mark.parametrize("name", PUBLIC)
 
 
 def test_every_kernel_is_a_row_of_the_table():
-    assert {kernel.name for kernel in TABLE} == set(PUBLIC) - {"check_distribution"}
+    assert {kernel.name for kernel in TABLE + HEADS} == set(PUBLIC) - {"check_distribution"}
 
 
 @each_public

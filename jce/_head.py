@@ -1,0 +1,238 @@
+"""Tokens in chunks: hidden states, a head, and their logits, of which no more than a chunk exists at a time.
+
+The head W [n, d] gives a token of hidden state h the logits x = soft_cap(W h + b). A function of them, token by token,
+is a `lax.scan` over chunks of tokens whose body is checkpointed, so that every derivative recomputes a chunk's logits
+instead of keeping all: N × n numbers never exist, in any mode, to any order.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from jce._arguments import as_array, described, float_dtype
+from jce._calculus import def_partials
+
+# A chunk is as many tokens as fill 32 MiB with logits, but not fewer than 512: with few tokens, reading the head and
+# adding to its gradient take longer than multiplying.
+CHUNK_BYTES, CHUNK_TOKENS = 2**25, 512
+
+
+class Head(NamedTuple):
+    """W [n, d] and b [n]. W's derivatives are taken in `wide`, the same numbers in the dtype of the logits.
+
+    So a loop over chunks sums the head's gradient in float32 where the head is bfloat16. Nothing reads `wide`'s values.
+    """
+
+    weight: Array
+    wide: Array
+    bias: Array
+
+
+class Logits(NamedTuple):
+    """How logits are made of hidden states and a head: static."""
+
+    soft_cap: float | None
+    precision: Any
+
+    def of(self, h: Array, head: Head) -> Array:
+        return self.capped(self.uncapped(h, head))
+
+    def uncapped(self, h: Array, head: Head) -> Array:
+        return product(h, head, 1, self.precision) + head.bias[None]
+
+    def capped(self, u: Array) -> Array:
+        return u if self.soft_cap is None else self.soft_cap * _tanh(u / self.soft_cap)
+
+    def slope(self, u: Array) -> Array:
+        """dx/du of the capped x, for a soft cap."""
+        assert self.soft_cap is not None
+        return _slope(u / self.soft_cap)
+
+
+@jax.custom_jvp
+def _tanh(v):
+    """tanh v, but a class that -∞ forbids stays forbidden."""
+    return jnp.where(v == -jnp.inf, v, jnp.tanh(v))
+
+
+@jax.custom_jvp
+def _slope(v):
+    """1 - tanh² v, without the difference."""
+    e = jnp.exp(-jnp.abs(v))
+    sech = 2 * e / (1 + e * e)
+    return sech * sech
+
+
+# d tanh v/dv = 1 - tanh² v, d (1 - tanh² v)/dv = -2 tanh v (1 - tanh² v)
+def_partials(_tanh, lambda v: _slope(v))
+def_partials(_slope, lambda v: -2 * jnp.tanh(v) * _slope(v))
+
+
+def dot(a: Array, b: Array, axis_a: int, axis_b: int, precision, dtype) -> Array:
+    """The product of two matrices over one axis each, accumulated and returned in `dtype`, to which unlike ones go."""
+    common = a.dtype if a.dtype == b.dtype else dtype
+    contract = (((axis_a,), (axis_b,)), ((), ()))
+    return lax.dot_general(
+        a.astype(common), b.astype(common), contract, precision=precision, preferred_element_type=dtype
+    )
+
+
+def product(a: Array, head: Head, axis: int, precision) -> Array:
+    """a · W, over an axis of W."""
+    if head.weight.dtype == head.wide.dtype:
+        return dot(a, head.weight, 1, axis, precision, head.wide.dtype)
+    return _product(a, head.weight, head.wide, axis, precision)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _product(a, weight, wide, axis, precision):
+    return dot(a, weight, 1, axis, precision, wide.dtype)
+
+
+def _product_rule(axis, precision, primals, tangents):
+    (a, weight, wide), (da, _, dwide) = primals, tangents
+    value = _product(a, weight, wide, axis, precision)
+    tangent = jnp.zeros_like(value)
+    if not isinstance(da, SymbolicZero):
+        tangent += _product(da, weight, wide, axis, precision)
+    if not isinstance(dwide, SymbolicZero):
+        tangent += _product(a, dwide, dwide, axis, precision)
+    return value, tangent
+
+
+_product.defjvp(_product_rule, symbolic_zeros=True)
+
+
+# Chunks
+
+
+def over_chunks(step: Callable, size: int, carry, tokens):
+    """`lax.scan` of a step over chunks of `size` tokens or a few less, the last filled up with zeros."""
+    count = jax.tree.leaves(tokens)[0].shape[0]
+    chunks = max(1, math.ceil(count / size))
+    size = math.ceil(count / chunks)
+
+    def split(x):
+        x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(chunks, size, *x.shape[1:])
+
+    carry, results = lax.scan(step, carry, jax.tree.map(split, tokens))
+    return carry, jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:])[:count], results)
+
+
+def each_token(function: Callable, size: int, *tokens: Array):
+    """The function of chunks of tokens, with nothing kept of a chunk but its results, whatever is differentiated."""
+    step = jax.checkpoint(lambda carry, chunk: (carry, function(*chunk)), prevent_cse=False)
+    return over_chunks(step, size, None, tokens)[1]
+
+
+# Arguments
+
+
+class Tokens(NamedTuple):
+    """Labels [N], hidden states [N, d] and weights [N]: where a token is left out 0, 0 and 0."""
+
+    labels: Array
+    hidden: Array
+    weights: Array
+
+
+def tokens_and_head(
+    function: str,
+    labels: ArrayLike,
+    hidden: ArrayLike,
+    head: ArrayLike,
+    bias: ArrayLike | None,
+    weights: ArrayLike | None,
+    where: ArrayLike | None,
+) -> tuple[Tokens, Head]:
+    """The arguments, checked; the weights are 1 or 0 where none are given."""
+    got = {"labels": labels, "hidden": hidden, "head": head}
+    got |= {name: x for name, x in (("bias", bias), ("weights", weights), ("where", where)) if x is not None}
+    y, h, w = (as_array(function, name, got[name]) for name in ("labels", "hidden", "head"))
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: labels must be integers, a class index for each token; got {described(got)}. The target comes"
+            f" first, then hidden and head."
+        )
+    if h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
+        raise ValueError(
+            f"{function}: hidden must be [..., d] and head [n, d], a row for each class; got {described(got)}."
+            f" Transpose a head of shape [d, n]."
+        )
+    batch, (n, _) = h.shape[:-1], w.shape
+    if y.shape != batch:
+        raise ValueError(
+            f"{function}: labels must have the shape of hidden without its last axis, {batch}; got {described(got)}."
+            f" The target comes first, then hidden and head."
+        )
+    if bias is not None and jnp.shape(bias) != (n,):
+        raise ValueError(
+            f"{function}: bias must have the shape ({n},), a number for each row of head; got {described(got)}."
+        )
+    for name in ("weights", "where"):
+        if name in got and not _broadcasts_to(batch, jnp.shape(as_array(function, name, got[name]))):
+            raise ValueError(
+                f"{function}: {name} must broadcast to the shape of labels, {batch}; got {described(got)}."
+                f" To exclude classes, give them a bias of -inf."
+            )
+    if where is not None and jnp.asarray(where).dtype != bool:
+        raise TypeError(f"{function}: where must be boolean; got {described(got)}. Numbers are for weights=.")
+    dtype = float_dtype(function, {name: x for name, x in got.items() if name not in ("labels", "where")})
+
+    def flat(x):
+        return jnp.broadcast_to(x, batch).reshape(math.prod(batch))
+
+    def stored(x):
+        return x if jnp.issubdtype(x.dtype, jnp.floating) and dtype == jnp.float32 else x.astype(dtype)
+
+    y = flat(y if y.dtype.itemsize >= 4 else y.astype(jnp.int32))
+    h, w = stored(h).reshape(y.size, h.shape[-1]), stored(w)
+    b = jnp.zeros(n, dtype) if bias is None else jnp.asarray(bias).astype(dtype)
+    a = flat(jnp.ones((), dtype) if weights is None else jnp.asarray(weights).astype(dtype))
+    if n == 0:  # certainty in a class that makes no difference
+        y, w, b = jnp.zeros_like(y), jnp.zeros((1, w.shape[1]), w.dtype), jnp.zeros(1, dtype)
+    if weights is not None or where is not None:
+        kept = flat(True if where is None else jnp.asarray(where))
+        if weights is not None:
+            # A token of weight 0 still has a derivative in its weight, unless it holds what is no number or no class.
+            kept &= (a != 0) | (jnp.isfinite(h).all(-1) & (y >= 0) & (y < n))
+        y, a = (jnp.where(kept, x, jnp.zeros_like(x)) for x in (y, a))
+        h = jnp.where(kept[:, None], h, jnp.zeros_like(h))
+    y, h, a, w, b = _varying_alike(y, h, a, w, b)
+    return Tokens(y, h, a), Head(w, w.astype(dtype), b)
+
+
+def _varying_alike(*arrays: Array) -> list[Array]:
+    """As loops need them inside `jax.shard_map`, where an array's type says over which mesh axes it varies."""
+    varying = [t.vma if hasattr(t, "vma") else t.manual_axis_type.varying for t in map(jax.typeof, arrays)]
+    missing = [sorted(frozenset().union(*varying) - axes) for axes in varying]
+    return [lax.pcast(x, tuple(m), to="varying") if m else x for x, m in zip(arrays, missing, strict=True)]
+
+
+def _broadcasts_to(shape, given) -> bool:
+    try:
+        return jnp.broadcast_shapes(shape, given) == shape
+    except ValueError:
+        return False
+
+
+def chunk_tokens(function: str, chunk_size: int | None, head: Head) -> int:
+    """The chunk size given, or by the rule above."""
+    if chunk_size is None:
+        return max(CHUNK_TOKENS, CHUNK_BYTES // (head.bias.dtype.itemsize * head.bias.size))
+    if isinstance(chunk_size, bool) or not hasattr(chunk_size, "__index__") or chunk_size < 1:
+        raise ValueError(
+            f"{function}: chunk_size must be a static int, the number of tokens in a chunk, at least 1;"
+            f" got chunk_size={chunk_size!r}. Leave it out for a size that suits the head."
+        )
+    return int(chunk_size)

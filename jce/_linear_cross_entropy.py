@@ -1,0 +1,229 @@
+"""The label's cross-entropy at logits = hidden · headᵀ, without the logits of all tokens, at three matrix products.
+
+While a chunk's logits x are there, so is ∂ℓ/∂x, and with it ∂ℓ/∂h = ∂ℓ/∂x · W and the chunk's part of the head's
+gradient, (∂ℓ/∂x)ᵀ h. The rule of a sum of losses therefore computes value and gradient in one loop. A loss for each
+token has to wait for its cotangent, and computes x again: a fourth product.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from jce._arguments import choice, fraction, positive, public
+from jce._calculus import live_jvp
+from jce._cross_entropy import label_surprisal
+from jce._head import Logits, chunk_tokens, dot, each_token, over_chunks, product, tokens_and_head
+from jce._mul0 import mul0
+from jce._softmax import column, logsumexp, off_label_sum, surprisal
+
+OPTIONS = ("reduction", "label_smoothing", "z_loss", "logit_soft_cap", "chunk_size", "precision")
+
+
+@public(*OPTIONS)
+def linear_cross_entropy(
+    labels: ArrayLike,
+    hidden: ArrayLike,
+    head: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    weights: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_soft_cap: float | None = None,
+    chunk_size: int | None = None,
+    precision: Any = None,
+) -> Array:
+    """log 1/q_y at q = softmax(x), x = hidden · headᵀ + bias, in nats, of many tokens: a head and its loss in one.
+
+    What `cross_entropy_with_integer_labels` is of x, but x never exists for more than a chunk of tokens, in any
+    derivative of any order. Loss and gradient of a mean or a sum cost three matrix products of the size of x's own, a
+    loss for each token four. With label_smoothing ε and z_loss ζ a token's loss is
+    (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
+
+    Args:
+      labels: integer, [...], class indices y: the shape of hidden without its last axis.
+      hidden: real, [..., d], a state for each token.
+      head: real, [n, d], a row for each class: the layout of an embedding table.
+      bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
+      weights: real, broadcasts to the shape of labels: w, each token's weight.
+      where: bool, broadcasts to the shape of labels. A token where it is False takes no part, whatever it holds.
+      reduction: "mean" for Σ wℓ / Σ w, "sum" for Σ wℓ, "none" for wℓ, a number for each token. Without weights w is 1,
+        and 0 where `where` is False; if Σ w = 0, the mean is 0.
+      label_smoothing: ε, a static number from 0 to 1.
+      z_loss: ζ, a static number ≥ 0.
+      logit_soft_cap: c > 0, a static number: the logits are c tanh(x/c). None for x itself.
+      chunk_size: the number of tokens in a chunk, a static int. None for as many as fill 32 MiB with logits, but at
+        least 512. Fewer need less memory; where multiplying is fast beside memory, as on a GPU, more take less time.
+      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
+
+    Returns:
+      A number, or [...] for "none"; float32, or float64 if an argument is. Beyond arguments and results it needs a few
+      arrays of chunk × n, in reverse mode one or two of the head's shape, and some of [..., d]. Products of bfloat16 or
+      float16 arrays are accumulated in float32; derivatives in the logits stay float32, and so does the sum of the
+      head's gradient over the chunks.
+
+    At the boundary:
+      A label outside [0, n) makes its token NaN, in value and gradient, and with it a mean or a sum. A token of weight
+      0 counts as left out if its label is none or its hidden state not finite; else its derivative in the weight is
+      that of wℓ. A forbidden class has derivative 0; at the label, or with label smoothing, it makes the loss +∞; a
+      soft cap leaves it forbidden. No tokens make a mean or a sum of 0, no classes make every loss 0.
+
+    Derivative:
+      ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and on to hidden, head, bias and weights, each in its own
+      dtype. Forward and reverse mode, any order.
+
+    Raises:
+      TypeError: labels are not integers, hidden, head, bias or weights not real, or `where` not boolean.
+      ValueError: shapes disagree, or an option is none of those above.
+
+    Not checked:
+      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+
+    Example:
+      >>> labels, hidden, head = jnp.array([0, 1]), jnp.eye(2), 20 * jnp.eye(3, 2)
+      >>> print(jce.linear_cross_entropy(labels, hidden, head))
+      4.1223074e-09
+    """
+    name = "linear_cross_entropy"
+    reduction = choice(name, reduction=reduction, choices=("mean", "sum", "none"))
+    tokens, head_ = tokens_and_head(name, labels, hidden, head, bias, weights, where)
+    options = Options(
+        Logits(None if logit_soft_cap is None else positive(name, logit_soft_cap=logit_soft_cap), precision),
+        chunk_tokens(name, chunk_size, head_),
+        fraction(name, label_smoothing=label_smoothing),
+        positive(name, z_loss=z_loss, or_zero=True),
+    )
+    y, h, w = tokens
+    if reduction == "none":
+        return mul0(_losses(y, h, head_, options), w).reshape(jnp.shape(labels))
+    if reduction == "mean":
+        total = w.sum()
+        w = jnp.where(total == 0, jnp.zeros_like(w), w / jnp.where(total == 0, jnp.ones_like(total), total))
+    return _weighted_sum(y, h, head_, w, options)
+
+
+class Options(NamedTuple):
+    """What is static in a token's loss."""
+
+    logits: Logits
+    chunk: int
+    smoothing: float
+    z_loss: float
+
+
+def _losses(y, h, head, o):
+    return each_token(lambda y, h: _loss(y, o.logits.of(h, head), o), o.chunk, y, h)
+
+
+def _loss(y, x, o):
+    """Of tokens' labels [C] and logits [C, n]."""
+    loss = label_surprisal(y, x, -1)
+    if o.smoothing:
+        loss = _smoothed(loss, surprisal(x, -1).mean(-1), o)
+    if o.z_loss:
+        loss += o.z_loss * jnp.square(logsumexp(x, -1))
+    return loss
+
+
+def _smoothed(loss, uniform, o):
+    if o.smoothing == 1:  # the label counts for nothing, even where its loss is +∞, but it still must be one
+        return jnp.where(jnp.isnan(loss), loss, uniform)
+    return (1 - o.smoothing) * loss + o.smoothing * uniform
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _weighted_sum(y, h, head, w, o):
+    return mul0(_losses(y, h, head, o), w).sum()
+
+
+# d Σ wℓ = Σ w (∂ℓ/∂h · dh + ∂ℓ/∂W · dW + ∂ℓ/∂b · db) + Σ ℓ dw
+def _weighted_sum_rule(o, primals, tangents):
+    y, h, head, w = primals
+    _, dh, dhead, dw = tangents
+    steps = (dh, dhead.wide, dhead.bias)
+    losses, gradients = _losses_and_gradients(y, h, head, w, o, tuple(not isinstance(t, SymbolicZero) for t in steps))
+    terms = [mul0(g, t.astype(g.dtype)).sum() for g, t in zip(gradients, steps, strict=True) if g is not None]
+    if not isinstance(dw, SymbolicZero):
+        terms.append(mul0(losses, dw).sum())
+    return mul0(losses, w).sum(), functools.reduce(jnp.add, terms)
+
+
+_weighted_sum.defjvp(_weighted_sum_rule, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def _losses_and_gradients(y, h, head, w, o, wanted):
+    """ℓ, and Σ wℓ's derivatives in h, W and b, or None for those that aren't wanted."""
+    return _loop(y, h, head, w, o, wanted, _unnormalized_excess, lambda step: step)
+
+
+# The derivative of another expression for the excess, whose own derivative is accurate, with no chunk's logits kept.
+def _losses_and_gradients_rule(o, wanted, primals, tangents):
+    def twin(y, h, head, w):
+        return _loop(y, h, head, w, o, wanted, _excess, functools.partial(jax.checkpoint, prevent_cse=False))
+
+    return live_jvp(twin, primals, tangents)
+
+
+_losses_and_gradients.defjvp(_losses_and_gradients_rule, symbolic_zeros=True)
+
+
+def _loop(y, h, head, w, o, wanted, excess: Callable, wrap: Callable):
+    in_h, in_weight, in_bias = wanted
+    precision = o.logits.precision
+
+    def step(sums, chunk):
+        y, h, w = chunk
+        losses, e, r = excess(y, o.logits.uncapped(h, head), w, o)
+        r = column(r, -1)
+        sum_weight, sum_bias = sums
+        if in_weight:  # r is multiplied where it costs least
+            sum_weight += dot(e, r * h.astype(r.dtype), 0, 0, precision, e.dtype)
+        if in_bias:
+            sum_bias += (r * e).sum(0)
+        return (sum_weight, sum_bias), (losses, r * product(e, head, 0, precision) if in_h else None)
+
+    zeros = jnp.zeros_like(head.wide) if in_weight else None, jnp.zeros_like(head.bias) if in_bias else None
+    sums, (losses, by_token) = over_chunks(wrap(step), o.chunk, zeros, (y, h, w))
+    return losses, (by_token, *sums)
+
+
+def _excess(y, u, w, o):
+    """ℓ, e [C, n] and r [C] with w ∂ℓ/∂u = r e, of the logits before the cap."""
+    losses, pull_back = jax.vjp(lambda u: _loss(y, o.logits.capped(u), o), u)
+    return losses, *pull_back(w), jnp.ones_like(w)
+
+
+def _unnormalized_excess(y, u, w, o):
+    """The same numbers in fewer passes over them: with r = w/Z, e is exp(x - m), but for the label's.
+
+    q_y - 1 = -s/Z; so Z ∂ℓ/∂x_y = -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x, and elsewhere eᵢ (1 + 2ζ log Σ exp x) - ε Z/n.
+    """
+    x = o.logits.capped(u)
+    m, s, x_y = off_label_sum(y, x, -1)
+    e, e_y = jnp.exp(x - column(m, -1)), jnp.exp(x_y - m)
+    z, log_z = s + e_y, jnp.log1p(s - (1 - e_y))
+    losses, at_label = (m - x_y) + log_z, -s
+    if o.smoothing:
+        losses = _smoothed(losses, log_z + (column(m, -1) - x).mean(-1), o)
+        at_label += o.smoothing * (z - z / x.shape[-1])
+    if o.z_loss:
+        losses += o.z_loss * jnp.square(m + log_z)
+        at_label += 2 * o.z_loss * (m + log_z) * e_y
+        e *= column(1 + 2 * o.z_loss * (m + log_z), -1)
+    if o.smoothing:
+        e -= column(o.smoothing * (z / x.shape[-1]), -1)
+    e = e.at[jnp.arange(y.size), y].set(at_label)
+    if o.logits.soft_cap is not None:
+        e *= o.logits.slope(u)
+    return losses, e, w / z

@@ -1,0 +1,87 @@
+"""The log-probability of each token's label, and the entropy of its distribution, at logits = hidden · headᵀ."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jce._arguments import positive, public
+from jce._calculus import negative
+from jce._cross_entropy import label_surprisal
+from jce._entropy import entropy_of_softmax
+from jce._head import Logits, chunk_tokens, each_token, tokens_and_head
+from jce._mul0 import mul0
+
+
+class LogProbs(NamedTuple):
+    """log q_y and H(q), a number for each token."""
+
+    log_prob: Array
+    entropy: Array
+
+
+@public("logit_soft_cap", "chunk_size", "precision")
+def linear_log_probs(
+    labels: ArrayLike,
+    hidden: ArrayLike,
+    head: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    where: ArrayLike | None = None,
+    logit_soft_cap: float | None = None,
+    chunk_size: int | None = None,
+    precision: Any = None,
+) -> LogProbs:
+    """log q_y and H(q) at q = softmax(x), x = hidden · headᵀ + bias, in nats: what policy gradients ask of each token.
+
+    Both from one pass over the head, in the chunks of `linear_cross_entropy`: x never exists for all tokens. A policy's
+    ratio to another is exp of the difference of two log-probabilities. Relatively accurate where the policy is sure.
+
+    Args:
+      labels: integer, [...], class indices y, the actions: the shape of hidden without its last axis.
+      hidden: real, [..., d], a state for each token.
+      head: real, [n, d], a row for each class.
+      bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
+      where: bool, broadcasts to the shape of labels. Where it is False, both are 0, with derivative 0, whatever label
+        and hidden hold.
+      logit_soft_cap: c > 0, a static number: the logits are c tanh(x/c). None for x itself.
+      chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
+      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
+
+    Returns:
+      A named tuple: log_prob ≤ 0 and entropy ≥ 0, each of the shape of labels; float32, or float64 if an argument is.
+
+    At the boundary:
+      A label outside [0, n) makes its log_prob NaN, in value and gradient; the entropy doesn't depend on it. A
+      forbidden class contributes 0 to the entropy, with derivative 0; at the label it makes log_prob -∞. No classes
+      make both 0.
+
+    Derivative:
+      ∂ log q_y/∂xᵢ = [i = y] - qᵢ, ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H), and on to hidden, head and bias, each in its own dtype.
+      Forward and reverse mode, any order; the gradient costs four matrix products.
+
+    Raises:
+      TypeError: labels are not integers, hidden, head or bias not real, or `where` not boolean.
+      ValueError: shapes disagree, or an option is none of those above.
+
+    Not checked:
+      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+
+    Example:
+      >>> labels, hidden, head = jnp.array([0, 2]), jnp.eye(2), 20 * jnp.eye(3, 2)
+      >>> print(*jce.linear_log_probs(labels, hidden, head))
+      [-4.1223074e-09 -2.0000000e+01] [8.6568454e-08 8.6568454e-08]
+    """
+    name = "linear_log_probs"
+    (y, h, w), head_ = tokens_and_head(name, labels, hidden, head, bias, None, where)
+    logits = Logits(None if logit_soft_cap is None else positive(name, logit_soft_cap=logit_soft_cap), precision)
+
+    def statistics(y, h):
+        x = logits.of(h, head_)
+        return negative(label_surprisal(y, x, -1)), entropy_of_softmax(x, -1)
+
+    each = each_token(statistics, chunk_tokens(name, chunk_size, head_), y, h)
+    return LogProbs(*(mul0(x, w).reshape(jnp.shape(labels)) for x in each))

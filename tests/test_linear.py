@@ -1,0 +1,484 @@
+"""The head and its loss in one: every option against dense float64 logits, accuracy, corners, transforms, errors."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from allpairspy import AllPairs
+from oracle import spacing
+
+import jce
+
+INF, NAN = np.inf, np.nan
+N, D, CLASSES = 11, 5, 13
+
+
+# Every option, against logits that exist
+
+
+def dense_losses(labels, hidden, head, bias, *, label_smoothing, z_loss, logit_soft_cap):
+    x = hidden @ head.T
+    if bias is not None:
+        x = x + jnp.where(bias == -INF, 0, bias)[None]
+    if logit_soft_cap is not None:
+        x = logit_soft_cap * jnp.tanh(x / logit_soft_cap)
+    if bias is not None:
+        x = jnp.where(bias[None] == -INF, -INF, x)
+    log_z = jax.nn.logsumexp(x, -1, keepdims=True)
+    loss = (1 - label_smoothing) * jnp.take_along_axis(log_z - x, labels[:, None], 1)[:, 0]
+    if label_smoothing:
+        loss = loss + label_smoothing * (log_z - x).mean(-1)
+    return loss + z_loss * log_z[:, 0] ** 2
+
+
+def dense(labels, hidden, head, bias, weights, where, reduction, **options):
+    losses = dense_losses(labels, hidden, head, bias, **options)
+    w = jnp.ones_like(losses) if weights is None else weights
+    w = w if where is None else jnp.where(where, w, 0)
+    if reduction == "none":
+        return w * losses
+    return (w * losses).sum() / (w.sum() if reduction == "mean" else 1)
+
+
+CHOICES = {
+    "bias": ["none", "finite", "forbidding"],
+    "weights": ["none", "some 0"],
+    "where": ["none", "some"],
+    "reduction": ["mean", "sum", "none"],
+    "label_smoothing": [0.0, 0.1, 1.0],
+    "z_loss": [0.0, 0.01],
+    "logit_soft_cap": [None, 3.0],
+    "chunk_size": [None, 1, 4, 11, 50],
+}
+
+
+def possible(values) -> bool:
+    chosen = dict(zip(CHOICES, values, strict=False))
+    return not (chosen.get("bias") == "forbidding" and chosen.get("label_smoothing"))  # +∞
+
+
+PAIRWISE = [dict(zip(CHOICES, row, strict=True)) for row in AllPairs(list(CHOICES.values()), filter_func=possible)]
+
+
+@pytest.mark.parametrize("options", PAIRWISE, ids=lambda options: "-".join(map(str, options.values())))
+def test_every_pair_of_options(options, rng):
+    """Value, gradient and Hessian-vector product in hidden, head, bias and weights, in float64."""
+    options = dict(options)
+    bias = {"none": None, "finite": rng.standard_normal(CLASSES)}.get(
+        options.pop("bias"), np.append(rng.standard_normal(CLASSES - 1), -INF)
+    )
+    labels = rng.integers(0, CLASSES - 1, N)
+    weights = {"none": None, "some 0": rng.uniform(0.5, 2, N) * (np.arange(N) % 4 > 0)}[options.pop("weights")]
+    where = {"none": None, "some": np.arange(N) % 3 > 0}[options.pop("where")]
+    arguments = {"hidden": rng.standard_normal((N, D)), "head": rng.standard_normal((CLASSES, D))}
+    arguments |= {name: x for name, x in (("bias", bias), ("weights", weights)) if x is not None}
+    directions = {name: np.where(np.isfinite(x), rng.standard_normal(x.shape), 0) for name, x in arguments.items()}
+    cotangent = rng.standard_normal(N)
+
+    def results(function, **chosen):
+        def scalar(a):
+            args = a["hidden"], a["head"], a.get("bias")
+            value = function(*args, weights=a.get("weights"), where=where, **chosen)
+            return jnp.vdot(cotangent, value) if chosen["reduction"] == "none" else value
+
+        value, gradient = jax.value_and_grad(scalar)(arguments)
+        return value, gradient, jax.jvp(jax.grad(scalar), (arguments,), (directions,))[1]
+
+    def oracle(hidden, head, bias, **chosen):
+        return dense(labels, hidden, head, bias, **chosen)
+
+    def ours(hidden, head, bias, **chosen):
+        return jce.linear_cross_entropy(labels, hidden, head, bias, **chosen)
+
+    with jax.enable_x64(True):
+        got = jax.jit(lambda: results(ours, **options))()
+        del options["chunk_size"]
+        expected = jax.jit(lambda: results(oracle, **options))()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, np.nan_to_num(b), rtol=1e-11, atol=1e-13)
+
+
+# Accuracy
+
+
+def confident(rng, tokens=24, n=13, dtype=np.float32):
+    """Labels, and logits right and wrong by margins from 0 to 80."""
+    x = rng.standard_normal((tokens, n))
+    labels = rng.integers(0, n, tokens)
+    x[np.arange(tokens), labels] += np.linspace(-20, 80, tokens)
+    return labels, x.astype(dtype)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 7])
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+def test_an_identity_as_head_changes_nothing(chunk_size, smoothing, rng):
+    """Value and gradient of the label loss to a few ulps, so to its bars, whatever the chunks."""
+    labels, x = confident(rng)
+    eye = np.eye(x.shape[1], dtype=np.float32)
+
+    def linear(x):
+        return jce.linear_cross_entropy(
+            labels, x, eye, reduction="none", label_smoothing=smoothing, chunk_size=chunk_size
+        )
+
+    def linear_sum(x):
+        return jce.linear_cross_entropy(
+            labels, x, eye, reduction="sum", label_smoothing=smoothing, chunk_size=chunk_size
+        )
+
+    def plain(x):
+        return jce.cross_entropy_with_integer_labels(labels, x, label_smoothing=smoothing)
+
+    np.testing.assert_allclose(linear(x), plain(x), rtol=3e-7, atol=0)
+    expected = jax.grad(lambda x: plain(x).sum())(x)
+    for g in (jax.grad(lambda x: linear(x).sum())(x), jax.grad(linear_sum)(x)):
+        np.testing.assert_allclose(g, expected, rtol=1e-6, atol=1e-7 * smoothing)
+
+
+def test_confident_tokens_keep_their_digits(rng):
+    """Through a head that rotates: what is lost is what rounding x loses, some ulps of |h| |W|, not the tail."""
+    labels, x = confident(rng, n=16)
+    rotation = np.linalg.qr(rng.standard_normal((16, 16)))[0].astype(np.float32)
+    hidden = (x @ rotation).astype(np.float32)
+
+    def loss(hidden, head):
+        return jce.linear_cross_entropy(labels, hidden, head, reduction="none")
+
+    with jax.enable_x64(True):
+        h, w = hidden.astype(np.float64), rotation.astype(np.float64)
+        options = {"label_smoothing": 0.0, "z_loss": 0.0, "logit_soft_cap": None}
+        exact = np.asarray(jce.cross_entropy_with_integer_labels(labels, h @ w.T))
+        assert np.min(exact) < 1e-30
+        easy = exact > 1e-9
+        np.testing.assert_allclose(exact[easy], dense_losses(labels, h, w, None, **options)[easy], rtol=1e-6)
+        exact_gradient = np.asarray(jax.grad(lambda h: jce.cross_entropy_with_integer_labels(labels, h @ w.T).sum())(h))
+    rounding = 4 * np.finfo(np.float32).eps * (np.abs(hidden) @ np.abs(rotation).T).max(-1)
+    assert (np.abs(np.asarray(loss(hidden, rotation), np.float64) - exact) <= rounding * exact).all()
+    g = jax.grad(lambda h: loss(h, rotation).sum())(hidden)
+    scale = np.abs(exact_gradient).max(-1)
+    assert (np.abs(np.asarray(g, np.float64) - exact_gradient).max(-1) <= 2 * rounding * scale).all()
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float16")]
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_half_precision(dtypes, reduction, rng):
+    """Against float64 on the same numbers: the loss as float32's, gradients rounded once, however many the chunks."""
+    tokens, d, n = 256, 16, 32
+    labels = np.full(tokens, 3)
+    h = jnp.asarray(rng.standard_normal((tokens, d)) + 1, dtypes[0])
+    w = jnp.asarray(rng.standard_normal((n, d)), dtypes[1])
+
+    def loss(h, w):
+        return jce.linear_cross_entropy(labels, h, w, reduction=reduction, chunk_size=2).mean()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(h, w)
+    assert value.dtype == np.float32
+    assert [g.dtype for g in gradients] == [h.dtype, w.dtype]
+    with jax.enable_x64(True):
+        exact, exact_gradients = jax.value_and_grad(loss, (0, 1))(h.astype(np.float64), w.astype(np.float64))
+        exact_gradients = [np.asarray(e) for e in exact_gradients]
+    np.testing.assert_allclose(value, exact, rtol=2e-6)
+    for g, e in zip(gradients, exact_gradients, strict=True):
+        scale = np.abs(e).mean()  # below it, float32's own rounding of a sum in which terms cancel
+        error = np.abs(np.asarray(g, np.float64) - e)
+        assert (error <= 0.51 * spacing(e, g.dtype) + 4e-6 * scale).all()
+
+
+def test_the_same_bits_each_time(rng):
+    labels, x = confident(rng)
+    head = rng.standard_normal((40, x.shape[1])).astype(np.float32)
+    program = jax.jit(jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(labels, h, w, chunk_size=5), (0, 1)))
+    for a, b in zip(jax.tree.leaves(program(x, head)), jax.tree.leaves(program(x, head)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Raggedness and corners
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7])
+@pytest.mark.parametrize("n", [0, 1, 7, 130])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_padding_enters_no_sum(tokens, n, reduction):
+    """At zero logits each loss is log n, q is 1/n, and a row or a column too many would show."""
+    h, w, b = np.zeros((tokens, 2), np.float32), np.zeros((n, 2), np.float32), np.zeros(n, np.float32)
+    labels = np.zeros(tokens, np.int32)
+
+    def loss(h, w, b):
+        return jce.linear_cross_entropy(labels, h, w, b, reduction=reduction, chunk_size=3, z_loss=0.5).sum()
+
+    value, (dh, dw, db) = jax.value_and_grad(loss, (0, 1, 2))(h, w, b)
+    one = math.log(max(n, 1)) + 0.5 * math.log(max(n, 1)) ** 2
+    total = tokens if reduction == "none" else min(tokens, 1)
+    np.testing.assert_allclose(value, total * one, rtol=1e-6)
+    expected = np.full(n, (1 + math.log(max(n, 1))) / max(n, 1)) - (np.arange(n) == 0)
+    np.testing.assert_allclose(db, total * expected, rtol=1e-6, atol=1e-6)
+    for g, x in ((dh, h), (dw, w)):
+        np.testing.assert_array_equal(g, np.zeros_like(x))
+
+
+@pytest.fixture
+def problem(rng):
+    labels = rng.integers(0, 6, (2, 4))
+    h, w, b = rng.standard_normal((2, 4, 3)), rng.standard_normal((6, 3)), rng.standard_normal(6)
+    return labels, *(x.astype(np.float32) for x in (h, w, b))
+
+
+def value_and_gradients(labels, h, w, b, **options):
+    def loss(h, w, b):
+        return jce.linear_cross_entropy(labels, h, w, b, chunk_size=3, **options).sum()
+
+    return jax.value_and_grad(loss, (0, 1, 2))(h, w, b)
+
+
+def close(a, b, rtol=2e-6, atol=1e-7):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("how", ["where", "weight 0"])
+def test_a_token_left_out_may_hold_anything(problem, reduction, how):
+    labels, h, w, b = problem
+    kept = np.array([[True, False, True, True], [False, True, True, True]])
+    ours = {"where": kept} if how == "where" else {"weights": kept.astype(np.float32)}
+    expected = value_and_gradients(labels[kept], h[kept], w, b, reduction=reduction)
+    labels, h = np.where(kept, labels, -100), np.where(kept[..., None], h, NAN)
+    value, (dh, dw, db) = value_and_gradients(labels, h, w, b, reduction=reduction, **ours)
+    close((value, (dh[kept], dw, db)), expected)
+    np.testing.assert_array_equal(dh[~kept], 0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_left(problem, reduction):
+    labels, h, w, b = problem
+    for options in ({"where": np.zeros(labels.shape, bool)}, {"weights": np.zeros(labels.shape, np.float32)}):
+        for x in (h, np.full_like(h, NAN)):
+            value, gradients = value_and_gradients(labels, x, w, b, reduction=reduction, **options)
+            assert value == 0
+            for g in gradients:
+                np.testing.assert_array_equal(g, np.zeros_like(g))
+
+
+def test_the_derivative_in_a_weight_of_0_is_the_loss(problem):
+    """A sum of wℓ is linear in w, also at 0; a token that holds no label or no number is left out there too."""
+    labels, h, w, b = problem
+    losses = jce.linear_cross_entropy(labels, h, w, b, reduction="none")
+    labels[0, 0], h[0, 1] = -100, NAN
+    weights = np.zeros(labels.shape, np.float32)
+    for reduction in ("sum", "none"):
+
+        def total(weights, reduction=reduction):
+            return jce.linear_cross_entropy(labels, h, w, b, weights=weights, reduction=reduction).sum()
+
+        for g in (jax.grad(total)(weights), jax.jacfwd(total)(weights)):
+            close(g[1], losses[1])
+            close(g[0, 2:], losses[0, 2:])
+            np.testing.assert_array_equal(g[0, :2], 0)
+
+
+@pytest.mark.parametrize("wrong", [-1, 6, 2**31 - 1])
+def test_a_label_of_no_class_makes_its_token_nan_and_no_other(problem, wrong):
+    labels, h, w, b = problem
+    losses, jacobian = (
+        f(lambda h: jce.linear_cross_entropy(labels, h, w, b, reduction="none", chunk_size=3))(h)
+        for f in (lambda f: f, jax.jacrev)
+    )
+    labels = labels.copy()
+    labels[0, 1] = wrong
+    wrong_losses, wrong_jacobian = (
+        f(lambda h: jce.linear_cross_entropy(labels, h, w, b, reduction="none", chunk_size=3))(h)
+        for f in (lambda f: f, jax.jacrev)
+    )
+    others = np.arange(8).reshape(2, 4) != 1
+    assert np.isnan(wrong_losses[0, 1])
+    assert np.isnan(wrong_jacobian[0, 1, 0, 1]).all()
+    np.testing.assert_array_equal(wrong_losses[others], losses[others])
+    np.testing.assert_array_equal(wrong_jacobian[others][:, others], jacobian[others][:, others])
+    value, (dh, _, _) = value_and_gradients(labels, h, w, b)
+    assert np.isnan(value)
+    assert not np.isnan(dh[others]).any()
+
+
+@pytest.mark.parametrize("cap", [None, 4.0])
+def test_a_forbidden_class(problem, cap):
+    """As if it weren't in the head, in every derivative; as a label it costs infinity."""
+    labels, h, w, b = problem
+    labels = np.minimum(labels, 4)
+    shorter = value_and_gradients(labels, h, w[:5], b[:5], logit_soft_cap=cap)
+    b = np.where(np.arange(6) == 5, np.float32(-INF), b)
+    value, (dh, dw, db) = value_and_gradients(labels, h, w, b, logit_soft_cap=cap)
+    close((value, (dh, dw[:5], db[:5])), shorter)
+    np.testing.assert_array_equal(dw[5], 0)
+    assert db[5] == 0
+    t = (h, w, np.ones_like(b))
+    _, hvp = jax.jvp(lambda *a: value_and_gradients(labels, *a, logit_soft_cap=cap)[1], (h, w, b), t)
+    _, expected = jax.jvp(
+        lambda *a: value_and_gradients(labels, *a, logit_soft_cap=cap)[1], (h, w[:5], b[:5]), (h, w[:5], t[2][:5])
+    )
+    close((hvp[0], hvp[1][:5], hvp[2][:5]), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(hvp[1][5], 0)
+    labels[0, 0] = 5
+    losses = jce.linear_cross_entropy(labels, h, w, b, reduction="none", logit_soft_cap=cap)
+    assert losses[0, 0] == INF
+    assert np.isfinite(losses.ravel()[1:]).all()
+
+
+def test_a_soft_cap_keeps_the_gradient_of_what_it_flattens():
+    """1 - tanh² is exactly 0 in float32 from 9 on, where the slope is 6e-8."""
+    h = np.float32([[30.0, 0.0]])
+
+    def loss(h):
+        return jce.linear_cross_entropy(np.array([1]), h, np.eye(2, dtype=np.float32), logit_soft_cap=1.0)
+
+    slope = 4 * np.exp(-60.0)
+    q = 1 / (1 + np.exp(-1.0))
+    np.testing.assert_allclose(jax.grad(loss)(h), [[q * slope, -q]], rtol=1e-6)
+
+
+# Transforms
+
+
+def dense_mean(labels, h, w):
+    return jce.cross_entropy_with_integer_labels(labels, h @ w.T).mean()
+
+
+def linear_mean(labels, h, w):
+    return jce.linear_cross_entropy(labels, h, w, chunk_size=3)
+
+
+def test_vmap_over_tokens_and_over_heads(problem):
+    labels, h, w, _ = problem
+    gradient, expected = (jax.value_and_grad(f, (1, 2)) for f in (linear_mean, dense_mean))
+    heads = np.stack([w, 2 * w, -w])
+    for axes, a in (
+        ((0, 0, None), (labels, h, w)),
+        ((None, None, 0), (labels, h, heads)),
+        ((None, 0, 0), (labels[0], h, heads[:2])),
+    ):
+        close(jax.vmap(gradient, axes)(*a), jax.vmap(expected, axes)(*a))
+        close(
+            jax.vmap(jax.hessian(linear_mean, 1), axes)(*a),
+            jax.vmap(jax.hessian(dense_mean, 1), axes)(*a),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
+def test_checkpoint_and_scan_over_layers(problem):
+    labels, h, w, _ = problem
+    layers = np.stack([np.eye(3, dtype=np.float32) + 0.1 * i for i in range(3)])
+
+    def network(layers, w, loss):
+        out = jax.lax.scan(jax.checkpoint(lambda h, layer: (jnp.tanh(h @ layer), None)), h, layers)[0]
+        return jax.checkpoint(loss)(labels, out, w)
+
+    for f in (jax.grad(network, (0, 1)), jax.hessian(network, 1)):
+        close(jax.jit(f, static_argnums=2)(layers, w, linear_mean), f(layers, w, dense_mean), rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_a_jvp_and_gauss_newton_products(problem):
+    labels, h, w, _ = problem
+    layer = np.eye(3, dtype=np.float32) * 0.5
+
+    def slope(w, loss):
+        return jax.jvp(lambda w: loss(labels, h, w), (w,), (w * w,))[1]
+
+    close(jax.grad(slope)(w, linear_mean), jax.grad(slope)(w, dense_mean), rtol=1e-5, atol=1e-6)
+
+    def gauss_newton(layer, t, loss):
+        """Jᵀ H J t: J of the hidden states in the layer, H of the loss in the hidden states."""
+
+        def states(layer):
+            return jnp.tanh(h @ layer)
+
+        out, dout = jax.jvp(states, (layer,), (t,))
+        curved = jax.jvp(jax.grad(lambda s: loss(labels, s, w)), (out,), (dout,))[1]
+        return jax.vjp(states, layer)[1](curved)[0]
+
+    t = np.ones_like(layer)
+    close(gauss_newton(layer, t, linear_mean), gauss_newton(layer, t, dense_mean), rtol=1e-5, atol=1e-6)
+
+
+# Log-probabilities and entropy
+
+
+def test_log_probs_against_the_losses_of_dense_logits(problem):
+    labels, h, w, b = problem
+    where = np.arange(8).reshape(2, 4) != 2
+    cap = 5.0
+
+    def dense(h, w, b):
+        x = cap * jnp.tanh((h @ w.T + b[None, None]) / cap)
+        return -jce.cross_entropy_with_integer_labels(labels, x), jce.entropy_with_logits(x)
+
+    def ours(h, w, b):
+        return tuple(jce.linear_log_probs(labels, h, w, b, logit_soft_cap=cap, chunk_size=3))
+
+    def total(f):
+        return lambda *a: sum(jnp.vdot(jnp.arange(8.0), x.ravel()) for x in f(*a))
+
+    a = (h, w, b)
+    close(ours(*a), dense(*a))
+    close(jax.grad(total(ours), (0, 1, 2))(*a), jax.grad(total(dense), (0, 1, 2))(*a), rtol=1e-5, atol=1e-6)
+    t = (np.ones_like(h), w, b)
+    close(*(jax.jvp(jax.grad(total(f), (0, 1, 2)), a, t)[1] for f in (ours, dense)), rtol=2e-5, atol=1e-5)
+    masked = jce.linear_log_probs(np.where(where, labels, -100), np.where(where[..., None], h, NAN), w, b, where=where)
+    whole = jce.linear_log_probs(labels, h, w, b)
+    for x, y in zip(masked, whole, strict=True):
+        np.testing.assert_array_equal(x, np.where(where, y, 0))
+    assert masked.log_prob is masked[0]
+    assert masked.entropy is masked[1]
+
+
+def test_log_probs_of_a_label_of_no_class(problem):
+    labels, h, w, b = problem
+    labels[0, 0] = 6
+    log_prob, entropy = jce.linear_log_probs(labels, h, w, b)
+    assert np.isnan(log_prob).sum() == 1
+    assert np.isfinite(entropy).all()
+
+
+def test_log_probs_of_a_sure_policy():
+    log_prob, entropy = jce.linear_log_probs(0, np.float32([1, 0]), np.float32([[40, 0], [0, 0]]))
+    np.testing.assert_allclose([log_prob, entropy], [-math.exp(-40), 41 * math.exp(-40)], rtol=1e-6)
+
+
+# Errors
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"labels": ones(4)}, TypeError, r"labels must be integers.*labels: float32\[4\].*target comes first"),
+        ({"labels": ones(3, dtype=int)}, ValueError, r"labels must have the shape.*\(4,\).*labels: int32\[3\]"),
+        ({"head": ones(5, 2)}, ValueError, r"head \[n, d\].*head: float32\[5,2\]"),
+        ({"head": ones(3)}, ValueError, r"head \[n, d\].*head: float32\[3\]"),
+        ({"hidden": np.float32(1)}, ValueError, r"hidden must be.*hidden: float32\[\]"),
+        ({"hidden": ones(4, 3, dtype=np.complex64)}, TypeError, r"must be real.*hidden: complex64\[4,3\]"),
+        ({"bias": ones(4)}, ValueError, r"bias must have the shape \(5,\).*bias: float32\[4\]"),
+        ({"weights": ones(3)}, ValueError, r"weights must broadcast.*\(4,\).*weights: float32\[3\]"),
+        ({"where": ones(3, dtype=bool)}, ValueError, r"where must broadcast.*\(4,\).*where: bool\[3\]"),
+        ({"where": ones(4)}, TypeError, r"where must be boolean.*where: float32\[4\].*weights="),
+        ({"reduction": "avg"}, ValueError, r'reduction must be "mean" or "sum" or "none"; got reduction=\'avg\''),
+        ({"chunk_size": 0}, ValueError, r"chunk_size must be.*at least 1; got chunk_size=0"),
+        ({"chunk_size": 2.0}, ValueError, r"chunk_size must be a static int.*got chunk_size=2.0"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be.*0 to 1; got label_smoothing=1.5"),
+        ({"z_loss": -1.0}, ValueError, r"z_loss must be.*at least 0; got z_loss=-1.0"),
+        ({"logit_soft_cap": 0}, ValueError, r"logit_soft_cap must be.*above 0; got logit_soft_cap=0"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_errors(change, error, message):
+    arguments = {"labels": ones(4, dtype=np.int32), "hidden": ones(4, 3), "head": ones(5, 3)} | change
+    for function in (jce.linear_cross_entropy, jce.linear_log_probs):
+        if function is jce.linear_cross_entropy or set(change) <= {"labels", "hidden", "head", "bias", "where"}:
+            with pytest.raises(error, match=message) as raised:
+                function(**arguments)
+            assert str(raised.value).startswith(f"{function.__name__}: ")

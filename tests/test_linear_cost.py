@@ -1,0 +1,137 @@
+"""What the fused head does without: arrays of tokens × classes in any mode, and products beyond the fewest."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jce
+
+
+def matrices(tokens, d, n, dtype=np.float32):
+    return jax.ShapeDtypeStruct((tokens, d), dtype), jax.ShapeDtypeStruct((n, d), dtype)
+
+
+def modes(function):
+    """Programs of (arguments, directions), by name, to the third order."""
+
+    def pushed(f):
+        return lambda a, t: jax.jvp(lambda *a: f(*a), a, t)[1]
+
+    def inner(u, v):
+        return sum(jnp.vdot(x, y) for x, y in zip(u, v, strict=True))
+
+    gradient = jax.grad(function, (0, 1))
+    return {
+        "value": lambda a, t: function(*a),
+        "gradient": lambda a, t: jax.value_and_grad(function, (0, 1))(*a),
+        "jvp": lambda a, t: jax.jvp(function, a, t),
+        "linearize": lambda a, t: jax.linearize(function, *a)[1](*t),
+        "forward over reverse": lambda a, t: pushed(gradient)(a, t),
+        "reverse over forward": lambda a, t: jax.grad(lambda a: pushed(function)(a, t))(a),
+        "reverse over reverse": lambda a, t: jax.grad(lambda a: inner(gradient(*a), t))(a),
+        "third order": lambda a, t: jax.grad(lambda a: pushed(lambda *a: pushed(function)(a, t))(a, t))(a),
+    }
+
+
+def linear_loss(tokens, **options):
+    labels = np.zeros(tokens, np.int32)
+    return lambda hidden, head: jce.linear_cross_entropy(labels, hidden, head, **options).mean()
+
+
+# Arrays of the head's shape that a mode may need at once
+HEADS = dict(zip(modes(linear_loss(1)), (0, 1, 2, 2, 3, 4, 4, 6), strict=True))
+
+
+@pytest.mark.parametrize("mode", HEADS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_mode_has_the_logits_of_all_tokens(mode, reduction):
+    """No array of tokens × classes in the compiled program, and in all some chunks, heads, and hidden states."""
+    tokens, d, n, chunk = 1024, 16, 4096, 32
+    a = matrices(tokens, d, n)
+    program = modes(linear_loss(tokens, chunk_size=chunk, reduction=reduction))[mode]
+    compiled = jax.jit(program).lower(a, a).compile()
+    shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"\[(\d+(?:,\d+)+)\]", compiled.as_text())}
+    assert max(map(math.prod, shapes)) < tokens * n / 8
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / 4
+    assert temporaries < 6 * chunk * n + HEADS[mode] * n * d + 8 * tokens * d
+
+
+def products(function, *arguments) -> float:
+    """How many matrix products of the size of hidden · headᵀ a program does, each loop's as often as it runs."""
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    (tokens, d), (n, _) = (x.shape for x in arguments[:2])
+    return multiplications(jaxpr) / (tokens * d * n)
+
+
+def multiplications(jaxpr) -> int:
+    count = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            count += math.prod(equation.outvars[0].aval.shape) * math.prod(
+                equation.invars[0].aval.shape[i] for i in contracted
+            )
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        count += times * sum(multiplications(j) for value in equation.params.values() for j in jaxprs(value))
+    return count
+
+
+def jaxprs(value):
+    if isinstance(value, tuple | list):
+        for x in value:
+            yield from jaxprs(x)
+    elif hasattr(value, "eqns"):
+        yield value
+    elif hasattr(value, "jaxpr"):
+        yield from jaxprs(value.jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "gradient", "of_hidden", "of_head", "hvp"),
+    [("mean", 3, 2, 2, 9), ("sum", 3, 2, 2, 9), ("none", 4, 3, 3, 12)],
+)
+def test_matrix_products(reduction, gradient, of_hidden, of_head, hvp):
+    a = matrices(64, 8, 40)
+    loss = linear_loss(64, reduction=reduction, chunk_size=16)
+    assert products(loss, *a) == 1
+    assert products(jax.value_and_grad(loss, (0, 1)), *a) == gradient
+    assert products(jax.grad(loss, 0), *a) == of_hidden  # a frozen head
+    assert products(jax.grad(loss, 1), *a) == of_head
+    assert products(lambda *a: jax.jvp(jax.grad(loss, (0, 1)), a, a)[1], *a) == hvp
+
+
+def test_log_probs_are_one_pass():
+    def statistics(hidden, head):
+        both = jce.linear_log_probs(np.zeros(64, int), hidden, head, chunk_size=16)
+        return both.log_prob.sum() + both.entropy.sum()
+
+    a = matrices(64, 8, 40)
+    assert products(statistics, *a) == 1
+    assert products(jax.grad(statistics, (0, 1)), *a) == 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "chunks"),
+    [(2048, 32768, 4), (8192, 131072, 16), (100_000, 10, 1), (10_000, 1000, 2), (513, 50_000, 2)],
+)
+def test_chunks_by_the_rule(tokens, n, chunks):
+    """As many tokens as fill 32 MiB, at least 512, and chunks of one size."""
+    text = str(jax.make_jaxpr(linear_loss(tokens))(*matrices(tokens, 2, n)))
+    assert f"length={chunks}" in text
+    assert f"f32[{math.ceil(tokens / chunks)},{n}]" in text
+
+
+def test_precision_is_that_of_jax_or_the_keyword():
+    def text(**options):
+        return str(jax.make_jaxpr(jax.grad(linear_loss(8, **options), (0, 1)))(*matrices(8, 2, 3)))
+
+    highest = "precision=(Precision.HIGHEST, Precision.HIGHEST)"
+    assert "recision." not in text()
+    assert text(precision="highest").count(highest) == 3
+    with jax.default_matmul_precision("highest"):
+        assert text().count(highest) == 3
+    assert text(precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32).count("precision=BF16_BF16_F32") == 3

@@ -39,6 +39,19 @@ def integer(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def text_file(name: str) -> str:
+    try:
+        with open(name, encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"can't read {name!r}: {error.strerror}") from None
+    except ValueError:
+        text = "\0"
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{name!r} isn't UTF-8 text")
+    return text
+
+
 def png(name: str) -> str:
     folder = os.path.dirname(name)
     if folder and not os.path.isdir(folder):

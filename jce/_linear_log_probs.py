@@ -73,7 +73,7 @@ def linear_log_probs(
     Example:
       >>> labels, hidden, head = jnp.array([0, 2]), jnp.eye(2), 20 * jnp.eye(3, 2)
       >>> print(*jce.linear_log_probs(labels, hidden, head))
-      [-4.1223074e-09 -2.0000000e+01] [8.6568454e-08 8.6568454e-08]
+      [-4.1223074e-09 -2.0000000e+01] [8.6568456e-08 8.6568456e-08]
     """
     name = "linear_log_probs"
     (y, h, w), head_ = tokens_and_head(name, labels, hidden, head, bias, None, where)

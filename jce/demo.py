@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array, lax
 
 import jce
-from jce._command_line import Parser, demo_extra, integer, png
+from jce._command_line import Parser, demo_extra, integer, png, text_file
 
 PROGRAM = "python -m jce.demo"
 
@@ -278,7 +278,13 @@ def _parser() -> argparse.ArgumentParser:
     claim = "Minimize H(p,q) over q = softmax(theta), where p holds the next-character frequencies of a text."
     parser = Parser(prog=PROGRAM, description=claim, add_help=False)
     add = parser.add_argument
-    add("text", metavar="TEXT", nargs="?", type=_text_file, help="A UTF-8 file (default: Python's own documentation).")
+    add(
+        "text",
+        metavar="TEXT",
+        nargs="?",
+        type=_distributions,
+        help="A UTF-8 file (default: Python's own documentation).",
+    )
     add("--optimizer", choices=OPTIMIZERS, default="lbfgs", help="What takes the steps (default: %(default)s).")
     add("--learning-rate", type=_rate, metavar="RATE", help=f"The length of a step (default: {rates}).")
     add("--steps", type=integer(1, 10**9), default=1000, help="How many to take (default: %(default)s).")
@@ -288,16 +294,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _text_file(name: str) -> tuple[Array, str]:
-    try:
-        with open(name, encoding="utf-8") as file:
-            text = file.read()
-        if "\0" in text:
-            raise ValueError
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"can't read {name!r}: {error.strerror}") from None
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{name!r} isn't UTF-8 text") from None
+def _distributions(name: str) -> tuple[Array, str]:
+    text = text_file(name)
     try:
         return transition_distributions(text)
     except ValueError as error:

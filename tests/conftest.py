@@ -15,3 +15,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def rng():
     return np.random.default_rng(2026)
+
+
+@pytest.fixture
+def optax_promotes():
+    """optax adds Python scalars and arrays of unlike dtypes (Adam's bias correction, the line search's counters)."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -15,13 +15,6 @@ TEXT = "Hello, WORLD! 42 hello"
 
 
 @pytest.fixture
-def optax_promotes():
-    """optax adds Python scalars and arrays of unlike dtypes (Adam's bias correction, the line search's counters)."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture
 def file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")

@@ -1,0 +1,230 @@
+"""A next-word model whose vocabulary is every word of a text: `python -m jce.next_word [TEXT]`.
+
+The last few words' embeddings, averaged, are the hidden state, and `jce.linear_cross_entropy` is head and loss in one:
+however many words there are, the logits of a batch never exist at once. Optax's Adam trains it on nine tenths of the
+text; the perplexity of the rest falls from the number of words to below that of the words' frequencies.
+
+The same in Python:
+
+    corpus = read(text)
+    for snapshot in train(corpus, steps=300):
+        print(snapshot.step, snapshot.perplexity)
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+import jce
+from jce._command_line import Parser, demo_extra, integer, text_file
+
+PROGRAM = "python -m jce.next_word"
+
+with demo_extra(PROGRAM, __name__):
+    import optax
+    from tqdm import tqdm
+
+    from jce.demo import default_text
+
+CONTEXT = 4  # words
+STRETCH = 100  # words: of every ten stretches, the last is held out
+BATCH, CHUNK = 4096, 256  # words
+WIDTH = 64  # of an embedding
+
+
+# The text
+
+
+class Corpus(NamedTuple):
+    """A text's words by number, and which of them are to be predicted."""
+
+    words: np.ndarray  # the vocabulary
+    text: Array  # int[length]
+    training: Array  # the places of the words to learn from
+    held_out: Array  # and of those to be tested on
+
+
+def read(text: str) -> Corpus:
+    """A text's words, lower-cased: runs of letters, digits and _.
+
+    Raises:
+      ValueError: if there are too few to hold some out.
+    """
+    words = re.findall(r"\w+", text.lower())
+    if len(words) < 20 * STRETCH:
+        raise ValueError(f"has {len(words)} words, which is too few to learn from: at least {20 * STRETCH}")
+    vocabulary, numbers = np.unique(words, return_inverse=True)
+    places = np.arange(CONTEXT, len(words))
+    held_out = places // STRETCH % 10 == 9
+    return Corpus(
+        vocabulary,
+        jnp.asarray(numbers.ravel(), jnp.int32),
+        jnp.asarray(places[~held_out], jnp.int32),
+        jnp.asarray(places[held_out], jnp.int32),
+    )
+
+
+def unigram_perplexity(corpus: Corpus) -> float:
+    """Of the held-out words, each by itself, by how often it occurs in the rest (once more, so that none is 0)."""
+    counts = 1 + jnp.bincount(corpus.text[corpus.training], length=len(corpus.words))
+    return float(jnp.exp(-jnp.log(counts / counts.sum())[corpus.text[corpus.held_out]].mean()))
+
+
+# The model
+
+
+class Model(NamedTuple):
+    embedding: Array  # [n, d]
+    head: Array  # [n, d]
+    bias: Array  # [n]
+
+
+def initial(n: int, seed: int) -> Model:
+    embedding = jax.random.normal(jax.random.key(seed), (n, WIDTH))
+    return Model(embedding, jnp.zeros((n, WIDTH)), jnp.zeros(n))
+
+
+def hidden_states(model: Model, text: Array, places: Array) -> Array:
+    """[tokens, d]: the mean of the embeddings of the words before."""
+    context = places[:, None] - jnp.arange(1, CONTEXT + 1)[None]
+    return model.embedding[text[context]].mean(1)
+
+
+def fused(labels: Array, hidden: Array, head: Array, bias: Array) -> Array:
+    """The mean cross-entropy of the labels, in chunks."""
+    return jce.linear_cross_entropy(labels, hidden, head, bias, chunk_size=CHUNK)
+
+
+def dense(labels: Array, hidden: Array, head: Array, bias: Array) -> Array:
+    """The same, of logits that exist, as it is usually written."""
+    logits = hidden @ head.T + bias[None]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def loss(model: Model, text: Array, places: Array) -> Array:
+    """The mean cross-entropy of the words at these places."""
+    return fused(text[places], hidden_states(model, text, places), model.head, model.bias)
+
+
+class Snapshot(NamedTuple):
+    step: int
+    loss: float  # of the last batch
+    perplexity: float  # of the held-out words
+    words_per_second: float  # since the snapshot before, compilation included
+
+
+def train(corpus: Corpus, steps: int, *, seed: int = 0) -> Iterator[Snapshot]:
+    """Trains by Adam on random batches, and yields a snapshot at the start and at each twentieth of the way.
+
+    A generator, so that whoever runs it can show how far it is, or stop.
+    """
+    model, optimizer = initial(len(corpus.words), seed), make_optimizer(steps)
+    text, training, held_out = corpus.text, corpus.training, corpus.held_out
+    state, key = optimizer.init(model), jax.random.key(seed + 1)
+    yield Snapshot(0, math.nan, float(_perplexity(model, text, held_out)), 0.0)
+    done = 0
+    for mark in _marks(steps):
+        start = time.perf_counter()
+        model, state, last = jax.block_until_ready(_descend(model, state, key, text, training, done, mark, optimizer))
+        speed = (mark - done) * BATCH / (time.perf_counter() - start)
+        yield Snapshot(mark, float(last), float(_perplexity(model, text, held_out)), speed)
+        done = mark
+
+
+@functools.cache  # the same object for the same arguments, so that `_descend` is compiled once
+def make_optimizer(steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(0.01, steps))
+
+
+def _marks(steps: int) -> list[int]:
+    return sorted({math.ceil(steps * k / 20) for k in range(1, 21)})
+
+
+@functools.partial(jax.jit, static_argnames="optimizer")
+def _descend(model, state, key, text, training, first, last, optimizer):
+    def step(i, carry):
+        model, state, _ = carry
+        places = jax.random.choice(jax.random.fold_in(key, i), training, (BATCH,))
+        value, gradient = jax.value_and_grad(loss)(model, text, places)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(model, updates), state, value
+
+    return lax.fori_loop(first, last, step, (model, state, jnp.zeros(())))
+
+
+@jax.jit
+def _perplexity(model, text, places):
+    return jnp.exp(loss(model, text, places))
+
+
+def temporary_bytes(head_and_loss: Callable, n: int) -> int:
+    """What value and gradient for a batch need beside arguments and results, from compiling alone."""
+    labels = jax.ShapeDtypeStruct((BATCH,), np.int32)
+    hidden, head, bias = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((BATCH, WIDTH), (n, WIDTH), (n,)))
+    compiled = jax.jit(jax.value_and_grad(head_and_loss, (1, 2, 3))).lower(labels, hidden, head, bias).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+# The command line
+
+
+def _corpus(name: str) -> Corpus:
+    text = text_file(name)
+    try:
+        return read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{name!r} {error}") from None
+
+
+def _run(corpus: Corpus, steps: int, seed: int) -> None:
+    n = len(corpus.words)
+    print(f"words: {corpus.text.size:,}, of which {corpus.held_out.size:,} are held out; vocabulary: {n:,}")
+    ours, theirs = (temporary_bytes(f, n) / 1e6 for f in (fused, dense))
+    print(f"memory of head and loss for {BATCH:,} words: {ours:,.1f} MB, with all logits {theirs:,.1f} MB")
+    unigram = unigram_perplexity(corpus)
+    print(f"perplexity of the held-out words by their frequency alone: {unigram:.1f}\n")
+    print(f"{'step':>9} {'loss':>8} {'perplexity':>11} {'words/s':>10}")
+    history = []
+    with tqdm(total=steps, unit=" steps", leave=False, dynamic_ncols=True) as bar:
+        for s in train(corpus, steps, seed=seed):
+            bar.update(s.step - bar.n)
+            numbers = f"{s.loss:8.4f} {s.perplexity:11.1f} {s.words_per_second:10,.0f}"
+            bar.write(f"{s.step:9} {numbers if s.step else f'{s.perplexity:20.1f}'}")
+            history.append(s)
+    best = min(history, key=lambda s: s.perplexity)
+    print(f"\nlowest perplexity: {best.perplexity:.1f}, at step {best.step}; by frequency alone {unigram:.1f}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains the model and prints a table; the exit status is 2 for wrong input, 130 if it is interrupted."""
+    claim = "Learn to predict a text's next word, with jce.linear_cross_entropy as head and loss."
+    parser = Parser(prog=PROGRAM, description=claim)
+    add = parser.add_argument
+    add("text", metavar="TEXT", nargs="?", type=_corpus, help="A UTF-8 file (default: Python's own documentation).")
+    add("--steps", type=integer(1, 10**9), default=300, help="How many batches (default: %(default)s).")
+    add("--seed", type=integer(0, 2**31 - 1), default=0, help="Draws model and batches (default: %(default)s).")
+    args = parser.parse_args(argv)
+    try:
+        _run(args.text or read(default_text()), args.steps, args.seed)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,134 @@
+"""The next-word program: what it counts, that its loss is the dense one, that it learns, and what it prints."""
+
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jce import next_word
+
+# Each word but the first follows from the one before; the numbers make a vocabulary of 50.
+TEXT = " ".join(f"w{i * i % 97 % 50}" for i in range(3000))
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return next_word.read(TEXT)
+
+
+def test_words_and_places():
+    corpus = next_word.read("To be, or not_to-BE: " * 400)
+    assert list(corpus.words) == ["be", "not_to", "or", "to"]
+    np.testing.assert_array_equal(corpus.text[:5], [3, 0, 2, 1, 0])
+    held_out, training = np.asarray(corpus.held_out), np.asarray(corpus.training)
+    assert (held_out // 100 % 10 == 9).all()
+    np.testing.assert_array_equal(np.sort(np.concatenate([held_out, training])), np.arange(4, 2000))
+
+
+def test_unigram_perplexity_by_hand():
+    """1999 a and a single b, held out: b was never seen, and counts once all the same."""
+    words = ["a"] * 2000
+    words[950] = "b"
+    corpus = next_word.read(" ".join(words))
+    a, b = 1797 / 1798, 1 / 1798  # 1796 places of a to learn from, and one more of each
+    assert len(corpus.training) == 1796
+    assert next_word.unigram_perplexity(corpus) == pytest.approx(np.exp(-(199 * np.log(a) + np.log(b)) / 200), rel=1e-5)
+
+
+def test_the_hidden_state_is_the_mean_of_the_words_before(corpus):
+    model = next_word.initial(len(corpus.words), 0)
+    (state,) = next_word.hidden_states(model, corpus.text, jnp.array([10]))
+    np.testing.assert_allclose(state, model.embedding[corpus.text[6:10]].mean(0), rtol=1e-6, atol=1e-7)
+
+
+def test_the_loss_is_that_of_all_logits(corpus, rng):
+    n = len(corpus.words)
+    head, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((n, next_word.WIDTH), (n,)))
+    model = next_word.Model(next_word.initial(n, 0).embedding, jnp.asarray(head), jnp.asarray(bias))
+    hidden = next_word.hidden_states(model, corpus.text, corpus.training)
+    labels = corpus.text[corpus.training]
+    expected = next_word.dense(labels, hidden, model.head, model.bias)
+    np.testing.assert_allclose(next_word.loss(model, corpus.text, corpus.training), expected, rtol=1e-5)
+    assert next_word.temporary_bytes(next_word.fused, 5000) * 10 < next_word.temporary_bytes(next_word.dense, 5000)
+
+
+@pytest.mark.usefixtures("optax_promotes")
+def test_it_learns_what_follows(corpus):
+    history = list(next_word.train(corpus, 60, seed=3))
+    assert [s.step for s in history] == list(range(0, 61, 3))
+    assert history[0].perplexity == pytest.approx(len(corpus.words), rel=1e-5)
+    assert history[-1].perplexity < next_word.unigram_perplexity(corpus) / 5
+    assert history[-1].loss < history[1].loss
+    assert all(s.words_per_second > 0 for s in history[1:])
+    assert [s.step for s in next_word.train(corpus, 3)] == [0, 1, 2, 3]
+
+
+# The command line
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.usefixtures("optax_promotes")
+def test_command_line(file, capsys):
+    assert next_word.main([file, "--steps", "20", "--seed", "1"]) == 0
+    out = capsys.readouterr().out
+    n = len(set(TEXT.split()))
+    assert f"words: 3,000, of which 300 are held out; vocabulary: {n}" in out
+    memory = re.search(r"memory of head and loss for 4,096 words: ([\d.]+) MB, with all logits ([\d.]+) MB", out)
+    assert memory
+    assert float(memory[1]) < float(memory[2])
+    rows = [line.split() for line in out.splitlines() if re.match(r" +\d", line)]
+    assert [row[0] for row in rows] == [str(i) for i in range(21)]
+    best = re.search(r"lowest perplexity: ([\d.]+), at step \d+; by frequency alone ([\d.]+)", out)
+    assert best
+    assert float(best[1]) == min(float(row[-1] if row[0] == "0" else row[2]) for row in rows)
+    assert float(best[1]) < float(best[2])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere.txt"], "can't read 'nowhere.txt': No such file"),
+        (["short.txt"], "'short.txt' has 3 words, which is too few to learn from: at least 2000"),
+        (["binary.txt"], "'binary.txt' isn't UTF-8 text"),
+        (["--steps", "0"], "must be an integer from 1 to 1000000000, not '0'"),
+    ],
+)
+def test_wrong_input_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("to be, or")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SystemExit, match="2"):
+        next_word.main(argv)
+    err = capsys.readouterr().err
+    assert err.startswith("python -m jce.next_word: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_interrupt(file, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(next_word, "train", interrupted)
+    assert next_word.main([file]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+
+
+def test_missing_extra():
+    hide = "import sys, runpy; sys.modules['optax'] = None; "
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", hide + "runpy.run_module('jce.next_word', run_name='__main__')"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stderr == "python -m jce.next_word needs optax, which isn't installed: pip install 'jce[demo]'\n"

@@ -6,7 +6,7 @@ All of it is static, so it costs nothing at run time, and errors are raised whil
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
@@ -123,7 +123,7 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
-def _broadcast(function: str, what: str, arguments: dict[str, ArrayLike], arrays: list[Array]) -> list[Array]:
+def _broadcast(function: str, what: str, arguments: Mapping[str, ArrayLike], arrays: list[Array]) -> list[Array]:
     try:
         shape = np.broadcast_shapes(*(x.shape for x in arrays))
     except ValueError:
@@ -134,13 +134,13 @@ def _broadcast(function: str, what: str, arguments: dict[str, ArrayLike], arrays
     return [jnp.broadcast_to(x, shape) for x in arrays]
 
 
-def _as_floats(function: str, arguments: dict[str, ArrayLike]) -> list[Array]:
+def _as_floats(function: str, arguments: Mapping[str, ArrayLike]) -> list[Array]:
     """Arrays of the widest floating dtype among the arguments, at least float32; a Python scalar never widens."""
     dtype = float_dtype(function, arguments)
     return [as_array(function, name, x).astype(dtype) for name, x in arguments.items()]
 
 
-def float_dtype(function: str, arguments: dict[str, ArrayLike]):
+def float_dtype(function: str, arguments: Mapping[str, ArrayLike]):
     """float64 if one of the arguments is, else float32."""
     arrays = [as_array(function, name, x) for name, x in arguments.items()]
     for x in arrays:
@@ -166,7 +166,7 @@ def as_array(function: str, name: str, x: ArrayLike) -> Array:
         ) from None
 
 
-def _class_axis(function: str, axis: int, arguments: dict[str, ArrayLike], arrays: list[Array]) -> int:
+def _class_axis(function: str, axis: int, arguments: Mapping[str, ArrayLike], arrays: list[Array]) -> int:
     """`axis` of the broadcast arguments, counted from the end, where it means the same for arrays of unlike rank."""
     if min(x.ndim for x in arrays) == 0:
         raise ValueError(
@@ -195,7 +195,9 @@ def _class_axis(function: str, axis: int, arguments: dict[str, ArrayLike], array
     return axis
 
 
-def _mask(function: str, where: ArrayLike, shape: tuple[int, ...], axis: int, arguments: dict[str, ArrayLike]) -> Array:
+def _mask(
+    function: str, where: ArrayLike, shape: tuple[int, ...], axis: int, arguments: Mapping[str, ArrayLike]
+) -> Array:
     got = {"where": where, **arguments}
     mask = as_array(function, "where", where)
     if mask.dtype != bool:
@@ -212,10 +214,10 @@ def _mask(function: str, where: ArrayLike, shape: tuple[int, ...], axis: int, ar
     return jnp.broadcast_to(mask, shape)
 
 
-def _and(arguments: dict[str, ArrayLike]) -> str:
+def _and(arguments: Mapping[str, ArrayLike]) -> str:
     return " and ".join(arguments)
 
 
-def described(arguments: dict[str, ArrayLike]) -> str:
+def described(arguments: Mapping[str, ArrayLike]) -> str:
     arrays = {name: jnp.asarray(x) for name, x in arguments.items()}
     return ", ".join(f"{name}: {x.dtype}[{','.join(map(str, x.shape))}]" for name, x in arrays.items())

@@ -68,3 +68,13 @@ def png(name: str) -> str:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"can't write {name!r}: {error.strerror}") from None
     return name
+
+
+def exit_status(run: Callable[[], None]) -> int:
+    """0 once it has run, 130 if it is interrupted."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -156,9 +156,11 @@ def tokens_and_head(
     where: ArrayLike | None,
 ) -> tuple[Tokens, Head]:
     """The arguments, checked; the weights are 1 or 0 where none are given."""
-    got = {"labels": labels, "hidden": hidden, "head": head}
-    got |= {name: x for name, x in (("bias", bias), ("weights", weights), ("where", where)) if x is not None}
-    y, h, w = (as_array(function, name, got[name]) for name in ("labels", "hidden", "head"))
+    optional = {"bias": bias, "weights": weights, "where": where}
+    given = {"labels": labels, "hidden": hidden, "head": head}
+    given |= {name: x for name, x in optional.items() if x is not None}
+    got = {name: as_array(function, name, x) for name, x in given.items()}
+    y, h, w = got["labels"], got["hidden"], got["head"]
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(
             f"{function}: labels must be integers, a class index for each token; got {described(got)}. The target comes"
@@ -175,19 +177,20 @@ def tokens_and_head(
             f"{function}: labels must have the shape of hidden without its last axis, {batch}; got {described(got)}."
             f" The target comes first, then hidden and head."
         )
-    if bias is not None and jnp.shape(bias) != (n,):
+    if "bias" in got and got["bias"].shape != (n,):
         raise ValueError(
             f"{function}: bias must have the shape ({n},), a number for each row of head; got {described(got)}."
         )
     for name in ("weights", "where"):
-        if name in got and not _broadcasts_to(batch, jnp.shape(as_array(function, name, got[name]))):
+        if name in got and not _broadcasts_to(batch, got[name].shape):
             raise ValueError(
                 f"{function}: {name} must broadcast to the shape of labels, {batch}; got {described(got)}."
                 f" To exclude classes, give them a bias of -inf."
             )
-    if where is not None and jnp.asarray(where).dtype != bool:
+    if "where" in got and got["where"].dtype != bool:
         raise TypeError(f"{function}: where must be boolean; got {described(got)}. Numbers are for weights=.")
-    dtype = float_dtype(function, {name: x for name, x in got.items() if name not in ("labels", "where")})
+    numbers = {name: x for name, x in got.items() if name not in ("labels", "where")}
+    dtype = float_dtype(function, numbers)
 
     def flat(x):
         return jnp.broadcast_to(x, batch).reshape(math.prod(batch))
@@ -197,13 +200,13 @@ def tokens_and_head(
 
     y = flat(y if y.dtype.itemsize >= 4 else y.astype(jnp.int32))
     h, w = stored(h).reshape(y.size, h.shape[-1]), stored(w)
-    b = jnp.zeros(n, dtype) if bias is None else jnp.asarray(bias).astype(dtype)
-    a = flat(jnp.ones((), dtype) if weights is None else jnp.asarray(weights).astype(dtype))
+    b = got["bias"].astype(dtype) if "bias" in got else jnp.zeros(n, dtype)
+    a = flat(got["weights"].astype(dtype) if "weights" in got else jnp.ones((), dtype))
     if n == 0:  # certainty in a class that makes no difference
         y, w, b = jnp.zeros_like(y), jnp.zeros((1, w.shape[1]), w.dtype), jnp.zeros(1, dtype)
-    if weights is not None or where is not None:
-        kept = flat(True if where is None else jnp.asarray(where))
-        if weights is not None:
+    if "weights" in got or "where" in got:
+        kept = flat(got.get("where", True))
+        if "weights" in got:
             # A token of weight 0 still has a derivative in its weight, unless it holds what is no number or no class.
             kept &= (a != 0) | (jnp.isfinite(h).all(-1) & (y >= 0) & (y < n))
         y, a = (jnp.where(kept, x, jnp.zeros_like(x)) for x in (y, a))

@@ -17,7 +17,6 @@ import argparse
 import functools
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -28,7 +27,7 @@ import numpy as np
 from jax import Array, lax
 
 import jce
-from jce._command_line import Parser, demo_extra, integer, text_file
+from jce._command_line import Parser, demo_extra, exit_status, integer, text_file
 
 PROGRAM = "python -m jce.next_word"
 
@@ -218,12 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--steps", type=integer(1, 10**9), default=300, help="How many batches (default: %(default)s).")
     add("--seed", type=integer(0, 2**31 - 1), default=0, help="Draws model and batches (default: %(default)s).")
     args = parser.parse_args(argv)
-    try:
-        _run(args.text or read(default_text()), args.steps, args.seed)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: _run(args.text or read(default_text()), args.steps, args.seed))
 
 
 if __name__ == "__main__":

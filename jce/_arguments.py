@@ -5,8 +5,10 @@ All of it is static, so it costs nothing at run time, and errors are raised whil
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
@@ -20,7 +22,27 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def public(*static: str) -> Callable[[F], F]:
     """`jax.jit` with these arguments static, keeping the signature that editors and type checkers see."""
-    return lambda function: cast(F, jax.jit(function, static_argnames=static))
+
+    def decorate(function: F) -> F:
+        jitted, name = jax.jit(function, static_argnames=static), function.__name__
+        parameters = inspect.signature(function).parameters
+
+        @functools.wraps(function)
+        def call(*args, **options):
+            for option, value in options.items():
+                if option not in parameters:
+                    raise TypeError(f"{name}: no argument {option!r}; it takes {', '.join(parameters)}.")
+                if option in static and not isinstance(value, Hashable):
+                    raise ValueError(
+                        f"{name}: {option} must be static, since the program depends on it; got {option}:"
+                        f" {type(value).__name__}. Pass a Python number, as by float(x) or int(x) outside jax.jit."
+                    )
+            return jitted(*args, **options)
+
+        call.lower = jitted.lower  # pyright: ignore[reportAttributeAccessIssue]
+        return cast(F, call)
+
+    return decorate
 
 
 def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:

@@ -167,9 +167,10 @@ def tokens_and_head(
             f" first, then hidden and head."
         )
     if h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
+        transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]
         raise ValueError(
             f"{function}: hidden must be [..., d] and head [n, d], a row for each class; got {described(got)}."
-            f" Transpose a head of shape [d, n]."
+            f" {'Transpose the head.' if transposed else 'The order is labels, hidden, head.'}"
         )
     batch, (n, _) = h.shape[:-1], w.shape
     if y.shape != batch:
@@ -185,10 +186,10 @@ def tokens_and_head(
         if name in got and not _broadcasts_to(batch, got[name].shape):
             raise ValueError(
                 f"{function}: {name} must broadcast to the shape of labels, {batch}; got {described(got)}."
-                f" To exclude classes, give them a bias of -inf."
+                f" It is of tokens, so give it no axis for classes; those are excluded by a bias of -inf."
             )
     if "where" in got and got["where"].dtype != bool:
-        raise TypeError(f"{function}: where must be boolean; got {described(got)}. Numbers are for weights=.")
+        raise TypeError(f"{function}: where must be boolean; got {described(got)}. Compare it first: where=mask != 0.")
     numbers = {name: x for name, x in got.items() if name not in ("labels", "where")}
     dtype = float_dtype(function, numbers)
 

@@ -61,9 +61,10 @@ def linear_cross_entropy(
         and 0 where `where` is False; if Σ w = 0, the mean is 0.
       label_smoothing: ε, a static number from 0 to 1.
       z_loss: ζ, a static number ≥ 0.
-      logit_soft_cap: c > 0, a static number: the logits are c tanh(x/c). None for x itself.
+      logit_soft_cap: c > 0, a static number: x is then c tanh((hidden · headᵀ + bias)/c), everywhere above. None: none.
       chunk_size: the number of tokens in a chunk, a static int. None for as many as fill 32 MiB with logits, but at
-        least 512. Fewer need less memory; where multiplying is fast beside memory, as on a GPU, more take less time.
+        least 512 (256 MiB at 131,072 classes). Fewer need less memory; where multiplying is fast beside memory, as on a
+        GPU, more take less time.
       precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
 
     Returns:
@@ -73,14 +74,16 @@ def linear_cross_entropy(
       head's gradient over the chunks.
 
     At the boundary:
-      A label outside [0, n) makes its token NaN, in value and gradient, and with it a mean or a sum. A token of weight
-      0 counts as left out if its label is none or its hidden state not finite; else its derivative in the weight is
-      that of wℓ. A forbidden class has derivative 0; at the label, or with label smoothing, it makes the loss +∞; a
-      soft cap leaves it forbidden. No tokens make a mean or a sum of 0, no classes make every loss 0.
+      A label outside [0, n) makes its token NaN, in value and gradient, and with it a mean or a sum: mask such labels,
+      as with where=labels >= 0. At a weight of 0 the derivative in the weight is ℓ as at any other, but a token of
+      weight 0 with a label outside [0, n) or a hidden state that isn't finite is left out as by `where`. A forbidden
+      class has derivative 0, under a soft cap too; at the label it makes the loss +∞, and with label smoothing, which
+      counts every class, it makes every loss +∞: padding of the vocabulary is better sliced off, head[:n]. No tokens
+      make a mean or a sum of 0, no classes make every loss 0.
 
     Derivative:
       ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and on to hidden, head, bias and weights, each in its own
-      dtype. Forward and reverse mode, any order.
+      dtype: argnums 1, 2 and 3 for `jax.grad`. Forward and reverse mode, any order.
 
     Raises:
       TypeError: labels are not integers, hidden, head, bias or weights not real, or `where` not boolean.
@@ -108,7 +111,8 @@ def linear_cross_entropy(
         return mul0(_losses(y, h, head_, options), w).reshape(jnp.shape(labels))
     if reduction == "mean":
         total = w.sum()
-        w = jnp.where(total == 0, jnp.zeros_like(w), w / jnp.where(total == 0, jnp.ones_like(total), total))
+        share = jnp.where(total == 0, jnp.zeros_like(total), 1 / jnp.where(total == 0, jnp.ones_like(total), total))
+        w = mul0(jnp.full_like(w, share), w)  # a loss of +∞ at weight 0 is 0 in the others' derivatives too
     return _weighted_sum(y, h, head_, w, options)
 
 

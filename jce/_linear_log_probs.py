@@ -38,7 +38,8 @@ def linear_log_probs(
     """log q_y and H(q) at q = softmax(x), x = hidden · headᵀ + bias, in nats: what policy gradients ask of each token.
 
     Both from one pass over the head, in the chunks of `linear_cross_entropy`: x never exists for all tokens. A policy's
-    ratio to another is exp of the difference of two log-probabilities. Relatively accurate where the policy is sure.
+    ratio to another is exp of the difference of two log-probabilities (NaN where both are -∞). Relatively accurate
+    where the policy is sure.
 
     Args:
       labels: integer, [...], class indices y, the actions: the shape of hidden without its last axis.
@@ -47,7 +48,7 @@ def linear_log_probs(
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
       where: bool, broadcasts to the shape of labels. Where it is False, both are 0, with derivative 0, whatever label
         and hidden hold.
-      logit_soft_cap: c > 0, a static number: the logits are c tanh(x/c). None for x itself.
+      logit_soft_cap: c > 0, a static number: x is then c tanh((hidden · headᵀ + bias)/c). None for none.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
       precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
 

@@ -193,16 +193,19 @@ def _run(corpus: Corpus, steps: int, seed: int) -> None:
     n = len(corpus.words)
     print(f"words: {corpus.text.size:,}, of which {corpus.held_out.size:,} are held out; vocabulary: {n:,}")
     ours, theirs = (temporary_bytes(f, n) / 1e6 for f in (fused, dense))
-    print(f"memory of head and loss for {BATCH:,} words: {ours:,.1f} MB, with all logits {theirs:,.1f} MB")
+    print(
+        f"memory of head and loss for {BATCH:,} words: {ours:,.1f} MB in chunks of {CHUNK} words,"
+        f" with all logits {theirs:,.1f} MB"
+    )
     unigram = unigram_perplexity(corpus)
     print(f"perplexity of the held-out words by their frequency alone: {unigram:.1f}\n")
-    print(f"{'step':>9} {'loss':>8} {'perplexity':>11} {'words/s':>10}")
+    print(f"{'step':>9} {'batch loss':>11} {'held-out perplexity':>20} {'words/s':>10}")
     history = []
-    with tqdm(total=steps, unit=" steps", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=steps, unit=" steps", leave=False, disable=None, dynamic_ncols=True) as bar:
         for s in train(corpus, steps, seed=seed):
             bar.update(s.step - bar.n)
-            numbers = f"{s.loss:8.4f} {s.perplexity:11.1f} {s.words_per_second:10,.0f}"
-            bar.write(f"{s.step:9} {numbers if s.step else f'{s.perplexity:20.1f}'}")
+            loss, speed = (f"{s.loss:.4f}", f"{s.words_per_second:,.0f}") if s.step else ("-", "-")
+            bar.write(f"{s.step:9} {loss:>11} {s.perplexity:20.1f} {speed:>10}")
             history.append(s)
     best = min(history, key=lambda s: s.perplexity)
     print(f"\nlowest perplexity: {best.perplexity:.1f}, at step {best.step}; by frequency alone {unigram:.1f}")
@@ -214,7 +217,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog=PROGRAM, description=claim)
     add = parser.add_argument
     add("text", metavar="TEXT", nargs="?", type=_corpus, help="A UTF-8 file (default: Python's own documentation).")
-    add("--steps", type=integer(1, 10**9), default=300, help="How many batches (default: %(default)s).")
+    add(
+        "--steps",
+        type=integer(1, 10**9),
+        default=300,
+        help="How many batches, with a learning rate that falls to 0 (default: %(default)s).",
+    )
     add("--seed", type=integer(0, 2**31 - 1), default=0, help="Draws model and batches (default: %(default)s).")
     args = parser.parse_args(argv)
     return exit_status(lambda: _run(args.text or read(default_text()), args.steps, args.seed))

@@ -279,6 +279,25 @@ def test_the_derivative_in_a_weight_of_0_is_the_loss(problem):
             np.testing.assert_array_equal(g[0, :2], 0)
 
 
+@pytest.mark.parametrize("how", ["where", "weight 0"])
+def test_an_infinite_loss_left_out_spoils_no_derivative_in_a_weight(problem, how):
+    """Its label is a forbidden class. In its own weight of 0 the derivative is +∞, unless `where` excludes it."""
+    labels, h, w, b = problem
+    labels = np.minimum(labels, 4)
+    labels[0, 0], b[5] = 5, -INF
+    kept = np.arange(8).reshape(2, 4) > 0
+    weights = np.where(kept | (how == "where"), 1, 0).astype(np.float32)
+
+    def mean(weights):
+        return jce.linear_cross_entropy(labels, h, w, b, weights=weights, where=kept if how == "where" else None)
+
+    losses = np.asarray(jce.linear_cross_entropy(labels, h, w, b, reduction="none"))[kept]
+    assert np.isfinite(mean(weights))
+    for g in (jax.grad(mean)(weights), jax.jacfwd(mean)(weights)):
+        assert g[0, 0] == (0 if how == "where" else INF)
+        close(g[kept], (losses - losses.mean()) / 7, rtol=1e-5)
+
+
 @pytest.mark.parametrize("wrong", [-1, 6, 2**31 - 1])
 def test_a_label_of_no_class_makes_its_token_nan_and_no_other(problem, wrong):
     labels, h, w, b = problem
@@ -458,17 +477,21 @@ def ones(*shape, dtype=np.float32):
     [
         ({"labels": ones(4)}, TypeError, r"labels must be integers.*labels: float32\[4\].*target comes first"),
         ({"labels": ones(3, dtype=int)}, ValueError, r"labels must have the shape.*\(4,\).*labels: int32\[3\]"),
-        ({"head": ones(5, 2)}, ValueError, r"head \[n, d\].*head: float32\[5,2\]"),
+        ({"head": ones(5, 2)}, ValueError, r"head \[n, d\].*head: float32\[5,2\].*The order is"),
+        ({"head": ones(3, 5)}, ValueError, r"head \[n, d\].*head: float32\[3,5\].*Transpose the head"),
         ({"head": ones(3)}, ValueError, r"head \[n, d\].*head: float32\[3\]"),
         ({"hidden": np.float32(1)}, ValueError, r"hidden must be.*hidden: float32\[\]"),
         ({"hidden": ones(4, 3, dtype=np.complex64)}, TypeError, r"must be real.*hidden: complex64\[4,3\]"),
         ({"bias": ones(4)}, ValueError, r"bias must have the shape \(5,\).*bias: float32\[4\]"),
-        ({"weights": ones(3)}, ValueError, r"weights must broadcast.*\(4,\).*weights: float32\[3\]"),
+        ({"weights": ones(3)}, ValueError, r"weights must broadcast.*\(4,\).*weights: float32\[3\].*of tokens"),
         ({"where": ones(3, dtype=bool)}, ValueError, r"where must broadcast.*\(4,\).*where: bool\[3\]"),
-        ({"where": ones(4)}, TypeError, r"where must be boolean.*where: float32\[4\].*weights="),
+        ({"where": ones(4)}, TypeError, r"where must be boolean.*where: float32\[4\].*where=mask != 0"),
         ({"reduction": "avg"}, ValueError, r'reduction must be "mean" or "sum" or "none"; got reduction=\'avg\''),
         ({"chunk_size": 0}, ValueError, r"chunk_size must be.*at least 1; got chunk_size=0"),
         ({"chunk_size": 2.0}, ValueError, r"chunk_size must be a static int.*got chunk_size=2.0"),
+        ({"chunk_size": np.array(2)}, ValueError, r"chunk_size must be static.*got chunk_size: ndarray"),
+        ({"z_loss": jnp.float32(0.1)}, ValueError, r"z_loss must be static.*float\(x\)"),
+        ({"reductoin": "sum"}, TypeError, r"no argument 'reductoin'; it takes labels, hidden, head, bias, weights"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be.*0 to 1; got label_smoothing=1.5"),
         ({"z_loss": -1.0}, ValueError, r"z_loss must be.*at least 0; got z_loss=-1.0"),
         ({"logit_soft_cap": 0}, ValueError, r"logit_soft_cap must be.*above 0; got logit_soft_cap=0"),

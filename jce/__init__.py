@@ -20,6 +20,7 @@ from jce._entropy import entropy, entropy_with_logits
 from jce._kl_divergence import generalized_kl_divergence, kl_divergence, kl_divergence_with_logits
 from jce._linear_cross_entropy import linear_cross_entropy
 from jce._linear_log_probs import linear_log_probs
+from jce._sharded_linear_cross_entropy import sharded_linear_cross_entropy
 
 __all__ = [
     "binary_cross_entropy",
@@ -39,5 +40,6 @@ __all__ = [
     "kl_divergence_with_logits",
     "linear_cross_entropy",
     "linear_log_probs",
+    "sharded_linear_cross_entropy",
 ]
 __version__ = _version("jce")

@@ -14,8 +14,10 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
+
+from jce._classes import Classes
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,9 +53,15 @@ def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:
 
 
 def distributions(
-    function: str, axis: int, where: ArrayLike | None, *, in_logits: Collection[str] = (), **arguments: ArrayLike
-) -> tuple[list[Array], int]:
-    """The arguments as floating-point arrays of one dtype and shape, and axis < 0.
+    function: str,
+    axis: int,
+    where: ArrayLike | None,
+    axis_name: Hashable | None = None,
+    *,
+    in_logits: Collection[str] = (),
+    **arguments: ArrayLike,
+) -> tuple[list[Array], Classes]:
+    """The arguments as floating-point arrays of one dtype and shape, and where their classes are.
 
     Excluded classes have probability 0: a logit of -∞, in the arguments that are logits, and 0 in the others. A row of
     logits with nothing left is certainty in the first class, which costs 0 in every function.
@@ -66,28 +74,47 @@ def distributions(
             f" broadcast; got {described(arguments)}. Say which axis holds the classes with axis=, or pad with zeros."
         )
     arrays = _broadcast(function, "the batch axes", arguments, arrays)
+    classes = Classes(axis, mesh_axis(function, axis_name))
     if where is not None:
         mask = _mask(function, where, arrays[0].shape, axis, arguments)
         # The select stands outside every rule, so an excluded entry's derivative is exactly 0, whatever it holds.
         arrays = [
-            jnp.where(mask, x, _impossible(mask, axis, x.dtype) if name in in_logits else jnp.zeros_like(x))
+            jnp.where(mask, x, _impossible(mask, classes, x.dtype) if name in in_logits else jnp.zeros_like(x))
             for name, x in zip(arguments, arrays, strict=True)
         ]
     if in_logits and arrays[0].shape[axis] == 0:
         arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
-    return arrays, axis
+    return arrays, classes
 
 
-def _impossible(mask: Array, axis: int, dtype) -> Array:
+def mesh_axis(function: str, axis_name: Hashable | None) -> Hashable | None:
+    """The mesh axis, which is there."""
+    if axis_name is not None:
+        try:
+            lax.axis_size(axis_name)
+        except (NameError, TypeError, ValueError):
+            raise ValueError(
+                f"{function}: axis_name must name an axis of the mesh of a jax.shard_map around the call, over which"
+                f" the classes are split; got axis_name={axis_name!r}. Leave it out where the classes are whole."
+            ) from None
+    return axis_name
+
+
+def _impossible(mask: Array, classes: Classes, dtype) -> Array:
     """Logits for excluded classes: -∞, and 0 for the first one where all are excluded."""
-    first = jnp.arange(mask.shape[axis]).reshape([-1 if a == mask.ndim + axis else 1 for a in range(mask.ndim)]) == 0
-    return jnp.where(first & ~mask.any(axis, keepdims=True), jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))
+    first = classes.is_at(mask, classes.local(jnp.zeros(_without(mask.shape, classes.axis), jnp.int32), mask))
+    nothing = ~classes.column(classes.any(mask))
+    return jnp.where(first & nothing, jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[: len(shape) + axis] + shape[len(shape) + axis + 1 :]
 
 
 def labelled(
-    function: str, axis: int, where: ArrayLike | None, labels: ArrayLike, logits: ArrayLike
-) -> tuple[Array, Array, Array, int]:
-    """Labels of the batch's shape, the logits as `distributions` reads them, 1 for each class kept, and axis < 0."""
+    function: str, axis: int, where: ArrayLike | None, axis_name: Hashable | None, labels: ArrayLike, logits: ArrayLike
+) -> tuple[Array, Array, Array, Classes]:
+    """Labels of the batch's shape, the logits and classes as in `distributions`, and 1 for each class kept."""
     got = {"labels": labels, "logits": logits}
     y = as_array(function, "labels", labels)
     if not jnp.issubdtype(y.dtype, jnp.integer):
@@ -95,9 +122,9 @@ def labelled(
             f"{function}: labels must be integers, a class index for each distribution; got {described(got)}. The"
             f" target comes first, the model second; for probabilities as targets there is cross_entropy_with_logits."
         )
-    (x,), axis = distributions(function, axis, where, in_logits=("logits",), logits=logits)
+    (x,), classes = distributions(function, axis, where, axis_name, in_logits=("logits",), logits=logits)
     shape = jnp.asarray(logits).shape
-    batch = shape[: len(shape) + axis] + shape[len(shape) + axis + 1 :]
+    batch = _without(shape, classes.axis)
     if y.shape != batch:
         raise ValueError(
             f"{function}: labels must have the shape of logits without the class axis, {batch}; got {described(got)}."
@@ -106,8 +133,8 @@ def labelled(
     kept = jnp.broadcast_to(True if where is None else jnp.asarray(where), shape)
     # In a row with nothing left any label will do, also one that is none.
     y = y if y.dtype.itemsize >= 4 else y.astype(jnp.int32)
-    y = jnp.where(kept.any(axis), y, jnp.zeros_like(y))
-    return y, x, jnp.ones_like(x) if shape[axis] == 0 else kept.astype(x.dtype), axis
+    y = jnp.where(classes.any(kept), y, jnp.zeros_like(y))
+    return y, x, jnp.ones_like(x) if shape[classes.axis] == 0 else kept.astype(x.dtype), classes
 
 
 def fraction(function: str, **option: float) -> float:
@@ -122,9 +149,10 @@ def fraction(function: str, **option: float) -> float:
 
 
 def positive(function: str, *, or_zero: bool = False, **option: float) -> float:
-    """A static finite number above 0."""
+    """A static number above 0, and within float32's range."""
     ((name, value),) = option.items()
-    if not _is_number(value) or not 0 <= value < np.inf or (value == 0 and not or_zero):
+    least, most = map(float, (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+    if not _is_number(value) or not (least <= value <= most or (or_zero and value == 0)):
         raise ValueError(
             f"{function}: {name} must be a static number, finite and {'at least' if or_zero else 'above'} 0;"
             f" got {name}={value!r}. Leave it out for none."

@@ -34,13 +34,13 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
     Example:
       >>> jce.check_distribution([[0.25, 0.75], [1.0, 0.0]])
     """
-    (x,), class_axis = distributions("check_distribution", axis, None, p=p)
+    (x,), classes = distributions("check_distribution", axis, None, p=p)
     dtype = jnp.asarray(p).dtype
     eps = float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.floating) else x.dtype).eps)
     if atol is not None and not atol >= 0:
         raise ValueError(f"check_distribution: atol must be ≥ 0; got atol={atol}. Leave it out for the dtype's own.")
     tolerance = eps**0.5 if atol is None else float(atol)
-    sums, smallest = x.sum(class_axis), x.min(class_axis, initial=1)
+    sums, smallest = x.sum(classes.axis), x.min(classes.axis, initial=1)
     if sums.size == 0:
         return
     violation = jnp.nan_to_num(jnp.maximum(jnp.abs(sums - 1), -smallest), nan=jnp.inf).ravel()

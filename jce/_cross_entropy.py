@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, fraction, labelled, public
 from jce._calculus import both_zero, def_partials, directional_derivative, negative, ratio, reciprocal
 from jce._mul0 import mul0
-from jce._softmax import another, centered, column, complement, off_label_sum, off_maximum_sum, softmax, surprisal
+from jce._softmax import another, centered, complement, off_label_sum, off_maximum_sum, softmax, surprisal
 
 
 @public("axis")
@@ -54,8 +55,8 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       >>> print(jce.cross_entropy(p, q), jax.grad(jce.cross_entropy, 1)(p, q))
       1.0397208 [-2. -1. -0.]
     """
-    (p, q), axis = distributions("cross_entropy", axis, where, p=p, q=q)
-    return negative(_p_log_q(p, q).sum(axis))
+    (p, q), classes = distributions("cross_entropy", axis, where, p=p, q=q)
+    return negative(classes.sum(_p_log_q(p, q)))
 
 
 @jax.custom_jvp
@@ -76,9 +77,14 @@ def_partials(_p_log_q, lambda p, q: jnp.where(both_zero(p, q), jnp.zeros_like(q)
 def_partials(_log_q, lambda p, q: jnp.zeros_like(p), reciprocal)
 
 
-@public("axis")
+@public("axis", "axis_name")
 def cross_entropy_with_logits(
-    p: ArrayLike, logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
+    p: ArrayLike,
+    logits: ArrayLike,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
 ) -> Array:
     """H(p, q) = Σᵢ pᵢ log 1/qᵢ at q = softmax(logits), in nats: the cross-entropy of a target p and logits.
 
@@ -91,6 +97,8 @@ def cross_entropy_with_logits(
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcasts to the shape of p and logits. A class where it is False takes no part, whatever it holds;
         a distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or logits is.
@@ -116,51 +124,53 @@ def cross_entropy_with_logits(
       >>> print(jce.cross_entropy_with_logits(p, logits), jax.grad(jce.cross_entropy_with_logits, 1)(p, logits))
       4.1223074e-09 [-4.1223074e-09  2.0611537e-09  2.0611537e-09]
     """
-    (p, x), axis = distributions("cross_entropy_with_logits", axis, where, in_logits=("logits",), p=p, logits=logits)
-    return _soft(p, x, axis)
+    (p, x), classes = distributions(
+        "cross_entropy_with_logits", axis, where, axis_name, in_logits=("logits",), p=p, logits=logits
+    )
+    return _soft(p, x, classes)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _soft(p, x, axis):
+def _soft(p, x, classes):
     # The bound is a number at p = 0, so that 0 · ∞ = 0, and beyond the float range at any p > 0.
     info = jnp.finfo(p.dtype)
     bound = info.max * (0.5 + p * (1.5 / info.tiny))
-    return (p * jnp.minimum(surprisal(x, axis), bound)).sum(axis)
+    return classes.sum(p * jnp.minimum(surprisal(x, classes), bound))
 
 
 # ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
-def _soft_rule(axis, primals, tangents):
+def _soft_rule(classes, primals, tangents):
     tangent = directional_derivative(
-        primals, tangents, lambda p, x: surprisal(x, axis), lambda p, x: _excess(p, x, axis)
+        primals, tangents, lambda p, x: surprisal(x, classes), lambda p, x: _excess(p, x, classes)
     )
-    return _soft(*primals, axis), tangent.sum(axis)
+    return _soft(*primals, classes), classes.sum(tangent)
 
 
 _soft.defjvp(_soft_rule, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _excess(p, x, axis):
-    m, s = off_maximum_sum(x, axis)
-    total, z = p.sum(axis), 1 + s
-    d = x - column(another(m, s), axis)
+def _excess(p, x, classes):
+    m, s = off_maximum_sum(x, classes)
+    total, z = classes.sum(p), 1 + s
+    d = x - classes.column(another(m, s))
     # At a maximal class q = 1 - s/Z, and Σp - p is exact.
-    at_maximum = (column(total, axis) - p) - column(total * (s / z), axis)
-    return jnp.where(d == 0, at_maximum, jnp.exp(d) * column(total / z, axis) - p)
+    at_maximum = (classes.column(total) - p) - classes.column(total * (s / z))
+    return jnp.where(d == 0, at_maximum, jnp.exp(d) * classes.column(total / z) - p)
 
 
 @_excess.defjvp
-def _excess_rule(axis, primals, tangents):
+def _excess_rule(classes, primals, tangents):
     (p, x), (dp, dx) = primals, tangents
-    q = softmax(x, axis)
-    total, d_total = (jnp.broadcast_to(t.sum(axis, keepdims=True), p.shape) for t in (p, dp))
+    q = softmax(x, classes)
+    total, d_total = (jnp.broadcast_to(classes.column(classes.sum(t)), p.shape) for t in (p, dp))
     # For a class of q > 1/2, q Σdp - dp is the sum of the other dp, less (1 - q) Σdp.
-    others = jnp.where(q > 0.5, jnp.zeros_like(dp), dp).sum(axis, keepdims=True)
-    dp_part = jnp.where(q > 0.5, others - mul0(complement(x, axis), d_total), mul0(q, d_total) - dp)
-    return _excess(p, x, axis), dp_part + mul0(q, mul0(total, centered(dx, x, axis)))
+    others = classes.column(classes.sum(jnp.where(q > 0.5, jnp.zeros_like(dp), dp)))
+    dp_part = jnp.where(q > 0.5, others - mul0(complement(x, classes), d_total), mul0(q, d_total) - dp)
+    return _excess(p, x, classes), dp_part + mul0(q, mul0(total, centered(dx, x, classes)))
 
 
-@public("axis", "label_smoothing")
+@public("axis", "axis_name", "label_smoothing")
 def cross_entropy_with_integer_labels(
     labels: ArrayLike,
     logits: ArrayLike,
@@ -168,6 +178,7 @@ def cross_entropy_with_integer_labels(
     label_smoothing: float = 0.0,
     axis: int = -1,
     where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
 ) -> Array:
     """log 1/q_y at q = softmax(logits), in nats: the cross-entropy of one-hot targets, given as labels y, and logits.
 
@@ -183,6 +194,8 @@ def cross_entropy_with_integer_labels(
       where: bool, broadcasts to the shape of logits. A class where it is False has probability 0, whatever it holds,
         and n counts the others; a distribution with nothing left is 0, with gradient 0, whatever its label. So
         `where=mask[..., None]` drops rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes.
 
     Returns:
       [..., ...], the shape of labels; float32, or float64 if logits is.
@@ -209,43 +222,42 @@ def cross_entropy_with_integer_labels(
       [4.1223074e-09 1.4076060e+00]
     """
     smoothing = fraction("cross_entropy_with_integer_labels", label_smoothing=label_smoothing)
-    y, x, kept, axis = labelled("cross_entropy_with_integer_labels", axis, where, labels, logits)
-    loss = label_surprisal(y, x, axis)
+    y, x, kept, classes = labelled("cross_entropy_with_integer_labels", axis, where, axis_name, labels, logits)
+    loss = label_surprisal(y, x, classes)
     if smoothing == 0:
         return loss
-    uniform = kept / jnp.maximum(kept.sum(axis, keepdims=True), 1)
-    uniform_loss = _soft(uniform, x, axis)
+    uniform = kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
+    uniform_loss = _soft(uniform, x, classes)
     if smoothing == 1:  # the label counts for nothing, even where its loss is +∞, but it still must be one
         return jnp.where(jnp.isnan(loss), loss, uniform_loss)
     return (1 - smoothing) * loss + smoothing * uniform_loss
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def label_surprisal(y, x, axis):
+def label_surprisal(y, x, classes):
     """log 1/q_y"""
-    return _label_surprisal_and_excess(y, x, axis)[0]
+    return _label_surprisal_and_excess(y, x, classes)[0]
 
 
 # ∂/∂xᵢ log 1/q_y = qᵢ - [i = y]
 @label_surprisal.defjvp
-def _label_surprisal_rule(axis, primals, tangents):
-    surprisal, excess = _label_surprisal_and_excess(*primals, axis)
-    return surprisal, mul0(excess, tangents[1]).sum(axis)
+def _label_surprisal_rule(classes, primals, tangents):
+    surprisal, excess = _label_surprisal_and_excess(*primals, classes)
+    return surprisal, classes.sum(mul0(excess, tangents[1]))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _label_surprisal_and_excess(y, x, axis):
+def _label_surprisal_and_excess(y, x, classes):
     # Both in one function, since XLA can't see that two off-label sums, behind their barriers, are the same.
-    m, s, x_y = off_label_sum(y, x, axis)
+    m, s, x_y = off_label_sum(y, x, classes)
     e_y = jnp.exp(x_y - m)
-    e = jnp.exp(x - column(m, axis))
-    is_label = lax.broadcasted_iota(y.dtype, x.shape, x.ndim + axis) == column(y, axis)
-    excess = jnp.where(is_label, column(-s, axis), e) / column(s + e_y, axis)
+    e = jnp.exp(x - classes.column(m))
+    excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-s), e) / classes.column(s + e_y)
     return (m - x_y) + jnp.log1p(s - (1 - e_y)), excess
 
 
 @_label_surprisal_and_excess.defjvp
-def _label_surprisal_and_excess_rule(axis, primals, tangents):
+def _label_surprisal_and_excess_rule(classes, primals, tangents):
     x, t = primals[1], tangents[1]
-    surprisal, excess = _label_surprisal_and_excess(*primals, axis)
-    return (surprisal, excess), (mul0(excess, t).sum(axis), mul0(softmax(x, axis), centered(t, x, axis)))
+    surprisal, excess = _label_surprisal_and_excess(*primals, classes)
+    return (surprisal, excess), (classes.sum(mul0(excess, t)), mul0(softmax(x, classes), centered(t, x, classes)))

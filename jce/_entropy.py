@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.typing import ArrayLike
 from jce._arguments import distributions, public
 from jce._calculus import def_partials, negative, ratio
 from jce._mul0 import mul0
-from jce._softmax import another, column, off_maximum_sum, softmax, surprisal
+from jce._softmax import another, off_maximum_sum, softmax, surprisal
 
 
 @public("axis")
@@ -52,8 +53,8 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
       >>> float(jce.entropy([0.5, 0.25, 0.25]) / jnp.log(2))  # in bits
       1.5
     """
-    (p,), axis = distributions("entropy", axis, where, p=p)
-    return negative(_p_log_p(p).sum(axis))
+    (p,), classes = distributions("entropy", axis, where, p=p)
+    return negative(classes.sum(_p_log_p(p)))
 
 
 @jax.custom_jvp
@@ -81,8 +82,14 @@ def _finite_log(p):
     return jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny))
 
 
-@public("axis")
-def entropy_with_logits(logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
+@public("axis", "axis_name")
+def entropy_with_logits(
+    logits: ArrayLike,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
+) -> Array:
     """H(q) = Σᵢ qᵢ log 1/qᵢ of q = softmax(logits), in nats: the entropy of discrete distributions given by logits.
 
     Between 0, at certainty, and log n, at equal logits; relatively accurate where one class takes nearly everything.
@@ -92,6 +99,8 @@ def entropy_with_logits(logits: ArrayLike, *, axis: int = -1, where: ArrayLike |
       axis: the axis of the n classes: a static int.
       where: bool, broadcasts to the shape of logits. A class where it is False has probability 0, whatever it holds; a
         distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes.
 
     Returns:
       [..., ...], logits without `axis`; float32, or float64 if logits is.
@@ -114,25 +123,25 @@ def entropy_with_logits(logits: ArrayLike, *, axis: int = -1, where: ArrayLike |
       >>> print(jce.entropy_with_logits(jnp.array([[0.0, 0.0], [20.0, 0.0]])))
       [6.9314718e-01 4.3284228e-08]
     """
-    (x,), axis = distributions("entropy_with_logits", axis, where, in_logits=("logits",), logits=logits)
-    return entropy_of_softmax(x, axis)
+    (x,), classes = distributions("entropy_with_logits", axis, where, axis_name, in_logits=("logits",), logits=logits)
+    return entropy_of_softmax(x, classes)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def entropy_of_softmax(x, axis):
+def entropy_of_softmax(x, classes):
     # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z, without a term below 0
-    m, s = off_maximum_sum(x, axis)
+    m, s = off_maximum_sum(x, classes)
     log_z = jnp.log1p(s)
-    d = x - column(another(m, log_z, x.shape[axis]), axis)
+    d = x - classes.column(another(m, log_z, x.shape[classes.axis]))
     # The lowest number for -∞, where eᵢ = 0 multiplies it.
-    return log_z - (jnp.exp(d) * jnp.maximum(d, jnp.finfo(x.dtype).min)).sum(axis) / (1 + s)
+    return log_z - classes.sum(jnp.exp(d) * jnp.maximum(d, jnp.finfo(x.dtype).min)) / (1 + s)
 
 
 # ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)
 @entropy_of_softmax.defjvp
-def _entropy_of_softmax_rule(axis, primals, tangents):
+def _entropy_of_softmax_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
-    h = entropy_of_softmax(x, axis)
+    h = entropy_of_softmax(x, classes)
     # q is 0 long before log 1/q is 10⁴. A number there, not +∞, is one that 0 can be multiplied with at every order.
-    excess = jnp.minimum(surprisal(x, axis), 1e4) - column(h, axis)
-    return h, mul0(mul0(excess, softmax(x, axis)), t).sum(axis)
+    excess = jnp.minimum(surprisal(x, classes), 1e4) - classes.column(h)
+    return h, classes.sum(mul0(mul0(excess, softmax(x, classes)), t))

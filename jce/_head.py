@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from jce._arguments import as_array, described, float_dtype
 from jce._calculus import def_partials
+from jce._classes import Classes, vary_over, varying
 
 # A chunk is as many tokens as fill 32 MiB with logits, but not fewer than 512: with few tokens, reading the head and
 # adding to its gradient take longer than multiplying.
@@ -154,6 +155,7 @@ def tokens_and_head(
     bias: ArrayLike | None,
     weights: ArrayLike | None,
     where: ArrayLike | None,
+    classes: Classes,
 ) -> tuple[Tokens, Head]:
     """The arguments, checked; the weights are 1 or 0 where none are given."""
     optional = {"bias": bias, "weights": weights, "where": where}
@@ -204,23 +206,20 @@ def tokens_and_head(
     b = got["bias"].astype(dtype) if "bias" in got else jnp.zeros(n, dtype)
     a = flat(got["weights"].astype(dtype) if "weights" in got else jnp.ones((), dtype))
     if n == 0:  # certainty in a class that makes no difference
-        y, w, b = jnp.zeros_like(y), jnp.zeros((1, w.shape[1]), w.dtype), jnp.zeros(1, dtype)
+        y, h = jnp.zeros_like(y), jnp.zeros_like(h)
+        w, b = jnp.zeros((1, w.shape[1]), w.dtype), jnp.zeros(1, dtype)
     if "weights" in got or "where" in got:
         kept = flat(got.get("where", True))
         if "weights" in got:
             # A token of weight 0 still has a derivative in its weight, unless it holds what is no number or no class.
-            kept &= (a != 0) | (jnp.isfinite(h).all(-1) & (y >= 0) & (y < n))
+            kept &= (a != 0) | (jnp.isfinite(h).all(-1) & (y >= 0) & (y < classes.count(b)))
         y, a = (jnp.where(kept, x, jnp.zeros_like(x)) for x in (y, a))
         h = jnp.where(kept[:, None], h, jnp.zeros_like(h))
-    y, h, a, w, b = _varying_alike(y, h, a, w, b)
+    # A loop carries what varies alike. Tokens don't vary over the classes' mesh axis, nor do their losses.
+    axes = frozenset().union(*map(varying, (y, h, a, w, b)))
+    y, h, a = vary_over(axes - classes.mesh_axes, y, h, a)
+    w, b = vary_over(axes | classes.mesh_axes, w, b)
     return Tokens(y, h, a), Head(w, w.astype(dtype), b)
-
-
-def _varying_alike(*arrays: Array) -> list[Array]:
-    """As loops need them inside `jax.shard_map`, where an array's type says over which mesh axes it varies."""
-    varying = [t.vma if hasattr(t, "vma") else t.manual_axis_type.varying for t in map(jax.typeof, arrays)]
-    missing = [sorted(frozenset().union(*varying) - axes) for axes in varying]
-    return [lax.pcast(x, tuple(m), to="varying") if m else x for x, m in zip(arrays, missing, strict=True)]
 
 
 def _broadcasts_to(shape, given) -> bool:

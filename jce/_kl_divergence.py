@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jce._arguments import distributions, public
 from jce._calculus import both_zero, def_partials, def_twin, directional_derivative, ratio, reciprocal
 from jce._deviance import deviance, deviance_from_log, log_ratio
 from jce._mul0 import mul0
-from jce._softmax import another, centered, column, off_maximum_sum, softmax
+from jce._softmax import another, centered, off_maximum_sum, softmax
 
 
 @public("axis")
@@ -61,24 +62,24 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       >>> print(jce.kl_divergence(p, q), jce.cross_entropy(p, q) - jce.entropy(p), jce.kl_divergence(q, p))
       0.3465736 0.3465736 inf
     """
-    (p, q), axis = distributions("kl_divergence", axis, where, p=p, q=q)
-    return _kl(p, q, axis)
+    (p, q), classes = distributions("kl_divergence", axis, where, p=p, q=q)
+    return _kl(p, q, classes)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _kl(p, q, axis):
-    return deviance(p, q, p - q).sum(axis) + _sum_of_differences(p, q, axis)
+def _kl(p, q, classes):
+    return classes.sum(deviance(p, q, p - q)) + _sum_of_differences(p, q, classes)
 
 
 # ∂/∂p p log p/q = log p/q + 1, ∂/∂q p log p/q = -p/q
-def _kl_rule(axis, primals, tangents):
+def _kl_rule(classes, primals, tangents):
     tangent = directional_derivative(
         primals,
         tangents,
         lambda p, q: jnp.where(both_zero(p, q), jnp.zeros_like(p), _log_ratio(p, q) + 1),
         lambda p, q: -ratio(p, q),
     )
-    return _kl(*primals, axis), tangent.sum(axis)
+    return _kl(*primals, classes), classes.sum(tangent)
 
 
 _kl.defjvp(_kl_rule, symbolic_zeros=True)
@@ -124,8 +125,8 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
       >>> print(jce.generalized_kl_divergence([1.0, 0.0], [2.0, 3.0]))
       3.3068528
     """
-    (p, q), axis = distributions("generalized_kl_divergence", axis, where, p=p, q=q)
-    return _deviance(p, q).sum(axis)
+    (p, q), classes = distributions("generalized_kl_divergence", axis, where, p=p, q=q)
+    return classes.sum(_deviance(p, q))
 
 
 @jax.custom_jvp
@@ -155,11 +156,11 @@ def _excess(p, q):
 def_twin(_excess, lambda p, q: -ratio(p, q))
 
 
-def _sum_of_differences(p, q, axis):
+def _sum_of_differences(p, q, classes):
     """Σ (p - q), to an ulp even where it is the little that rounding left of 1 - 1: a sum of two-float numbers."""
     high, low = _two_sum(p, -q)
     zero = jnp.zeros((), p.dtype)
-    high, low = lax.reduce((high, low), (zero, zero), _add, (high.ndim + axis,))
+    high, low = lax.reduce((high, low), (zero, zero), _add, (high.ndim + classes.axis,))
     return high + low
 
 
@@ -175,9 +176,14 @@ def _two_sum(a, b):
     return s, (a - (s - t)) + (b - t)
 
 
-@public("axis")
+@public("axis", "axis_name")
 def kl_divergence_with_logits(
-    p_logits: ArrayLike, q_logits: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
+    p_logits: ArrayLike,
+    q_logits: ArrayLike,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
 ) -> Array:
     """KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ of p = softmax(p_logits) and q = softmax(q_logits), in nats.
 
@@ -189,6 +195,8 @@ def kl_divergence_with_logits(
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcasts to the shape of both. A class where it is False has probability 0 in both, whatever it
         holds; a distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
@@ -214,81 +222,81 @@ def kl_divergence_with_logits(
       1.7358838e-21
     """
     names = ("p_logits", "q_logits")
-    (x, y), axis = distributions(
-        "kl_divergence_with_logits", axis, where, in_logits=names, p_logits=p_logits, q_logits=q_logits
+    (x, y), classes = distributions(
+        "kl_divergence_with_logits", axis, where, axis_name, in_logits=names, p_logits=p_logits, q_logits=q_logits
     )
-    return _kl_of_softmax(x, y, axis)
+    return _kl_of_softmax(x, y, classes)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _kl_of_softmax(x, y, axis):
-    p, q, delta = _compare(x, y, axis)
-    return deviance_from_log(p, q, delta).sum(axis)
+def _kl_of_softmax(x, y, classes):
+    p, q, delta = _compare(x, y, classes)
+    return classes.sum(deviance_from_log(p, q, delta))
 
 
 # ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂yᵢ = qᵢ - pᵢ
-def _kl_of_softmax_rule(axis, primals, tangents):
+def _kl_of_softmax_rule(classes, primals, tangents):
     tangent = directional_derivative(
-        primals, tangents, lambda x, y: _weighted_excess(x, y, axis), lambda x, y: _q_minus_p(x, y, axis)
+        primals, tangents, lambda x, y: _weighted_excess(x, y, classes), lambda x, y: _q_minus_p(x, y, classes)
     )
-    return _kl_of_softmax(*primals, axis), tangent.sum(axis)
+    return _kl_of_softmax(*primals, classes), classes.sum(tangent)
 
 
 _kl_of_softmax.defjvp(_kl_of_softmax_rule, symbolic_zeros=True)
 
 
-def _weighted_excess(x, y, axis):
+def _weighted_excess(x, y, classes):
     """pᵢ (log pᵢ/qᵢ - KL)"""
-    p, log_p_q = softmax(x, axis), -_log_q_over_p(x, y, axis)
+    p, log_p_q = softmax(x, classes), -_log_q_over_p(x, y, classes)
     impossible = log_p_q == jnp.inf
-    infinite = column(_kl_of_softmax(x, y, axis), axis) == jnp.inf
-    excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), log_p_q), x, axis)
+    infinite = classes.column(_kl_of_softmax(x, y, classes)) == jnp.inf
+    excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), log_p_q), x, classes)
     excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)
     return mul0(excess, p)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _q_minus_p(x, y, axis):
-    p, q, delta = _compare(x, y, axis)
+def _q_minus_p(x, y, classes):
+    p, q, delta = _compare(x, y, classes)
     return (p + q) * jnp.tanh(delta / 2)
 
 
 @_q_minus_p.defjvp
-def _q_minus_p_rule(axis, primals, tangents):
+def _q_minus_p_rule(classes, primals, tangents):
     (x, y), (dx, dy) = primals, tangents
-    dq, dp = (mul0(softmax(z, axis), centered(t, z, axis)) for z, t in ((y, dy), (x, dx)))
-    return _q_minus_p(x, y, axis), dq - dp
+    dq, dp = (mul0(softmax(z, classes), centered(t, z, classes)) for z, t in ((y, dy), (x, dx)))
+    return _q_minus_p(x, y, classes), dq - dp
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _log_q_over_p(x, y, axis):
-    return _compare(x, y, axis)[2]
+def _log_q_over_p(x, y, classes):
+    return _compare(x, y, classes)[2]
 
 
 @_log_q_over_p.defjvp
-def _log_q_over_p_rule(axis, primals, tangents):
+def _log_q_over_p_rule(classes, primals, tangents):
     (x, y), (dx, dy) = primals, tangents
-    return _log_q_over_p(x, y, axis), centered(dy, y, axis) - centered(dx, x, axis)
+    return _log_q_over_p(x, y, classes), centered(dy, y, classes) - centered(dx, x, classes)
 
 
-def _compare(x, y, axis):
+def _compare(x, y, classes):
     """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q."""
-    (m_x, s_x), (m_y, s_y) = off_maximum_sum(x, axis), off_maximum_sum(y, axis)
+    (m_x, s_x), (m_y, s_y) = off_maximum_sum(x, classes), off_maximum_sum(y, classes)
     log_z_x, log_z_y = jnp.log1p(s_x), jnp.log1p(s_y)
     # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x up to a number a row, by the rounding of the last. That number is
     # Σ p (e^δ - 1) = Σ (p + q) tanh δ/2, which ought to be 0.
     m, n = another(m_x, s_x), another(m_y, s_y)
-    p = jnp.exp((x - column(m, axis)) - column(log_z_x, axis))
-    q = jnp.exp((y - column(n, axis)) - column(log_z_y, axis))
-    delta = column(log_z_x - log_z_y, axis) - _difference(y, x, n, m, axis, 0.25)
-    surplus = ((p + q) * jnp.tanh(0.5 * delta)).sum(axis)
+    p = jnp.exp((x - classes.column(m)) - classes.column(log_z_x))
+    q = jnp.exp((y - classes.column(n)) - classes.column(log_z_y))
+    delta = classes.column(log_z_x - log_z_y) - _difference(y, x, n, m, classes, 0.25)
+    surplus = classes.sum((p + q) * jnp.tanh(0.5 * delta))
     m, n = another(m_x, surplus * surplus), another(m_y, surplus * surplus)
-    p = jnp.exp(x - column(m, axis)) * column(1 / (1 + s_x), axis)
-    q = jnp.exp(y - column(n, axis)) * column(1 / (1 + s_y), axis)
-    return p, q, _difference(x, y, m, n, axis, 0.5) - column((log_z_y - log_z_x) + jnp.log1p(surplus), axis)
+    p = jnp.exp(x - classes.column(m)) * classes.column(1 / (1 + s_x))
+    q = jnp.exp(y - classes.column(n)) * classes.column(1 / (1 + s_y))
+    return p, q, _difference(x, y, m, n, classes, 0.5) - classes.column((log_z_y - log_z_x) + jnp.log1p(surplus))
 
 
-def _difference(x, y, m, n, axis, k):
+def _difference(x, y, m, n, classes, k):
     """(y - n) - (x - m) with a single rounding where it is small; -∞ where only y is, and a number where x is -∞.
 
     k < 1 differs between the calls, as their m and n do: a constant that two passes share is stored N × n times too.
@@ -296,4 +304,4 @@ def _difference(x, y, m, n, axis, k):
     lowest = jnp.finfo(x.dtype).min * k
     x, finite_y = jnp.maximum(x, lowest), jnp.maximum(y, lowest)
     n_m, lost = _two_sum(n, -m)
-    return ((y - x) - column(n_m, axis)) + (_two_sum(finite_y, -x)[1] - column(lost, axis))
+    return ((y - x) - classes.column(n_m)) + (_two_sum(finite_y, -x)[1] - classes.column(lost))

@@ -8,7 +8,7 @@ token has to wait for its cotangent, and computes x again: a fourth product.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,17 +17,19 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._arguments import choice, fraction, positive, public
+from jce._arguments import choice, fraction, mesh_axis, positive, public
 from jce._calculus import live_jvp
+from jce._classes import Classes
 from jce._cross_entropy import label_surprisal
 from jce._head import Logits, chunk_tokens, dot, each_token, over_chunks, product, tokens_and_head
 from jce._mul0 import mul0
-from jce._softmax import column, logsumexp, off_label_sum, surprisal
+from jce._softmax import logsumexp, off_label_sum, surprisal
 
+REDUCTIONS = ("mean", "sum", "none")
 OPTIONS = ("reduction", "label_smoothing", "z_loss", "logit_soft_cap", "chunk_size", "precision")
 
 
-@public(*OPTIONS)
+@public(*OPTIONS, "axis_name")
 def linear_cross_entropy(
     labels: ArrayLike,
     hidden: ArrayLike,
@@ -42,6 +44,7 @@ def linear_cross_entropy(
     logit_soft_cap: float | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
+    axis_name: Hashable | None = None,
 ) -> Array:
     """log 1/q_y at q = softmax(x), x = hidden · headᵀ + bias, in nats, of many tokens: a head and its loss in one.
 
@@ -66,6 +69,9 @@ def linear_cross_entropy(
         least 512 (256 MiB at 131,072 classes). Fewer need less memory; where multiplying is fast beside memory, as on a
         GPU, more take less time.
       precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which head and bias are split; labels
+        are still of all n classes, and the result is the same on all its devices. For whole arrays on a mesh there is
+        `sharded_linear_cross_entropy`.
 
     Returns:
       A number, or [...] for "none"; float32, or float64 if an argument is. Beyond arguments and results it needs a few
@@ -98,28 +104,33 @@ def linear_cross_entropy(
       4.1223074e-09
     """
     name = "linear_cross_entropy"
-    reduction = choice(name, reduction=reduction, choices=("mean", "sum", "none"))
-    tokens, head_ = tokens_and_head(name, labels, hidden, head, bias, weights, where)
+    reduction = choice(name, reduction=reduction, choices=REDUCTIONS)
+    classes = Classes(-1, mesh_axis(name, axis_name))
+    (y, h, w), head_ = tokens_and_head(name, labels, hidden, head, bias, weights, where, classes)
     options = Options(
         Logits(None if logit_soft_cap is None else positive(name, logit_soft_cap=logit_soft_cap), precision),
+        classes,
         chunk_tokens(name, chunk_size, head_),
         fraction(name, label_smoothing=label_smoothing),
         positive(name, z_loss=z_loss, or_zero=True),
     )
-    y, h, w = tokens
     if reduction == "none":
         return mul0(_losses(y, h, head_, options), w).reshape(jnp.shape(labels))
-    if reduction == "mean":
-        total = w.sum()
-        share = jnp.where(total == 0, jnp.zeros_like(total), 1 / jnp.where(total == 0, jnp.ones_like(total), total))
-        w = mul0(jnp.full_like(w, share), w)  # a loss of +∞ at weight 0 is 0 in the others' derivatives too
-    return _weighted_sum(y, h, head_, w, options)
+    return _weighted_sum(y, h, head_, shares(w) if reduction == "mean" else w, options)
+
+
+def shares(w: Array) -> Array:
+    """w / Σ w, and 0 if Σ w is 0."""
+    total = w.sum()
+    inverse = jnp.where(total == 0, jnp.zeros_like(total), 1 / jnp.where(total == 0, jnp.ones_like(total), total))
+    return mul0(jnp.full_like(w, inverse), w)  # a loss of +∞ at weight 0 is 0 in the others' derivatives too
 
 
 class Options(NamedTuple):
     """What is static in a token's loss."""
 
     logits: Logits
+    classes: Classes
     chunk: int
     smoothing: float
     z_loss: float
@@ -131,11 +142,11 @@ def _losses(y, h, head, o):
 
 def _loss(y, x, o):
     """Of tokens' labels [C] and logits [C, n]."""
-    loss = label_surprisal(y, x, -1)
+    loss = label_surprisal(y, x, o.classes)
     if o.smoothing:
-        loss = _smoothed(loss, surprisal(x, -1).mean(-1), o)
+        loss = _smoothed(loss, o.classes.sum(surprisal(x, o.classes)) / o.classes.count(x), o)
     if o.z_loss:
-        loss += o.z_loss * jnp.square(logsumexp(x, -1))
+        loss += o.z_loss * jnp.square(logsumexp(x, o.classes))
     return loss
 
 
@@ -156,7 +167,9 @@ def _weighted_sum_rule(o, primals, tangents):
     _, dh, dhead, dw = tangents
     steps = (dh, dhead.wide, dhead.bias)
     losses, gradients = _losses_and_gradients(y, h, head, w, o, tuple(not isinstance(t, SymbolicZero) for t in steps))
-    terms = [mul0(g, t.astype(g.dtype)).sum() for g, t in zip(gradients, steps, strict=True) if g is not None]
+    # Each device has its own classes' part of each gradient.
+    parts = [mul0(g, t.astype(g.dtype)).sum() for g, t in zip(gradients, steps, strict=True) if g is not None]
+    terms = [o.classes.over_devices(functools.reduce(jnp.add, parts))] if parts else []
     if not isinstance(dw, SymbolicZero):
         terms.append(mul0(losses, dw).sum())
     return mul0(losses, w).sum(), functools.reduce(jnp.add, terms)
@@ -189,7 +202,7 @@ def _loop(y, h, head, w, o, wanted, excess: Callable, wrap: Callable):
     def step(sums, chunk):
         y, h, w = chunk
         losses, e, r = excess(y, o.logits.uncapped(h, head), w, o)
-        r = column(r, -1)
+        r = r[:, None]
         sum_weight, sum_bias = sums
         if in_weight:  # r is multiplied where it costs least
             sum_weight += dot(e, r * h.astype(r.dtype), 0, 0, precision, e.dtype)
@@ -213,21 +226,23 @@ def _unnormalized_excess(y, u, w, o):
 
     q_y - 1 = -s/Z; so Z ∂ℓ/∂x_y = -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x, and elsewhere eᵢ (1 + 2ζ log Σ exp x) - ε Z/n.
     """
-    x = o.logits.capped(u)
-    m, s, x_y = off_label_sum(y, x, -1)
-    e, e_y = jnp.exp(x - column(m, -1)), jnp.exp(x_y - m)
+    x, n = o.logits.capped(u), o.classes.count(u)
+    m, s, x_y = off_label_sum(y, x, o.classes)
+    e, e_y = jnp.exp(x - m[:, None]), jnp.exp(x_y - m)
     z, log_z = s + e_y, jnp.log1p(s - (1 - e_y))
     losses, at_label = (m - x_y) + log_z, -s
     if o.smoothing:
-        losses = _smoothed(losses, log_z + (column(m, -1) - x).mean(-1), o)
-        at_label += o.smoothing * (z - z / x.shape[-1])
+        losses = _smoothed(losses, log_z + o.classes.sum(m[:, None] - x) / n, o)
+        at_label += o.smoothing * (z - z / n)
     if o.z_loss:
         losses += o.z_loss * jnp.square(m + log_z)
         at_label += 2 * o.z_loss * (m + log_z) * e_y
-        e *= column(1 + 2 * o.z_loss * (m + log_z), -1)
+        e *= (1 + 2 * o.z_loss * (m + log_z))[:, None]
     if o.smoothing:
-        e -= column(o.smoothing * (z / x.shape[-1]), -1)
-    e = e.at[jnp.arange(y.size), y].set(at_label)
+        e -= (o.smoothing * (z / n))[:, None]
+    here = o.classes.local(y, x)
+    here = jnp.where(o.classes.has(x, here), here, jnp.full_like(here, x.shape[-1]))  # a negative index would count
+    e = e.at[jnp.arange(y.size), here].set(at_label, mode="drop")
     if o.logits.soft_cap is not None:
         e *= o.logits.slope(u)
     return losses, e, w / z

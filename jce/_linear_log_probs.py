@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._arguments import positive, public
+from jce._arguments import mesh_axis, positive, public
 from jce._calculus import negative
+from jce._classes import Classes
 from jce._cross_entropy import label_surprisal
 from jce._entropy import entropy_of_softmax
 from jce._head import Logits, chunk_tokens, each_token, tokens_and_head
@@ -23,7 +25,7 @@ class LogProbs(NamedTuple):
     entropy: Array
 
 
-@public("logit_soft_cap", "chunk_size", "precision")
+@public("logit_soft_cap", "chunk_size", "precision", "axis_name")
 def linear_log_probs(
     labels: ArrayLike,
     hidden: ArrayLike,
@@ -34,6 +36,7 @@ def linear_log_probs(
     logit_soft_cap: float | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
+    axis_name: Hashable | None = None,
 ) -> LogProbs:
     """log q_y and H(q) at q = softmax(x), x = hidden · headᵀ + bias, in nats: what policy gradients ask of each token.
 
@@ -51,6 +54,7 @@ def linear_log_probs(
       logit_soft_cap: c > 0, a static number: x is then c tanh((hidden · headᵀ + bias)/c). None for none.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
       precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
+      axis_name: as in `linear_cross_entropy`.
 
     Returns:
       A named tuple: log_prob ≤ 0 and entropy ≥ 0, each of the shape of labels; float32, or float64 if an argument is.
@@ -77,12 +81,13 @@ def linear_log_probs(
       [-4.1223074e-09 -2.0000000e+01] [8.6568456e-08 8.6568456e-08]
     """
     name = "linear_log_probs"
-    (y, h, w), head_ = tokens_and_head(name, labels, hidden, head, bias, None, where)
+    classes = Classes(-1, mesh_axis(name, axis_name))
+    (y, h, w), head_ = tokens_and_head(name, labels, hidden, head, bias, None, where, classes)
     logits = Logits(None if logit_soft_cap is None else positive(name, logit_soft_cap=logit_soft_cap), precision)
 
     def statistics(y, h):
         x = logits.of(h, head_)
-        return negative(label_surprisal(y, x, -1)), entropy_of_softmax(x, -1)
+        return negative(label_surprisal(y, x, classes)), entropy_of_softmax(x, classes)
 
     each = each_token(statistics, chunk_tokens(name, chunk_size, head_), y, h)
     return LogProbs(*(mul0(x, w).reshape(jnp.shape(labels)) for x in each))

@@ -15,11 +15,14 @@ from jax.extend.core import Primitive
 from jax.extend.core.primitives import mul_p
 from jax.interpreters import ad, batching, mlir
 
+from jce._classes import varying_alike
+
 _mul0_p = Primitive("mul0")
 
 
 def mul0(c: Array, t: Array) -> Array:
     """c · t elementwise, and 0 where t = 0, whatever c is there. Equal shapes and dtypes; linear in each argument."""
+    c, t = varying_alike(c, t)
     return _mul0_p.bind(c, t, symmetric=False)
 
 

@@ -9,7 +9,7 @@ keep theirs. A class with logit -∞ has probability 0. A NaN, a +∞ or nothing
 
 How the sums are written decides their speed. On a CPU, XLA gives a reduction to a library with a fixed set of
 operations: a compare, a select or an iota inside one is first written to memory, N × n numbers of it. So masks are said
-in arithmetic here: min(eᵢ, |i - y|) leaves out class y, since eᵢ ≤ 1.
+in arithmetic here: min(eᵢ, 2|i - y|) leaves out class y, since eᵢ ≤ 1.
 """
 
 from __future__ import annotations
@@ -20,20 +20,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jce._classes import Classes
 from jce._mul0 import mul0
 
 # Classes. XLA's fusion goes by the number of rows, which vmap hides; long rows are where few fit in memory.
 LONG_ROW = 4096
 
 
-def column(r: Array, axis: int) -> Array:
-    """A number a row, to be broadcast along the class axis."""
-    return jnp.expand_dims(r, axis)
-
-
-def maximum(x: Array, axis: int) -> Array:
+def maximum(x: Array, classes: Classes) -> Array:
     """m = max x, and NaN where it is +∞."""
-    m = x.max(axis)
+    m = classes.max(x)
     return jnp.where(m == jnp.inf, jnp.full_like(m, jnp.nan), m)
 
 
@@ -46,104 +42,104 @@ def another(m: Array, s: Array, classes: int = LONG_ROW) -> Array:
     return jnp.maximum(m, m - s) if classes >= LONG_ROW else m
 
 
-def off_maximum_sum(x: Array, axis: int) -> tuple[Array, Array]:
+def off_maximum_sum(x: Array, classes: Classes) -> tuple[Array, Array]:
     """m, and s = Σ exp(xᵢ - m) over all classes but one of those where x = m."""
-    m = maximum(x, axis)
-    e = jnp.exp(x - column(m, axis))
+    m = maximum(x, classes)
+    e = jnp.exp(x - classes.column(m))
     # eᵢ - ⌊eᵢ⌋ is 0 at a maximal class, eᵢ at any other. Of t maximal classes all are left out: t - 1 are missing.
-    s = (e - jnp.floor(e)).sum(axis)
-    z = jnp.exp(x - column(another(m, s, x.shape[axis]), axis)).sum(axis)
+    s = classes.sum(e - jnp.floor(e))
+    z = classes.sum(jnp.exp(x - classes.column(another(m, s, x.shape[classes.axis]))))
     return m, s + jnp.floor(z - s - 0.5)
 
 
-def off_label_sum(labels: Array, x: Array, axis: int) -> tuple[Array, Array, Array]:
+def off_label_sum(labels: Array, x: Array, classes: Classes) -> tuple[Array, Array, Array]:
     """m, s = Σ exp(xᵢ - m) over all classes but the label, and x at the label; NaN for a label out of range.
 
     There are no ties to count: Z = 1 + (s - (1 - e)) with the label's e, and where that isn't 1, s is at least 1.
     """
-    n = x.shape[axis]
-    m = maximum(x, axis)
-    m = jnp.where((labels >= 0) & (labels < n), m, jnp.full_like(m, jnp.nan))
-    s = jnp.minimum(jnp.exp(x - column(m, axis)), _distance(labels, x, axis)).sum(axis)
-    return m, s, jnp.take_along_axis(x, column(labels, axis), axis, mode="clip").squeeze(axis)
+    m = maximum(x, classes)
+    m = jnp.where((labels >= 0) & (labels < classes.count(x)), m, jnp.full_like(m, jnp.nan))
+    y = classes.local(labels, x)
+    s = classes.sum(jnp.minimum(jnp.exp(x - classes.column(m)), _distance(y, x, classes)))
+    return m, s, classes.at(x, y)
 
 
-def _distance(labels, x, axis):
-    """|i - label|, exactly."""
-    n = x.shape[axis]
-    exact = n <= 2 ** (jnp.finfo(x.dtype).nmant + 1)
+def _distance(y, x, classes):
+    """2|i - y|, exactly: 0 at the label, and elsewhere above every eᵢ ≤ 1."""
+    n = x.shape[classes.axis]
+    exact = classes.count(x) <= 2 ** jnp.finfo(x.dtype).nmant
     # Behind the barrier the class index is an array in memory; without, an iota in the sum.
-    index = lax.optimization_barrier(jnp.arange(n, dtype=x.dtype if exact else labels.dtype))
-    index = index.reshape([n if a == x.ndim + axis else 1 for a in range(x.ndim)])
-    return jnp.abs(index - column(labels, axis).astype(index.dtype)).astype(x.dtype)
+    index = lax.optimization_barrier(2 * jnp.arange(n, dtype=x.dtype if exact else y.dtype))
+    index = index.reshape([n if a == x.ndim + classes.axis else 1 for a in range(x.ndim)])
+    return jnp.abs(index - classes.column(2 * y).astype(index.dtype)).astype(x.dtype)
 
 
 # softmax and its logarithm, as functions of x to be differentiated
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def softmax(x: Array, axis: int) -> Array:
+def softmax(x: Array, classes: Classes) -> Array:
     """qᵢ = eᵢ/Z."""
-    m, s = off_maximum_sum(x, axis)
-    return jnp.exp(x - column(another(m, s), axis)) / column(1 + s, axis)
+    m, s = off_maximum_sum(x, classes)
+    return jnp.exp(x - classes.column(another(m, s))) / classes.column(1 + s)
 
 
 # dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
 @softmax.defjvp
-def _softmax_rule(axis, primals, tangents):
+def _softmax_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
-    q = softmax(x, axis)
-    return q, mul0(q, centered(t, x, axis))
+    q = softmax(x, classes)
+    return q, mul0(q, centered(t, x, classes))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def complement(x: Array, axis: int) -> Array:
+def complement(x: Array, classes: Classes) -> Array:
     """1 - qᵢ = (s + (1 - eᵢ))/Z."""
-    m, s = off_maximum_sum(x, axis)
-    return (column(s, axis) + (1 - jnp.exp(x - column(another(m, s), axis)))) / column(1 + s, axis)
+    m, s = off_maximum_sum(x, classes)
+    return (classes.column(s) + (1 - jnp.exp(x - classes.column(another(m, s))))) / classes.column(1 + s)
 
 
 # d(1 - qᵢ) = -qᵢ (tᵢ - Σⱼ qⱼtⱼ)
 @complement.defjvp
-def _complement_rule(axis, primals, tangents):
+def _complement_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
-    return complement(x, axis), -mul0(softmax(x, axis), centered(t, x, axis))
+    return complement(x, classes), -mul0(softmax(x, classes), centered(t, x, classes))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def surprisal(x: Array, axis: int) -> Array:
+def surprisal(x: Array, classes: Classes) -> Array:
     """log 1/qᵢ = log Z - (xᵢ - m) ≥ 0, and +∞ at a class of probability 0."""
-    m, s = off_maximum_sum(x, axis)
+    m, s = off_maximum_sum(x, classes)
     log_z = jnp.log1p(s)
-    return column(log_z, axis) - (x - column(another(m, log_z, x.shape[axis]), axis))
+    return classes.column(log_z) - (x - classes.column(another(m, log_z, x.shape[classes.axis])))
 
 
 # d log 1/qᵢ = -(tᵢ - Σⱼ qⱼtⱼ)
 @surprisal.defjvp
-def _surprisal_rule(axis, primals, tangents):
+def _surprisal_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
-    return surprisal(x, axis), -centered(t, x, axis)
+    return surprisal(x, classes), -centered(t, x, classes)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def logsumexp(x: Array, axis: int) -> Array:
+def logsumexp(x: Array, classes: Classes) -> Array:
     """log Σ exp xᵢ = m + log(1 + s)."""
-    m, s = off_maximum_sum(x, axis)
+    m, s = off_maximum_sum(x, classes)
     return m + jnp.log1p(s)
 
 
 # d log Σ exp xᵢ = Σ qᵢtᵢ
 @logsumexp.defjvp
-def _logsumexp_rule(axis, primals, tangents):
+def _logsumexp_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
-    return logsumexp(x, axis), mul0(softmax(x, axis), t).sum(axis)
+    return logsumexp(x, classes), classes.sum(mul0(softmax(x, classes), t))
 
 
-def centered(t: Array, x: Array, axis: int) -> Array:
+def centered(t: Array, x: Array, classes: Classes) -> Array:
     """tᵢ - Σⱼ qⱼtⱼ, linear in t.
 
     As uᵢ - Σⱼ qⱼuⱼ with u = t - t at the maximal class: there u is 0, and the sum of the small rest has its digits.
     """
-    top = lax.stop_gradient((x == x.max(axis, keepdims=True)).astype(x.dtype))
-    u = t - mul0(top / top.sum(axis, keepdims=True), t).sum(axis, keepdims=True)
-    return u - mul0(softmax(x, axis), u).sum(axis, keepdims=True)
+    top = lax.stop_gradient((x == classes.column(classes.max(x))).astype(x.dtype))
+    u = t - classes.column(classes.sum(mul0(top / classes.column(classes.sum(top)), t)))
+    return u - classes.column(classes.sum(mul0(softmax(x, classes), u)))

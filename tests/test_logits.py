@@ -1,7 +1,5 @@
 """What only logits and labels have: labels of no class, smoothing, and logits spread over devices."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kernels import LOGIT, TABLE, each_with_classes, easy, gradient, label, logit_rows, total
 
 import jce
+from bench.hlo import collectives
 
 INF, NAN = np.inf, np.nan
 
@@ -195,21 +194,8 @@ def test_sharded_logits_are_not_gathered(kernel, axes, rng):
     np.testing.assert_allclose(value, total(kernel)(*arguments), rtol=4e-6)
     for a, b in zip(g, gradient(kernel)(*arguments), strict=True):
         np.testing.assert_allclose(a, b, rtol=4e-6, atol=1e-7)
-    for elements in collectives(function.lower(*arguments).compile().as_text()):
-        assert elements <= 8 * rows
-
-
-def collectives(text: str) -> list[int]:
-    """The sizes of what the collectives of a compiled program return."""
-    text = re.sub(r"/\*.*?\*/", "", text)
-    kinds = r"(?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
-    shapes = re.findall(rf"= \(?((?:\w+\[[\d,]*\]\S*(?:, )?)+)\)? {kinds}(?:-start)?\(", text)
-    assert len(shapes) == len(re.findall(rf" {kinds}(?:-start)?\(", text))
-    return [
-        int(np.prod([int(d) for d in dims.split(",") if d], dtype=int))
-        for result in shapes
-        for dims in re.findall(r"\w+\[([\d,]*)\]", result)
-    ]
+    for collective in collectives(function.lower(*arguments).compile().as_text()):
+        assert collective.size <= 8 * rows
 
 
 # Cost

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jce._calculus import ratio
+from jce._classes import Classes
 from jce._elementary import ATANH_TAIL, log_complement
 from jce._kl_divergence import _sum_of_differences
 from jce._mul0 import mul0
@@ -33,7 +34,7 @@ def test_sum_of_differences_is_exact(near, rng):
         if near:
             q = (p * (1 + 1e-3 * rng.standard_normal(p.shape))).astype(np.float32)
         exact = [mp.fsum(map(mp.mpf, (*map(float, a), *map(float, -b)))) for a, b in zip(p, q, strict=True)]
-        got = jax.jit(lambda p, q: _sum_of_differences(p, q, -1))(p, q)
+        got = jax.jit(lambda p, q: _sum_of_differences(p, q, Classes(-1)))(p, q)
         np.testing.assert_allclose(got, np.array(exact, float), rtol=1.2e-7, atol=0 if near else 2**-45)
 
 

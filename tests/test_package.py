@@ -23,7 +23,8 @@ each_public = pytest.mark.parametrize("name", PUBLIC)
 
 
 def test_every_kernel_is_a_row_of_the_table():
-    assert {kernel.name for kernel in TABLE + HEADS} == set(PUBLIC) - {"check_distribution"}
+    others = {"check_distribution", "sharded_linear_cross_entropy"}
+    assert {kernel.name for kernel in TABLE + HEADS} == set(PUBLIC) - others
 
 
 @each_public
@@ -54,7 +55,7 @@ def test_the_readme_names_it(name):
 
 
 def test_readme_examples():
-    assert len(README.read_text().splitlines()) <= 265
+    assert len(README.read_text().splitlines()) <= 290
     results = doctest.testfile(str(README), module_relative=False, globs={})
     assert results.attempted > 5
     assert results.failed == 0

@@ -1,0 +1,1 @@
+"""Measurements and models of what jce costs; each module runs by `python -m bench.<name>`."""

@@ -1,0 +1,350 @@
+"""Classes split over devices inside shard_map, and the sharded head: the same numbers, and little that is sent."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from kernels import LOGIT, TABLE, easy, label
+
+import jce
+from bench import scaling
+from bench.hlo import collectives
+
+INF, NAN = np.inf, np.nan
+MESHES = [(8, 1), (2, 4), (1, 8)]
+
+on_meshes = pytest.mark.parametrize("shape", MESHES, ids=lambda shape: "x".join(map(str, shape)))
+with_logits = pytest.mark.parametrize("kernel", [k for k in TABLE if LOGIT in k.domains and k.has_classes], ids=label)
+
+
+def make_mesh(shape):
+    return jax.make_mesh(shape, ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2)
+
+
+def close(a, b, rtol=4e-6, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+def modes(function, positions):
+    """Value, gradient, jvp and Hessian-vector products of three nestings: one program of (arguments, directions)."""
+
+    def pushed(f):
+        return lambda a, t: jax.jvp(lambda *a: f(*a), a, t)[1]
+
+    gradient = jax.grad(function, positions)
+
+    def inner(u, v):
+        return sum(jnp.vdot(x, y) for x, y in zip(u, v, strict=True))
+
+    def program(a, t):
+        return {
+            "value": function(*a),
+            "gradient": gradient(*a),
+            "jvp": pushed(function)(a, t),
+            "forward over reverse": pushed(gradient)(a, t),
+            "reverse over forward": jax.grad(lambda a: pushed(function)(a, t))(a),
+            "reverse over reverse": jax.grad(lambda a: inner(gradient(*a), t))(a),
+        }
+
+    return jax.jit(program)
+
+
+# Functions of logits
+
+
+@with_logits
+@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
+def test_split_classes_are_whole_ones(kernel, shape, rng):
+    """Value, gradient, jvp and Hessian-vector products, in float64, with a −∞ and a tie."""
+    arguments = tuple(easy(kernel, rng, (16, 24), np.float64))
+    for x, domain in zip(arguments, kernel.domains, strict=True):
+        if domain == LOGIT:
+            x[1, [2, 7]] = x[1].max() + 1
+            if kernel.note != "smoothed":
+                x[0, 5] = -INF
+    if kernel.domains[0] != LOGIT:
+        arguments[0][0, 5] = 0
+    directions = tuple(np.where(np.isfinite(x), rng.standard_normal(x.shape), 0) for x in arguments)
+    cotangent, block = rng.standard_normal(16), P("tokens", "classes")
+    split = jax.shard_map(
+        lambda *x: kernel.function(*x, axis_name="classes"),
+        mesh=make_mesh(shape),
+        in_specs=(block,) * len(arguments),
+        out_specs=P("tokens"),
+    )
+    positions = tuple(range(len(arguments)))
+    with jax.enable_x64(True):
+        got, expected = (
+            modes(lambda *x, f=f: jnp.vdot(cotangent, f(*x)), positions)(arguments, directions)
+            for f in (split, kernel.function)
+        )
+    close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_labels_are_of_all_classes(rng):
+    """Every class as label, and labels of no class, among them those a block would wrap around."""
+    n = 16
+    labels = np.concatenate([np.arange(n), [-1, -2, n, n + 1, 2**31 - 1, -(2**31), 0, 1]])
+    logits = rng.standard_normal((len(labels), n)).astype(np.float32)
+
+    def split(logits, **options):
+        return jax.shard_map(
+            lambda y, x: jce.cross_entropy_with_integer_labels(y, x, axis_name="classes", **options),
+            mesh=make_mesh((2, 4)),
+            in_specs=(P("tokens"), P("tokens", "classes")),
+            out_specs=P("tokens"),
+        )(labels, logits)
+
+    for options in ({}, {"label_smoothing": 0.1}):
+        expected = jce.cross_entropy_with_integer_labels(labels, logits, **options)
+        assert np.isnan(expected).sum() == 6
+        close(split(logits, **options), expected)
+        close(
+            jax.grad(lambda x, o=options: jnp.nansum(split(x, **o)))(logits),
+            jax.grad(lambda x, o=options: jnp.nansum(jce.cross_entropy_with_integer_labels(labels, x, **o)))(logits),
+        )
+
+
+def test_where_leaves_out_classes_and_rows_over_all_devices(rng):
+    logits = rng.standard_normal((8, 16)).astype(np.float32)
+    where = rng.random((8, 16)) < 0.7
+    where[:2], where[2, :12] = False, False
+    labels = where.argmax(1)
+    logits[0] = NAN
+    for smoothing in (0.0, 0.1):
+        options = {"label_smoothing": smoothing}
+        split = jax.shard_map(
+            lambda y, x, w, o=options: jce.cross_entropy_with_integer_labels(y, x, where=w, axis_name="classes", **o),
+            mesh=make_mesh((2, 4)),
+            in_specs=(P("tokens"), P("tokens", "classes"), P("tokens", "classes")),
+            out_specs=P("tokens"),
+        )
+        close(
+            split(labels, logits, where),
+            jce.cross_entropy_with_integer_labels(labels, logits, where=where, **options),
+        )
+
+
+def test_an_axis_that_is_none():
+    for function, arguments in (
+        (jce.entropy_with_logits, (np.zeros(3),)),
+        (jce.linear_cross_entropy, (0, np.zeros(2), np.zeros((3, 2)))),
+        (jce.linear_log_probs, (0, np.zeros(2), np.zeros((3, 2)))),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{function.__name__}: axis_name must name an axis.*got axis_name='model'"
+        ):
+            function(*arguments, axis_name="model")
+
+
+# The sharded head
+
+
+def problem(rng, tokens=16, d=5, n=24, dtype=np.float64):
+    labels = rng.integers(0, n, tokens)
+    labels[3] = -100
+    a = rng.standard_normal((tokens, d)), rng.standard_normal((n, d)), rng.standard_normal(n), rng.random(tokens)
+    a[0][3] = NAN
+    where = np.arange(tokens) % 5 != 3
+    return labels, tuple(x.astype(dtype) for x in a), where
+
+
+OPTIONS = [
+    {"reduction": "mean"},
+    {"reduction": "mean", "label_smoothing": 0.1, "z_loss": 0.01, "logit_soft_cap": 3.0},
+    {"reduction": "sum", "label_smoothing": 1.0},
+    {"reduction": "none", "z_loss": 0.01},
+    {"reduction": "none", "label_smoothing": 0.1, "logit_soft_cap": 3.0},
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [(MESHES[i % 3], options) for i, options in enumerate(OPTIONS)] + [((2, 4), OPTIONS[i]) for i in (0, 2, 3)],
+    ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "x".join(map(str, x)),
+)
+def test_the_sharded_head_is_the_head(shape, options, rng):
+    """In every mode, for hidden, head, bias and weights, with tokens left out unevenly."""
+    labels, arguments, where = problem(rng)
+    directions = tuple(np.where(np.isfinite(x), rng.standard_normal(x.shape), 0) for x in arguments)
+    cotangent = rng.standard_normal(len(labels)) if options["reduction"] == "none" else np.ones(())
+    mesh = {"mesh": make_mesh(shape), "token_axis": "tokens", "class_axis": "classes"}
+
+    def scalar(function, **others):
+        def of(h, w, b, weights):
+            losses = function(labels, h, w, b, weights=weights, where=where, chunk_size=3, **options, **others)
+            return jnp.vdot(cotangent, losses)
+
+        return modes(of, (0, 1, 2, 3))
+
+    with jax.enable_x64(True):
+        got = scalar(jce.sharded_linear_cross_entropy, **mesh)(arguments, directions)
+        expected = scalar(jce.linear_cross_entropy)(arguments, directions)
+    close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_log_probs_of_a_sharded_head(rng):
+    labels, (h, w, b, _), where = problem(rng)
+
+    def split(h, w, b):
+        return jax.shard_map(
+            lambda y, h, w, b, m: jce.linear_log_probs(y, h, w, b, where=m, chunk_size=3, axis_name="classes"),
+            mesh=make_mesh((2, 4)),
+            in_specs=(P("tokens"), P("tokens"), P("classes"), P("classes"), P("tokens")),
+            out_specs=P("tokens"),
+        )(labels, h, w, b, where)
+
+    def whole(h, w, b):
+        return jce.linear_log_probs(labels, h, w, b, where=where)
+
+    def scalar(f):
+        return modes(lambda *a: sum(jnp.vdot(jnp.arange(1.0, 17.0), x) for x in f(*a)), (0, 1, 2))
+
+    directions = tuple(np.where(np.isfinite(x), rng.standard_normal(x.shape), 0) for x in (h, w, b))
+    with jax.enable_x64(True):
+        close(*(scalar(f)((h, w, b), directions) for f in (split, whole)), rtol=1e-9, atol=1e-11)
+
+
+def test_axes_of_one_name_or_several_or_none(rng):
+    labels, (h, w, b, _), where = problem(rng, dtype=np.float32)
+    expected = jce.linear_cross_entropy(labels, h, w, b, where=where)
+    mesh = make_mesh((2, 4))
+    for tokens, classes in (
+        ("tokens", None),
+        (None, "classes"),
+        (("tokens", "classes"), None),
+        (None, ("classes", "tokens")),
+    ):
+        loss = jce.sharded_linear_cross_entropy(
+            labels, h, w, b, where=where, mesh=mesh, token_axis=tokens, class_axis=classes
+        )
+        close(loss, expected)
+
+
+def test_batches_of_sequences_and_scalars_of_weights(rng):
+    labels, (h, w, _, _), where = problem(rng, dtype=np.float32)
+    options = {"mesh": make_mesh((2, 4)), "token_axis": "tokens", "class_axis": "classes", "weights": 0.5}
+    args = labels.reshape(8, 2), h.reshape(8, 2, -1), w
+    for reduction in ("mean", "sum", "none"):
+        close(
+            jce.sharded_linear_cross_entropy(*args, where=where.reshape(8, 2), reduction=reduction, **options),
+            jce.linear_cross_entropy(*args, where=where.reshape(8, 2), weights=0.5, reduction=reduction),
+        )
+
+
+def test_a_mesh_whose_axes_are_explicit(rng):
+    """Arrays of any sharding, or of none; the gradients have the arguments'."""
+    mesh = jax.make_mesh((2, 4), ("tokens", "classes"), axis_types=(AxisType.Explicit,) * 2)
+    labels, (h, w, _, _), where = problem(rng, dtype=np.float32)
+
+    def loss(h, w):
+        return jce.sharded_linear_cross_entropy(
+            labels, h, w, where=where, mesh=mesh, token_axis="tokens", class_axis="classes"
+        )
+
+    expected = jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(labels, h, w, where=where), (0, 1))(h, w)
+    split = [jax.device_put(x, NamedSharding(mesh, P(axis))) for x, axis in ((h, "tokens"), (w, "classes"))]
+    for arguments in ((h, w), split):
+        close(jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments), expected)
+
+
+# What is sent
+
+
+@on_meshes
+def test_in_the_loop_go_some_numbers_a_token(shape):
+    """Value and gradient: over the classes' axis O(chunk), the hidden states' gradient, the head's once; no gather."""
+    tokens, d, n, chunk = 256, 16, 1024, 8
+    mesh = make_mesh(shape)
+
+    def abstract(shape, axis, dtype=np.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(axis)))
+
+    hidden, head = abstract((tokens, d), "tokens"), abstract((n, d), "classes")
+    labels = abstract((tokens,), "tokens", np.int32)
+
+    def loss(hidden, head, labels):
+        return jce.sharded_linear_cross_entropy(
+            labels, hidden, head, mesh=mesh, token_axis="tokens", class_axis="classes", chunk_size=chunk
+        )
+
+    program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, head, labels).compile()
+    local_tokens, local_n = tokens // shape[0], n // shape[1]
+    sent = collectives(program.as_text())
+    assert sent
+    assert {c.kind for c in sent} <= {"all-reduce"}
+    for _, size, in_loop in sent:
+        assert size <= (chunk if in_loop else max(local_tokens * d, local_n * d))
+    whole_head = [size for _, size, in_loop in sent if not in_loop and size == local_n * d]
+    assert len(whole_head) == (1 if shape[0] > 1 else 0)
+
+
+def test_less_is_sent_than_by_the_partitioner():
+    """Bytes a device sends and receives for value and gradient, against the dense loss left to XLA's partitioner."""
+    tokens, d, n = 1024, 32, 4096
+    mesh = make_mesh((2, 4))
+    specs = [((tokens, d), P("tokens")), ((n, d), P("classes"))]
+    arrays = [jax.ShapeDtypeStruct(s, np.float32, sharding=NamedSharding(mesh, p)) for s, p in specs]
+    labels = np.zeros(tokens, np.int32)
+
+    def ours(h, w):
+        return jce.sharded_linear_cross_entropy(
+            labels, h, w, mesh=mesh, token_axis="tokens", class_axis="classes", chunk_size=64
+        )
+
+    def dense(h, w):
+        return jce.cross_entropy_with_integer_labels(labels, h @ w.T).mean()
+
+    sent, memory = {}, {}
+    for f in (ours, dense):
+        program = jax.jit(jax.value_and_grad(f, (0, 1))).lower(*arrays).compile()
+        text = program.as_text()
+        trips = tokens // 2 // 64
+        sent[f] = sum(4 * size * (trips if in_loop else 1) for _, size, in_loop in collectives(text))
+        memory[f] = program.memory_analysis().temp_size_in_bytes
+    assert sent[ours] < 1.05 * sent[dense]
+    assert memory[ours] < memory[dense] / 3
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_axis": "data"}, r"token_axis must name axes of the mesh.*'tokens', 'classes'.*got token_axis='data'"),
+        (
+            {"labels": np.zeros(3, int), "hidden": np.zeros((3, 2))},
+            r"first axis of labels must be a multiple of the 2 .*got 3",
+        ),
+        ({"head": np.zeros((6, 2))}, r"number of classes.*must be a multiple of the 4 .*got 6"),
+        ({"hidden": np.zeros((4, 3))}, r"hidden must be \[..., d\]"),
+        ({"reduction": "avg"}, r"reduction must be"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_errors(change, message):
+    arguments = {"labels": np.zeros(4, int), "hidden": np.zeros((4, 2)), "head": np.zeros((8, 2))}
+    arguments |= {"mesh": make_mesh((2, 4)), "token_axis": "tokens", "class_axis": "classes"} | change
+    with pytest.raises(ValueError, match=f"sharded_linear_cross_entropy: .*{message}"):
+        jce.sharded_linear_cross_entropy(**arguments)
+
+
+# The model of larger meshes
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (2, 4), (1, 8)], ids=str)
+def test_the_scaling_study_counts_what_is_sent(mesh):
+    sizes = (64, 8, 256, *mesh)
+    assert scaling.check(*sizes, chunk=4) == scaling.sent(*sizes)
+
+
+def test_the_scaling_study_by_hand():
+    machine = {"flops": 1e15, "bandwidth": 1e11, "latency": 0.0}
+    step = scaling.step(4, 2, **machine)
+    assert step.compute == pytest.approx(6 * 2**22 * 2**13 * 2**18 / 8 / 1e15)
+    assert step.hidden == pytest.approx(4 * 2**20 * 2**13 / 1e11)
+    assert step.head == pytest.approx(1.5 * 4 * 2**17 * 2**13 / 1e11)
+    assert scaling.best(8, **machine).total <= step.total

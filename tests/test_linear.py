@@ -132,6 +132,11 @@ def test_an_identity_as_head_changes_nothing(chunk_size, smoothing, rng):
         return jce.cross_entropy_with_integer_labels(labels, x, label_smoothing=smoothing)
 
     np.testing.assert_allclose(linear(x), plain(x), rtol=3e-7, atol=0)
+    for i in range(len(x)):  # each by itself, as the rule of the sum computes it
+        value, _ = jax.value_and_grad(
+            lambda row, y: jce.linear_cross_entropy(y, row, eye, label_smoothing=smoothing, chunk_size=chunk_size)
+        )(x[i], labels[i])
+        np.testing.assert_allclose(value, plain(x)[i], rtol=3e-7, atol=0)
     expected = jax.grad(lambda x: plain(x).sum())(x)
     for g in (jax.grad(lambda x: linear(x).sum())(x), jax.grad(linear_sum)(x)):
         np.testing.assert_allclose(g, expected, rtol=1e-6, atol=1e-7 * smoothing)
@@ -249,6 +254,102 @@ def test_a_token_left_out_may_hold_anything(problem, reduction, how):
     value, (dh, dw, db) = value_and_gradients(labels, h, w, b, reduction=reduction, **ours)
     close((value, (dh[kept], dw, db)), expected)
     np.testing.assert_array_equal(dh[~kept], 0)
+
+
+def test_a_token_of_weight_0_is_left_out_if_anything_in_it_is_no_number(problem):
+    """One coordinate of its hidden state, or a label just beyond the last class."""
+    labels, h, w, b = problem
+    weights = np.ones(labels.shape, np.float32)
+    weights[0, :3] = 0
+    expected = value_and_gradients(labels, h, w, b, weights=weights, reduction="sum")
+    labels, h = labels.copy(), h.copy()
+    h[0, 0, 1], h[0, 1, 2], labels[0, 2] = NAN, INF, 6
+    close(value_and_gradients(labels, h, w, b, weights=weights, reduction="sum"), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_infinite_loss_left_out_adds_nothing(problem, reduction):
+    """Class 0, which a token left out is given as its label, is forbidden; or it is the label at weight 0."""
+    labels, h, w, b = problem
+    labels, kept = np.maximum(labels, 1), np.arange(8).reshape(2, 4) > 1
+    b[0], labels[0, :2] = -INF, 0
+    expected = value_and_gradients(labels[kept], h[kept], w, b, reduction=reduction)
+    for options in ({"where": kept}, {"weights": kept.astype(np.float32)}):
+        value, (dh, dw, db) = value_and_gradients(labels, h, w, b, reduction=reduction, **options)
+        close((value, (dh[kept], dw, db)), expected)
+        close(jce.linear_cross_entropy(labels, h, w, b, reduction=reduction, **options).sum(), expected[0])
+
+    def total(weights):
+        return jce.linear_cross_entropy(labels, h, w, b, weights=weights, reduction=reduction).sum()
+
+    weights = kept.astype(np.float32)
+    g, forward = jax.grad(total)(weights), jax.jacfwd(total)(weights)
+    assert np.isfinite(forward[kept]).all()
+    close(g[kept], forward[kept])
+    policy = jce.linear_log_probs(labels, h, w, b, where=kept)
+    np.testing.assert_array_equal(policy.log_prob[~kept], 0)
+
+
+def test_the_mean_divides_by_the_weights_whatever_their_size_and_sign(problem):
+    labels, h, w, b = problem
+    a = np.linspace(0.5, 2, 8, dtype=np.float32).reshape(2, 4)
+    expected = value_and_gradients(labels, h, w, b, weights=a)
+    for factor in (1e-3, 100, -1):
+        close(value_and_gradients(labels, h, w, b, weights=np.float32(factor) * a), expected)
+    zero = np.zeros_like(a)
+    np.testing.assert_array_equal(jax.grad(lambda a: jce.linear_cross_entropy(labels, h, w, b, weights=a))(zero), zero)
+
+
+def test_label_smoothing_of_1_asks_of_the_label_only_that_it_be_one(problem):
+    labels, h, w, b = problem
+    b[0], labels[0, 0] = -INF, 0
+    value, _ = value_and_gradients(labels, h, w, b, label_smoothing=1.0, reduction="sum")
+    assert value == INF
+    labels[0, 0], b[0] = -1, 0
+    for reduction in ("sum", "none"):
+        losses = jce.linear_cross_entropy(labels, h, w, b, label_smoothing=1.0, reduction=reduction)
+        assert np.isnan(losses).sum() == 1
+        value, _ = value_and_gradients(labels, h, w, b, label_smoothing=1.0, reduction=reduction)
+        assert np.isnan(value)
+
+
+def test_no_classes_whatever_the_hidden_state():
+    h, w = np.float32([[NAN], [INF]]), np.zeros((0, 1), np.float32)
+    assert jce.linear_cross_entropy(np.array([0, 1]), h, w) == 0
+    np.testing.assert_array_equal(np.stack(jce.linear_log_probs(np.array([0, 1]), h, w)), np.zeros((2, 2)))
+
+
+def test_dtypes_of_labels_and_weights(problem):
+    labels, h, w, b = problem
+    expected = jce.linear_cross_entropy(labels, h, w, b, weights=np.float32(labels > 2), reduction="sum")
+    for weights in (labels > 2, (labels > 2).astype(np.int32), (labels > 2).astype("bfloat16")):
+        for y in (labels.astype(np.uint8), labels.astype(np.int16), labels.astype(np.uint32)):
+            close(jce.linear_cross_entropy(y, h, w, b, weights=weights, reduction="sum"), expected)
+    many = np.zeros((300, 3), np.float32)
+    close(jce.linear_cross_entropy(np.uint8([255, 1]), h[0, :2], many), math.log(300))
+    with jax.enable_x64(True):
+        assert jce.linear_cross_entropy(labels, h, w, b, weights=np.ones(labels.shape)).dtype == np.float64
+        assert jce.linear_cross_entropy(labels, h, w.astype(np.float64)).dtype == np.float64
+        assert np.isnan(jce.linear_cross_entropy(np.int64([2**32]), h[0, :1], w))
+
+
+def test_z_loss_of_logits_beyond_the_exponential(problem):
+    loss = jce.linear_cross_entropy(0, np.float32([100, 0]), np.eye(2, dtype=np.float32), z_loss=0.1, reduction="none")
+    np.testing.assert_allclose(loss, 1000, rtol=1e-6)
+
+
+def test_hessian_vector_products_of_confident_tokens(rng):
+    """Through the fused sum, as of the label loss itself: no term of it is a difference of larger ones."""
+    labels, x = confident(rng)
+    eye, t = np.eye(x.shape[1], dtype=np.float32), rng.standard_normal(x.shape).astype(np.float32)
+
+    def hvp(loss):
+        return jax.jvp(jax.grad(lambda x: loss(x).sum()), (x,), (t,))[1]
+
+    got = hvp(lambda x: jce.linear_cross_entropy(labels, x, eye, reduction="sum", chunk_size=7))
+    np.testing.assert_allclose(
+        got, hvp(lambda x: jce.cross_entropy_with_integer_labels(labels, x)), rtol=2e-5, atol=1e-37
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -495,13 +596,15 @@ def ones(*shape, dtype=np.float32):
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be.*0 to 1; got label_smoothing=1.5"),
         ({"z_loss": -1.0}, ValueError, r"z_loss must be.*at least 0; got z_loss=-1.0"),
         ({"logit_soft_cap": 0}, ValueError, r"logit_soft_cap must be.*above 0; got logit_soft_cap=0"),
+        ({"logit_soft_cap": 1e39}, ValueError, r"logit_soft_cap must be.*finite and above 0"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_errors(change, error, message):
     arguments = {"labels": ones(4, dtype=np.int32), "hidden": ones(4, 3), "head": ones(5, 3)} | change
+    common = {"labels", "hidden", "head", "bias", "where", "chunk_size", "logit_soft_cap"}
     for function in (jce.linear_cross_entropy, jce.linear_log_probs):
-        if function is jce.linear_cross_entropy or set(change) <= {"labels", "hidden", "head", "bias", "where"}:
+        if function is jce.linear_cross_entropy or set(change) <= common:
             with pytest.raises(error, match=message) as raised:
                 function(**arguments)
             assert str(raised.value).startswith(f"{function.__name__}: ")

@@ -80,6 +80,14 @@ def multiplications(jaxpr) -> int:
     return count
 
 
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in jaxprs(value):
+                yield from equations(inner)
+
+
 def jaxprs(value):
     if isinstance(value, tuple | list):
         for x in value:
@@ -125,13 +133,51 @@ def test_chunks_by_the_rule(tokens, n, chunks):
     assert f"f32[{math.ceil(tokens / chunks)},{n}]" in text
 
 
-def test_precision_is_that_of_jax_or_the_keyword():
-    def text(**options):
-        return str(jax.make_jaxpr(jax.grad(linear_loss(8, **options), (0, 1)))(*matrices(8, 2, 3)))
-
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_precision_is_that_of_jax_or_the_keyword(dtype):
+    """In each product of value, gradient and Hessian-vector product, and of the log-probabilities."""
     highest = "precision=(Precision.HIGHEST, Precision.HIGHEST)"
-    assert "recision." not in text()
-    assert text(precision="highest").count(highest) == 3
-    with jax.default_matmul_precision("highest"):
-        assert text().count(highest) == 3
-    assert text(precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32).count("precision=BF16_BF16_F32") == 3
+    a = matrices(8, 2, 3, dtype)
+
+    def statistics(**options):
+        return lambda h, w: sum(x.sum() for x in jce.linear_log_probs(np.zeros(8, int), h, w, **options))
+
+    def text(make, **options):
+        loss = make(**options)
+        hvp = str(jax.make_jaxpr(lambda *a: jax.jvp(jax.grad(loss, (0, 1)), a, a))(*a))
+        return hvp.count("dot_general["), hvp
+
+    for make in (
+        lambda **options: linear_loss(8, **options),
+        lambda **o: linear_loss(8, reduction="none", **o),
+        statistics,
+    ):
+        count, plain = text(make)
+        assert count >= 9
+        assert "recision." not in plain
+        assert text(make, precision="highest")[1].count(highest) == count
+        with jax.default_matmul_precision("highest"):
+            assert text(make)[1].count(highest) == count
+        preset = text(make, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32)[1]
+        assert preset.count("precision=BF16_BF16_F32") == count
+
+
+def test_half_precision_arrays_are_multiplied_as_they_are():
+    jaxpr = jax.make_jaxpr(linear_loss(8))(*matrices(8, 2, 3, jnp.bfloat16)).jaxpr
+    (dot,) = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    assert [x.aval.dtype for x in dot.invars] == [jnp.bfloat16] * 2
+    assert dot.outvars[0].aval.dtype == np.float32
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [(jnp.bfloat16, 1024), (np.float32, 1024), (np.float64, 512)])
+def test_the_rule_counts_the_bytes_of_logits(dtype, tokens):
+    with jax.enable_x64(dtype == np.float64):
+        text = str(jax.make_jaxpr(linear_loss(8192))(*matrices(8192, 2, 8192, dtype)))
+    assert f"[{tokens},8192]" in text
+
+
+def test_chunks_of_log_probs():
+    def statistics(h, w):
+        return jce.linear_log_probs(np.zeros(64, int), h, w, chunk_size=16)
+
+    assert "length=4" in str(jax.make_jaxpr(statistics)(*matrices(64, 2, 3)))

@@ -123,7 +123,7 @@ def shares(w: Array) -> Array:
     """w / Σ w, and 0 if Σ w is 0."""
     total = w.sum()
     inverse = jnp.where(total == 0, jnp.zeros_like(total), 1 / jnp.where(total == 0, jnp.ones_like(total), total))
-    return mul0(jnp.full_like(w, inverse), w)  # a loss of +∞ at weight 0 is 0 in the others' derivatives too
+    return mul0(jnp.broadcast_to(inverse, w.shape), w)  # a loss of +∞ at weight 0 is 0 in the others' derivatives too
 
 
 class Options(NamedTuple):

@@ -181,11 +181,12 @@ def test_an_axis_that_is_none():
 
 def problem(rng, tokens=16, d=5, n=24, dtype=np.float64):
     labels = rng.integers(0, n, tokens)
-    labels[3] = -100
+    labels[3], labels[5] = -100, n - 1
     a = rng.standard_normal((tokens, d)), rng.standard_normal((n, d)), rng.standard_normal(n), rng.random(tokens)
-    a[0][3] = NAN
-    where = np.arange(tokens) % 5 != 3
-    return labels, tuple(x.astype(dtype) for x in a), where
+    a = tuple(x.astype(dtype) for x in a)
+    a[0][3], a[0][8] = NAN, np.finfo(dtype).max  # left out, as 13 is
+    a[3][5] = 0  # of a label in the last block
+    return labels, a, np.arange(tokens) % 5 != 3
 
 
 OPTIONS = [

@@ -158,10 +158,12 @@ def test_where_leaves_out_classes_and_rows_over_all_devices(rng):
             in_specs=(P("tokens"), P("tokens", "classes"), P("tokens", "classes")),
             out_specs=P("tokens"),
         )
-        close(
-            split(labels, logits, where),
-            jce.cross_entropy_with_integer_labels(labels, logits, where=where, **options),
-        )
+
+        def whole(y, x, w, o=options):
+            return jce.cross_entropy_with_integer_labels(y, x, where=w, **o)
+
+        close(split(labels, logits, where), whole(labels, logits, where))
+        close(*(jax.grad(lambda x, f=f: f(labels, x, where).sum())(logits) for f in (split, whole)))
 
 
 def test_an_axis_that_is_none():

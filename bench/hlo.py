@@ -21,9 +21,21 @@ def collectives(text: str) -> list[Collective]:
             computation = line
         match = re.search(rf"= \(?((?:\w+\[[\d,]*\]\S*(?:, )?)+)\)? ({KINDS})(?:-start)?\(", line)
         assert match or not re.search(rf" (?:{KINDS})(?:-start)?\(", line), line
-        if match and "replica_groups={{0},{1}" not in line:
+        if match and group_size(line) > 1:
             shapes, kind = match.groups()
             for dims in re.findall(r"\w+\[([\d,]*)\]", shapes):
                 size = math.prod(int(k) for k in dims.split(",") if k)
                 found.append(Collective(kind, size, not computation.startswith("ENTRY")))
     return found
+
+
+def group_size(line: str) -> int:
+    """How many devices a collective joins, in each of the ways that XLA writes it."""
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return 1 + match[1].count(",")
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", match[2]))
+    return 2  # collective-permute has no groups; of others nothing is known

@@ -11,7 +11,7 @@ from test_corners import agrees, stacked
 
 import jce
 from bench import scaling
-from bench.hlo import collectives
+from bench.hlo import collectives, group_size
 
 INF, NAN = np.inf, np.nan
 MESHES = [(8, 1), (2, 4), (1, 8)]
@@ -390,6 +390,22 @@ def test_errors(change, message):
     arguments |= {"mesh": make_mesh((2, 4)), "token_axis": "tokens", "class_axis": "classes"} | change
     with pytest.raises(ValueError, match=f"sharded_linear_cross_entropy: .*{message}"):
         jce.sharded_linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0},{1},{2},{3}}", 1),
+        ("{{0,2},{1,3}}", 2),
+        ("[4,2]<=[8]", 2),
+        ("[8,1]<=[8]", 1),
+        ("mesh['a'=1,'b'=8] {'b'}", 8),
+        ("mesh['a'=1,'b'=8] {'a'}", 1),
+        ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+    ],
+)
+def test_group_sizes_as_xla_writes_them(groups, size):
+    assert group_size(f"%x = f32[8] all-reduce(%y), replica_groups={groups}, to_apply=%z") == size
 
 
 # The model of larger meshes

@@ -158,45 +158,14 @@ def tokens_and_head(
     classes: Classes,
 ) -> tuple[Tokens, Head]:
     """The arguments, checked; the weights are 1 or 0 where none are given."""
-    optional = {"bias": bias, "weights": weights, "where": where}
-    given = {"labels": labels, "hidden": hidden, "head": head}
-    given |= {name: x for name, x in optional.items() if x is not None}
-    got = {name: as_array(function, name, x) for name, x in given.items()}
+    got = _checked(function, labels, hidden, head, bias, weights, where)
     y, h, w = got["labels"], got["hidden"], got["head"]
-    if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise TypeError(
-            f"{function}: labels must be integers, a class index for each token; got {described(got)}. The target comes"
-            f" first, then hidden and head."
-        )
-    if h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
-        transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]
-        raise ValueError(
-            f"{function}: hidden must be [..., d] and head [n, d], a row for each class; got {described(got)}."
-            f" {'Transpose the head.' if transposed else 'The order is labels, hidden, head.'}"
-        )
-    batch, (n, _) = h.shape[:-1], w.shape
-    if y.shape != batch:
-        raise ValueError(
-            f"{function}: labels must have the shape of hidden without its last axis, {batch}; got {described(got)}."
-            f" The target comes first, then hidden and head."
-        )
-    if "bias" in got and got["bias"].shape != (n,):
-        raise ValueError(
-            f"{function}: bias must have the shape ({n},), a number for each row of head; got {described(got)}."
-        )
-    for name in ("weights", "where"):
-        if name in got and not _broadcasts_to(batch, got[name].shape):
-            raise ValueError(
-                f"{function}: {name} must broadcast to the shape of labels, {batch}; got {described(got)}."
-                f" It is of tokens, so give it no axis for classes; those are excluded by a bias of -inf."
-            )
-    if "where" in got and got["where"].dtype != bool:
-        raise TypeError(f"{function}: where must be boolean; got {described(got)}. Compare it first: where=mask != 0.")
+    batch, n = y.shape, w.shape[0]
     numbers = {name: x for name, x in got.items() if name not in ("labels", "where")}
     dtype = float_dtype(function, numbers)
 
     def flat(x):
-        return jnp.broadcast_to(x, batch).reshape(math.prod(batch))
+        return jnp.broadcast_to(x, batch).ravel()
 
     def stored(x):
         return x if jnp.issubdtype(x.dtype, jnp.floating) and dtype == jnp.float32 else x.astype(dtype)
@@ -220,6 +189,45 @@ def tokens_and_head(
     y, h, a = vary_over(axes - classes.mesh_axes, y, h, a)
     w, b = vary_over(axes | classes.mesh_axes, w, b)
     return Tokens(y, h, a), Head(w, w.astype(dtype), b)
+
+
+def _checked(function, labels, hidden, head, bias, weights, where) -> dict[str, Array]:
+    """The arguments that are given, as arrays whose shapes agree."""
+    optional = {"bias": bias, "weights": weights, "where": where}
+    given = {"labels": labels, "hidden": hidden, "head": head}
+    given |= {name: x for name, x in optional.items() if x is not None}
+    got = {name: as_array(function, name, x) for name, x in given.items()}
+    y, h, w = got["labels"], got["hidden"], got["head"]
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: labels must be integers, a class index for each token; got {described(got)}. The target comes"
+            f" first, then hidden and head."
+        )
+    if h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
+        transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]
+        raise ValueError(
+            f"{function}: hidden must be [..., d] and head [n, d], a row for each class; got {described(got)}."
+            f" {'Transpose the head.' if transposed else 'The order is labels, hidden, head.'}"
+        )
+    batch, n = h.shape[:-1], w.shape[0]
+    if y.shape != batch:
+        raise ValueError(
+            f"{function}: labels must have the shape of hidden without its last axis, {batch}; got {described(got)}."
+            f" The target comes first, then hidden and head."
+        )
+    if "bias" in got and got["bias"].shape != (n,):
+        raise ValueError(
+            f"{function}: bias must have the shape ({n},), a number for each row of head; got {described(got)}."
+        )
+    for name in ("weights", "where"):
+        if name in got and not _broadcasts_to(batch, got[name].shape):
+            raise ValueError(
+                f"{function}: {name} must broadcast to the shape of labels, {batch}; got {described(got)}."
+                f" It is of tokens, so give it no axis for classes; those are excluded by a bias of -inf."
+            )
+    if "where" in got and got["where"].dtype != bool:
+        raise TypeError(f"{function}: where must be boolean; got {described(got)}. Compare it first: where=mask != 0.")
+    return got
 
 
 def _broadcasts_to(shape, given) -> bool:

@@ -78,7 +78,7 @@ def sharded_linear_cross_entropy(
     Raises:
       TypeError: as there.
       ValueError: as there, or the mesh has no such axis, or its devices don't divide the first axis of labels or n. Pad
-        the tokens, with where=False, or the head, and slice it: a padded class would count in label smoothing.
+        the tokens with where=False; the classes with a bias of -∞, but not with label smoothing, which counts them.
 
     Not checked:
       Values.
@@ -135,5 +135,5 @@ def _divides(name: str, mesh: Mesh, argument: str, axis: Hashable | None, what: 
     if length % devices:
         raise ValueError(
             f"{name}: {what} must be a multiple of the {devices} devices of {argument}={axis!r}; got {length}."
-            f" Pad it: tokens with where=False, the head before it is split."
+            f" Pad it: tokens with where=False, classes with a bias of -inf (which label smoothing would count)."
         )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 import mpmath as mp
 import numpy as np
+
+from tests.kernels import LOGIT, Kernel
 
 BITS = {np.float32: 450, np.float64: 1300}  # 1 - α of the smallest α needs 150 and 1100
 STEP = mp.mpf(2) ** -250  # relative; central differences with it are right to 200 bits and more
@@ -51,6 +55,37 @@ def second_partial(formula, row, a, b):
 def enough_bits_for(change):
     """The precision at which what a change of this size does to a value near 1 is right to the usual precision."""
     return mp.workprec(mp.mp.prec - mp.mag(change))
+
+
+def distributions(kernel: Kernel, *arrays) -> list[tuple]:
+    """One tuple a distribution, or a number: its part of each array."""
+    if kernel.has_classes:
+        return list(zip(*(np.asarray(x).reshape(-1, x.shape[-1]) for x in arrays), strict=True))
+    return list(zip(*(np.asarray(x).ravel() for x in arrays), strict=True))
+
+
+def conditioning(kernel: Kernel, row, dtype, j: int | None = None) -> float:
+    """What the rounding of xᵢ - max x, half an ulp of it, does to exp(xᵢ - max x), in ulps: added to every bar.
+
+    Of the terms that matter: the largest but one, of which the off-maximum sum consists, and a derivative's own.
+    """
+    deepest = 0.0
+    for x, domain in zip(row, kernel.domains, strict=True):
+        if domain == LOGIT and kernel.has_classes:
+            ordered = sorted(x)
+            depths = [ordered[-1] - ordered[-2]] + ([] if j is None else [ordered[-1] - x[j]])
+            deepest = max(deepest, *(float(d) for d in depths if mp.isfinite(d)))
+    return spacing(deepest, dtype) / np.finfo(dtype).eps if deepest else 0.0
+
+
+def interior(kernel: Kernel, row) -> Iterator[tuple]:
+    """The entries where a central difference of the formula is its derivative; the corners are tested apart."""
+    for i, j, x in entries(row):
+        at_j = [a[j] if isinstance(a, list) else a for a in row]
+        inside = [low < y < high for y, (low, high) in zip(at_j, kernel.domains, strict=True)]
+        # The derivative in a logit exists whatever finite weight is beside it, also 0.
+        if x and inside[i] and (all(inside) or (kernel.domains[i] == LOGIT and all(map(mp.isfinite, at_j)))):
+            yield i, j, x
 
 
 def ulps(got, exact, scale, dtype) -> float:

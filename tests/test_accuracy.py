@@ -1,14 +1,23 @@
 """Every value, first derivative and Hessian-vector product is within its bar of the formula in mpmath."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import mpmath as mp
 import numpy as np
 import pytest
-from kernels import LOGIT, Kernel, each_kernel, each_with_classes, easy, gradient
-from oracle import BITS, entries, partial, second_partial, spacing, to_mp, ulps
+
+from tests.kernels import LOGIT, Kernel, each_kernel, each_with_classes, easy, gradient
+from tests.oracle import (
+    BITS,
+    conditioning,
+    distributions,
+    interior,
+    partial,
+    second_partial,
+    spacing,
+    to_mp,
+    ulps,
+)
 
 
 @pytest.fixture(params=BITS)
@@ -26,13 +35,6 @@ def sampled(kernel: Kernel, rng, shape, dtype) -> tuple[list[str], list[np.ndarr
     return list(np.repeat(list(samples), len(distributions(kernel, *arguments)) // len(samples))), arguments
 
 
-def distributions(kernel: Kernel, *arrays) -> list[tuple]:
-    """One tuple a distribution, or a number: its part of each array."""
-    if kernel.has_classes:
-        return list(zip(*(np.asarray(x).reshape(-1, x.shape[-1]) for x in arrays), strict=True))
-    return list(zip(*(np.asarray(x).ravel() for x in arrays), strict=True))
-
-
 class Judge:
     """Collects what misses its bar; results below the normal range, which XLA flushes, are out."""
 
@@ -47,30 +49,6 @@ class Judge:
 
     def finish(self):
         assert not self.misses, f"{len(self.misses)} misses, such as\n" + "\n".join(self.misses[:5])
-
-
-def conditioning(kernel: Kernel, row, dtype, j: int | None = None) -> float:
-    """What the rounding of xᵢ - max x, half an ulp of it, does to exp(xᵢ - max x), in ulps: added to every bar.
-
-    Of the terms that matter: the largest but one, of which the off-maximum sum consists, and a derivative's own.
-    """
-    deepest = 0.0
-    for x, domain in zip(row, kernel.domains, strict=True):
-        if domain == LOGIT and kernel.has_classes:
-            ordered = sorted(x)
-            depths = [ordered[-1] - ordered[-2]] + ([] if j is None else [ordered[-1] - x[j]])
-            deepest = max(deepest, *(float(d) for d in depths if mp.isfinite(d)))
-    return spacing(deepest, dtype) / np.finfo(dtype).eps if deepest else 0.0
-
-
-def interior(kernel: Kernel, row) -> Iterator[tuple]:
-    """The entries where a central difference of the formula is its derivative; the corners are tested apart."""
-    for i, j, x in entries(row):
-        at_j = [a[j] if isinstance(a, list) else a for a in row]
-        inside = [low < y < high for y, (low, high) in zip(at_j, kernel.domains, strict=True)]
-        # The derivative in a logit exists whatever finite weight is beside it, also 0.
-        if x and inside[i] and (all(inside) or (kernel.domains[i] == LOGIT and all(map(mp.isfinite, at_j)))):
-            yield i, j, x
 
 
 @each_kernel

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from kernels import TABLE, each_function, each_with_classes, easy, gradient
 
 import jce
+from tests.kernels import TABLE, each_function, each_with_classes, easy, gradient
 
 NAN = float("nan")
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels import Kernel, each_kernel, each_with_classes, easy, gradient
 
 import jce
+from tests.kernels import Kernel, each_kernel, each_with_classes, easy, gradient
 
 
 def stacked(kernel: Kernel, dtype=np.float32) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from kernels import TABLE, each_function, easy, gradient
+
+from tests.kernels import TABLE, each_function, easy, gradient
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from kernels import LOGIT, TABLE, easy, label
-from test_corners import agrees, stacked
 
 import jce
-from bench import scaling
+from bench import devices as study
 from bench.hlo import collectives, group_size
+from tests.kernels import LOGIT, TABLE, easy, label
+from tests.test_corners import agrees, stacked
 
 INF, NAN = np.inf, np.nan
 MESHES = [(8, 1), (2, 4), (1, 8)]
@@ -414,13 +414,13 @@ def test_group_sizes_as_xla_writes_them(groups, size):
 @pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (2, 4), (1, 8)], ids=str)
 def test_the_scaling_study_counts_what_is_sent(mesh):
     sizes = (64, 8, 256, *mesh)
-    assert scaling.check(*sizes, chunk=4) == scaling.sent(*sizes)
+    assert study.check(*sizes, chunk=4) == study.sent(*sizes)
 
 
 def test_the_scaling_study_by_hand():
     machine = {"flops": 1e15, "bandwidth": 1e11, "latency": 0.0}
-    step = scaling.step(4, 2, **machine)
+    step = study.step(4, 2, **machine)
     assert step.compute == pytest.approx(6 * 2**22 * 2**13 * 2**18 / 8 / 1e15)
     assert step.hidden == pytest.approx(4 * 2**20 * 2**13 / 1e11)
     assert step.head == pytest.approx(1.5 * 4 * 2**17 * 2**13 / 1e11)
-    assert scaling.best(8, **machine).total <= step.total
+    assert study.best(8, **machine).total <= step.total

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernels import binary_regimes, probability_regimes
 
 import jce
+from tests.kernels import binary_regimes, probability_regimes
 
 EPS = float(np.finfo(np.float32).eps)
 

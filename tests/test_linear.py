@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from allpairspy import AllPairs
-from oracle import spacing
 
 import jce
+from tests.oracle import spacing
 
 INF, NAN = np.inf, np.nan
 N, D, CLASSES = 11, 5, 13

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kernels import LOGIT, TABLE, each_with_classes, easy, gradient, label, logit_rows, total
 
 import jce
 from bench.hlo import collectives
+from tests.kernels import LOGIT, TABLE, each_with_classes, easy, gradient, label, logit_rows, total
 
 INF, NAN = np.inf, np.nan
 

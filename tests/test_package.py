@@ -10,9 +10,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from kernels import HEADS, TABLE
 
 import jce
+from tests.kernels import HEADS, TABLE
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 PUBLIC = {name: getattr(jce, name) for name in jce.__all__}

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from kernels import each_kernel, easy, gradient, total
+
+from tests.kernels import each_kernel, easy, gradient, total
 
 close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
 

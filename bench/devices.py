@@ -1,4 +1,4 @@
-"""What a step of the sharded head costs on 8 to 4096 devices, from a model: `python -m bench.scaling`.
+"""What a step of the sharded head costs on 8 to 4096 devices, from a model: `python -m bench.devices`.
 
 For N tokens, width d and n classes on a mesh of T × K devices (tokens × classes), value and gradient of
 `jce.sharded_linear_cross_entropy` do 6Ndn/TK multiplications and additions a device, and all-reduce
@@ -109,7 +109,7 @@ def best(devices: int, **machine: float) -> Step:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.scaling", description="A model of a step of the sharded head."
+        prog="python -m bench.devices", description="A model of a step of the sharded head."
     )
     add = parser.add_argument
     add("--flops", type=float, default=4e14, help="Of a device, a second (default: %(default)g, an assumption).")

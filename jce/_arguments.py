@@ -61,7 +61,7 @@ def distributions(
     in_logits: Collection[str] = (),
     **arguments: ArrayLike,
 ) -> tuple[list[Array], Classes]:
-    """The arguments as floating-point arrays of one dtype and shape, and where their classes are.
+    """The arguments as floating-point arrays of one dtype and shape, long rows folded, and where their classes are.
 
     Excluded classes have probability 0: a logit of -∞, in the arguments that are logits, and 0 in the others. A row of
     logits with nothing left is certainty in the first class, which costs 0 in every function.
@@ -84,7 +84,8 @@ def distributions(
         ]
     if in_logits and arrays[0].shape[axis] == 0:
         arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
-    return arrays, classes
+    classes = classes.folding(arrays[0])
+    return [classes.fold(x) for x in arrays], classes
 
 
 def mesh_axis(function: str, axis_name: Hashable | None) -> Hashable | None:
@@ -130,10 +131,11 @@ def labelled(
             f"{function}: labels must have the shape of logits without the class axis, {batch}; got {described(got)}."
             f" The target comes first, the model second; for one label against a batch of logits use jax.vmap."
         )
-    kept = jnp.broadcast_to(True if where is None else jnp.asarray(where), shape)
-    # In a row with nothing left any label will do, also one that is none.
+    kept = classes.fold(jnp.broadcast_to(True if where is None else jnp.asarray(where), shape))
     y = y if y.dtype.itemsize >= 4 else y.astype(jnp.int32)
-    y = jnp.where(classes.any(kept), y, jnp.zeros_like(y))
+    if where is not None or shape[classes.axis] == 0:
+        # In a row with nothing left any label will do, also one that is none.
+        y = jnp.where(classes.any(kept), y, jnp.zeros_like(y))
     return y, x, jnp.ones_like(x) if shape[classes.axis] == 0 else kept.astype(x.dtype), classes
 
 

@@ -8,12 +8,13 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, fraction, labelled, public
 from jce._calculus import both_zero, def_partials, directional_derivative, negative, ratio, reciprocal
 from jce._mul0 import mul0
-from jce._softmax import another, centered, complement, off_label_sum, off_maximum_sum, softmax, surprisal
+from jce._softmax import another, complement, off_label_sum, off_maximum_sum, softmax, softmax_tangent, surprisal
 
 
 @public("axis")
@@ -159,15 +160,21 @@ def _excess(p, x, classes):
     return jnp.where(d == 0, at_maximum, jnp.exp(d) * classes.column(total / z) - p)
 
 
-@_excess.defjvp
 def _excess_rule(classes, primals, tangents):
     (p, x), (dp, dx) = primals, tangents
-    q = softmax(x, classes)
-    total, d_total = (jnp.broadcast_to(classes.column(classes.sum(t)), p.shape) for t in (p, dp))
-    # For a class of q > 1/2, q Σdp - dp is the sum of the other dp, less (1 - q) Σdp.
-    others = classes.column(classes.sum(jnp.where(q > 0.5, jnp.zeros_like(dp), dp)))
-    dp_part = jnp.where(q > 0.5, others - mul0(complement(x, classes), d_total), mul0(q, d_total) - dp)
-    return _excess(p, x, classes), dp_part + mul0(q, mul0(total, centered(dx, x, classes)))
+    terms = []
+    if not isinstance(dp, SymbolicZero):
+        q = softmax(x, classes)
+        d_total = jnp.broadcast_to(classes.column(classes.sum(dp)), p.shape)
+        # For a class of q > 1/2, q Σdp - dp is the sum of the other dp, less (1 - q) Σdp.
+        others = classes.column(classes.sum(jnp.where(q > 0.5, jnp.zeros_like(dp), dp)))
+        terms.append(jnp.where(q > 0.5, others - mul0(complement(x, classes), d_total), mul0(q, d_total) - dp))
+    if not isinstance(dx, SymbolicZero):
+        terms.append(softmax_tangent(dx, x, classes, classes.sum(p)))
+    return _excess(p, x, classes), functools.reduce(jnp.add, terms)
+
+
+_excess.defjvp(_excess_rule, symbolic_zeros=True)
 
 
 @public("axis", "axis_name", "label_smoothing")
@@ -251,7 +258,8 @@ def _label_surprisal_and_excess(y, x, classes):
     # Both in one function, since XLA can't see that two off-label sums, behind their barriers, are the same.
     m, s, x_y = off_label_sum(y, x, classes)
     e_y = jnp.exp(x_y - m)
-    e = jnp.exp(x - classes.column(m))
+    # The excess is written over e, but where rows are folded: there each pass computes its own.
+    e = jnp.exp(x - classes.column(m if classes.blocks == 1 else another(m, s)))
     excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-s), e) / classes.column(s + e_y)
     return (m - x_y) + jnp.log1p(s - (1 - e_y)), excess
 
@@ -260,4 +268,4 @@ def _label_surprisal_and_excess(y, x, classes):
 def _label_surprisal_and_excess_rule(classes, primals, tangents):
     x, t = primals[1], tangents[1]
     surprisal, excess = _label_surprisal_and_excess(*primals, classes)
-    return (surprisal, excess), (classes.sum(mul0(excess, t)), mul0(softmax(x, classes), centered(t, x, classes)))
+    return (surprisal, excess), (classes.sum(mul0(excess, t)), softmax_tangent(t, x, classes))

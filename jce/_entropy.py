@@ -12,8 +12,8 @@ from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
 from jce._calculus import def_partials, negative, ratio
-from jce._mul0 import mul0
-from jce._softmax import another, off_maximum_sum, softmax, surprisal
+from jce._mul0 import mul0, multiply
+from jce._softmax import another, deviation, off_maximum_sum, softmax, surprisal, unless_nan
 
 
 @public("axis")
@@ -132,7 +132,7 @@ def entropy_of_softmax(x, classes):
     # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z, without a term below 0
     m, s = off_maximum_sum(x, classes)
     log_z = jnp.log1p(s)
-    d = x - classes.column(another(m, log_z, x.shape[classes.axis]))
+    d = x - classes.column(another(m, log_z, 100 * classes.count_here(x)))
     # The lowest number for -∞, where eᵢ = 0 multiplies it.
     return log_z - classes.sum(jnp.exp(d) * jnp.maximum(d, jnp.finfo(x.dtype).min)) / (1 + s)
 
@@ -141,7 +141,25 @@ def entropy_of_softmax(x, classes):
 @entropy_of_softmax.defjvp
 def _entropy_of_softmax_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
-    h = entropy_of_softmax(x, classes)
+    return entropy_of_softmax(x, classes), classes.sum(mul0(_weighted_excess(x, classes), t))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _weighted_excess(x, classes):
+    return mul0(_excess(x, classes), softmax(x, classes))
+
+
+def _excess(x, classes):
     # q is 0 long before log 1/q is 10⁴. A number there, not +∞, is one that 0 can be multiplied with at every order.
-    excess = jnp.minimum(surprisal(x, classes), 1e4) - classes.column(h)
-    return h, classes.sum(mul0(mul0(excess, softmax(x, classes)), t))
+    return jnp.minimum(surprisal(x, classes), 1e4) - classes.column(entropy_of_softmax(x, classes))
+
+
+# d qᵢ (log 1/qᵢ - H) = qᵢ ((tᵢ - Σ q t)(log 1/qᵢ - H - 1) - dH), with dH = Σ qᵢ (log 1/qᵢ - H) tᵢ
+@_weighted_excess.defjvp
+def _weighted_excess_rule(classes, primals, tangents):
+    (x,), (t,) = primals, tangents
+    z, u, mean = deviation(t, x, classes)
+    dh = classes.sum(multiply(_weighted_excess(x, classes), u))
+    centered = multiply(_excess(x, classes) - 1, u - classes.column(mean))
+    tangent = mul0(softmax(x, classes), centered - classes.column(dh))
+    return _weighted_excess(x, classes), unless_nan(z, tangent, t, classes)

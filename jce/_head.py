@@ -120,6 +120,8 @@ def over_chunks(step: Callable, size: int, carry, tokens):
     """`lax.scan` of a step over chunks of `size` tokens or a few less, the last filled up with zeros."""
     count = jax.tree.leaves(tokens)[0].shape[0]
     chunks = max(1, math.ceil(count / size))
+    # Chunks that need no filling save a copy of all hidden states; a few more are worth it.
+    chunks = next((k for k in range(chunks, chunks + chunks // 8 + 1) if count % k == 0), chunks)
     size = math.ceil(count / chunks)
 
     def split(x):

@@ -14,7 +14,7 @@ from jce._arguments import distributions, public
 from jce._calculus import both_zero, def_partials, def_twin, directional_derivative, ratio, reciprocal
 from jce._deviance import deviance, deviance_from_log, log_ratio
 from jce._mul0 import mul0
-from jce._softmax import another, centered, off_maximum_sum, softmax
+from jce._softmax import another, centered, off_maximum_sum, softmax, softmax_tangent
 
 
 @public("axis")
@@ -160,7 +160,7 @@ def _sum_of_differences(p, q, classes):
     """Σ (p - q), to an ulp even where it is the little that rounding left of 1 - 1: a sum of two-float numbers."""
     high, low = _two_sum(p, -q)
     zero = jnp.zeros((), p.dtype)
-    high, low = lax.reduce((high, low), (zero, zero), _add, (high.ndim + classes.axis,))
+    high, low = classes.reduce(lambda x, axis: lax.reduce(x, (zero, zero), _add, (x[0].ndim + axis,)), (high, low))
     return high + low
 
 
@@ -264,7 +264,7 @@ def _q_minus_p(x, y, classes):
 @_q_minus_p.defjvp
 def _q_minus_p_rule(classes, primals, tangents):
     (x, y), (dx, dy) = primals, tangents
-    dq, dp = (mul0(softmax(z, classes), centered(t, z, classes)) for z, t in ((y, dy), (x, dx)))
+    dq, dp = (softmax_tangent(t, z, classes) for z, t in ((y, dy), (x, dx)))
     return _q_minus_p(x, y, classes), dq - dp
 
 

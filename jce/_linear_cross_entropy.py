@@ -109,7 +109,7 @@ def linear_cross_entropy(
     (y, h, w), head_ = tokens_and_head(name, labels, hidden, head, bias, weights, where, classes)
     options = Options(
         Logits(None if logit_soft_cap is None else positive(name, logit_soft_cap=logit_soft_cap), precision),
-        classes,
+        classes.folding(head_.bias),
         chunk_tokens(name, chunk_size, head_),
         fraction(name, label_smoothing=label_smoothing),
         positive(name, z_loss=z_loss, or_zero=True),
@@ -142,6 +142,7 @@ def _losses(y, h, head, o):
 
 def _loss(y, x, o):
     """Of tokens' labels [C] and logits [C, n]."""
+    x = o.classes.fold(x)
     loss = label_surprisal(y, x, o.classes)
     if o.smoothing:
         loss = _smoothed(loss, o.classes.sum(surprisal(x, o.classes)) / o.classes.count(x), o)
@@ -226,22 +227,25 @@ def _unnormalized_excess(y, u, w, o):
 
     q_y - 1 = -s/Z; so Z ∂ℓ/∂x_y = -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x, and elsewhere eᵢ (1 + 2ζ log Σ exp x) - ε Z/n.
     """
-    x, n = o.logits.capped(u), o.classes.count(u)
+    column = o.classes.column
+    x = o.classes.fold(o.logits.capped(u))
+    n = o.classes.count(x)
     m, s, x_y = off_label_sum(y, x, o.classes)
-    e, e_y = jnp.exp(x - m[:, None]), jnp.exp(x_y - m)
+    e, e_y = jnp.exp(x - column(m)), jnp.exp(x_y - m)
     z, log_z = s + e_y, jnp.log1p(s - (1 - e_y))
     losses, at_label = (m - x_y) + log_z, -s
     if o.smoothing:
-        losses = _smoothed(losses, log_z + o.classes.sum(m[:, None] - x) / n, o)
+        losses = _smoothed(losses, log_z + o.classes.sum(column(m) - x) / n, o)
         at_label += o.smoothing * (z - z / n)
     if o.z_loss:
         losses += o.z_loss * jnp.square(m + log_z)
         at_label += 2 * o.z_loss * (m + log_z) * e_y
-        e *= (1 + 2 * o.z_loss * (m + log_z))[:, None]
+        e *= column(1 + 2 * o.z_loss * (m + log_z))
     if o.smoothing:
-        e -= (o.smoothing * (z / n))[:, None]
+        e -= column(o.smoothing * (z / n))
     here = o.classes.local(y, x)
-    here = jnp.where(o.classes.has(x, here), here, jnp.full_like(here, x.shape[-1]))  # a negative index would count
+    here = jnp.where(o.classes.has(x, here), here, jnp.full_like(here, u.shape[-1]))  # a negative index would count
+    e = o.classes.unfold(e)
     e = e.at[jnp.arange(y.size), here].set(at_label, mode="drop")
     if o.logits.soft_cap is not None:
         e *= o.logits.slope(u)

@@ -84,9 +84,10 @@ def linear_log_probs(
     classes = Classes(-1, mesh_axis(name, axis_name))
     (y, h, w), head_ = tokens_and_head(name, labels, hidden, head, bias, None, where, classes)
     logits = Logits(None if logit_soft_cap is None else positive(name, logit_soft_cap=logit_soft_cap), precision)
+    classes = classes.folding(head_.bias)
 
     def statistics(y, h):
-        x = logits.of(h, head_)
+        x = classes.fold(logits.of(h, head_))
         return negative(label_surprisal(y, x, classes)), entropy_of_softmax(x, classes)
 
     each = each_token(statistics, chunk_tokens(name, chunk_size, head_), y, h)

@@ -22,33 +22,57 @@ _mul0_p = Primitive("mul0")
 
 def mul0(c: Array, t: Array) -> Array:
     """c · t elementwise, and 0 where t = 0, whatever c is there. Equal shapes and dtypes; linear in each argument."""
+    return _bind(c, t, "t")
+
+
+def mul00(c: Array, t: Array) -> Array:
+    """The same, and 0 where c = 0 too, whatever t is there.
+
+    In a first derivative only t is ever exactly 0, and one comparison is all that mul0 pays for. Differentiated again,
+    c has a tangent too, which may be 0 where t is infinite.
+    """
+    return _bind(c, t, "either")
+
+
+def multiply(c: Array, t: Array) -> Array:
+    """Plain c · t, whose transposes and derivatives are mul00: for sums, in which a select would cost a pass.
+
+    Its NaN, where one factor is 0 and the other infinite, the caller must see to.
+    """
+    return _bind(c, t, "neither")
+
+
+def _bind(c, t, zero):
     c, t = varying_alike(c, t)
-    return _mul0_p.bind(c, t, symmetric=False)
+    return _mul0_p.bind(c, t, zero=zero)
 
 
-def _multiply_and_select(c, t, *, symmetric):
-    return jnp.where((c == 0) | (t == 0) if symmetric else t == 0, jnp.zeros_like(t), c * t)
+def _multiply_and_select(c, t, *, zero):
+    zeros = {"t": lambda: t == 0, "either": lambda: (c == 0) | (t == 0)}
+    return jnp.where(zeros[zero](), jnp.zeros_like(t), c * t) if zero in zeros else c * t
 
 
-def _symmetric(c, t):
-    # In a first derivative only t is ever exactly 0, and one comparison is all it pays for. Differentiated again, c has
-    # a tangent too, which may be 0 where t is infinite.
-    return _mul0_p.bind(c, t, symmetric=True)
-
-
-def _batch(args, axes, *, symmetric):
+def _batch(args, axes, *, zero):
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
     c, t = (
         jnp.broadcast_to(x[None], (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(args, axes, strict=True)
     )
-    return _mul0_p.bind(c, t, symmetric=symmetric), 0
+    return _mul0_p.bind(c, t, zero=zero), 0
 
 
-_mul0_p.def_impl(jax.jit(_multiply_and_select, static_argnames="symmetric"))
+def _transpose_t(ct, c, t, *, zero):
+    return _mul0_p.bind(c, ct, zero="t" if zero == "t" else "either")
+
+
+def _transpose_c(ct, c, t, *, zero):
+    return _mul0_p.bind(ct, t, zero="t" if zero == "t" else "either")
+
+
+_mul0_p.def_impl(jax.jit(_multiply_and_select, static_argnames="zero"))
 # Its type (shape, dtype, sharding, varying manual axes) is the ordinary product's.
-_mul0_p.def_abstract_eval(lambda c, t, *, symmetric: mul_p.abstract_eval(c, t)[0])
-ad.defbilinear(_mul0_p, lambda ct, c, t, **p: _mul0_p.bind(ct, t, **p), lambda ct, c, t, **p: _mul0_p.bind(c, ct, **p))
-ad.defjvp(_mul0_p, lambda dc, c, t, **_: _symmetric(dc, t), lambda dt, c, t, **_: _symmetric(c, dt))
+_mul0_p.def_abstract_eval(lambda c, t, *, zero: mul_p.abstract_eval(c, t)[0])
+ad.defbilinear(_mul0_p, _transpose_c, _transpose_t)
+ad.defjvp(_mul0_p, lambda dc, c, t, **_: mul00(dc, t), lambda dt, c, t, **_: mul00(c, dt))
 batching.primitive_batchers[_mul0_p] = _batch
 mlir.register_lowering(_mul0_p, mlir.lower_fun(_multiply_and_select, multiple_results=False))

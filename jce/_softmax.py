@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jce._calculus import ratio
 from jce._classes import Classes
-from jce._mul0 import mul0
+from jce._mul0 import mul0, multiply
 
-# Classes. XLA's fusion goes by the number of rows, which vmap hides; long rows are where few fit in memory.
-LONG_ROW = 4096
+LONG_ROW = 128  # classes
 
 
 def maximum(x: Array, classes: Classes) -> Array:
@@ -48,7 +48,7 @@ def off_maximum_sum(x: Array, classes: Classes) -> tuple[Array, Array]:
     e = jnp.exp(x - classes.column(m))
     # eᵢ - ⌊eᵢ⌋ is 0 at a maximal class, eᵢ at any other. Of t maximal classes all are left out: t - 1 are missing.
     s = classes.sum(e - jnp.floor(e))
-    z = classes.sum(jnp.exp(x - classes.column(another(m, s, x.shape[classes.axis]))))
+    z = classes.sum(jnp.exp(x - classes.column(another(m, s, classes.count_here(x)))))
     return m, s + jnp.floor(z - s - 0.5)
 
 
@@ -66,11 +66,11 @@ def off_label_sum(labels: Array, x: Array, classes: Classes) -> tuple[Array, Arr
 
 def _distance(y, x, classes):
     """2|i - y|, exactly: 0 at the label, and elsewhere above every eᵢ ≤ 1."""
-    n = x.shape[classes.axis]
     exact = classes.count(x) <= 2 ** jnp.finfo(x.dtype).nmant
     # Behind the barrier the class index is an array in memory; without, an iota in the sum.
-    index = lax.optimization_barrier(2 * jnp.arange(n, dtype=x.dtype if exact else y.dtype))
-    index = index.reshape([n if a == x.ndim + classes.axis else 1 for a in range(x.ndim)])
+    index = lax.optimization_barrier(2 * jnp.arange(classes.count_here(x), dtype=x.dtype if exact else y.dtype))
+    index = classes.fold(jnp.expand_dims(index, range(1, -classes.axis)))
+    index = jnp.expand_dims(index, range(x.ndim - index.ndim))
     return jnp.abs(index - classes.column(2 * y).astype(index.dtype)).astype(x.dtype)
 
 
@@ -80,16 +80,67 @@ def _distance(y, x, classes):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def softmax(x: Array, classes: Classes) -> Array:
     """qᵢ = eᵢ/Z."""
-    m, s = off_maximum_sum(x, classes)
-    return jnp.exp(x - classes.column(another(m, s))) / classes.column(1 + s)
+    return _exponential(x, 1, classes) / classes.column(_normalizer(x, classes))
+
+
+@softmax.defjvp
+def _softmax_rule(classes, primals, tangents):
+    return softmax(*primals, classes), softmax_tangent(tangents[0], primals[0], classes)
 
 
 # dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
-@softmax.defjvp
-def _softmax_rule(classes, primals, tangents):
-    (x,), (t,) = primals, tangents
-    q = softmax(x, classes)
-    return q, mul0(q, centered(t, x, classes))
+def softmax_tangent(t: Array, x: Array, classes: Classes, scale: Array | None = None) -> Array:
+    """dqᵢ along t, or that times a number a row."""
+    z, u, mean = deviation(t, x, classes)
+    r = ratio(jnp.ones_like(z) if scale is None else scale, z)
+    q = _exponential(x, 4, classes) * classes.column(r)
+    return unless_nan(z, mul0(q, u - classes.column(mean)), t, classes)
+
+
+def centered(t: Array, x: Array, classes: Classes) -> Array:
+    """tᵢ - Σⱼ qⱼtⱼ, linear in t."""
+    z, u, mean = deviation(t, x, classes)
+    return unless_nan(z, u - classes.column(mean), t, classes)
+
+
+def deviation(t, x, classes):
+    """Z, u = t - t at the maximal class (the mean of those at ties), and Σⱼ qⱼuⱼ.
+
+    Where a class has nearly all of q, its u is 0, and the sum of the small rest has its digits.
+    """
+    z = _normalizer(x, classes)
+    # ⌊eᵢ⌋ is 1 at a maximal class, 0 at any other.
+    ties, top = classes.sum(jnp.floor(_exponential(x, 1, classes))), jnp.floor(_exponential(x, 2, classes))
+    u = t - classes.column(multiply(1 / ties, classes.sum(multiply(top, t))))
+    mean = multiply(ratio(jnp.ones_like(z), z), classes.sum(multiply(_exponential(x, 3, classes), u)))
+    return z, u, mean
+
+
+def unless_nan(z, tangent, t, classes):
+    """A row of NaN is NaN along t, but 0 where t = 0, which its sums can't say."""
+    nan = mul0(jnp.full_like(t, jnp.nan), t)
+    return jnp.where(classes.column(jnp.isfinite(z)), tangent, nan)
+
+
+def _normalizer(x, classes):
+    """Z = Σ eᵢ ≥ 1."""
+    return classes.sum(_exponential(x, 0, classes))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _exponential(x, k, classes):
+    """eᵢ = exp(xᵢ - m), for a constant m, in the pass number k over x, of which each says m in another way."""
+    m = maximum(x, classes)
+    if k:
+        m = another(m, k * classes.sum(jnp.exp(x - classes.column(m))), classes.count_here(x))
+    return jnp.exp(x - classes.column(m))
+
+
+# deᵢ = eᵢtᵢ
+@_exponential.defjvp
+def _exponential_rule(k, classes, primals, tangents):
+    e = _exponential(*primals, k, classes)
+    return e, mul0(e, tangents[0])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -103,7 +154,7 @@ def complement(x: Array, classes: Classes) -> Array:
 @complement.defjvp
 def _complement_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
-    return complement(x, classes), -mul0(softmax(x, classes), centered(t, x, classes))
+    return complement(x, classes), -softmax_tangent(t, x, classes)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -111,7 +162,7 @@ def surprisal(x: Array, classes: Classes) -> Array:
     """log 1/qᵢ = log Z - (xᵢ - m) ≥ 0, and +∞ at a class of probability 0."""
     m, s = off_maximum_sum(x, classes)
     log_z = jnp.log1p(s)
-    return classes.column(log_z) - (x - classes.column(another(m, log_z, x.shape[classes.axis])))
+    return classes.column(log_z) - (x - classes.column(another(m, log_z, classes.count_here(x))))
 
 
 # d log 1/qᵢ = -(tᵢ - Σⱼ qⱼtⱼ)
@@ -133,13 +184,3 @@ def logsumexp(x: Array, classes: Classes) -> Array:
 def _logsumexp_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
     return logsumexp(x, classes), classes.sum(mul0(softmax(x, classes), t))
-
-
-def centered(t: Array, x: Array, classes: Classes) -> Array:
-    """tᵢ - Σⱼ qⱼtⱼ, linear in t.
-
-    As uᵢ - Σⱼ qⱼuⱼ with u = t - t at the maximal class: there u is 0, and the sum of the small rest has its digits.
-    """
-    top = lax.stop_gradient((x == classes.column(classes.max(x))).astype(x.dtype))
-    u = t - classes.column(classes.sum(mul0(top / classes.column(classes.sum(top)), t)))
-    return u - classes.column(classes.sum(mul0(softmax(x, classes), u)))

@@ -69,13 +69,14 @@ def conditioning(kernel: Kernel, row, dtype, j: int | None = None) -> float:
 
     Of the terms that matter: the largest but one, of which the off-maximum sum consists, and a derivative's own.
     """
-    deepest = 0.0
+    worst = 0.0
     for x, domain in zip(row, kernel.domains, strict=True):
         if domain == LOGIT and kernel.has_classes:
             ordered = sorted(x)
             depths = [ordered[-1] - ordered[-2]] + ([] if j is None else [ordered[-1] - x[j]])
-            deepest = max(deepest, *(float(d) for d in depths if mp.isfinite(d)))
-    return spacing(deepest, dtype) / np.finfo(dtype).eps if deepest else 0.0
+            lost = sum(spacing(float(d), dtype) for d in depths if d and mp.isfinite(d))
+            worst = max(worst, lost / np.finfo(dtype).eps)
+    return worst
 
 
 def interior(kernel: Kernel, row) -> Iterator[tuple]:

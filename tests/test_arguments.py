@@ -71,7 +71,7 @@ def test_axis(kernel, rng):
         moved = [np.moveaxis(x, -1, axis) for x in arguments]
         np.testing.assert_allclose(kernel.function(*moved, axis=axis), expected, rtol=1e-6, atol=1e-7)
         g = jax.grad(lambda *x, axis=axis: kernel.function(*x, axis=axis).sum())(*moved)
-        np.testing.assert_allclose(np.moveaxis(g, axis, -1), gradient(kernel)(*arguments)[0], rtol=1e-6)
+        np.testing.assert_allclose(np.moveaxis(g, axis, -1), gradient(kernel)(*arguments)[0], rtol=1e-6, atol=1e-7)
 
 
 @each_with_classes

@@ -202,7 +202,7 @@ def test_sharded_logits_are_not_gathered(kernel, axes, rng):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
-@pytest.mark.parametrize("shape", [(8192, 1000), (65536, 10), (2048, 32000)])
+@pytest.mark.parametrize("shape", [(8192, 1000), (65536, 10), (2048, 32000), (8192, 50257)])
 @pytest.mark.parametrize(
     "function", [jce.cross_entropy_with_logits, jce.cross_entropy_with_integer_labels], ids=lambda f: f.__name__
 )

@@ -1,0 +1,184 @@
+"""Rows of more classes than XLA sums fast on a CPU are folded into blocks; nothing else about them may differ."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jce
+from bench.hlo import collectives
+from jce._classes import Classes
+from tests.kernels import LOGIT, TABLE, Kernel, easy, label
+
+N = 33_000  # 40 blocks of 825
+SEVERAL = [kernel for kernel in TABLE if kernel.has_classes]
+each_long = pytest.mark.parametrize("kernel", SEVERAL, ids=label)
+
+
+@pytest.mark.parametrize(
+    ("n", "blocks"),
+    [(10, 1), (32_768, 1), (40_009, 1), (33_000, 40), (50_257, 29), (65_536, 128), (128_256, 128), (151_936, 128)],
+)
+def test_blocks(n, blocks):
+    """Many, a power of two if it can be, of 512 classes and more; a prime number of classes stays whole."""
+    x = jnp.zeros((1, n))
+    classes = Classes(-1).folding(x)
+    assert classes.blocks == blocks
+    assert classes.unfold(classes.fold(x)).shape == x.shape
+
+
+def derivatives(function, positions):
+    """Value, gradient, and a Hessian-vector product along a direction for each argument."""
+
+    def gradient(*arguments):
+        return jax.grad(lambda *a: function(*a).sum(), positions)(*arguments)
+
+    @jax.jit
+    def all_three(arguments, directions):
+        return function(*arguments), *jax.jvp(gradient, arguments, directions)
+
+    return all_three
+
+
+@each_long
+def test_leaving_out_classes_by_where_is_leaving_them_out(kernel, rng):
+    """Of the kept classes, which are in all blocks, a short row holds the same; in each order of derivatives."""
+    kept = rng.random(N) < 0.5
+    kept[0] = True
+    if kernel.note == "smoothed":  # its weight on the label, like the others
+        kept[1] = True
+    short = easy(kernel, rng, (3, int(kept.sum())))
+    directions = [rng.standard_normal(x.shape).astype(np.float32) for x in short]
+    positions = tuple(range(len(short)))
+
+    def spread(x, rest):
+        long = np.full((len(x), N), rest, x.dtype)
+        long[:, kept] = x
+        return long
+
+    expected = derivatives(kernel.function, positions)(tuple(short), tuple(directions))
+    got = derivatives(lambda *a: kernel.function(*a, where=kept), positions)(
+        tuple(spread(x, np.nan) for x in short), tuple(spread(t, 1.0) for t in directions)
+    )
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    for long, brief in zip(jax.tree.leaves(got[1:]), jax.tree.leaves(expected[1:]), strict=True):
+        np.testing.assert_allclose(long[:, kept], brief, rtol=2e-4, atol=2e-6 * np.abs(brief).max())
+        np.testing.assert_array_equal(long[:, ~kept], 0)
+
+
+@each_long
+def test_any_axis_and_vmap(kernel, rng):
+    arguments = easy(kernel, rng, (2, N))
+    value = kernel.function(*arguments)
+    np.testing.assert_allclose(kernel.function(*(x.T for x in arguments), axis=0), value, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(kernel.function)(*arguments), value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("y", [0, 824, 825, N - 1])
+def test_labels_of_each_block(y, rng):
+    logits = rng.standard_normal(N).astype(np.float32)
+    loss, gradient = jax.value_and_grad(jce.cross_entropy_with_integer_labels, 1)(y, logits)
+    np.testing.assert_allclose(loss, -jax.nn.log_softmax(logits)[y], rtol=1e-5)
+    np.testing.assert_allclose(gradient, np.asarray(jax.nn.softmax(logits)) - (np.arange(N) == y), rtol=1e-4)
+
+
+@pytest.mark.parametrize("y", [-1, N, N + 825])
+def test_a_label_of_no_class(y, rng):
+    assert np.isnan(jce.cross_entropy_with_integer_labels(y, rng.standard_normal(N).astype(np.float32)))
+
+
+def test_the_heads_logits(rng):
+    """The head's rows are folded as the logits' are; with every option, since each touches them."""
+    hidden, head = rng.standard_normal((6, 3)).astype(np.float32), rng.standard_normal((N, 3)).astype(np.float32)
+    labels, bias = np.array([0, 824, 825, N - 1, 7, -1]), rng.standard_normal(N).astype(np.float32)
+
+    def fused(hidden, head, bias):
+        return jce.linear_cross_entropy(
+            labels, hidden, head, bias, where=labels >= 0, label_smoothing=0.1, z_loss=0.1, chunk_size=2
+        )
+
+    def dense(hidden, head, bias):
+        logits = hidden @ head.T + bias[None]
+        loss = jce.cross_entropy_with_integer_labels(labels, logits, label_smoothing=0.1, where=(labels >= 0)[:, None])
+        return (loss + 0.1 * jnp.where(labels >= 0, jax.nn.logsumexp(logits, -1) ** 2, 0)).sum() / 5
+
+    arguments = hidden, head, bias
+    directions = tuple(rng.standard_normal(x.shape).astype(np.float32) for x in arguments)
+    got, expected = (derivatives(f, (0, 1, 2))(arguments, directions) for f in (fused, dense))
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(g, e, rtol=2e-4, atol=2e-5 * np.abs(e).max())
+
+
+def test_log_probs_of_the_head(rng):
+    hidden, head = rng.standard_normal((3, 4)).astype(np.float32), rng.standard_normal((N, 4)).astype(np.float32)
+    labels = np.array([0, 825, N - 1])
+    got = jce.linear_log_probs(labels, hidden, head)
+    np.testing.assert_allclose(got.log_prob, -jce.cross_entropy_with_integer_labels(labels, hidden @ head.T), rtol=1e-5)
+    np.testing.assert_allclose(got.entropy, jce.entropy_with_logits(hidden @ head.T), rtol=1e-5)
+
+
+def mesh_of(axis_type, shape=(2, 4)):
+    return jax.make_mesh(shape, ("rows", "classes"), axis_types=(axis_type,) * 2)
+
+
+def losses(kernel: Kernel, arguments):
+    return jax.value_and_grad(lambda *a: kernel.function(*a).sum(), len(arguments) - 1)(*arguments)
+
+
+@pytest.mark.parametrize("kernel", [k for k in SEVERAL if LOGIT in k.domains], ids=label)
+def test_sharded_rows_stay_where_they_are(kernel, rng):
+    """Nothing but some numbers a row goes between devices, though each device's classes are folded."""
+    n = 65_536
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P("rows", "classes"))
+    arguments = easy(kernel, rng, (4, n))
+    program = jax.jit(lambda *a: losses(kernel, a), in_shardings=(sharding,) * len(arguments))
+    for collective in collectives(program.lower(*arguments).compile().as_text()):
+        assert collective.size <= 8 * 4
+    np.testing.assert_allclose(program(*arguments)[0], losses(kernel, arguments)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [P("rows", None), P(None, "classes"), P("rows", "classes")])
+def test_explicit_sharding(spec, rng):
+    """JAX can't reshape an axis whose type says that it is sharded: such rows stay whole."""
+    (kernel,) = (k for k in TABLE if label(k) == "cross_entropy_with_logits")
+    mesh = mesh_of(AxisType.Explicit)
+    arguments = easy(kernel, rng, (4, 65_536))
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arguments]
+        value, gradient = jax.jit(lambda *a: losses(kernel, a))(*placed)
+        assert jax.typeof(gradient).sharding.spec == spec
+    np.testing.assert_allclose(value, losses(kernel, arguments)[0], rtol=1e-5)
+
+
+def test_blocks_on_each_device(rng):
+    """Inside shard_map each device folds its own classes."""
+    mesh = jax.make_mesh((2,), ("classes",), axis_types=(AxisType.Auto,))
+    logits, labels = rng.standard_normal((3, 2 * N)).astype(np.float32), np.array([0, N, 2 * N - 1])
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P(), P(None, "classes")), out_specs=(P(), P(None, "classes")))
+    def sharded(labels, logits):
+        def loss(logits):
+            return jce.cross_entropy_with_integer_labels(labels, logits, axis_name="classes").sum()
+
+        return jax.value_and_grad(loss)(logits)
+
+    value, gradient = sharded(labels, logits)
+    expected, by_hand = jax.value_and_grad(lambda x: jce.cross_entropy_with_integer_labels(labels, x).sum())(logits)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, by_hand, rtol=1e-4)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
+@pytest.mark.parametrize("n", [1000, 50_257])
+def test_a_hessian_vector_product_needs_no_temporary_of_the_logits_size(n):
+    rows = 64
+    x, y = jax.ShapeDtypeStruct((rows, n), np.float32), np.zeros(rows, np.int32)
+
+    def hvp(x, t):
+        return jax.jvp(jax.grad(lambda x: jce.cross_entropy_with_integer_labels(y, x).sum()), (x,), (t,))[1]
+
+    temporaries = jax.jit(hvp).lower(x, x).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < 4 * (16 * rows + n)

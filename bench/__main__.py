@@ -1,0 +1,115 @@
+"""jce beside its peers, in numbers: `python -m bench`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's warnings of a constant that takes a second to fold
+
+from jce._command_line import Parser, exit_status
+
+PROGRAM = "python -m bench"
+
+try:
+    import jax
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from bench import accuracy, memory, peers, pictures, results, scale, speed, tables
+except ModuleNotFoundError as error:
+    print(f"{PROGRAM} needs {error.name}, which isn't installed: pip install -e '.[bench]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+BENCHES: dict[str, ModuleType] = {"accuracy": accuracy, "speed": speed, "memory": memory, "scale": scale}
+
+
+def measured(name: str, quick: bool, only: str, path: pathlib.Path) -> list[dict]:
+    """The lines of one benchmark, with a progress bar while it runs; they take the place of those in the file.
+
+    Where it didn't run to its end, or for some functions, the file's other lines stay.
+    """
+    around = results.environment({"quick": quick, "only": only})
+    kept, lines, cases = results.read(path) if path.exists() else [], [], BENCHES[name].run(quick, only)
+    columns = TextColumn(f"{name} {{task.description}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("", total=int(next(cases)[0]))
+            for label, found in cases:
+                lines += [results.complete(line, name, around) for line in found]
+                progress.update(bar, advance=1, description=label)
+        if not only:
+            kept = []
+    finally:
+        results.write(results.merged(kept, lines), path)
+    return lines
+
+
+def report(name: str, lines: list[dict], path: pathlib.Path, old: list[dict], console: Console) -> None:
+    for table in tables.TABLES[name](lines):
+        console.print(table)
+    if name in pictures.PICTURES:
+        pictures.PICTURES[name](results.read(path), path.with_suffix(".png"))
+    if old:
+        same = [line for line in old if line["bench"] == name]
+        console.print(tables.moved(list(results.moved(same, lines))))
+
+
+def _run(args: argparse.Namespace) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if skipped := peers.missing():
+        console.print(f"skipped, since not installed: {', '.join(skipped)} (pip install -e '.[bench]')")
+    for name in args.benches or BENCHES:
+        path = args.out / f"{name}-{jax.default_backend()}{'-quick' if args.quick else ''}.jsonl"
+        lines = measured(name, args.quick, args.only, path)
+        report(name, lines, path, args.compare, console)
+        console.print(f"{len(lines)} lines: {path}\n")
+        BENCHES[name].check(lines)
+
+
+def _results(name: str) -> list[dict]:
+    try:
+        return results.read(pathlib.Path(name))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"can't read {name!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _folder(name: str) -> pathlib.Path:
+    path = pathlib.Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"can't make the folder {name!r}: {error.strerror}") from None
+    return path
+
+
+def _function(text: str) -> str:
+    labels = [task.label for task in peers.TASKS]
+    if not any(text in label for label in labels):
+        raise argparse.ArgumentTypeError(f"must be part of a function's name, not {text!r}: {'; '.join(labels)}")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints tables, writes lines and pictures; the exit status is 2 for wrong input, 130 if interrupted."""
+    parser = Parser(prog=PROGRAM, description="Measure jce beside its peers: accuracy, speed, memory and scale.")
+    add = parser.add_argument
+    add("benches", metavar="BENCH", nargs="*", help=f"Of {', '.join(BENCHES)}; all where none is given.")
+    add("--quick", action="store_true", help="Small inputs, some functions: two minutes in all.")
+    add("--only", type=_function, default="", metavar="NAME", help="Functions with this in their name.")
+    add("--out", type=_folder, default=str(results.FOLDER), metavar="DIR", help="Where lines and pictures go.")
+    add("--compare", type=_results, default=[], metavar="OLD.jsonl", help="Print what moved beyond the noise since.")
+    args = parser.parse_args(argv)
+    if unknown := [name for name in args.benches if name not in BENCHES]:
+        parser.error(f"BENCH must be one of {', '.join(BENCHES)}, not {unknown[0]!r}")
+    return exit_status(lambda: _run(args))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

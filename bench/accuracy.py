@@ -1,0 +1,153 @@
+"""How far value and derivatives are from the formula in mpmath, on the exact stored floats, in ulps.
+
+For each function, library, dtype and quantity one line: by regime the median and the largest error, how many results
+were NaN, of the wrong sign, or exactly 0 where the truth isn't, and the largest error `beyond` what half an ulp of
+x - max x does to its exponential. Errors are relative to the result, or to the scale that the tests' table gives where
+the result itself passes through 0. A library that is off by 0.1 % and more in half of the first regime, an easy one,
+computes something else, and is said to disagree. Results below the normal range, which XLA on a CPU takes for 0, are
+left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import mpmath as mp
+import numpy as np
+
+from bench.engines import GRADIENT, VALUE, fetched
+from bench.peers import LIBRARIES, TASKS, Task
+from tests.kernels import LOGIT
+from tests.oracle import BITS, conditioning, distributions, interior, partial, to_mp, ulps
+
+CLASSES = 16
+SEEDS = (2026, 2027)
+DISAGREES = 1e-3
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A quantity at one place of one row."""
+
+    row: int
+    place: int
+    exact: mp.mpf
+    scale: mp.mpf
+    conditioning: float
+
+    def counts(self, dtype) -> bool:
+        return bool(np.finfo(dtype).tiny <= abs(self.scale) <= np.finfo(dtype).max)
+
+
+def bars(task: Task) -> dict[str, float]:
+    """By quantity, how many ulps jce may be off: as the tests' table has it."""
+    names = ["value", *(f"∂{name}" for name in task.kernel.arguments)]
+    return dict(zip(names, [task.kernel.value_bar, *task.kernel.gradient_bar], strict=True))
+
+
+def sampled(task: Task, rows: int, dtype) -> tuple[list[str], list[np.ndarray]]:
+    """The regime of each row, and the row's arguments, of all seeds."""
+    shape = (rows, CLASSES) if task.kernel.has_classes else (rows,)
+    samples = [task.kernel.sample(np.random.default_rng(seed), shape, dtype) for seed in SEEDS]
+    if task.kind == "head":  # 0 · ∞ in the product with the identity
+        samples = [{name: x for name, x in s.items() if np.isfinite(x).all()} for s in samples]
+    names = [name for s in samples for name in s for _ in range(rows)]
+    arrays = zip(*(arguments for s in samples for arguments in s.values()), strict=True)
+    return names, [np.concatenate(parts) for parts in arrays]
+
+
+def truths(task: Task, arrays: list[np.ndarray], dtype) -> dict[str, list[Truth]]:
+    kernel, found = task.kernel, {name: [] for name in bars(task)}
+    with mp.workprec(300 if LOGIT in kernel.domains else BITS[dtype]):
+        for r, row in enumerate(distributions(kernel, *arrays)):
+            x = to_mp(row)
+            exact = kernel.formula(*x)
+            scale = kernel.value_scale(*x) if kernel.value_scale else exact
+            found["value"].append(Truth(r, 0, exact, scale, conditioning(kernel, x, dtype)))
+            scales = [f and f(*x) for f in kernel.gradient_scale]
+            for i, j, entry in interior(kernel, x):
+                exact = partial(kernel.formula, x, (i, j, entry))
+                known = scales[i][j] if scales[i] else exact
+                truth = Truth(r, j, exact, known, conditioning(kernel, x, dtype, j))
+                found[list(bars(task))[1 + i]].append(truth)
+    return found
+
+
+def results(task: Task, library: str, arrays: list[np.ndarray], dtype) -> dict[str, np.ndarray]:
+    """By quantity, an array of rows × places; a quantity that the library doesn't give is left out."""
+    _, engine = LIBRARIES[library]
+    f, arguments = task.functions[library], task.from_row(arrays)
+    found = {}
+    full = jax.default_matmul_precision("highest")  # of the heads' products, on any device
+    with jax.enable_x64(dtype == np.float64), full, np.errstate(all="ignore"):
+        placed = [engine.put(x) for x in arguments]
+        program = engine.program(f, VALUE, task.places)
+        if task.kind == "head":  # it gives a sum over its tokens: one at a time
+            y, x, head = arguments
+            one = [program(engine.put(y[:1]), engine.put(row[None]), engine.put(head)) for row in x]
+            found["value"] = np.array([float(v) for v in one])[:, None]
+        else:
+            found["value"] = fetched(program(*placed)).reshape(len(arrays[0]), 1)
+        for place, name in zip(task.places, list(bars(task))[1:], strict=True):
+            try:
+                _, (gradient,) = engine.program(f, GRADIENT, (place,))(*placed)
+            except (NotImplementedError, RuntimeError):  # PyTorch's, for a target without a derivative
+                continue
+            found[name] = fetched(gradient).reshape(len(arrays[0]), -1)
+    return found
+
+
+def judged(regimes: list[str], truth: list[Truth], got: np.ndarray, dtype) -> dict[str, dict[str, float]]:
+    """By regime, the errors' statistics."""
+    errors: dict[str, list[tuple]] = {}
+    for t in truth:
+        if t.counts(dtype):
+            x = got[t.row, t.place]
+            error = ulps(x, t.exact, t.scale, dtype)
+            wrong_sign = bool(x * t.exact < 0 and t.scale == t.exact)
+            zero = bool(x == 0 and t.exact != 0 and t.scale == t.exact)
+            beyond = max(0.0, error - t.conditioning)
+            errors.setdefault(regimes[t.row], []).append((error, beyond, np.isnan(x), wrong_sign, zero))
+    statistics = {}
+    for regime, rows in errors.items():
+        error, beyond, nan, wrong_sign, zero = (np.array(x) for x in zip(*rows, strict=True))
+        numbers = {"median": np.median(error), "max": error.max(), "beyond": beyond.max()}  # ∞ where one was NaN
+        counts = {"nan": nan.sum(), "wrong sign": wrong_sign.sum(), "zero": zero.sum()}
+        statistics[regime] = {k: float(f"{x:.3g}") for k, x in numbers.items()}
+        statistics[regime] |= {"of": len(rows)} | {k: int(x) for k, x in counts.items() if x}
+    return statistics
+
+
+def measure(task: Task, rows: int, dtype) -> Iterator[dict]:
+    regimes, arrays = sampled(task, rows, dtype)
+    truth = truths(task, arrays, dtype)
+    for library in task.contenders():
+        for quantity, got in results(task, library, arrays, dtype).items():
+            by_regime = judged(regimes, truth[quantity], got, dtype)
+            easiest = next(iter(by_regime.values()))["median"]
+            yield {
+                "function": task.label,
+                "library": library,
+                "dtype": np.dtype(dtype).name,
+                "quantity": quantity,
+                "agrees": bool(easiest * np.finfo(dtype).eps < DISAGREES),
+                "regimes": by_regime,
+            }
+
+
+def check(lines: list[dict]) -> None:
+    """What doesn't depend on the machine: jce is within its bars."""
+    allowed = {task.label: bars(task) for task in TASKS}
+    for line in (x for x in lines if x["library"] == "jce"):
+        worst = max(statistics["beyond"] for statistics in line["regimes"].values())
+        assert worst <= allowed[line["function"]][line["quantity"]], (line["function"], line["quantity"], worst)
+
+
+def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
+    """A label of what was measured, and its lines; at first the number of them all as a label."""
+    todo = [(task, dtype) for dtype in ([np.float32] if quick else BITS) for task in TASKS if only in task.label]
+    yield str(len(todo)), []
+    for task, dtype in todo:
+        yield f"{task.label}, {np.dtype(dtype).name}", list(measure(task, 1 if quick else 12, dtype))

@@ -1,0 +1,105 @@
+"""What a program needs beside its arguments and results, from XLA's own account of the compiled program.
+
+Only shapes are given, so that nothing runs and real sizes fit: 8192 tokens at each model's head. Then the growth with
+the number of tokens and of classes, fitted to a power: temporaries ~ size^exponent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from bench.engines import GRADIENT, HVP, MODES, VALUE
+from bench.models import MODELS
+from bench.peers import JAX, LIBRARIES, TASKS, Task
+
+TOKENS = 8192
+PAGE = 4096.0  # bytes: less is as good as nothing
+GROWN = ("cross_entropy_with_integer_labels", "cross_entropy_with_logits", "linear_cross_entropy")
+SIZES = [10**3, 10**4, 10**5, 10**6]
+FIXED_TOKENS, FIXED_CLASSES, FIXED_WIDTH = 8192, 32_000, 512
+
+
+def temporaries(task: Task, library: str, mode: str, tokens: int, n: int, width: int) -> int | None:
+    """Bytes, or None where the library has no such mode."""
+    shapes = task.shapes(tokens, n, width)
+    shapes += [shapes[i] for i in task.trained] if mode == HVP else []
+    program = JAX.program(task.functions[library], mode, task.trained)
+    try:
+        lowered = program.lower(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+    except (TypeError, ValueError, NotImplementedError):
+        return None
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def exponent(sizes: list[int], found: list[float], least: float = 0.0) -> float:
+    """The slope of log `found` over log `sizes`; what is under `least` counts as that."""
+    slope, _ = np.polyfit(np.log(sizes), np.log(np.maximum(found, least)), 1)
+    return round(float(slope), 2)
+
+
+def contenders(task: Task) -> list[str]:
+    """XLA has no account of the others'."""
+    return [name for name in task.contenders(jax.default_backend()) if LIBRARIES[name][1] is JAX]
+
+
+def at_models(task: Task, models: list, modes: tuple[str, ...]) -> list[dict]:
+    return [
+        {
+            "function": task.label,
+            "library": library,
+            "mode": mode,
+            "model": model.name,
+            "shape": [TOKENS, *([model.width] if task.kind == "head" else []), model.classes],
+            "temporaries": temporaries(task, library, mode, TOKENS, model.classes, model.width),
+        }
+        for model in models
+        for library in contenders(task)
+        for mode in modes
+    ]
+
+
+def growth(task: Task, along: str, sizes: list[int], modes: tuple[str, ...]) -> list[dict]:
+    lines = []
+    for library in contenders(task):
+        for mode in modes:
+            found = [
+                temporaries(
+                    task,
+                    library,
+                    mode,
+                    size if along == "tokens" else FIXED_TOKENS,
+                    size if along == "classes" else FIXED_CLASSES,
+                    FIXED_WIDTH,
+                )
+                for size in sizes
+            ]
+            line = {"function": task.label, "library": library, "mode": mode, "along": along, "sizes": sizes}
+            if None not in found:
+                line |= {"grown": found, "exponent": exponent(sizes, found, PAGE)}
+            lines.append(line)
+    return lines
+
+
+def check(lines: list[dict]) -> None:
+    """What doesn't depend on the machine: the memory of jce's head and its gradient doesn't grow with the tokens."""
+    for line in lines:
+        if (line["function"], line["library"], line.get("along")) == ("linear_cross_entropy", "jce", "tokens"):
+            assert line["mode"] == HVP or line["exponent"] < 0.1, line
+
+
+def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
+    """A label of what was measured, and its lines; at first the number of them all as a label."""
+    tasks = [task for task in TASKS if only in task.label and task.kernel.has_classes and not task.note]
+    grown = [task for task in tasks if task.name in GROWN]
+    if quick:
+        tasks, grown = [], grown[-1:]
+    modes, sizes = ((VALUE, GRADIENT), SIZES[:3]) if quick else (MODES, SIZES)
+    yield str(len(tasks) + 2 * len(grown)), []
+    for task in tasks:
+        yield task.label, at_models(task, MODELS, modes)
+    for task in grown:
+        for along in ("tokens", "classes"):
+            yield f"{task.label}, along {along}", growth(task, along, sizes, modes)

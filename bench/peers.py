@@ -1,0 +1,336 @@
+"""What is measured: each function of jce beside the same function of other libraries, with the target first everywhere.
+
+Who has no function of that name is given its shortest idiom. Distrax normalises the probabilities it is given, which is
+another function of them, so that it has rows for logits and for its Bernoulli alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import entr, kl_div, rel_entr, xlog1py, xlogy
+
+import jce
+from bench.engines import Jax, NumPy, Torch, optional, torch
+from tests.kernels import LOGIT, ROWS, SMOOTHING, Kernel
+
+optax, distrax, tokamax = optional("optax"), optional("distrax"), optional("tokamax")
+jax_cce, special = optional("jax_cce"), optional("scipy.special")
+if absl_flags := tokamax and optional("absl.flags"):
+    absl_flags.FLAGS.mark_as_parsed()  # or tokamax would parse this program's command line
+F = torch and torch.nn.functional
+D = torch and torch.distributions
+
+JAX, TORCH, NUMPY = Jax(), Torch(), NumPy()
+# Of each library: its module, None where it isn't installed, and what runs it.
+LIBRARIES = {
+    "jce": (jce, JAX),
+    "jax": (jax, JAX),
+    "optax": (optax, JAX),
+    "distrax": (distrax, JAX),
+    "tokamax": (tokamax, JAX),
+    "jax-cce": (jax_cce, JAX),
+    "torch": (torch, TORCH),
+    "scipy": (special, NUMPY),
+}
+
+
+def version(library: str) -> str:
+    return jce.__version__ if library == "jce" else importlib.metadata.version(library)
+
+
+def missing() -> list[str]:
+    return [name for name, (module, _) in LIBRARIES.items() if module is None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A function of jce, its row in the tests' table, and the same function elsewhere, by library.
+
+    `kind`: what the functions take: "rows", the arguments of the table's row; "labels", labels and logits; "head",
+    labels, hidden states and a head, of which they return the sum over tokens.
+    """
+
+    name: str
+    row: str
+    functions: dict[str, Callable]
+    kind: str = "rows"
+    note: str = ""
+
+    @property
+    def kernel(self) -> Kernel:
+        return ROWS[self.row]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.note}" if self.note else self.name
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Where the arguments of the table's row are among the functions' arguments."""
+        return tuple(range(len(self.kernel.arguments))) if self.kind == "rows" else (1,)
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """What a user differentiates in: the model's argument, or the hidden states and the head."""
+        return (1, 2) if self.kind == "head" else (self.places[-1],)
+
+    def contenders(self, platform: str = "cpu") -> dict[str, Callable]:
+        return {
+            name: f
+            for name, f in self.functions.items()
+            if LIBRARIES[name][0] is not None and LIBRARIES[name][1].on(platform)
+        }
+
+    def from_row(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """The functions' arguments at which they are the table's row: label 0, a head that gives the logits back."""
+        if self.kind == "rows":
+            return arrays
+        (x,) = arrays
+        labels = np.zeros(x.shape[:-1], np.int32)
+        return [labels, x] if self.kind == "labels" else [labels, x, np.eye(x.shape[-1], dtype=x.dtype)]
+
+    def shapes(self, tokens: int, n: int, width: int) -> list[tuple[tuple[int, ...], np.dtype]]:
+        number, integer = np.dtype(np.float32), np.dtype(np.int32)
+        if self.kind == "head":
+            return [((tokens,), integer), ((tokens, width), number), ((n, width), number)]
+        labels = [((tokens,), integer)] if self.kind == "labels" else []
+        return labels + [((tokens, n), number)] * len(self.kernel.arguments)
+
+    def sample(self, rng: np.random.Generator, tokens: int, n: int, width: int) -> list[np.ndarray]:
+        """Random arguments of those shapes."""
+
+        def draw(shape, dtype, domain):
+            if dtype == np.int32:
+                return rng.integers(n, size=shape, dtype=dtype)
+            x = rng.standard_normal(shape, dtype)
+            if domain == LOGIT:
+                return 3 * x
+            e = np.exp(x)
+            return e / (1 + e) if domain == (0, 1) else e / e.sum(-1, keepdims=True)
+
+        shapes = self.shapes(tokens, n, width)
+        if self.kind == "head":
+            labels, hidden, head = (draw(*s, LOGIT) for s in shapes)
+            return [labels, hidden, head / np.float32(3 * np.sqrt(width))]
+        domains = [None] * (len(shapes) - len(self.kernel.domains)) + list(self.kernel.domains)
+        return [draw(*s, domain) for s, domain in zip(shapes, domains, strict=True)]
+
+
+def surprisal(x):
+    return -jax.nn.log_softmax(x)
+
+
+def torch_surprisal(x):
+    return -F.log_softmax(x, -1)
+
+
+def scipy_surprisal(x):
+    return -special.log_softmax(x, -1)
+
+
+def of_label(surprisals, y):
+    return jnp.take_along_axis(surprisals, y[..., None], -1)[..., 0]
+
+
+def smoothed_labels(y, x):
+    return optax.smooth_labels(jax.nn.one_hot(y, x.shape[-1], dtype=x.dtype), SMOOTHING)
+
+
+def label_with(**options):
+    return functools.partial(jce.cross_entropy_with_integer_labels, **options)
+
+
+TASKS = [
+    Task(
+        "entropy",
+        "entropy",
+        {
+            "jce": jce.entropy,
+            "jax": lambda p: entr(p).sum(-1),
+            "torch": lambda p: torch.special.entr(p).sum(-1),
+            "scipy": lambda p: special.entr(p).sum(-1),
+        },
+    ),
+    Task(
+        "cross_entropy",
+        "cross_entropy",
+        {
+            "jce": jce.cross_entropy,
+            "jax": lambda p, q: -xlogy(p, q).sum(-1),
+            "torch": lambda p, q: -torch.xlogy(p, q).sum(-1),
+            "scipy": lambda p, q: -special.xlogy(p, q).sum(-1),
+        },
+    ),
+    Task(
+        "kl_divergence",
+        "kl_divergence",
+        {
+            "jce": jce.kl_divergence,
+            "jax": lambda p, q: rel_entr(p, q).sum(-1),
+            "optax": lambda p, q: optax.losses.kl_divergence(jnp.log(q), p),
+            "torch": lambda p, q: F.kl_div(q.log(), p, reduction="none").sum(-1),
+            "scipy": lambda p, q: special.rel_entr(p, q).sum(-1),
+        },
+    ),
+    Task(
+        "generalized_kl_divergence",
+        "generalized_kl_divergence",
+        {
+            "jce": jce.generalized_kl_divergence,
+            "jax": lambda p, q: kl_div(p, q).sum(-1),
+            "scipy": lambda p, q: special.kl_div(p, q).sum(-1),
+        },
+    ),
+    Task(
+        "binary_entropy",
+        "binary_entropy",
+        {
+            "jce": jce.binary_entropy,
+            "jax": lambda a: entr(a) + entr(1 - a),
+            "distrax": lambda a: distrax.Bernoulli(probs=a).entropy(),
+            "torch": lambda a: D.Bernoulli(probs=a).entropy(),
+            "scipy": lambda a: special.entr(a) + special.entr(1 - a),
+        },
+    ),
+    Task(
+        "binary_cross_entropy",
+        "binary_cross_entropy",
+        {
+            "jce": jce.binary_cross_entropy,
+            "jax": lambda a, b: -xlogy(a, b) - xlog1py(1 - a, -b),
+            "distrax": lambda a, b: distrax.Bernoulli(probs=a).cross_entropy(distrax.Bernoulli(probs=b)),
+            "torch": lambda a, b: F.binary_cross_entropy(b, a, reduction="none"),
+            "scipy": lambda a, b: -special.xlogy(a, b) - special.xlog1py(1 - a, -b),
+        },
+    ),
+    Task(
+        "binary_kl_divergence",
+        "binary_kl_divergence",
+        {
+            "jce": jce.binary_kl_divergence,
+            "jax": lambda a, b: rel_entr(a, b) + rel_entr(1 - a, 1 - b),
+            "distrax": lambda a, b: distrax.Bernoulli(probs=a).kl_divergence(distrax.Bernoulli(probs=b)),
+            "torch": lambda a, b: D.kl_divergence(D.Bernoulli(probs=a), D.Bernoulli(probs=b)),
+            "scipy": lambda a, b: special.rel_entr(a, b) + special.rel_entr(1 - a, 1 - b),
+        },
+    ),
+    Task(
+        "entropy_with_logits",
+        "entropy_with_logits",
+        {
+            "jce": jce.entropy_with_logits,
+            "jax": lambda x: (jax.nn.softmax(x) * surprisal(x)).sum(-1),
+            "distrax": lambda x: distrax.Categorical(logits=x).entropy(),
+            "torch": lambda x: D.Categorical(logits=x).entropy(),
+            "scipy": lambda x: (special.softmax(x, -1) * scipy_surprisal(x)).sum(-1),
+        },
+    ),
+    Task(
+        "cross_entropy_with_logits",
+        "cross_entropy_with_logits",
+        {
+            "jce": jce.cross_entropy_with_logits,
+            "jax": lambda p, x: (p * surprisal(x)).sum(-1),
+            "optax": lambda p, x: optax.softmax_cross_entropy(x, p),
+            "torch": lambda p, x: F.cross_entropy(x, p, reduction="none"),
+            "scipy": lambda p, x: (p * scipy_surprisal(x)).sum(-1),
+        },
+    ),
+    Task(
+        "cross_entropy_with_integer_labels",
+        "cross_entropy_with_integer_labels",
+        {
+            "jce": jce.cross_entropy_with_integer_labels,
+            "jax": lambda y, x: of_label(surprisal(x), y),
+            "optax": lambda y, x: optax.softmax_cross_entropy_with_integer_labels(x, y),
+            "distrax": lambda y, x: -distrax.Categorical(logits=x).log_prob(y),
+            "torch": lambda y, x: F.cross_entropy(x, y, reduction="none"),
+            "scipy": lambda y, x: np.take_along_axis(scipy_surprisal(x), y[..., None], -1)[..., 0],
+        },
+        kind="labels",
+    ),
+    Task(
+        "cross_entropy_with_integer_labels",
+        "cross_entropy_with_integer_labels-smoothed",
+        {
+            "jce": label_with(label_smoothing=SMOOTHING),
+            "jax": lambda y, x: (1 - SMOOTHING) * of_label(surprisal(x), y) + SMOOTHING * surprisal(x).mean(-1),
+            "optax": lambda y, x: optax.softmax_cross_entropy(x, smoothed_labels(y, x)),
+            "torch": lambda y, x: F.cross_entropy(x, y, reduction="none", label_smoothing=SMOOTHING),
+        },
+        kind="labels",
+        note="smoothed",
+    ),
+    Task(
+        "kl_divergence_with_logits",
+        "kl_divergence_with_logits",
+        {
+            "jce": jce.kl_divergence_with_logits,
+            "jax": lambda x, y: (jax.nn.softmax(x) * (surprisal(y) - surprisal(x))).sum(-1),
+            "optax": lambda x, y: optax.losses.kl_divergence_with_log_targets(-surprisal(y), -surprisal(x)),
+            "distrax": lambda x, y: distrax.Categorical(logits=x).kl_divergence(distrax.Categorical(logits=y)),
+            "torch": lambda x, y: D.kl_divergence(D.Categorical(logits=x), D.Categorical(logits=y)),
+            "scipy": lambda x, y: (special.softmax(x, -1) * (scipy_surprisal(y) - scipy_surprisal(x))).sum(-1),
+        },
+    ),
+    Task(
+        "binary_entropy_with_logits",
+        "binary_entropy_with_logits",
+        {
+            "jce": jce.binary_entropy_with_logits,
+            "jax": lambda x: jax.nn.softplus(-x) + x * jax.nn.sigmoid(-x),
+            "distrax": lambda x: distrax.Bernoulli(logits=x).entropy(),
+            "torch": lambda x: D.Bernoulli(logits=x).entropy(),
+            "scipy": lambda x: -special.log_expit(x) + x * special.expit(-x),
+        },
+    ),
+    Task(
+        "binary_cross_entropy_with_logits",
+        "binary_cross_entropy_with_logits",
+        {
+            "jce": jce.binary_cross_entropy_with_logits,
+            "jax": lambda a, x: -a * jax.nn.log_sigmoid(x) - (1 - a) * jax.nn.log_sigmoid(-x),
+            "optax": lambda a, x: optax.sigmoid_binary_cross_entropy(x, a),
+            "distrax": lambda a, x: distrax.Bernoulli(probs=a).cross_entropy(distrax.Bernoulli(logits=x)),
+            "torch": lambda a, x: F.binary_cross_entropy_with_logits(x, a, reduction="none"),
+            "scipy": lambda a, x: -a * special.log_expit(x) - (1 - a) * special.log_expit(-x),
+        },
+    ),
+    Task(
+        "binary_kl_divergence_with_logits",
+        "binary_kl_divergence_with_logits",
+        {
+            "jce": jce.binary_kl_divergence_with_logits,
+            "jax": lambda x, y: (
+                jax.nn.sigmoid(x) * (jax.nn.log_sigmoid(x) - jax.nn.log_sigmoid(y))
+                + jax.nn.sigmoid(-x) * (jax.nn.log_sigmoid(-x) - jax.nn.log_sigmoid(-y))
+            ),
+            "distrax": lambda x, y: distrax.Bernoulli(logits=x).kl_divergence(distrax.Bernoulli(logits=y)),
+            "torch": lambda x, y: D.kl_divergence(D.Bernoulli(logits=x), D.Bernoulli(logits=y)),
+            "scipy": lambda x, y: (
+                special.expit(x) * (special.log_expit(x) - special.log_expit(y))
+                + special.expit(-x) * (special.log_expit(-x) - special.log_expit(-y))
+            ),
+        },
+    ),
+    Task(
+        "linear_cross_entropy",
+        "cross_entropy_with_integer_labels",
+        {
+            "jce": lambda y, h, w: jce.linear_cross_entropy(y, h, w, reduction="sum"),
+            "jax": lambda y, h, w: of_label(surprisal(h @ w.T), y).sum(),
+            "optax": lambda y, h, w: optax.softmax_cross_entropy_with_integer_labels(h @ w.T, y).sum(),
+            "tokamax": lambda y, h, w: tokamax.linear_softmax_cross_entropy_loss(h, y, w.T, reduction="sum"),
+            "jax-cce": lambda y, h, w: len(y) * jax_cce.linear_cross_entropy(h, w, y),
+            "torch": lambda y, h, w: F.linear_cross_entropy(h, w, y, reduction="sum"),
+        },
+        kind="head",
+    ),
+]

@@ -1,0 +1,130 @@
+"""The results as pictures: a heat map of errors, and growth on logarithmic axes."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.colors import BoundaryNorm, ListedColormap
+
+from bench.engines import GRADIENT
+
+EXACT, USABLE, WRONG = 5, 100, 1e5  # ulps: float32 has 1.7e7 of them to lose
+PANELS = [
+    ("cross_entropy_with_integer_labels", "value", "label loss"),
+    ("cross_entropy_with_integer_labels", "∂logits", "gradient of the label loss"),
+    ("kl_divergence_with_logits", "value", "KL divergence of two rows of logits"),
+    ("binary_kl_divergence", "value", "KL divergence of two probabilities"),
+]
+COLOURS = ["#2c7fb8", "#a6d9e4", "#fed98e", "#fe9929", "#cc4c02"]
+
+
+def error(statistics: dict) -> float:
+    """The largest, beyond what the inputs' rounding does; ∞ with a NaN."""
+    return math.inf if statistics["beyond"] is None else statistics["beyond"]
+
+
+def written(x: float) -> str:
+    if math.isinf(x):
+        return "NaN"
+    return f"{x:.0f}" if x < 1000 else f"10{superscript(math.floor(math.log10(x)))}"
+
+
+def superscript(n: int) -> str:
+    return str(n).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def accuracy(lines: list[dict], path: pathlib.Path) -> None:
+    """For some functions the largest error in float32, libraries as rows and regimes as columns."""
+    panels = []
+    for function, quantity, title in PANELS:
+        chosen = {
+            line["library"]: line["regimes"]
+            for line in lines
+            if (line["function"], line["quantity"], line["dtype"]) == (function, quantity, "float32") and line["agrees"]
+        }
+        if chosen:
+            panels.append((title, chosen))
+    if not panels:
+        return
+    heights = [len(rows) for _, rows in panels]
+    figure, axes = pyplot.subplots(
+        len(panels),
+        1,
+        figsize=(13, 0.36 * sum(heights) + 1.25 * len(panels)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    levels = BoundaryNorm([0, EXACT, USABLE, WRONG, 1e7, math.inf], len(COLOURS))
+    for ax, (title, rows) in zip(axes[:, 0], panels, strict=True):
+        regimes = list(next(iter(rows.values())))
+        table = np.array([[error(rows[library][regime]) for regime in regimes] for library in rows])
+        ax.pcolormesh(
+            np.minimum(table, 1e300), cmap=ListedColormap(COLOURS), norm=levels, edgecolors="white", linewidth=1
+        )
+        for (i, j), x in np.ndenumerate(table):
+            ax.text(j + 0.5, i + 0.5, written(x), ha="center", va="center", fontsize=7.5)
+        ax.set_xticks(np.arange(len(regimes)) + 0.5, regimes, rotation=30, ha="right", fontsize=7.5)
+        ax.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=9)
+        ax.invert_yaxis()
+        ax.tick_params(length=0)
+        ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    figure.suptitle(
+        "Largest error in float32, in ulps of the truth, beyond what half an ulp of x - max x does to its exponential:"
+        " from 10⁷ on no digit is right",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def growth(lines: list[dict], path: pathlib.Path) -> None:
+    """Temporaries, and seconds where they were measured, against the size, for each function and direction."""
+    lines = [line for line in lines if "grown" in line or "seconds_at" in line]
+    lines = [line for line in lines if line["mode"] == GRADIENT]
+    kinds = [
+        (key, name)
+        for key, name in (("grown", "bytes of temporaries"), ("seconds_at", "seconds"))
+        if any(key in line for line in lines)
+    ]
+    panels = list(dict.fromkeys((line["function"], line["along"]) for line in lines))
+    if not panels:
+        return
+    figure, axes = pyplot.subplots(
+        len(kinds), len(panels), figsize=(3.6 * len(panels), 3.2 * len(kinds)), squeeze=False, layout="constrained"
+    )
+    libraries = list(dict.fromkeys(line["library"] for line in lines))
+    for column, (function, along) in enumerate(panels):
+        for row, (key, name) in enumerate(kinds):
+            ax = axes[row, column]
+            for line in lines:
+                if (line["function"], line["along"]) == (function, along) and key in line:
+                    slope = line["exponent" if key == "grown" else "time_exponent"]
+                    ours = line["library"] == "jce"
+                    ax.loglog(
+                        line["sizes"],
+                        np.maximum(line[key], 1e3 if key == "grown" else 0),
+                        "o-" if ours else ".--",
+                        color=f"C{libraries.index(line['library'])}",
+                        linewidth=2 if ours else 1,
+                        label=f"{line['library']} ~ size^{slope:g}",
+                    )
+            ax.set_title(function, fontsize=8)
+            ax.set_xlabel(along)
+            ax.set_ylabel(name if column == 0 else "")
+            ax.legend(fontsize=6.5)
+            ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+PICTURES = {"accuracy": accuracy, "memory": growth, "scale": growth}

@@ -1,0 +1,117 @@
+"""Lines of results: one JSON object each, with what it was measured on; read, written, and compared."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator
+
+import jax
+
+from bench.peers import version
+
+FOLDER = pathlib.Path(__file__).parent / "results"
+# What says which measurement a line is; the rest says what came out.
+IDENTITY = ("bench", "function", "library", "dtype", "quantity", "mode", "model", "along", "malloc")
+NOISE = 1.1  # two medians within this factor are the same, however close their quartiles
+
+
+def commit() -> str:
+    """Of the working tree, with a + where it is changed."""
+    try:
+        describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
+        return subprocess.run(describe, cwd=FOLDER.parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment(settings: dict) -> dict:
+    device = jax.devices()[0]
+    return {
+        "commit": commit(),
+        "device": f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "settings": settings,
+    }
+
+
+def complete(line: dict, bench: str, around: dict) -> dict:
+    """The line, with the versions and all else that it was measured on."""
+    library = line.get("library", "jce")
+    known = {} if library in ("jax", "floor") else {library: version(library)}
+    return {"bench": bench} | line | {"environment": around | known}
+
+
+def write(lines: Iterable[dict], path: pathlib.Path) -> None:
+    def finite(x):
+        if isinstance(x, dict):
+            return {k: finite(v) for k, v in x.items()}
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def read(path: pathlib.Path) -> list[dict]:
+    lines = []
+    for i, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or "bench" not in line:
+            raise ValueError(f"{path}, line {i}, isn't a line of results of python -m bench")
+        lines.append(line)
+    return lines
+
+
+def identity(line: dict) -> tuple:
+    return tuple(json.dumps(line.get(key)) for key in IDENTITY)
+
+
+def merged(old: Iterable[dict], new: Iterable[dict]) -> list[dict]:
+    """The old lines with the new in place of those of the same measurement."""
+    by_identity = {identity(line): line for line in [*old, *new]}
+    return list(by_identity.values())
+
+
+def figures(line: dict) -> dict[str, tuple[float, float, float]]:
+    """What is compared, as (lowest, middle, highest): the quartiles of time over the floor's, bytes, errors."""
+    found = {}
+    if line["bench"] == "accuracy":
+        found = {f"ulps, {regime}": [max(1.0, errors(x, "max"))] * 3 for regime, x in line["regimes"].items()}
+    if "over_floor" in line:
+        found["time / floor"] = line["over_floor"]
+    if line.get("temporaries") is not None:
+        found["temporaries"] = [line["temporaries"]] * 3
+    return found
+
+
+def errors(statistics: dict, key: str) -> float:
+    value = statistics[key]
+    return math.inf if value is None else value
+
+
+def moved(old: Iterable[dict], new: Iterable[dict]) -> Iterator[tuple[dict, str, float, float]]:
+    """What is in both and differs by more than the noise: a line, its figure's name, and the two figures.
+
+    Those whose quartiles are apart, and their middles by a tenth. Times are compared as multiples of the floor's, which
+    were measured between them.
+    """
+    before = {identity(line): figures(line) for line in old}
+    for line in new:
+        past = before.get(identity(line), {})
+        for name, (low, middle, high) in figures(line).items():
+            if name in past:
+                old_low, old_middle, old_high = past[name]
+                if (low > old_high or high < old_low) and not within(middle, old_middle, NOISE):
+                    yield line, name, old_middle, middle
+
+
+def within(a: float, b: float, factor: float) -> bool:
+    return a == b or (math.isfinite(a) and math.isfinite(b) and a <= factor * b and b <= factor * a)

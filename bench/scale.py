@@ -1,0 +1,79 @@
+"""How time and memory grow with the number of classes and of tokens, from 100 to 1,000,000, as a power of it.
+
+Value and gradient of the label loss and of the head with its loss. The exponent is fitted to the last two decades,
+where what a call costs at least no longer shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from bench.engines import GRADIENT
+from bench.memory import PAGE, exponent
+from bench.peers import JAX, LIBRARIES, TASKS, Task
+from bench.speed import interleaved, quartiles
+
+SIZES = [10**k for k in range(2, 7)]
+TOKENS, CLASSES, WIDTH = 64, 64, 64  # of what doesn't grow
+FUNCTIONS = ("cross_entropy_with_integer_labels", "linear_cross_entropy")
+DECADES = 2
+
+
+class Point(NamedTuple):
+    seconds: float
+    temporaries: int | None  # XLA's alone are known
+
+
+def points(task: Task, tokens: int, n: int, repetitions: int) -> dict[str, Point]:
+    """By library; who can't is left out."""
+    arrays = task.sample(np.random.default_rng(2026), tokens, n, WIDTH)
+    calls, wait, temporaries = {}, {}, {}
+    for name, f in task.contenders(jax.default_backend()).items():
+        engine = LIBRARIES[name][1]
+        inputs = [engine.put(x) for x in arrays]
+        try:
+            program = engine.program(f, GRADIENT, task.trained)
+        except NotImplementedError:
+            continue
+        temporaries[name] = None
+        if engine is JAX:
+            program = program.lower(*inputs).compile()
+            temporaries[name] = program.memory_analysis().temp_size_in_bytes
+        calls[name], wait[name] = lambda program=program, inputs=inputs: program(*inputs), engine.wait
+    seconds = interleaved(calls, wait, repetitions, 1e-3)
+    return {name: Point(quartiles(x)[1], temporaries[name]) for name, x in seconds.items()}
+
+
+def measure(task: Task, along: str, sizes: list[int], repetitions: int) -> list[dict]:
+    found = [
+        points(task, size if along == "tokens" else TOKENS, size if along == "classes" else CLASSES, repetitions)
+        for size in sizes
+    ]
+    lines, last = [], slice(-DECADES - 1, None)
+    for library in found[0]:
+        seconds, memory = zip(*(at[library] for at in found), strict=True)
+        line = {"function": task.label, "library": library, "mode": GRADIENT, "along": along, "sizes": sizes}
+        line |= {"seconds_at": list(seconds), "time_exponent": exponent(sizes[last], seconds[last])}
+        if None not in memory:
+            line |= {"grown": list(memory), "exponent": exponent(sizes[last], memory[last], PAGE)}
+        lines.append(line)
+    return lines
+
+
+def check(lines: list[dict]) -> None:
+    """Times depend on the machine; that there are some doesn't."""
+    assert all(min(line["seconds_at"]) > 0 for line in lines)
+
+
+def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
+    """A label of what was measured, and its lines; at first the number of them all as a label."""
+    todo = [(task, along) for task in TASKS for along in ("classes", "tokens") if task.label in FUNCTIONS]
+    todo = [(task, along) for task, along in todo if only in task.label]
+    yield str(len(todo)), []
+    for task, along in todo:
+        sizes, repetitions = (SIZES[:3], 3) if quick else (SIZES, 7)
+        yield f"{task.label}, along {along}", measure(task, along, sizes, repetitions)

@@ -1,0 +1,216 @@
+"""How long value, value and gradient, and a Hessian-vector product take, beside the peers and beside the floor.
+
+All contenders of a function, shape and mode run in turn, warm and blocked, so that what else the machine does falls on
+all of them. Each line has its quartiles in seconds, its time over the floor's and jce's time over its own, both of the
+same turn, and the seconds its compilation took. The floor is a program that reads the same arrays and writes results of
+the same size and does nothing else; of the head, its bare matrix products: 1, 3, and 7 for the Hessian-vector product.
+Where a call is short, several are made before one waits, so that an accelerator's queue is timed and not its latency.
+
+On a CPU it runs twice, in processes of their own: with the C library's allocator `pinned`, so that it keeps the memory
+it was given, and as it is by `default`, when big arrays are taken from the system at every call, page by page.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from bench.engines import GRADIENT, HVP, MODES, VALUE, fetched
+from bench.models import MODELS, Model
+from bench.peers import JAX, LIBRARIES, TASKS, Task
+
+FLOOR, EAGER = "floor", "eager call"
+PINNED = {
+    "MALLOC_MMAP_THRESHOLD_": "8000000000",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+    "MALLOC_TOP_PAD_": "0",
+}
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}  # PyTorch's threads, so that they don't spin while the next one is timed
+
+
+class Settings(NamedTuple):
+    only: str  # part of a function's name
+    models: tuple[str, ...]
+    numbers: float  # of logits
+    multiplications: float  # in one product of the head
+    repetitions: int
+    least_seconds: float  # of a timing; shorter calls are repeated in it
+
+    @classmethod
+    def of(cls, quick: bool, only: str) -> Settings:
+        on_cpu = jax.default_backend() == "cpu"
+        names = tuple(m.name for m in MODELS)
+        if quick:
+            return cls(only or "linear_cross_entropy", names[:2], 2**18, 2**26, 15, 1e-4)
+        if on_cpu:
+            return cls(only, names[:4], 2**23, 1e10, 15, 2e-3)
+        return cls(only, names, 2**28, 1e12, 15, 2e-3)
+
+
+def interleaved(
+    calls: dict[str, Callable], wait: dict[str, Callable], repetitions: int, least_seconds: float
+) -> dict[str, np.ndarray]:
+    """Seconds a call, by name, an entry a turn."""
+
+    def seconds(name: str, times: int) -> float:
+        start = time.perf_counter()
+        results = [calls[name]() for _ in range(times)] if times > 1 else calls[name]()
+        wait[name](results)
+        return (time.perf_counter() - start) / times
+
+    once = {name: min(seconds(name, 1) for _ in range(2)) for name in calls}
+    times = {name: max(1, min(1000, round(least_seconds / t))) for name, t in once.items()}
+    turns = [{name: seconds(name, times[name]) for name in calls} for _ in range(repetitions)]
+    return {name: np.array([turn[name] for turn in turns]) for name in calls}
+
+
+def quartiles(x: np.ndarray) -> list[float]:
+    return [float(f"{q:.4g}") for q in np.quantile(x, [0.25, 0.5, 0.75])]
+
+
+def floor(task: Task, mode: str) -> Callable:
+    """What no implementation can do without."""
+    if task.kind == "head":
+        return {VALUE: product, GRADIENT: three_products, HVP: seven_products}[mode]
+
+    def reads(*arrays):
+        everything = sum(x for x in arrays if x.dtype != np.int32)
+        if mode == VALUE:
+            return everything.sum(-1) if task.kernel.has_classes else everything
+        return tuple(everything + i for i, _ in enumerate(task.trained))
+
+    return reads
+
+
+def product(y, h, w):
+    return h @ w.T
+
+
+def three_products(y, h, w):
+    g = h @ w.T
+    return g @ w, g.T @ h
+
+
+def seven_products(y, h, w, dh, dw):
+    g, dg = h @ w.T, dh @ w.T + h @ dw.T
+    return dg @ w + g @ dw, dg.T @ h + g.T @ dh
+
+
+def same(a, b) -> bool:
+    """Do two results agree to 0.1 % of the largest number?"""
+    pairs = zip(jax.tree.leaves(fetched(a)), jax.tree.leaves(fetched(b)), strict=True)
+    return all(float(np.abs(x - y).max()) <= 1e-3 * float(np.abs(y).max()) for x, y in pairs)
+
+
+def measure(task: Task, model: Model, mode: str, settings: Settings) -> list[dict]:
+    tokens = model.tokens(settings.numbers, settings.multiplications if task.kind == "head" else None)
+    rng = np.random.default_rng(2026)
+    arrays = task.sample(rng, tokens, model.classes, model.width)
+    if mode == HVP:
+        arrays += [rng.standard_normal(arrays[i].shape, np.float32) for i in task.trained]
+    calls, wait, compiling, agrees, expected = {}, {}, {}, {}, None
+    placed: dict[str, list] = {}
+    for name in [*task.contenders(jax.default_backend()), FLOOR]:
+        engine = JAX if name == FLOOR else LIBRARIES[name][1]
+        if engine.name not in placed:
+            placed[engine.name] = [engine.put(x) for x in arrays]
+        inputs = placed[engine.name]
+        try:
+            if name == FLOOR:
+                program = jax.jit(floor(task, mode))
+            else:
+                program = engine.program(task.functions[name], mode, task.trained)
+            start = time.perf_counter()
+            program = program.lower(*inputs).compile() if engine is JAX else program
+            compiling[name] = time.perf_counter() - start
+            result = program(*inputs)
+        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+            if name in ("jce", FLOOR):
+                raise
+            agrees[name] = f"can't: {type(error).__name__}"
+            continue
+        expected = result if expected is None else expected
+        agrees[name] = name == FLOOR or same(result, expected)
+        calls[name], wait[name] = lambda program=program, inputs=inputs: program(*inputs), engine.wait
+    del result, expected
+    seconds = interleaved(calls, wait, settings.repetitions, settings.least_seconds)
+    lines = []
+    for name in task.contenders(jax.default_backend()):
+        line = {"function": task.label, "library": name, "mode": mode, "model": model.name}
+        line["shape"] = [tokens, *([model.width] if task.kind == "head" else []), model.classes]
+        line["agrees"] = agrees[name]
+        if name in seconds:
+            line["seconds"] = quartiles(seconds[name])
+            line["over_floor"] = quartiles(seconds[name] / seconds[FLOOR])
+            line["jce_over_it"] = quartiles(seconds["jce"] / seconds[name])
+            line["compile_seconds"] = float(f"{compiling[name]:.3g}") if LIBRARIES[name][1] is JAX else None
+        lines.append(line)
+    return lines
+
+
+def eager(task: Task, settings: Settings) -> list[dict]:
+    """A call as a user types it, without jit, on 8 × 10 numbers: what dispatch costs."""
+    arrays = task.sample(np.random.default_rng(2026), 8, 10, 16)
+    calls, wait = {}, {}
+    for name, f in task.contenders(jax.default_backend()).items():
+        engine = LIBRARIES[name][1]
+        inputs = [engine.put(x) for x in arrays]
+        calls[name], wait[name] = lambda f=f, inputs=inputs: f(*inputs), engine.wait
+    seconds = interleaved(calls, wait, settings.repetitions, settings.least_seconds)
+    return [
+        {"function": task.label, "library": name, "mode": EAGER, "seconds": quartiles(x)} for name, x in seconds.items()
+    ]
+
+
+def cases(settings: Settings) -> list[tuple[Task, Model | None, str]]:
+    tasks = [task for task in TASKS if settings.only in task.label]
+    models = [model for model in MODELS if model.name in settings.models]
+    timed = [
+        (task, model, mode)
+        for task, model, mode in itertools.product(tasks, models, MODES)
+        if task.kernel.has_classes or model in MODELS[:2]  # the size is all that matters to elementwise functions
+    ]
+    return timed + [(task, None, EAGER) for task in tasks]
+
+
+def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
+    """A label of what was measured, and its lines; at first the number of them all as a label."""
+    settings = Settings.of(quick, only)
+    kinds = {"pinned": PINNED, "default": {}} if jax.default_backend() == "cpu" else {"default": {}}
+    yield str(len(kinds) * len(cases(settings))), []
+    for malloc, variables in kinds.items():
+        command = [sys.executable, "-m", "bench.speed", json.dumps(settings)]
+        with subprocess.Popen(command, env=os.environ | QUIET | variables, stdout=subprocess.PIPE, text=True) as child:
+            for text in child.stdout:
+                label, lines = json.loads(text)
+                yield label, [line | {"malloc": malloc} for line in lines]
+        if child.returncode:
+            raise subprocess.CalledProcessError(child.returncode, command)
+
+
+def check(lines: list[dict]) -> None:
+    """Times depend on the machine; that all do the same doesn't."""
+    wrong = [(x["function"], x["library"], x["mode"]) for x in lines if x.get("agrees") is False]
+    assert not wrong, wrong
+
+
+def main() -> None:
+    """The child: a JSON pair of label and lines for each case."""
+    only, models, *rest = json.loads(sys.argv[1])
+    settings = Settings(only, tuple(models), *rest)
+    for task, model, mode in cases(settings):
+        lines = measure(task, model, mode, settings) if model else eager(task, settings)
+        print(json.dumps((f"{task.label}, {model.name + ', ' if model else ''}{mode}", lines)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

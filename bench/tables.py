@@ -1,0 +1,129 @@
+"""The results as tables for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from rich.table import Table
+
+from bench.pictures import error, written
+
+
+def table(title: str, columns: list[str], rows: Iterable[list[str]]) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def libraries(lines: list[dict]) -> list[str]:
+    return list(dict.fromkeys(line["library"] for line in lines))
+
+
+def grouped(lines: list[dict], *keys: str) -> dict[tuple, dict[str, dict]]:
+    """By these keys, and in it by library."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for line in lines:
+        groups.setdefault(tuple(line.get(key) for key in keys), {})[line["library"]] = line
+    return groups
+
+
+def accuracy(lines: list[dict]) -> Iterable[Table]:
+    names = libraries(lines)
+
+    def cell(line):
+        if line is None:
+            return "–"
+        regimes = line["regimes"].values()
+        counts = {name: sum(x.get(name, 0) for x in regimes) for name in ("nan", "wrong sign", "zero")}
+        told = "".join(f" {n} {name}" for name, n in counts.items() if n)
+        return written(max(map(error, regimes))) + told + ("" if line["agrees"] else " (disagrees)")
+
+    for dtype in dict.fromkeys(line["dtype"] for line in lines):
+        some = [line for line in lines if line["dtype"] == dtype]
+        rows = [
+            [f"{function}: {quantity}", *(cell(found.get(name)) for name in names)]
+            for (function, quantity), found in grouped(some, "function", "quantity").items()
+        ]
+        yield table(f"Largest error over all regimes, in ulps, {dtype}", ["", *names], rows)
+
+
+def speed(lines: list[dict]) -> Iterable[Table]:
+    def row(label, found):
+        ours, peers = found["jce"], {k: x for k, x in found.items() if k != "jce" and "seconds" in x}
+        cells = [
+            label,
+            f"{1e3 * ours['seconds'][1]:.3g}",
+            f"{ours['over_floor'][1]:.2f}",
+            f"{ours['compile_seconds']:.2f}",
+        ]
+        if peers:
+            best = min(peers, key=lambda name: peers[name]["seconds"][1])
+            compiling = peers[best]["compile_seconds"]
+            cells += [best, f"{peers[best]['jce_over_it'][1]:.2f}", f"{compiling:.2f}" if compiling else "–"]
+        disagree = [name for name, x in found.items() if x["agrees"] is not True]
+        told = [f"{name} {found[name]['agrees'] or 'disagrees'}" for name in disagree]
+        return cells + ["–"] * (7 - len(cells)) + [", ".join(told)]
+
+    compiled = [line for line in lines if "over_floor" in line or "shape" in line]
+    for malloc in dict.fromkeys(line["malloc"] for line in lines):
+        groups = grouped([x for x in compiled if x["malloc"] == malloc], "function", "model", "mode")
+        columns = ["", "jce, ms", "/ floor", "compile, s", "best peer", "jce / it", "compile, s", "who can't"]
+        rows = [row(", ".join(keys), found) for keys, found in groups.items()]
+        yield table(f"Time, malloc {malloc}", columns, rows)
+    eager = [x for x in lines if "shape" not in x and x["malloc"] == lines[0]["malloc"]]
+    names = libraries(eager)
+    rows = [
+        [function, *(f"{1e6 * found[name]['seconds'][1]:.0f}" if name in found else "–" for name in names)]
+        for (function,), found in grouped(eager, "function").items()
+    ]
+    yield table("An eager call on 8 × 10 numbers, µs", ["", *names], rows)
+
+
+def megabytes(x: float | None) -> str:
+    return "can't" if x is None else f"{x / 1e6:,.1f}"
+
+
+def memory(lines: list[dict]) -> Iterable[Table]:
+    names = libraries(lines)
+    at_models = grouped([line for line in lines if "temporaries" in line], "function", "model", "mode")
+    if at_models:
+        rows = [
+            [", ".join(keys), *(megabytes(found[name]["temporaries"]) if name in found else "–" for name in names)]
+            for keys, found in at_models.items()
+        ]
+        yield table("Temporaries at 8192 tokens, MB", ["", *names], rows)
+    yield from growth(lines)
+
+
+def growth(lines: list[dict]) -> Iterable[Table]:
+    names = libraries(lines)
+    for key, what in (("time_exponent", "Time"), ("exponent", "Temporaries")):
+        some = [line for line in lines if key in line]
+        rows = [
+            [
+                f"{function}, {mode}, with the {along}",
+                *(f"{found[name][key]:.2f}" if name in found else "–" for name in names),
+            ]
+            for (function, mode, along), found in grouped(some, "function", "mode", "along").items()
+        ]
+        if rows:
+            yield table(f"{what} ~ size^exponent", ["", *names], rows)
+
+
+def moved(changes: list[tuple[dict, str, float, float]]) -> Table:
+    def label(line):
+        keys = ("function", "library", "dtype", "quantity", "model", "mode", "along", "malloc")
+        return ", ".join(str(line[key]) for key in keys if line.get(key) is not None)
+
+    rows = [
+        [label(line), name, f"{old:.3g}", f"{new:.3g}", f"{new / old:.2f}" if old and math.isfinite(new / old) else "–"]
+        for line, name, old, new in changes
+    ]
+    return table("Moved beyond the noise", ["", "figure", "before", "now", "ratio"], rows)
+
+
+TABLES = {"accuracy": accuracy, "speed": speed, "memory": memory, "scale": growth}

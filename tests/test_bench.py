@@ -1,0 +1,204 @@
+"""The benchmarks: what they compare, and what they count."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import mpmath as mp
+import numpy as np
+import pytest
+
+import jce
+from bench import accuracy, memory, peers, pictures, results, scale, speed
+from bench.__main__ import main
+from bench.engines import GRADIENT, MODES, VALUE
+from bench.models import MODELS
+from bench.peers import TASKS, Task
+
+
+def task(label: str) -> Task:
+    return next(t for t in TASKS if t.label == label)
+
+
+def test_every_function_has_its_task():
+    left_out = {"check_distribution", "linear_log_probs", "sharded_linear_cross_entropy"}
+    assert {t.name for t in TASKS} == set(jce.__all__) - left_out
+
+
+@pytest.mark.parametrize("t", TASKS, ids=lambda t: t.label)
+def test_jce_and_its_peers_do_the_same(t, rng):
+    """In value, on ordinary arguments: who is in the wrong place or has its arguments swapped is found here."""
+    arrays = t.sample(rng, 8, 5, 4)
+    found = {}
+    for library, f in t.contenders().items():
+        engine = peers.LIBRARIES[library][1]
+        found[library] = engine.program(f, VALUE, t.trained)(*map(engine.put, arrays))
+    assert {"jce", "jax"} <= set(found)
+    assert all(speed.same(x, found["jce"]) for x in found.values())
+
+
+def test_a_library_that_is_not_installed_is_skipped_by_name(monkeypatch):
+    monkeypatch.setitem(peers.LIBRARIES, "optax", (None, peers.JAX))
+    assert "optax" in peers.missing()
+    assert "optax" not in task("kl_divergence").contenders()
+
+
+def test_a_gpu_has_the_libraries_that_run_on_it():
+    assert not {"torch", "scipy"} & set(task("entropy").contenders("gpu"))
+
+
+# Accuracy
+
+
+def test_errors_are_counted():
+    truths = [accuracy.Truth(row, 0, mp.mpf(x), mp.mpf(x), 0.5) for row, x in enumerate((1, 1, 2, 4, 1e-300))]
+    got = np.array([[1.0], [np.nan], [-2.0], [0.0], [5.0]], np.float32)
+    (statistics,) = accuracy.judged(["a"] * 5, truths, got, np.float32).values()
+    assert statistics["of"] == 4  # a result below the normal range is out
+    assert (statistics["nan"], statistics["wrong sign"], statistics["zero"]) == (1, 1, 1)
+    assert statistics["max"] == statistics["beyond"] == np.inf
+
+
+def test_another_function_is_said_to_disagree(monkeypatch):
+    t = task("binary_entropy")
+    monkeypatch.setitem(t.functions, "jax", lambda alpha: 1.01 * jce.binary_entropy(alpha))
+    agrees = {(x["library"], x["quantity"]): x["agrees"] for x in accuracy.measure(t, 1, np.float32)}
+    assert agrees["jce", "value"]
+    assert not agrees["jax", "value"]
+    assert not agrees["jax", "∂alpha"]
+
+
+def test_a_kernel_beyond_its_bar_is_found(monkeypatch):
+    t = task("binary_entropy")
+    monkeypatch.setitem(t.functions, "jce", lambda alpha: (1 + 1e-5) * jce.binary_entropy(alpha))
+    lines = list(accuracy.measure(t, 1, np.float32))
+    with pytest.raises(AssertionError, match="binary_entropy"):
+        accuracy.check(lines)
+
+
+# Speed
+
+
+def test_interleaved_gives_a_time_a_turn():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = speed.interleaved(calls, dict.fromkeys("ab", lambda result: None), 4, 0.0)
+    assert order[-8:] == list("abababab")
+    assert all(x.shape == (4,) and (x >= 0).all() for x in seconds.values())
+
+
+def test_the_heads_floor_is_its_products(rng):
+    """Those of the gradient, and of its derivative along a direction."""
+    h, w, dh, dw = (rng.standard_normal(s).astype(np.float32) for s in ((4, 3), (5, 3), (4, 3), (5, 3)))
+    _, expected = jax.jvp(lambda h, w: speed.three_products(None, h, w), (h, w), (dh, dw))
+    for x, e in zip(speed.seven_products(None, h, w, dh, dw), expected, strict=True):
+        np.testing.assert_allclose(x, e, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("label", ["cross_entropy_with_integer_labels", "linear_cross_entropy", "binary_kl_divergence"])
+def test_lines_of_speed(label, mode):
+    settings = speed.Settings(label, (), 2**10, 2**14, 3, 0.0)
+    lines = speed.measure(task(label), MODELS[0], mode, settings)
+    assert {"jce", "jax"} <= {line["library"] for line in lines}
+    for line in lines:
+        assert line["agrees"] is True or str(line["agrees"]).startswith("can't")
+        if "seconds" in line:
+            assert line["seconds"] == sorted(line["seconds"])
+            assert line["over_floor"][1] > 0
+
+
+# Memory and scale
+
+
+def test_exponent_of_a_power():
+    sizes = [10, 100, 1000]
+    assert memory.exponent(sizes, [3 * n**2 for n in sizes]) == 2
+    assert memory.exponent(sizes, [0, 5, 100], memory.PAGE) == 0
+
+
+def test_lines_of_growth():
+    (t,) = [t for t in TASKS if t.label == "linear_cross_entropy"]
+    lines = memory.growth(t, "tokens", [2048, 4096, 8192], (VALUE, GRADIENT))
+    memory.check(lines)
+    slopes = {(x["library"], x["mode"]): x["exponent"] for x in lines}
+    assert slopes["jax", VALUE] > 0.9
+    scale_lines = scale.measure(t, "classes", [10, 100, 1000], 3)
+    assert {"jce", "jax"} <= {x["library"] for x in scale_lines}
+
+
+# Results
+
+
+LINE = {"bench": "speed", "function": "f", "library": "jce", "mode": "value", "over_floor": [1.0, 1.1, 1.2]}
+ULPS = {"bench": "accuracy", "function": "f", "library": "jce", "regimes": {"a": {"median": 0.1, "max": 1.5}}}
+
+
+def moved(old, new):
+    return [(name, before, now) for _, name, before, now in results.moved([old], [new])]
+
+
+def test_what_moved():
+    assert moved(LINE, LINE | {"over_floor": [1.1, 1.2, 1.3]}) == []  # the quartiles overlap
+    assert moved(LINE, LINE | {"over_floor": [1.201, 1.205, 1.21]}) == []  # not a tenth
+    assert moved(LINE, LINE | {"over_floor": [1.3, 1.4, 1.5]}) == [("time / floor", 1.1, 1.4)]
+    assert moved(LINE, LINE | {"library": "other", "over_floor": [9.0] * 3}) == []
+    assert moved(ULPS, ULPS | {"regimes": {"a": {"median": 0.1, "max": None}}}) == [("ulps, a", 1.5, np.inf)]
+
+
+def test_lines_are_strict_json_and_come_back(tmp_path):
+    path = tmp_path / "x.jsonl"
+    results.write([LINE | {"infinite": np.inf}], path)
+    (line,) = path.read_text().splitlines()
+    json.loads(line, parse_constant=lambda constant: pytest.fail(constant))
+    assert results.read(path) == [LINE | {"infinite": None}]
+    assert results.merged([LINE], [LINE | {"over_floor": [2.0] * 3}]) == [LINE | {"over_floor": [2.0] * 3}]
+
+
+def test_an_environment_says_what_was_measured_on():
+    line = results.complete({"library": "optax"}, "speed", results.environment({"quick": True}))
+    assert {"commit", "device", "python", "jax", "settings", "optax"} <= set(line["environment"])
+
+
+# The command
+
+
+def test_a_run_writes_a_table_lines_and_a_picture(tmp_path, capsys):
+    arguments = ["accuracy", "--quick", "--only", "binary_kl_divergence", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    path = tmp_path / "accuracy-cpu-quick.jsonl"
+    assert "binary_kl_divergence: ∂beta" in capsys.readouterr().out
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert main([*arguments, "--compare", str(path)]) == 0
+    assert "Moved beyond the noise" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["velocity"], "BENCH must be one of accuracy, speed, memory, scale, not 'velocity'"),
+        (["--only", "softplus"], "must be part of a function's name, not 'softplus'"),
+        (["--compare", "no.jsonl"], "can't read 'no.jsonl': No such file"),
+        (["--compare", __file__], "line 1, isn't a line of results"),
+        (["--out", __file__], "can't make the folder"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_wrong_input_is_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help():
+    result = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True, check=True)
+    assert all(name in result.stdout for name in ("accuracy", "speed", "memory", "scale", "--compare"))
+
+
+def test_the_picture_has_its_panels():
+    names = {t.label for t in TASKS}
+    assert all(function in names for function, _, _ in pictures.PANELS)

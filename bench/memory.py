@@ -37,7 +37,7 @@ def temporaries(task: Task, library: str, mode: str, tokens: int, n: int, width:
 def exponent(sizes: list[int], found: list[float], least: float = 0.0) -> float:
     """The slope of log `found` over log `sizes`; what is under `least` counts as that."""
     slope, _ = np.polyfit(np.log(sizes), np.log(np.maximum(found, least)), 1)
-    return round(float(slope), 2)
+    return round(float(slope), 2) + 0.0  # not -0
 
 
 def contenders(task: Task) -> list[str]:

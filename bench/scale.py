@@ -21,6 +21,7 @@ SIZES = [10**k for k in range(2, 7)]
 TOKENS, CLASSES, WIDTH = 64, 64, 64  # of what doesn't grow
 FUNCTIONS = ("cross_entropy_with_integer_labels", "linear_cross_entropy")
 DECADES = 2
+MOST_BYTES = 2**33  # of temporaries; a program that needs more isn't run
 
 
 class Point(NamedTuple):
@@ -29,7 +30,7 @@ class Point(NamedTuple):
 
 
 def points(task: Task, tokens: int, n: int, repetitions: int) -> dict[str, Point]:
-    """By library; who can't is left out."""
+    """By library; who can't, or would need too much memory, is left out."""
     arrays = task.sample(np.random.default_rng(2026), tokens, n, WIDTH)
     calls, wait, temporaries = {}, {}, {}
     for name, f in task.contenders(jax.default_backend()).items():
@@ -43,6 +44,8 @@ def points(task: Task, tokens: int, n: int, repetitions: int) -> dict[str, Point
         if engine is JAX:
             program = program.lower(*inputs).compile()
             temporaries[name] = program.memory_analysis().temp_size_in_bytes
+            if temporaries[name] > MOST_BYTES:
+                continue
         calls[name], wait[name] = lambda program=program, inputs=inputs: program(*inputs), engine.wait
     seconds = interleaved(calls, wait, repetitions, 1e-3)
     return {name: Point(quartiles(x)[1], temporaries[name]) for name, x in seconds.items()}
@@ -55,11 +58,12 @@ def measure(task: Task, along: str, sizes: list[int], repetitions: int) -> list[
     ]
     lines, last = [], slice(-DECADES - 1, None)
     for library in found[0]:
-        seconds, memory = zip(*(at[library] for at in found), strict=True)
-        line = {"function": task.label, "library": library, "mode": GRADIENT, "along": along, "sizes": sizes}
-        line |= {"seconds_at": list(seconds), "time_exponent": exponent(sizes[last], seconds[last])}
+        could = [size for size, at in zip(sizes, found, strict=True) if library in at]
+        seconds, memory = zip(*(at[library] for at in found if library in at), strict=True)
+        line = {"function": task.label, "library": library, "mode": GRADIENT, "along": along, "sizes": could}
+        line |= {"seconds_at": list(seconds), "time_exponent": exponent(could[last], seconds[last])}
         if None not in memory:
-            line |= {"grown": list(memory), "exponent": exponent(sizes[last], memory[last], PAGE)}
+            line |= {"grown": list(memory), "exponent": exponent(could[last], memory[last], PAGE)}
         lines.append(line)
     return lines
 

@@ -64,8 +64,7 @@ def speed(lines: list[dict]) -> Iterable[Table]:
             best = min(peers, key=lambda name: peers[name]["seconds"][1])
             compiling = peers[best]["compile_seconds"]
             cells += [best, f"{peers[best]['jce_over_it'][1]:.2f}", f"{compiling:.2f}" if compiling else "–"]
-        disagree = [name for name, x in found.items() if x["agrees"] is not True]
-        told = [f"{name} {found[name]['agrees'] or 'disagrees'}" for name in disagree]
+        told = [f"{name} {x['agrees'] or 'disagrees'}" for name, x in found.items() if x["agrees"] is not True]
         return cells + ["–"] * (7 - len(cells)) + [", ".join(told)]
 
     compiled = [line for line in lines if "over_floor" in line or "shape" in line]

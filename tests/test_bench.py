@@ -1,4 +1,4 @@
-"""The benchmarks: what they compare, and what they count."""
+"""The benchmarks: what they compare, what they count, and that the README's figures are theirs."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jce
-from bench import accuracy, memory, peers, pictures, results, scale, speed
+from bench import accuracy, memory, peers, pictures, readme, results, scale, speed
 from bench.__main__ import main
 from bench.engines import GRADIENT, MODES, VALUE
 from bench.models import MODELS
@@ -197,6 +197,15 @@ def test_wrong_input_is_one_line(argv, message, capsys):
 def test_help():
     result = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True, check=True)
     assert all(name in result.stdout for name in ("accuracy", "speed", "memory", "scale", "--compare"))
+
+
+# The README
+
+
+def test_the_readmes_figures_are_those_of_the_results():
+    text = readme.README.read_text(encoding="utf-8")
+    assert set(readme.TABLES) == {name for _, name, _ in readme.BLOCK.findall(text)}
+    assert readme.rendered(text) == text, "run python -m bench.readme"
 
 
 def test_the_picture_has_its_panels():

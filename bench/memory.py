@@ -96,10 +96,11 @@ def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
     grown = [task for task in tasks if task.name in GROWN]
     if quick:
         tasks, grown = [], grown[-1:]
-    modes, sizes = ((VALUE, GRADIENT), SIZES[:3]) if quick else (MODES, SIZES)
-    yield str(len(tasks) + 2 * len(grown)), []
+    modes, sizes = ((VALUE, GRADIENT), SIZES[:3:2]) if quick else (MODES, SIZES)
+    ways = ("tokens",) if quick else ("tokens", "classes")
+    yield str(len(tasks) + len(ways) * len(grown)), []
     for task in tasks:
         yield task.label, at_models(task, MODELS, modes)
     for task in grown:
-        for along in ("tokens", "classes"):
+        for along in ways:
             yield f"{task.label}, along {along}", growth(task, along, sizes, modes)

@@ -48,8 +48,12 @@ def _bind(c, t, zero):
 
 
 def _multiply_and_select(c, t, *, zero):
-    zeros = {"t": lambda: t == 0, "either": lambda: (c == 0) | (t == 0)}
-    return jnp.where(zeros[zero](), jnp.zeros_like(t), c * t) if zero in zeros else c * t
+    if zero == "neither":
+        return c * t
+    if zero == "neither, batched":
+        return jnp.maximum(c * t, jnp.finfo(t.dtype).min)
+    is_zero = t == 0 if zero == "t" else (c == 0) | (t == 0)
+    return jnp.where(is_zero, jnp.zeros_like(t), c * t)
 
 
 def _batch(args, axes, *, zero):
@@ -58,6 +62,10 @@ def _batch(args, axes, *, zero):
         jnp.broadcast_to(x[None], (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(args, axes, strict=True)
     )
+    if zero == "neither" and None in axes:
+        # From x - (c * x).sum(-1, keepdims=True) with a c that is the same for the whole batch, XLA of jaxlib 0.10.2
+        # makes a wrong dot product on a CPU. A maximum, which changes only -∞, keeps it from that.
+        zero = "neither, batched"
     return _mul0_p.bind(c, t, zero=zero), 0
 
 

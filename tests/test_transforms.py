@@ -84,6 +84,19 @@ def test_hessians_of_all_nestings_agree(kernel, rng):
 
 
 @each_kernel
+def test_a_batch_of_hessian_vector_products(kernel, rng):
+    """Each is that of its direction alone, in a batch so large that XLA makes matrix products of it."""
+    arguments = tuple(easy(kernel, rng, (256, 50)))
+
+    def product(direction):
+        return jax.jvp(gradient(kernel), arguments, (direction,) * len(arguments))[1]
+
+    directions = rng.standard_normal((64, 256, 50)).astype(np.float32)
+    together, alone = jax.jit(lambda v: (jax.vmap(product)(v), jax.lax.map(product, v)))(directions)
+    close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@each_kernel
 def test_export(kernel, rng):
     """Serialised and read back, with its gradient."""
     arguments = easy(kernel, rng, (4, 5))

@@ -215,7 +215,8 @@ def kl_divergence_with_logits(
         an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU. Logits may be
+      as low as the lowest float, but not above an eighth of the largest, 4e37 in float32: their differences overflow.
 
     Example:
       >>> print(jce.kl_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
@@ -250,7 +251,8 @@ def _weighted_excess(x, y, classes):
     p, log_p_q = softmax(x, classes), -_log_q_over_p(x, y, classes)
     impossible = log_p_q == jnp.inf
     infinite = classes.column(_kl_of_softmax(x, y, classes)) == jnp.inf
-    excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), log_p_q), x, classes)
+    scale = 2.0 ** -classes.count(x).bit_length()  # that no sum over classes leaves the float range
+    excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, classes) / scale
     excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)
     return mul0(excess, p)
 
@@ -301,7 +303,9 @@ def _difference(x, y, m, n, classes, k):
 
     k < 1 differs between the calls, as their m and n do: a constant that two passes share is stored N × n times too.
     """
-    lowest = jnp.finfo(x.dtype).min * k
-    x, finite_y = jnp.maximum(x, lowest), jnp.maximum(y, lowest)
+    least = jnp.finfo(x.dtype).min
+    # Logits far below the maximum, of probability 0.
+    low_x, low_y = (classes.column(jnp.maximum(maximum + k * least, least)) for maximum in (m, n))
+    x, finite_y = jnp.maximum(x, low_x), jnp.maximum(y, low_y)
     n_m, lost = _two_sum(n, -m)
     return ((y - x) - classes.column(n_m)) + (_two_sum(finite_y, -x)[1] - classes.column(lost))

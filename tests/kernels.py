@@ -19,6 +19,7 @@ import jce
 INF, NAN = np.inf, np.nan
 LOG2 = float(np.log(2.0))
 TINY = 2.0**-126  # the smallest normal float32
+LOWEST = float(np.finfo(np.float32).min)  # which many write for -∞
 
 
 # Samplers
@@ -193,7 +194,7 @@ class Corner:
     second_order: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity
 class Kernel:
     """A public function, its formula in mpmath, where to try it, and how close it must come.
 
@@ -665,6 +666,15 @@ TABLE = [
             Corner(([0.0] * 4, [5.0] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
             Corner(([0.0, 0.0, -INF, -INF], [0.0] * 4), LOG2, ([0.0] * 4, [-0.25, -0.25, 0.25, 0.25])),
             Corner(([1.0, -INF, -INF, -INF], [1.0, -INF, -INF, -INF]), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([LOWEST] * 4, [LOWEST] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([LOWEST] * 4, [0.0] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([0.0] * 4, [LOWEST] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(
+                ([0.0] * 4, [0.0, 0.0, LOWEST, LOWEST]),
+                -LOWEST / 2,
+                ([LOWEST / 8, LOWEST / 8, -LOWEST / 8, -LOWEST / 8], [0.25, 0.25, -0.25, -0.25]),
+                False,
+            ),
             Corner(
                 ([0.0, 0.0, -INF, -INF], [0.0, -INF, 0.0, -INF]),
                 INF,

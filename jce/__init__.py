@@ -1,9 +1,39 @@
 """Entropy, cross-entropy and KL divergence of discrete distributions, in nats, exact at every corner.
 
-    H(p) = Σ pᵢ log 1/pᵢ        H(p, q) = Σ pᵢ log 1/qᵢ        KL(p‖q) = Σ pᵢ log pᵢ/qᵢ = H(p, q) - H(p) ≥ 0
+Of distributions p and q on n outcomes, 0 ≤ pᵢ, qᵢ ≤ 1 and Σ pᵢ = Σ qᵢ = 1, where p is the target and q the model:
 
-Pure, jitted functions of arrays, each with its closed-form derivative as a `custom_jvp` rule: they work under `jit`,
-`vmap`, `grad`, `jvp` and every nesting of them, to any order. The target comes first, the model second: H(p, q).
+    entropy         H(p) = Σ pᵢ log 1/pᵢ
+    cross-entropy   H(p, q) = Σ pᵢ log 1/qᵢ
+    KL divergence   KL(p‖q) = Σ pᵢ log pᵢ/qᵢ = H(p, q) - H(p) ≥ 0, and 0 only at q = p
+
+So H(p, q) ≥ H(p) ≥ 0. Neither H(p, q) nor KL(p‖q) is symmetric. Over q both have the same minimizer, q = p, since they
+differ by H(p), in which there is no q; and the same gradient,
+
+    ∂H(p, q)/∂qᵢ = -pᵢ/qᵢ          of q = softmax(x):  ∂H/∂xᵢ = qᵢ - pᵢ
+
+With two outcomes, p = {α, 1-α} and q = {β, 1-β}:
+
+    H(p, q) = α log 1/β + (1-α) log 1/(1-β)
+    ∂H/∂β = (β-α)/(β(1-β))         of β = σ(x):  ∂H/∂x = β - α
+
+Zeros are limits from inside: 0 log 0 = 0; what p excludes costs nothing, whatever q is; what q excludes and p doesn't
+costs +∞; and an infinite derivative times an exact 0 is 0. Each docstring says what is where.
+
+Names are <quantity>[_with_<form>]: `cross_entropy(p, q)` of probabilities, `cross_entropy_with_logits(p, logits)` of
+the model's logits (or log-probabilities), `cross_entropy_with_integer_labels(labels, logits)` of one-hot targets;
+`binary_...` of one probability or logit, elementwise; `linear_...` of the hidden states before a head of many classes,
+whose logits are never there all at once. The target comes first and the model second, as in H(p, q). Use the forms with
+logits where probabilities would come from a softmax or a sigmoid: an underflow to 0 can't be undone.
+
+All are pure, jitted functions of arrays, each with its closed-form derivative as a `custom_jvp` rule: they work under
+`jit`, `vmap`, `grad`, `jvp` and every nesting of them, to any order.
+
+>>> import jax, jax.numpy as jnp, jce
+>>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])
+>>> print(jce.cross_entropy(p, q), jce.kl_divergence(p, q) + jce.entropy(p))
+1.0397208 1.0397208
+>>> print(jax.grad(jce.cross_entropy, 1)(p, q))
+[-2. -1. -0.]
 """
 
 from importlib.metadata import version as _version

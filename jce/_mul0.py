@@ -11,12 +11,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import Primitive
-from jax.extend.core.primitives import mul_p
 from jax.interpreters import ad, batching, mlir
+from jax.lax import mul_p
 
 from jce._classes import varying_alike
 
+Primitive = type(mul_p)  # `jax.extend.core.Primitive`, without the import of Pallas that comes with it
 _mul0_p = Primitive("mul0")
 
 

@@ -1,0 +1,140 @@
+"""What a docstring states as mathematics, read as such, is what the table's oracle computes: value and derivatives."""
+
+import inspect
+import re
+
+import mpmath as mp
+import pytest
+
+from tests.kernels import HEADS, SMOOTHING, TABLE, easy, label, sigmoid, softmax
+from tests.oracle import entries, partial, to_mp
+
+LETTERS = {"alpha": "α", "beta": "β", "logits": "x", "alpha_logits": "x", "beta_logits": "y"}
+TOKEN = re.compile(r"\s+|\d+|Σ[ᵢp]|(?:p_logits|q_logits|log|KL|[a-zα-ωH])(?:_y|ᵢ)?|\[i = y\]|.")
+
+
+class Formula:
+    """A formula of the docstrings as a Python expression: juxtaposition multiplies, log takes the quotient behind it.
+
+    Without a space between them, as in α(1-β), factors bind tighter than a quotient does, and with one looser.
+    """
+
+    def __init__(self, text: str):
+        self.tokens = [t for t in TOKEN.findall(re.sub(r" ([-+]) ", r"\1", text.strip())) if t]
+        self.python = self.sum()
+        assert not self.tokens, f"{text!r}: can't read {''.join(self.tokens)!r}"
+
+    def next_is(self, *tokens: str) -> bool:
+        return bool(self.tokens) and self.tokens[0] in tokens
+
+    def sum(self) -> str:
+        terms = self.tokens.pop(0) if self.next_is("-") else ""
+        terms += self.term()
+        while self.next_is("+", "-"):
+            terms += self.tokens.pop(0) + self.term()
+        return terms
+
+    def term(self) -> str:
+        factors = [self.factor()]
+        while self.next_is(" "):
+            self.tokens.pop(0)
+            factors.append(self.factor())
+        return " * ".join(factors)
+
+    def factor(self) -> str:
+        if self.next_is("Σᵢ"):
+            del self.tokens[:2]
+            return f"sum({self.term()} for i in range(n))"
+        if self.next_is("log"):
+            del self.tokens[:2]
+            return f"log({self.quotient()})"
+        return self.quotient()
+
+    def quotient(self) -> str:
+        product = self.product()
+        while self.next_is("/"):
+            self.tokens.pop(0)
+            product += f" / {self.product()}"
+        return product
+
+    def product(self) -> str:
+        atoms = [self.atom()]
+        while self.tokens and not self.next_is(" ", "/", "+", "-", ")"):
+            atoms.append(self.atom())
+        return f"({' * '.join(atoms)})"
+
+    def atom(self) -> str:
+        token = self.tokens.pop(0)
+        if token in ("(", "σ"):
+            if token == "σ":
+                self.tokens.pop(0)
+            inside = self.sum()
+            assert self.tokens.pop(0) == ")"
+            return f"{'sigmoid' if token == 'σ' else ''}({inside})"
+        return {"Σp": "sum(p)", "[i = y]": "(i == y)"}.get(token, token.replace("ᵢ", "[i]").replace("q_y", "q[y]"))
+
+
+def values(kernel, row) -> dict:
+    """The letters of a docstring: arguments, and what it says that a softmax or a sigmoid of them is."""
+    named = dict(zip(kernel.arguments, row, strict=True))
+    letters = {LETTERS.get(name, name): x for name, x in named.items()}
+    for letter, link, argument in re.findall(r"(\w) = (softmax|σ)\((\w+)\)", summary(kernel)):
+        logits = named.get(argument, row[-1])  # in the head's functions x, the logits
+        letters[letter] = softmax(logits) if link == "softmax" else sigmoid(logits)
+    smoothing = mp.mpf(SMOOTHING if kernel.note else 0)
+    return {"log": mp.log, "sigmoid": sigmoid, "n": len(row[0]) if kernel.has_classes else 1, "ε": smoothing} | {
+        "y": 0,
+        "ζ": 0,
+        **letters,
+    }
+
+
+def summary(kernel) -> str:
+    return inspect.getdoc(kernel.function).splitlines()[0]
+
+
+def definition(kernel) -> tuple[str | None, str]:
+    """Of "H(p, q) = Σᵢ …, in nats" H and the formula; of "log 1/q_y at …" no name."""
+    name, text = re.match(r"(?:(H|KL)\(.*?\) = )?(.*?)(?:, in nats| at | of )", summary(kernel)).groups()
+    return name, Formula(text).python
+
+
+def close(a, b) -> bool:
+    return abs(a - b) <= 1e-30 * (1 + abs(b))
+
+
+one_formula = pytest.mark.parametrize(
+    "kernel",
+    [kernel for kernel in TABLE + HEADS if kernel.name not in ("linear_log_probs", "linear_cross_entropy")],
+    ids=label,
+)
+
+
+@one_formula
+def test_value(kernel, rng):
+    row = to_mp([x[0] if kernel.has_classes else x[0, 0] for x in easy(kernel, rng, (1, 5))])
+    _, formula = definition(kernel)
+    with mp.workprec(450):
+        if kernel.note:  # label smoothing is the second sentence's
+            (formula,) = re.findall(r"the loss is\s+(.*?)\. No", inspect.getdoc(kernel.function))
+            formula = Formula(formula).python
+        assert close(eval(formula, values(kernel, row)), kernel.formula(*row)), formula
+
+
+@one_formula
+def test_derivatives(kernel, rng):
+    row = to_mp([x[0] if kernel.has_classes else x[0, 0] for x in easy(kernel, rng, (1, 5))])
+    text = re.search(r"Derivative:\n(.*?)\n\n", inspect.getdoc(kernel.function), re.DOTALL).group(1)
+    found = re.findall(r"[∂d]\w*/[∂d](\S+) = (.+?)(?:, (?=[∂d]|each|in |with)|;)", " ".join(text.split()))
+    assert len(found) == len(kernel.arguments)
+    name, _ = definition(kernel)
+    with mp.workprec(450):
+        letters = values(kernel, row)
+        letters |= {name: kernel.formula(*row)} if name else {}
+        symbols = [LETTERS.get(argument, argument) for argument in kernel.arguments]
+        for symbol, expression in found:
+            argument = symbols.index(symbol.removesuffix("ᵢ"))
+            for a, i, x in entries(row):
+                if a == argument:
+                    got = eval(Formula(expression).python, {**letters, "i": i})
+                    assert close(got, partial(kernel.formula, row, (a, i, x))), expression

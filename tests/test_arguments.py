@@ -119,6 +119,7 @@ def complains(error, function, *arguments, wants, got, do, **options):
         function(*arguments, **options)
     for text in (wants, got, do):
         assert text in str(info.value), str(info.value)
+    assert function.__name__ in [entry.name for entry in info.traceback]
     with pytest.raises(error):
         jax.eval_shape(lambda *x: function(*x, **options), *arguments)
 

@@ -98,13 +98,20 @@ def test_a_batch_of_hessian_vector_products(kernel, rng):
 
 @each_kernel
 def test_export(kernel, rng):
-    """Serialised and read back, with its gradient."""
-    arguments = easy(kernel, rng, (4, 5))
-    exported = jax.export.export(jax.jit(kernel.function))(*arguments).serialize(vjp_order=1)
+    """Serialised and read back, with its gradient and a Hessian-vector product, and with all digits of a tail."""
+    by_regime = kernel.sample(rng, (4, 5), np.float32).values()
+    arguments = tuple(np.concatenate(x) for x in zip(*by_regime, strict=True))
+    exported = jax.export.export(jax.jit(kernel.function))(*arguments).serialize(vjp_order=2)
     restored = jax.export.deserialize(exported)
-    close(restored.call(*arguments), kernel.function(*arguments))
+    pull = restored.vjp()
     cotangent = np.ones(restored.out_avals[0].shape, np.float32)
-    close(tuple(restored.vjp().call(*arguments, cotangent)), gradient(kernel)(*arguments))
+    values, gradients = restored.call(*arguments), pull.call(*arguments, cotangent)
+    same = functools.partial(close, rtol=1e-6, atol=0)
+    same(values, kernel.function(*arguments))
+    same(tuple(gradients), gradient(kernel)(*arguments))
+    products = pull.vjp().call(*arguments, cotangent, *arguments)
+    expected = jax.jit(lambda *x: jax.vjp(gradient(kernel), *x)[1](x))(*arguments)
+    close(tuple(products[: len(arguments)]), expected, rtol=1e-5)
 
 
 @each_kernel

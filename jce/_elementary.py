@@ -54,8 +54,9 @@ def atanh_tail(v):
 
 def log1p_unit(e: Array) -> Array:
     """log(1 + e) for 0 ≤ e ≤ 1, as 2 atanh e/(2 + e). XLA's log1p is slower on a CPU. Not differentiable."""
-    v = e / (2 + e)
-    return 2 * v * (1 + v * v * atanh_tail(v))
+    w = 2 * e / (2 + e)  # not e / (2 + e), which is subnormal at the smallest e
+    v = w / 2
+    return w * (1 + v * v * atanh_tail(v))
 
 
 def log_complement(b):

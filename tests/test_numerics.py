@@ -10,7 +10,7 @@ import pytest
 
 from jce._calculus import ratio
 from jce._classes import Classes
-from jce._elementary import ATANH_TAIL, log_complement
+from jce._elementary import ATANH_TAIL, log1p_unit, log_complement
 from jce._kl_divergence import _sum_of_differences
 from jce._mul0 import mul0
 
@@ -36,6 +36,17 @@ def test_sum_of_differences_is_exact(near, rng):
         exact = [mp.fsum(map(mp.mpf, (*map(float, a), *map(float, -b)))) for a, b in zip(p, q, strict=True)]
         got = jax.jit(lambda p, q: _sum_of_differences(p, q, Classes(-1)))(p, q)
         np.testing.assert_allclose(got, np.array(exact, float), rtol=1.2e-7, atol=0 if near else 2**-45)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_log1p_unit(dtype, rng):
+    """Down to the smallest normal number, of which nothing is flushed."""
+    smallest = np.finfo(dtype).tiny * np.array([1, 1.25, 1.75, 2])
+    e = np.concatenate([smallest, rng.random(500), 10 ** rng.uniform(-37, 0, 500), [0, 1]]).astype(dtype)
+    with jax.enable_x64(dtype == np.float64), mp.workprec(200):
+        got = jax.jit(log1p_unit)(e)
+        exact = [mp.log1p(mp.mpf(float(v))) for v in e]
+    np.testing.assert_allclose(got, np.array(exact, float), rtol=2 * np.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -788,6 +788,7 @@ def total(kernel: Kernel) -> Callable:
     return lambda *arguments: kernel.function(*arguments).sum()
 
 
+@functools.cache
 def gradient(kernel: Kernel) -> Callable:
-    """The gradient in every argument, as a tuple."""
-    return jax.grad(total(kernel), tuple(range(len(kernel.arguments))))
+    """The gradient in every argument, as a tuple; compiled as one."""
+    return jax.jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))

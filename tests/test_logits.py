@@ -219,7 +219,7 @@ def test_no_temporary_of_the_logits_size(function, shape):
 @each_with_classes
 def test_nothing_of_classes_times_classes(kernel):
     arguments = [jax.ShapeDtypeStruct((3000,), np.float32)] * len(kernel.arguments)
-    program = jax.jit(gradient(kernel)).lower(*arguments).compile()
+    program = gradient(kernel).lower(*arguments).compile()
     assert program.memory_analysis().temp_size_in_bytes < 3000 * 100
 
 

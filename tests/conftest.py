@@ -4,12 +4,25 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Of tests/test_fuzz.py, whose examples take a batch each, and a program to compile now and then.
+for profile, examples in (("short", 12), ("long", 500)):
+    hypothesis.settings.register_profile(profile, max_examples=examples, deadline=None, database=None)
+hypothesis.settings.load_profile("short")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    terminalreporter.write_line(
+        f"hypothesis: profile {hypothesis.settings.get_current_profile_name()}, seed {config.option.hypothesis_seed}"
+    )
 
 
 @pytest.fixture

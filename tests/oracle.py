@@ -54,7 +54,7 @@ def second_partial(formula, row, a, b):
 
 def enough_bits_for(change):
     """The precision at which what a change of this size does to a value near 1 is right to the usual precision."""
-    return mp.workprec(mp.mp.prec - mp.mag(change))
+    return mp.workprec(mp.mp.prec + max(0, -mp.mag(change)))
 
 
 def distributions(kernel: Kernel, *arrays) -> list[tuple]:
@@ -73,9 +73,10 @@ def conditioning(kernel: Kernel, row, dtype, j: int | None = None) -> float:
     for x, domain in zip(row, kernel.domains, strict=True):
         if domain == LOGIT and kernel.has_classes:
             ordered = sorted(x)
-            depths = [ordered[-1] - ordered[-2]] + ([] if j is None else [ordered[-1] - x[j]])
+            depths = [ordered[-1] - y for y in ordered[-2:-1] + ([] if j is None else [x[j]])]
             lost = sum(spacing(float(d), dtype) for d in depths if d and mp.isfinite(d))
-            worst = max(worst, lost / np.finfo(dtype).eps)
+            with np.errstate(over="ignore"):
+                worst = max(worst, lost / np.finfo(dtype).eps)
     return worst
 
 

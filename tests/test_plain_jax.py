@@ -55,3 +55,25 @@ def test_kl_of_near_distributions_is_noise(rng):
     assert (plain < 0).any()
     assert np.median(np.abs(plain - exact) / exact) > 0.9
     np.testing.assert_allclose(jce.generalized_kl_divergence(p, q), exact, rtol=1e-5)
+
+
+def test_a_scan_loses_rules_in_second_derivatives():
+    """Up to JAX 0.11, where the inner derivative is in reverse mode and the scan's body isn't checkpointed."""
+
+    @jax.custom_jvp
+    def seven(x):
+        return 0 * x
+
+    seven.defjvp(lambda x, t: (seven(*x), 7 * t[0]))
+
+    @jax.custom_jvp
+    def function(x):
+        return x
+
+    function.defjvp(lambda x, t: (function(*x), seven(*x) * t[0]))
+
+    def second_derivative(body):
+        return jax.grad(lambda x: jax.grad(lambda x: jax.lax.map(body, x).sum())(x).sum())(np.ones(1, np.float32))
+
+    assert second_derivative(function) == (7 if jax.__version_info__ >= (0, 12) else 0)
+    assert second_derivative(jax.checkpoint(function)) == 7

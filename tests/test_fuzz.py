@@ -1,0 +1,282 @@
+"""Numbers of every binary exponent, under transformations chosen at random: what must hold of any of them.
+
+Each row of a batch is an example. By `pytest tests/test_fuzz.py --hypothesis-profile=long` there are over 100,000, in
+some tens of minutes; the seed, printed at the end, is another by `--hypothesis-seed=$RANDOM`.
+"""
+
+import functools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import mpmath as mp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
+
+import jce
+from tests.kernels import INF, LOGIT, Kernel, each_function
+from tests.oracle import BITS, conditioning, interior, partial, to_mp, ulps
+
+BATCH = 16
+# Classes, the axis that holds them, dtype, with a mask or without: few, since each is a program to compile. Of them the
+# short profile takes two.
+VARIANTS = [
+    (4, 0, "float32", True),
+    (7, -1, "float32", False),
+    (4, -1, "float64", True),
+    (7, 0, "float64", False),
+    (1, -1, "float32", True),
+    (4, 0, "bfloat16", True),
+    (7, -1, "float16", False),
+]
+
+
+def short() -> bool:
+    return settings.default.max_examples < 100
+
+
+# Numbers
+
+
+def numbers(low: float, high: float, dtype: str) -> st.SearchStrategy[float]:
+    """From low to high: near 1, of every binary exponent, subnormal ones too, and the ends and zeros of the domain."""
+    info = jnp.finfo(dtype)
+    # The lowest number stands for -∞ in masks, and its difference from the largest logit mustn't overflow.
+    least, most = max(low, float(info.min)), min(high, float(info.max) * (float(info.eps) / 8 if low < 0 else 1))
+
+    def power(mantissa, exponent, sign):
+        return float(np.clip(sign * mantissa * 2.0**exponent, least, most))
+
+    exponents = st.integers(int(info.minexp) - int(info.nmant), int(info.maxexp) - 1)
+    signs = st.sampled_from([1, -1] if low < 0 else [1])
+    ends = [0.0, -0.0, float(info.tiny), 1.0, 1 - float(info.epsneg), least, most, low]
+    return st.one_of(
+        st.floats(-90, 90) if low < 0 else st.floats(0, 1),
+        st.builds(power, st.floats(1, 2), exponents, signs),
+        st.sampled_from([*ends, 20.0, 20.0] if low < 0 else ends),
+    )
+
+
+@functools.cache
+def batches(kernel: Kernel, classes: int, dtype: str, strange: bool) -> st.SearchStrategy:
+    """An array an argument, of its domain, but for NaN and ±∞ where they may be strange."""
+
+    def array(domain):
+        # A probability is at most 1. That weights may have any size is tested on the generalised form.
+        low, high = domain if domain == LOGIT or kernel.function is jce.generalized_kl_divergence else (0, 1)
+        elements = numbers(low, high, dtype)
+        rounded = arrays(np.float64, (BATCH, classes), elements=elements | strangers if strange else elements)
+        return rounded.map(lambda x: cast(x, dtype))
+
+    strangers = st.sampled_from([np.nan, INF, -INF])
+    return st.tuples(*map(array, kernel.domains))
+
+
+def cast(x: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return x.astype(jnp.dtype(dtype))
+
+
+# Programs
+
+
+@functools.cache
+def program(kernel: Kernel, axis: int, masked: bool):
+    """Of rows of classes and masks: value and gradient of the batch, and of each row value, gradient and Jacobian."""
+    positions = tuple(range(1, 1 + len(kernel.arguments)))
+
+    def function(mask, *x):
+        if not kernel.has_classes:
+            return kernel.function(*x)
+        where = {"where": jnp.moveaxis(mask, -1, axis)} if masked else {}
+        return kernel.function(*(jnp.moveaxis(y, -1, axis) for y in x), axis=axis, **where)
+
+    def total(*row):
+        return function(*row).sum()
+
+    def each(row):
+        return function(*row), jax.grad(total, positions)(*row), jax.jacfwd(total, positions)(*row)
+
+    @jax.jit
+    def run(mask, x):
+        return function(mask, *x), jax.grad(total, positions)(mask, *x), jax.lax.map(each, (mask, *x))
+
+    return run
+
+
+# Laws
+
+
+def alike(got, expected, dtype, *x, scale=0) -> None:
+    """To some ulps of the scale or of the row's largest number; NaN and infinities in the same places."""
+    got, expected = (np.asarray(y, np.float64).reshape(BATCH, -1) for y in (got, expected))
+    finite = np.isfinite(expected)
+    largest = np.abs(np.where(finite, expected, 0)).max(1, keepdims=True, initial=scale)
+    tolerance = 16 * float(jnp.finfo(dtype).eps) * largest + float(jnp.finfo(dtype).tiny)
+    with np.errstate(invalid="ignore"):
+        close = np.where(finite, np.abs(got - expected) <= tolerance, got == expected)
+    wrong = ~(close | (np.isnan(got) & np.isnan(expected))).all(1)
+    i = wrong.argmax()
+    assert not wrong.any(), f"got {got[i]}, expected {expected[i]}, of {[y[i] for y in x]}"
+
+
+def impossible(kernel: Kernel, x, mask) -> np.ndarray:
+    """Rows of logits that are all -∞, but for rows of which nothing is kept."""
+    logits = [y for y, domain in zip(x, kernel.domains, strict=True) if domain == LOGIT and kernel.has_classes]
+    return np.any([~(np.isfinite(y) & mask).any(1) & mask.any(1) for y in logits] or [np.zeros(BATCH, bool)], axis=0)
+
+
+def judge(kernel: Kernel, x, mask, value, gradient, dtype) -> None:
+    """The formula's value of each row, and its derivatives in the first."""
+    for i in range(BATCH):
+        for k in [...] if kernel.has_classes else range(mask.shape[1]):
+            row = [y[i][mask[i]] if kernel.has_classes else y[i, k] for y in x]
+            if not ordinary(kernel, row, mask[i], dtype):
+                continue
+            with mp.workprec(BITS[dtype.type]):
+                exact_row = to_mp(row)
+                exact = kernel.formula(*exact_row)
+                scale = kernel.value_scale(*exact_row) if kernel.value_scale else exact
+                bar = kernel.value_bar + conditioning(kernel, exact_row, dtype)
+                within(value[i] if kernel.has_classes else value[i, k], exact, scale, bar, dtype, row)
+                if i:
+                    continue
+                scales = [scale and scale(*exact_row) for scale in kernel.gradient_scale]
+                for a, j, z in interior(kernel, exact_row):
+                    exact = partial(kernel.formula, exact_row, (a, j, z))
+                    got = gradient[a][i][mask[i]][j] if kernel.has_classes else gradient[a][i, k]
+                    bar = kernel.gradient_bar[a] + conditioning(kernel, exact_row, dtype, j)
+                    within(got, exact, scales[a][j] if scales[a] else exact, bar, dtype, kernel.arguments[a], row)
+
+
+def ordinary(kernel: Kernel, row, mask, dtype) -> bool:
+    """A row that the formula is for, of numbers that are 0 or normal."""
+    if kernel.function.__name__ == "cross_entropy_with_integer_labels" and not mask[0]:
+        return False
+    tiny = np.finfo(dtype).tiny
+    return all(np.size(y) and not ((np.abs(y) > 0) & (np.abs(y) < tiny)).any() for y in row)
+
+
+def within(got, exact, scale, bar, dtype, *where) -> None:
+    # Of results far below 1 a subnormal part may be missing, and a formula that is infinite has no difference quotient.
+    if 128 * np.finfo(dtype).tiny <= abs(scale) <= np.finfo(dtype).max and not mp.isnan(exact):
+        error = ulps(got, exact, scale, dtype)
+        assert error <= bar, f"{error:.3g} ulp, bar {bar}: got {got}, exact {mp.nstr(exact, 9)}, at {where}"
+
+
+@each_function
+@given(data=st.data())
+def test_laws(kernel, data):
+    n, axis, dtype, masked = data.draw(st.sampled_from(VARIANTS[:2] if short() else VARIANTS))
+    strange = data.draw(st.booleans())
+    x = data.draw(batches(kernel, n, dtype, strange))
+    mask = data.draw(arrays(bool, (BATCH, n))) if masked and kernel.has_classes else np.ones((BATCH, n), bool)
+    with jax.enable_x64(dtype == "float64"):
+        value, gradient, by_row = jax.tree.map(np.asarray, program(kernel, axis, masked)(mask, x))
+    # A batch is a loop, and forward mode reverse mode.
+    alike(by_row[0], value, value.dtype, *x, mask, scale=n if kernel.value_scale else 0)
+    for g, reverse, forward in zip(gradient, *by_row[1:], strict=True):
+        alike(reverse, g, dtype, *x, mask)
+        alike(cast(forward, dtype), g, dtype, *x, mask)  # a tangent's dtype is the loss's
+    # What takes no part has a derivative of 0, whatever it holds.
+    if kernel.has_classes:
+        for g in gradient:
+            np.testing.assert_array_equal(g[~mask], np.zeros_like(g[~mask]))
+    if strange:
+        return
+    assert not (kernel.never_negative and (value < 0).any())
+    x = [np.asarray(y, value.dtype) for y in x]
+    # A loss is NaN where the logits are of no distribution, and a gradient where the loss is.
+    lost = np.isnan(value)
+    np.testing.assert_array_equal(
+        lost, np.broadcast_to(impossible(kernel, x, mask).reshape(-1, *[1] * (lost.ndim - 1)), lost.shape)
+    )
+    in_gradient = np.any([np.isnan(g.astype(np.float64)) for g in gradient], axis=0)
+    np.testing.assert_array_equal(in_gradient.any(1) if kernel.has_classes else in_gradient, lost)
+    if dtype in ("float32", "float64"):
+        judge(kernel, x, mask, value, gradient, value.dtype)
+
+
+@given(data=st.data())
+def test_labels(data):
+    """Any label is label 0 of the classes rolled, and one that is none is NaN, as is its gradient; nothing else is."""
+    x = data.draw(arrays(np.float64, (BATCH, 4), elements=st.floats(-90, 90))).astype(np.float32)
+    labels = data.draw(arrays(np.int32, BATCH, elements=st.integers(-5, 8) | st.integers(-(2**31), 2**31 - 1)))
+    value, gradient = labelled()(labels, x)
+    none = (labels < 0) | (labels >= 4)
+    np.testing.assert_array_equal(np.isnan(value), none)
+    np.testing.assert_array_equal(np.isnan(gradient).all(1), none)
+    rolled = np.stack([np.roll(row, -y) for row, y in zip(x, labels % 4, strict=True)])
+    expected = labelled()(np.zeros(BATCH, np.int32), rolled)
+    np.testing.assert_allclose(value[~none], expected[0][~none], rtol=1e-6)
+    back = np.stack([np.roll(row, y) for row, y in zip(expected[1], labels % 4, strict=True)])
+    np.testing.assert_allclose(gradient[~none], back[~none], rtol=1e-6)
+
+
+@functools.cache
+def labelled():
+    function = jce.cross_entropy_with_integer_labels
+    return jax.jit(lambda y, x: (function(y, x), jax.grad(lambda x: function(y, x).sum())(x)))
+
+
+# Nestings
+
+
+def scanned(f):
+    def body(row):
+        return f(*row)
+
+    # See tests/test_plain_jax.py.
+    keeps_rules = jax.__version_info__ >= (0, 12)
+    return lambda *x: jax.lax.map(body if keeps_rules else jax.checkpoint(body), x)
+
+
+TRANSFORMATIONS = {
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "vmap": jax.vmap,
+    "scan": scanned,
+    "cond": lambda f: (
+        lambda *x: jax.lax.cond(jnp.isfinite(x[0]).any(), f, lambda *x: jax.tree.map(jnp.zeros_like, f(*x)), *x)
+    ),
+    "linearize": lambda f: lambda *x: jax.linearize(f, *x)[0],
+    "vjp": lambda f: lambda *x: jax.vjp(f, *x)[0],
+}
+MODES = {
+    "forward over reverse": lambda f, x, t: jax.jvp(jax.grad(f, tuple(range(len(x)))), x, t)[1],
+    "reverse over forward": lambda f, x, t: jax.grad(lambda *x: jax.jvp(f, x, t)[1], tuple(range(len(x))))(*x),
+    "reverse over reverse": lambda f, x, t: jax.grad(
+        lambda *x: sum(map(jnp.vdot, jax.grad(f, tuple(range(len(x))))(*x), t)), tuple(range(len(x)))
+    )(*x),
+}
+
+
+@functools.cache
+def nested(kernel: Kernel, names: tuple[str, ...], mode: str):
+    """A Hessian-vector product of a batch, by a mode, through transformations from the inside out."""
+    function = kernel.function
+    for name in names:
+        function = TRANSFORMATIONS[name](function)
+    return jax.jit(lambda x, t: MODES[mode](lambda *x: function(*x).sum(), x, t))
+
+
+@each_function
+@settings(max_examples=max(3, settings.default.max_examples // 12))
+@given(data=st.data())
+def test_nestings(kernel, data):
+    """Of any transformations, three deep, and any two modes: the Hessian-vector product of the plain call."""
+    names = tuple(data.draw(st.permutations(sorted(TRANSFORMATIONS)))[:3])
+    mode = data.draw(st.sampled_from(sorted(MODES)))
+    p, logits = st.sampled_from([0.0, 1.0, 0.5]) | st.floats(2**-6, 1), st.floats(-9, 9)
+
+    def array(elements):
+        return arrays(np.float64, (2, 2, 3), elements=elements).map(np.float32)
+
+    x = data.draw(st.tuples(*(array(logits if domain == LOGIT else p) for domain in kernel.domains)))
+    t = data.draw(st.tuples(*(array(st.sampled_from([0.0, 1.0, -0.5])) for _ in x)))
+    got, expected = nested(kernel, names, mode)(x, t), nested(kernel, (), "forward over reverse")(x, t)
+    for g, e in zip(got, expected, strict=True):
+        finite = np.isfinite(e)
+        np.testing.assert_array_equal(np.asarray(g)[~finite], np.asarray(e)[~finite])
+        np.testing.assert_allclose(np.asarray(g)[finite], np.asarray(e)[finite], rtol=1e-4, atol=1e-5)

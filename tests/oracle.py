@@ -41,7 +41,7 @@ def partial(formula, row, entry):
     h = x * STEP
     with enough_bits_for(h):
         difference = formula(*shifted(row, (i, j, h))) - formula(*shifted(row, (i, j, -h)))
-        return mp.chop(difference / (2 * h), 1e-50)  # what the step leaves of an exact 0
+        return mp.chop(difference / (2 * h), 1e-100)  # what the step leaves of an exact 0
 
 
 def second_partial(formula, row, a, b):

@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 
 import jce
 from tests.kernels import INF, LOGIT, Kernel, each_function
-from tests.oracle import BITS, conditioning, interior, partial, to_mp, ulps
+from tests.oracle import BITS, conditioning, interior, partial, spacing, to_mp, ulps
 
 BATCH = 16
 # Classes, the axis that holds them, dtype, with a mask or without: few, since each is a program to compile. Of them the
@@ -75,7 +75,10 @@ def batches(kernel: Kernel, classes: int, dtype: str, strange: bool) -> st.Searc
 
 def cast(x: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return x.astype(jnp.dtype(dtype))
+        x = x.astype(jnp.dtype(dtype))
+    # XLA contradicts itself about these: see tests/test_plain_jax.py.
+    unclear = (dtype == "bfloat16") & (np.abs(x) < jnp.finfo(x.dtype).tiny)
+    return np.where(unclear, np.zeros_like(x), x)
 
 
 # Programs
@@ -139,7 +142,7 @@ def judge(kernel: Kernel, x, mask, value, gradient, dtype) -> None:
                 exact = kernel.formula(*exact_row)
                 scale = kernel.value_scale(*exact_row) if kernel.value_scale else exact
                 bar = kernel.value_bar + conditioning(kernel, exact_row, dtype)
-                within(value[i] if kernel.has_classes else value[i, k], exact, scale, bar, dtype, row)
+                within(kernel, value[i] if kernel.has_classes else value[i, k], exact, scale, bar, dtype, row)
                 if i:
                     continue
                 scales = [scale and scale(*exact_row) for scale in kernel.gradient_scale]
@@ -147,7 +150,7 @@ def judge(kernel: Kernel, x, mask, value, gradient, dtype) -> None:
                     exact = partial(kernel.formula, exact_row, (a, j, z))
                     got = gradient[a][i][mask[i]][j] if kernel.has_classes else gradient[a][i, k]
                     bar = kernel.gradient_bar[a] + conditioning(kernel, exact_row, dtype, j)
-                    within(got, exact, scales[a][j] if scales[a] else exact, bar, dtype, kernel.arguments[a], row)
+                    within(kernel, got, exact, scales[a][j] if scales[a] else exact, bar, dtype, row)
 
 
 def ordinary(kernel: Kernel, row, mask, dtype) -> bool:
@@ -158,11 +161,22 @@ def ordinary(kernel: Kernel, row, mask, dtype) -> bool:
     return all(np.size(y) and not ((np.abs(y) > 0) & (np.abs(y) < tiny)).any() for y in row)
 
 
-def within(got, exact, scale, bar, dtype, *where) -> None:
-    # Of results far below 1 a subnormal part may be missing, and a formula that is infinite has no difference quotient.
-    if 128 * np.finfo(dtype).tiny <= abs(scale) <= np.finfo(dtype).max and not mp.isnan(exact):
+def underflow(kernel: Kernel, row, dtype) -> float:
+    """What a result may lose where probabilities below the smallest normal number count as 0."""
+    tiny = float(np.finfo(dtype).tiny)
+    logits = [np.float64(x) for x, domain in zip(row, kernel.domains, strict=True) if domain == LOGIT]
+    largest = max((np.max(np.abs(x), where=np.isfinite(x), initial=0) for x in logits), default=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        small = [np.exp(x - x.max() if kernel.has_classes else -np.abs(x)) for x in logits]
+    return 1000 * tiny + largest * sum(np.max(q, where=q < tiny, initial=0) for q in small)
+
+
+def within(kernel: Kernel, got, exact, scale, bar, dtype, row) -> None:
+    # A formula that is infinite has no difference quotient.
+    if abs(scale) <= np.finfo(dtype).max and not mp.isnan(exact):
         error = ulps(got, exact, scale, dtype)
-        assert error <= bar, f"{error:.3g} ulp, bar {bar}: got {got}, exact {mp.nstr(exact, 9)}, at {where}"
+        bar += underflow(kernel, row, dtype) / spacing(float(abs(scale)), dtype)
+        assert error <= bar, f"{error:.3g} ulp, bar {bar}: got {got}, exact {mp.nstr(exact, 9)}, at {row}"
 
 
 @each_function
@@ -223,13 +237,14 @@ def labelled():
 # Nestings
 
 
+SCAN_KEEPS_RULES = jax.__version_info__ >= (0, 12)  # else not without a checkpoint: see tests/test_plain_jax.py
+
+
 def scanned(f):
     def body(row):
         return f(*row)
 
-    # See tests/test_plain_jax.py.
-    keeps_rules = jax.__version_info__ >= (0, 12)
-    return lambda *x: jax.lax.map(body if keeps_rules else jax.checkpoint(body), x)
+    return lambda *x: jax.lax.map(body if SCAN_KEEPS_RULES else jax.checkpoint(body), x)
 
 
 TRANSFORMATIONS = {
@@ -267,6 +282,8 @@ def nested(kernel: Kernel, names: tuple[str, ...], mode: str):
 def test_nestings(kernel, data):
     """Of any transformations, three deep, and any two modes: the Hessian-vector product of the plain call."""
     names = tuple(data.draw(st.permutations(sorted(TRANSFORMATIONS)))[:3])
+    if "scan" in names and not SCAN_KEEPS_RULES:
+        names = tuple(name for name in names if name not in ("linearize", "vjp"))
     mode = data.draw(st.sampled_from(sorted(MODES)))
     p, logits = st.sampled_from([0.0, 1.0, 0.5]) | st.floats(2**-6, 1), st.floats(-9, 9)
 
@@ -278,5 +295,5 @@ def test_nestings(kernel, data):
     got, expected = nested(kernel, names, mode)(x, t), nested(kernel, (), "forward over reverse")(x, t)
     for g, e in zip(got, expected, strict=True):
         finite = np.isfinite(e)
-        np.testing.assert_array_equal(np.asarray(g)[~finite], np.asarray(e)[~finite])
+        assert not np.isfinite(g)[~finite].any()  # an infinity, or in one of two nestings the difference of two
         np.testing.assert_allclose(np.asarray(g)[finite], np.asarray(e)[finite], rtol=1e-4, atol=1e-5)

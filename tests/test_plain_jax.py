@@ -77,3 +77,16 @@ def test_a_scan_loses_rules_in_second_derivatives():
 
     assert second_derivative(function) == (7 if jax.__version_info__ >= (0, 12) else 0)
     assert second_derivative(jax.checkpoint(function)) == 7
+
+
+def test_a_subnormal_bfloat16_is_zero_and_is_not():
+    """On a CPU, in one program. So where jce counts it as 0 in one place and not in another, a derivative may be NaN."""
+
+    @jax.jit
+    def program(x):
+        x = x.astype(jnp.float32)
+        return x == 0, 1 / x
+
+    is_zero, reciprocal = program(jnp.array(5.9e-39, jnp.bfloat16))
+    assert not is_zero
+    assert np.isinf(reciprocal)

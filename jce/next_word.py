@@ -97,7 +97,7 @@ def initial(n: int, seed: int) -> Model:
 
 def hidden_states(model: Model, text: Array, places: Array) -> Array:
     """[tokens, d]: the mean of the embeddings of the words before."""
-    context = places[:, None] - jnp.arange(1, CONTEXT + 1)[None]
+    context = places[:, None] - jnp.arange(1, CONTEXT + 1, dtype=places.dtype)[None]
     return model.embedding[text[context]].mean(1)
 
 

@@ -19,6 +19,17 @@ for profile, examples in (("short", 12), ("long", 500)):
 hypothesis.settings.load_profile("short")
 
 
+# What can't hold under a setting, by the mark on the tests
+UNLESS = {"holds_nan": "jax_debug_nans"}
+
+
+def pytest_collection_modifyitems(items):
+    for mark, setting in UNLESS.items():
+        if getattr(jax.config, setting):
+            for item in filter(lambda item, mark=mark: item.get_closest_marker(mark), items):
+                item.add_marker(pytest.mark.skip(reason=f"{mark}, under {setting}"))
+
+
 def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(
         f"hypothesis: profile {hypothesis.settings.get_current_profile_name()}, seed {config.option.hypothesis_seed}"
@@ -28,6 +39,13 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture
 def rng():
     return np.random.default_rng(2026)
+
+
+@pytest.fixture
+def float32_by_default():
+    """For what is printed, and what is made of Python's numbers."""
+    with jax.enable_x64(False):
+        yield
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -193,6 +194,9 @@ class Corner:
     gradient: tuple
     second_order: bool = True
 
+    def holds_nan(self) -> bool:
+        return any(np.isnan(x).any() for x in (*self.arguments, self.value, *self.gradient))
+
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
 class Kernel:
@@ -226,6 +230,8 @@ class Kernel:
     def __post_init__(self):
         if not self.domains:
             object.__setattr__(self, "domains", ((0, INF),) * len(self.arguments))
+        if jax.config.jax_debug_nans:
+            object.__setattr__(self, "corners", [corner for corner in self.corners if not corner.holds_nan()])
 
     @property
     def name(self) -> str:
@@ -352,7 +358,11 @@ def as_bias(function, statistic=lambda result: result, **options):
     @functools.wraps(function)
     def of_logits(logits):
         def of_row(row):
-            return statistic(function(np.zeros((), int), np.zeros(1), np.zeros((row.size, 1)), row, **options))
+            return statistic(
+                function(
+                    np.zeros((), int), jnp.zeros(1, row.dtype), jnp.zeros((row.size, 1), row.dtype), row, **options
+                )
+            )
 
         rows = jnp.reshape(logits, (math.prod(np.shape(logits)[:-1]), np.shape(logits)[-1]))
         return jax.vmap(of_row)(rows).reshape(np.shape(logits)[:-1])
@@ -792,3 +802,8 @@ def total(kernel: Kernel) -> Callable:
 def gradient(kernel: Kernel) -> Callable:
     """The gradient in every argument, as a tuple; compiled as one."""
     return jax.jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))
+
+
+def op_by_op():
+    """Without jit; but not under jax_debug_nans, where a NaN is one too that a select leaves out."""
+    return contextlib.nullcontext() if jax.config.jax_debug_nans else jax.disable_jit()

@@ -29,6 +29,7 @@ def test_result_and_gradient_dtypes(kernel, rng):
 
 
 @each_function
+@pytest.mark.usefixtures("float32_by_default")
 def test_integers_bools_lists_and_numpy(kernel):
     one_hot = np.eye(3, dtype=np.int32)
     expected = kernel.function(*(one_hot.astype(np.float32) for _ in kernel.arguments))

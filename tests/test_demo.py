@@ -68,7 +68,7 @@ def test_small_texts(text, expected):
 
 def test_default_text():
     p, letters = demo.transition_distributions(demo.default_text())
-    assert p.dtype == jnp.float32
+    assert p.dtype == jnp.result_type(float)
     assert letters == demo.ALPHABET
     assert 100 < (p == 0).sum() < 300
     np.testing.assert_allclose(p.sum(1), 1, rtol=0, atol=5e-7)

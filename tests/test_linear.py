@@ -300,6 +300,7 @@ def test_the_mean_divides_by_the_weights_whatever_their_size_and_sign(problem):
     np.testing.assert_array_equal(jax.grad(lambda a: jce.linear_cross_entropy(labels, h, w, b, weights=a))(zero), zero)
 
 
+@pytest.mark.holds_nan
 def test_label_smoothing_of_1_asks_of_the_label_only_that_it_be_one(problem):
     labels, h, w, b = problem
     b[0], labels[0, 0] = -INF, 0
@@ -319,6 +320,7 @@ def test_no_classes_whatever_the_hidden_state():
     np.testing.assert_array_equal(np.stack(jce.linear_log_probs(np.array([0, 1]), h, w)), np.zeros((2, 2)))
 
 
+@pytest.mark.holds_nan
 def test_dtypes_of_labels_and_weights(problem):
     labels, h, w, b = problem
     expected = jce.linear_cross_entropy(labels, h, w, b, weights=np.float32(labels > 2), reduction="sum")
@@ -399,6 +401,7 @@ def test_an_infinite_loss_left_out_spoils_no_derivative_in_a_weight(problem, how
         close(g[kept], (losses - losses.mean()) / 7, rtol=1e-5)
 
 
+@pytest.mark.holds_nan
 @pytest.mark.parametrize("wrong", [-1, 6, 2**31 - 1])
 def test_a_label_of_no_class_makes_its_token_nan_and_no_other(problem, wrong):
     labels, h, w, b = problem
@@ -538,7 +541,7 @@ def test_log_probs_against_the_losses_of_dense_logits(problem):
         return tuple(jce.linear_log_probs(labels, h, w, b, logit_soft_cap=cap, chunk_size=3))
 
     def total(f):
-        return lambda *a: sum(jnp.vdot(jnp.arange(8.0), x.ravel()) for x in f(*a))
+        return lambda *a: sum(jnp.vdot(np.arange(8, dtype=np.float32), x.ravel()) for x in f(*a))
 
     a = (h, w, b)
     close(ours(*a), dense(*a))
@@ -577,7 +580,7 @@ def ones(*shape, dtype=np.float32):
     ("change", "error", "message"),
     [
         ({"labels": ones(4)}, TypeError, r"labels must be integers.*labels: float32\[4\].*target comes first"),
-        ({"labels": ones(3, dtype=int)}, ValueError, r"labels must have the shape.*\(4,\).*labels: int32\[3\]"),
+        ({"labels": ones(3, dtype=np.int32)}, ValueError, r"labels must have the shape.*\(4,\).*labels: int32\[3\]"),
         ({"head": ones(5, 2)}, ValueError, r"head \[n, d\].*head: float32\[5,2\].*The order is"),
         ({"head": ones(3, 5)}, ValueError, r"head \[n, d\].*head: float32\[3,5\].*Transpose the head"),
         ({"head": ones(3)}, ValueError, r"head \[n, d\].*head: float32\[3\]"),

@@ -46,8 +46,9 @@ def test_the_hidden_state_is_the_mean_of_the_words_before(corpus):
 
 def test_the_loss_is_that_of_all_logits(corpus, rng):
     n = len(corpus.words)
-    head, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((n, next_word.WIDTH), (n,)))
-    model = next_word.Model(next_word.initial(n, 0).embedding, jnp.asarray(head), jnp.asarray(bias))
+    embedding = next_word.initial(n, 0).embedding
+    head, bias = (jnp.asarray(rng.standard_normal(s), embedding.dtype) for s in ((n, next_word.WIDTH), (n,)))
+    model = next_word.Model(embedding, head, bias)
     hidden = next_word.hidden_states(model, corpus.text, corpus.training)
     labels = corpus.text[corpus.training]
     expected = next_word.dense(labels, hidden, model.head, model.bias)

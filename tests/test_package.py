@@ -42,6 +42,7 @@ def test_docstring_sections(name):
 
 
 @each_public
+@pytest.mark.usefixtures("float32_by_default")
 def test_docstring_examples(name):
     names = {"jce": jce, "jax": jax, "jnp": jnp}
     examples = doctest.DocTestFinder().find(inspect.unwrap(PUBLIC[name]), name, module=False, globs=names)
@@ -62,6 +63,7 @@ def test_the_readmes_table_is_what_there_is():
         assert "..." in listed or set(parameters) - set(names) <= {"axis", "where", "axis_name"}, name
 
 
+@pytest.mark.usefixtures("float32_by_default")
 def test_the_modules_page():
     """`help(jce)`: the mathematics, then each function's own page, and examples that run."""
     page = pydoc.plain(pydoc.render_doc(jce))
@@ -71,6 +73,8 @@ def test_the_modules_page():
     assert results.failed == 0
 
 
+@pytest.mark.holds_nan
+@pytest.mark.usefixtures("float32_by_default")
 def test_readme_examples():
     assert len(README.read_text().splitlines()) <= 310
     results = doctest.testfile(str(README), module_relative=False, globs={})

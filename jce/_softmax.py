@@ -118,7 +118,8 @@ def deviation(t, x, classes):
 
 def unless_nan(z, tangent, t, classes):
     """A row of NaN is NaN along t, but 0 where t = 0, which its sums can't say."""
-    nan = mul0(jnp.broadcast_to(classes.column(z - z), t.shape), t)  # a NaN itself would be one for jax_debug_nans
+    zero = lax.stop_gradient(classes.column(z - z))  # or NaN; a constant NaN would be one for jax_debug_nans
+    nan = mul0(jnp.broadcast_to(zero, t.shape), t)
     return jnp.where(classes.column(jnp.isfinite(z)), tangent, nan)
 
 

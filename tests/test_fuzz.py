@@ -42,8 +42,8 @@ def short() -> bool:
 def numbers(low: float, high: float, dtype: str) -> st.SearchStrategy[float]:
     """From low to high: near 1, of every binary exponent, subnormal ones too, and the ends and zeros of the domain."""
     info = jnp.finfo(dtype)
-    # The lowest number stands for -∞ in masks, and its difference from the largest logit mustn't overflow.
-    least, most = max(low, float(info.min)), min(high, float(info.max) * (float(info.eps) / 8 if low < 0 else 1))
+    # The lowest number stands for -∞ in masks. Its difference from the largest logit mustn't overflow, nor p + q.
+    least, most = max(low, float(info.min)), min(high, float(info.max) * (float(info.eps) / 8 if low < 0 else 0.25))
 
     def power(mantissa, exponent, sign):
         return float(np.clip(sign * mantissa * 2.0**exponent, least, most))

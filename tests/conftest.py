@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("short")
 
 
 # What can't hold under a setting, by the mark on the tests
-UNLESS = {"holds_nan": "jax_debug_nans"}
+UNLESS = {"holds_nan": "jax_debug_nans", "needs_jit": "jax_disable_jit"}
 
 
 def pytest_collection_modifyitems(items):

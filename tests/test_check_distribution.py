@@ -69,6 +69,7 @@ def test_wrong_arguments(p):
         jce.check_distribution(p)
 
 
+@pytest.mark.needs_jit
 def test_under_transformations():
     def loss(p):
         jce.check_distribution(p)

@@ -6,6 +6,8 @@ import pytest
 
 from tests.kernels import TABLE, each_function, easy, gradient
 
+pytestmark = pytest.mark.needs_jit
+
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
 @pytest.mark.parametrize("shape", [(256, 1000), (4096, 10)])

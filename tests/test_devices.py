@@ -315,6 +315,7 @@ def test_a_mesh_whose_axes_are_explicit(rng):
 # What is sent
 
 
+@pytest.mark.needs_jit
 @on_meshes
 def test_in_the_loop_go_some_numbers_a_token(shape):
     """Value and gradient: over the classes' axis O(chunk), the hidden states' gradient, the head's once; no gather."""
@@ -343,6 +344,7 @@ def test_in_the_loop_go_some_numbers_a_token(shape):
     assert len(whole_head) == (1 if shape[0] > 1 else 0)
 
 
+@pytest.mark.needs_jit
 def test_less_is_sent_than_by_the_partitioner():
     """Bytes a device sends and receives for value and gradient, against the dense loss left to XLA's partitioner."""
     tokens, d, n = 1024, 32, 4096

@@ -10,6 +10,8 @@ import pytest
 
 import jce
 
+pytestmark = pytest.mark.needs_jit
+
 
 def matrices(tokens, d, n, dtype=np.float32):
     return jax.ShapeDtypeStruct((tokens, d), dtype), jax.ShapeDtypeStruct((n, d), dtype)

@@ -181,6 +181,7 @@ def test_gradients_of_near_divergences_keep_their_direction(rng):
 with_logits = pytest.mark.parametrize("kernel", [k for k in TABLE if LOGIT in k.domains and k.has_classes], ids=label)
 
 
+@pytest.mark.needs_jit
 @with_logits
 @pytest.mark.parametrize("axes", [("rows", None), (None, "classes"), ("rows", "classes")])
 def test_sharded_logits_are_not_gathered(kernel, axes, rng):
@@ -202,6 +203,7 @@ def test_sharded_logits_are_not_gathered(kernel, axes, rng):
 # Cost
 
 
+@pytest.mark.needs_jit
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
 @pytest.mark.parametrize("shape", [(8192, 1000), (65536, 10), (2048, 32000), (8192, 50257)])
 @pytest.mark.parametrize(
@@ -217,6 +219,7 @@ def test_no_temporary_of_the_logits_size(function, shape):
         assert temporaries <= 4 * (64 * shape[0] + shape[1])  # some numbers a row, and a number a class
 
 
+@pytest.mark.needs_jit
 @each_with_classes
 def test_nothing_of_classes_times_classes(kernel):
     arguments = [jax.ShapeDtypeStruct((3000,), np.float32)] * len(kernel.arguments)

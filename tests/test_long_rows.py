@@ -132,6 +132,7 @@ def losses(kernel: Kernel, arguments):
     return jax.value_and_grad(lambda *a: kernel.function(*a).sum(), len(arguments) - 1)(*arguments)
 
 
+@pytest.mark.needs_jit
 @pytest.mark.parametrize("kernel", [k for k in SEVERAL if LOGIT in k.domains], ids=label)
 def test_sharded_rows_stay_where_they_are(kernel, rng):
     """Nothing but some numbers a row goes between devices, though each device's classes are folded."""
@@ -176,6 +177,7 @@ def test_blocks_on_each_device(rng):
     np.testing.assert_allclose(gradient, by_hand, rtol=1e-4)
 
 
+@pytest.mark.needs_jit
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
 @pytest.mark.parametrize("n", [1000, 50_257])
 def test_a_hessian_vector_product_needs_no_temporary_of_the_logits_size(n):

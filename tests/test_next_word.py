@@ -44,6 +44,7 @@ def test_the_hidden_state_is_the_mean_of_the_words_before(corpus):
     np.testing.assert_allclose(state, model.embedding[corpus.text[6:10]].mean(0), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.needs_jit
 def test_the_loss_is_that_of_all_logits(corpus, rng):
     n = len(corpus.words)
     embedding = next_word.initial(n, 0).embedding

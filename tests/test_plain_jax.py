@@ -63,6 +63,7 @@ def test_kl_of_near_distributions_is_noise(rng):
     np.testing.assert_allclose(jce.generalized_kl_divergence(p, q), exact, rtol=1e-5)
 
 
+@pytest.mark.needs_jit
 def test_a_scan_loses_rules_in_second_derivatives():
     """Up to JAX 0.11, where the inner derivative is in reverse mode and the scan's body isn't checkpointed."""
 
@@ -85,6 +86,7 @@ def test_a_scan_loses_rules_in_second_derivatives():
     assert second_derivative(jax.checkpoint(function)) == 7
 
 
+@pytest.mark.needs_jit
 def test_a_subnormal_bfloat16_is_zero_and_is_not():
     """On a CPU, in one program. So jce may count it as 0 in one place and not in another, and a derivative be NaN."""
 

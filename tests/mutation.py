@@ -1,0 +1,316 @@
+"""Plants faults in jce's kernels, one at a time, and counts what the fast tests catch: `python -m tests.mutation`.
+
+A fault is a changed sign, comparison or constant, a dropped term, guard or decorator; of each kind as many are drawn.
+They go into copies of the project, in a temporary folder. Needs `pip install -e '.[mutation]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import contextlib
+import os
+import pathlib
+import queue
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import parso.python.tree
+import parso.tree  # before cosmic_ray, whose imports need it
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.operators.operator import Operator
+from cosmic_ray.plugins import get_operator
+from rich.progress import track
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOT_KERNELS = {"__init__", "_command_line", "demo", "max_margin", "next_word"}
+# Of these the tests in SECONDS take seconds with programs that are compiled already, and go first.
+FAST_TESTS = ["accuracy", "identities", "corners", "logits", "linear", "numerics", "arguments", "check_distribution"]
+FAST_TESTS += ["fuzz", "cost", "linear_cost", "long_rows", "devices"]
+SECONDS = (
+    "not (float64 and (accuracy or corners)) and not hundred_thousand and not third and not second_derivatives"
+    " and not nestings and not test_axis and not linear_cost and not long_rows and not devices"
+)
+MINUTES = "long_rows or test_axis or split_classes or sharded_head_is_the_head or chunks_by or few_more_chunks"
+LIMIT = 600  # seconds, after which a fault that makes a test run forever counts as caught
+
+# What marks a mutated line that is no fault, and why it is none. They aren't tried.
+EQUIVALENT = {
+    "x[ -1].ndim": "both have the same rank",
+    "> q * 2.0 ** (k // 3)": "a quotient of 2^105 is well within the float range, scaled or not",
+    "jnp.floor(_exponential(x, 3, classes))": "how a pass says m is for XLA, that it stores no exponentials",
+    "(c, t, /, zero)": "zero is passed by its name",
+    "(ct, c, t, /, zero)": "zero is passed by its name",
+    "itemsize >= 5": "an int32 stays what it is, and a uint32 that wraps is no label of any class",
+    "jnp.where(x <= 0, e,": "e = 1 at x = 0",
+    "zip(partials, tangents, strict=False)": "each kernel has one partial derivative an argument",
+    "if (arrays[0].shape[axis] == 0)": "a class of p = 0 costs as little as no class",
+    "SHORTEST_BLOCK + 2": "how rows are cut is a matter of speed",
+}
+
+
+def why_none(mutated: str) -> str | None:
+    return next((reason for mark, reason in EQUIVALENT.items() if mark in mutated), None)
+
+
+def code(node) -> str:
+    return node.get_code().strip()
+
+
+class DropOperand(Operator):
+    """a + b becomes a or b; a term, a factor, a condition."""
+
+    TYPES = ("arith_expr", "term", "expr", "and_expr", "and_test", "or_test")
+
+    def without_one(self, node) -> Iterator[str]:
+        if node.type not in self.TYPES:
+            return
+        operands = [code(child) for child in node.children]
+        for k in range(0, len(operands), 2):
+            rest = operands[: k - 1] + operands[k + 1 :] if k else operands[2:]
+            if k or operands[1] not in ("-", "/", "//", "%", "@"):
+                yield " ".join(rest)
+            elif operands[1] == "-":
+                yield "-" + " ".join(rest)
+
+    def mutation_positions(self, node):
+        return [(node.start_pos, node.end_pos) for _ in self.without_one(node)]
+
+    def mutate(self, node, index):
+        return parso.parse(f" ({list(self.without_one(node))[index]})")
+
+    @classmethod
+    def examples(cls):
+        return ()
+
+
+class DropGuard(DropOperand):
+    """jnp.where, a maximum or a minimum becomes one of its arguments, and mul0 a plain product."""
+
+    CALLS = types.MappingProxyType(
+        {"jnp.where": (1, 2), "jnp.maximum": (0, 1), "jnp.minimum": (0, 1), "jnp.abs": (0,), "negative": (0,)}
+    )
+
+    def without_one(self, node):
+        if node.type not in ("atom_expr", "power"):
+            return
+        call = next((k for k, child in enumerate(node.children) if child.get_code().startswith("(")), None)
+        if call is None or len(node.children[call].children) != 3:
+            return
+        name, after = "".join(map(code, node.children[:call])), "".join(map(code, node.children[call + 1 :]))
+        inside = node.children[call].children[1]
+        arguments = [code(x) for x in inside.children[::2]] if inside.type == "arglist" else [code(inside)]
+        for k in self.CALLS.get(name, ()):
+            yield f"({arguments[k]}){after}"
+        if name in ("mul0", "mul00"):
+            yield f"({arguments[0]}) * ({arguments[1]})"
+        elif name == "ratio":
+            yield f"({arguments[0]}) / ({arguments[1]})"
+
+
+def binary(*pairs: str) -> list[str]:
+    return [f"ReplaceBinaryOperator_{pair}" for pair in pairs]
+
+
+def comparisons() -> list[str]:
+    orders, equalities = ("Lt", "LtE", "Gt", "GtE"), ("Eq", "NotEq", "Is", "IsNot")
+    swaps = [(a, b) for a in orders for b in orders if a != b] + [
+        (equalities[k], equalities[k ^ 1]) for k in range(len(equalities))
+    ]
+    return [f"ReplaceComparisonOperator_{a}_{b}" for a, b in swaps]
+
+
+def built_in(*names: str) -> list[Operator]:
+    return [get_operator(f"core/{name}")() for name in names]
+
+
+KINDS: dict[str, list[Operator]] = {
+    "sign": built_in(*binary("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul"), "ReplaceUnaryOperator_Delete_USub"),
+    "comparison": built_in(
+        *comparisons(), *binary("BitOr_BitAnd", "BitAnd_BitOr"), "ReplaceAndWithOr", "ReplaceOrWithAnd", "AddNot",
+        "ReplaceUnaryOperator_Delete_Invert", "ReplaceUnaryOperator_Delete_Not",
+    ),
+    "constant or axis": built_in("NumberReplacer", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue"),
+    "term": [DropOperand()],
+    "guard": [DropGuard()],
+    "decorator": built_in("RemoveDecorator"),
+}  # fmt: skip
+
+
+class Mutant(NamedTuple):
+    module: str
+    line: int
+    before: str
+    after: str
+    source: str
+
+
+def meaning(source: str) -> str:
+    """The program without its annotations, none of which is evaluated."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return ast.dump(tree)
+
+
+def places() -> dict[str, list[tuple[str, str, Operator, int, int]]]:
+    """Where a fault can be planted, by kind: module, source, and an operator's k-th position with its line."""
+    found = {kind: [] for kind in KINDS}
+    for path in sorted((ROOT / "jce").glob("*.py")):
+        if path.stem in NOT_KERNELS:
+            continue
+        source = path.read_text()
+        nodes = list(ast_nodes(get_ast(source)))
+        for kind, operators in KINDS.items():
+            for operator in operators:
+                positions = [position for node in nodes for position in operator.mutation_positions(node)]
+                found[kind] += [(path.stem, source, operator, k, line) for k, ((line, _), _) in enumerate(positions)]
+    return found
+
+
+def planted(module: str, source: str, operator: Operator, k: int, line: int) -> Mutant | None:
+    """None if the program is the same, or none."""
+    mutated = mutate_code(source, operator, k)
+    try:
+        if meaning(mutated) == meaning(source):
+            return None
+    except SyntaxError:
+        return None
+    before, after = source.splitlines(), mutated.splitlines()
+    now = after[line - 1] if len(before) == len(after) else ""
+    return Mutant(module, line, before[line - 1].strip(), now.strip(), mutated)
+
+
+def sample(count: int, seed: int) -> list[tuple[str, Mutant]]:
+    """As many of each kind, or all where there are fewer, in random order."""
+    chance = random.Random(seed)
+    left = {kind: chance.sample(found, len(found)) for kind, found in places().items()}
+    chosen, programs = [], set()
+    while len(chosen) < count and any(left.values()):
+        for kind, found in left.items():
+            while found:
+                mutant = planted(*found.pop())
+                if mutant and mutant.source not in programs:
+                    programs.add(mutant.source)
+                    chosen.append((kind, mutant))
+                    break
+    return chosen[:count]
+
+
+class Copies:
+    """Copies of the project, in which mutants are tried, and a compilation cache that they share."""
+
+    def __init__(self, folder: str, jobs: int):
+        self.folder = pathlib.Path(folder)
+        self.free: queue.Queue[pathlib.Path] = queue.Queue()
+        ignored = shutil.ignore_patterns("__pycache__")
+        for k in range(jobs):
+            copy = self.folder / f"copy{k}"
+            for part in ("jce", "tests", "bench"):
+                shutil.copytree(ROOT / part, copy / part, ignore=ignored)
+            for name in ("pyproject.toml", "README.md"):
+                shutil.copy(ROOT / name, copy / name)
+            self.free.put(copy)
+
+    @contextlib.contextmanager
+    def with_fault(self, module: str, source: str) -> Iterator[pathlib.Path]:
+        copy = self.free.get()
+        path = copy / "jce" / f"{module}.py"
+        original = path.read_text()
+        path.write_text(source)
+        try:
+            yield copy
+        finally:
+            path.write_text(original)
+            self.free.put(copy)
+
+    def passes(self, copy: pathlib.Path, tests: list[str], chosen: str, processes: int = 0) -> bool:
+        environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **os.environ,
+        }
+        files = [f"tests/test_{name}.py" for name in tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            f"-n{processes}",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            chosen,
+            *files,
+        ]
+        try:
+            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode == 0
+
+
+def survives(copies: Copies, mutant: Mutant) -> bool:
+    """First come the tests of what the module defines, or those that are named after it."""
+    source = (ROOT / "jce" / f"{mutant.module}.py").read_text()
+    functions = re.findall(r"^@public\(.*\ndef (\w+)", source, re.MULTILINE)
+    own = " or ".join(functions if "linear" not in mutant.module else [])
+    subject = "linear" if mutant.module == "_head" else mutant.module
+    files = sorted(FAST_TESTS, key=lambda test: test not in subject)
+    stages = [f"{SECONDS} and ({own})", f"{SECONDS} and not ({own})"] if own else [SECONDS]
+    with copies.with_fault(mutant.module, mutant.source) as copy:
+        return all(copies.passes(copy, files, stage) for stage in [*stages, MINUTES])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m tests.mutation", description=__doc__)
+    parser.add_argument("--sample", type=int, default=210, help="how many faults (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at once (%(default)s)")
+    options = parser.parse_args()
+    start, chosen = time.monotonic(), sample(options.sample, options.seed)
+    drawn, caught, none = collections.Counter(), collections.Counter(), collections.Counter()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        copies = Copies(folder, options.jobs)
+        with copies.with_fault("__init__", (ROOT / "jce" / "__init__.py").read_text()) as copy:
+            if not all(copies.passes(copy, FAST_TESTS, stage, options.jobs) for stage in (SECONDS, MINUTES)):
+                raise SystemExit("the tests fail without a fault")
+        print(f"the tests take {time.monotonic() - start:.0f} s without a fault", flush=True)
+        results = pool.map(lambda drawn: why_none(drawn[1].after) or survives(copies, drawn[1]), chosen)
+        for (kind, mutant), survived in track(zip(chosen, results, strict=True), "faults", len(chosen)):
+            drawn[kind] += 1
+            if not survived:
+                caught[kind] += 1
+                continue
+            reason = why_none(mutant.after)
+            none[kind] += reason is not None
+            print(f"{kind}: jce/{mutant.module}.py:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}")
+            print(f"  {reason or 'SURVIVES'}", flush=True)
+    for kind, number in drawn.items():
+        print(f"{kind:17} {caught[kind]:3} caught of {number:3}, {none[kind]} of which are no faults")
+    faults = drawn.total() - none.total()
+    print(
+        f"seed {options.seed}: {caught.total()} of {faults} faults caught, {caught.total() / faults:.1%}, beside"
+        f" {none.total()} that are none, in {(time.monotonic() - start) / 60:.0f} min"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -316,6 +316,16 @@ def test_a_mesh_whose_axes_are_explicit(rng):
 
 
 @pytest.mark.needs_jit
+def test_an_eager_call_is_one_dispatch():
+    def loss(hidden, head):
+        axes = {"mesh": make_mesh((2, 4)), "token_axis": "tokens", "class_axis": "classes"}
+        return jce.sharded_linear_cross_entropy(np.zeros(4, int), hidden, head, **axes)
+
+    (equation,) = jax.make_jaxpr(loss)(np.zeros((4, 2)), np.zeros((8, 2))).eqns
+    assert equation.params["name"] == "sharded_linear_cross_entropy"
+
+
+@pytest.mark.needs_jit
 @on_meshes
 def test_in_the_loop_go_some_numbers_a_token(shape):
     """Value and gradient: over the classes' axis O(chunk), the hidden states' gradient, the head's once; no gather."""

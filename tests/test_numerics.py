@@ -12,7 +12,7 @@ from jce._calculus import ratio
 from jce._classes import Classes
 from jce._elementary import ATANH_TAIL, log1p_unit, log_complement
 from jce._kl_divergence import _sum_of_differences
-from jce._mul0 import mul0
+from jce._mul0 import mul0, mul00, multiply
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 28), ("float64", 53)])
@@ -87,6 +87,16 @@ def test_mul0_is_bilinear():
     np.testing.assert_array_equal(transpose(jnp.array([jnp.inf, 0.0]))[0], [0, 0])
     _, tangent = jax.jvp(mul0, (c, t), (jnp.array([1.0, 0.0]), jnp.array([10.0, 0.0])))
     np.testing.assert_array_equal(tangent, [23, 0])
+
+
+@pytest.mark.holds_nan
+def test_transposes_of_the_three_products():
+    """Which zero wins over an infinity: in a transpose of mul0 only the other factor's, of the others either's."""
+    zero, inf = jnp.zeros(1), jnp.full(1, jnp.inf)
+    for function, expected in ((mul0, np.nan), (mul00, 0), (multiply, 0)):
+        (in_c,) = jax.linear_transpose(lambda c, f=function: f(c, inf), zero)(zero)
+        (in_t,) = jax.linear_transpose(lambda t, f=function: f(zero, t), zero)(inf)
+        np.testing.assert_array_equal([in_c, in_t], [[expected], [expected]])
 
 
 @pytest.mark.holds_nan

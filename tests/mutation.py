@@ -59,6 +59,7 @@ EQUIVALENT = {
     "SHORTEST_BLOCK + 2": "how rows are cut is a matter of speed",
     "_excess.defjvp(_excess_rule, symbolic_zeros=False)": "the terms that it adds are 0: a matter of speed",
     "(least < value <= most": "the smallest normal number is nothing that a loss would be given",
+    "(least <= value < most": "nor is the largest",
 }
 
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+import jce
 from tests.kernels import TABLE, each_function, easy, gradient
 
 pytestmark = pytest.mark.needs_jit
@@ -38,3 +39,10 @@ def test_an_eager_call_is_one_dispatch(kernel, rng):
     assert equation.params["name"] == kernel.name
     assert equation.params["jaxpr"].eqns
     assert kernel.name in str(jax.make_jaxpr(gradient(kernel))(*arguments))
+
+
+@pytest.mark.parametrize("function", [jce.linear_cross_entropy, jce.linear_log_probs])
+def test_an_eager_call_with_a_head_is_one_dispatch(function):
+    call = jax.make_jaxpr(lambda h, w: function(np.zeros(4, int), h, w))(np.zeros((4, 2)), np.zeros((3, 2)))
+    (equation,) = call.eqns
+    assert equation.params["name"] == function.__name__

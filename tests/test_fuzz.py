@@ -1,7 +1,7 @@
 """Numbers of every binary exponent, under transformations chosen at random: what must hold of any of them.
 
-Each row of a batch is an example. By `pytest tests/test_fuzz.py --hypothesis-profile=long` there are over 100,000, in
-some tens of minutes; the seed, printed at the end, is another by `--hypothesis-seed=$RANDOM`.
+Each row of a batch is an example. By `pytest tests/test_fuzz.py --hypothesis-profile=long` there are over 100,000;
+the seed, printed at the end, is another by `--hypothesis-seed=$RANDOM`.
 """
 
 import functools

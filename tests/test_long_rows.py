@@ -90,6 +90,17 @@ def test_a_label_of_no_class(y, rng):
     assert np.isnan(jce.cross_entropy_with_integer_labels(y, rng.standard_normal(N).astype(np.float32)))
 
 
+@pytest.mark.holds_nan
+@pytest.mark.parametrize("n", [N, 40_000])
+def test_a_logit_of_infinity_makes_its_row_nan(n, rng):
+    """At the label or not. In a long row it isn't enough that exp(∞ - ∞) is NaN: XLA's minimum may lose that."""
+    logits = rng.standard_normal((4, n)).astype(np.float32)
+    logits[range(3), [0, 1, -1]] = np.inf
+    loss, pull_back = jax.vjp(lambda x: jce.cross_entropy_with_integer_labels(np.zeros(4, int), x), logits)
+    np.testing.assert_array_equal(np.isnan(loss), [True, True, True, False])
+    np.testing.assert_array_equal(np.isnan(pull_back(loss)[0]).all(1), [True, True, True, False])
+
+
 def test_the_heads_logits(rng):
     """The head's rows are folded as the logits' are; with every option, since each touches them."""
     hidden, head = rng.standard_normal((6, 3)).astype(np.float32), rng.standard_normal((N, 3)).astype(np.float32)

@@ -1,1 +1,1 @@
-"""Measurements and models of what jce costs; each module runs by `python -m bench.<name>`."""
+"""Measurements and models of what jce costs: `python -m bench`, and beside it `bench.devices` and `bench.readme`."""

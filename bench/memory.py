@@ -19,7 +19,7 @@ TOKENS = 8192
 PAGE = 4096.0  # bytes: less is as good as nothing
 GROWN = ("cross_entropy_with_integer_labels", "cross_entropy_with_logits", "linear_cross_entropy")
 SIZES = [10**3, 10**4, 10**5, 10**6]
-FIXED_TOKENS, FIXED_CLASSES, FIXED_WIDTH = 8192, 32_000, 512
+FIXED_CLASSES, FIXED_WIDTH = 32_000, 512
 
 
 def temporaries(task: Task, library: str, mode: str, tokens: int, n: int, width: int) -> int | None:
@@ -70,7 +70,7 @@ def growth(task: Task, along: str, sizes: list[int], modes: tuple[str, ...]) -> 
                     task,
                     library,
                     mode,
-                    size if along == "tokens" else FIXED_TOKENS,
+                    size if along == "tokens" else TOKENS,
                     size if along == "classes" else FIXED_CLASSES,
                     FIXED_WIDTH,
                 )

@@ -14,6 +14,7 @@ from matplotlib import pyplot
 from matplotlib.colors import BoundaryNorm, ListedColormap
 
 from bench.engines import GRADIENT
+from bench.results import worst
 
 EXACT, USABLE, WRONG = 5, 100, 1e5  # ulps: float32 has 1.7e7 of them to lose
 PANELS = [
@@ -23,11 +24,6 @@ PANELS = [
     ("binary_kl_divergence", "value", "KL divergence of two probabilities"),
 ]
 COLOURS = ["#2c7fb8", "#a6d9e4", "#fed98e", "#fe9929", "#cc4c02"]
-
-
-def error(statistics: dict) -> float:
-    """The largest, beyond what the inputs' rounding does; ∞ with a NaN."""
-    return math.inf if statistics["beyond"] is None else statistics["beyond"]
 
 
 def written(x: float) -> str:
@@ -65,7 +61,7 @@ def accuracy(lines: list[dict], path: pathlib.Path) -> None:
     levels = BoundaryNorm([0, EXACT, USABLE, WRONG, 1e7, math.inf], len(COLOURS))
     for ax, (title, rows) in zip(axes[:, 0], panels, strict=True):
         regimes = list(next(iter(rows.values())))
-        table = np.array([[error(rows[library][regime]) for regime in regimes] for library in rows])
+        table = np.array([[worst(rows[library][regime], "beyond") for regime in regimes] for library in rows])
         ax.pcolormesh(
             np.minimum(table, 1e300), cmap=ListedColormap(COLOURS), norm=levels, edgecolors="white", linewidth=1
         )

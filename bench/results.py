@@ -84,7 +84,7 @@ def figures(line: dict) -> dict[str, tuple[float, float, float]]:
     """What is compared, as (lowest, middle, highest): the quartiles of time over the floor's, bytes, errors."""
     found = {}
     if line["bench"] == "accuracy":
-        found = {f"ulps, {regime}": [max(1.0, errors(x, "max"))] * 3 for regime, x in line["regimes"].items()}
+        found = {f"ulps, {regime}": [max(1.0, worst(x, "max"))] * 3 for regime, x in line["regimes"].items()}
     if "over_floor" in line:
         found["time / floor"] = line["over_floor"]
     if line.get("temporaries") is not None:
@@ -92,7 +92,8 @@ def figures(line: dict) -> dict[str, tuple[float, float, float]]:
     return found
 
 
-def errors(statistics: dict, key: str) -> float:
+def worst(statistics: dict, key: str) -> float:
+    """The largest error, "max", or "beyond" what the inputs' rounding does; ∞ with a NaN."""
     value = statistics[key]
     return math.inf if value is None else value
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from bench.pictures import error, written
+from bench.pictures import written
+from bench.results import worst
 
 
 def table(title: str, columns: list[str], rows: Iterable[list[str]]) -> Table:
@@ -40,7 +41,7 @@ def accuracy(lines: list[dict]) -> Iterable[Table]:
         regimes = line["regimes"].values()
         counts = {name: sum(x.get(name, 0) for x in regimes) for name in ("nan", "wrong sign", "zero")}
         told = "".join(f" {n} {name}" for name, n in counts.items() if n)
-        return written(max(map(error, regimes))) + told + ("" if line["agrees"] else " (disagrees)")
+        return written(max(worst(x, "beyond") for x in regimes)) + told + ("" if line["agrees"] else " (disagrees)")
 
     for dtype in dict.fromkeys(line["dtype"] for line in lines):
         some = [line for line in lines if line["dtype"] == dtype]

@@ -786,7 +786,10 @@ HEADS = [
 
 each_kernel = pytest.mark.parametrize("kernel", TABLE + HEADS, ids=label)
 each_function = pytest.mark.parametrize("kernel", TABLE, ids=label)
-each_with_classes = pytest.mark.parametrize("kernel", [kernel for kernel in TABLE if kernel.has_classes], ids=label)
+WITH_CLASSES = [kernel for kernel in TABLE if kernel.has_classes]
+each_with_classes = pytest.mark.parametrize("kernel", WITH_CLASSES, ids=label)
+OF_LOGITS = [kernel for kernel in WITH_CLASSES if LOGIT in kernel.domains]
+each_of_logits = pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)
 
 
 def easy(kernel: Kernel, rng: np.random.Generator, shape: tuple[int, ...], dtype=np.float32) -> list[np.ndarray]:
@@ -802,6 +805,28 @@ def total(kernel: Kernel) -> Callable:
 def gradient(kernel: Kernel) -> Callable:
     """The gradient in every argument, as a tuple; compiled as one."""
     return jax.jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))
+
+
+def modes(function: Callable, positions: tuple[int, ...]) -> dict[str, Callable]:
+    """Of a function with one number: programs of (arguments, directions), by name, to the third order."""
+
+    def pushed(f):
+        return lambda a, t: jax.jvp(lambda *a: f(*a), a, t)[1]
+
+    def inner(u, v):
+        return sum(jnp.vdot(x, y) for x, y in zip(u, v, strict=True))
+
+    gradient = jax.grad(function, positions)
+    return {
+        "value": lambda a, t: function(*a),
+        "gradient": lambda a, t: jax.value_and_grad(function, positions)(*a),
+        "jvp": lambda a, t: jax.jvp(function, a, t),
+        "linearize": lambda a, t: jax.linearize(function, *a)[1](*t),
+        "forward over reverse": lambda a, t: pushed(gradient)(a, t),
+        "reverse over forward": lambda a, t: jax.grad(lambda a: pushed(function)(a, t))(a),
+        "reverse over reverse": lambda a, t: jax.grad(lambda a: inner(gradient(*a), t))(a),
+        "third order": lambda a, t: jax.grad(lambda a: pushed(lambda *a: pushed(function)(a, t))(a, t))(a),
+    }
 
 
 def op_by_op():

@@ -80,7 +80,6 @@ def test_neither_is_symmetric():
     for f in (jce.cross_entropy, jce.kl_divergence, jce.generalized_kl_divergence):
         assert abs(f(p, q) - f(q, p)) > 0.02
     for f in (jce.binary_cross_entropy, jce.binary_kl_divergence):
-        assert abs(f(0.25, 0.75) - f(0.75, 0.5)) > 0.01
         assert abs(f(0.25, 0.5) - f(0.5, 0.25)) > 0.01
 
 

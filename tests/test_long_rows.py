@@ -10,11 +10,9 @@ from jax.sharding import PartitionSpec as P
 import jce
 from bench.hlo import collectives
 from jce._classes import Classes
-from tests.kernels import LOGIT, TABLE, Kernel, easy, label
+from tests.kernels import ROWS, Kernel, each_of_logits, each_with_classes, easy
 
 N = 33_000  # 40 blocks of 825
-SEVERAL = [kernel for kernel in TABLE if kernel.has_classes]
-each_long = pytest.mark.parametrize("kernel", SEVERAL, ids=label)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +40,7 @@ def derivatives(function, positions):
     return all_three
 
 
-@each_long
+@each_with_classes
 def test_leaving_out_classes_by_where_is_leaving_them_out(kernel, rng):
     """Of the kept classes, which are in all blocks, a short row holds the same; in each order of derivatives."""
     kept = rng.random(N) < 0.5
@@ -68,7 +66,7 @@ def test_leaving_out_classes_by_where_is_leaving_them_out(kernel, rng):
         np.testing.assert_array_equal(long[:, ~kept], 0)
 
 
-@each_long
+@each_with_classes
 def test_any_axis_and_vmap(kernel, rng):
     arguments = easy(kernel, rng, (2, N))
     value = kernel.function(*arguments)
@@ -144,7 +142,7 @@ def losses(kernel: Kernel, arguments):
 
 
 @pytest.mark.needs_jit
-@pytest.mark.parametrize("kernel", [k for k in SEVERAL if LOGIT in k.domains], ids=label)
+@each_of_logits
 def test_sharded_rows_stay_where_they_are(kernel, rng):
     """Nothing but some numbers a row goes between devices, though each device's classes are folded."""
     n = 65_536
@@ -159,7 +157,7 @@ def test_sharded_rows_stay_where_they_are(kernel, rng):
 @pytest.mark.parametrize("spec", [P("rows", None), P(None, "classes"), P("rows", "classes")])
 def test_explicit_sharding(spec, rng):
     """JAX can't reshape an axis whose type says that it is sharded: such rows stay whole."""
-    (kernel,) = (k for k in TABLE if label(k) == "cross_entropy_with_logits")
+    kernel = ROWS["cross_entropy_with_logits"]
     mesh = mesh_of(AxisType.Explicit)
     arguments = easy(kernel, rng, (4, 65_536))
     with jax.set_mesh(mesh):

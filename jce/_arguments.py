@@ -1,6 +1,7 @@
 """One reading of the arguments, for every public function: dtype, shape, axis, `where`, and the text of the errors.
 
-All of it is static, so it costs nothing at run time, and errors are raised while tracing.
+What only the functions of a head take is read in `_head.py`. All of it is static, so it costs nothing at run time, and
+errors are raised while tracing.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def public(*static: str) -> Callable[[F], F]:
                     raise TypeError(f"{name}: no argument {option!r}; it takes {', '.join(parameters)}.")
                 if option in static and not isinstance(value, Hashable):
                     raise ValueError(
-                        f"{name}: {option} must be static, since the program depends on it; got {option}:"
-                        f" {type(value).__name__}. Pass a Python number, as by float(x) or int(x) outside jax.jit."
+                        f"{name}: {option} must be static and hashable, since the program depends on it; got {option}:"
+                        f" {type(value).__name__}. Pass a tuple for a list, and for an array a Python number, as by"
+                        f" float(x) or int(x) outside jax.jit."
                     )
             return jitted(*args, **options)
 
@@ -71,19 +73,21 @@ def distributions(
     if len({x.shape[axis] for x in arrays}) > 1:
         raise ValueError(
             f"{function}: {_and(arguments)} must have the same number of classes along axis={given}, which is never"
-            f" broadcast; got {described(arguments)}. Say which axis holds the classes with axis=, or pad with zeros."
+            f" broadcast; got {described(arguments)}. Say which axis holds the classes with axis=, or pad:"
+            f" probabilities with 0, logits with -inf."
         )
     arrays = _broadcast(function, "the batch axes", arguments, arrays)
     classes = Classes(axis, mesh_axis(function, axis_name))
-    if where is not None:
-        mask = _mask(function, where, arrays[0].shape, axis, arguments)
+    mask = None if where is None else _mask(function, where, arrays[0].shape, axis, arguments)
+    if arrays[0].shape[axis] == 0:  # no class is one, on each device, that is excluded
+        arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
+        mask = jnp.zeros(arrays[0].shape, bool)
+    if mask is not None:
         # The select stands outside every rule, so an excluded entry's derivative is exactly 0, whatever it holds.
         arrays = [
             jnp.where(mask, x, _impossible(mask, classes, x.dtype) if name in in_logits else jnp.zeros_like(x))
             for name, x in zip(arguments, arrays, strict=True)
         ]
-    if in_logits and arrays[0].shape[axis] == 0:
-        arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
     classes = classes.folding(arrays[0])
     return [classes.fold(x) for x in arrays], classes
 
@@ -131,12 +135,19 @@ def labelled(
             f"{function}: labels must have the shape of logits without the class axis, {batch}; got {described(got)}."
             f" The target comes first, the model second; for one label against a batch of logits use jax.vmap."
         )
+    y = wide_enough(y)
+    if shape[classes.axis] == 0:
+        return jnp.zeros_like(y), x, jnp.zeros_like(x), classes
     kept = classes.fold(jnp.broadcast_to(True if where is None else jnp.asarray(where), shape))
-    y = y if y.dtype.itemsize >= 4 else y.astype(jnp.int32)
-    if where is not None or shape[classes.axis] == 0:
+    if where is not None:
         # In a row with nothing left any label will do, also one that is none.
         y = jnp.where(classes.any(kept), y, jnp.zeros_like(y))
-    return y, x, jnp.ones_like(x) if shape[classes.axis] == 0 else kept.astype(x.dtype), classes
+    return y, x, kept.astype(x.dtype), classes
+
+
+def wide_enough(labels: Array) -> Array:
+    """The labels, as int32 where a byte or two might not hold the number of classes."""
+    return labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
 
 
 def fraction(function: str, **option: float) -> float:
@@ -151,12 +162,12 @@ def fraction(function: str, **option: float) -> float:
 
 
 def positive(function: str, *, or_zero: bool = False, **option: float) -> float:
-    """A static number above 0, and within float32's range."""
+    """A static number above 0, and a normal one of float32."""
     ((name, value),) = option.items()
     least, most = map(float, (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
     if not _is_number(value) or not (least <= value <= most or (or_zero and value == 0)):
         raise ValueError(
-            f"{function}: {name} must be a static number, finite and {'at least' if or_zero else 'above'} 0;"
+            f"{function}: {name} must be a static number from {least:.2g} to {most:.2g}{' or 0' if or_zero else ''};"
             f" got {name}={value!r}. Leave it out for none."
         )
     return float(value)
@@ -252,18 +263,25 @@ def _mask(
 ) -> Array:
     got = {"where": where, **arguments}
     mask = as_array(function, "where", where)
-    if mask.dtype != bool:
-        raise TypeError(f"{function}: where must be boolean; got {described(got)}. Compare it first: where=mask != 0.")
-    try:
-        fits = np.broadcast_shapes(mask.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
+    require_boolean(function, mask, got)
+    if not broadcasts_to(shape, mask.shape):
         raise ValueError(
             f"{function}: where must broadcast to the shape {shape} of {_and(arguments)}; got {described(got)}."
             f" To drop whole distributions, give it a class axis of length 1: where=jnp.expand_dims(mask, {axis})."
         )
     return jnp.broadcast_to(mask, shape)
+
+
+def require_boolean(function: str, where: Array, got: Mapping[str, ArrayLike]) -> None:
+    if where.dtype != bool:
+        raise TypeError(f"{function}: where must be boolean; got {described(got)}. Compare it first: where=mask != 0.")
+
+
+def broadcasts_to(shape: tuple[int, ...], given: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, given) == shape
+    except ValueError:
+        return False
 
 
 def _and(arguments: Mapping[str, ArrayLike]) -> str:

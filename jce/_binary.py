@@ -105,7 +105,7 @@ def_partials(_cross_entropy, lambda a, b: _log_odds_against(a, b), lambda a, b: 
 def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
     """KL(α‖β) = α log α/β + (1-α) log (1-α)/(1-β), in nats: the divergence of {β, 1-β} from {α, 1-α}, elementwise.
 
-    ≥ 0 to the last bit, and 0 only at α = β. Not symmetric.
+    ≥ 0 to the last bit, and 0 only at α = β or below the smallest number. Not symmetric.
 
     Args:
       alpha: real, the target's probabilities. Shapes broadcast.

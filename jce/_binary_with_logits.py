@@ -143,7 +143,7 @@ def binary_kl_divergence_with_logits(alpha_logits: ArrayLike, beta_logits: Array
 
 @jax.custom_jvp
 def _kl_of_sigmoid(x, y):
-    # log σ(y)/σ(x) and log σ(-y)/σ(-x), from y - x: log(1 + σ(-x) (e^(x-y) - 1)) and its mirror image where that is
+    # log σ(y)/σ(x) and log σ(-y)/σ(-x), from y - x: -log(1 + σ(-x) (e^(x-y) - 1)) and its mirror image where that is
     # small, else from both softplus, each in two parts.
     d = _minus(y, x)
     near = jnp.abs(d) < 0.5

@@ -57,7 +57,7 @@ def live_jvp(function: Callable, primals, tangents):
 
 
 def both_zero(a: Array, b: Array) -> Array:
-    """Where an outcome is absent from both distributions. It contributes 0, and 0 to every derivative."""
+    """Where an outcome is absent from both distributions."""
     return (a == 0) & (b == 0)
 
 
@@ -88,5 +88,5 @@ def negative(x: Array) -> Array:
     return 0 - x
 
 
-# Under differentiation plain -x, the same number: XLA moves it out of a mean, and then reads the batch once less.
+# Under differentiation plain -x, which at 0 is -0: XLA moves it out of a mean, and then reads the batch once less.
 negative.defjvp(lambda primals, tangents: (-primals[0], -tangents[0]))

@@ -41,7 +41,7 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
         raise ValueError(f"check_distribution: atol must be ≥ 0; got atol={atol}. Leave it out for the dtype's own.")
     tolerance = eps**0.5 if atol is None else float(atol)
     sums = classes.sum(x)
-    smallest = classes.reduce(lambda x, axis: x.min(axis, initial=1), x)
+    smallest = classes.reduce(jnp.min, x)
     if sums.size == 0:
         return
     violation = jnp.nan_to_num(jnp.maximum(jnp.abs(sums - 1), -smallest), nan=jnp.inf).ravel()

@@ -67,8 +67,8 @@ def _p_log_q(p, q):
 
 @jax.custom_jvp
 def _log_q(p, q):
-    # tiny - p is positive only at p = 0: there it keeps the logarithm finite, so that 0 log 0 = 0, and anywhere else
-    # q stands as it is. A select would do the same, and make XLA write the N × n terms to memory on a CPU.
+    # tiny - p is positive only where p is 0 or subnormal: there it keeps the logarithm finite, so that 0 log 0 = 0, and
+    # anywhere else q stands as it is. A select would make XLA write the N × n terms to memory on a CPU.
     return jnp.log(jnp.maximum(q, jnp.finfo(q.dtype).tiny - p))
 
 
@@ -133,7 +133,7 @@ def cross_entropy_with_logits(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _soft(p, x, classes):
-    # The bound is a number at p = 0, so that 0 · ∞ = 0, and beyond the float range at any p > 0.
+    # The bound is a number at p = 0, so that 0 · ∞ = 0, and beyond the float range at any normal p > 0.
     info = jnp.finfo(p.dtype)
     bound = info.max * (0.5 + p * (1.5 / info.tiny))
     return classes.sum(p * jnp.minimum(surprisal(x, classes), bound))
@@ -234,7 +234,10 @@ def cross_entropy_with_integer_labels(
     if smoothing == 0:
         return loss
     uniform = kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
-    uniform_loss = _soft(uniform, x, classes)
+    return smoothed(loss, _soft(uniform, x, classes), smoothing)
+
+
+def smoothed(loss, uniform_loss, smoothing):
     if smoothing == 1:  # the label counts for nothing, even where its loss is +∞, but it still must be one
         return jnp.where(jnp.isnan(loss), loss, uniform_loss)
     return (1 - smoothing) * loss + smoothing * uniform_loss

@@ -6,9 +6,9 @@ With d = p - q, v = d / (p + q) and T = 1/3 + v²/5 + v⁴/7 + …, which is (at
     p log p/q - p + q = d v (1 + v (1 + v) T)
 
 In the second, 2p = (p + q)(1 + v) is put in, so that one factor carries the magnitude and the other is near 1. Where
-|v| < 1/2, d is exact and nothing else cancels. It is the deviance of C. Loader, Fast and Accurate Computation of
-Binomial Probabilities (2000). The difference d is an argument of its own, because the binary functions know
-(1 - α) - (1 - β) = β - α better than the rounded 1 - α and 1 - β do.
+|v| ≤ 1/3, d is exact, up to 1/2 it is rounded once, and nothing else cancels. It is the deviance of C. Loader, Fast and
+Accurate Computation of Binomial Probabilities (2000). The difference d is an argument of its own, because the binary
+functions know (1 - α) - (1 - β) = β - α better than the rounded 1 - α and 1 - β do.
 """
 
 from __future__ import annotations

@@ -146,10 +146,10 @@ def _entropy_of_softmax_rule(classes, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _weighted_excess(x, classes):
-    return mul0(_excess(x, classes), softmax(x, classes))
+    return mul0(_surprisal_excess(x, classes), softmax(x, classes))
 
 
-def _excess(x, classes):
+def _surprisal_excess(x, classes):
     # q is 0 long before log 1/q is 10⁴. A number there, not +∞, is one that 0 can be multiplied with at every order.
     return jnp.minimum(surprisal(x, classes), 1e4) - classes.column(entropy_of_softmax(x, classes))
 
@@ -160,6 +160,6 @@ def _weighted_excess_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
     z, u, mean = deviation(t, x, classes)
     dh = classes.sum(multiply(_weighted_excess(x, classes), u))
-    centered = multiply(_excess(x, classes) - 1, u - classes.column(mean))
+    centered = multiply(_surprisal_excess(x, classes) - 1, u - classes.column(mean))
     tangent = mul0(softmax(x, classes), centered - classes.column(dh))
     return _weighted_excess(x, classes), unless_nan(z, tangent, t, classes)

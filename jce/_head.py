@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._arguments import as_array, described, float_dtype
+from jce._arguments import as_array, broadcasts_to, described, float_dtype, require_boolean, wide_enough
 from jce._calculus import def_partials
 from jce._classes import Classes, vary_over, varying
 
@@ -172,15 +172,14 @@ def tokens_and_head(
     def stored(x):
         return x if jnp.issubdtype(x.dtype, jnp.floating) and dtype == jnp.float32 else x.astype(dtype)
 
-    y = flat(y if y.dtype.itemsize >= 4 else y.astype(jnp.int32))
+    y = flat(wide_enough(y))
     h, w = stored(h).reshape(y.size, h.shape[-1]), stored(w)
     b = got["bias"].astype(dtype) if "bias" in got else jnp.zeros(n, dtype)
     a = flat(got["weights"].astype(dtype) if "weights" in got else jnp.ones((), dtype))
-    if n == 0:  # certainty in a class that makes no difference
-        y, h = jnp.zeros_like(y), jnp.zeros_like(h)
+    if n == 0:  # no class is one, and no token has it
         w, b = jnp.zeros((1, w.shape[1]), w.dtype), jnp.zeros(1, dtype)
-    if "weights" in got or "where" in got:
-        kept = flat(got.get("where", True))
+    if n == 0 or "weights" in got or "where" in got:
+        kept = flat(got.get("where", True)) & (n > 0)
         if "weights" in got:
             # A token of weight 0 still has a derivative in its weight, unless it holds what is no number or no class.
             kept &= (a != 0) | (jnp.isfinite(h).all(-1) & (y >= 0) & (y < classes.count(b)))
@@ -222,21 +221,14 @@ def _checked(function, labels, hidden, head, bias, weights, where) -> dict[str, 
             f"{function}: bias must have the shape ({n},), a number for each row of head; got {described(got)}."
         )
     for name in ("weights", "where"):
-        if name in got and not _broadcasts_to(batch, got[name].shape):
+        if name in got and not broadcasts_to(batch, got[name].shape):
             raise ValueError(
                 f"{function}: {name} must broadcast to the shape of labels, {batch}; got {described(got)}."
                 f" It is of tokens, so give it no axis for classes; those are excluded by a bias of -inf."
             )
-    if "where" in got and got["where"].dtype != bool:
-        raise TypeError(f"{function}: where must be boolean; got {described(got)}. Compare it first: where=mask != 0.")
+    if "where" in got:
+        require_boolean(function, got["where"], got)
     return got
-
-
-def _broadcasts_to(shape, given) -> bool:
-    try:
-        return jnp.broadcast_shapes(shape, given) == shape
-    except ValueError:
-        return False
 
 
 def chunk_tokens(function: str, chunk_size: int | None, head: Head) -> int:

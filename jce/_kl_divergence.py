@@ -89,8 +89,8 @@ _kl.defjvp(_kl_rule, symbolic_zeros=True)
 def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
     """Σᵢ (pᵢ log pᵢ/qᵢ - pᵢ + qᵢ), in nats: the KL divergence of non-negative numbers that need not sum to 1.
 
-    ≥ 0 to the last bit for any non-negative floats, and 0 only at p = q. Where Σ pᵢ = Σ qᵢ it is KL(p‖q). Not
-    symmetric.
+    ≥ 0 to the last bit for any non-negative floats, and 0 only at p = q or below the smallest number. Where Σ pᵢ = Σ qᵢ
+    it is KL(p‖q). Not symmetric.
 
     Args:
       p: real, [..., n, ...], the target's weights of n classes along `axis`.
@@ -135,7 +135,7 @@ def _deviance(p, q):
 
 
 # ∂/∂p (p log p/q - p + q) = log p/q, ∂/∂q (p log p/q - p + q) = (q - p)/q
-def_partials(_deviance, lambda p, q: _log_ratio(p, q), lambda p, q: _excess(p, q))
+def_partials(_deviance, lambda p, q: _log_ratio(p, q), lambda p, q: _relative_excess(p, q))
 
 
 @jax.custom_jvp
@@ -148,12 +148,12 @@ def_partials(_log_ratio, lambda p, q: reciprocal(q, p), lambda p, q: -reciprocal
 
 
 @jax.custom_jvp
-def _excess(p, q):
+def _relative_excess(p, q):
     return jnp.where(both_zero(p, q), jnp.ones_like(q), (q - p) / jnp.abs(q))
 
 
 # (q - p)/q = 1 - p/q
-def_twin(_excess, lambda p, q: -ratio(p, q))
+def_twin(_relative_excess, lambda p, q: -ratio(p, q))
 
 
 def _sum_of_differences(p, q, classes):

@@ -20,8 +20,8 @@ from jax.typing import ArrayLike
 from jce._arguments import choice, fraction, mesh_axis, positive, public
 from jce._calculus import live_jvp
 from jce._classes import Classes
-from jce._cross_entropy import label_surprisal
-from jce._head import Logits, chunk_tokens, dot, each_token, over_chunks, product, tokens_and_head
+from jce._cross_entropy import label_surprisal, smoothed
+from jce._head import Head, Logits, chunk_tokens, dot, each_token, over_chunks, product, tokens_and_head
 from jce._mul0 import mul0
 from jce._softmax import logsumexp, off_label_sum, surprisal
 
@@ -83,9 +83,9 @@ def linear_cross_entropy(
       A label outside [0, n) makes its token NaN, in value and gradient, and with it a mean or a sum: mask such labels,
       as with where=labels >= 0. At a weight of 0 the derivative in the weight is ℓ as at any other, but a token of
       weight 0 with a label outside [0, n) or a hidden state that isn't finite is left out as by `where`. A forbidden
-      class has derivative 0, under a soft cap too; at the label it makes the loss +∞, and with label smoothing, which
-      counts every class, it makes every loss +∞: padding of the vocabulary is better sliced off, head[:n]. No tokens
-      make a mean or a sum of 0, no classes make every loss 0.
+      class has derivative 0. At the label it makes the loss +∞, with derivative -1, and with label smoothing, which
+      counts every class, every loss +∞, with derivative -ε/n; under a soft cap these are 0 too. Better slice padding of
+      the vocabulary off, head[:n]. No tokens make a mean or a sum of 0, no classes make every loss 0.
 
     Derivative:
       ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and on to hidden, head, bias and weights, each in its own
@@ -107,13 +107,7 @@ def linear_cross_entropy(
     reduction = choice(name, reduction=reduction, choices=REDUCTIONS)
     classes = Classes(-1, mesh_axis(name, axis_name))
     (y, h, w), head_ = tokens_and_head(name, labels, hidden, head, bias, weights, where, classes)
-    options = Options(
-        Logits(None if logit_soft_cap is None else positive(name, logit_soft_cap=logit_soft_cap), precision),
-        classes.folding(head_.bias),
-        chunk_tokens(name, chunk_size, head_),
-        fraction(name, label_smoothing=label_smoothing),
-        positive(name, z_loss=z_loss, or_zero=True),
-    )
+    options = checked_options(name, classes, head_, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
     if reduction == "none":
         return mul0(_losses(y, h, head_, options), w).reshape(jnp.shape(labels))
     return _weighted_sum(y, h, head_, shares(w) if reduction == "mean" else w, options)
@@ -136,6 +130,18 @@ class Options(NamedTuple):
     z_loss: float
 
 
+def checked_options(
+    name: str, classes: Classes, head: Head, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision
+) -> Options:
+    return Options(
+        Logits(None if logit_soft_cap is None else positive(name, logit_soft_cap=logit_soft_cap), precision),
+        classes.folding(head.bias),
+        chunk_tokens(name, chunk_size, head),
+        fraction(name, label_smoothing=label_smoothing),
+        positive(name, z_loss=z_loss, or_zero=True),
+    )
+
+
 def _losses(y, h, head, o):
     return each_token(lambda y, h: _loss(y, o.logits.of(h, head), o), o.chunk, y, h)
 
@@ -145,16 +151,10 @@ def _loss(y, x, o):
     x = o.classes.fold(x)
     loss = label_surprisal(y, x, o.classes)
     if o.smoothing:
-        loss = _smoothed(loss, o.classes.sum(surprisal(x, o.classes)) / o.classes.count(x), o)
+        loss = smoothed(loss, o.classes.sum(surprisal(x, o.classes)) / o.classes.count(x), o.smoothing)
     if o.z_loss:
         loss += o.z_loss * jnp.square(logsumexp(x, o.classes))
     return loss
-
-
-def _smoothed(loss, uniform, o):
-    if o.smoothing == 1:  # the label counts for nothing, even where its loss is +∞, but it still must be one
-        return jnp.where(jnp.isnan(loss), loss, uniform)
-    return (1 - o.smoothing) * loss + o.smoothing * uniform
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
@@ -235,7 +235,7 @@ def _unnormalized_excess(y, u, w, o):
     z, log_z = s + e_y, jnp.log1p(s - (1 - e_y))
     losses, at_label = (m - x_y) + log_z, -s
     if o.smoothing:
-        losses = _smoothed(losses, log_z + o.classes.sum(column(m) - x) / n, o)
+        losses = smoothed(losses, log_z + o.classes.sum(column(m) - x) / n, o.smoothing)
         at_label += o.smoothing * (z - z / n)
     if o.z_loss:
         losses += o.z_loss * jnp.square(m + log_z)

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from jce._arguments import choice, public
 from jce._classes import Classes
 from jce._head import tokens_and_head
-from jce._linear_cross_entropy import OPTIONS, REDUCTIONS, linear_cross_entropy, shares
+from jce._linear_cross_entropy import OPTIONS, REDUCTIONS, checked_options, linear_cross_entropy, shares
 
 
 @public(*OPTIONS, "mesh", "token_axis", "class_axis")
@@ -92,7 +92,8 @@ def sharded_linear_cross_entropy(
     """
     name = "sharded_linear_cross_entropy"
     reduction = choice(name, reduction=reduction, choices=REDUCTIONS)
-    whole, _ = tokens_and_head(name, labels, hidden, head, bias, weights, where, Classes(-1))
+    whole, head_ = tokens_and_head(name, labels, hidden, head, bias, weights, where, Classes(-1))
+    checked_options(name, Classes(-1), head_, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
     shape = jnp.shape(labels)
     _divides(name, mesh, "token_axis", token_axis, "the first axis of labels", shape[0] if shape else 1)
     _divides(name, mesh, "class_axis", class_axis, "the number of classes, the rows of head,", jnp.shape(head)[0])

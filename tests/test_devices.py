@@ -10,14 +10,13 @@ from jax.sharding import PartitionSpec as P
 import jce
 from bench import devices as study
 from bench.hlo import collectives, group_size
-from tests.kernels import LOGIT, TABLE, easy, label
+from tests.kernels import LOGIT, OF_LOGITS, each_of_logits, easy, modes
 from tests.test_corners import agrees, stacked
 
 INF, NAN = np.inf, np.nan
 MESHES = [(8, 1), (2, 4), (1, 8)]
 
 on_meshes = pytest.mark.parametrize("shape", MESHES, ids=lambda shape: "x".join(map(str, shape)))
-with_logits = pytest.mark.parametrize("kernel", [k for k in TABLE if LOGIT in k.domains and k.has_classes], ids=label)
 
 
 def make_mesh(shape):
@@ -28,34 +27,17 @@ def close(a, b, rtol=4e-6, atol=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
-def modes(function, positions):
+def second_order(function, positions):
     """Value, gradient, jvp and Hessian-vector products of three nestings: one program of (arguments, directions)."""
-
-    def pushed(f):
-        return lambda a, t: jax.jvp(lambda *a: f(*a), a, t)[1]
-
-    gradient = jax.grad(function, positions)
-
-    def inner(u, v):
-        return sum(jnp.vdot(x, y) for x, y in zip(u, v, strict=True))
-
-    def program(a, t):
-        return {
-            "value": function(*a),
-            "gradient": gradient(*a),
-            "jvp": pushed(function)(a, t),
-            "forward over reverse": pushed(gradient)(a, t),
-            "reverse over forward": jax.grad(lambda a: pushed(function)(a, t))(a),
-            "reverse over reverse": jax.grad(lambda a: inner(gradient(*a), t))(a),
-        }
-
-    return jax.jit(program)
+    programs = modes(function, positions)
+    wanted = [name for name in programs if name not in ("linearize", "third order")]
+    return jax.jit(lambda a, t: {name: programs[name](a, t) for name in wanted})
 
 
 # Functions of logits
 
 
-@with_logits
+@each_of_logits
 @pytest.mark.parametrize("shape", MESHES[1:], ids=str)
 def test_split_classes_are_whole_ones(kernel, shape, rng):
     """Value, gradient, jvp and Hessian-vector products, in float64, with a −∞ and a tie."""
@@ -78,7 +60,7 @@ def test_split_classes_are_whole_ones(kernel, shape, rng):
     positions = tuple(range(len(arguments)))
     with jax.enable_x64(True):
         got, expected = (
-            modes(lambda *x, f=f: jnp.vdot(cotangent, f(*x)), positions)(arguments, directions)
+            second_order(lambda *x, f=f: jnp.vdot(cotangent, f(*x)), positions)(arguments, directions)
             for f in (split, kernel.function)
         )
     close(got, expected, rtol=1e-9, atol=1e-11)
@@ -91,7 +73,7 @@ def split_rows(kernel):
     return jax.shard_map(lambda *x: kernel.function(*x, axis_name="classes"), mesh=mesh, in_specs=specs, out_specs=P())
 
 
-@with_logits
+@each_of_logits
 def test_corners_with_a_class_a_device(kernel):
     arguments, values, gradients = stacked(kernel)
     split = split_rows(kernel)
@@ -101,7 +83,7 @@ def test_corners_with_a_class_a_device(kernel):
         agrees(got, expected)
 
 
-@with_logits
+@each_of_logits
 def test_split_classes_are_as_accurate(kernel, rng):
     """In every regime, float32: a loss of 1e-30 is 1e-30, and a divergence of 1e-12 has its digits."""
     samples = kernel.sample(rng, (3, 16), np.float32)
@@ -219,7 +201,7 @@ def test_the_sharded_head_is_the_head(shape, options, rng):
             losses = function(labels, h, w, b, weights=weights, where=where, chunk_size=3, **options, **others)
             return jnp.vdot(cotangent, losses)
 
-        return modes(of, (0, 1, 2, 3))
+        return second_order(of, (0, 1, 2, 3))
 
     with jax.enable_x64(True):
         got = scalar(jce.sharded_linear_cross_entropy, **mesh)(arguments, directions)
@@ -262,7 +244,7 @@ def test_log_probs_of_a_sharded_head(rng):
         return jce.linear_log_probs(labels, h, w, b, where=where)
 
     def scalar(f):
-        return modes(lambda *a: sum(jnp.vdot(jnp.arange(1.0, 17.0), x) for x in f(*a)), (0, 1, 2))
+        return second_order(lambda *a: sum(jnp.vdot(jnp.arange(1.0, 17.0), x) for x in f(*a)), (0, 1, 2))
 
     directions = tuple(np.where(np.isfinite(x), rng.standard_normal(x.shape), 0) for x in (h, w, b))
     with jax.enable_x64(True):
@@ -382,6 +364,22 @@ def test_less_is_sent_than_by_the_partitioner():
     assert memory[ours] < memory[dense] / 3
 
 
+def test_no_classes_on_several_devices():
+    """A sum over no classes is 0 on eight devices as on one."""
+    mesh, nothing = make_mesh((2, 4)), np.zeros((2, 0), np.float32)
+    for kernel in OF_LOGITS:
+        split = jax.shard_map(
+            lambda *x, kernel=kernel: kernel.function(*x, axis_name="classes"),
+            mesh=mesh,
+            in_specs=P("tokens", "classes"),
+            out_specs=P("tokens"),
+        )
+        np.testing.assert_array_equal(split(*[nothing] * len(kernel.arguments)), np.zeros(2))
+    on = {"mesh": mesh, "token_axis": "tokens", "class_axis": "classes", "reduction": "none"}
+    losses = jce.sharded_linear_cross_entropy(np.zeros(2, int), np.ones((2, 3)), np.ones((0, 3)), **on)
+    np.testing.assert_array_equal(losses, np.zeros(2))
+
+
 # Errors
 
 
@@ -396,6 +394,11 @@ def test_less_is_sent_than_by_the_partitioner():
         ({"head": np.zeros((6, 2))}, r"number of classes.*must be a multiple of the 4 .*got 6"),
         ({"hidden": np.zeros((4, 3))}, r"hidden must be \[..., d\]"),
         ({"reduction": "avg"}, r"reduction must be"),
+        ({"label_smoothing": 2.0}, r"label_smoothing must be"),
+        ({"z_loss": -1.0}, r"z_loss must be"),
+        ({"logit_soft_cap": 0}, r"logit_soft_cap must be"),
+        ({"chunk_size": 0}, r"chunk_size must be"),
+        ({"token_axis": ["tokens"]}, r"token_axis must be static.*got token_axis: list.*Pass a tuple for a list"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

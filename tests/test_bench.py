@@ -96,6 +96,7 @@ def test_the_heads_floor_is_its_products(rng):
         np.testing.assert_allclose(x, e, rtol=1e-5)
 
 
+@pytest.mark.needs_jit
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("label", ["cross_entropy_with_integer_labels", "linear_cross_entropy", "binary_kl_divergence"])
 def test_lines_of_speed(label, mode):
@@ -118,6 +119,7 @@ def test_exponent_of_a_power():
     assert memory.exponent(sizes, [0, 5, 100], memory.PAGE) == 0
 
 
+@pytest.mark.needs_jit
 def test_lines_of_growth():
     (t,) = [t for t in TASKS if t.label == "linear_cross_entropy"]
     lines = memory.growth(t, "tokens", [2048, 4096, 8192], (VALUE, GRADIENT))

@@ -13,6 +13,7 @@ from bench.hlo import collectives, group_size
 from tests.kernels import LOGIT, OF_LOGITS, each_of_logits, easy, modes
 from tests.test_corners import agrees, stacked
 
+pytestmark = pytest.mark.needs_jit  # a jax.shard_map is compiled: without, JAX takes minutes or fails in itself
 INF, NAN = np.inf, np.nan
 MESHES = [(8, 1), (2, 4), (1, 8)]
 
@@ -297,7 +298,6 @@ def test_a_mesh_whose_axes_are_explicit(rng):
 # What is sent
 
 
-@pytest.mark.needs_jit
 def test_an_eager_call_is_one_dispatch():
     def loss(hidden, head):
         axes = {"mesh": make_mesh((2, 4)), "token_axis": "tokens", "class_axis": "classes"}
@@ -307,7 +307,6 @@ def test_an_eager_call_is_one_dispatch():
     assert equation.params["name"] == "sharded_linear_cross_entropy"
 
 
-@pytest.mark.needs_jit
 @on_meshes
 def test_in_the_loop_go_some_numbers_a_token(shape):
     """Value and gradient: over the classes' axis O(chunk), the hidden states' gradient, the head's once; no gather."""
@@ -336,7 +335,6 @@ def test_in_the_loop_go_some_numbers_a_token(shape):
     assert len(whole_head) == (1 if shape[0] > 1 else 0)
 
 
-@pytest.mark.needs_jit
 def test_less_is_sent_than_by_the_partitioner():
     """Bytes a device sends and receives for value and gradient, against the dense loss left to XLA's partitioner."""
     tokens, d, n = 1024, 32, 4096

@@ -78,6 +78,7 @@ def file(tmp_path):
     return str(path)
 
 
+@pytest.mark.needs_jit  # prints what a compiled program needs
 @pytest.mark.usefixtures("optax_promotes")
 def test_command_line(file, capsys):
     assert next_word.main([file, "--steps", "20", "--seed", "1"]) == 0

@@ -19,6 +19,7 @@ def test_every_notebook_is_here():
     assert [path.stem for path in sorted(FOLDER.glob("*.ipynb"))] == NAMES
 
 
+@pytest.mark.needs_jit  # trainings, and what compiled programs need
 @each_notebook
 def test_runs(name):
     """The last cell asserts what the first line claims."""

@@ -96,6 +96,7 @@ def test_a_batch_of_hessian_vector_products(kernel, rng):
     close(together, alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.needs_jit  # what is exported is compiled, and rounds otherwise than op by op
 @each_kernel
 def test_export(kernel, rng):
     """Serialised and read back, with its gradient and a Hessian-vector product, and with all digits of a tail."""

@@ -66,7 +66,7 @@ def sampled(task: Task, rows: int, dtype) -> tuple[list[str], list[np.ndarray]]:
 
 def truths(task: Task, arrays: list[np.ndarray], dtype) -> dict[str, list[Truth]]:
     kernel, found = task.kernel, {name: [] for name in bars(task)}
-    with mp.workprec(300 if LOGIT in kernel.domains else BITS[dtype]):
+    with mp.workprec(400 if LOGIT in kernel.domains else BITS[dtype]):
         for r, row in enumerate(distributions(kernel, *arrays)):
             x = to_mp(row)
             exact = kernel.formula(*x)

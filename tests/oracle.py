@@ -11,7 +11,6 @@ import numpy as np
 from tests.kernels import LOGIT, Kernel
 
 BITS = {np.float32: 450, np.float64: 1300}  # 1 - α of the smallest α needs 150 and 1100
-STEP = mp.mpf(2) ** -250  # relative; central differences with it are right to 200 bits and more
 
 
 def to_mp(row):
@@ -35,18 +34,23 @@ def entries(row):
     return [(i, j, x) for i, a in enumerate(row) for j, x in enumerate(a if isinstance(a, list) else [a])]
 
 
+def step(x):
+    """Of a central difference at x, which is off by the square of it: relative, half of the bits."""
+    return x * mp.mpf(2) ** -(mp.mp.prec // 2)
+
+
 def partial(formula, row, entry):
     """∂formula/∂entry; the entry is not 0."""
     i, j, x = entry
-    h = x * STEP
+    h, nothing = step(x), mp.mpf(2) ** (60 - mp.mp.prec)
     with enough_bits_for(h):
         difference = formula(*shifted(row, (i, j, h))) - formula(*shifted(row, (i, j, -h)))
-        return mp.chop(difference / (2 * h), 1e-100)  # what the step leaves of an exact 0
+        return mp.chop(difference / (2 * h), nothing)  # what the step leaves of an exact 0
 
 
 def second_partial(formula, row, a, b):
     """∂²formula/∂a∂b; the entries are not 0."""
-    h, k = a[2] * STEP, b[2] * STEP
+    h, k = step(a[2]), step(b[2])
     with enough_bits_for(h * k):
         at = [formula(*shifted(row, (*a[:2], s * h), (*b[:2], t * k))) for s in (1, -1) for t in (1, -1)]
         return (at[0] - at[1] - at[2] + at[3]) / (4 * h * k)

@@ -22,7 +22,7 @@ from tests.oracle import (
 
 @pytest.fixture(params=BITS)
 def dtype(request, kernel):
-    with mp.workprec(300 if LOGIT in kernel.domains else BITS[request.param]):
+    with mp.workprec(400 if LOGIT in kernel.domains else BITS[request.param]):
         yield request.param
 
 

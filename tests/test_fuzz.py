@@ -74,10 +74,10 @@ def batches(kernel: Kernel, classes: int, dtype: str, strange: bool) -> st.Searc
 
 
 def cast(x: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         x = x.astype(jnp.dtype(dtype))
-    # XLA contradicts itself about these: see tests/test_plain_jax.py.
-    unclear = (dtype == "bfloat16") & (np.abs(x) < jnp.finfo(x.dtype).tiny)
+        # XLA contradicts itself about these: see tests/test_plain_jax.py.
+        unclear = (dtype == "bfloat16") & (np.abs(x) < jnp.finfo(x.dtype).tiny)
     return np.where(unclear, np.zeros_like(x), x)
 
 

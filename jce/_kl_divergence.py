@@ -215,8 +215,9 @@ def kl_divergence_with_logits(
         an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU. Logits may be
-      as low as the lowest float, but not above an eighth of the largest, 4e37 in float32: their differences overflow.
+      Values. Probabilities and results below the smallest normal number are 0 where XLA flushes them, as it does on a
+      CPU. Logits may be as low as the lowest float, but not above an eighth of the largest, 4e37 in float32: their
+      differences overflow.
 
     Example:
       >>> print(jce.kl_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))

@@ -137,7 +137,7 @@ def judge(kernel: Kernel, x, mask, value, gradient, dtype) -> None:
             row = [y[i][mask[i]] if kernel.has_classes else y[i, k] for y in x]
             if not ordinary(kernel, row, mask[i], dtype):
                 continue
-            with mp.workprec(BITS[dtype.type]):
+            with mp.workprec(2 * BITS[dtype.type]):  # for sums of numbers of every exponent
                 exact_row = to_mp(row)
                 exact = kernel.formula(*exact_row)
                 scale = kernel.value_scale(*exact_row) if kernel.value_scale else exact
@@ -168,6 +168,7 @@ def underflow(kernel: Kernel, row, dtype) -> float:
     largest = max((np.max(np.abs(x), where=np.isfinite(x), initial=0) for x in logits), default=0)
     with np.errstate(over="ignore", invalid="ignore"):
         small = [np.exp(x - x.max() if kernel.has_classes else -np.abs(x)) for x in logits]
+        small = [e / e.sum() if kernel.has_classes else e for e in small]
     return 1000 * tiny + largest * sum(np.max(q, where=q < tiny, initial=0) for q in small)
 
 

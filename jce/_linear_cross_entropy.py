@@ -83,9 +83,9 @@ def linear_cross_entropy(
       A label outside [0, n) makes its token NaN, in value and gradient, and with it a mean or a sum: mask such labels,
       as with where=labels >= 0. At a weight of 0 the derivative in the weight is ℓ as at any other, but a token of
       weight 0 with a label outside [0, n) or a hidden state that isn't finite is left out as by `where`. A forbidden
-      class has derivative 0. At the label it makes the loss +∞, with derivative -1, and with label smoothing, which
-      counts every class, every loss +∞, with derivative -ε/n; under a soft cap these are 0 too. Better slice padding of
-      the vocabulary off, head[:n]. No tokens make a mean or a sum of 0, no classes make every loss 0.
+      class has the derivative below at qᵢ = 0, and 0 under a soft cap. At the label it makes the loss +∞, and with
+      label smoothing, which counts every class, every loss +∞: better slice off what pads the vocabulary, head[:n].
+      No tokens make a mean or a sum of 0, no classes make every loss 0.
 
     Derivative:
       ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and on to hidden, head, bias and weights, each in its own

@@ -93,6 +93,7 @@ def sharded_linear_cross_entropy(
     name = "sharded_linear_cross_entropy"
     reduction = choice(name, reduction=reduction, choices=REDUCTIONS)
     whole, head_ = tokens_and_head(name, labels, hidden, head, bias, weights, where, Classes(-1))
+    # Checked again on each device, where the error would be of another function.
     checked_options(name, Classes(-1), head_, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
     shape = jnp.shape(labels)
     _divides(name, mesh, "token_axis", token_axis, "the first axis of labels", shape[0] if shape else 1)

@@ -1,5 +1,6 @@
 """Strict mode for every test: eight host devices, no silent promotion of dtypes or ranks."""
 
+import contextlib
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -34,6 +35,13 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(
         f"hypothesis: profile {hypothesis.settings.get_current_profile_name()}, seed {config.option.hypothesis_seed}"
     )
+
+
+@pytest.fixture(autouse=True)
+def debug_nans_in_this_thread():
+    """A derivative of a custom_jvp function ends the process's setting for compiled calls, but not the thread's."""
+    with jax.debug_nans(True) if jax.config.jax_debug_nans else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """What plain JAX gives at the corners today. Where one of these fails, JAX has mended it, and a rule of ours may go."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,3 +100,32 @@ def test_a_subnormal_bfloat16_is_zero_and_is_not():
     is_zero, reciprocal = program(jnp.array(5.9e-39, jnp.bfloat16))
     assert not is_zero
     assert np.isinf(reciprocal)
+
+
+@pytest.mark.holds_nan
+@pytest.mark.needs_jit
+def test_a_derivative_of_a_custom_rule_ends_debug_nans():
+    """For compiled calls, where it is the process's; jax.debug_nans(True) lasts. So tests/conftest.py sets that."""
+    double = jax.jit(lambda x: 2 * x)
+    double(0.0)  # what is compiled is checked elsewhere than what is being compiled
+
+    def is_noticed():
+        try:
+            return bool(np.isfinite(double(np.nan)))
+        except FloatingPointError:
+            return True
+
+    def before_after_and_within():
+        yield is_noticed()
+        jax.grad(jce.binary_entropy)(0.5)
+        yield is_noticed()
+        with jax.debug_nans(True):
+            jax.grad(jce.binary_entropy)(0.25)
+            yield is_noticed()
+
+    jax.config.update("jax_debug_nans", True)
+    try:
+        with ThreadPoolExecutor(1) as thread:  # of which nothing is set yet
+            assert thread.submit(list, before_after_and_within()).result() == [True, False, True]
+    finally:
+        jax.config.update("jax_debug_nans", False)

@@ -76,9 +76,14 @@ def test_default_text():
 
 # The fit
 
+# Op by op, optax's L-BFGS compiles a program for every step until there is no memory left for one.
+long_by_lbfgs = pytest.mark.needs_jit
+
 
 @pytest.mark.usefixtures("optax_promotes")
-@pytest.mark.parametrize("name", demo.OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=long_by_lbfgs if name == "lbfgs" else ()) for name in demo.OPTIMIZERS]
+)
 def test_fit(name):
     p, _ = demo.transition_distributions(TEXT)
     history = list(demo.fit(p, demo.make_optimizer(name), 300))
@@ -99,6 +104,7 @@ def test_fit(name):
         assert s.disagreement < 5e-7
 
 
+@long_by_lbfgs
 @pytest.mark.usefixtures("optax_promotes")
 def test_lbfgs_never_climbs():
     p, _ = demo.transition_distributions(demo.default_text())
@@ -135,6 +141,7 @@ def test_chain_rule_agrees(rng):
 # The command line
 
 
+@long_by_lbfgs
 @pytest.mark.usefixtures("optax_promotes")
 def test_defaults_get_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -143,7 +143,8 @@ def judge(kernel: Kernel, x, mask, value, gradient, dtype) -> None:
                 exact_row = to_mp(row)
                 exact = kernel.formula(*exact_row)
                 scale = kernel.value_scale(*exact_row) if kernel.value_scale else exact
-                bar = kernel.value_bar + conditioning(kernel, exact_row, dtype)
+                lost = lost_in_the_largest_part(kernel, exact_row, dtype)
+                bar = kernel.value_bar + conditioning(kernel, exact_row, dtype) + lost
                 within(kernel, value[i] if kernel.has_classes else value[i, k], exact, scale, bar, dtype, row)
                 if i:
                     continue
@@ -151,7 +152,7 @@ def judge(kernel: Kernel, x, mask, value, gradient, dtype) -> None:
                 for a, j, z in interior(kernel, exact_row):
                     exact = partial(kernel.formula, exact_row, (a, j, z))
                     got = gradient[a][i][mask[i]][j] if kernel.has_classes else gradient[a][i, k]
-                    bar = kernel.gradient_bar[a] + conditioning(kernel, exact_row, dtype, j)
+                    bar = kernel.gradient_bar[a] + conditioning(kernel, exact_row, dtype, j) + lost
                     within(kernel, got, exact, scales[a][j] if scales[a] else exact, bar, dtype, row)
 
 
@@ -161,6 +162,16 @@ def ordinary(kernel: Kernel, row, mask, dtype) -> bool:
         return False
     tiny = np.finfo(dtype).tiny
     return all(np.size(y) and not ((np.abs(y) > 0) & (np.abs(y) < tiny)).any() for y in row)
+
+
+def lost_in_the_largest_part(kernel: Kernel, row, dtype) -> float:
+    """What half an ulp of xᵢ - max x does to a divergence that is nearly all of class i, however unlikely that is."""
+    if kernel.function is not jce.kl_divergence_with_logits:
+        return 0.0
+    log_p, log_q = ([a - mp.log(mp.fsum(map(mp.exp, x))) for a in x] for x in row)
+    parts = [mp.exp(a) * abs(a - b) if mp.isfinite(a - b) else mp.mpf(0) for a, b in zip(log_p, log_q, strict=True)]
+    depth = max(row[0]) - row[0][parts.index(max(parts))]
+    return spacing(float(depth), dtype) / float(np.finfo(dtype).eps) if depth and mp.isfinite(depth) else 0.0
 
 
 def underflow(kernel: Kernel, row, dtype) -> float:

@@ -35,8 +35,8 @@ def entries(row):
 
 
 def step(x):
-    """Of a central difference at x, which is off by the square of it: relative, half of the bits."""
-    return x * mp.mpf(2) ** -(mp.mp.prec // 2)
+    """Of a central difference at x, which is off by the square of it: half of the bits, relative below 1."""
+    return x / max(1, abs(x)) * mp.mpf(2) ** -(mp.mp.prec // 2)
 
 
 def partial(formula, row, entry):

@@ -113,11 +113,15 @@ def program(kernel: Kernel, axis: int, masked: bool):
 # Laws
 
 
+def largest_finite(rows: np.ndarray) -> np.ndarray:
+    return np.abs(np.where(np.isfinite(rows), rows, 0)).max(1, keepdims=True, initial=0)
+
+
 def alike(got, expected, dtype, *x, scale=0) -> None:
     """To some ulps of the scale or of the row's largest number; NaN and infinities in the same places."""
     got, expected = (np.asarray(y, np.float64).reshape(BATCH, -1) for y in (got, expected))
     finite = np.isfinite(expected)
-    largest = np.abs(np.where(finite, expected, 0)).max(1, keepdims=True, initial=scale)
+    largest = np.maximum(largest_finite(expected), scale)
     tolerance = 16 * float(jnp.finfo(dtype).eps) * largest + float(jnp.finfo(dtype).tiny)
     with np.errstate(invalid="ignore"):
         close = np.where(finite, np.abs(got - expected) <= tolerance, got == expected)
@@ -133,11 +137,12 @@ def impossible(kernel: Kernel, x, mask) -> np.ndarray:
 
 
 def judge(kernel: Kernel, x, mask, value, gradient, dtype) -> None:
-    """The formula's value of each row, and its derivatives in the first."""
+    """The formula's value of each row that has one, and its derivatives in the first."""
     for i in range(BATCH):
         for k in [...] if kernel.has_classes else range(mask.shape[1]):
             row = [y[i][mask[i]] if kernel.has_classes else y[i, k] for y in x]
-            if not ordinary(kernel, row, mask[i], dtype):
+            got = value[i] if kernel.has_classes else value[i, k]
+            if np.isnan(got) or not ordinary(kernel, row, mask[i], dtype):
                 continue
             with mp.workprec(2 * BITS[dtype.type]):  # for sums of numbers of every exponent
                 exact_row = to_mp(row)
@@ -145,7 +150,7 @@ def judge(kernel: Kernel, x, mask, value, gradient, dtype) -> None:
                 scale = kernel.value_scale(*exact_row) if kernel.value_scale else exact
                 lost = lost_in_the_largest_part(kernel, exact_row, dtype)
                 bar = kernel.value_bar + conditioning(kernel, exact_row, dtype) + lost
-                within(kernel, value[i] if kernel.has_classes else value[i, k], exact, scale, bar, dtype, row)
+                within(kernel, got, exact, scale, bar, dtype, row)
                 if i:
                     continue
                 scales = [scale and scale(*exact_row) for scale in kernel.gradient_scale]
@@ -170,8 +175,9 @@ def lost_in_the_largest_part(kernel: Kernel, row, dtype) -> float:
         return 0.0
     log_p, log_q = ([a - mp.log(mp.fsum(map(mp.exp, x))) for a in x] for x in row)
     parts = [mp.exp(a) * abs(a - b) if mp.isfinite(a - b) else mp.mpf(0) for a, b in zip(log_p, log_q, strict=True)]
-    depth = max(row[0]) - row[0][parts.index(max(parts))]
-    return spacing(float(depth), dtype) / float(np.finfo(dtype).eps) if depth and mp.isfinite(depth) else 0.0
+    depth = max(row[0]) - row[0][parts.index(max(parts))] if any(parts) else 0
+    with np.errstate(over="ignore"):
+        return spacing(float(depth), dtype) / np.finfo(dtype).eps if depth else 0.0
 
 
 def underflow(kernel: Kernel, row, dtype) -> float:
@@ -205,9 +211,11 @@ def test_laws(kernel, data):
         value, gradient, by_row = jax.tree.map(np.asarray, program(kernel, axis, masked)(mask, x))
     # A batch is a loop, and forward mode reverse mode.
     alike(by_row[0], value, value.dtype, *x, mask, scale=n if kernel.value_scale else 0)
-    for g, reverse, forward in zip(gradient, *by_row[1:], strict=True):
-        alike(reverse, g, dtype, *x, mask)
-        alike(cast(forward, dtype), g, dtype, *x, mask)  # a tangent's dtype is the loss's
+    terms = 1 + largest_finite(np.asarray(value, np.float64).reshape(BATCH, -1))  # whose difference a derivative may be
+    for g, reverse, forward, difference in zip(gradient, *by_row[1:], kernel.gradient_scale, strict=False):
+        scale = terms if difference else 0
+        alike(reverse, g, dtype, *x, mask, scale=scale)
+        alike(cast(forward, dtype), g, dtype, *x, mask, scale=scale)  # a tangent's dtype is the loss's
     # What takes no part has a derivative of 0, whatever it holds.
     if kernel.has_classes:
         for g in gradient:

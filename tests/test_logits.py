@@ -1,5 +1,7 @@
 """What only logits and labels have: labels of no class, smoothing, and logits spread over devices."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,6 +163,17 @@ def test_kl_is_zero_only_at_equality_up_to_a_shift(rng):
     assert (jce.kl_divergence_with_logits(x, y) > 0).all()
     np.testing.assert_array_equal(jce.binary_kl_divergence_with_logits(x, x), np.zeros_like(x))
     assert (jce.binary_kl_divergence_with_logits(x, y)[:, 3] > 0).all()
+
+
+def test_a_divergence_of_classes_of_probability_1e_87():
+    """In float64, where they are far from subnormal: KL = (log p/q - 1) p + q of the second class."""
+    x, y = np.array([0.0, -200.0]), np.array([0.0, -300.0])
+    p, q = math.exp(-200), math.exp(-300)
+    with jax.enable_x64(True):
+        value, (dx, dy) = jax.value_and_grad(jce.kl_divergence_with_logits, (0, 1))(x, y)
+    np.testing.assert_allclose(value, 99 * p + q, rtol=1e-13)
+    np.testing.assert_allclose(dx, [-100 * p, 100 * p], rtol=1e-13)
+    np.testing.assert_allclose(dy, [p - q, q - p], rtol=1e-13)
 
 
 def test_gradients_of_near_divergences_keep_their_direction(rng):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
 import jce
-from tests.kernels import INF, LOGIT, Kernel, each_function
+from tests.kernels import INF, LOGIT, Kernel, each_function, softmax, surprisals, weighted
 from tests.oracle import BITS, conditioning, interior, partial, spacing, to_mp, ulps
 
 BATCH = 16
@@ -173,9 +173,9 @@ def lost_in_the_largest_part(kernel: Kernel, row, dtype) -> float:
     """What half an ulp of xᵢ - max x does to a divergence that is nearly all of class i, however unlikely that is."""
     if kernel.function is not jce.kl_divergence_with_logits:
         return 0.0
-    log_p, log_q = ([a - mp.log(mp.fsum(map(mp.exp, x))) for a in x] for x in row)
-    parts = [mp.exp(a) * abs(a - b) if mp.isfinite(a - b) else mp.mpf(0) for a, b in zip(log_p, log_q, strict=True)]
-    depth = max(row[0]) - row[0][parts.index(max(parts))] if any(parts) else 0
+    x, y = row
+    parts = [weighted(p, abs(s - t)) for p, s, t in zip(softmax(x), surprisals(x), surprisals(y), strict=True)]
+    depth = max(x) - x[parts.index(max(parts))] if any(parts) else 0
     with np.errstate(over="ignore"):
         return spacing(float(depth), dtype) / np.finfo(dtype).eps if depth else 0.0
 

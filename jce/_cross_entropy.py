@@ -14,7 +14,16 @@ from jax.typing import ArrayLike
 from jce._arguments import distributions, fraction, labelled, public
 from jce._calculus import both_zero, def_partials, directional_derivative, negative, ratio, reciprocal
 from jce._mul0 import mul0
-from jce._softmax import another, complement, off_label_sum, off_maximum_sum, softmax, softmax_tangent, surprisal
+from jce._softmax import (
+    another,
+    complement,
+    normalizer,
+    off_label_sum,
+    softmax,
+    softmax_tangent,
+    surprisal,
+    surprisal_at_label,
+)
 
 
 @public("axis")
@@ -152,12 +161,12 @@ _soft.defjvp(_soft_rule, symbolic_zeros=True)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _excess(p, x, classes):
-    m, s = off_maximum_sum(x, classes)
-    total, z = classes.sum(p), 1 + s
-    d = x - classes.column(another(m, s))
-    # At a maximal class q = 1 - s/Z, and Σp - p is exact.
-    at_maximum = (classes.column(total) - p) - classes.column(total * (s / z))
-    return jnp.where(d == 0, at_maximum, jnp.exp(d) * classes.column(total / z) - p)
+    n = normalizer(x, classes)
+    total = classes.sum(p)
+    d = x - classes.column(another(n.m, n.s))
+    # Of a class that dominates q = 1 - s/Z, and Σp - p is exact.
+    dominant = (classes.column(total) - p) - classes.column(total * (n.s / n.z))
+    return jnp.where(d > classes.column(n.shared - 0.5), dominant, jnp.exp(d) * classes.column(total / n.z) - p)
 
 
 def _excess_rule(classes, primals, tangents):
@@ -259,12 +268,11 @@ def _label_surprisal_rule(classes, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _label_surprisal_and_excess(y, x, classes):
     # Both in one function, since XLA can't see that two off-label sums, behind their barriers, are the same.
-    m, s, x_y = off_label_sum(y, x, classes)
-    e_y = jnp.exp(x_y - m)
+    m, s, d = off_label_sum(y, x, classes)
     # The excess is written over e, but where rows are folded: there each pass computes its own.
     e = jnp.exp(x - classes.column(m if classes.blocks == 1 else another(m, s)))
-    excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-s), e) / classes.column(s + e_y)
-    return (m - x_y) + jnp.log1p(s - (1 - e_y)), excess
+    excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-s), e) / classes.column(s + jnp.exp(-d))
+    return surprisal_at_label(d, s), excess
 
 
 @_label_surprisal_and_excess.defjvp

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jce._arguments import distributions, public
 from jce._calculus import def_partials, negative, ratio
 from jce._mul0 import mul0, multiply
-from jce._softmax import another, deviation, off_maximum_sum, softmax, surprisal, unless_nan
+from jce._softmax import another, deviation, normalizer, softmax, surprisal, unless_nan
 
 
 @public("axis")
@@ -130,11 +130,13 @@ def entropy_with_logits(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def entropy_of_softmax(x, classes):
     # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z, without a term below 0
-    m, s = off_maximum_sum(x, classes)
-    log_z = jnp.log1p(s)
-    d = x - classes.column(another(m, log_z))
+    n = normalizer(x, classes)
+    d = x - classes.column(another(n.m, n.log_z))
+    e = jnp.exp(d)
+    # eᵢ, and 0 for a class that dominates, where xᵢ - m is 0
+    weight = jnp.minimum(jnp.floor(classes.column(another(1.75 + n.shared, n.log_z)) - e), e)
     # The lowest number for -∞, where eᵢ = 0 multiplies it.
-    return log_z - classes.sum(jnp.exp(d) * jnp.maximum(d, jnp.finfo(x.dtype).min)) / (1 + s)
+    return n.log_z - classes.sum(weight * jnp.maximum(d, jnp.finfo(x.dtype).min)) / n.z
 
 
 # ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)
@@ -158,8 +160,8 @@ def _surprisal_excess(x, classes):
 @_weighted_excess.defjvp
 def _weighted_excess_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
-    z, u, mean = deviation(t, x, classes)
+    z, u, _ = deviation(t, x, classes)
     dh = classes.sum(multiply(_weighted_excess(x, classes), u))
-    centered = multiply(_surprisal_excess(x, classes) - 1, u - classes.column(mean))
+    centered = multiply(_surprisal_excess(x, classes) - 1, u)
     tangent = mul0(softmax(x, classes), centered - classes.column(dh))
     return _weighted_excess(x, classes), unless_nan(z, tangent, t, classes)

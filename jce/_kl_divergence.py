@@ -8,13 +8,14 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
 from jce._calculus import both_zero, def_partials, def_twin, directional_derivative, ratio, reciprocal
 from jce._deviance import deviance, deviance_from_log, log_ratio
 from jce._mul0 import mul0
-from jce._softmax import another, centered, off_maximum_sum, softmax, softmax_tangent
+from jce._softmax import FINE, another, centered, normalizer, softmax, softmax_tangent
 
 
 @public("axis")
@@ -252,7 +253,7 @@ def _weighted_excess(x, y, classes):
     p, log_p_q = softmax(x, classes), -_log_q_over_p(x, y, classes)
     impossible = log_p_q == jnp.inf
     infinite = classes.column(_kl_of_softmax(x, y, classes)) == jnp.inf
-    scale = 2.0 ** -classes.count(x).bit_length()  # that no sum over classes leaves the float range
+    scale = 2.0 ** -classes.count(x).bit_length() / FINE  # that no sum over classes leaves the float range
     excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, classes) / scale
     excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)
     return mul0(excess, p)
@@ -264,11 +265,12 @@ def _q_minus_p(x, y, classes):
     return (p + q) * jnp.tanh(delta / 2)
 
 
-@_q_minus_p.defjvp
+# d (qᵢ - pᵢ) = qᵢ (dyᵢ - Σ q dy) - pᵢ (dxᵢ - Σ p dx)
 def _q_minus_p_rule(classes, primals, tangents):
-    (x, y), (dx, dy) = primals, tangents
-    dq, dp = (softmax_tangent(t, z, classes) for z, t in ((y, dy), (x, dx)))
-    return _q_minus_p(x, y, classes), dq - dp
+    return _q_minus_p(*primals, classes), _difference_of_tangents(softmax_tangent, primals, tangents, classes)
+
+
+_q_minus_p.defjvp(_q_minus_p_rule, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -276,27 +278,39 @@ def _log_q_over_p(x, y, classes):
     return _compare(x, y, classes)[2]
 
 
-@_log_q_over_p.defjvp
+# d log qᵢ/pᵢ = (dyᵢ - Σ q dy) - (dxᵢ - Σ p dx)
 def _log_q_over_p_rule(classes, primals, tangents):
+    return _log_q_over_p(*primals, classes), _difference_of_tangents(centered, primals, tangents, classes)
+
+
+_log_q_over_p.defjvp(_log_q_over_p_rule, symbolic_zeros=True)
+
+
+def _difference_of_tangents(tangent, primals, tangents, classes):
     (x, y), (dx, dy) = primals, tangents
-    return _log_q_over_p(x, y, classes), centered(dy, y, classes) - centered(dx, x, classes)
+    if isinstance(dx, SymbolicZero):
+        return tangent(dy, y, classes)
+    if isinstance(dy, SymbolicZero):
+        return -tangent(dx, x, classes)
+    return tangent(dy, y, classes) - tangent(dx, x, classes)
 
 
 def _compare(x, y, classes):
     """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q."""
-    (m_x, s_x), (m_y, s_y) = off_maximum_sum(x, classes), off_maximum_sum(y, classes)
-    log_z_x, log_z_y = jnp.log1p(s_x), jnp.log1p(s_y)
+    nx, ny = normalizer(x, classes), normalizer(y, classes)
+    log_z_y_x = ny.log_z - nx.log_z
     # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x up to a number a row, by the rounding of the last. That number is
     # Σ p (e^δ - 1) = Σ (p + q) tanh δ/2, which ought to be 0.
-    m, n = another(m_x, s_x), another(m_y, s_y)
-    p = jnp.exp((x - classes.column(m)) - classes.column(log_z_x))
-    q = jnp.exp((y - classes.column(n)) - classes.column(log_z_y))
-    delta = classes.column(log_z_x - log_z_y) - _difference(y, x, n, m, classes, 0.25)
-    surplus = classes.sum((p + q) * jnp.tanh(0.5 * delta))
-    m, n = another(m_x, surplus * surplus), another(m_y, surplus * surplus)
-    p = jnp.exp(x - classes.column(m)) * classes.column(1 / (1 + s_x))
-    q = jnp.exp(y - classes.column(n)) * classes.column(1 / (1 + s_y))
-    return p, q, _difference(x, y, m, n, classes, 0.5) - classes.column((log_z_y - log_z_x) + jnp.log1p(surplus))
+    m, n = another(nx.m, nx.s), another(ny.m, ny.s)
+    e, f = jnp.exp(x - classes.column(m)), jnp.exp(y - classes.column(n))
+    apart = classes.column(jnp.maximum(1, -nx.z)) - jnp.floor(classes.column(nx.most) * e) * jnp.floor(classes.column(ny.most) * f)
+    delta = -classes.column(log_z_y_x) - _difference(y, x, n, m, classes, 0.25) * apart
+    surplus = classes.sum((e * classes.column(jnp.exp(-nx.log_z)) + f * classes.column(jnp.exp(-ny.log_z))) * jnp.tanh(0.5 * delta))
+    m, n = another(nx.m, surplus * surplus), another(ny.m, surplus * surplus)
+    d_x, d_y = nx.depth(x, classes), ny.depth(y, classes)
+    p, q = jnp.exp(d_x) / classes.column(nx.z), jnp.exp(d_y) / classes.column(ny.z)
+    difference = jnp.where(d_x + d_y == 0, jnp.zeros_like(x), _difference(x, y, m, n, classes, 0.5))
+    return p, q, difference - classes.column(log_z_y_x + jnp.log1p(surplus))
 
 
 def _difference(x, y, m, n, classes, k):

@@ -23,7 +23,7 @@ from jce._classes import Classes
 from jce._cross_entropy import label_surprisal, smoothed
 from jce._head import Head, Logits, chunk_tokens, dot, each_token, over_chunks, product, tokens_and_head
 from jce._mul0 import mul0
-from jce._softmax import logsumexp, off_label_sum, surprisal
+from jce._softmax import logsumexp, off_label_sum, surprisal, surprisal_at_label
 
 REDUCTIONS = ("mean", "sum", "none")
 OPTIONS = ("reduction", "label_smoothing", "z_loss", "logit_soft_cap", "chunk_size", "precision")
@@ -230,10 +230,10 @@ def _unnormalized_excess(y, u, w, o):
     column = o.classes.column
     x = o.classes.fold(o.logits.capped(u))
     n = o.classes.count(x)
-    m, s, x_y = off_label_sum(y, x, o.classes)
-    e, e_y = jnp.exp(x - column(m)), jnp.exp(x_y - m)
+    m, s, d = off_label_sum(y, x, o.classes)
+    e, e_y = jnp.exp(jnp.minimum(x, column(m)) - column(m)), jnp.exp(-d)
     z, log_z = s + e_y, jnp.log1p(s - (1 - e_y))
-    losses, at_label = (m - x_y) + log_z, -s
+    losses, at_label = surprisal_at_label(d, s), -s
     if o.smoothing:
         losses = smoothed(losses, log_z + o.classes.sum(column(m) - x) / n, o.smoothing)
         at_label += o.smoothing * (z - z / n)

@@ -7,14 +7,22 @@ maximal one: the off-maximum sum. At a margin of 40, s = 4e-18 has all its digit
 
 keep theirs. A class with logit -∞ has probability 0. A NaN, a +∞ or nothing but -∞ makes a row NaN.
 
+Where x is made in the same program, each pass may see it with another rounding (`_arguments.py` says why), so that
+nowhere may x = m be asked for: xᵢ - m is some ulps of m off 0 at the maximum. Two facts do without. If Z < 3/2, one
+class dominates: it is the only one with eᵢ > 1/2, so it can be told with a margin, and there xᵢ - m is 0 and eᵢ is 1 by
+definition. If Z ≥ 3/2, no formula cancels: s is Z - 1, and all are of the form log Z - (xᵢ - m) or eᵢ/Z, in which
+whatever m is drops out.
+
 How the sums are written decides their speed. On a CPU, XLA gives a reduction to a library with a fixed set of
-operations: a compare, a select or an iota inside one is first written to memory, N × n numbers of it. So masks are said
-in arithmetic here: min(eᵢ, 2|i - y|) leaves out class y, since eᵢ ≤ 1.
+operations: a compare, a select or an iota inside one, or in what is made of one for the next, is first written to memory,
+N × n numbers of it, and so is a constant that two passes share. So masks are said in arithmetic here: min(eᵢ, 2|i - y|)
+leaves out class y, since eᵢ ≤ 1, and eᵢ ⌊7/4 - eᵢ⌋ those of eᵢ > 3/4.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +33,7 @@ from jce._classes import Classes
 from jce._mul0 import mul0, multiply
 
 LONG_ROW = 128  # classes
+FINE = 2.0**12
 
 
 def maximum(x: Array, classes: Classes) -> Array:
@@ -42,26 +51,64 @@ def another(m: Array, s: Array, classes: int = LONG_ROW) -> Array:
     return jnp.maximum(m, m - s) if classes >= LONG_ROW else m
 
 
-def off_maximum_sum(x: Array, classes: Classes) -> tuple[Array, Array]:
-    """m, and s = Σ exp(xᵢ - m) over all classes but one of those where x = m."""
+class Normalizer(NamedTuple):
+    """m = max x, and the off-maximum sum s, of each row: Σ exp(xᵢ - m) = 1 + s = Z."""
+
+    m: Array
+    s: Array
+
+    @property
+    def z(self) -> Array:
+        return 1 + self.s
+
+    @property
+    def log_z(self) -> Array:
+        return jnp.log1p(self.s)
+
+    @property
+    def shared(self) -> Array:
+        """0 where one class dominates, with more than 2/3 of q, and 1 or more where none does."""
+        return jnp.floor(self.s + 0.5)
+
+    def depth(self, x: Array, classes: Classes) -> Array:
+        """xᵢ - m ≤ 0, and exactly 0 at a class that dominates."""
+        # That class has d > -0.3, where 2d + 0.6 is above 0. All others have d < log 1/2, where it is below d. Behind the
+        # barrier these numbers, also the constants, are computed once a row, and this pass's own.
+        m, lift, zero = map(classes.column, lax.optimization_barrier((self.m, 0.6 - 1e30 * self.shared, 0 * self.s)))
+        d = x - m
+        return jnp.minimum(jnp.maximum(d + (d + lift), d), zero)
+
+    @property
+    def most(self) -> Array:
+        """A number whose product with eᵢ has the floor 1 at a class that dominates, and 0 at any other."""
+        return jnp.maximum(1.25 - self.shared, 0)
+
+
+def normalizer(x: Array, classes: Classes) -> Normalizer:
     m = maximum(x, classes)
-    e = jnp.exp(x - classes.column(m))
-    # eᵢ - ⌊eᵢ⌋ is 0 at a maximal class, eᵢ at any other. Of t maximal classes all are left out: t - 1 are missing.
-    s = classes.sum(e - jnp.floor(e))
-    z = classes.sum(jnp.exp(x - classes.column(another(m, s, classes.count_here(x)))))
-    return m, s + jnp.floor(z - s - 0.5)
+    z = classes.sum(jnp.exp(x - classes.column(m)))
+    e = jnp.exp(x - classes.column(another(m, z, classes.count_here(x))))
+    most = jnp.maximum(1.75, -z)  # 7/4: a number a row, since a constant would be shared with another array's sum
+    s = classes.sum(e * jnp.floor(classes.column(most) - e))
+    # s where Z < 3/2, Z - 1 beyond. Between 1.4 and 1.53 they are the same.
+    return Normalizer(m, jnp.maximum(s, jnp.minimum(z - 1, 4 * z - 5.6)))
 
 
 def off_label_sum(labels: Array, x: Array, classes: Classes) -> tuple[Array, Array, Array]:
-    """m, s = Σ exp(xᵢ - m) over all classes but the label, and x at the label; NaN for a label out of range.
-
-    There are no ties to count: Z = 1 + (s - (1 - e)) with the label's e, and where that isn't 1, s is at least 1.
-    """
+    """m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x at the label; NaN for a label out of range."""
     m = maximum(x, classes)
     m = jnp.where((labels >= 0) & (labels < classes.count(x)), m, jnp.full_like(m, jnp.nan))
     y = classes.local(labels, x)
     s = classes.sum(jnp.minimum(jnp.exp(x - classes.column(m)), _distance(y, x, classes)))
-    return m, s, classes.at(x, y)
+    return m, s, m - classes.at(x, y)
+
+
+def surprisal_at_label(d: Array, s: Array) -> Array:
+    """log 1/q_y = d + log(e^-d + s), of d ≥ 0 and s of `off_label_sum`."""
+    # With d = 1 at most taken into s, it is log(1 + s e^d) for a label near the maximum: the sum over the other classes
+    # relative to the label's, of which no rounding of x or m is more than a relative error.
+    rest = jnp.maximum(d - 1, 0)
+    return rest + jnp.log1p(s * jnp.exp(jnp.minimum(d, 1)) - (1 - jnp.exp(-rest)))
 
 
 def _distance(y, x, classes):
@@ -80,7 +127,7 @@ def _distance(y, x, classes):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def softmax(x: Array, classes: Classes) -> Array:
     """qᵢ = eᵢ/Z."""
-    return _exponential(x, 1, classes) / classes.column(_normalizer(x, classes))
+    return _exponential(x, 4, classes) / classes.column(_normalizer(x, classes))
 
 
 @softmax.defjvp
@@ -91,29 +138,40 @@ def _softmax_rule(classes, primals, tangents):
 # dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
 def softmax_tangent(t: Array, x: Array, classes: Classes, scale: Array | None = None) -> Array:
     """dqᵢ along t, or that times a number a row."""
-    z, u, mean = deviation(t, x, classes)
+    z, u, _ = deviation(t, x, classes)
     r = ratio(jnp.ones_like(z) if scale is None else scale, z)
     q = _exponential(x, 4, classes) * classes.column(r)
-    return unless_nan(z, mul0(q, u - classes.column(mean)), t, classes)
+    return unless_nan(z, mul0(q, u), t, classes)
 
 
 def centered(t: Array, x: Array, classes: Classes) -> Array:
     """tᵢ - Σⱼ qⱼtⱼ, linear in t."""
-    z, u, mean = deviation(t, x, classes)
-    return unless_nan(z, u - classes.column(mean), t, classes)
+    z, u, _ = deviation(t, x, classes)
+    return unless_nan(z, u, t, classes)
 
 
 def deviation(t, x, classes):
-    """Z, u = t - t at the maximal class (the mean of those at ties), and Σⱼ qⱼuⱼ.
+    """Z, u = t - t at a class that dominates, and Σⱼ qⱼuⱼ.
 
-    Where a class has nearly all of q, its u is 0, and the sum of the small rest has its digits.
+    Where a class has nearly all of q, its u is 0, and the sum of the small rest has its digits. Where none has, u = t.
     """
     z = _normalizer(x, classes)
-    # ⌊eᵢ⌋ is 1 at a maximal class, 0 at any other.
-    ties, top = classes.sum(jnp.floor(_exponential(x, 1, classes))), jnp.floor(_exponential(x, 2, classes))
-    u = t - classes.column(multiply(1 / ties, classes.sum(multiply(top, t))))
-    mean = multiply(ratio(jnp.ones_like(z), z), classes.sum(multiply(_exponential(x, 3, classes), u)))
-    return z, u, mean
+    shared = jnp.minimum(jnp.floor(z - 0.5), 1)
+    # t is taken from a number a row, any: the dominating class's, or a mean with weights of 12 bits. So next to nothing is
+    # left of what Σ q is off 1, where two passes round x otherwise.
+    weight = jnp.floor(classes.column(1.25 + FINE * shared) * _exponential(x, 2, classes))
+    center = multiply(1 / jnp.maximum(1, FINE * shared * lax.stop_gradient(z)), classes.sum(multiply(weight, t)))
+
+    e = _exponential(x, 3, classes)
+    # 0 at a class that dominates, 1 at any other
+    others = jnp.floor(classes.column(jnp.maximum(1.9, -z)) - classes.column(1.25 - 1.25 * shared) * e)
+    mean = multiply(ratio(jnp.ones_like(z), z), classes.sum(multiply(multiply(others, e), t - classes.column(center))))
+    # Of the pass that follows; not behind one barrier, for the first is linear in t.
+    center = lax.optimization_barrier(center)
+    above = 1e30 * jnp.maximum(lax.stop_gradient(z) - 1.5, 0)
+    dominant = lax.stop_gradient(x) > classes.column(classes.max(lax.stop_gradient(x)) - 0.3 + above)
+    mean_ = classes.column(mean)
+    return z, jnp.where(dominant, -mean_, (t - classes.column(center)) - mean_), center + mean
 
 
 def unless_nan(z, tangent, t, classes):
@@ -147,8 +205,8 @@ def _exponential_rule(k, classes, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def complement(x: Array, classes: Classes) -> Array:
     """1 - qᵢ = (s + (1 - eᵢ))/Z."""
-    m, s = off_maximum_sum(x, classes)
-    return (classes.column(s) + (1 - jnp.exp(x - classes.column(another(m, s))))) / classes.column(1 + s)
+    n = normalizer(x, classes)
+    return (classes.column(n.s) + (1 - jnp.exp(n.depth(x, classes)))) / classes.column(n.z)
 
 
 # d(1 - qᵢ) = -qᵢ (tᵢ - Σⱼ qⱼtⱼ)
@@ -161,9 +219,8 @@ def _complement_rule(classes, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def surprisal(x: Array, classes: Classes) -> Array:
     """log 1/qᵢ = log Z - (xᵢ - m) ≥ 0, and +∞ at a class of probability 0."""
-    m, s = off_maximum_sum(x, classes)
-    log_z = jnp.log1p(s)
-    return classes.column(log_z) - (x - classes.column(another(m, log_z, classes.count_here(x))))
+    n = normalizer(x, classes)
+    return classes.column(n.log_z) - n.depth(x, classes)
 
 
 # d log 1/qᵢ = -(tᵢ - Σⱼ qⱼtⱼ)
@@ -176,12 +233,15 @@ def _surprisal_rule(classes, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def logsumexp(x: Array, classes: Classes) -> Array:
     """log Σ exp xᵢ = m + log(1 + s)."""
-    m, s = off_maximum_sum(x, classes)
-    return m + jnp.log1p(s)
+    n = normalizer(x, classes)
+    return n.m + n.log_z
 
 
 # d log Σ exp xᵢ = Σ qᵢtᵢ
 @logsumexp.defjvp
 def _logsumexp_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
-    return logsumexp(x, classes), classes.sum(mul0(softmax(x, classes), t))
+    z, _, mean = deviation(t, x, classes)
+    # Not Σ qᵢtᵢ, for Σ qᵢ is 1 here to the last digit, whatever two passes make of x.
+    nan = classes.sum(mul0(jnp.broadcast_to(classes.column(lax.stop_gradient(z - z)), t.shape), t))
+    return logsumexp(x, classes), jnp.where(jnp.isfinite(z), mean, nan)

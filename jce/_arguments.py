@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import types
 from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -25,28 +26,55 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def public(*static: str) -> Callable[[F], F]:
     """`jax.jit` with these arguments static, keeping the signature that editors and type checkers see."""
+    return lambda function: cast(F, Public(function, static))
 
-    def decorate(function: F) -> F:
-        jitted, name = jax.jit(function, static_argnames=static), function.__name__
-        parameters = inspect.signature(function).parameters
 
-        @functools.wraps(function)
-        def call(*args, **options):
-            for option, value in options.items():
-                if option not in parameters:
-                    raise TypeError(f"{name}: no argument {option!r}; it takes {', '.join(parameters)}.")
-                if option in static and not isinstance(value, Hashable):
-                    raise ValueError(
-                        f"{name}: {option} must be static and hashable, since the program depends on it; got {option}:"
-                        f" {type(value).__name__}. Pass a tuple for a list, and for an array a Python number, as by"
-                        f" float(x) or int(x) outside jax.jit."
-                    )
-            return jitted(*args, **options)
+class Public:
+    """A jitted function, which says by name what it doesn't take.
 
-        call.lower = jitted.lower  # pyright: ignore[reportAttributeAccessIssue]
-        return cast(F, call)
+    A class for the sake of `lower`. In a function's `__dict__` it would be handed on by `functools.wraps`, of which
+    `jax.grad` and its like make theirs: to lower the gradient would lower the function. What a type has stays here, as
+    does what is in slots.
+    """
 
-    return decorate
+    __slots__ = ("__dict__", "__weakref__", "_jitted", "_parameters", "_static")
+    __name__: str
+    __qualname__: str
+
+    def __init__(self, function: Callable, static: tuple[str, ...]):
+        functools.update_wrapper(self, function)
+        self._jitted, self._static = jax.jit(function, static_argnames=static), static
+        self._parameters = inspect.signature(function).parameters
+
+    def __call__(self, *args, **options):
+        if options:
+            self._check(options)
+        return self._jitted(*args, **options)
+
+    def lower(self, *args, **options):
+        """As `jax.jit` has it: the program, to be compiled ahead of time, for arrays or `jax.ShapeDtypeStruct`s."""
+        self._check(options)
+        return self._jitted.lower(*args, **options)
+
+    def __get__(self, instance, owner=None):  # as an attribute of a class it is a method, as a function would be
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __reduce__(self):  # pickled and copied by name
+        return self.__qualname__
+
+    def __repr__(self):
+        return f"<function {self.__module__}.{self.__qualname__}>"
+
+    def _check(self, options: Mapping[str, Any]) -> None:
+        for option, value in options.items():
+            if option not in self._parameters:
+                raise TypeError(f"{self.__name__}: no argument {option!r}; it takes {', '.join(self._parameters)}.")
+            if option in self._static and not isinstance(value, Hashable):
+                raise ValueError(
+                    f"{self.__name__}: {option} must be static and hashable, since the program depends on it; got"
+                    f" {option}: {type(value).__name__}. Pass a tuple for a list, and for an array a Python number, as"
+                    f" by float(x) or int(x) outside jax.jit."
+                )
 
 
 def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:

@@ -1,6 +1,9 @@
 """Every transformation of JAX gives the numbers of the plain call."""
 
+import copy
 import functools
+import inspect
+import pickle
 
 import chex
 import jax
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import jce
 from tests.kernels import each_kernel, easy, gradient, op_by_op, total
 
 close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
@@ -114,6 +118,64 @@ def test_export(kernel, rng):
     products = pull.vjp().call(*arguments, cotangent, *directions)
     expected = jax.jit(lambda x, t: jax.vjp(gradient(kernel), *x)[1](t))(arguments, directions)
     close(tuple(products[: len(arguments)]), expected, rtol=1e-5)
+
+
+# Ahead of time
+
+
+def negated(function):
+    """As a user may wrap a function."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments):
+        return jax.tree.map(jnp.negative, function(*arguments))
+
+    return wrapper
+
+
+TRANSFORMED = (jax.grad, jax.value_and_grad, jax.jacfwd, jax.vmap, jax.checkpoint, negated)
+each_public = pytest.mark.parametrize("name", [name for name in jce.__all__ if name != "check_distribution"])
+
+
+def one(name):
+    """Arguments of a public function: of a number, a distribution or a token."""
+    row = np.float32([0.5, 0.25, 0.25])
+    given = {"labels": np.int32(1), "head": np.eye(3, dtype=np.float32)}
+    required = [k for k, v in inspect.signature(getattr(jce, name)).parameters.items() if v.default is v.empty]
+    return [given.get(k, row[0] if "binary" in name else row) for k in required if "_axis" not in k and k != "mesh"]
+
+
+@pytest.mark.needs_jit
+@each_public
+def test_what_is_lowered_is_what_was_asked_for(name):
+    function, arguments = getattr(jce, name), one(name)
+    assert not any(hasattr(transform(function), "lower") for transform in TRANSFORMED)
+    if "sharded" in name:  # only a wrapper would hide its options from a transformation
+        arguments = [x[None] if x.ndim < 2 else x for x in arguments]
+        mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+        function = functools.partial(function.lower, mesh=mesh, token_axis=None, class_axis="x")
+        close(function(*arguments).compile()(*arguments), jce.linear_cross_entropy(*arguments))
+        return
+    close(function.lower(*arguments).compile()(*arguments), function(*arguments))
+    positions = {"argnums": 1} if "labels" in inspect.signature(function).parameters else {}
+    for transform in TRANSFORMED:
+        if name == "linear_log_probs" and transform in (jax.grad, jax.value_and_grad):
+            continue  # two numbers
+        batch = [np.stack([x, x]) for x in arguments] if transform is jax.vmap else arguments
+        differentiates = transform in (jax.grad, jax.value_and_grad, jax.jacfwd)
+        jitted = jax.jit(transform(function, **positions) if differentiates else transform(function))
+        close(jitted.lower(*batch).compile()(*batch), jitted(*batch))
+
+
+@each_public
+def test_a_function_is_one(name):
+    """Of its name, to what asks about functions, copies them or binds them."""
+    function = getattr(jce, name)
+    assert inspect.isroutine(function)
+    assert function.__name__ == name
+    assert f"{function.__module__}.{name}" in repr(function)
+    assert pickle.loads(pickle.dumps(function)) is copy.deepcopy(function) is function
+    assert type("Holder", (), {"loss": function})().loss.__func__ is function
 
 
 @each_kernel

@@ -216,7 +216,7 @@ def _is_number(value) -> bool:
 
 def _broadcast(function: str, what: str, arguments: Mapping[str, ArrayLike], arrays: list[Array]) -> list[Array]:
     try:
-        shape = np.broadcast_shapes(*(x.shape for x in arrays))
+        shape = jnp.broadcast_shapes(*(x.shape for x in arrays))
     except ValueError:
         raise ValueError(
             f"{function}: {what} of {_and(arguments)} must broadcast; got {described(arguments)}."
@@ -307,7 +307,7 @@ def require_boolean(function: str, where: Array, got: Mapping[str, ArrayLike]) -
 
 def broadcasts_to(shape: tuple[int, ...], given: tuple[int, ...]) -> bool:
     try:
-        return np.broadcast_shapes(shape, given) == shape
+        return jnp.broadcast_shapes(shape, given) == shape
     except ValueError:
         return False
 

@@ -8,7 +8,6 @@ instead of keeping all: N × n numbers never exist, in any mode, to any order.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -119,10 +118,13 @@ _product.defjvp(_product_rule, symbolic_zeros=True)
 def over_chunks(step: Callable, size: int, carry, tokens):
     """`lax.scan` of a step over chunks of `size` tokens or a few less, the last filled up with zeros."""
     count = jax.tree.leaves(tokens)[0].shape[0]
-    chunks = max(1, math.ceil(count / size))
-    # Chunks that need no filling save a copy of all hidden states; a few more are worth it.
-    chunks = next((k for k in range(chunks, chunks + chunks // 8 + 1) if count % k == 0), chunks)
-    size = math.ceil(count / chunks)
+    if isinstance(count, int):
+        chunks = max(1, -(-count // size))
+        # Chunks that need no filling save a copy of all hidden states; a few more are worth it.
+        chunks = next((k for k in range(chunks, chunks + chunks // 8 + 1) if count % k == 0), chunks)
+    else:
+        chunks = -(-count // size)  # of a symbolic number of tokens, which is at least 1, as symbolic
+    size = -(-count // chunks)
 
     def split(x):
         x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.export import register_namedtuple_serialization
 from jax.typing import ArrayLike
 
 from jce._arguments import mesh_axis, positive, public
@@ -18,6 +20,7 @@ from jce._head import Logits, chunk_tokens, each_token, tokens_and_head
 from jce._mul0 import mul0
 
 
+@functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbs")
 class LogProbs(NamedTuple):
     """log q_y and H(q), a number for each token."""
 

@@ -346,7 +346,8 @@ def label_0(**options):
         shape = list(np.shape(logits))
         if isinstance(axis, int) and -len(shape) <= axis < len(shape):
             del shape[axis]
-        return jce.cross_entropy_with_integer_labels(np.zeros(shape, int), logits, axis=axis, **options, **others)
+        zeros = np.zeros if all(isinstance(k, int) for k in shape) else jnp.zeros  # an exported shape may be symbolic
+        return jce.cross_entropy_with_integer_labels(zeros(shape, int), logits, axis=axis, **options, **others)
 
     return function
 

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jce
-from tests.kernels import each_kernel, easy, gradient, op_by_op, total
+from tests.kernels import each_function, each_kernel, easy, gradient, op_by_op, total
 
 close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
 
@@ -118,6 +118,51 @@ def test_export(kernel, rng):
     products = pull.vjp().call(*arguments, cotangent, *directions)
     expected = jax.jit(lambda x, t: jax.vjp(gradient(kernel), *x)[1](t))(arguments, directions)
     close(tuple(products[: len(arguments)]), expected, rtol=1e-5)
+
+
+@pytest.mark.needs_jit
+@each_function
+def test_export_of_any_number_of_rows(kernel, rng):
+    """Value and gradient, of a symbolic batch, serialised and read back; the second argument, if any, a single one."""
+    (rows,) = jax.export.symbolic_shape("rows")
+    arguments = easy(kernel, rng, (7, 5))
+    arguments = [arguments[0], *(x[0] for x in arguments[1:])]
+    mask = {"where": np.arange(5) < 4} if kernel.has_classes else {}
+
+    def program(*x):
+        return kernel.function(*x, **mask), jax.grad(lambda *x: kernel.function(*x, **mask).sum())(*x)
+
+    shapes = [jax.ShapeDtypeStruct((rows, 5) if x.ndim == 2 else (5,), np.float32) for x in arguments]
+    exported = jax.export.export(jax.jit(program))(*shapes)
+    call = jax.export.deserialize(exported.serialize()).call
+    close(call(*arguments), jax.jit(program)(*arguments))
+
+
+@pytest.mark.needs_jit
+@pytest.mark.parametrize("reduction", ["mean", "none", "log_probs"])
+def test_export_of_any_number_of_tokens(reduction, rng):
+    """Of two symbolic axes, in chunks whose number is symbolic: one token, or chunks."""
+    batch, n, d = jax.export.symbolic_shape("batch, length"), 4, 3
+    head = rng.standard_normal((n, d)).astype(np.float32)
+
+    def loss(labels, hidden, where):
+        if reduction == "log_probs":
+            return jce.linear_log_probs(labels, hidden, head, where=where, chunk_size=4)
+        return jce.linear_cross_entropy(labels, hidden, head, where=where, chunk_size=4, reduction=reduction)
+
+    def program(labels, hidden, where):
+        def total(hidden):
+            return sum(jnp.sin(x).sum() for x in jax.tree.leaves(loss(labels, hidden, where)))
+
+        return loss(labels, hidden, where), jax.grad(total)(hidden)
+
+    shapes = [(batch, np.int32), ((*batch, d), np.float32), (batch, bool)]
+    exported = jax.export.export(jax.jit(program))(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+    call = jax.export.deserialize(exported.serialize()).call
+    for batch in ((1, 1), (3, 5)):
+        labels, where = rng.integers(0, n, batch, np.int32), rng.random(batch) < 0.8
+        arguments = labels, rng.standard_normal((*batch, d)).astype(np.float32), where
+        close(call(*arguments), jax.jit(program)(*arguments))
 
 
 # Ahead of time

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from jce._arguments import as_array, broadcasts_to, described, float_dtype, require_boolean, wide_enough
 from jce._calculus import def_partials
 from jce._classes import Classes, vary_over, varying
+from jce._mul0 import mul0
 
 # A chunk is as many tokens as fill 32 MiB with logits, but not fewer than 512: with few tokens, reading the head and
 # adding to its gradient take longer than multiplying.
@@ -50,18 +51,31 @@ class Logits(NamedTuple):
         return product(h, head, 1, self.precision) + head.bias[None]
 
     def capped(self, u: Array) -> Array:
-        return u if self.soft_cap is None else self.soft_cap * _tanh(u / self.soft_cap)
+        if self.soft_cap is None:
+            return u
+        allowed, u = _allowed(u)
+        return jnp.where(allowed, _soft_cap(u, self._cap(u)), jnp.full_like(u, -jnp.inf))
 
     def slope(self, u: Array) -> Array:
         """dx/du of the capped x, for a soft cap."""
-        assert self.soft_cap is not None
-        return _slope(u / self.soft_cap)
+        allowed, u = _allowed(u)
+        return jnp.where(allowed, _slope(u / self._cap(u)), jnp.zeros_like(u))
+
+    def _cap(self, u):
+        return jnp.broadcast_to(jnp.asarray(self.soft_cap, u.dtype), u.shape)
+
+
+def _allowed(u):
+    """Which classes no -∞ forbids, and their logits: a cap leaves -∞ as it is, constant."""
+    allowed = u != -jnp.inf
+    return allowed, jnp.where(allowed, u, jnp.zeros_like(u))
 
 
 @jax.custom_jvp
-def _tanh(v):
-    """tanh v, but a class that -∞ forbids stays forbidden."""
-    return jnp.where(v == -jnp.inf, v, jnp.tanh(v))
+def _soft_cap(u, c):
+    """c tanh u/c; where tanh v rounds to v, u itself, since XLA takes a subnormal u/c for 0."""
+    v = u / c
+    return jnp.where(v * v < jnp.finfo(v.dtype).eps, u, c * jnp.tanh(v))
 
 
 @jax.custom_jvp
@@ -72,9 +86,17 @@ def _slope(v):
     return sech * sech
 
 
-# d tanh v/dv = 1 - tanh² v, d (1 - tanh² v)/dv = -2 tanh v (1 - tanh² v)
-def_partials(_tanh, lambda v: _slope(v))
+@jax.custom_jvp
+def _slope_in_cap(v):
+    """tanh v - v (1 - tanh² v)"""
+    return jnp.tanh(v) - mul0(v, _slope(v))
+
+
+# With v = u/c: ∂/∂u c tanh v = 1 - tanh² v, ∂/∂c c tanh v = tanh v - v (1 - tanh² v)
+def_partials(_soft_cap, lambda u, c: _slope(u / c), lambda u, c: _slope_in_cap(u / c))
+# d (1 - tanh² v)/dv = -2 tanh v (1 - tanh² v), d (tanh v - v (1 - tanh² v))/dv = 2v tanh v (1 - tanh² v)
 def_partials(_slope, lambda v: -2 * jnp.tanh(v) * _slope(v))
+def_partials(_slope_in_cap, lambda v: 2 * jnp.tanh(v) * mul0(v, _slope(v)))
 
 
 def dot(a: Array, b: Array, axis_a: int, axis_b: int, precision, dtype) -> Array:

@@ -461,6 +461,29 @@ def test_a_soft_cap_keeps_the_gradient_of_what_it_flattens():
     np.testing.assert_allclose(jax.grad(loss)(h), [[q * slope, -q]], rtol=1e-6)
 
 
+def test_a_soft_cap_beyond_what_matters_is_none(problem):
+    """Value, gradient and two Hessian-vector products, where logit / cap is subnormal, which XLA takes for 0."""
+    labels, h, w, b = problem
+
+    def derivatives(**options):
+        def gradient(h):
+            return jax.grad(lambda h: jce.linear_cross_entropy(labels, h, w, b, **options))(h)
+
+        def hvp(h):
+            return jax.jvp(gradient, (h,), (h,))
+
+        return jce.linear_log_probs(labels, h, w, b, **options), jax.jit(lambda h: jax.jvp(hvp, (h,), (h,)))(h)
+
+    close(derivatives(logit_soft_cap=1e38), derivatives(), rtol=1e-5)
+
+
+def test_a_soft_cap_below_what_matters_flattens_all_but_what_is_forbidden():
+    losses = jce.linear_cross_entropy(
+        [0, 1], np.float32([[9], [-9]]), np.float32([[1], [0], [0]]), np.float32([0, 0, -INF]), logit_soft_cap=2e-38
+    )
+    np.testing.assert_allclose(losses, math.log(2), rtol=1e-6)
+
+
 # Transforms
 
 

@@ -11,7 +11,7 @@ import inspect
 import operator
 import types
 from collections.abc import Callable, Collection, Hashable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,12 @@ from jce._classes import Classes
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def public(*static: str) -> Callable[[F], F]:
-    """`jax.jit` with these arguments static, keeping the signature that editors and type checkers see."""
-    return lambda function: cast(F, Public(function, static))
+def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """`jax.jit` with these arguments static, keeping the signature that editors and type checkers see.
+
+    The numbers are static where they are Python's, and arguments like any other where they are traced, or arrays.
+    """
+    return lambda function: cast(F, Public(function, static, numbers))
 
 
 class Public:
@@ -37,24 +40,27 @@ class Public:
     does what is in slots.
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_jitted", "_parameters", "_static")
+    __slots__ = ("__dict__", "__weakref__", "_jitted", "_numbers", "_parameters", "_static")
     __name__: str
     __qualname__: str
 
-    def __init__(self, function: Callable, static: tuple[str, ...]):
+    def __init__(self, function: Callable, static: tuple[str, ...], numbers: tuple[str, ...]):
         functools.update_wrapper(self, function)
-        self._jitted, self._static = jax.jit(function, static_argnames=static), static
+
+        @functools.cache
+        def jitted(*traced: str):
+            names = [name for name in static + numbers if name not in traced]
+            return jax.jit(function, static_argnames=names)
+
+        self._jitted, self._static, self._numbers = jitted, static, numbers
         self._parameters = inspect.signature(function).parameters
 
     def __call__(self, *args, **options):
-        if options:
-            self._check(options)
-        return self._jitted(*args, **options)
+        return self._program(options)(*args, **options)
 
     def lower(self, *args, **options):
         """As `jax.jit` has it: the program, to be compiled ahead of time, for arrays or `jax.ShapeDtypeStruct`s."""
-        self._check(options)
-        return self._jitted.lower(*args, **options)
+        return self._program(options).lower(*args, **options)
 
     def __get__(self, instance, owner=None):  # as an attribute of a class it is a method, as a function would be
         return self if instance is None else types.MethodType(self, instance)
@@ -65,16 +71,20 @@ class Public:
     def __repr__(self):
         return f"<function {self.__module__}.{self.__qualname__}>"
 
-    def _check(self, options: Mapping[str, Any]) -> None:
+    def _program(self, options: Mapping[str, Any]):
+        traced = []
         for option, value in options.items():
-            if option not in self._parameters:
+            if option in self._numbers:
+                traced += [option] if is_array(value) else []
+            elif option not in self._parameters:
                 raise TypeError(f"{self.__name__}: no argument {option!r}; it takes {', '.join(self._parameters)}.")
-            if option in self._static and not isinstance(value, Hashable):
+            elif option in self._static and not isinstance(value, Hashable):
                 raise ValueError(
                     f"{self.__name__}: {option} must be static and hashable, since the program depends on it; got"
                     f" {option}: {type(value).__name__}. Pass a tuple for a list, and for an array a Python number, as"
                     f" by float(x) or int(x) outside jax.jit."
                 )
+        return self._jitted(*traced)
 
 
 def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:
@@ -178,27 +188,46 @@ def wide_enough(labels: Array) -> Array:
     return labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
 
 
-def fraction(function: str, **option: float) -> float:
-    """A static number from 0 to 1."""
+def fraction(function: str, dtype, **option: Any) -> float | Array:
+    """A Python number from 0 to 1, or a traced one."""
     ((name, value),) = option.items()
+    if is_array(value):
+        return _traced(function, dtype, name, value)
     if not _is_number(value) or not 0 <= value <= 1:
         raise ValueError(
-            f"{function}: {name} must be a static number from 0 to 1; got {name}={value!r}. Pass the share of the"
-            f" target's weight that is spread over all classes, such as 0.1."
+            f"{function}: {name} must be a number from 0 to 1; got {name}={value!r}. Pass the share of the target's"
+            f" weight that is spread over all classes, such as 0.1."
         )
     return float(value)
 
 
-def positive(function: str, *, or_zero: bool = False, **option: float) -> float:
-    """A static number above 0, and a normal one of float32."""
+def positive(function: str, dtype, *, or_zero: bool = False, **option: Any) -> float | Array:
+    """A Python number above 0, and a normal one of float32, or a traced one."""
     ((name, value),) = option.items()
+    if is_array(value):
+        return _traced(function, dtype, name, value)
     least, most = map(float, (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
     if not _is_number(value) or not (least <= value <= most or (or_zero and value == 0)):
         raise ValueError(
-            f"{function}: {name} must be a static number from {least:.2g} to {most:.2g}{' or 0' if or_zero else ''};"
+            f"{function}: {name} must be a number from {least:.2g} to {most:.2g}{' or 0' if or_zero else ''};"
             f" got {name}={value!r}. Leave it out for none."
         )
     return float(value)
+
+
+def is_array(value) -> TypeGuard[Array]:
+    """Whether a number is traced or in an array, so that there is no value to check or to decide by."""
+    return isinstance(value, Array | np.ndarray)
+
+
+def _traced(function: str, dtype, name: str, value: Array) -> Array:
+    """A scalar, which like a Python number widens no array."""
+    if value.ndim or not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        raise ValueError(
+            f"{function}: {name} must be a real number, or a real array of shape (); got {described({name: value})}."
+            f" For several at once use jax.vmap."
+        )
+    return jnp.asarray(value, dtype)
 
 
 def choice(function: str, *, choices: tuple[str, ...], **option: str) -> str:

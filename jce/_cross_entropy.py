@@ -11,7 +11,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._arguments import distributions, fraction, labelled, public
+from jce._arguments import distributions, fraction, is_array, labelled, public
 from jce._calculus import both_zero, def_partials, directional_derivative, negative, ratio, reciprocal
 from jce._mul0 import mul0
 from jce._softmax import (
@@ -186,12 +186,12 @@ def _excess_rule(classes, primals, tangents):
 _excess.defjvp(_excess_rule, symbolic_zeros=True)
 
 
-@public("axis", "axis_name", "label_smoothing")
+@public("axis", "axis_name", numbers=("label_smoothing",))
 def cross_entropy_with_integer_labels(
     labels: ArrayLike,
     logits: ArrayLike,
     *,
-    label_smoothing: float = 0.0,
+    label_smoothing: ArrayLike = 0.0,
     axis: int = -1,
     where: ArrayLike | None = None,
     axis_name: Hashable | None = None,
@@ -205,7 +205,7 @@ def cross_entropy_with_integer_labels(
     Args:
       labels: integer, [..., ...], class indices: exactly the shape of logits without `axis`.
       logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
-      label_smoothing: ε, a static number from 0 to 1.
+      label_smoothing: ε, a number from 0 to 1. One that is traced, as of a schedule, isn't checked.
       axis: the axis of the n classes: a static int.
       where: bool, broadcasts to the shape of logits. A class where it is False has probability 0, whatever it holds,
         and n counts the others; a distribution with nothing left is 0, with gradient 0, whatever its label. So
@@ -237,19 +237,27 @@ def cross_entropy_with_integer_labels(
       >>> print(jce.cross_entropy_with_integer_labels(jnp.array([0, 1]), logits))
       [4.1223074e-09 1.4076060e+00]
     """
-    smoothing = fraction("cross_entropy_with_integer_labels", label_smoothing=label_smoothing)
     y, x, kept, classes = labelled("cross_entropy_with_integer_labels", axis, where, axis_name, labels, logits)
+    smoothing = fraction("cross_entropy_with_integer_labels", x.dtype, label_smoothing=label_smoothing)
     loss = label_surprisal(y, x, classes)
-    if smoothing == 0:
+    if not is_array(smoothing) and smoothing == 0:
         return loss
     uniform = kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
     return smoothed(loss, _soft(uniform, x, classes), smoothing)
 
 
 def smoothed(loss, uniform_loss, smoothing):
+    if is_array(smoothing):
+        both = scaled(1 - smoothing, loss) + scaled(smoothing, uniform_loss)
+        return jnp.where(jnp.isnan(loss), loss, both)  # also at ε = 1
     if smoothing == 1:  # the label counts for nothing, even where its loss is +∞, but it still must be one
         return jnp.where(jnp.isnan(loss), loss, uniform_loss)
     return (1 - smoothing) * loss + smoothing * uniform_loss
+
+
+def scaled(number, x):
+    """The number times x, and 0 for a traced 0, whatever x is; Python's 0 costs nothing at all, so isn't asked here."""
+    return mul0(x, jnp.broadcast_to(number, x.shape)) if is_array(number) else number * x
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._arguments import as_array, broadcasts_to, described, float_dtype, require_boolean, wide_enough
+from jce._arguments import as_array, broadcasts_to, described, float_dtype, positive, require_boolean, wide_enough
 from jce._calculus import def_partials
 from jce._classes import Classes, vary_over, varying
 from jce._mul0 import mul0
@@ -39,10 +39,15 @@ class Head(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """How logits are made of hidden states and a head: static."""
+    """How logits are made of hidden states and a head: static, but for a soft cap that is traced."""
 
-    soft_cap: float | None
+    soft_cap: float | Array | None
     precision: Any
+
+    @classmethod
+    def checked(cls, function: str, head: Head, logit_soft_cap: ArrayLike | None, precision) -> Logits:
+        cap = logit_soft_cap
+        return cls(None if cap is None else positive(function, head.bias.dtype, logit_soft_cap=cap), precision)
 
     def of(self, h: Array, head: Head) -> Array:
         return self.capped(self.uncapped(h, head))

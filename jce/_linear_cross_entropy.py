@@ -8,6 +8,7 @@ token has to wait for its cotangent, and computes x again: a fourth product.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -17,19 +18,19 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._arguments import choice, fraction, mesh_axis, positive, public
+from jce._arguments import choice, fraction, is_array, mesh_axis, positive, public
 from jce._calculus import live_jvp
 from jce._classes import Classes
-from jce._cross_entropy import label_surprisal, smoothed
+from jce._cross_entropy import label_surprisal, scaled, smoothed
 from jce._head import Head, Logits, chunk_tokens, dot, each_token, over_chunks, product, tokens_and_head
 from jce._mul0 import mul0
 from jce._softmax import logsumexp, off_label_sum, surprisal, surprisal_at_label
 
 REDUCTIONS = ("mean", "sum", "none")
-OPTIONS = ("reduction", "label_smoothing", "z_loss", "logit_soft_cap", "chunk_size", "precision")
+OPTIONS, NUMBERS = ("reduction", "chunk_size", "precision"), ("label_smoothing", "z_loss", "logit_soft_cap")
 
 
-@public(*OPTIONS, "axis_name")
+@public(*OPTIONS, "axis_name", numbers=NUMBERS)
 def linear_cross_entropy(
     labels: ArrayLike,
     hidden: ArrayLike,
@@ -39,9 +40,9 @@ def linear_cross_entropy(
     weights: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    logit_soft_cap: float | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_soft_cap: ArrayLike | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
     axis_name: Hashable | None = None,
@@ -62,9 +63,10 @@ def linear_cross_entropy(
       where: bool, broadcasts to the shape of labels. A token where it is False takes no part, whatever it holds.
       reduction: "mean" for Σ wℓ / Σ w, "sum" for Σ wℓ, "none" for wℓ, a number for each token. Without weights w is 1,
         and 0 where `where` is False; if Σ w = 0, the mean is 0.
-      label_smoothing: ε, a static number from 0 to 1.
-      z_loss: ζ, a static number ≥ 0.
-      logit_soft_cap: c > 0, a static number: x is then c tanh((hidden · headᵀ + bias)/c), everywhere above. None: none.
+      label_smoothing: ε, a number from 0 to 1. Python's 0 costs nothing. A traced number, as of a schedule, isn't
+        checked, in this and the next two.
+      z_loss: ζ, a number ≥ 0. Python's 0 costs nothing.
+      logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c), everywhere above. None: none.
       chunk_size: the number of tokens in a chunk, a static int. None for as many as fill 32 MiB with logits, but at
         least 512 (256 MiB at 131,072 classes). Fewer need less memory; where multiplying is fast beside memory, as on a
         GPU, more take less time.
@@ -121,25 +123,51 @@ def shares(w: Array) -> Array:
 
 
 class Options(NamedTuple):
-    """What is static in a token's loss."""
+    """All else that a token's loss depends on. As a tree, its leaves are the numbers that are traced."""
 
     logits: Logits
     classes: Classes
     chunk: int
-    smoothing: float
-    z_loss: float
+    smoothing: float | Array
+    z_loss: float | Array
+
+    def numbers(self):
+        return self.logits.soft_cap, self.smoothing, self.z_loss
+
+    def with_numbers(self, soft_cap, smoothing, z_loss) -> Options:
+        return self._replace(logits=self.logits._replace(soft_cap=soft_cap), smoothing=smoothing, z_loss=z_loss)
+
+
+def _flatten(o: Options):
+    traced = tuple(is_array(x) or isinstance(x, SymbolicZero) for x in o.numbers())
+    static = (None if t else x for x, t in zip(o.numbers(), traced, strict=True))
+    return tuple(itertools.compress(o.numbers(), traced)), (o.with_numbers(*static), traced)
+
+
+def _unflatten(static, leaves) -> Options:
+    (o, traced), leaf = static, iter(leaves)
+    return o.with_numbers(*(next(leaf) if t else x for x, t in zip(o.numbers(), traced, strict=True)))
+
+
+jax.tree_util.register_pytree_node(Options, _flatten, _unflatten)
 
 
 def checked_options(
     name: str, classes: Classes, head: Head, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision
 ) -> Options:
+    dtype = head.bias.dtype
     return Options(
-        Logits(None if logit_soft_cap is None else positive(name, logit_soft_cap=logit_soft_cap), precision),
+        Logits.checked(name, head, logit_soft_cap, precision),
         classes.folding(head.bias),
         chunk_tokens(name, chunk_size, head),
-        fraction(name, label_smoothing=label_smoothing),
-        positive(name, z_loss=z_loss, or_zero=True),
+        fraction(name, dtype, label_smoothing=label_smoothing),
+        positive(name, dtype, z_loss=z_loss, or_zero=True),
     )
+
+
+def _some(number) -> bool:
+    """Whether a number is there: Python's 0 isn't."""
+    return is_array(number) or number != 0
 
 
 def _losses(y, h, head, o):
@@ -150,22 +178,22 @@ def _loss(y, x, o):
     """Of tokens' labels [C] and logits [C, n]."""
     x = o.classes.fold(x)
     loss = label_surprisal(y, x, o.classes)
-    if o.smoothing:
+    if _some(o.smoothing):
         loss = smoothed(loss, o.classes.sum(surprisal(x, o.classes)) / o.classes.count(x), o.smoothing)
-    if o.z_loss:
-        loss += o.z_loss * jnp.square(logsumexp(x, o.classes))
+    if _some(o.z_loss):
+        loss += scaled(o.z_loss, jnp.square(logsumexp(x, o.classes)))
     return loss
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+@jax.custom_jvp
 def _weighted_sum(y, h, head, w, o):
     return mul0(_losses(y, h, head, o), w).sum()
 
 
-# d Σ wℓ = Σ w (∂ℓ/∂h · dh + ∂ℓ/∂W · dW + ∂ℓ/∂b · db) + Σ ℓ dw
-def _weighted_sum_rule(o, primals, tangents):
-    y, h, head, w = primals
-    _, dh, dhead, dw = tangents
+# d Σ wℓ = Σ w (∂ℓ/∂h · dh + ∂ℓ/∂W · dW + ∂ℓ/∂b · db) + Σ ℓ dw, and along a traced number, rare as it is, by a pass more
+def _weighted_sum_rule(primals, tangents):
+    y, h, head, w, o = primals
+    _, dh, dhead, dw, do = tangents
     steps = (dh, dhead.wide, dhead.bias)
     losses, gradients = _losses_and_gradients(y, h, head, w, o, tuple(not isinstance(t, SymbolicZero) for t in steps))
     # Each device has its own classes' part of each gradient.
@@ -173,21 +201,23 @@ def _weighted_sum_rule(o, primals, tangents):
     terms = [o.classes.over_devices(functools.reduce(jnp.add, parts))] if parts else []
     if not isinstance(dw, SymbolicZero):
         terms.append(mul0(losses, dw).sum())
+    if not all(isinstance(t, SymbolicZero) for t in jax.tree.leaves(do)):
+        terms.append(live_jvp(lambda o: mul0(_losses(y, h, head, o), w).sum(), (o,), (do,))[1])
     return mul0(losses, w).sum(), functools.reduce(jnp.add, terms)
 
 
 _weighted_sum.defjvp(_weighted_sum_rule, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _losses_and_gradients(y, h, head, w, o, wanted):
     """ℓ, and Σ wℓ's derivatives in h, W and b, or None for those that aren't wanted."""
     return _loop(y, h, head, w, o, wanted, _unnormalized_excess, lambda step: step)
 
 
 # The derivative of another expression for the excess, whose own derivative is accurate, with no chunk's logits kept.
-def _losses_and_gradients_rule(o, wanted, primals, tangents):
-    def twin(y, h, head, w):
+def _losses_and_gradients_rule(wanted, primals, tangents):
+    def twin(y, h, head, w, o):
         return _loop(y, h, head, w, o, wanted, _excess, functools.partial(jax.checkpoint, prevent_cse=False))
 
     return live_jvp(twin, primals, tangents)
@@ -234,14 +264,14 @@ def _unnormalized_excess(y, u, w, o):
     e, e_y = jnp.exp(jnp.minimum(x, column(m)) - column(m)), jnp.exp(-d)
     z, log_z = s + e_y, jnp.log1p(s - (1 - e_y))
     losses, at_label = surprisal_at_label(d, s), -s
-    if o.smoothing:
+    if _some(o.smoothing):
         losses = smoothed(losses, log_z + o.classes.sum(column(m) - x) / n, o.smoothing)
         at_label += o.smoothing * (z - z / n)
-    if o.z_loss:
-        losses += o.z_loss * jnp.square(m + log_z)
+    if _some(o.z_loss):
+        losses += scaled(o.z_loss, jnp.square(m + log_z))
         at_label += 2 * o.z_loss * (m + log_z) * e_y
         e *= column(1 + 2 * o.z_loss * (m + log_z))
-    if o.smoothing:
+    if _some(o.smoothing):
         e -= column(o.smoothing * (z / n))
     here = o.classes.local(y, x)
     here = jnp.where(o.classes.has(x, here), here, jnp.full_like(here, u.shape[-1]))  # a negative index would count

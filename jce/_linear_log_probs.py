@@ -11,7 +11,7 @@ from jax import Array
 from jax.export import register_namedtuple_serialization
 from jax.typing import ArrayLike
 
-from jce._arguments import mesh_axis, positive, public
+from jce._arguments import mesh_axis, public
 from jce._calculus import negative
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal
@@ -28,7 +28,7 @@ class LogProbs(NamedTuple):
     entropy: Array
 
 
-@public("logit_soft_cap", "chunk_size", "precision", "axis_name")
+@public("chunk_size", "precision", "axis_name", numbers=("logit_soft_cap",))
 def linear_log_probs(
     labels: ArrayLike,
     hidden: ArrayLike,
@@ -36,7 +36,7 @@ def linear_log_probs(
     bias: ArrayLike | None = None,
     *,
     where: ArrayLike | None = None,
-    logit_soft_cap: float | None = None,
+    logit_soft_cap: ArrayLike | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
     axis_name: Hashable | None = None,
@@ -54,7 +54,8 @@ def linear_log_probs(
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
       where: bool, broadcasts to the shape of labels. Where it is False, both are 0, with derivative 0, whatever label
         and hidden hold.
-      logit_soft_cap: c > 0, a static number: x is then c tanh((hidden · headᵀ + bias)/c). None for none.
+      logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none. A traced one isn't
+        checked.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
       precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
       axis_name: as in `linear_cross_entropy`.
@@ -86,7 +87,7 @@ def linear_log_probs(
     name = "linear_log_probs"
     classes = Classes(-1, mesh_axis(name, axis_name))
     (y, h, w), head_ = tokens_and_head(name, labels, hidden, head, bias, None, where, classes)
-    logits = Logits(None if logit_soft_cap is None else positive(name, logit_soft_cap=logit_soft_cap), precision)
+    logits = Logits.checked(name, head_, logit_soft_cap, precision)
     classes = classes.folding(head_.bias)
 
     def statistics(y, h):

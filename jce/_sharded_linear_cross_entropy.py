@@ -21,10 +21,10 @@ from jax.typing import ArrayLike
 from jce._arguments import choice, public
 from jce._classes import Classes
 from jce._head import tokens_and_head
-from jce._linear_cross_entropy import OPTIONS, REDUCTIONS, checked_options, linear_cross_entropy, shares
+from jce._linear_cross_entropy import NUMBERS, OPTIONS, REDUCTIONS, checked_options, linear_cross_entropy, shares
 
 
-@public(*OPTIONS, "mesh", "token_axis", "class_axis")
+@public(*OPTIONS, "mesh", "token_axis", "class_axis", numbers=NUMBERS)
 def sharded_linear_cross_entropy(
     labels: ArrayLike,
     hidden: ArrayLike,
@@ -37,9 +37,9 @@ def sharded_linear_cross_entropy(
     weights: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    logit_soft_cap: float | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_soft_cap: ArrayLike | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
 ) -> Array:

@@ -355,7 +355,7 @@ def test_label_smoothing():
             ones(2, dtype=jnp.int32),
             ones(2, 3),
             label_smoothing=wrong,
-            wants="label_smoothing must be a static number from 0 to 1",
+            wants="label_smoothing must be a number from 0 to 1",
             got=f"got label_smoothing={wrong!r}",
             do="such as 0.1",
         )

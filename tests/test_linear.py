@@ -28,7 +28,7 @@ def dense_losses(labels, hidden, head, bias, *, label_smoothing, z_loss, logit_s
         x = jnp.where(bias[None] == -INF, -INF, x)
     log_z = jax.nn.logsumexp(x, -1, keepdims=True)
     loss = (1 - label_smoothing) * jnp.take_along_axis(log_z - x, labels[:, None], 1)[:, 0]
-    if label_smoothing:
+    if not isinstance(label_smoothing, float) or label_smoothing:
         loss = loss + label_smoothing * (log_z - x).mean(-1)
     return loss + z_loss * log_z[:, 0] ** 2
 
@@ -51,12 +51,14 @@ CHOICES = {
     "z_loss": [0.0, 0.01],
     "logit_soft_cap": [None, 3.0],
     "chunk_size": [None, 1, 4, 11, 50],
+    "numbers": ["Python's", "traced"],
 }
 
 
 def possible(values) -> bool:
     chosen = dict(zip(CHOICES, values, strict=False))
-    return not (chosen.get("bias") == "forbidding" and chosen.get("label_smoothing"))  # +∞
+    infinite = chosen.get("label_smoothing") or chosen.get("numbers") == "traced"  # the loss, or its derivative in ε
+    return not (chosen.get("bias") == "forbidding" and infinite)
 
 
 PAIRWISE = [dict(zip(CHOICES, row, strict=True)) for row in AllPairs(list(CHOICES.values()), filter_func=possible)]
@@ -64,7 +66,7 @@ PAIRWISE = [dict(zip(CHOICES, row, strict=True)) for row in AllPairs(list(CHOICE
 
 @pytest.mark.parametrize("options", PAIRWISE, ids=lambda options: "-".join(map(str, options.values())))
 def test_every_pair_of_options(options, rng):
-    """Value, gradient and Hessian-vector product in hidden, head, bias and weights, in float64."""
+    """Value, gradient and Hessian-vector product in hidden, head, bias, weights and traced numbers, in float64."""
     options = dict(options)
     bias = {"none": None, "finite": rng.standard_normal(CLASSES)}.get(
         options.pop("bias"), np.append(rng.standard_normal(CLASSES - 1), -INF)
@@ -74,13 +76,17 @@ def test_every_pair_of_options(options, rng):
     where = {"none": None, "some": np.arange(N) % 3 > 0}[options.pop("where")]
     arguments = {"hidden": rng.standard_normal((N, D)), "head": rng.standard_normal((CLASSES, D))}
     arguments |= {name: x for name, x in (("bias", bias), ("weights", weights)) if x is not None}
+    if options.pop("numbers") == "traced":
+        numbers = {name: options.pop(name) for name in ("label_smoothing", "z_loss", "logit_soft_cap")}
+        options |= {name: None for name, x in numbers.items() if x is None}
+        arguments |= {name: np.array(x) for name, x in numbers.items() if x is not None}
     directions = {name: np.where(np.isfinite(x), rng.standard_normal(x.shape), 0) for name, x in arguments.items()}
     cotangent = rng.standard_normal(N)
 
     def results(function, **chosen):
         def scalar(a):
-            args = a["hidden"], a["head"], a.get("bias")
-            value = function(*args, weights=a.get("weights"), where=where, **chosen)
+            args, numbers = [a.get(name) for name in ("hidden", "head", "bias")], a.keys() - {"hidden", "head", "bias"}
+            value = function(*args, where=where, **{"weights": None} | {name: a[name] for name in numbers} | chosen)
             return jnp.vdot(cotangent, value) if chosen["reduction"] == "none" else value
 
         value, gradient = jax.value_and_grad(scalar)(arguments)
@@ -484,6 +490,106 @@ def test_a_soft_cap_below_what_matters_flattens_all_but_what_is_forbidden():
     np.testing.assert_allclose(losses, math.log(2), rtol=1e-6)
 
 
+# Numbers that are traced
+
+
+def test_a_traced_0_is_none_whatever_the_logits(problem):
+    """Label smoothing and z-loss at 0 with a forbidden class and logits whose square overflows: dense, and in heads."""
+    labels, h, w, b = problem
+    labels, b[5] = np.minimum(labels, 4), -INF
+    h[0, 0] *= 1e25
+
+    def dense(h, **smoothing):
+        logits = jnp.where(np.arange(6) == 5, -INF, h @ w.T)
+        return jce.cross_entropy_with_integer_labels(labels, logits, **smoothing).sum()
+
+    def head(h, **numbers):
+        sums = [jce.linear_cross_entropy(labels, h, w, b, reduction=r, **numbers).sum() for r in ("sum", "none")]
+        return sums[0] + jnp.sin(sums[1] / 1e25)
+
+    def program(loss):
+        def derivatives(h, **numbers):
+            def gradient(h):
+                return jax.value_and_grad(lambda h: loss(h, **numbers))(h)
+
+            return jax.jvp(gradient, (h,), (h,))
+
+        return jax.jit(derivatives)
+
+    zeros = {name: np.zeros((), np.float32) for name in ("label_smoothing", "z_loss")}
+    close(program(dense)(h, label_smoothing=np.zeros((), np.float32)), program(dense)(h))
+    close(program(head)(h, **zeros), program(head)(h))
+
+
+@pytest.mark.holds_nan
+def test_a_traced_label_smoothing_of_1_asks_of_the_label_only_that_it_be_one(problem):
+    labels, h, w, b = problem
+    b[0] = labels[0, 0] = 0
+    labels[0, 1] = 6
+    losses, dense = jax.jit(
+        lambda e: (
+            jce.linear_cross_entropy(labels, h, w, b, label_smoothing=e, reduction="none"),
+            jce.cross_entropy_with_integer_labels([0, 1], np.float32([[-1e38] * 2] * 2), label_smoothing=e),
+        )
+    )(1.0)
+    np.testing.assert_array_equal(np.isnan(losses).ravel(), np.arange(8) == 1)
+    np.testing.assert_allclose(dense, math.log(2), rtol=1e-6)
+
+
+def test_a_traced_cap_leaves_forbidden_classes_alone(problem):
+    """Of any size, in the cap's own derivatives too."""
+    labels, h, w, b = problem
+    labels, b[5] = np.minimum(labels, 4), -INF
+
+    def derivatives(n):
+        def losses(h, cap):
+            both = jce.linear_log_probs(labels, h, w[:n], b[:n], logit_soft_cap=cap)
+            return jce.linear_cross_entropy(labels, h, w[:n], b[:n], logit_soft_cap=cap) + sum(x.sum() for x in both)
+
+        def square(*a):
+            return sum(jnp.vdot(g, g) for g in jax.grad(losses, (0, 1))(*a))
+
+        return jax.jit(lambda *a: (losses(*a), jax.value_and_grad(square, (0, 1))(*a)))
+
+    programs = [derivatives(n) for n in (6, 5)]
+    for cap in np.float32([2.0, 1e30]):
+        close(*(program(h, cap) for program in programs), rtol=1e-5, atol=1e-6)
+
+
+def test_traced_numbers_are_as_pythons(problem):
+    """Of any dtype, which widens nothing; batched; over devices; and in an eager call, as an array."""
+    labels, h, w, b = problem
+    labels = labels.astype(np.int32)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    over = {"mesh": mesh, "token_axis": "data", "class_axis": "model"}
+    numbers = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_soft_cap": 3.0}
+
+    def both(numbers):
+        def total(h, numbers):
+            ours = jce.linear_cross_entropy(labels, h, w, b, **numbers)
+            sharded = jce.sharded_linear_cross_entropy(labels, h, w, b, **numbers, **over)
+            smoothing = {"label_smoothing": numbers["label_smoothing"]}
+            dense = jce.cross_entropy_with_integer_labels(labels, h @ w.T, **smoothing)
+            return ours + 2 * sharded + 3 * dense.mean()
+
+        return jax.value_and_grad(total)(h, numbers), numbers
+
+    (expected, _), (got, _) = jax.jit(lambda: both(numbers))(), jax.jit(both)(numbers)
+    close(got, expected)
+    halves = jax.tree.map(lambda x: x / 2, numbers)
+    batch = jax.tree.map(lambda *x: np.float32(x), numbers, halves)
+    batched = jax.jit(jax.vmap(lambda n: jce.linear_cross_entropy(labels, h, w, b, **n)))(batch)
+    close(batched, [jce.linear_cross_entropy(labels, h, w, b, **n) for n in (numbers, halves)])
+    with jax.enable_x64(True):
+        wide = jce.linear_cross_entropy(labels, h, w, b, **jax.tree.map(jnp.float64, numbers))
+    assert wide.dtype == np.float32
+    close(wide, batched[0])
+    close(
+        jce.linear_cross_entropy(labels, h, w, b, label_smoothing=np.array(1)),
+        jce.linear_cross_entropy(labels, h, w, b, label_smoothing=1),
+    )
+
+
 # Transforms
 
 
@@ -618,7 +724,9 @@ def ones(*shape, dtype=np.float32):
         ({"chunk_size": 0}, ValueError, r"chunk_size must be.*at least 1; got chunk_size=0"),
         ({"chunk_size": 2.0}, ValueError, r"chunk_size must be a static int.*got chunk_size=2.0"),
         ({"chunk_size": np.array(2)}, ValueError, r"chunk_size must be static.*got chunk_size: ndarray"),
-        ({"z_loss": jnp.float32(0.1)}, ValueError, r"z_loss must be static.*float\(x\)"),
+        ({"chunk_size": jnp.int32(2)}, ValueError, r"chunk_size must be static.*int\(x\)"),
+        ({"z_loss": ones(2)}, ValueError, r"z_loss must be a.*of shape \(\); got z_loss: float32\[2\].*jax.vmap"),
+        ({"label_smoothing": jnp.array(True)}, ValueError, r"label_smoothing must be.*label_smoothing: bool\[\]"),
         ({"reductoin": "sum"}, TypeError, r"no argument 'reductoin'; it takes labels, hidden, head, bias, weights"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be.*0 to 1; got label_smoothing=1.5"),
         ({"z_loss": -1.0}, ValueError, r"z_loss must be.*from 1.2e-38 to 3.4e\+38 or 0; got z_loss=-1.0"),

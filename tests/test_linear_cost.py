@@ -94,6 +94,19 @@ def test_matrix_products(reduction, gradient, of_hidden, of_head, hvp):
     assert products(lambda *a: jax.jvp(jax.grad(loss, (0, 1)), a, a)[1], *a) == hvp
 
 
+def test_traced_numbers_cost_no_product():
+    """One program for all their values has the three of Python's numbers; a number's own derivative has two."""
+
+    def loss(hidden, head, numbers):
+        labels = np.zeros(64, np.int32)
+        return jce.linear_cross_entropy(labels, hidden, head, chunk_size=16, **numbers)
+
+    a = matrices(64, 8, 40)
+    numbers = dict.fromkeys(("label_smoothing", "z_loss", "logit_soft_cap"), jax.ShapeDtypeStruct((), np.float32))
+    assert products(jax.value_and_grad(loss, (0, 1)), *a, numbers) == 3
+    assert products(jax.value_and_grad(loss, 2), *a, numbers) == 2
+
+
 def test_log_probs_are_one_pass():
     def statistics(hidden, head):
         both = jce.linear_log_probs(np.zeros(64, int), hidden, head, chunk_size=16)

@@ -11,10 +11,12 @@ from types import ModuleType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's warnings of a constant that takes a second to fold
 
-from jce._command_line import Parser, exit_status
+from jce._command_line import Parser, end_when_interrupted
 
 PROGRAM = "python -m bench"
 
+if __name__ == "__main__":
+    end_when_interrupted()
 try:
     import jax
     from rich.console import Console
@@ -36,16 +38,14 @@ def measured(name: str, quick: bool, only: str, path: pathlib.Path) -> list[dict
     around = results.environment({"quick": quick, "only": only})
     kept, lines, cases = results.read(path) if path.exists() else [], [], BENCHES[name].run(quick, only)
     columns = TextColumn(f"{name} {{task.description}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("", total=int(next(cases)[0]))
-            for label, found in cases:
-                lines += [results.complete(line, name, around) for line in found]
-                progress.update(bar, advance=1, description=label)
-        if not only:
-            kept = []
-    finally:
-        results.write(results.merged(kept, lines), path)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=int(next(cases)[0]))
+        for label, found in cases:
+            lines += [results.complete(line, name, around) for line in found]
+            results.write(results.merged(kept, lines), path)  # now, since an interrupt ends the process
+            progress.update(bar, advance=1, description=label)
+    if not only:
+        results.write(results.merged([], lines), path)
     return lines
 
 
@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if unknown := [name for name in args.benches if name not in BENCHES]:
         parser.error(f"BENCH must be one of {', '.join(BENCHES)}, not {unknown[0]!r}")
-    return exit_status(lambda: _run(args))
+    _run(args)
+    return 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -191,7 +192,15 @@ def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
     yield str(len(kinds) * len(cases(settings))), []
     for malloc, variables in kinds.items():
         command = [sys.executable, "-m", "bench.speed", json.dumps(settings)]
-        with subprocess.Popen(command, env=os.environ | QUIET | variables, stdout=subprocess.PIPE, text=True) as child:
+        # In a session of its own, where Ctrl-C doesn't reach it, the child ends with its standard input, so with this.
+        with subprocess.Popen(
+            command,
+            env=os.environ | QUIET | variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as child:
             for text in child.stdout:
                 label, lines = json.loads(text)
                 yield label, [line | {"malloc": malloc} for line in lines]
@@ -205,8 +214,14 @@ def check(lines: list[dict]) -> None:
     assert not wrong, wrong
 
 
+def _end_with_the_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
 def main() -> None:
     """The child: a JSON pair of label and lines for each case."""
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     only, models, *rest = json.loads(sys.argv[1])
     settings = Settings(only, tuple(models), *rest)
     for task, model, mode in cases(settings):

@@ -1,4 +1,4 @@
-"""What the programs' command lines share: errors in one line, checked values, and the extra they need."""
+"""What the programs' command lines share: errors and interrupts in one line, values checked, the extra needed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,47 @@ import argparse
 import contextlib
 import os
 import re
+import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 
+def end_when_interrupted() -> None:
+    """From now on Ctrl-C ends the process at once, with one line and status 130, whatever it is doing.
+
+    A KeyboardInterrupt waits until the main thread is back in Python, which a compiled loop may keep for minutes, and
+    can strike within a callback, which prints a traceback and goes on. A thread of its own does neither.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in the background of a shell
+        return
+    wakes, woken = socket.socketpair()
+    woken.setblocking(False)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.set_wakeup_fd(woken.fileno())
+
+    def wait():
+        while signal.SIGINT not in wakes.recv(1):
+            pass
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os.write(2, b"\ninterrupted\n" if sys.stderr.isatty() else b"interrupted\n")  # below a progress bar
+        os._exit(130)
+
+    # The other end lives as long as the thread that keeps it.
+    threading.Thread(target=lambda _: wait(), args=(woken,), daemon=True).start()
+
+
 @contextlib.contextmanager
 def demo_extra(program: str, module: str) -> Iterator[None]:
-    """Around the imports of a program's module: a package that isn't installed is one line, with what to do."""
+    """Around the imports of a program's module: a package that isn't installed is one line, with what to do.
+
+    Run as a program, an interrupt is one line too, from here on.
+    """
+    if module == "__main__":
+        end_when_interrupted()
     try:
         yield
     except ModuleNotFoundError as error:
@@ -68,13 +101,3 @@ def png(name: str) -> str:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"can't write {name!r}: {error.strerror}") from None
     return name
-
-
-def exit_status(run: Callable[[], None]) -> int:
-    """0 once it has run, 130 if it is interrupted."""
-    try:
-        run()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0

@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array, lax
 
 import jce
-from jce._command_line import Parser, demo_extra, exit_status, integer, png, text_file
+from jce._command_line import Parser, demo_extra, integer, png, text_file
 
 PROGRAM = "python -m jce.demo"
 
@@ -354,10 +354,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; the exit status is 2 for wrong input, 1 if the fit diverges, 130 if it is interrupted."""
     args = _parser().parse_args(argv)
     try:
-        return exit_status(lambda: _run(args))
+        _run(args)
     except FloatingPointError as error:
         print(f"{PROGRAM}: {error}; choose a smaller --learning-rate", file=sys.stderr)
         return 1
+    return 0
 
 
 if __name__ == "__main__":

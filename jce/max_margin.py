@@ -128,7 +128,7 @@ def picture(histories: dict[str, list[Snapshot]]) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains the curves, prints a table and writes the picture; the exit status is 2 for wrong input."""
+    """Trains the curves, prints a table and writes the picture; the status is 2 for wrong input, 130 for Ctrl-C."""
     parser = Parser(prog=PROGRAM, description="Train on the digits towards the largest margin, by three losses.")
     parser.add_argument("--steps", type=integer(1, 10**9), default=100_000, help="How many (default: %(default)s).")
     parser.add_argument("--out", type=png, default="max_margin.png", help="The picture (default: %(default)s).")

@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array, lax
 
 import jce
-from jce._command_line import Parser, demo_extra, exit_status, integer, text_file
+from jce._command_line import Parser, demo_extra, integer, text_file
 
 PROGRAM = "python -m jce.next_word"
 
@@ -225,7 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--seed", type=integer(0, 2**31 - 1), default=0, help="Draws model and batches (default: %(default)s).")
     args = parser.parse_args(argv)
-    return exit_status(lambda: _run(args.text or read(default_text()), args.steps, args.seed))
+    _run(args.text or read(default_text()), args.steps, args.seed)
+    return 0
 
 
 if __name__ == "__main__":

@@ -267,15 +267,6 @@ def test_the_check_of_out_leaves_a_file_as_it_is(tmp_path, monkeypatch):
     assert not new.exists()
 
 
-def test_interrupt(monkeypatch, capsys):
-    def interrupt(args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "_run", interrupt)
-    assert demo.main(["--out", os.path.join(os.getcwd(), "unused.png")]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
-
-
 @pytest.mark.parametrize("package", ["optax", "matplotlib", "tqdm"])
 def test_missing_extra(package):
     hide = f"import sys, runpy; sys.modules[{package!r}] = None; "

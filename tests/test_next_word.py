@@ -118,15 +118,6 @@ def test_wrong_input_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
     assert message in err
 
 
-def test_interrupt(file, monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(next_word, "train", interrupted)
-    assert next_word.main([file]) == 130
-    assert capsys.readouterr().err.endswith("interrupted\n")
-
-
 def test_missing_extra():
     hide = "import sys, runpy; sys.modules['optax'] = None; "
     run = subprocess.run(

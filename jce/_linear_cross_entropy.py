@@ -57,9 +57,11 @@ def linear_cross_entropy(
     Args:
       labels: integer, [...], class indices y: the shape of hidden without its last axis.
       hidden: real, [..., d], a state for each token.
-      head: real, [n, d], a row for each class: the layout of an embedding table.
+      head: real, [n, d], a row for each class: the layout of an embedding table. Of a Dense layer of flax it is
+        kernel.T; where n = d, the wrong layout can't be seen.
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
-      weights: real, broadcasts to the shape of labels: w, each token's weight.
+      weights: real, broadcasts to the shape of labels: w, each token's weight. A mean divides by Σ w: advantages,
+        which may sum to 0, would then train nothing, silently, so give them reduction="sum" and divide by a count.
       where: bool, broadcasts to the shape of labels. A token where it is False takes no part, whatever it holds.
       reduction: "mean" for Σ wℓ / Σ w, "sum" for Σ wℓ, "none" for wℓ, a number for each token. Without weights w is 1,
         and 0 where `where` is False; if Σ w = 0, the mean is 0.

@@ -50,7 +50,7 @@ def linear_log_probs(
     Args:
       labels: integer, [...], class indices y, the actions: the shape of hidden without its last axis.
       hidden: real, [..., d], a state for each token.
-      head: real, [n, d], a row for each class.
+      head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T.
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
       where: bool, broadcasts to the shape of labels. Where it is False, both are 0, with derivative 0, whatever label
         and hidden hold.

@@ -52,12 +52,12 @@ def sharded_linear_cross_entropy(
     Args:
       labels: integer, [...], class indices y: the shape of hidden without its last axis. At least one axis.
       hidden: real, [..., d], a state for each token.
-      head: real, [n, d], a row for each class.
+      head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T.
       bias: real, [n].
       mesh: the devices, as of `jax.make_mesh`. Over its other axes everything is replicated.
       token_axis: the mesh axis, or a tuple of them, over which the first axis of the tokens is split. None for none.
       class_axis: the mesh axis, or a tuple of them, over which the classes are split. None for none.
-      weights: real, broadcasts to the shape of labels.
+      weights: real, broadcasts to the shape of labels; of both signs, see there.
       where: bool, broadcasts to the shape of labels.
       reduction: "mean" for Σ wℓ / Σ w over all devices' tokens, "sum" or "none", as in `linear_cross_entropy`.
       label_smoothing: as there.

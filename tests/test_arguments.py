@@ -61,6 +61,23 @@ def test_broadcasting(kernel, rng):
     assert gradient(kernel)(p[0, 0], q)[0].shape == (5,)
 
 
+@pytest.mark.parametrize(("dtype", "n"), [(np.uint8, 300), (np.int16, 40_000), (np.uint16, 70_000)])
+def test_labels_that_hold_no_number_of_classes(dtype, n, rng):
+    """The largest label of a dtype, and half of it, among more classes than it can count: value and gradient."""
+    labels = np.array([1, 1 / 2]) * np.iinfo(dtype).max
+    logits = rng.standard_normal((2, n)).astype(np.float32)
+
+    def losses(labels, logits):
+        linear = jce.linear_cross_entropy(labels, np.ones((2, 1), np.float32), logits[0][:, None], reduction="none")
+        return jce.cross_entropy_with_integer_labels(labels, logits) + linear
+
+    def program(labels):
+        return jax.jit(lambda x: (losses(labels, x), jax.grad(lambda x: losses(labels, x).sum())(x)))(logits)
+
+    narrow, wide = program(labels.astype(dtype)), program(labels.astype(np.int32))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), narrow, wide)
+
+
 # axis and where
 
 

@@ -26,7 +26,8 @@ whose logits are never there all at once. The target comes first and the model s
 logits where probabilities would come from a softmax or a sigmoid: an underflow to 0 can't be undone.
 
 All are pure, jitted functions of arrays, each with its closed-form derivative as a `custom_jvp` rule: they work under
-`jit`, `vmap`, `grad`, `jvp` and every nesting of them, to any order.
+`jit`, `vmap`, `grad`, `jvp` and every nesting of them, to any order. `jax.export` takes them with a symbolic number of
+rows or tokens.
 
 >>> import jax, jax.numpy as jnp, jce
 >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])

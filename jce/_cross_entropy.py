@@ -219,10 +219,11 @@ def cross_entropy_with_integer_labels(
     At the boundary:
       A label outside [0, n) makes its own row NaN, in value and gradient; it never counts from the end. A logit of -∞
       is a class of probability 0, with derivative 0; at the label, or with label smoothing, it makes the loss +∞. A
-      NaN, a +∞ or nothing but -∞ makes a row NaN. n = 0 gives 0.
+      NaN, a +∞ or nothing but -∞ makes a row NaN. n = 0 gives 0. A traced ε of 0 is none: a logit of -∞ costs nothing.
 
     Derivative:
-      ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n, in logits' dtype; at ε = 0 relatively accurate for every i.
+      ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n, in logits' dtype; at ε = 0 relatively accurate for every i. In a traced ε it is
+      1/n Σᵢ log 1/qᵢ - log 1/q_y.
 
     Raises:
       TypeError: labels are not integers, logits not real, or `where` not boolean.

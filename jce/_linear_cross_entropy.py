@@ -88,12 +88,14 @@ def linear_cross_entropy(
       as with where=labels >= 0. At a weight of 0 the derivative in the weight is ℓ as at any other, but a token of
       weight 0 with a label outside [0, n) or a hidden state that isn't finite is left out as by `where`. A forbidden
       class has the derivative below at qᵢ = 0, and 0 under a soft cap. At the label it makes the loss +∞, and with
-      label smoothing, which counts every class, every loss +∞: better slice off what pads the vocabulary, head[:n].
+      label smoothing, which counts every class, every loss +∞: better slice off what pads the vocabulary, head[:n]. A
+      traced 0 is none, and costs nothing there.
       No tokens make a mean or a sum of 0, no classes make every loss 0.
 
     Derivative:
       ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and on to hidden, head, bias and weights, each in its own
-      dtype: argnums 1, 2 and 3 for `jax.grad`. Forward and reverse mode, any order.
+      dtype: argnums 1, 2 and 3 for `jax.grad`. In a traced number too, by another pass. Forward and reverse mode, any
+      order.
 
     Raises:
       TypeError: labels are not integers, hidden, head, bias or weights not real, or `where` not boolean.

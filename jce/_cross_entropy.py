@@ -258,7 +258,7 @@ def smoothed(loss, uniform_loss, smoothing):
 
 def scaled(number, x):
     """The number times x, and 0 for a traced 0, whatever x is; Python's 0 costs nothing at all, so isn't asked here."""
-    return mul0(x, jnp.broadcast_to(number, x.shape)) if is_array(number) else number * x
+    return mul0(x, number * jnp.ones_like(x)) if is_array(number) else number * x
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

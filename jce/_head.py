@@ -67,7 +67,8 @@ class Logits(NamedTuple):
         return jnp.where(allowed, _slope(u / self._cap(u)), jnp.zeros_like(u))
 
     def _cap(self, u):
-        return jnp.broadcast_to(jnp.asarray(self.soft_cap, u.dtype), u.shape)
+        assert self.soft_cap is not None
+        return self.soft_cap * jnp.ones_like(u)  # split over a mesh as u is
 
 
 def _allowed(u):

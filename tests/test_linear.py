@@ -590,6 +590,21 @@ def test_traced_numbers_are_as_pythons(problem):
     )
 
 
+def test_a_traced_number_beside_sharded_logits(rng):
+    """Its derivative is a number on all devices, also where types say how arrays are split."""
+    labels, x = rng.integers(0, 6, 8), rng.standard_normal((8, 6)).astype(np.float32)
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+
+    def loss(labels, x, smoothing):
+        return jce.cross_entropy_with_integer_labels(labels, x, label_smoothing=smoothing).sum()
+
+    program = jax.jit(jax.value_and_grad(loss, (1, 2)))
+    expected = program(labels, x, 0.1)
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, jax.P("rows"))
+        close(program(jax.device_put(labels, rows), jax.device_put(x, rows), 0.1), expected)
+
+
 # Transforms
 
 

@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jce._classes import Classes
+from jce._layout import Layout
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -89,7 +90,9 @@ class Public:
 
 def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:
     """The arguments as floating-point arrays of one dtype and one shape."""
-    return _broadcast(function, "the shapes", arguments, _as_floats(function, arguments))
+    arrays = _as_floats(function, arguments)
+    layout = Layout.of(_broadcast_shape(function, "the shapes", arguments, arrays), arrays)
+    return [layout.place(x) for x in arrays]
 
 
 def distributions(
@@ -114,13 +117,15 @@ def distributions(
             f" broadcast; got {described(arguments)}. Say which axis holds the classes with axis=, or pad:"
             f" probabilities with 0, logits with -inf."
         )
-    arrays = _broadcast(function, "the batch axes", arguments, arrays)
+    shape = _broadcast_shape(function, "the batch axes", arguments, arrays)
     classes = Classes(axis, mesh_axis(function, axis_name))
-    mask = None if where is None else _mask(function, where, arrays[0].shape, axis, arguments)
-    if arrays[0].shape[axis] == 0:  # no class is one, on each device, that is excluded
+    masks = [] if where is None else [_mask(function, where, shape, axis, arguments)]
+    layout = Layout.of(shape, arrays + masks)
+    arrays, masks = ([layout.place(x) for x in xs] for xs in (arrays, masks))
+    if shape[axis] == 0:  # no class is one, on each device, that is excluded
         arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
-        mask = jnp.zeros(arrays[0].shape, bool)
-    if mask is not None:
+        masks = [jnp.zeros(arrays[0].shape, bool)]
+    for mask in masks:
         # The select stands outside every rule, so an excluded entry's derivative is exactly 0, whatever it holds.
         arrays = [
             jnp.where(mask, x, _impossible(mask, classes, x.dtype) if name in in_logits else jnp.zeros_like(x))
@@ -173,10 +178,12 @@ def labelled(
             f"{function}: labels must have the shape of logits without the class axis, {batch}; got {described(got)}."
             f" The target comes first, the model second; for one label against a batch of logits use jax.vmap."
         )
-    y = wide_enough(y)
+    mask = jnp.asarray(True if where is None else where)
+    layout = Layout.of(shape, [jnp.asarray(logits), mask])  # as in `distributions`
+    y = layout.without(classes.axis).place(wide_enough(y))
     if shape[classes.axis] == 0:
         return jnp.zeros_like(y), x, jnp.zeros_like(x), classes
-    kept = classes.fold(jnp.broadcast_to(True if where is None else jnp.asarray(where), shape))
+    kept = classes.fold(layout.place(mask))
     if where is not None:
         # In a row with nothing left any label will do, also one that is none.
         y = jnp.where(classes.any(kept), y, jnp.zeros_like(y))
@@ -243,15 +250,14 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
-def _broadcast(function: str, what: str, arguments: Mapping[str, ArrayLike], arrays: list[Array]) -> list[Array]:
+def _broadcast_shape(function: str, what: str, arguments: Mapping[str, ArrayLike], arrays: list[Array]):
     try:
-        shape = jnp.broadcast_shapes(*(x.shape for x in arrays))
+        return jnp.broadcast_shapes(*(x.shape for x in arrays))
     except ValueError:
         raise ValueError(
             f"{function}: {what} of {_and(arguments)} must broadcast; got {described(arguments)}."
             f" Add axes of length 1 where they differ, or use jax.vmap."
         ) from None
-    return [jnp.broadcast_to(x, shape) for x in arrays]
 
 
 def _as_floats(function: str, arguments: Mapping[str, ArrayLike]) -> list[Array]:
@@ -326,7 +332,7 @@ def _mask(
             f"{function}: where must broadcast to the shape {shape} of {_and(arguments)}; got {described(got)}."
             f" To drop whole distributions, give it a class axis of length 1: where=jnp.expand_dims(mask, {axis})."
         )
-    return jnp.broadcast_to(mask, shape)
+    return mask
 
 
 def require_boolean(function: str, where: Array, got: Mapping[str, ArrayLike]) -> None:

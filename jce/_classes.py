@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jce._layout import Layout, mesh_names, over_devices
+
 LONGEST_ROW = 32_768  # classes; longer ones are folded
 SHORTEST_BLOCK = 512
 
@@ -34,7 +36,7 @@ class Classes(NamedTuple):
         admits no reshape of an axis whose type says that it is sharded.
         """
         n = x.shape[self.axis]
-        if n <= LONGEST_ROW or jax.typeof(x).sharding.spec[x.ndim + self.axis] is not None:
+        if n <= LONGEST_ROW or self.are_split(x):
             return self
         fit = [k for k in range(2, n // SHORTEST_BLOCK + 1) if n % k == 0 and n // k <= LONGEST_ROW]
         return self._replace(blocks=max(fit, key=lambda k: (k & -k, k), default=1))
@@ -48,6 +50,10 @@ class Classes(NamedTuple):
         at = x.ndim + self.axis
         return x if self.blocks == 1 else x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :])
 
+    def are_split(self, x: Array) -> bool:
+        """Whether an array's type says that its classes are split over devices: over an Explicit axis of a mesh."""
+        return jax.typeof(x).sharding.spec[x.ndim + self.axis] is not None
+
     def reduce(self, reduction: Callable, x):
         """reduction(x, axis), of blocks and then of what they gave."""
         x = reduction(x, self.axis)
@@ -60,7 +66,7 @@ class Classes(NamedTuple):
 
     def over_devices(self, part: Array) -> Array:
         """The sum of each device's part."""
-        return part if self.mesh_axis is None else lax.psum(part, self.mesh_axis)
+        return over_devices(part, mesh_names(self.mesh_axis))
 
     @property
     def mesh_axes(self) -> frozenset:
@@ -99,8 +105,11 @@ class Classes(NamedTuple):
 
     def at(self, x: Array, y: Array) -> Array:
         """x at a local label, from the device that has it; at a label out of range, whatever."""
-        y_ = jnp.expand_dims(y, self.axis)
-        there = jnp.take_along_axis(self.unfold(x), y_, self.axis, mode="clip").squeeze(self.axis)
+        if self.are_split(x):  # JAX looks nothing up along such an axis; on one device the sum would take longer
+            there = self.reduce(jnp.sum, jnp.where(self.is_at(x, y), x, jnp.zeros_like(x)))
+        else:
+            y_ = jnp.expand_dims(y, self.axis)
+            there = jnp.take_along_axis(self.unfold(x), y_, self.axis, mode="clip").squeeze(self.axis)
         if self.mesh_axis is None:
             return there
         return self.over_devices(jnp.where(self.has(x, y), there, jnp.zeros_like(there)))
@@ -111,10 +120,10 @@ class Classes(NamedTuple):
 
     def is_at(self, x: Array, y: Array) -> Array:
         """Which entries of x are those of local labels."""
-        at = x.ndim + self.axis
-        i = lax.broadcasted_iota(y.dtype, x.shape, at)
+        at, like_x = x.ndim + self.axis, Layout.of(x.shape, [x]).sharding
+        i = lax.broadcasted_iota(y.dtype, x.shape, at, out_sharding=like_x)
         if self.blocks > 1:
-            i += x.shape[at] * lax.broadcasted_iota(y.dtype, x.shape, at - 1)
+            i += x.shape[at] * lax.broadcasted_iota(y.dtype, x.shape, at - 1, out_sharding=like_x)
         return i == self.column(y)
 
 

@@ -15,6 +15,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.lax import mul_p
 
 from jce._classes import varying_alike
+from jce._layout import split_alike
 
 Primitive = type(mul_p)  # `jax.extend.core.Primitive`, without the import of Pallas that comes with it
 _mul0_p = Primitive("mul0")
@@ -43,7 +44,7 @@ def multiply(c: Array, t: Array) -> Array:
 
 
 def _bind(c, t, zero):
-    c, t = varying_alike(c, t)
+    c, t = varying_alike(*split_alike(c, t))
     return _mul0_p.bind(c, t, zero=zero)
 
 

@@ -815,7 +815,7 @@ def modes(function: Callable, positions: tuple[int, ...]) -> dict[str, Callable]
         return lambda a, t: jax.jvp(lambda *a: f(*a), a, t)[1]
 
     def inner(u, v):
-        return sum(jnp.vdot(x, y) for x, y in zip(u, v, strict=True))
+        return sum((x * y).sum() for x, y in zip(u, v, strict=True))
 
     gradient = jax.grad(function, positions)
     return {

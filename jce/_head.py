@@ -8,7 +8,7 @@ instead of keeping all: N × n numbers never exist, in any mode, to any order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -179,18 +179,8 @@ class Tokens(NamedTuple):
     weights: Array
 
 
-def tokens_and_head(
-    function: str,
-    labels: ArrayLike,
-    hidden: ArrayLike,
-    head: ArrayLike,
-    bias: ArrayLike | None,
-    weights: ArrayLike | None,
-    where: ArrayLike | None,
-    classes: Classes,
-) -> tuple[Tokens, Head]:
-    """The arguments, checked; the weights are 1 or 0 where none are given."""
-    got = _checked(function, labels, hidden, head, bias, weights, where)
+def tokens_and_head(function: str, got: Mapping[str, Array], classes: Classes) -> tuple[Tokens, Head]:
+    """The arguments, which are checked, of one device; the weights are 1 or 0 where none are given."""
     y, h, w = got["labels"], got["hidden"], got["head"]
     batch, n = y.shape, w.shape[0]
     numbers = {name: x for name, x in got.items() if name not in ("labels", "where")}
@@ -222,9 +212,10 @@ def tokens_and_head(
     return Tokens(y, h, a), Head(w, w.astype(dtype), b)
 
 
-def _checked(function, labels, hidden, head, bias, weights, where) -> dict[str, Array]:
-    """The arguments that are given, as arrays whose shapes agree."""
-    optional = {"bias": bias, "weights": weights, "where": where}
+def checked(
+    function: str, labels: ArrayLike, hidden: ArrayLike, head: ArrayLike, **optional: ArrayLike | None
+) -> dict[str, Array]:
+    """The arguments that are given, as arrays whose shapes agree; optional are bias, weights and where."""
     given = {"labels": labels, "hidden": hidden, "head": head}
     given |= {name: x for name, x in optional.items() if x is not None}
     got = {name: as_array(function, name, x) for name, x in given.items()}

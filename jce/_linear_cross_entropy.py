@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +22,10 @@ from jce._arguments import choice, fraction, is_array, mesh_axis, positive, publ
 from jce._calculus import live_jvp
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal, scaled, smoothed
-from jce._head import Head, Logits, chunk_tokens, dot, each_token, over_chunks, product, tokens_and_head
+from jce._head import Head, Logits, checked, chunk_tokens, dot, each_token, over_chunks, product, tokens_and_head
+from jce._layout import over_devices
 from jce._mul0 import mul0
+from jce._places import by_type, on_each_device
 from jce._softmax import logsumexp, off_label_sum, surprisal, surprisal_at_label
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -110,18 +112,32 @@ def linear_cross_entropy(
       4.1223074e-09
     """
     name = "linear_cross_entropy"
+    got = checked(name, labels, hidden, head, bias=bias, weights=weights, where=where)
+    loss = loss_of_part(name, reduction, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
+    return on_each_device(loss, by_type(got), got, mesh_axis(name, axis_name), whole=reduction != "none")
+
+
+def loss_of_part(
+    name: str, reduction, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision
+) -> Callable[[Mapping[str, Array], tuple, Hashable | None], Array]:
+    """The loss of checked arguments that are a device's part, split over these mesh axes of tokens and of classes."""
     reduction = choice(name, reduction=reduction, choices=REDUCTIONS)
-    classes = Classes(-1, mesh_axis(name, axis_name))
-    (y, h, w), head_ = tokens_and_head(name, labels, hidden, head, bias, weights, where, classes)
-    options = checked_options(name, classes, head_, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
-    if reduction == "none":
-        return mul0(_losses(y, h, head_, options), w).reshape(jnp.shape(labels))
-    return _weighted_sum(y, h, head_, shares(w) if reduction == "mean" else w, options)
+
+    def loss(got, token_axes, class_axis):
+        classes = Classes(-1, class_axis)
+        (y, h, w), head = tokens_and_head(name, got, classes)
+        options = checked_options(name, classes, head, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
+        if reduction == "none":
+            return mul0(_losses(y, h, head, options), w).reshape(got["labels"].shape)
+        w = shares(w, token_axes) if reduction == "mean" else w
+        return over_devices(_weighted_sum(y, h, head, w, options), token_axes)
+
+    return loss
 
 
-def shares(w: Array) -> Array:
+def shares(w: Array, token_axes: tuple) -> Array:
     """w / Σ w, and 0 if Σ w is 0."""
-    total = w.sum()
+    total = over_devices(w.sum(), token_axes)
     inverse = jnp.where(total == 0, jnp.zeros_like(total), 1 / jnp.where(total == 0, jnp.ones_like(total), total))
     return mul0(jnp.broadcast_to(inverse, w.shape), w)  # a loss of +∞ at weight 0 is 0 in the others' derivatives too
 

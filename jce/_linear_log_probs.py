@@ -6,7 +6,6 @@ import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 from jax.export import register_namedtuple_serialization
 from jax.typing import ArrayLike
@@ -16,8 +15,9 @@ from jce._calculus import negative
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal
 from jce._entropy import entropy_of_softmax
-from jce._head import Logits, chunk_tokens, each_token, tokens_and_head
+from jce._head import Logits, checked, chunk_tokens, each_token, tokens_and_head
 from jce._mul0 import mul0
+from jce._places import by_type, on_each_device
 
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbs")
@@ -85,14 +85,19 @@ def linear_log_probs(
       [-4.1223074e-09 -2.0000000e+01] [8.6568456e-08 8.6568456e-08]
     """
     name = "linear_log_probs"
-    classes = Classes(-1, mesh_axis(name, axis_name))
-    (y, h, w), head_ = tokens_and_head(name, labels, hidden, head, bias, None, where, classes)
-    logits = Logits.checked(name, head_, logit_soft_cap, precision)
-    classes = classes.folding(head_.bias)
+    got = checked(name, labels, hidden, head, bias=bias, where=where)
 
-    def statistics(y, h):
-        x = classes.fold(logits.of(h, head_))
-        return negative(label_surprisal(y, x, classes)), entropy_of_softmax(x, classes)
+    def of_part(got, _, class_axis):
+        classes = Classes(-1, class_axis)
+        (y, h, w), head = tokens_and_head(name, got, classes)
+        logits = Logits.checked(name, head, logit_soft_cap, precision)
+        classes = classes.folding(head.bias)
 
-    each = each_token(statistics, chunk_tokens(name, chunk_size, head_), y, h)
-    return LogProbs(*(mul0(x, w).reshape(jnp.shape(labels)) for x in each))
+        def statistics(y, h):
+            x = classes.fold(logits.of(h, head))
+            return negative(label_surprisal(y, x, classes)), entropy_of_softmax(x, classes)
+
+        each = each_token(statistics, chunk_tokens(name, chunk_size, head), y, h)
+        return LogProbs(*(mul0(x, w).reshape(got["labels"].shape) for x in each))
+
+    return on_each_device(of_part, by_type(got), got, mesh_axis(name, axis_name), whole=False)

@@ -1,27 +1,26 @@
 """The head and its loss over a mesh of devices: tokens split over one of its axes, classes over another.
 
-Each device computes the loss of its tokens over its classes by `linear_cross_entropy`; a sum over classes is one over
-devices, of a number a token. What the derivatives send follows from JAX's types of what varies over which axis: the
+Each device computes the loss of its tokens over its classes as `linear_cross_entropy` does; a sum over classes is one
+over devices, of a number a token. What derivatives send follows from JAX's types of what varies over which axis: the
 head's gradient is summed over the tokens' axis, once, after the loop, and the hidden states' over the classes' axis.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import Array, lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax import Array
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jce._arguments import choice, public
-from jce._classes import Classes
-from jce._head import tokens_and_head
-from jce._linear_cross_entropy import NUMBERS, OPTIONS, REDUCTIONS, checked_options, linear_cross_entropy, shares
+from jce._arguments import described, public
+from jce._head import checked
+from jce._layout import mesh_names
+from jce._linear_cross_entropy import NUMBERS, OPTIONS, loss_of_part
+from jce._places import Places, on_each_device
 
 
 @public(*OPTIONS, "mesh", "token_axis", "class_axis", numbers=NUMBERS)
@@ -55,8 +54,10 @@ def sharded_linear_cross_entropy(
       head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T.
       bias: real, [n].
       mesh: the devices, as of `jax.make_mesh`. Over its other axes everything is replicated.
-      token_axis: the mesh axis, or a tuple of them, over which the first axis of the tokens is split. None for none.
-      class_axis: the mesh axis, or a tuple of them, over which the classes are split. None for none.
+      token_axis: the mesh axis, or a tuple of them, over which the first axis of the tokens is split. None or () for
+        none.
+      class_axis: the mesh axis, or a tuple of them, over which the classes are split, none of those of token_axis. None
+        or () for none.
       weights: real, broadcasts to the shape of labels; of both signs, see there.
       where: bool, broadcasts to the shape of labels.
       reduction: "mean" for Σ wℓ / Σ w over all devices' tokens, "sum" or "none", as in `linear_cross_entropy`.
@@ -77,8 +78,9 @@ def sharded_linear_cross_entropy(
 
     Raises:
       TypeError: as there.
-      ValueError: as there, or the mesh has no such axis, or its devices don't divide the first axis of labels or n. Pad
-        the tokens with where=False; the classes with a bias of -∞, but not with label smoothing, which counts them.
+      ValueError: as there, or mesh is none, or it has no such axis or one that is both token_axis and class_axis, or
+        labels are a scalar, or the mesh's devices don't divide the first axis of labels or n. Pad the tokens with
+        where=False; the classes with a bias of -∞, but not with label smoothing, which counts them.
 
     Not checked:
       Values.
@@ -91,51 +93,48 @@ def sharded_linear_cross_entropy(
       4.1223074e-09
     """
     name = "sharded_linear_cross_entropy"
-    reduction = choice(name, reduction=reduction, choices=REDUCTIONS)
-    whole, head_ = tokens_and_head(name, labels, hidden, head, bias, weights, where, Classes(-1))
-    # Checked again on each device, where the error would be of another function.
-    checked_options(name, Classes(-1), head_, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
-    shape = jnp.shape(labels)
-    _divides(name, mesh, "token_axis", token_axis, "the first axis of labels", shape[0] if shape else 1)
-    _divides(name, mesh, "class_axis", class_axis, "the number of classes, the rows of head,", jnp.shape(head)[0])
-    w = (shares(whole.weights) if reduction == "mean" else whole.weights).reshape(shape)
-    tokens, classes = P(token_axis), P(class_axis)
-    arguments = {"labels": labels, "hidden": hidden, "weights": w, "head": head}
-    specs = {"labels": tokens, "hidden": tokens, "weights": tokens, "head": classes}
-    if bias is not None:
-        arguments["bias"], specs["bias"] = bias, classes
-    if where is not None:
-        arguments["where"], specs["where"] = jnp.broadcast_to(jnp.asarray(where), shape), tokens
+    got = checked(name, labels, hidden, head, bias=bias, weights=weights, where=where)
+    places = _places(name, mesh, token_axis, class_axis, got)
+    loss = loss_of_part(name, reduction, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
+    return on_each_device(loss, places, got, None, whole=reduction != "none")
 
-    def local(arguments):
-        result = linear_cross_entropy(
-            **arguments,
-            reduction="none" if reduction == "none" else "sum",
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            logit_soft_cap=logit_soft_cap,
-            chunk_size=chunk_size,
-            precision=precision,
-            axis_name=class_axis,
+
+def _places(
+    name: str, mesh: Mesh, token_axis: Hashable | None, class_axis: Hashable | None, got: Mapping[str, Array]
+) -> Places:
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise ValueError(
+            f"{name}: mesh must be a mesh of devices, as of jax.make_mesh; got mesh={mesh!r}. On one device there is"
+            f" linear_cross_entropy."
         )
-        return result if reduction == "none" or token_axis is None else lax.psum(result, token_axis)
+    if got["labels"].ndim == 0:
+        raise ValueError(
+            f"{name}: labels must have a first axis, which is split over token_axis; got {described(got)}. Add one to"
+            f" labels and hidden, or use linear_cross_entropy."
+        )
+    tokens = _devices(name, mesh, "token_axis", token_axis, "the first axis of labels", got["labels"].shape[0])
+    classes = _devices(
+        name, mesh, "class_axis", class_axis, "the number of classes, the rows of head,", got["head"].shape[0]
+    )
+    if set(tokens) & set(classes):
+        raise ValueError(
+            f"{name}: token_axis and class_axis must name unlike axes of the mesh, since a device has some tokens and"
+            f" some classes; got token_axis={token_axis!r} and class_axis={class_axis!r}. Give None for one of them."
+        )
+    return Places(mesh, P(tokens) if tokens else P(), classes or None)
 
-    arrays = {key: jnp.asarray(x) for key, x in arguments.items()}
-    if AxisType.Explicit in mesh.axis_types:  # where a type says how its array is split, it must say it so
-        arrays = {key: jax.sharding.reshard(x, NamedSharding(mesh, specs[key])) for key, x in arrays.items()}
-    out = tokens if reduction == "none" else P()
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=out)(arrays)
 
-
-def _divides(name: str, mesh: Mesh, argument: str, axis: Hashable | None, what: str, length: int) -> None:
-    names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+def _devices(name: str, mesh: Mesh, argument: str, axis: Hashable | None, what: str, length: int) -> tuple:
+    """The axes of the mesh, whose devices divide the length."""
+    names = mesh_names(axis)
     if not set(names) <= set(mesh.axis_names):
         raise ValueError(
             f"{name}: {argument} must name axes of the mesh, {mesh.axis_names}, or be None; got {argument}={axis!r}."
         )
-    devices = functools.reduce(lambda k, n: k * mesh.shape[n], names, 1)
+    devices = math.prod(mesh.shape[n] for n in names)
     if length % devices:
         raise ValueError(
             f"{name}: {what} must be a multiple of the {devices} devices of {argument}={axis!r}; got {length}."
             f" Pad it: tokens with where=False, classes with a bias of -inf (which label smoothing would count)."
         )
+    return names

@@ -261,6 +261,8 @@ def test_axes_of_one_name_or_several_or_none(rng):
         (None, "classes"),
         (("tokens", "classes"), None),
         (None, ("classes", "tokens")),
+        ((), "classes"),
+        ("tokens", ()),
     ):
         loss = jce.sharded_linear_cross_entropy(
             labels, h, w, b, where=where, mesh=mesh, token_axis=tokens, class_axis=classes
@@ -396,6 +398,10 @@ def test_no_classes_on_several_devices():
         ({"z_loss": -1.0}, r"z_loss must be"),
         ({"logit_soft_cap": 0}, r"logit_soft_cap must be"),
         ({"chunk_size": 0}, r"chunk_size must be"),
+        ({"class_axis": "tokens"}, r"unlike axes of the mesh.*got token_axis='tokens' and class_axis='tokens'"),
+        ({"class_axis": ("tokens", "classes")}, r"unlike axes of the mesh.*class_axis=\('tokens', 'classes'\)"),
+        ({"mesh": None}, r"mesh must be a mesh of devices.*got mesh=None.*linear_cross_entropy"),
+        ({"labels": 0, "hidden": np.zeros(2)}, r"labels must have a first axis.*got labels: int"),
         ({"token_axis": ["tokens"]}, r"token_axis must be static.*got token_axis: list.*Pass a tuple for a list"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from allpairspy import AllPairs
@@ -72,6 +73,27 @@ def table():
             {"labels": labels, "where": kept},
             (rng.standard_normal((ROWS, CLASSES)),),
         )
+    hidden, head, bias = (rng.standard_normal(s) for s in ((ROWS, WIDTH), (CLASSES, WIDTH), CLASSES))
+    tokens = {"labels": labels, "where": np.arange(ROWS) % 4 != 3}
+    for reduction in ("mean", "none"):
+
+        def loss(others, h, w, b, weights, f=jce.linear_cross_entropy, reduction=reduction, **on):
+            labels, where = others["labels"], others["where"]
+            options = {"reduction": reduction, "label_smoothing": 0.1, "chunk_size": 3}
+            return f(labels, h, w, b, weights=weights, where=where, **options, **on)
+
+        def on_mesh(*x, mesh, loss=loss):
+            on = {"mesh": mesh, "token_axis": "rows", "class_axis": "classes"}
+            return loss(*x, f=jce.sharded_linear_cross_entropy, **on)
+
+        arguments = (hidden, head, bias, rng.random(ROWS))
+        rows[f"head, {reduction}"] = Row(loss, tokens, arguments)
+        rows[f"sharded head, {reduction}"] = Row(loss, tokens, arguments, on_mesh)
+    rows["log-probs"] = Row(
+        lambda others, *x: functools.reduce(jnp.add, jce.linear_log_probs(others["labels"], *x, where=others["where"])),
+        tokens,
+        (hidden, head, bias),
+    )
     return rows
 
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 
-from jce._layout import Layout, mesh_names, over_devices
+from jce._layout import Layout, mesh_names, over_devices, told_axes
 
 LONGEST_ROW = 32_768  # classes; longer ones are folded
 SHORTEST_BLOCK = 512
@@ -105,14 +106,30 @@ class Classes(NamedTuple):
 
     def at(self, x: Array, y: Array) -> Array:
         """x at a local label, from the device that has it; at a label out of range, whatever."""
-        if self.are_split(x):  # JAX looks nothing up along such an axis; on one device the sum would take longer
-            there = self.reduce(jnp.sum, jnp.where(self.is_at(x, y), x, jnp.zeros_like(x)))
+        if self.are_split(x):
+            there = self._at_of_split(x, y)
         else:
             y_ = jnp.expand_dims(y, self.axis)
             there = jnp.take_along_axis(self.unfold(x), y_, self.axis, mode="clip").squeeze(self.axis)
         if self.mesh_axis is None:
             return there
         return self.over_devices(jnp.where(self.has(x, y), there, jnp.zeros_like(there)))
+
+    def _at_of_split(self, x: Array, y: Array) -> Array:
+        """The same where types say that the classes are split: JAX looks nothing up along such an axis."""
+        layout = Layout.of(x.shape, [x])
+        rows, here = layout.without(self.axis), Classes(self.axis, layout.spec[self.axis])
+        return jax.shard_map(
+            lambda x, y: here.at(x, here.local(y, x)),
+            mesh=layout.mesh,
+            in_specs=(P(*layout.spec), P(*rows.spec)),
+            out_specs=P(*rows.spec),
+            axis_names=told_axes(layout.mesh),
+        )(x, rows.place(y))
+
+    def each(self, r: Array, x: Array) -> Array:
+        """A number a row, for each class of x, and split as x is."""
+        return Layout.of(x.shape, [x]).place(self.column(r))
 
     def has(self, x: Array, y: Array) -> Array:
         """Whether local labels are among this device's classes."""

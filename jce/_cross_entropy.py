@@ -174,7 +174,7 @@ def _excess_rule(classes, primals, tangents):
     terms = []
     if not isinstance(dp, SymbolicZero):
         q = softmax(x, classes)
-        d_total = jnp.broadcast_to(classes.column(classes.sum(dp)), p.shape)
+        d_total = classes.each(classes.sum(dp), p)
         # For a class of q > 1/2, q Σdp - dp is the sum of the other dp, less (1 - q) Σdp.
         others = classes.column(classes.sum(jnp.where(q > 0.5, jnp.zeros_like(dp), dp)))
         terms.append(jnp.where(q > 0.5, others - mul0(complement(x, classes), d_total), mul0(q, d_total) - dp))

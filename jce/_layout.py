@@ -63,8 +63,9 @@ class Layout(NamedTuple):
             return jnp.broadcast_to(x, self.shape)
         tail = len(self.shape) - x.ndim
         lengths = zip(x.shape, self.shape[tail:], self.spec[tail:], strict=True)
-        own = P(*(axes if n == whole else None for n, whole, axes in lengths))
-        x = jax.sharding.reshard(x, NamedSharding(mesh, own))
+        own = tuple(axes if n == whole else None for n, whole, axes in lengths)
+        if own != Layout.of(x.shape, [x]).spec:  # else it would be a copy
+            x = jax.sharding.reshard(x, NamedSharding(mesh, P(*own)))
         return jnp.broadcast_to(x, self.shape, out_sharding=NamedSharding(mesh, P(*self.spec)))
 
 
@@ -82,6 +83,12 @@ def over_devices(part: Array, mesh_axes: tuple) -> Array:
 def mesh_names(*spec) -> tuple:
     """The mesh axes in some entries of a spec."""
     return tuple(name for axes in spec for name in (axes if isinstance(axes, tuple) else (axes,)) if name is not None)
+
+
+def told_axes(mesh: Mesh | AbstractMesh) -> frozenset:
+    """The axes of which types tell, for a `jax.shard_map`; empty for all, which there means all but a `jax.vmap`'s."""
+    explicit = explicit_axes(mesh)
+    return frozenset() if explicit == {*mesh.axis_names} else explicit
 
 
 def explicit_axes(mesh: Mesh | AbstractMesh) -> frozenset:

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jce._layout import Layout, explicit_axes, mesh_names
+from jce._layout import Layout, mesh_names, told_axes
 
 PER_TOKEN, PER_CLASS = ("labels", "weights", "where"), ("head", "bias")
 
@@ -27,7 +27,7 @@ class Places(NamedTuple):
     mesh: Mesh | AbstractMesh
     tokens: P
     classes: Hashable | None
-    mesh_axes: frozenset = frozenset()  # of which types tell; none for all but those of a jax.vmap
+    mesh_axes: frozenset = frozenset()  # as of `told_axes`
 
 
 def by_type(got: Mapping[str, Array]) -> Places | None:
@@ -43,8 +43,7 @@ def by_type(got: Mapping[str, Array]) -> Places | None:
     if mesh is None:
         return None
     rows = tuple(name for name in mesh_names(*classes.spec) if name not in taken)
-    told = explicit_axes(mesh)
-    return Places(mesh, P(*tokens.spec), rows or None, frozenset() if told == {*mesh.axis_names} else told)
+    return Places(mesh, P(*tokens.spec), rows or None, told_axes(mesh))
 
 
 def on_each_device(function: Callable, places: Places | None, got: Mapping[str, Array], axis_name, *, whole: bool):

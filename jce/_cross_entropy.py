@@ -108,7 +108,8 @@ def cross_entropy_with_logits(
       where: bool, broadcasts to the shape of p and logits. A class where it is False takes no part, whatever it holds;
         a distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes.
+        is the same on all its devices. None where each device has all classes. Under `check_vma=False` differentiate
+        outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or logits is.
@@ -211,7 +212,8 @@ def cross_entropy_with_integer_labels(
         and n counts the others; a distribution with nothing left is 0, with gradient 0, whatever its label. So
         `where=mask[..., None]` drops rows.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes.
+        is the same on all its devices. None where each device has all classes. Under `check_vma=False` differentiate
+        outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
 
     Returns:
       [..., ...], the shape of labels; float32, or float64 if logits is.

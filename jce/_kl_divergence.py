@@ -197,7 +197,8 @@ def kl_divergence_with_logits(
       where: bool, broadcasts to the shape of both. A class where it is False has probability 0 in both, whatever it
         holds; a distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes.
+        is the same on all its devices. None where each device has all classes. Under `check_vma=False` differentiate
+        outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.

@@ -76,8 +76,10 @@ def linear_cross_entropy(
         GPU, more take less time.
       precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which head and bias are split; labels
-        are still of all n classes, and the result is the same on all its devices. For whole arrays on a mesh there is
-        `sharded_linear_cross_entropy`.
+        are still of all n classes, and the result is the same on all its devices. Under `check_vma=False` differentiate
+        outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is. None
+        for whole arrays: under Explicit axes of a mesh, where their types say how they are split, each device has its
+        part, and under Auto axes `sharded_linear_cross_entropy` sees to it.
 
     Returns:
       A number, or [...] for "none"; float32, or float64 if an argument is. Beyond arguments and results it needs a few

@@ -253,7 +253,10 @@ def test_axes_of_more_than_one_kind(rng):
     with jax.enable_x64(True):
         expected = both(logits, hidden, head)
         for m in (mixed, mesh):
-            function, arguments = both, (on(m, logits, "rows"), on(m, hidden, "rows"), head)
+            function, arguments = (
+                both,
+                (on(m, logits, "rows", "classes"), on(m, hidden, "rows"), on(m, head, "classes")),
+            )
             if m is mesh:
                 split = P(None, "classes"), P(), P("classes")
                 some = functools.partial(both, axis_name="classes")

@@ -178,11 +178,12 @@ def labelled(
             f"{function}: labels must have the shape of logits without the class axis, {batch}; got {described(got)}."
             f" The target comes first, the model second; for one label against a batch of logits use jax.vmap."
         )
+    y = wide_enough(y)
+    if shape[classes.axis] == 0:
+        return jnp.zeros(batch, y.dtype), x, jnp.zeros_like(x), classes
     mask = jnp.asarray(True if where is None else where)
     layout = Layout.of(shape, [jnp.asarray(logits), mask])  # as in `distributions`
-    y = layout.without(classes.axis).place(wide_enough(y))
-    if shape[classes.axis] == 0:
-        return jnp.zeros_like(y), x, jnp.zeros_like(x), classes
+    y = layout.without(classes.axis).place(y)
     kept = classes.fold(layout.place(mask))
     if where is not None:
         # In a row with nothing left any label will do, also one that is none.

@@ -85,8 +85,9 @@ def mesh_names(*spec) -> tuple:
     return tuple(name for axes in spec for name in (axes if isinstance(axes, tuple) else (axes,)) if name is not None)
 
 
-def told_axes(mesh: Mesh | AbstractMesh) -> frozenset:
+def told_axes(mesh: Mesh | AbstractMesh | None) -> frozenset:
     """The axes of which types tell, for a `jax.shard_map`; empty for all, which there means all but a `jax.vmap`'s."""
+    assert mesh is not None
     explicit = explicit_axes(mesh)
     return frozenset() if explicit == {*mesh.axis_names} else explicit
 

@@ -10,8 +10,7 @@ from jax.typing import ArrayLike
 from jce._arguments import elementwise, public
 from jce._calculus import both_zero, def_partials, def_twin, ratio, reciprocal
 from jce._deviance import deviance, log_ratio
-from jce._elementary import log_complement
-from jce._mul0 import mul0
+from jce._elementary import log_complement, nan_if_negative, one_minus
 
 
 @public()
@@ -82,7 +81,7 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      0 ≤ α, β ≤ 1; β outside gives NaN, as the logarithm does, unless its term has weight 0.
+      0 ≤ α, β ≤ 1. Outside, β gives NaN, as its logarithm is; in α the formula is linear.
 
     Example:
       >>> print(jce.binary_cross_entropy(1.0, 0.25), jax.grad(jce.binary_cross_entropy, 1)(1.0, 0.25))
@@ -94,7 +93,12 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
 @jax.custom_jvp
 def _cross_entropy(a, b):
-    return mul0(-jnp.log(b), a) + mul0(-log_complement(b), 1 - a)
+    return _surprise(a, b, -jnp.log(b)) + _surprise(one_minus(a), one_minus(b), -log_complement(b))
+
+
+def _surprise(a, b, log_1_b):
+    """α log 1/β, with 0 log 1/0 = 0."""
+    return jnp.where(both_zero(a, b), jnp.zeros_like(a), a * log_1_b)
 
 
 # ∂H/∂α = log (1-β)/β, ∂H/∂β = (β-α)/(β(1-β))
@@ -127,7 +131,7 @@ def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      0 ≤ α, β ≤ 1.
+      0 ≤ α, β ≤ 1; outside it is NaN, as a logarithm is.
 
     Example:
       >>> print(jce.binary_kl_divergence(0.5, jnp.array([0.25, 0.5, 1.0])))
@@ -139,7 +143,7 @@ def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
 @jax.custom_jvp
 def _kl_divergence(a, b):
-    return deviance(a, b, a - b) + deviance(1 - a, 1 - b, b - a)
+    return deviance(a, b, a - b) + deviance(one_minus(a), one_minus(b), b - a)
 
 
 # ∂KL/∂α = log α(1-β)/((1-α)β), ∂KL/∂β = (β-α)/(β(1-β))
@@ -151,17 +155,18 @@ def_partials(_kl_divergence, lambda a, b: _log_odds_ratio(a, b), lambda a, b: _s
 
 @jax.custom_jvp
 def _score(a, b):
-    return jnp.where(_agree(a, b), 1 - 2 * b, (b - a) / jnp.abs(b * (1 - b)))
+    c = one_minus(b)
+    return jnp.where(_agree(a, b), 1 - 2 * b, (b - a) / (jnp.abs(b * c) + nan_if_negative(jnp.minimum(b, c))))
 
 
 # (β-α)/(β(1-β)) = (1-α)/(1-β) - α/β
-def_twin(_score, lambda a, b: ratio(1 - a, 1 - b) - ratio(a, b))
+def_twin(_score, lambda a, b: ratio(one_minus(a), one_minus(b)) - ratio(a, b))
 
 
 @jax.custom_jvp
 def _log_odds_against(a, b):
     # |1 - 2β| is exact where it is small, and log1p of a positive number keeps its digits.
-    smaller = jnp.minimum(b, 1 - b)
+    smaller = jnp.minimum(b, one_minus(b))
     smaller = jnp.where(smaller == 0, jnp.zeros_like(b), smaller)  # -0 is 0 too
     log_odds = jnp.log1p(jnp.abs(1 - 2 * b) / smaller)
     return jnp.where(_agree(a, b), jnp.zeros_like(b), jnp.where(b < 0.5, log_odds, -log_odds))
@@ -173,7 +178,7 @@ def_partials(_log_odds_against, lambda a, b: jnp.zeros_like(a), lambda a, b: -_p
 
 @jax.custom_jvp
 def _log_odds_ratio(a, b):
-    return log_ratio(a, b, a - b) - log_ratio(1 - a, 1 - b, b - a)
+    return log_ratio(a, b, a - b) - log_ratio(one_minus(a), one_minus(b), b - a)
 
 
 # ∂/∂α log α(1-β)/((1-α)β) = 1/(α(1-α)), ∂/∂β = -1/(β(1-β))
@@ -182,9 +187,9 @@ def_partials(_log_odds_ratio, lambda a, b: _precision(b, a), lambda a, b: -_prec
 
 def _precision(a, b):
     """1/β + 1/(1-β) = 1/(β(1-β)), without the term of an outcome that is absent."""
-    return reciprocal(a, b) + reciprocal(1 - a, 1 - b)
+    return reciprocal(a, b) + reciprocal(one_minus(a), one_minus(b))
 
 
 def _agree(a, b):
     """α = β = 0 or α = β = 1: one outcome is absent from both distributions."""
-    return both_zero(a, b) | both_zero(1 - a, 1 - b)
+    return both_zero(a, b) | ((a == 1) & (b == 1))

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jce._arguments import elementwise, public
 from jce._calculus import def_partials
 from jce._deviance import deviance_from_log
-from jce._elementary import exponential_minus_1, log1p_unit, log_complement
+from jce._elementary import exponential_minus_1, log1p_unit, log_complement, one_minus
 from jce._mul0 import mul0
 
 
@@ -95,7 +95,7 @@ def binary_cross_entropy_with_logits(alpha: ArrayLike, logits: ArrayLike) -> Arr
 
 @jax.custom_jvp
 def _cross_entropy_of_sigmoid(a, x):
-    weight, softplus = jnp.where(x < 0, a, 1 - a), log1p_unit(_odds_against(x))
+    weight, softplus = jnp.where(x < 0, a, one_minus(a)), log1p_unit(_odds_against(x))
     # The select comes last, so that nothing inside is stored for a sum that follows.
     return jnp.where(weight == 0, softplus, jnp.abs(x) * weight + softplus)
 
@@ -165,7 +165,7 @@ def_partials(_kl_of_sigmoid, lambda x, y: _weighted_margin(x, y), lambda x, y: _
 @jax.custom_jvp
 def _sigmoid_excess(a, x):
     e = jnp.exp(jnp.minimum(x, -x))  # e^-|x| in other words than the value's, which XLA would else store for both
-    return jnp.where(x < 0, (1 - a) * e - a, (1 - a) - a * e) / (1 + e)
+    return jnp.where(x < 0, one_minus(a) * e - a, one_minus(a) - a * e) / (1 + e)
 
 
 # ∂/∂α (σ(x) - α) = -1, ∂/∂x (σ(x) - α) = σ(x) σ(-x)

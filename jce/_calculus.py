@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
+from jce._elementary import nan_if_negative
 from jce._mul0 import mul0
 
 
@@ -63,8 +64,9 @@ def both_zero(a: Array, b: Array) -> Array:
 
 @jax.custom_jvp
 def ratio(a: Array, b: Array) -> Array:
-    """a / b for b ≥ 0, with 0 / 0 = 0."""
-    return jnp.where(a == 0, jnp.zeros_like(a), a / jnp.abs(b))  # |b|: -0 is 0 too
+    """a / b for b ≥ 0, with 0 / 0 = 0; NaN for b < 0."""
+    nan = nan_if_negative(b)
+    return jnp.where(a == 0, nan, a / (jnp.abs(b) + nan))  # |b|: -0 is 0 too
 
 
 def reciprocal(a: Array, b: Array) -> Array:

@@ -20,7 +20,7 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
     Args:
       p: real, shape [..., n, ...].
       axis: the axis of the n classes, an int.
-      atol: how far a sum may be from 1, or an entry below 0. By default the square root of the machine epsilon of
+      atol: how far a sum may be from 1; no entry may be below 0. By default the square root of the machine epsilon of
         p's dtype: 3e-4 in float32, 1e-8 in float64, 9e-2 in bfloat16.
 
     Returns:
@@ -44,11 +44,12 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
     smallest = classes.reduce(jnp.min, x)
     if sums.size == 0:
         return
-    violation = jnp.nan_to_num(jnp.maximum(jnp.abs(sums - 1), -smallest), nan=jnp.inf).ravel()
+    violation = jnp.nan_to_num(jnp.where(smallest < 0, jnp.inf, jnp.abs(sums - 1)), nan=jnp.inf).ravel()
     worst = violation.argmax()
     message = (
         f"check_distribution: p{{where}} is not a distribution along axis={axis}: its sum is {{sum}} and its smallest"
-        f" entry {{smallest}}, with atol={tolerance:.3g}. Normalize it, or pass the atol that its rounding needs."
+        f" entry {{smallest}}, with atol={tolerance:.3g}. No entry may be below 0. Normalize it, or pass the atol that"
+        f" the sum's rounding needs."
     )
     found = {"sum": sums.ravel()[worst], "smallest": smallest.ravel()[worst]}
     if isinstance(violation, Tracer):

@@ -57,8 +57,8 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
         an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      pᵢ, qᵢ ≥ 0, Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). Subnormal numbers count as 0 where XLA flushes them, as it
-      does on a CPU.
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). In pᵢ the formula is linear, also below 0; a negative qᵢ is NaN, as
+      its logarithm is. Subnormal numbers count as 0 where XLA flushes them, as it does on a CPU.
 
     Example:
       >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])
@@ -71,14 +71,19 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 
 @jax.custom_jvp
 def _p_log_q(p, q):
-    return p * _log_q(p, q)
+    return p * jnp.maximum(jnp.log(q), -bound(p))
+
+
+def bound(p):
+    """A number at p = 0, and beyond the float range at any normal p: what is at most that may be multiplied with p, and
+    0 · ∞ is 0. A select would make XLA write the N × n factors of a sum to memory on a CPU."""
+    info = jnp.finfo(p.dtype)
+    return info.max * (0.5 + jnp.abs(p) * (1.5 / info.tiny))
 
 
 @jax.custom_jvp
 def _log_q(p, q):
-    # tiny - p is positive only where p is 0 or subnormal: there it keeps the logarithm finite, so that 0 log 0 = 0, and
-    # anywhere else q stands as it is. A select would make XLA write the N × n terms to memory on a CPU.
-    return jnp.log(jnp.maximum(q, jnp.finfo(q.dtype).tiny - p))
+    return jnp.log(q) + (p - p)  # NaN where p is
 
 
 # ∂/∂p p log q = log q, ∂/∂q p log q = p/q
@@ -127,8 +132,8 @@ def cross_entropy_with_logits(
         an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      pᵢ ≥ 0 and Σ pᵢ = 1 (see `check_distribution`); a negative pᵢ makes H = +∞. Results below the smallest normal
-      number are 0 where XLA flushes them, as it does on a CPU.
+      pᵢ ≥ 0 and Σ pᵢ = 1 (see `check_distribution`): the formula is linear in p, also below 0. Results below the
+      smallest normal number are 0 where XLA flushes them, as it does on a CPU.
 
     Example:
       >>> p, logits = jnp.array([1.0, 0.0, 0.0]), jnp.array([20.0, 0.0, 0.0])
@@ -143,10 +148,7 @@ def cross_entropy_with_logits(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _soft(p, x, classes):
-    # The bound is a number at p = 0, so that 0 · ∞ = 0, and beyond the float range at any normal p > 0.
-    info = jnp.finfo(p.dtype)
-    bound = info.max * (0.5 + p * (1.5 / info.tiny))
-    return classes.sum(p * jnp.minimum(surprisal(x, classes), bound))
+    return classes.sum(p * jnp.minimum(surprisal(x, classes), bound(p)))
 
 
 # ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ

@@ -18,21 +18,22 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from jce._elementary import atanh_tail, exponential_tail
+from jce._elementary import atanh_tail, exponential_tail, nan_if_negative
 from jce._mul0 import mul0
 
 
 def log_ratio(p: Array, q: Array, d: Array) -> Array:
-    """log p/q for p, q ≥ 0 and d = p - q; ±∞ where one of them is 0, and 0 where both are. Not differentiable."""
+    """log p/q for d = p - q; ±∞ where one of them is 0, 0 where both are, NaN where one is < 0. Not differentiable."""
     near, v, log_r = _contrast_or_log_ratio(p, q, d)
-    return jnp.where(near, 2 * v * (1 + v * v * atanh_tail(v)), log_r)
+    return jnp.where(near, 2 * v * (1 + v * v * atanh_tail(v)), log_r) + nan_if_negative(jnp.minimum(p, q))
 
 
 def deviance(p: Array, q: Array, d: Array) -> Array:
-    """p log p/q - p + q ≥ 0, for p, q ≥ 0 and d = p - q; q where p = 0, +∞ where only q = 0. Not differentiable."""
+    """p log p/q - p + q ≥ 0, for d = p - q; q where p = 0, +∞ where only q = 0, NaN where one is < 0. Not
+    differentiable."""
     near, v, log_r = _contrast_or_log_ratio(p, q, d)
     far = p * jnp.maximum(log_r, jnp.finfo(p.dtype).min) - d  # at p = 0 the logarithm is -∞, and 0 · min = 0
-    return jnp.where(near, d * v * (1 + v * (1 + v) * atanh_tail(v)), far)
+    return jnp.where(near, d * v * (1 + v * (1 + v) * atanh_tail(v)), far) + nan_if_negative(jnp.minimum(p, q))
 
 
 def _contrast_or_log_ratio(p, q, d):

@@ -1,4 +1,4 @@
-"""Elementary functions where XLA's own are too far off or too slow. None is to be differentiated.
+"""Elementary functions where XLA's own are too far off or too slow. None but the first is to be differentiated.
 
 Near the point where the function or its argument cancels, the leading terms are said exactly, and a short series or a
 correction says the rest.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -59,9 +60,24 @@ def log1p_unit(e: Array) -> Array:
     return w * (1 + v * v * atanh_tail(v))
 
 
+@jax.custom_jvp
+def one_minus(a):
+    """1 - α of the rounded α: the maximum keeps XLA from making one operation of a product and the difference behind
+    it, by which 1 - uv is ±3e-8 where uv rounds to 1."""
+    return 1 - jnp.maximum(a, jnp.finfo(a.dtype).min)
+
+
+one_minus.defjvp(lambda primals, tangents: (one_minus(*primals), -tangents[0]))
+
+
+def nan_if_negative(x):
+    """0, and NaN for x < 0."""
+    return jnp.sqrt(x - jnp.abs(x))
+
+
 def log_complement(b):
     """log(1 - β), from the rounded 1 - β and what the rounding lost. log1p is further off, up to 128 ulp in float64."""
-    c = 1 - b
+    c = one_minus(b)
     return jnp.log(c) + ((1 - c) - b) / jnp.maximum(c, jnp.finfo(b.dtype).tiny)
 
 

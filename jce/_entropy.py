@@ -43,8 +43,8 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
       ValueError: there is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      pᵢ ≥ 0 and Σ pᵢ = 1; a negative pᵢ gives a meaningless value (`check_distribution` finds it). Subnormal numbers
-      count as 0 where XLA flushes them, as it does on a CPU.
+      Σ pᵢ = 1 (see `check_distribution`). A negative pᵢ is NaN, as its logarithm is. Subnormal numbers count as 0 where
+      XLA flushes them, as it does on a CPU.
 
     Source:
       C. E. Shannon, A Mathematical Theory of Communication (1948), section 6.
@@ -59,7 +59,9 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
 
 @jax.custom_jvp
 def _p_log_p(p):
-    return p * _finite_log(p)
+    # The lowest number for -∞, so that 0 log 0 = 0 without a select: inside a sum, a select would make XLA write the
+    # N × n terms to memory first, on a CPU.
+    return p * jnp.maximum(jnp.log(p), jnp.finfo(p.dtype).min)
 
 
 # d/dp p log p = log p + 1
@@ -68,18 +70,11 @@ def_partials(_p_log_p, lambda p: _log(p) + 1)
 
 @jax.custom_jvp
 def _log(p):
-    # Not jnp.log(p), so that a program with value and gradient computes one logarithm.
-    return jnp.where(p == 0, jnp.full_like(p, -jnp.inf), _finite_log(p))
+    return jnp.log(p)
 
 
 # d log p/dp = 1/p
 def_partials(_log, lambda p: ratio(jnp.ones_like(p), p))
-
-
-def _finite_log(p):
-    """log p for p > 0, and finite at 0, so that 0 log 0 = 0 without a select: inside a sum, a select would make XLA
-    write the N × n terms to memory first, on a CPU."""
-    return jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny))
 
 
 @public("axis", "axis_name")
@@ -132,10 +127,14 @@ def entropy_with_logits(
 def entropy_of_softmax(x, classes):
     # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z, without a term below 0
     n = normalizer(x, classes)
-    d = x - classes.column(another(n.m, n.log_z))
-    e = jnp.exp(d)
-    # eᵢ, and 0 for a class that dominates, where xᵢ - m is 0
-    weight = jnp.minimum(jnp.floor(classes.column(another(1.75 + n.shared, n.log_z)) - e), e)
+    if classes.mesh_axis is None:
+        d = x - classes.column(another(n.m, n.log_z))
+        e = jnp.exp(d)
+        # eᵢ, and 0 for a class that dominates, where xᵢ - m is 0
+        weight = jnp.minimum(jnp.floor(classes.column(another(1.75 + n.shared, n.log_z)) - e), e)
+    else:
+        d = n.depth(x, classes)
+        weight = jnp.exp(d)
     # The lowest number for -∞, where eᵢ = 0 multiplies it.
     return n.log_z - classes.sum(weight * jnp.maximum(d, jnp.finfo(x.dtype).min)) / n.z
 

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jce._arguments import distributions, public
 from jce._calculus import both_zero, def_partials, def_twin, directional_derivative, ratio, reciprocal
 from jce._deviance import deviance, deviance_from_log, log_ratio
+from jce._elementary import nan_if_negative
 from jce._mul0 import mul0
 from jce._softmax import FINE, another, centered, normalizer, softmax, softmax_tangent
 
@@ -52,8 +53,8 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
         an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      pᵢ, qᵢ ≥ 0, Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). Subnormal numbers count as 0 where XLA flushes them, as it
-      does on a CPU.
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). A negative pᵢ or qᵢ is NaN, as its logarithm is. Subnormal numbers
+      count as 0 where XLA flushes them, as it does on a CPU.
 
     Source:
       S. Kullback and R. A. Leibler, On Information and Sufficiency (1951).
@@ -117,7 +118,8 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
         an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      pᵢ, qᵢ ≥ 0. Subnormal numbers count as 0 where XLA flushes them, as it does on a CPU.
+      Values. A negative pᵢ or qᵢ is NaN, as its logarithm is. Subnormal numbers count as 0 where XLA flushes them, as
+      it does on a CPU.
 
     Source:
       D. D. Lee and H. S. Seung, Algorithms for Non-negative Matrix Factorization (2000), where it is the divergence.
@@ -150,7 +152,7 @@ def_partials(_log_ratio, lambda p, q: reciprocal(q, p), lambda p, q: -reciprocal
 
 @jax.custom_jvp
 def _relative_excess(p, q):
-    return jnp.where(both_zero(p, q), jnp.ones_like(q), (q - p) / jnp.abs(q))
+    return jnp.where(both_zero(p, q), jnp.ones_like(q), (q - p) / (jnp.abs(q) + nan_if_negative(q)))
 
 
 # (q - p)/q = 1 - p/q
@@ -304,9 +306,12 @@ def _compare(x, y, classes):
     # Σ p (e^δ - 1) = Σ (p + q) tanh δ/2, which ought to be 0.
     m, n = another(nx.m, nx.s), another(ny.m, ny.s)
     e, f = jnp.exp(x - classes.column(m)), jnp.exp(y - classes.column(n))
-    apart = classes.column(jnp.maximum(1, -nx.z)) - jnp.floor(classes.column(nx.most) * e) * jnp.floor(classes.column(ny.most) * f)
+    # Of a class that dominates both, what it is apart is the rounding of x and y, and 0 by definition.
+    top = jnp.floor(classes.column(nx.most) * e) * jnp.floor(classes.column(ny.most) * f)
+    apart = classes.column(jnp.maximum(1, -nx.z)) - top
     delta = -classes.column(log_z_y_x) - _difference(y, x, n, m, classes, 0.25) * apart
-    surplus = classes.sum((e * classes.column(jnp.exp(-nx.log_z)) + f * classes.column(jnp.exp(-ny.log_z))) * jnp.tanh(0.5 * delta))
+    p_and_q = e * classes.column(jnp.exp(-nx.log_z)) + f * classes.column(jnp.exp(-ny.log_z))
+    surplus = classes.sum(p_and_q * jnp.tanh(0.5 * delta))
     m, n = another(nx.m, surplus * surplus), another(ny.m, surplus * surplus)
     d_x, d_y = nx.depth(x, classes), ny.depth(y, classes)
     p, q = jnp.exp(d_x) / classes.column(nx.z), jnp.exp(d_y) / classes.column(ny.z)

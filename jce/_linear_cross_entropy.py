@@ -283,7 +283,7 @@ def _unnormalized_excess(y, u, w, o):
     x = o.classes.fold(o.logits.capped(u))
     n = o.classes.count(x)
     m, s, d = off_label_sum(y, x, o.classes)
-    e, e_y = jnp.exp(jnp.minimum(x, column(m)) - column(m)), jnp.exp(-d)
+    e, e_y = jnp.exp(x - column(m)), jnp.exp(-d)
     z, log_z = s + e_y, jnp.log1p(s - (1 - e_y))
     losses, at_label = surprisal_at_label(d, s), -s
     if _some(o.smoothing):

@@ -14,9 +14,9 @@ definition. If Z ≥ 3/2, no formula cancels: s is Z - 1, and all are of the for
 whatever m is drops out.
 
 How the sums are written decides their speed. On a CPU, XLA gives a reduction to a library with a fixed set of
-operations: a compare, a select or an iota inside one, or in what is made of one for the next, is first written to memory,
-N × n numbers of it, and so is a constant that two passes share. So masks are said in arithmetic here: min(eᵢ, 2|i - y|)
-leaves out class y, since eᵢ ≤ 1, and eᵢ ⌊7/4 - eᵢ⌋ those of eᵢ > 3/4.
+operations: a compare, a select or an iota inside one, or in what is made of one for the next, is first written to
+memory, N × n numbers of it, and so is a constant that two passes share. So masks are said in arithmetic here:
+min(eᵢ, 2|i - y|) leaves out class y, since eᵢ ≤ 1, and eᵢ ⌊7/4 - eᵢ⌋ those of eᵢ > 3/4.
 """
 
 from __future__ import annotations
@@ -72,11 +72,12 @@ class Normalizer(NamedTuple):
 
     def depth(self, x: Array, classes: Classes) -> Array:
         """xᵢ - m ≤ 0, and exactly 0 at a class that dominates."""
-        # That class has d > -0.3, where 2d + 0.6 is above 0. All others have d < log 1/2, where it is below d. Behind the
-        # barrier these numbers, also the constants, are computed once a row, and this pass's own.
+        # That class has d > -0.3, where 2d + 0.6 is above 0. All others have d < log 1/2, where it is below d. Behind
+        # the barrier these numbers, also the constants, are computed once a row, and this pass's own.
         m, lift, zero = map(classes.column, lax.optimization_barrier((self.m, 0.6 - 1e30 * self.shared, 0 * self.s)))
         d = x - m
-        return jnp.minimum(jnp.maximum(d + (d + lift), d), zero)
+        depth = jnp.minimum(jnp.maximum(d + (d + lift), d), zero)
+        return depth if classes.mesh_axis is None else with_derivative_of(depth, jnp.maximum(d, jnp.finfo(d.dtype).min))
 
     @property
     def most(self) -> Array:
@@ -91,7 +92,14 @@ def normalizer(x: Array, classes: Classes) -> Normalizer:
     most = jnp.maximum(1.75, -z)  # 7/4: a number a row, since a constant would be shared with another array's sum
     s = classes.sum(e * jnp.floor(classes.column(most) - e))
     # s where Z < 3/2, Z - 1 beyond. Between 1.4 and 1.53 they are the same.
-    return Normalizer(m, jnp.maximum(s, jnp.minimum(z - 1, 4 * z - 5.6)))
+    s = jnp.maximum(s, jnp.minimum(z - 1, 4 * z - 5.6))
+    return Normalizer(m, s if classes.mesh_axis is None else with_derivative_of(s, z))
+
+
+def with_derivative_of(a: Array, b: Array) -> Array:
+    """a, with b's derivative: of where m is a constant, as it is over devices, a sum without the maximal class has not
+    all of its own. Rules don't need it, but JAX before 0.12 forgets them in a loop."""
+    return lax.stop_gradient(a) + (b - lax.stop_gradient(b))
 
 
 def off_label_sum(labels: Array, x: Array, classes: Classes) -> tuple[Array, Array, Array]:
@@ -157,8 +165,8 @@ def deviation(t, x, classes):
     """
     z = _normalizer(x, classes)
     shared = jnp.minimum(jnp.floor(z - 0.5), 1)
-    # t is taken from a number a row, any: the dominating class's, or a mean with weights of 12 bits. So next to nothing is
-    # left of what Σ q is off 1, where two passes round x otherwise.
+    # t is taken from a number a row, any: the dominating class's, or a mean with weights of 12 bits. So next to nothing
+    # is left of what Σ q is off 1, where two passes round x otherwise.
     weight = jnp.floor(classes.column(1.25 + FINE * shared) * _exponential(x, 2, classes))
     center = multiply(1 / jnp.maximum(1, FINE * shared * lax.stop_gradient(z)), classes.sum(multiply(weight, t)))
 

@@ -1,0 +1,281 @@
+"""Right for inputs made in the same program, where XLA computes them anew in each pass and rounds them otherwise.
+
+The law, over functions × makers × modes: a result is off the truth, float64's of the same inputs, by no more than that
+of arrays from memory, whose bars other tests hold, and what two ulps of each input and the maker's own error do to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jce
+from tests.kernels import LOGIT, TABLE, Kernel, each_function, modes
+
+# Rows may hold an infinity, and differences of two are NaN.
+pytestmark = [pytest.mark.needs_jit, pytest.mark.holds_nan]
+
+ROWS, CLASSES = 24, 5
+MODES = ("gradient", "forward over reverse", "reverse over forward", "reverse over reverse", "third order")
+
+
+# What makes arguments of numbers z [rows, n], which spread by 20, and a number w
+
+
+def layer_norm(z, w):
+    centered = z - z.mean(-1, keepdims=True)
+    return 10 * w * centered / jnp.sqrt(jnp.square(centered).mean(-1, keepdims=True) + 1e-6)
+
+
+def product(length: int, dtype=None) -> Callable:
+    def maker(z, w):
+        a, b = z[..., :length] * w, jnp.sin(jnp.arange(1, 1 + length * z.shape[-1], dtype=z.dtype)).reshape(length, -1)
+        a, b = (x.astype(dtype or z.dtype) for x in (a, b))
+        return jax.lax.dot_general(a, b, (((a.ndim - 1,), (0,)), ((), ())), preferred_element_type=z.dtype)
+
+    return maker
+
+
+LOGITS = {
+    "x/3": lambda z, w: z / 3,
+    "1.7 x": lambda z, w: z * jnp.asarray(1.7, z.dtype),
+    "x t": lambda z, w: z * w,
+    "x g + b": lambda z, w: z * jnp.linspace(0.7, 1.9, z.shape[-1], dtype=z.dtype)[None] + jnp.cos(z[..., :1]),
+    "30 tanh(x/30)": lambda z, w: 30 * jnp.tanh(z / 30),
+    "x²": lambda z, w: z * z / 7,
+    "silu": lambda z, w: z * jax.nn.sigmoid(z),
+    "layer norm": layer_norm,
+    "product of 1": product(1),
+    "product of 2": product(2),
+    "product of 5": product(5),
+    "bfloat16 product": product(2, jnp.bfloat16),
+    "slices": lambda z, w: jnp.concatenate([z[..., 2:] * w, z[..., :2] / 3], -1),
+}
+# Of z/20
+PROBABILITIES = {
+    "softmax": lambda z, w: jax.nn.softmax(z * w),
+    "sigmoid": lambda z, w: jax.nn.sigmoid(z * w),
+    "p/Σp": lambda z, w: jnp.square(z) / jnp.square(z).sum(-1, keepdims=True),
+    "exp(log p)": lambda z, w: jnp.exp(jax.nn.log_softmax(z * w)),
+    "q(1 + ε)": lambda z, w: 0.99 * jax.nn.softmax(z) * (1 + 1e-3 * jnp.sin(z)),
+    "0.9q + 0.1/n": lambda z, w: 0.9 * jax.nn.softmax(z) + 0.1 / z.shape[-1],
+    "1 - q": lambda z, w: 1 - jax.nn.sigmoid(z) * w / 2,
+}
+
+
+def made(kernel: Kernel, makers, z, w):
+    """Arguments, directions and a cotangent a row."""
+    arguments = tuple(
+        maker(x if domain == LOGIT else x / 20, w) for maker, domain, x in zip(makers, kernel.domains, z, strict=False)
+    )
+    directions = tuple(x / 3 for x in z[::-1][: len(arguments)])
+    return arguments, directions, z[0][..., 0] * w if kernel.has_classes else z[0] * w
+
+
+def combinations(kernel: Kernel) -> list[tuple]:
+    """Every maker in every argument, not each with each."""
+    lists = [list((LOGITS if domain == LOGIT else PROBABILITIES).values()) for domain in kernel.domains]
+    longest = max(map(len, lists))
+    return [tuple(makers[(i + 4 * k) % len(makers)] for k, makers in enumerate(lists)) for i in range(longest)]
+
+
+def raw(rng):
+    """Rows of every spread, some with two equal numbers."""
+    z = 20 * rng.standard_normal((ROWS, CLASSES))
+    z[: ROWS // 4] /= 10
+    z[ROWS // 4, 1] = z[ROWS // 4, 0]
+    return z.astype(np.float32)
+
+
+# The law
+
+
+def results(kernel: Kernel) -> Callable:
+    """Each row's value, and the modes of Σ c f."""
+
+    def run(arguments, directions, cotangent):
+        positions = tuple(range(len(arguments)))
+        programs = modes(lambda *x: (cotangent * kernel.function(*x)).sum(), positions)
+        out = {mode: programs[mode](arguments, directions) for mode in MODES}
+        return {"value": kernel.function(*arguments)} | out | {"gradient": out["gradient"][1]}
+
+    return run
+
+
+def truth(kernel: Kernel, exactly: Callable, inputs, wanted) -> dict:
+    """float64's results of the inputs, and by how much at most they move with the inputs, one at a time."""
+    leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, inputs))
+    off = [np.abs(x - y) for x, y in zip(leaves, jax.tree.leaves(wanted), strict=True)]
+    steps = [2 * np.spacing(np.abs(np.float32(x))) + e for x, e in zip(leaves, off, strict=True)]
+    shifts: list = [None]
+    for i, x in enumerate(leaves):
+        columns = range(x.shape[-1]) if x.ndim == 2 and kernel.has_classes else [slice(None)]
+        shifts += [(i, j, sign) for j in columns for sign in (1, -1)]
+    batch = []
+    for shift in shifts:
+        shifted = [x.copy() for x in leaves]
+        if shift:
+            i, j, sign = shift
+            shifted[i][..., j] += sign * np.nan_to_num(steps[i])[..., j]
+        batch.append(shifted)
+
+    def split(x):
+        x = np.asarray(x).reshape(len(shifts), ROWS, *x.shape[1:])
+        with np.errstate(invalid="ignore"):
+            moved = np.nan_to_num(np.abs(x[1:] - x[0]), nan=0).reshape(-1, 2, *x.shape[1:]).max(1).sum(0)
+        return x[0], moved
+
+    stacked = tree.unflatten([np.concatenate(xs) for xs in zip(*batch, strict=True)])
+    return {mode: list(map(split, jax.tree.leaves(out))) for mode, out in exactly(*stacked).items()}
+
+
+def holds(kernel: Kernel, makers, rng, exactly: Callable, from_memory: Callable) -> None:
+    z, w = (raw(rng), raw(rng)), np.float32(1.7)
+    got = jax.jit(lambda z, w: results(kernel)(*made(kernel, makers, z, w)))(z, w)
+    with jax.disable_jit():
+        inputs = jax.tree.map(np.asarray, made(kernel, makers, tuple(map(jnp.asarray, z)), jnp.asarray(w)))
+    memory = from_memory(*inputs)
+    with jax.enable_x64(True):
+        wanted = jax.tree.map(np.asarray, made(kernel, makers, tuple(map(jnp.float64, z)), jnp.float64(w)))
+        expected = truth(kernel, exactly, inputs, wanted)
+    eps = np.finfo(np.float32).eps
+    # The third derivative's terms are of the order of t² x, and some of 1 cancel.
+    arguments, directions, cotangent = inputs
+    size = (1 + sum(map(np.abs, arguments))) * sum(map(np.square, directions))
+    third = 4 * eps * np.abs(cotangent if size.ndim == cotangent.ndim else cotangent[:, None]) * size
+    third = third.max(-1, keepdims=True) if kernel.has_classes else third
+    # Probabilities in a second derivative are as exact as the row's largest logit is.
+    logits = [np.abs(x) for x, domain in zip(arguments, kernel.domains, strict=True) if domain == LOGIT]
+    ulp_of_row = 2 * np.spacing(np.maximum(functools.reduce(np.maximum, logits, np.zeros_like(size)), 1))
+    ulp_of_row = ulp_of_row.max(-1, keepdims=True) if kernel.has_classes else ulp_of_row
+    for mode, pairs in expected.items():
+        arrays = [list(map(np.asarray, jax.tree.leaves(x[mode]))) for x in (got, memory)]
+        for g, m, (exact, moved) in zip(*arrays, pairs, strict=True):
+            assert not (np.isnan(g) & ~np.isnan(m)).any(), mode
+            with np.errstate(invalid="ignore", over="ignore"):
+                off = np.nan_to_num(np.abs(m - exact), posinf=0)
+                off = off.max(-1, keepdims=True) if off.ndim == 2 else off
+                relative = 16 * eps + (ulp_of_row if mode in MODES[1:] else 0)
+                allowed = moved + 2 * off + relative * np.abs(exact) + (1e-36 if mode != "third order" else third)
+                error = np.where((g == exact) | np.isnan(exact), 0, np.abs(g - exact))
+            assert (error <= allowed).all(), (mode, g[error > allowed], exact[error > allowed])
+    value = np.asarray(got["value"])
+    if kernel.function is not jce.kl_divergence:
+        assert not (value < 0).any()
+    if kernel.has_classes:
+        tiny = (expected["value"][0][0] < 1e-6) & (expected["value"][0][0] > 1e-30)
+        for g, (exact, _) in zip(jax.tree.leaves(got["gradient"]), expected["gradient"], strict=True):
+            a, b = np.float64(g)[tiny], exact[tiny]
+            length = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+            assert ((a * b).sum(-1) >= 0.999 * length)[length > 0].all()
+
+
+def law(kernel: Kernel, rng, some: slice) -> None:
+    exactly, from_memory = jax.jit(results(kernel)), jax.jit(results(kernel))
+    for makers in combinations(kernel)[some]:
+        holds(kernel, makers, rng, exactly, from_memory)
+
+
+@each_function
+def test_inputs_made_in_the_same_program(kernel, rng):
+    """Every third maker, each function beginning with the next."""
+    law(kernel, rng, slice(TABLE.index(kernel) % 3, None, 3))
+
+
+@pytest.mark.slow
+@each_function
+def test_every_input_made_in_the_same_program(kernel, rng):
+    law(kernel, rng, slice(None))
+
+
+def mapped(f):
+    return lambda *x: jax.lax.map(lambda row: f(*row), x)
+
+
+CONSUMERS: dict[str, Callable] = {
+    "weighted": lambda f: lambda *x: 0.3 * f(*x),
+    "where": lambda f: lambda *x: jnp.where(jnp.asarray(f(*x)) > 0.5, f(*x), 0),
+    "squared": lambda f: lambda *x: jnp.square(f(*x)),
+    "log": lambda f: lambda *x: jnp.log1p(jnp.square(f(*x))),
+    "difference": lambda f: lambda *x: jnp.square(f(*x) - f(*(y / 2 for y in x))),
+    "checkpoint": lambda f: jax.checkpoint(lambda *x: jnp.square(f(*x))),
+    "vmap": lambda f: jax.vmap(lambda *x: jnp.square(f(*x))),
+    "scan": lambda f: mapped(jax.checkpoint(lambda *x: jnp.square(f(*x)))),
+}
+FEW = [kernel for kernel in TABLE if kernel.has_classes]
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_what_is_made_of_the_result_in_the_same_program(consumer, rng):
+    """Each with some of the functions, and each of these with another maker."""
+    start = list(CONSUMERS).index(consumer)
+    for k in range(3):
+        kernel = FEW[(start + 3 * k) % len(FEW)]
+        consumed = dataclasses.replace(kernel, function=CONSUMERS[consumer](kernel.function))
+        combination = combinations(kernel)[(2 * start + k) % len(combinations(kernel))]
+        holds(consumed, combination, rng, jax.jit(results(consumed)), jax.jit(results(consumed)))
+
+
+def forbidding(z, w):
+    """Classes forbidden in the program: not the first, and in some rows none but it."""
+    i, row = jnp.arange(z.shape[1])[None], jnp.arange(z.shape[0])[:, None]
+    return jnp.where((i > 0) & ((i % 2 == 1) | (row % 4 == 0)), -jnp.inf, z * w)
+
+
+ONE_ROW_OF_LOGITS = [kernel for kernel in FEW if kernel.domains == (LOGIT,) and kernel.note != "smoothed"]
+
+
+@pytest.mark.parametrize("kernel", ONE_ROW_OF_LOGITS, ids=lambda kernel: kernel.name)
+def test_classes_forbidden_in_the_same_program(kernel, rng):
+    z, w = np.concatenate([raw(rng), raw(rng)]), np.float32(1.7)
+    t = rng.standard_normal(z.shape).astype(np.float32)
+
+    def run(z, w, t):
+        x = forbidding(z, w)
+        total = lambda x: kernel.function(x).sum()  # noqa: E731
+        return kernel.function(x), jax.grad(total)(x), jax.jvp(jax.grad(total), (x,), (t,))[1]
+
+    got = jax.jit(run)(z, w, t)
+    with jax.enable_x64(True):
+        expected = jax.jit(run)(np.float64(z), np.float64(w), np.float64(t))
+    for g, e in zip(got, expected, strict=True):
+        assert np.isfinite(g).all()
+        np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, "ours", "the user's"])
+@pytest.mark.parametrize("function", ["cross-entropy", "log-probabilities"])
+def test_heads_of_width_1(function, cap, rng):
+    """Logits h w + b, which XLA multiplies in each pass; and the dense loss of them, capped by the user."""
+    h, w = 20 * rng.standard_normal((64, 1)), rng.standard_normal((5, 1))
+    h, w, t = (x.astype(np.float32) for x in (h, w, rng.standard_normal((64, 1))))
+    y = np.arange(64, dtype=np.int32) % 5
+
+    def each(h, w):
+        soft_cap = 30.0 if cap == "ours" else None
+        if cap == "the user's":
+            x = 30 * jnp.tanh(h @ w.T / 30)
+            if function == "cross-entropy":
+                return jce.cross_entropy_with_integer_labels(y, x)
+            return -jce.cross_entropy_with_integer_labels(y, x) + jce.entropy_with_logits(x)
+        if function == "cross-entropy":
+            return jce.linear_cross_entropy(y, h, w, reduction="none", logit_soft_cap=soft_cap, chunk_size=16)
+        return sum(jce.linear_log_probs(y, h, w, logit_soft_cap=soft_cap, chunk_size=16))
+
+    def run(h, w, t):
+        h, w = h / 3, w * h[0, 0] / 10
+        total = lambda h, w: jnp.square(each(h, w)).sum()  # noqa: E731
+        gradient = jax.grad(total, (0, 1))
+        return each(h, w), gradient(h, w), jax.jvp(gradient, (h, w), (t / 3, w / 3))[1]
+
+    got = jax.tree.leaves(jax.jit(run)(h, w, t))
+    with jax.enable_x64(True):
+        expected = jax.tree.leaves(jax.jit(run)(*map(np.float64, (h, w, t))))
+    for g, e in zip(got, expected, strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-3, atol=2e-5 * np.abs(e).max())

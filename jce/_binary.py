@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from jce._arguments import elementwise, public
-from jce._calculus import both_zero, def_partials, def_twin, ratio, reciprocal
+from jce._calculus import both_zero, custom_jvp, def_partials, def_twin, ratio, reciprocal
 from jce._deviance import deviance, log_ratio
 from jce._elementary import log_complement, nan_if_negative, one_minus
 
@@ -46,7 +45,7 @@ def binary_entropy(alpha: ArrayLike) -> Array:
     return _entropy(alpha)
 
 
-@jax.custom_jvp
+@custom_jvp
 def _entropy(a):
     return _cross_entropy(a, a)
 
@@ -91,7 +90,7 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
     return _cross_entropy(alpha, beta)
 
 
-@jax.custom_jvp
+@custom_jvp
 def _cross_entropy(a, b):
     return _surprise(a, b, -jnp.log(b)) + _surprise(one_minus(a), one_minus(b), -log_complement(b))
 
@@ -141,7 +140,7 @@ def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
     return _kl_divergence(alpha, beta)
 
 
-@jax.custom_jvp
+@custom_jvp
 def _kl_divergence(a, b):
     return deviance(a, b, a - b) + deviance(one_minus(a), one_minus(b), b - a)
 
@@ -153,7 +152,7 @@ def_partials(_kl_divergence, lambda a, b: _log_odds_ratio(a, b), lambda a, b: _s
 # What the derivatives are made of
 
 
-@jax.custom_jvp
+@custom_jvp
 def _score(a, b):
     c = one_minus(b)
     return jnp.where(_agree(a, b), 1 - 2 * b, (b - a) / (jnp.abs(b * c) + nan_if_negative(jnp.minimum(b, c))))
@@ -163,7 +162,7 @@ def _score(a, b):
 def_twin(_score, lambda a, b: ratio(one_minus(a), one_minus(b)) - ratio(a, b))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _log_odds_against(a, b):
     # |1 - 2β| is exact where it is small, and log1p of a positive number keeps its digits.
     smaller = jnp.minimum(b, one_minus(b))
@@ -176,7 +175,7 @@ def _log_odds_against(a, b):
 def_partials(_log_odds_against, lambda a, b: jnp.zeros_like(a), lambda a, b: -_precision(a, b))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _log_odds_ratio(a, b):
     return log_ratio(a, b, a - b) - log_ratio(one_minus(a), one_minus(b), b - a)
 

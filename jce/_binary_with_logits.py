@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jce._arguments import elementwise, public
-from jce._calculus import def_partials
+from jce._calculus import custom_jvp, def_partials
 from jce._deviance import deviance_from_log
 from jce._elementary import exponential_minus_1, log1p_unit, log_complement, one_minus
 from jce._mul0 import mul0
@@ -48,7 +48,7 @@ def binary_entropy_with_logits(logits: ArrayLike) -> Array:
     return _entropy_of_sigmoid(x)
 
 
-@jax.custom_jvp
+@custom_jvp
 def _entropy_of_sigmoid(x):
     e = _odds_against(x)
     return mul0(jnp.abs(x), e / (1 + e)) + log1p_unit(e)
@@ -93,7 +93,7 @@ def binary_cross_entropy_with_logits(alpha: ArrayLike, logits: ArrayLike) -> Arr
     return _cross_entropy_of_sigmoid(alpha, x)
 
 
-@jax.custom_jvp
+@custom_jvp
 def _cross_entropy_of_sigmoid(a, x):
     weight, softplus = jnp.where(x < 0, a, one_minus(a)), log1p_unit(_odds_against(x))
     # The select comes last, so that nothing inside is stored for a sum that follows.
@@ -141,7 +141,7 @@ def binary_kl_divergence_with_logits(alpha_logits: ArrayLike, beta_logits: Array
     return _kl_of_sigmoid(x, y)
 
 
-@jax.custom_jvp
+@custom_jvp
 def _kl_of_sigmoid(x, y):
     # log σ(y)/σ(x) and log σ(-y)/σ(-x), from y - x: -log(1 + σ(-x) (e^(x-y) - 1)) and its mirror image where that is
     # small, else from both softplus, each in two parts.
@@ -162,7 +162,7 @@ def_partials(_kl_of_sigmoid, lambda x, y: _weighted_margin(x, y), lambda x, y: _
 # What the derivatives are made of
 
 
-@jax.custom_jvp
+@custom_jvp
 def _sigmoid_excess(a, x):
     e = jnp.exp(jnp.minimum(x, -x))  # e^-|x| in other words than the value's, which XLA would else store for both
     return jnp.where(x < 0, one_minus(a) * e - a, one_minus(a) - a * e) / (1 + e)
@@ -172,7 +172,7 @@ def _sigmoid_excess(a, x):
 def_partials(_sigmoid_excess, lambda a, x: -jnp.ones_like(a), lambda a, x: _variance(x))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _variance(x):
     """σ(x) σ(-x)."""
     e = _odds_against(x)
@@ -183,7 +183,7 @@ def _variance(x):
 def_partials(_variance, lambda x: -_variance(x) * jnp.tanh(x / 2))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _sigmoid_difference(x, y):
     """σ(y) - σ(x) = ±σ σ (1 - e^-|y-x|)"""
     d = _minus(y, x)
@@ -194,7 +194,7 @@ def _sigmoid_difference(x, y):
 def_partials(_sigmoid_difference, lambda x, y: -_variance(x), lambda x, y: _variance(y))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _weighted_margin(x, y):
     """σ(x) σ(-x) (x - y)"""
     return mul0(_minus(x, y), _variance(x))

@@ -1,4 +1,4 @@
-"""Closed-form derivative rules, and the quotient that their coefficients are written in.
+"""Closed-form derivative rules that last, and the quotient that their coefficients are written in.
 
 A rule's coefficients are differentiated again for a Hessian, and again for a third derivative, where a plain `a / b`
 would meet 0 · ∞ at a corner. `ratio` carries a rule written in itself, so no order does.
@@ -18,6 +18,30 @@ from jce._elementary import nan_if_negative
 from jce._mul0 import mul0
 
 
+class custom_jvp:
+    """`jax.custom_jvp`, whose rule lasts inside of `lax.scan` and `lax.map` too.
+
+    JAX before 0.12, when it differentiates a loop in reverse mode, writes out the kernels and coefficients that a rule
+    calls. Differentiated again they are plain code, in which 0 · ∞ is NaN. What is checkpointed it leaves as it is; and
+    this checkpoint keeps every residual, so that nothing is computed twice.
+    """
+
+    def __init__(self, kernel: Callable, nondiff_argnums: tuple[int, ...] = ()):
+        functools.update_wrapper(self, kernel)
+        self._kernel = with_rule = jax.custom_jvp(kernel, nondiff_argnums=nondiff_argnums)
+        self.defjvp = with_rule.defjvp
+        if jax.__version_info__ < (0, 12):
+            self._kernel = jax.checkpoint(
+                with_rule,
+                prevent_cse=False,
+                policy=jax.checkpoint_policies.everything_saveable,
+                static_argnums=nondiff_argnums,
+            )
+
+    def __call__(self, *arguments):
+        return self._kernel(*arguments)
+
+
 def directional_derivative(primals, tangents, *partials: Callable[..., Array]) -> Array:
     """Σᵢ ∂ᵢf · tᵢ, elementwise, over the arguments that are differentiated: the others add nothing."""
     terms = [
@@ -28,7 +52,7 @@ def directional_derivative(primals, tangents, *partials: Callable[..., Array]) -
     return functools.reduce(jnp.add, terms)
 
 
-def def_partials(kernel: jax.custom_jvp, *partials: Callable[..., Array]) -> None:
+def def_partials(kernel: custom_jvp, *partials: Callable[..., Array]) -> None:
     """Gives an elementwise kernel its rule: one partial derivative an argument, as functions of all arguments."""
 
     def rule(primals, tangents):
@@ -37,7 +61,7 @@ def def_partials(kernel: jax.custom_jvp, *partials: Callable[..., Array]) -> Non
     kernel.defjvp(rule, symbolic_zeros=True)
 
 
-def def_twin(kernel: jax.custom_jvp, twin: Callable[..., Array]) -> None:
+def def_twin(kernel: custom_jvp, twin: Callable[..., Array]) -> None:
     """Gives an elementwise kernel the derivative of another expression for it, accurate in the derivative."""
     kernel.defjvp(lambda primals, tangents: (kernel(*primals), jax.jvp(twin, primals, tangents)[1]))
 
@@ -62,7 +86,7 @@ def both_zero(a: Array, b: Array) -> Array:
     return (a == 0) & (b == 0)
 
 
-@jax.custom_jvp
+@custom_jvp
 def ratio(a: Array, b: Array) -> Array:
     """a / b for b ≥ 0, with 0 / 0 = 0; NaN for b < 0."""
     nan = nan_if_negative(b)
@@ -84,7 +108,7 @@ def _ratio_rule(primals, tangents):
 ratio.defjvp(_ratio_rule)
 
 
-@jax.custom_jvp
+@custom_jvp
 def negative(x: Array) -> Array:
     """0 - x, which is 0 and not -0 at x = 0: the entropy of certainty has a reciprocal of +∞."""
     return 0 - x

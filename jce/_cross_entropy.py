@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, fraction, is_array, labelled, public
-from jce._calculus import both_zero, def_partials, directional_derivative, negative, ratio, reciprocal
+from jce._calculus import both_zero, custom_jvp, def_partials, directional_derivative, negative, ratio, reciprocal
 from jce._mul0 import mul0
 from jce._softmax import (
     another,
@@ -69,7 +68,7 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
     return negative(classes.sum(_p_log_q(p, q)))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _p_log_q(p, q):
     return p * jnp.maximum(jnp.log(q), -bound(p))
 
@@ -81,7 +80,7 @@ def bound(p):
     return info.max * (0.5 + jnp.abs(p) * (1.5 / info.tiny))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _log_q(p, q):
     return jnp.log(q) + (p - p)  # NaN where p is
 
@@ -146,7 +145,7 @@ def cross_entropy_with_logits(
     return _soft(p, x, classes)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _soft(p, x, classes):
     return classes.sum(p * jnp.minimum(surprisal(x, classes), bound(p)))
 
@@ -162,7 +161,7 @@ def _soft_rule(classes, primals, tangents):
 _soft.defjvp(_soft_rule, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _excess(p, x, classes):
     n = normalizer(x, classes)
     total = classes.sum(p)
@@ -265,7 +264,7 @@ def scaled(number, x):
     return mul0(x, number * jnp.ones_like(x)) if is_array(number) else number * x
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
 def label_surprisal(y, x, classes):
     """log 1/q_y"""
     return _label_surprisal_and_excess(y, x, classes)[0]
@@ -278,7 +277,7 @@ def _label_surprisal_rule(classes, primals, tangents):
     return surprisal, classes.sum(mul0(excess, tangents[1]))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _label_surprisal_and_excess(y, x, classes):
     # Both in one function, since XLA can't see that two off-label sums, behind their barriers, are the same.
     m, s, d = off_label_sum(y, x, classes)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
-from jce._calculus import def_partials, negative, ratio
+from jce._calculus import custom_jvp, def_partials, negative, ratio
 from jce._mul0 import mul0, multiply
 from jce._softmax import another, deviation, normalizer, softmax, surprisal, unless_nan
 
@@ -57,7 +56,7 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
     return negative(classes.sum(_p_log_p(p)))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _p_log_p(p):
     # The lowest number for -∞, so that 0 log 0 = 0 without a select: inside a sum, a select would make XLA write the
     # N × n terms to memory first, on a CPU.
@@ -68,7 +67,7 @@ def _p_log_p(p):
 def_partials(_p_log_p, lambda p: _log(p) + 1)
 
 
-@jax.custom_jvp
+@custom_jvp
 def _log(p):
     return jnp.log(p)
 
@@ -123,7 +122,7 @@ def entropy_with_logits(
     return entropy_of_softmax(x, classes)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
 def entropy_of_softmax(x, classes):
     # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z, without a term below 0
     n = normalizer(x, classes)
@@ -146,7 +145,7 @@ def _entropy_of_softmax_rule(classes, primals, tangents):
     return entropy_of_softmax(x, classes), classes.sum(mul0(_weighted_excess(x, classes), t))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
 def _weighted_excess(x, classes):
     return mul0(_surprisal_excess(x, classes), softmax(x, classes))
 

@@ -18,7 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import as_array, broadcasts_to, described, float_dtype, positive, require_boolean, wide_enough
-from jce._calculus import def_partials
+from jce._calculus import custom_jvp, def_partials
 from jce._classes import Classes, vary_over, varying
 from jce._mul0 import mul0
 
@@ -77,14 +77,14 @@ def _allowed(u):
     return allowed, jnp.where(allowed, u, jnp.zeros_like(u))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _soft_cap(u, c):
     """c tanh u/c; where tanh v rounds to v, u itself, since XLA takes a subnormal u/c for 0."""
     v = u / c
     return jnp.where(v * v < jnp.finfo(v.dtype).eps, u, c * jnp.tanh(v))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _slope(v):
     """1 - tanh² v, without the difference."""
     e = jnp.exp(-jnp.abs(v))
@@ -92,7 +92,7 @@ def _slope(v):
     return sech * sech
 
 
-@jax.custom_jvp
+@custom_jvp
 def _slope_in_cap(v):
     """tanh v - v (1 - tanh² v)"""
     return jnp.tanh(v) - mul0(v, _slope(v))
@@ -121,7 +121,7 @@ def product(a: Array, head: Head, axis: int, precision) -> Array:
     return _product(a, head.weight, head.wide, axis, precision)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+@functools.partial(custom_jvp, nondiff_argnums=(3, 4))
 def _product(a, weight, wide, axis, precision):
     return dot(a, weight, 1, axis, precision, wide.dtype)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
-from jce._calculus import both_zero, def_partials, def_twin, directional_derivative, ratio, reciprocal
+from jce._calculus import both_zero, custom_jvp, def_partials, def_twin, directional_derivative, ratio, reciprocal
 from jce._deviance import deviance, deviance_from_log, log_ratio
 from jce._elementary import nan_if_negative
 from jce._mul0 import mul0
@@ -68,7 +67,7 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
     return _kl(p, q, classes)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _kl(p, q, classes):
     return classes.sum(deviance(p, q, p - q)) + _sum_of_differences(p, q, classes)
 
@@ -132,7 +131,7 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
     return classes.sum(_deviance(p, q))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _deviance(p, q):
     return deviance(p, q, p - q)
 
@@ -141,7 +140,7 @@ def _deviance(p, q):
 def_partials(_deviance, lambda p, q: _log_ratio(p, q), lambda p, q: _relative_excess(p, q))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _log_ratio(p, q):
     return log_ratio(p, q, p - q)
 
@@ -150,7 +149,7 @@ def _log_ratio(p, q):
 def_partials(_log_ratio, lambda p, q: reciprocal(q, p), lambda p, q: -reciprocal(p, q))
 
 
-@jax.custom_jvp
+@custom_jvp
 def _relative_excess(p, q):
     return jnp.where(both_zero(p, q), jnp.ones_like(q), (q - p) / (jnp.abs(q) + nan_if_negative(q)))
 
@@ -234,7 +233,7 @@ def kl_divergence_with_logits(
     return _kl_of_softmax(x, y, classes)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _kl_of_softmax(x, y, classes):
     p, q, delta = _compare(x, y, classes)
     return classes.sum(deviance_from_log(p, q, delta))
@@ -262,7 +261,7 @@ def _weighted_excess(x, y, classes):
     return mul0(excess, p)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _q_minus_p(x, y, classes):
     p, q, delta = _compare(x, y, classes)
     return (p + q) * jnp.tanh(delta / 2)
@@ -276,7 +275,7 @@ def _q_minus_p_rule(classes, primals, tangents):
 _q_minus_p.defjvp(_q_minus_p_rule, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _log_q_over_p(x, y, classes):
     return _compare(x, y, classes)[2]
 

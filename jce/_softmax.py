@@ -24,11 +24,10 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._calculus import ratio
+from jce._calculus import custom_jvp, ratio
 from jce._classes import Classes
 from jce._mul0 import mul0, multiply
 
@@ -132,7 +131,7 @@ def _distance(y, x, classes):
 # softmax and its logarithm, as functions of x to be differentiated
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
 def softmax(x: Array, classes: Classes) -> Array:
     """qᵢ = eᵢ/Z."""
     return _exponential(x, 4, classes) / classes.column(_normalizer(x, classes))
@@ -194,7 +193,7 @@ def _normalizer(x, classes):
     return classes.sum(_exponential(x, 0, classes))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+@functools.partial(custom_jvp, nondiff_argnums=(1, 2))
 def _exponential(x, k, classes):
     """eᵢ = exp(xᵢ - m), for a constant m, in the pass number k over x, of which each says m in another way."""
     m = maximum(x, classes)
@@ -210,7 +209,7 @@ def _exponential_rule(k, classes, primals, tangents):
     return e, mul0(e, tangents[0])
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
 def complement(x: Array, classes: Classes) -> Array:
     """1 - qᵢ = (s + (1 - eᵢ))/Z."""
     n = normalizer(x, classes)
@@ -224,7 +223,7 @@ def _complement_rule(classes, primals, tangents):
     return complement(x, classes), -softmax_tangent(t, x, classes)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
 def surprisal(x: Array, classes: Classes) -> Array:
     """log 1/qᵢ = log Z - (xᵢ - m) ≥ 0, and +∞ at a class of probability 0."""
     n = normalizer(x, classes)
@@ -238,7 +237,7 @@ def _surprisal_rule(classes, primals, tangents):
     return surprisal(x, classes), -centered(t, x, classes)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
 def logsumexp(x: Array, classes: Classes) -> Array:
     """log Σ exp xᵢ = m + log(1 + s)."""
     n = normalizer(x, classes)

@@ -156,7 +156,7 @@ def test_precision_is_that_of_jax_or_the_keyword(dtype):
         statistics,
     ):
         count, plain = text(make)
-        assert count >= 9
+        assert count >= 7  # as printed, where equal programs are one
         assert "recision." not in plain
         assert text(make, precision="highest")[1].count(highest) == count
         with jax.default_matmul_precision("highest"):

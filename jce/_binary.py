@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jce._arguments import elementwise, public
-from jce._calculus import both_zero, custom_jvp, def_partials, def_twin, ratio, reciprocal
+from jce._calculus import both_zero, custom_jvp, def_partials, def_tangents, def_twin, over_if_present, ratio
 from jce._deviance import deviance, log_ratio
 from jce._elementary import log_complement, nan_if_negative, one_minus
 
@@ -172,7 +172,7 @@ def _log_odds_against(a, b):
 
 
 # ∂/∂β log (1-β)/β = -1/(β(1-β))
-def_partials(_log_odds_against, lambda a, b: jnp.zeros_like(a), lambda a, b: -_precision(a, b))
+def_tangents(_log_odds_against, lambda t, a, b: jnp.zeros_like(t), lambda t, a, b: -_times_precision(t, a, b))
 
 
 @custom_jvp
@@ -181,12 +181,12 @@ def _log_odds_ratio(a, b):
 
 
 # ∂/∂α log α(1-β)/((1-α)β) = 1/(α(1-α)), ∂/∂β = -1/(β(1-β))
-def_partials(_log_odds_ratio, lambda a, b: _precision(b, a), lambda a, b: -_precision(a, b))
+def_tangents(_log_odds_ratio, lambda t, a, b: _times_precision(t, b, a), lambda t, a, b: -_times_precision(t, a, b))
 
 
-def _precision(a, b):
-    """1/β + 1/(1-β) = 1/(β(1-β)), without the term of an outcome that is absent."""
-    return reciprocal(a, b) + reciprocal(one_minus(a), one_minus(b))
+def _times_precision(t, a, b):
+    """t/β + t/(1-β) = t/(β(1-β)), without the term of an outcome that is absent."""
+    return over_if_present(t, a, b) + over_if_present(t, one_minus(a), one_minus(b))
 
 
 def _agree(a, b):

@@ -1,7 +1,8 @@
 """Closed-form derivative rules that last, and the quotient that their coefficients are written in.
 
 A rule's coefficients are differentiated again for a Hessian, and again for a third derivative, where a plain `a / b`
-would meet 0 · ∞ at a corner. `ratio` carries a rule written in itself, so no order does.
+would meet 0 · ∞ at a corner. `ratio` carries a rule written in itself, so no order does; and since a rule divides its
+tangents, instead of multiplying them by 1/b, directions of b's size stay within the float range.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from jce._elementary import nan_if_negative
-from jce._mul0 import mul0
+from jce._mul0 import mul0, over
 
 
 class custom_jvp:
@@ -61,6 +62,18 @@ def def_partials(kernel: custom_jvp, *partials: Callable[..., Array]) -> None:
     kernel.defjvp(rule, symbolic_zeros=True)
 
 
+def def_tangents(kernel: custom_jvp, *tangents_of: Callable[..., Array]) -> None:
+    """The same, each partial as a linear function of its argument's tangent and all arguments."""
+
+    def rule(primals, tangents):
+        pairs = zip(tangents_of, tangents, strict=True)
+        return kernel(*primals), functools.reduce(
+            jnp.add, [f(t, *primals) for f, t in pairs if not isinstance(t, SymbolicZero)]
+        )
+
+    kernel.defjvp(rule, symbolic_zeros=True)
+
+
 def def_twin(kernel: custom_jvp, twin: Callable[..., Array]) -> None:
     """Gives an elementwise kernel the derivative of another expression for it, accurate in the derivative."""
     kernel.defjvp(lambda primals, tangents: (kernel(*primals), jax.jvp(twin, primals, tangents)[1]))
@@ -93,19 +106,16 @@ def ratio(a: Array, b: Array) -> Array:
     return jnp.where(a == 0, nan, a / (jnp.abs(b) + nan))  # |b|: -0 is 0 too
 
 
-def reciprocal(a: Array, b: Array) -> Array:
-    """1 / b, but 0 where a = b = 0: the derivative of a / b, or of log b weighed by a."""
-    return ratio(jnp.where(both_zero(a, b), jnp.zeros_like(a), jnp.ones_like(a)), b)
+def over_if_present(t: Array, a: Array, b: Array) -> Array:
+    """t / b, but 0 where a = b = 0: the tangent t of log b weighed by a."""
+    return over(jnp.where(both_zero(a, b), jnp.zeros_like(t), t), b)
 
 
+# d(a/b) = (da - (a/b) db) / b: its two factors stay in range where a/b² is beyond it.
+@ratio.defjvp
 def _ratio_rule(primals, tangents):
-    a, b = primals
-    da, db = tangents
-    # d(a/b) = (da - (a/b) db) / b: its two factors stay in range where a/b² is beyond it.
-    return ratio(a, b), mul0(reciprocal(a, b), da - mul0(ratio(a, b), db))
-
-
-ratio.defjvp(_ratio_rule)
+    (a, b), (da, db) = primals, tangents
+    return ratio(a, b), over_if_present(da - mul0(ratio(a, b), db), a, b)
 
 
 @custom_jvp

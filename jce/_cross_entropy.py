@@ -11,7 +11,16 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, fraction, is_array, labelled, public
-from jce._calculus import both_zero, custom_jvp, def_partials, directional_derivative, negative, ratio, reciprocal
+from jce._calculus import (
+    both_zero,
+    custom_jvp,
+    def_partials,
+    def_tangents,
+    directional_derivative,
+    negative,
+    over_if_present,
+    ratio,
+)
 from jce._mul0 import mul0
 from jce._softmax import (
     another,
@@ -88,7 +97,7 @@ def _log_q(p, q):
 # ∂/∂p p log q = log q, ∂/∂q p log q = p/q
 def_partials(_p_log_q, lambda p, q: jnp.where(both_zero(p, q), jnp.zeros_like(q), _log_q(p, q)), ratio)
 # ∂/∂q log q = 1/q
-def_partials(_log_q, lambda p, q: jnp.zeros_like(p), reciprocal)
+def_tangents(_log_q, lambda t, p, q: jnp.zeros_like(t), over_if_present)
 
 
 @public("axis", "axis_name")

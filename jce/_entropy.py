@@ -10,8 +10,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
-from jce._calculus import custom_jvp, def_partials, negative, ratio
-from jce._mul0 import mul0, multiply
+from jce._calculus import custom_jvp, def_partials, def_tangents, negative
+from jce._mul0 import mul0, multiply, over
 from jce._softmax import another, deviation, normalizer, softmax, surprisal, unless_nan
 
 
@@ -73,7 +73,7 @@ def _log(p):
 
 
 # d log p/dp = 1/p
-def_partials(_log, lambda p: ratio(jnp.ones_like(p), p))
+def_tangents(_log, over)
 
 
 @public("axis", "axis_name")

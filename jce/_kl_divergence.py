@@ -11,7 +11,16 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
-from jce._calculus import both_zero, custom_jvp, def_partials, def_twin, directional_derivative, ratio, reciprocal
+from jce._calculus import (
+    both_zero,
+    custom_jvp,
+    def_partials,
+    def_tangents,
+    def_twin,
+    directional_derivative,
+    over_if_present,
+    ratio,
+)
 from jce._deviance import deviance, deviance_from_log, log_ratio
 from jce._elementary import nan_if_negative
 from jce._mul0 import mul0
@@ -146,7 +155,7 @@ def _log_ratio(p, q):
 
 
 # ∂/∂p log p/q = 1/p, ∂/∂q log p/q = -1/q
-def_partials(_log_ratio, lambda p, q: reciprocal(q, p), lambda p, q: -reciprocal(p, q))
+def_tangents(_log_ratio, lambda t, p, q: over_if_present(t, q, p), lambda t, p, q: -over_if_present(t, p, q))
 
 
 @custom_jvp

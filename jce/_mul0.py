@@ -1,4 +1,4 @@
-"""0 · anything = 0: the product that closed-form derivatives need at a corner.
+"""0 · anything = 0: the product and the quotient that closed-form derivatives need at a corner.
 
 At a corner a partial derivative is infinite (∂H/∂p = +∞ at p = 0) while the tangent or cotangent that meets it is
 often exactly zero: another row's, a masked class's, a weight of 0. The limit along such a direction is 0, but the
@@ -18,7 +18,7 @@ from jce._classes import varying_alike
 from jce._layout import split_alike
 
 Primitive = type(mul_p)  # `jax.extend.core.Primitive`, without the import of Pallas that comes with it
-_mul0_p = Primitive("mul0")
+_mul0_p, _over_p = Primitive("mul0"), Primitive("over")
 
 
 def mul0(c: Array, t: Array) -> Array:
@@ -43,6 +43,15 @@ def multiply(c: Array, t: Array) -> Array:
     return _bind(c, t, "neither")
 
 
+def over(t: Array, b: Array) -> Array:
+    """t / |b| elementwise, and 0 where t = 0, whatever b is there; linear in t.
+
+    Not mul0(1/b, t): a derivative in b would then multiply the tangents or cotangents of both factors first, p · p for
+    1/p², which is below the float range where p² is. Here each is divided before it meets another.
+    """
+    return _over_p.bind(*varying_alike(*split_alike(t, b)))
+
+
 def _bind(c, t, zero):
     c, t = varying_alike(*split_alike(c, t))
     return _mul0_p.bind(c, t, zero=zero)
@@ -57,12 +66,20 @@ def _multiply_and_select(c, t, *, zero):
     return jnp.where(is_zero, jnp.zeros_like(t), c * t)
 
 
-def _batch(args, axes, *, zero):
+def _divide_and_select(t, b):
+    return jnp.where(t == 0, jnp.zeros_like(t), t / jnp.abs(b))  # |b|: -0 is 0 too
+
+
+def _along_first_axis(args, axes):
     size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
-    c, t = (
+    return (
         jnp.broadcast_to(x[None], (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(args, axes, strict=True)
     )
+
+
+def _batch(args, axes, *, zero):
+    c, t = _along_first_axis(args, axes)
     if zero == "neither" and None in axes:
         # From x - (c * x).sum(-1, keepdims=True) with a c that is the same for the whole batch, XLA of jaxlib 0.10.2
         # makes a wrong dot product on a CPU. A maximum, which changes only -∞, keeps it from that.
@@ -85,3 +102,11 @@ ad.defbilinear(_mul0_p, _transpose_c, _transpose_t)
 ad.defjvp(_mul0_p, lambda dc, c, t, **_: mul00(dc, t), lambda dt, c, t, **_: mul00(c, dt))
 batching.primitive_batchers[_mul0_p] = _batch
 mlir.register_lowering(_mul0_p, mlir.lower_fun(_multiply_and_select, multiple_results=False))
+
+_over_p.def_impl(jax.jit(_divide_and_select))
+_over_p.def_abstract_eval(lambda t, b: mul_p.abstract_eval(t, b)[0])
+# d(t/b) = dt/b - (t/b) db / b
+ad.defjvp(_over_p, lambda dt, t, b: over(dt, b), lambda db, t, b: -over(mul00(over(t, b), db), b))
+ad.primitive_transposes[_over_p] = lambda ct, t, b: (over(ct, b), None)
+batching.primitive_batchers[_over_p] = lambda args, axes: (over(*_along_first_axis(args, axes)), 0)
+mlir.register_lowering(_over_p, mlir.lower_fun(_divide_and_select, multiple_results=False))

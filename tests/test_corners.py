@@ -147,6 +147,43 @@ def test_third_derivatives(kernel):
         assert not np.isnan(third).any()
 
 
+HALF = np.float32(0.5)
+SMALL = {  # functions of a small p, and the third derivative along p, by p, where p → 0
+    "entropy": (lambda p: jce.entropy(p[:, None]), 1),
+    "cross_entropy in q": (lambda q: jce.cross_entropy(jax.lax.stop_gradient(q)[:, None], q[:, None]), -2),
+    "cross_entropy in both": (lambda p: jce.cross_entropy(p[:, None], p[:, None]), 1),
+    "kl_divergence": (lambda p: jce.kl_divergence(p[:, None], jnp.full_like(p, HALF)[:, None]), -1),
+    "kl_divergence in q": (lambda q: jce.kl_divergence(jax.lax.stop_gradient(q)[:, None], q[:, None]), -2),
+    "generalized_kl_divergence": (lambda p: jce.generalized_kl_divergence(p[:, None], 0 * p[:, None] + HALF), -1),
+    "binary_entropy": (jce.binary_entropy, 1),
+    "binary_cross_entropy in beta": (lambda b: jce.binary_cross_entropy(jax.lax.stop_gradient(b), b), -2),
+    "binary_kl_divergence": (lambda a: jce.binary_kl_divergence(a, HALF), -1),
+    "binary_kl_divergence in beta": (lambda b: jce.binary_kl_divergence(jax.lax.stop_gradient(b), b), -2),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_third_derivatives_along_a_small_probability(name):
+    """d³/ds³ f(p(1 + s)) is of the size of p, in all eight nestings, though 1/p² and p² are no float32."""
+    function, expected = SMALL[name]
+    p = np.float32(10.0 ** -np.arange(5, 38, 4))
+    ones = np.ones_like(p)
+
+    def forward(f):
+        return lambda s: jax.jvp(f, (s,), (ones,))[1]
+
+    def reverse(f):
+        return lambda s: jax.vjp(f, s)[1](ones)[0]
+
+    @jax.jit
+    def thirds(s):
+        modes = (forward, reverse)
+        return [a(b(c(lambda s: function(p * (1 + s)))))(s) for a in modes for b in modes for c in modes]
+
+    for third in thirds(0 * p):
+        np.testing.assert_allclose(third / p, np.full_like(p, expected), rtol=1e-4)
+
+
 def test_infinite_second_derivatives():
     inf = np.inf
     q = np.float32([0.5, 0.5])

@@ -97,7 +97,8 @@ def test_a_batch_of_hessian_vector_products(kernel, rng):
 
     directions = rng.standard_normal((64, 256, 50)).astype(np.float32)
     together, alone = jax.jit(lambda v: (jax.vmap(product)(v), jax.lax.map(product, v)))(directions)
-    close(together, alone, rtol=1e-5, atol=1e-5)
+    # Of the directions of two arguments, terms of the size of the largest entries cancel.
+    close(together, alone, rtol=1e-5, atol=max(1e-5, 2e-7 * max(float(jnp.abs(x).max()) for x in alone)))
 
 
 @pytest.mark.needs_jit  # what is exported is compiled, and rounds otherwise than op by op
@@ -117,7 +118,7 @@ def test_export(kernel, rng):
     directions = tuple(np.where(np.isfinite(x), x, 0).astype(np.float32) for x in arguments)
     products = pull.vjp().call(*arguments, cotangent, *directions)
     expected = jax.jit(lambda x, t: jax.vjp(gradient(kernel), *x)[1](t))(arguments, directions)
-    close(tuple(products[: len(arguments)]), expected, rtol=1e-5)
+    close(tuple(products[: len(arguments)]), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.needs_jit

@@ -3,11 +3,12 @@
 What only the functions of a head take is read in `_head.py`. All of it is static, so it costs nothing at run time, and
 errors are raised while tracing.
 
-What the arrays hold is another matter. Under `jax.jit` an argument need not be an array in memory: XLA fuses what makes it
-into each pass that reads it and computes it there anew, each time rounded a little differently. Of x·t it makes one
+What the arrays hold is another matter. Under `jax.jit` an argument need not be an array in memory: XLA fuses what makes
+it into each pass that reads it and computes it there anew, each time rounded a little differently. Of x·t it makes one
 operation with the difference behind it, and two libraries of its own have two tanh. So two readings of one entry may be
-some ulps apart, and no kernel may ask whether they are the same, directly or by a floor, a difference of 0 or what a
-sum's rounding lost: it compares with a margin, or only where either answer is right. tests/test_in_program.py is the law.
+some ulps apart, and no kernel may ask whether they are the same, directly or by a floor, a difference of 0 or what the
+rounding of a sum lost: it compares with a margin, or only where either answer is right. tests/test_in_program.py is
+the law.
 """
 
 from __future__ import annotations

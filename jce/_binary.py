@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jce._arguments import elementwise, public
 from jce._calculus import both_zero, custom_jvp, def_partials, def_tangents, def_twin, over_if_present, ratio
 from jce._deviance import deviance, log_ratio
-from jce._elementary import log_complement, nan_if_negative, one_minus
+from jce._elementary import log_complement, nan_if_negative, one_minus, raised
 
 
 @public()
@@ -155,7 +155,9 @@ def_partials(_kl_divergence, lambda a, b: _log_odds_ratio(a, b), lambda a, b: _s
 @custom_jvp
 def _score(a, b):
     c = one_minus(b)
-    return jnp.where(_agree(a, b), 1 - 2 * b, (b - a) / (jnp.abs(b * c) + nan_if_negative(jnp.minimum(b, c))))
+    p, q = raised(a, b)
+    score = (q - p) / (jnp.abs(q * c) + nan_if_negative(jnp.minimum(b, c)))
+    return jnp.where(_agree(a, b), 1 - 2 * b, score)
 
 
 # (β-α)/(β(1-β)) = (1-α)/(1-β) - α/β
@@ -177,7 +179,8 @@ def_tangents(_log_odds_against, lambda t, a, b: jnp.zeros_like(t), lambda t, a, 
 
 @custom_jvp
 def _log_odds_ratio(a, b):
-    return log_ratio(a, b, a - b) - log_ratio(one_minus(a), one_minus(b), b - a)
+    p, q = raised(a, b)
+    return log_ratio(p, q, p - q) - log_ratio(one_minus(a), one_minus(b), b - a)
 
 
 # ∂/∂α log α(1-β)/((1-α)β) = 1/(α(1-α)), ∂/∂β = -1/(β(1-β))

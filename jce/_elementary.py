@@ -75,6 +75,13 @@ def nan_if_negative(x):
     return jnp.sqrt(x - jnp.abs(x))
 
 
+def raised(p, q):
+    """p and q times a power of 2, where they are below 1: the difference of two of the smallest numbers is subnormal,
+    which XLA takes for 0."""
+    scale = jnp.where(jnp.maximum(p, q) < 1, 2.0 ** (jnp.finfo(p.dtype).nmant + 1), 1.0).astype(p.dtype)
+    return p * scale, q * scale
+
+
 def log_complement(b):
     """log(1 - β), from the rounded 1 - β and what the rounding lost. log1p is further off, up to 128 ulp in float64."""
     c = one_minus(b)

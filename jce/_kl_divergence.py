@@ -22,7 +22,7 @@ from jce._calculus import (
     ratio,
 )
 from jce._deviance import deviance, deviance_from_log, log_ratio
-from jce._elementary import nan_if_negative
+from jce._elementary import nan_if_negative, raised
 from jce._mul0 import mul0
 from jce._softmax import FINE, another, centered, normalizer, softmax, softmax_tangent
 
@@ -151,6 +151,7 @@ def_partials(_deviance, lambda p, q: _log_ratio(p, q), lambda p, q: _relative_ex
 
 @custom_jvp
 def _log_ratio(p, q):
+    p, q = raised(p, q)
     return log_ratio(p, q, p - q)
 
 
@@ -160,6 +161,7 @@ def_tangents(_log_ratio, lambda t, p, q: over_if_present(t, q, p), lambda t, p, 
 
 @custom_jvp
 def _relative_excess(p, q):
+    p, q = raised(p, q)
     return jnp.where(both_zero(p, q), jnp.ones_like(q), (q - p) / (jnp.abs(q) + nan_if_negative(q)))
 
 

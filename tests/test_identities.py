@@ -146,3 +146,13 @@ def test_chain_rule_of_entropy(rng):
     product = [np.outer(x[0], x[1]).ravel() for x in (p, q)]
     np.testing.assert_allclose(jce.entropy(product[0]), jce.entropy(p).sum(), rtol=1e-6)
     np.testing.assert_allclose(jce.kl_divergence(*product), jce.kl_divergence(p, q).sum(), rtol=1e-5)
+
+
+def test_derivatives_where_the_difference_is_subnormal():
+    """1 - p/q and log p/q of p = 1 and q = 3/2 of the smallest normal numbers."""
+    p, q = np.float32(2.0**-126), np.float32(1.5 * 2.0**-126)
+    for function in (jce.binary_cross_entropy, jce.binary_kl_divergence):
+        np.testing.assert_allclose(jax.grad(function, 1)(p, q), 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(jce.binary_kl_divergence)(p, q), -np.log(1.5), rtol=1e-6)
+    in_p, in_q = jax.grad(jce.generalized_kl_divergence, (0, 1))(p[None], q[None])
+    np.testing.assert_allclose([in_p[0], in_q[0]], [-np.log(1.5), 1 / 3], rtol=1e-6)

@@ -254,3 +254,11 @@ def test_a_hessian_vector_product_at_equal_logits_keeps_its_digits(rng):
     _, hvp = jax.jvp(gradient, (np.zeros(1000, np.float32),), (t,))
     exact = (t.astype(np.float64) - t.mean(dtype=np.float64)) / 1000
     np.testing.assert_allclose(hvp, exact, atol=3e-4 * np.abs(exact).max())
+
+
+def test_the_mixed_derivative_of_soft_targets_at_a_class_that_is_nearly_certain():
+    """∂²H/∂p∂x along p₀ is q₀ - 1 = -4e-9 there, in which 1 - q has no digit."""
+    p, x = jnp.array([1.0, 0.0, 0.0]), jnp.array([20.0, 0.0, 0.0])
+    gradient = jax.grad(jce.cross_entropy_with_logits, 1)
+    mixed = jax.jvp(lambda p: gradient(p, x), (p,), (jnp.array([1.0, 0.0, 0.0]),))[1]
+    np.testing.assert_allclose(mixed, [-4.1223072e-9, 2.0611536e-9, 2.0611536e-9], rtol=1e-6)

@@ -123,7 +123,7 @@ def test_where_drops_rows(kernel, rng):
     mask = np.array([True, False, True, True])
     value = kernel.function(*arguments, where=mask[..., None])
     assert value[1] == 0
-    np.testing.assert_array_equal(value[mask], kernel.function(*(x[mask] for x in arguments)))
+    np.testing.assert_allclose(value[mask], kernel.function(*(x[mask] for x in arguments)), rtol=3e-7)
     g = jax.grad(lambda *x: kernel.function(*x, where=mask[..., None]).sum())(*arguments)
     np.testing.assert_array_equal(g[1], np.zeros(6))
     assert np.isfinite(g).all()

@@ -32,7 +32,7 @@ from jce._classes import Classes
 from jce._mul0 import mul0, multiply
 
 LONG_ROW = 128  # classes
-FINE = 2.0**12
+FINE = 2.0**12  # how finely a weight is rounded that only centers a tangent
 
 
 def maximum(x: Array, classes: Classes) -> Array:
@@ -97,7 +97,7 @@ def normalizer(x: Array, classes: Classes) -> Normalizer:
 
 def with_derivative_of(a: Array, b: Array) -> Array:
     """a, with b's derivative: of where m is a constant, as it is over devices, a sum without the maximal class has not
-    all of its own. Rules don't need it, but JAX before 0.12 forgets them in a loop."""
+    all of its own. Rules don't need it, but JAX before 0.12 forgets them in the head's loop."""
     return lax.stop_gradient(a) + (b - lax.stop_gradient(b))
 
 
@@ -158,9 +158,10 @@ def centered(t: Array, x: Array, classes: Classes) -> Array:
 
 
 def deviation(t, x, classes):
-    """Z, u = t - t at a class that dominates, and Σⱼ qⱼuⱼ.
+    """Z, tᵢ - Σⱼ qⱼtⱼ, and Σⱼ qⱼtⱼ.
 
-    Where a class has nearly all of q, its u is 0, and the sum of the small rest has its digits. Where none has, u = t.
+    Where a class dominates, t counts from its own: the deviation there is minus the sum of the small rest, with all its
+    digits.
     """
     z = _normalizer(x, classes)
     shared = jnp.minimum(jnp.floor(z - 0.5), 1)
@@ -173,7 +174,7 @@ def deviation(t, x, classes):
     # 0 at a class that dominates, 1 at any other
     others = jnp.floor(classes.column(jnp.maximum(1.9, -z)) - classes.column(1.25 - 1.25 * shared) * e)
     mean = multiply(ratio(jnp.ones_like(z), z), classes.sum(multiply(multiply(others, e), t - classes.column(center))))
-    # Of the pass that follows; not behind one barrier, for the first is linear in t.
+    # Behind the barrier it is the last pass's own; elementwise, that pass may select.
     center = lax.optimization_barrier(center)
     above = 1e30 * jnp.maximum(lax.stop_gradient(z) - 1.5, 0)
     dominant = lax.stop_gradient(x) > classes.column(classes.max(lax.stop_gradient(x)) - 0.3 + above)

@@ -156,3 +156,9 @@ def test_derivatives_where_the_difference_is_subnormal():
     np.testing.assert_allclose(jax.grad(jce.binary_kl_divergence)(p, q), -np.log(1.5), rtol=1e-6)
     in_p, in_q = jax.grad(jce.generalized_kl_divergence, (0, 1))(p[None], q[None])
     np.testing.assert_allclose([in_p[0], in_q[0]], [-np.log(1.5), 1 / 3], rtol=1e-6)
+
+
+def test_the_entropy_of_near_certainty():
+    """Where all of it is one unlikely class's, it has that class's logarithm."""
+    p = np.array([2.0**-120, 1.0], np.float32)
+    np.testing.assert_allclose(jce.entropy(p), 120 * np.log(2) * 2.0**-120, rtol=1e-6)

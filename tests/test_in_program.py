@@ -278,3 +278,18 @@ def test_heads_of_width_1(function, cap, rng):
         expected = jax.tree.leaves(jax.jit(run)(*map(np.float64, (h, w, t))))
     for g, e in zip(got, expected, strict=True):
         np.testing.assert_allclose(g, e, rtol=1e-3, atol=2e-5 * np.abs(e).max())
+
+
+def test_products_that_round_to_1(rng):
+    """1 - uv, of which XLA would make one operation, is 0 there, not ±3e-8 or a logarithm's NaN."""
+    u = rng.uniform(0.5, 2, 10_000).astype(np.float32)
+    v = np.float32(1) / u
+    u, v = u[u * v == 1], v[u * v == 1]
+    one = np.ones_like(u)
+    for function in (
+        lambda u, v: jce.binary_entropy(u * v),
+        lambda u, v: jce.binary_cross_entropy(u * v, one),
+        lambda u, v: jce.binary_kl_divergence(u * v, one),
+        lambda u, v: jce.binary_cross_entropy_with_logits(u * v, np.inf * one),
+    ):
+        np.testing.assert_array_equal(jax.jit(function)(u, v), 0 * one)

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jce._arguments import elementwise, public
 from jce._calculus import both_zero, custom_jvp, def_partials, def_tangents, def_twin, over_if_present, ratio
 from jce._deviance import deviance, log_ratio
-from jce._elementary import log_complement, nan_if_negative, one_minus, raised
+from jce._elementary import log_complement, one_minus, raised, unless_negative
 
 
 @public()
@@ -156,8 +156,8 @@ def_partials(_kl_divergence, lambda a, b: _log_odds_ratio(a, b), lambda a, b: _s
 def _score(a, b):
     c = one_minus(b)
     p, q = raised(a, b)
-    score = (q - p) / (jnp.abs(q * c) + nan_if_negative(jnp.minimum(b, c)))
-    return jnp.where(_agree(a, b), 1 - 2 * b, score)
+    score = jnp.where(_agree(a, b), 1 - 2 * b, (q - p) / jnp.abs(q * c))
+    return unless_negative(jnp.minimum(b, c), score)
 
 
 # (β-α)/(β(1-β)) = (1-α)/(1-β) - α/β
@@ -168,9 +168,9 @@ def_twin(_score, lambda a, b: ratio(one_minus(a), one_minus(b)) - ratio(a, b))
 def _log_odds_against(a, b):
     # |1 - 2β| is exact where it is small, and log1p of a positive number keeps its digits.
     smaller = jnp.minimum(b, one_minus(b))
-    smaller = jnp.where(smaller == 0, jnp.zeros_like(b), smaller)  # -0 is 0 too
-    log_odds = jnp.log1p(jnp.abs(1 - 2 * b) / smaller)
-    return jnp.where(_agree(a, b), jnp.zeros_like(b), jnp.where(b < 0.5, log_odds, -log_odds))
+    at_end = jnp.where(a == b, jnp.zeros_like(b), jnp.inf)  # β = 0 or 1
+    log_odds = jnp.log1p(jnp.where(smaller == 0, at_end, jnp.abs(1 - 2 * b) / smaller))
+    return jnp.where(b < 0.5, log_odds, 0 - log_odds)
 
 
 # ∂/∂β log (1-β)/β = -1/(β(1-β))

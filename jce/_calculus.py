@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from jce._elementary import nan_if_negative
+from jce._elementary import unless_negative
 from jce._mul0 import mul0, over
 
 
@@ -43,10 +43,10 @@ class custom_jvp:
         return self._kernel(*arguments)
 
 
-def directional_derivative(primals, tangents, *partials: Callable[..., Array]) -> Array:
+def directional_derivative(primals, tangents, *partials: Callable[..., Array], static=()) -> Array:
     """Σᵢ ∂ᵢf · tᵢ, elementwise, over the arguments that are differentiated: the others add nothing."""
     terms = [
-        mul0(partial(*primals), t)
+        mul0(partial(*primals, *static), t)
         for partial, t in zip(partials, tangents, strict=True)
         if not isinstance(t, SymbolicZero)
     ]
@@ -58,6 +58,16 @@ def def_partials(kernel: custom_jvp, *partials: Callable[..., Array]) -> None:
 
     def rule(primals, tangents):
         return kernel(*primals), directional_derivative(primals, tangents, *partials)
+
+    kernel.defjvp(rule, symbolic_zeros=True)
+
+
+def def_partials_of_sum(kernel: custom_jvp, *partials: Callable[..., Array]) -> None:
+    """The same for a sum over classes, its last argument and that of the partials, which are elementwise."""
+
+    def rule(classes, primals, tangents):
+        tangent = directional_derivative(primals, tangents, *partials, static=(classes,))
+        return kernel(*primals, classes), classes.sum(tangent)
 
     kernel.defjvp(rule, symbolic_zeros=True)
 
@@ -102,8 +112,7 @@ def both_zero(a: Array, b: Array) -> Array:
 @custom_jvp
 def ratio(a: Array, b: Array) -> Array:
     """a / b for b ≥ 0, with 0 / 0 = 0; NaN for b < 0."""
-    nan = nan_if_negative(b)
-    return jnp.where(a == 0, nan, a / (jnp.abs(b) + nan))  # |b|: -0 is 0 too
+    return unless_negative(b, jnp.where(a == 0, jnp.zeros_like(a), a / jnp.abs(b)))  # |b|: -0 is 0 too
 
 
 def over_if_present(t: Array, a: Array, b: Array) -> Array:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jce._layout import Layout, mesh_names, over_devices, told_axes
 
 LONGEST_ROW = 32_768  # classes; longer ones are folded
+LONG_ROW = 128
 SHORTEST_BLOCK = 512
 
 
@@ -97,6 +98,15 @@ class Classes(NamedTuple):
     def count_here(self, x: Array) -> int:
         """How many of the n classes this device has."""
         return self.blocks * x.shape[self.axis]
+
+    def are_few(self, x: Array) -> bool:
+        """Whether rows are so short that on a CPU other operations are cheap, as `_softmax.py` says."""
+        return self.count_here(x) < LONG_ROW
+
+    def lowest(self, x: Array) -> Array:
+        """The lowest number; of few classes made of x, for where it meets a result."""
+        least = jnp.finfo(x.dtype).min
+        return jnp.minimum(x, least) if self.are_few(x) else jnp.full((), least, x.dtype)
 
     def local(self, labels: Array, x: Array) -> Array:
         """Labels as counted from this device's first class."""

@@ -14,9 +14,8 @@ from jce._arguments import distributions, fraction, is_array, labelled, public
 from jce._calculus import (
     both_zero,
     custom_jvp,
-    def_partials,
+    def_partials_of_sum,
     def_tangents,
-    directional_derivative,
     negative,
     over_if_present,
     ratio,
@@ -74,19 +73,21 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       1.0397208 [-2. -1. -0.]
     """
     (p, q), classes = distributions("cross_entropy", axis, where, p=p, q=q)
-    return negative(classes.sum(_p_log_q(p, q)))
+    return negative(_sum_p_log_q(p, q, classes))
 
 
-@custom_jvp
-def _p_log_q(p, q):
-    return p * jnp.maximum(jnp.log(q), -bound(p))
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
+def _sum_p_log_q(p, q, classes):
+    return classes.sum(p * jnp.maximum(jnp.log(q), bound(p, -1, classes)))
 
 
-def bound(p):
-    """A number at p = 0, and beyond the float range at any normal p: what is at most that may be multiplied with p, and
-    0 · ∞ is 0. A select would make XLA write the N × n factors of a sum to memory on a CPU."""
+def bound(p, sign, classes):
+    """A number at p = 0, and ±∞ at any normal p: what is within that may be multiplied with p, and 0 · ∞ is 0. A select
+    would make XLA write the N × n factors of a sum to memory on a CPU."""
     info = jnp.finfo(p.dtype)
-    return info.max * (0.5 + jnp.abs(p) * (1.5 / info.tiny))
+    if classes.are_few(p):
+        return sign * jnp.abs((p * info.max) * classes.lowest(p))
+    return sign * info.max * (0.5 + jnp.abs(p) * (1.5 / info.tiny))
 
 
 @custom_jvp
@@ -95,7 +96,11 @@ def _log_q(p, q):
 
 
 # ∂/∂p p log q = log q, ∂/∂q p log q = p/q
-def_partials(_p_log_q, lambda p, q: jnp.where(both_zero(p, q), jnp.zeros_like(q), _log_q(p, q)), ratio)
+def_partials_of_sum(
+    _sum_p_log_q,
+    lambda p, q, _: jnp.where(both_zero(p, q), jnp.zeros_like(q), _log_q(p, q)),
+    lambda p, q, _: ratio(p, q),
+)
 # ∂/∂q log q = 1/q
 def_tangents(_log_q, lambda t, p, q: jnp.zeros_like(t), over_if_present)
 
@@ -156,18 +161,11 @@ def cross_entropy_with_logits(
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _soft(p, x, classes):
-    return classes.sum(p * jnp.minimum(surprisal(x, classes), bound(p)))
+    return classes.sum(p * jnp.minimum(normalizer(x, classes).surprisal(x, classes), bound(p, 1, classes)))
 
 
 # ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
-def _soft_rule(classes, primals, tangents):
-    tangent = directional_derivative(
-        primals, tangents, lambda p, x: surprisal(x, classes), lambda p, x: _excess(p, x, classes)
-    )
-    return _soft(*primals, classes), classes.sum(tangent)
-
-
-_soft.defjvp(_soft_rule, symbolic_zeros=True)
+def_partials_of_sum(_soft, lambda p, x, classes: surprisal(x, classes), lambda p, x, classes: _excess(p, x, classes))
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
-from jce._calculus import custom_jvp, def_partials, def_tangents, negative
+from jce._calculus import custom_jvp, def_partials_of_sum, def_tangents, negative
 from jce._mul0 import mul0, multiply, over
 from jce._softmax import another, deviation, normalizer, softmax, surprisal, unless_nan
 
@@ -53,18 +53,18 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
       1.5
     """
     (p,), classes = distributions("entropy", axis, where, p=p)
-    return negative(classes.sum(_p_log_p(p)))
+    return negative(_sum_p_log_p(p, classes))
 
 
-@custom_jvp
-def _p_log_p(p):
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+def _sum_p_log_p(p, classes):
     # The lowest number for -∞, so that 0 log 0 = 0 without a select: inside a sum, a select would make XLA write the
-    # N × n terms to memory first, on a CPU.
-    return p * jnp.maximum(jnp.log(p), jnp.finfo(p.dtype).min)
+    # N × n terms to memory first, on a CPU. |p|, where p < 0 has no logarithm, is another result.
+    return classes.sum(jnp.abs(p) * jnp.maximum(jnp.log(p), classes.lowest(p)))
 
 
 # d/dp p log p = log p + 1
-def_partials(_p_log_p, lambda p: _log(p) + 1)
+def_partials_of_sum(_sum_p_log_p, lambda p, _: _log(p) + 1)
 
 
 @custom_jvp
@@ -159,8 +159,8 @@ def _surprisal_excess(x, classes):
 @_weighted_excess.defjvp
 def _weighted_excess_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
-    z, u, _ = deviation(t, x, classes)
-    dh = classes.sum(multiply(_weighted_excess(x, classes), u))
-    centered = multiply(_surprisal_excess(x, classes) - 1, u)
-    tangent = mul0(softmax(x, classes), centered - classes.column(dh))
+    z, u, _, covariance = deviation(t, x, classes)
+    excess = _surprisal_excess(x, classes)
+    centered = multiply(excess - 1, u)
+    tangent = mul0(softmax(x, classes), centered - classes.column(covariance(excess)))
     return _weighted_excess(x, classes), unless_nan(z, tangent, t, classes)

@@ -16,12 +16,14 @@ whatever m is drops out.
 How the sums are written decides their speed. On a CPU, XLA gives a reduction to a library with a fixed set of
 operations: a compare, a select or an iota inside one, or in what is made of one for the next, is first written to
 memory, N × n numbers of it, and so is a constant that two passes share. So masks are said in arithmetic here:
-min(eᵢ, 2|i - y|) leaves out class y, since eᵢ ≤ 1, and eᵢ ⌊7/4 - eᵢ⌋ those of eᵢ > 3/4.
+min(eᵢ, 2|i - y|) leaves out class y, since eᵢ ≤ 1, and eᵢ ⌊7/4 - eᵢ⌋ those of eᵢ > 3/4. Where rows are short, the
+library is slow at two more things: an argument that meets a result, and a constant that doesn't meet an argument.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -31,7 +33,6 @@ from jce._calculus import custom_jvp, ratio
 from jce._classes import Classes
 from jce._mul0 import mul0, multiply
 
-LONG_ROW = 128  # classes
 FINE = 2.0**12  # how finely a weight is rounded that only centers a tangent
 
 
@@ -41,13 +42,13 @@ def maximum(x: Array, classes: Classes) -> Array:
     return jnp.where(m == jnp.inf, m - m, m)
 
 
-def another(m: Array, s: Array, classes: int = LONG_ROW) -> Array:
+def another(m: Array, s: Array, few: bool = False) -> Array:
     """The number m again, to be broadcast for another pass over the logits; s ≥ 0 is a result of the pass before.
 
     What two passes share, N × n numbers, XLA stores on a CPU unless it fuses both. So m is said as max(m, m - s), which
-    XLA can't see through, and the pass computes its own. Sums over short rows are better off shared.
+    XLA can't see through, and the pass computes its own. Sums over few classes are better off shared.
     """
-    return jnp.maximum(m, m - s) if classes >= LONG_ROW else m
+    return m if few else jnp.maximum(m, m - s)
 
 
 class Normalizer(NamedTuple):
@@ -78,16 +79,21 @@ class Normalizer(NamedTuple):
         depth = jnp.minimum(jnp.maximum(d + (d + lift), d), zero)
         return depth if classes.mesh_axis is None else with_derivative_of(depth, jnp.maximum(d, jnp.finfo(d.dtype).min))
 
-    @property
-    def most(self) -> Array:
-        """A number whose product with eᵢ has the floor 1 at a class that dominates, and 0 at any other."""
-        return jnp.maximum(1.25 - self.shared, 0)
+    def surprisal(self, x: Array, classes: Classes) -> Array:
+        """log 1/qᵢ = log Z - (xᵢ - m)"""
+        return classes.column(self.log_z) - self.depth(x, classes)
+
+    def depth_and_dominant(self, x: Array, m: Array, classes: Classes) -> tuple[Array, Array]:
+        """The same for an elementwise pass, which may select, and with its own m; and where the class dominates."""
+        d = x - classes.column(m)
+        dominant = d > classes.column(self.shared - 0.5)
+        return jnp.where(dominant, jnp.zeros_like(d), d), dominant
 
 
 def normalizer(x: Array, classes: Classes) -> Normalizer:
     m = maximum(x, classes)
     z = classes.sum(jnp.exp(x - classes.column(m)))
-    e = jnp.exp(x - classes.column(another(m, z, classes.count_here(x))))
+    e = jnp.exp(x - classes.column(another(m, z, classes.are_few(x))))
     most = jnp.maximum(1.75, -z)  # 7/4: a number a row, since a constant would be shared with another array's sum
     s = classes.sum(e * jnp.floor(classes.column(most) - e))
     # s where Z < 3/2, Z - 1 beyond. Between 1.4 and 1.53 they are the same.
@@ -145,7 +151,7 @@ def _softmax_rule(classes, primals, tangents):
 # dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
 def softmax_tangent(t: Array, x: Array, classes: Classes, scale: Array | None = None) -> Array:
     """dqᵢ along t, or that times a number a row."""
-    z, u, _ = deviation(t, x, classes)
+    z, u, *_ = deviation(t, x, classes)
     r = ratio(jnp.ones_like(z) if scale is None else scale, z)
     q = _exponential(x, 4, classes) * classes.column(r)
     return unless_nan(z, mul0(q, u), t, classes)
@@ -153,33 +159,59 @@ def softmax_tangent(t: Array, x: Array, classes: Classes, scale: Array | None = 
 
 def centered(t: Array, x: Array, classes: Classes) -> Array:
     """tᵢ - Σⱼ qⱼtⱼ, linear in t."""
-    z, u, _ = deviation(t, x, classes)
+    z, u, *_ = deviation(t, x, classes)
     return unless_nan(z, u, t, classes)
 
 
-def deviation(t, x, classes):
-    """Z, tᵢ - Σⱼ qⱼtⱼ, and Σⱼ qⱼtⱼ.
+class Deviation(NamedTuple):
+    """Z, tᵢ - Σⱼ qⱼtⱼ, Σⱼ qⱼtⱼ, and Σᵢ aᵢqᵢ (tᵢ - Σⱼ qⱼtⱼ) as a function of any a with Σᵢ aᵢqᵢ = 0."""
+
+    z: Array
+    each: Array
+    mean: Array
+    covariance: Callable[[Array], Array]
+
+
+def deviation(t: Array, x: Array, classes: Classes) -> Deviation:
+    """How t deviates from its mean under q.
 
     Where a class dominates, t counts from its own: the deviation there is minus the sum of the small rest, with all its
     digits.
     """
+    # A factor a row is cheap on a CPU where it meets an argument, if classes are few, and otherwise their sum.
+    few = classes.are_few(x)
+
+    def early(r, a):
+        return multiply(jnp.broadcast_to(classes.column(r), a.shape), a) if few else a
+
+    def late(r, total):
+        return total if few else multiply(r, total)
+
     z = _normalizer(x, classes)
     shared = jnp.minimum(jnp.floor(z - 0.5), 1)
+
     # t is taken from a number a row, any: the dominating class's, or a mean with weights of 12 bits. So next to nothing
     # is left of what Σ q is off 1, where two passes round x otherwise.
     weight = jnp.floor(classes.column(1.25 + FINE * shared) * _exponential(x, 2, classes))
-    center = multiply(1 / jnp.maximum(1, FINE * shared * lax.stop_gradient(z)), classes.sum(multiply(weight, t)))
+    scale = 1 / jnp.maximum(1, FINE * shared * lax.stop_gradient(z))
+    center = late(scale, classes.sum(multiply(weight, early(scale, t))))
 
-    e = _exponential(x, 3, classes)
-    # 0 at a class that dominates, 1 at any other
-    others = jnp.floor(classes.column(jnp.maximum(1.9, -z)) - classes.column(1.25 - 1.25 * shared) * e)
-    mean = multiply(ratio(jnp.ones_like(z), z), classes.sum(multiply(multiply(others, e), t - classes.column(center))))
+    # 0 at a class that dominates, with eᵢ = 1 or qᵢ > 2/3, and eᵢ or qᵢ at any other
+    over_z = ratio(jnp.ones_like(z), z)
+    e = early(over_z, _exponential(x, 3, classes))
+    others = jnp.minimum(jnp.floor(classes.column(1.6 + 2 * shared) - e), e)
+
+    def sum_of_others(a):
+        return late(over_z, classes.sum(multiply(a, t - classes.column(center))))
+
+    mean_from_center = sum_of_others(others)
     # Behind the barrier it is the last pass's own; elementwise, that pass may select.
-    center = lax.optimization_barrier(center)
+    from_center = t - classes.column(lax.optimization_barrier(center))
     above = 1e30 * jnp.maximum(lax.stop_gradient(z) - 1.5, 0)
     dominant = lax.stop_gradient(x) > classes.column(classes.max(lax.stop_gradient(x)) - 0.3 + above)
-    mean_ = classes.column(mean)
-    return z, jnp.where(dominant, -mean_, (t - classes.column(center)) - mean_), center + mean
+    mean = classes.column(mean_from_center)
+    each = jnp.where(dominant, -mean, from_center - mean)
+    return Deviation(z, each, center + mean_from_center, lambda a: sum_of_others(multiply(others, a)))
 
 
 def unless_nan(z, tangent, t, classes):
@@ -199,7 +231,7 @@ def _exponential(x, k, classes):
     """eᵢ = exp(xᵢ - m), for a constant m, in the pass number k over x, of which each says m in another way."""
     m = maximum(x, classes)
     if k:
-        m = another(m, k * classes.sum(jnp.exp(x - classes.column(m))), classes.count_here(x))
+        m = another(m, k * classes.sum(jnp.exp(x - classes.column(m))), classes.are_few(x))
     return jnp.exp(x - classes.column(m))
 
 
@@ -227,8 +259,7 @@ def _complement_rule(classes, primals, tangents):
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 def surprisal(x: Array, classes: Classes) -> Array:
     """log 1/qᵢ = log Z - (xᵢ - m) ≥ 0, and +∞ at a class of probability 0."""
-    n = normalizer(x, classes)
-    return classes.column(n.log_z) - n.depth(x, classes)
+    return normalizer(x, classes).surprisal(x, classes)
 
 
 # d log 1/qᵢ = -(tᵢ - Σⱼ qⱼtⱼ)
@@ -249,7 +280,7 @@ def logsumexp(x: Array, classes: Classes) -> Array:
 @logsumexp.defjvp
 def _logsumexp_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
-    z, _, mean = deviation(t, x, classes)
+    z, _, mean, _ = deviation(t, x, classes)
     # Not Σ qᵢtᵢ, for Σ qᵢ is 1 here to the last digit, whatever two passes make of x.
     nan = classes.sum(mul0(jnp.broadcast_to(classes.column(lax.stop_gradient(z - z)), t.shape), t))
     return logsumexp(x, classes), jnp.where(jnp.isfinite(z), mean, nan)

@@ -17,7 +17,7 @@ import pytest
 
 import jce
 from jce import _cross_entropy, _entropy, _kl_divergence, _softmax
-from tests.kernels import LOGIT, TABLE, Kernel, each_function, modes
+from tests.kernels import LOGIT, OF_LOGITS, TABLE, WITH_CLASSES, Kernel, each_function, each_with_classes, label, modes
 
 pytestmark = pytest.mark.needs_jit
 
@@ -85,9 +85,9 @@ def combinations(kernel: Kernel) -> list[tuple]:
     return [tuple(makers[(i + 4 * k) % len(makers)] for k, makers in enumerate(lists)) for i in range(longest)]
 
 
-def raw(rng):
+def raw(rng, classes=CLASSES):
     """Rows of every spread, some with two equal numbers."""
-    z = 20 * rng.standard_normal((ROWS, CLASSES))
+    z = 20 * rng.standard_normal((ROWS, classes))
     z[: ROWS // 4] /= 10
     z[ROWS // 4, 1] = z[ROWS // 4, 0]
     return z.astype(np.float32)
@@ -135,8 +135,8 @@ def truth(kernel: Kernel, exactly: Callable, inputs, wanted) -> dict:
     return {mode: list(map(split, jax.tree.leaves(out))) for mode, out in exactly(*stacked).items()}
 
 
-def holds(kernel: Kernel, makers, rng, exactly: Callable, from_memory: Callable) -> None:
-    z, w = (raw(rng), raw(rng)), np.float32(1.7)
+def holds(kernel: Kernel, makers, rng, exactly: Callable, from_memory: Callable, classes=CLASSES) -> None:
+    z, w = (raw(rng, classes), raw(rng, classes)), np.float32(1.7)
     got = jax.jit(lambda z, w: results(kernel)(*made(kernel, makers, z, w)))(z, w)
     with jax.disable_jit():
         inputs = jax.tree.map(np.asarray, made(kernel, makers, tuple(map(jnp.asarray, z)), jnp.asarray(w)))
@@ -194,6 +194,17 @@ def test_every_input_made_in_the_same_program(kernel, rng):
     law(kernel, rng, slice(None))
 
 
+MANY = 160  # classes, which XLA sums otherwise
+
+
+@each_with_classes
+def test_many_classes_made_in_the_same_program(kernel, rng):
+    makers = combinations(kernel)
+    holds(
+        kernel, makers[TABLE.index(kernel) % len(makers)], rng, jax.jit(results(kernel)), jax.jit(results(kernel)), MANY
+    )
+
+
 def mapped(f):
     return lambda *x: jax.lax.map(lambda row: f(*row), x)
 
@@ -208,7 +219,6 @@ CONSUMERS: dict[str, Callable] = {
     "vmap": lambda f: jax.vmap(lambda *x: jnp.square(f(*x))),
     "scan": lambda f: mapped(jax.checkpoint(lambda *x: jnp.square(f(*x)))),
 }
-FEW = [kernel for kernel in TABLE if kernel.has_classes]
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
@@ -216,7 +226,7 @@ def test_what_is_made_of_the_result_in_the_same_program(consumer, rng):
     """Each with some of the functions, and each of these with another maker."""
     start = list(CONSUMERS).index(consumer)
     for k in range(3):
-        kernel = FEW[(start + 3 * k) % len(FEW)]
+        kernel = WITH_CLASSES[(start + 3 * k) % len(WITH_CLASSES)]
         consumed = dataclasses.replace(kernel, function=CONSUMERS[consumer](kernel.function))
         combination = combinations(kernel)[(2 * start + k) % len(combinations(kernel))]
         holds(consumed, combination, rng, jax.jit(results(consumed)), jax.jit(results(consumed)))
@@ -228,7 +238,7 @@ def forbidding(z, w):
     return jnp.where((i > 0) & ((i % 2 == 1) | (row % 4 == 0)), -jnp.inf, z * w)
 
 
-ONE_ROW_OF_LOGITS = [kernel for kernel in FEW if kernel.domains == (LOGIT,) and kernel.note != "smoothed"]
+ONE_ROW_OF_LOGITS = [kernel for kernel in WITH_CLASSES if kernel.domains == (LOGIT,) and kernel.note != "smoothed"]
 
 
 @pytest.mark.parametrize("kernel", ONE_ROW_OF_LOGITS, ids=lambda kernel: kernel.name)
@@ -307,10 +317,7 @@ def other_rounding_in_later_passes(monkeypatch):
     jax.clear_caches()
 
 
-OF_LOGITS = [k for k in FEW if LOGIT in k.domains and k.note != "smoothed"]
-
-
-@pytest.mark.parametrize("kernel", OF_LOGITS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)
 def test_another_rounding_in_later_passes(kernel, rng, other_rounding_in_later_passes):
     """A relative error of the exponents is all that it makes, also where one class has all but e^-40 of both."""
     arguments = []

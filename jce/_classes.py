@@ -30,6 +30,7 @@ class Classes(NamedTuple):
     axis: int
     mesh_axis: Hashable | None = None
     blocks: int = 1  # folded, their axis is the one before
+    masks: bool = False  # on an accelerator a mask costs nothing, where on a CPU it costs a pass
 
     def folding(self, x: Array) -> Classes:
         """These classes with as many blocks as suit arrays like x, which aren't folded yet.
@@ -136,6 +137,13 @@ class Classes(NamedTuple):
             out_specs=P(*rows.spec),
             axis_names=told_axes(layout.mesh),
         )(x, rows.place(y))
+
+    def put(self, x: Array, y: Array, r: Array) -> Array:
+        """x, not folded, with a number a row in the place of a local label's."""
+        if self.masks:
+            return jnp.where(self.is_at(x, y), self.column(r), x)
+        y = jnp.where(self.has(x, y), y, jnp.full_like(y, x.shape[-1]))  # a negative index would count
+        return x.at[jnp.arange(y.size), y].set(r, mode="drop")
 
     def each(self, r: Array, x: Array) -> Array:
         """A number a row, for each class of x, and split as x is."""

@@ -22,10 +22,6 @@ from jce._calculus import custom_jvp, def_partials
 from jce._classes import Classes, vary_over, varying
 from jce._mul0 import mul0
 
-# A chunk is as many tokens as fill 32 MiB with logits, but not fewer than 512: with few tokens, reading the head and
-# adding to its gradient take longer than multiplying.
-CHUNK_BYTES, CHUNK_TOKENS = 2**25, 512
-
 
 class Head(NamedTuple):
     """W [n, d] and b [n]. W's derivatives are taken in `wide`, the same numbers in the dtype of the logits.
@@ -143,8 +139,11 @@ _product.defjvp(_product_rule, symbolic_zeros=True)
 # Chunks
 
 
-def over_chunks(step: Callable, size: int, carry, tokens):
-    """`lax.scan` of a step over chunks of `size` tokens or a few less, the last filled up with zeros."""
+def over_chunks(step: Callable, size: int, carry, tokens, peeled: bool = False):
+    """`lax.scan` of a step over chunks of `size` tokens or a few less, the last filled up with zeros.
+
+    Peeled, the first step, whose carry is None, comes before the loop, so that no zeros are written to begin with.
+    """
     count = jax.tree.leaves(tokens)[0].shape[0]
     if isinstance(count, int):
         chunks = max(1, -(-count // size))
@@ -158,7 +157,17 @@ def over_chunks(step: Callable, size: int, carry, tokens):
         x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(chunks, size, *x.shape[1:])
 
-    carry, results = lax.scan(step, carry, jax.tree.map(split, tokens))
+    tokens = jax.tree.map(split, tokens)
+    if peeled:
+        carry, first = step(None, jax.tree.map(lambda x: x[0], tokens))
+        results = jax.tree.map(lambda x: x[None], first)
+        if chunks > 1:
+            # Behind the barrier the first stays a step of its own.
+            carry = jax.tree.map(lax.optimization_barrier, carry)
+            carry, others = lax.scan(step, carry, jax.tree.map(lambda x: x[1:], tokens))
+            results = jax.tree.map(lambda *parts: jnp.concatenate(parts), results, others)
+    else:
+        carry, results = lax.scan(step, carry, tokens)
     return carry, jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:])[:count], results)
 
 
@@ -252,10 +261,9 @@ def checked(
     return got
 
 
-def chunk_tokens(function: str, chunk_size: int | None, head: Head) -> int:
-    """The chunk size given, or by the rule above."""
+def checked_chunk(function: str, chunk_size: int | None) -> int | None:
     if chunk_size is None:
-        return max(CHUNK_TOKENS, CHUNK_BYTES // (head.bias.dtype.itemsize * head.bias.size))
+        return None
     if isinstance(chunk_size, bool) or not hasattr(chunk_size, "__index__") or chunk_size < 1:
         raise ValueError(
             f"{function}: chunk_size must be a static int, the number of tokens in a chunk, at least 1;"

@@ -22,10 +22,11 @@ from jce._arguments import choice, fraction, is_array, mesh_axis, positive, publ
 from jce._calculus import live_jvp
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal, scaled, smoothed
-from jce._head import Head, Logits, checked, chunk_tokens, dot, each_token, over_chunks, product, tokens_and_head
+from jce._head import Head, Logits, checked, checked_chunk, dot, each_token, over_chunks, product, tokens_and_head
 from jce._layout import over_devices
 from jce._mul0 import mul0
 from jce._places import by_type, on_each_device
+from jce._platforms import Platform, on_platform
 from jce._softmax import logsumexp, off_label_sum, surprisal, surprisal_at_label
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -71,10 +72,12 @@ def linear_cross_entropy(
         checked, in this and the next two.
       z_loss: ζ, a number ≥ 0. Python's 0 costs nothing.
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c), everywhere above. None: none.
-      chunk_size: the number of tokens in a chunk, a static int. None for as many as fill 32 MiB with logits, but at
-        least 512 (256 MiB at 131,072 classes). Fewer need less memory; where multiplying is fast beside memory, as on a
-        GPU, more take less time.
-      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
+      chunk_size: the number of tokens in a chunk, a static int. None for a rule. On a CPU: as many as fill 32 MiB with
+        logits, but at least 512 (256 MiB at 131,072 classes). On an accelerator: 256 MiB, but at least 2048 (1 GiB), so
+        that multiplying hides the reading of the head and the sum of its gradient. Fewer need less memory.
+      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting. Where that is none either,
+        an accelerator rounds the derivatives in the logits of a mean or a sum to bfloat16, if hidden and head both are;
+        "highest" keeps them in float32, at half the speed on an H100.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which head and bias are split; labels
         are still of all n classes, and the result is the same on all its devices. Under `check_vma=False` differentiate
         outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is. None
@@ -84,8 +87,8 @@ def linear_cross_entropy(
     Returns:
       A number, or [...] for "none"; float32, or float64 if an argument is. Beyond arguments and results it needs a few
       arrays of chunk × n, in reverse mode one or two of the head's shape, and some of [..., d]. Products of bfloat16 or
-      float16 arrays are accumulated in float32; derivatives in the logits stay float32, and so does the sum of the
-      head's gradient over the chunks.
+      float16 arrays are accumulated in float32, and so is the sum of the head's gradient over the chunks; derivatives
+      in the logits are float32, but as `precision` says.
 
     At the boundary:
       A label outside [0, n) makes its token NaN, in value and gradient, and with it a mean or a sum: mask such labels,
@@ -149,9 +152,13 @@ class Options(NamedTuple):
 
     logits: Logits
     classes: Classes
-    chunk: int
+    chunk: int | None
     smoothing: float | Array
     z_loss: float | Array
+
+    def on(self, platform: Platform, head: Head) -> Options:
+        classes, chunk = platform.classes(self.classes, head.bias), platform.chunk(self.chunk, head.bias)
+        return self._replace(classes=classes, chunk=chunk)
 
     def numbers(self):
         return self.logits.soft_cap, self.smoothing, self.z_loss
@@ -180,8 +187,8 @@ def checked_options(
     dtype = head.bias.dtype
     return Options(
         Logits.checked(name, head, logit_soft_cap, precision),
-        classes.folding(head.bias),
-        chunk_tokens(name, chunk_size, head),
+        classes,
+        checked_chunk(name, chunk_size),
         fraction(name, dtype, label_smoothing=label_smoothing),
         positive(name, dtype, z_loss=z_loss, or_zero=True),
     )
@@ -193,7 +200,11 @@ def _some(number) -> bool:
 
 
 def _losses(y, h, head, o):
-    return each_token(lambda y, h: _loss(y, o.logits.of(h, head), o), o.chunk, y, h)
+    def losses(platform, y, h, head, o):
+        o = o.on(platform, head)
+        return each_token(lambda y, h: _loss(y, o.logits.of(h, head), o), o.chunk, y, h)
+
+    return on_platform(losses, y, h, head, o)
 
 
 def _loss(y, x, o):
@@ -250,23 +261,34 @@ _losses_and_gradients.defjvp(_losses_and_gradients_rule, symbolic_zeros=True)
 
 
 def _loop(y, h, head, w, o, wanted, excess: Callable, wrap: Callable):
+    return on_platform(functools.partial(_loop_on, wanted, excess, wrap), y, h, head, w, o)
+
+
+def _loop_on(wanted, excess, wrap, platform, y, h, head, w, o):
     in_h, in_weight, in_bias = wanted
-    precision = o.logits.precision
+    precision, o = o.logits.precision, o.on(platform, head)
+    narrow = platform.narrow(h, head.weight, precision)
 
     def step(sums, chunk):
         y, h, w = chunk
         losses, e, r = excess(y, o.logits.uncapped(h, head), w, o)
         r = r[:, None]
-        sum_weight, sum_bias = sums
-        if in_weight:  # r is multiplied where it costs least
-            sum_weight += dot(e, r * h.astype(r.dtype), 0, 0, precision, e.dtype)
+        sum_weight, sum_bias = sums or (None, None)
         if in_bias:
-            sum_bias += (r * e).sum(0)
+            sum_bias = plus(sum_bias, (r * e).sum(0))
+        e = e.astype(h.dtype) if narrow else e
+        if in_weight:  # r is multiplied where it costs least
+            sum_weight = plus(sum_weight, dot(e, (r * h.astype(r.dtype)).astype(e.dtype), 0, 0, precision, r.dtype))
         return (sum_weight, sum_bias), (losses, r * product(e, head, 0, precision) if in_h else None)
 
     zeros = jnp.zeros_like(head.wide) if in_weight else None, jnp.zeros_like(head.bias) if in_bias else None
-    sums, (losses, by_token) = over_chunks(wrap(step), o.chunk, zeros, (y, h, w))
+    peeled = not platform.is_cpu and isinstance(y.size, int)
+    sums, (losses, by_token) = over_chunks(wrap(step), o.chunk, zeros, (y, h, w), peeled)
     return losses, (by_token, *sums)
+
+
+def plus(total: Array | None, part: Array) -> Array:
+    return part if total is None else total + part
 
 
 def _excess(y, u, w, o):
@@ -279,6 +301,7 @@ def _unnormalized_excess(y, u, w, o):
     """The same numbers in fewer passes over them: with r = w/Z, e is exp(x - m), but for the label's.
 
     q_y - 1 = -s/Z; so Z ∂ℓ/∂x_y = -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x, and elsewhere eᵢ (1 + 2ζ log Σ exp x) - ε Z/n.
+    Where e may be rounded, it is divided by s, so that the label's entry is exactly -1 and cancels as the sum does.
     """
     column = o.classes.column
     x = o.classes.fold(o.logits.capped(u))
@@ -296,10 +319,10 @@ def _unnormalized_excess(y, u, w, o):
         e *= column(1 + 2 * o.z_loss * (m + log_z))
     if _some(o.smoothing):
         e -= column(o.smoothing * (z / n))
-    here = o.classes.local(y, x)
-    here = jnp.where(o.classes.has(x, here), here, jnp.full_like(here, u.shape[-1]))  # a negative index would count
-    e = o.classes.unfold(e)
-    e = e.at[jnp.arange(y.size), here].set(at_label, mode="drop")
+    scale = jnp.maximum(s, jnp.finfo(s.dtype).tiny) if o.classes.masks else jnp.ones_like(s)
+    if o.classes.masks:
+        e, at_label = e * column(1 / scale), at_label / scale
+    e = o.classes.put(o.classes.unfold(e), o.classes.local(y, x), at_label)
     if o.logits.soft_cap is not None:
         e *= o.logits.slope(u)
-    return losses, e, w / z
+    return losses, e, w * (scale / z)

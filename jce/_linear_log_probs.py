@@ -15,9 +15,10 @@ from jce._calculus import negative
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal
 from jce._entropy import entropy_of_softmax
-from jce._head import Logits, checked, chunk_tokens, each_token, tokens_and_head
+from jce._head import Logits, checked, checked_chunk, each_token, tokens_and_head
 from jce._mul0 import mul0
 from jce._places import by_type, on_each_device
+from jce._platforms import on_platform
 
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbs")
@@ -91,13 +92,18 @@ def linear_log_probs(
         classes = Classes(-1, class_axis)
         (y, h, w), head = tokens_and_head(name, got, classes)
         logits = Logits.checked(name, head, logit_soft_cap, precision)
-        classes = classes.folding(head.bias)
+        chunk = checked_chunk(name, chunk_size)
 
-        def statistics(y, h):
-            x = classes.fold(logits.of(h, head))
-            return negative(label_surprisal(y, x, classes)), entropy_of_softmax(x, classes)
+        def each(platform, y, h, head):
+            of = platform.classes(classes, head.bias)
 
-        each = each_token(statistics, chunk_tokens(name, chunk_size, head), y, h)
+            def statistics(y, h):
+                x = of.fold(logits.of(h, head))
+                return negative(label_surprisal(y, x, of)), entropy_of_softmax(x, of)
+
+            return each_token(statistics, platform.chunk(chunk, head.bias), y, h)
+
+        each = on_platform(each, y, h, head)
         return LogProbs(*(mul0(x, w).reshape(got["labels"].shape) for x in each))
 
     return on_each_device(of_part, by_type(got), got, mesh_axis(name, axis_name), whole=False)

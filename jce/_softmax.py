@@ -109,11 +109,35 @@ def with_derivative_of(a: Array, b: Array) -> Array:
 
 def off_label_sum(labels: Array, x: Array, classes: Classes) -> tuple[Array, Array, Array]:
     """m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x at the label; NaN for a label out of range."""
+    if classes.masks:
+        return _off_label_sum_in_one_pass(labels, x, classes)
     m = maximum(x, classes)
     m = jnp.where((labels >= 0) & (labels < classes.count(x)), m, jnp.full_like(m, jnp.nan))
     y = classes.local(labels, x)
     s = classes.sum(jnp.minimum(jnp.exp(x - classes.column(m)), _distance(y, x, classes)))
     return m, s, m - classes.at(x, y)
+
+
+def _off_label_sum_in_one_pass(labels, x, classes):
+    """The same in one reduction: a sum is scaled anew where a larger maximum is met."""
+    least = jnp.finfo(x.dtype).min
+
+    def merged(a, b):
+        (m_a, s_a, y_a), (m_b, s_b, y_b) = a, b
+        m = jnp.maximum(m_a, m_b)
+        finite = jnp.maximum(m, least)
+        return m, s_a * jnp.exp(m_a - finite) + s_b * jnp.exp(m_b - finite), y_a + y_b
+
+    y = classes.local(labels, x)
+    is_label, zero = classes.is_at(x, y), jnp.zeros_like(x)
+    each = x, jnp.where(is_label, zero, jnp.ones_like(x)), jnp.where(is_label, x, zero)
+    first = jnp.asarray(-jnp.inf, x.dtype), jnp.zeros((), x.dtype), jnp.zeros((), x.dtype)
+    m_here, s, x_y = lax.reduce(each, first, merged, (x.ndim + classes.axis,))
+    m = m_here if classes.mesh_axis is None else lax.pmax(lax.stop_gradient(m_here), classes.mesh_axis)
+    m = jnp.where((labels >= 0) & (labels < classes.count(x)), m, jnp.full_like(m, jnp.nan))
+    if classes.mesh_axis is not None:
+        s, x_y = classes.over_devices(s * jnp.exp(m_here - m)), classes.over_devices(x_y)
+    return m, s, m - x_y
 
 
 def surprisal_at_label(d: Array, s: Array) -> Array:

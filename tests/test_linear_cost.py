@@ -1,5 +1,6 @@
 """What the fused head does without: arrays of tokens × classes in any mode, and products beyond the fewest."""
 
+import functools
 import math
 import re
 
@@ -42,14 +43,14 @@ def test_no_mode_has_the_logits_of_all_tokens(mode, reduction):
     assert temporaries < chunks * chunk * n + HEADS[mode] * n * d + 9 * tokens * d
 
 
-def products(function, *arguments) -> float:
+def products(function, *arguments, platform: str = "cpu") -> float:
     """How many matrix products of the size of hidden · headᵀ a program does, each loop's as often as it runs."""
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     (tokens, d), (n, _) = (x.shape for x in arguments[:2])
-    return multiplications(jaxpr) / (tokens * d * n)
+    return multiplications(jaxpr, platform) / (tokens * d * n)
 
 
-def multiplications(jaxpr) -> int:
+def multiplications(jaxpr, platform) -> int:
     count = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -58,16 +59,24 @@ def multiplications(jaxpr) -> int:
                 equation.invars[0].aval.shape[i] for i in contracted
             )
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        count += times * sum(multiplications(j) for value in equation.params.values() for j in jaxprs(value))
+        count += times * sum(multiplications(j, platform) for j in inner(equation, platform))
     return count
 
 
-def equations(jaxpr):
+def equations(jaxpr, platform="cpu"):
     for equation in jaxpr.eqns:
         yield equation
-        for value in equation.params.values():
-            for inner in jaxprs(value):
-                yield from equations(inner)
+        for j in inner(equation, platform):
+            yield from equations(j, platform)
+
+
+def inner(equation, platform):
+    """The programs in an equation; of those by platform, the one that is lowered there."""
+    if by_platform := equation.params.get("branches_platforms"):
+        branches = zip(equation.params["branches"], by_platform, strict=True)
+        (chosen,) = (branch for branch, platforms in branches if platform in (platforms or ("other",)))
+        return list(jaxprs(chosen))
+    return [j for value in equation.params.values() for j in jaxprs(value)]
 
 
 def jaxprs(value):
@@ -80,18 +89,20 @@ def jaxprs(value):
         yield from jaxprs(value.jaxpr)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "other"])
 @pytest.mark.parametrize(
     ("reduction", "gradient", "of_hidden", "of_head", "hvp"),
     [("mean", 3, 2, 2, 9), ("sum", 3, 2, 2, 9), ("none", 4, 3, 3, 12)],
 )
-def test_matrix_products(reduction, gradient, of_hidden, of_head, hvp):
+def test_matrix_products(reduction, gradient, of_hidden, of_head, hvp, platform):
     a = matrices(64, 8, 40)
     loss = linear_loss(64, reduction=reduction, chunk_size=16)
-    assert products(loss, *a) == 1
-    assert products(jax.value_and_grad(loss, (0, 1)), *a) == gradient
-    assert products(jax.grad(loss, 0), *a) == of_hidden  # a frozen head
-    assert products(jax.grad(loss, 1), *a) == of_head
-    assert products(lambda *a: jax.jvp(jax.grad(loss, (0, 1)), a, a)[1], *a) == hvp
+    count = functools.partial(products, platform=platform)
+    assert count(loss, *a) == 1
+    assert count(jax.value_and_grad(loss, (0, 1)), *a) == gradient
+    assert count(jax.grad(loss, 0), *a) == of_hidden  # a frozen head
+    assert count(jax.grad(loss, 1), *a) == of_head
+    assert count(lambda *a: jax.jvp(jax.grad(loss, (0, 1)), a, a)[1], *a) == hvp
 
 
 def test_traced_numbers_cost_no_product():
@@ -158,11 +169,13 @@ def test_precision_is_that_of_jax_or_the_keyword(dtype):
         count, plain = text(make)
         assert count >= 7  # as printed, where equal programs are one
         assert "recision." not in plain
-        assert text(make, precision="highest")[1].count(highest) == count
+        count, as_asked = text(make, precision="highest")
+        assert as_asked.count(highest) == count >= 7
         with jax.default_matmul_precision("highest"):
-            assert text(make)[1].count(highest) == count
-        preset = text(make, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32)[1]
-        assert preset.count("precision=BF16_BF16_F32") == count
+            count, as_set = text(make)
+            assert as_set.count(highest) == count >= 7
+        count, preset = text(make, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32)
+        assert preset.count("precision=BF16_BF16_F32") == count >= 7
 
 
 def test_half_precision_arrays_are_multiplied_as_they_are():

@@ -1,0 +1,235 @@
+"""The head as an accelerator computes it, run on a CPU; and what each platform lowers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jce
+from jce import _platforms
+
+pytestmark = pytest.mark.needs_jit
+
+TOKENS, WIDTH, CLASSES = 61, 16, 40
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """A CPU lowers what an accelerator does, in chunks of 16 tokens."""
+    monkeypatch.setattr(_platforms, "CPU", _platforms.ACCELERATOR._replace(chunk_bytes=0, least_tokens=16))
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def arguments(rng, dtype=np.float32, confident=False):
+    w = rng.standard_normal((CLASSES, WIDTH))
+    y = rng.integers(0, CLASSES, TOKENS)
+    h = rng.standard_normal((TOKENS, WIDTH)) + (2 * w[y] if confident else 0)
+    return jnp.asarray(y, jnp.int32), jnp.asarray(h, dtype), jnp.asarray(w, dtype)
+
+
+def dense(y, h, w, bias, weights, label_smoothing=0.0, z_loss=0.0, logit_soft_cap=None):
+    x = h @ w.T + bias[None]
+    x = x if logit_soft_cap is None else logit_soft_cap * jnp.tanh(x / logit_soft_cap)
+    loss = jce.cross_entropy_with_integer_labels(y, x, label_smoothing=label_smoothing)
+    loss += z_loss * jnp.square(jax.nn.logsumexp(x, -1))
+    return (weights * loss).sum() / weights.sum()
+
+
+OPTIONS = [
+    {},
+    {"label_smoothing": 0.1},
+    {"z_loss": 1e-2},
+    {"logit_soft_cap": 5.0},
+    {"label_smoothing": 0.1, "z_loss": 1e-2, "logit_soft_cap": 5.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "plain")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_it_is_the_dense_loss(accelerator, rng, options, reduction):
+    """Value, gradient, Hessian-vector products and a third derivative, in float64."""
+    with jax.enable_x64(True):
+        y, *numbers = arguments(rng, np.float64, confident=True)
+        numbers += [rng.standard_normal(CLASSES), rng.uniform(0, 1, TOKENS)]
+        numbers, directions = tuple(numbers), tuple(rng.standard_normal(x.shape) for x in numbers)
+
+        def ours(h, w, bias, weights):
+            loss = jce.linear_cross_entropy(y, h, w, bias, weights=weights, reduction=reduction, **options)
+            return loss if reduction == "mean" else loss.sum() / weights.sum()
+
+        def everything(f):
+            gradient = jax.grad(f, (0, 1, 2, 3))
+            along = lambda *x: jax.jvp(gradient, x, directions)[1]  # noqa: E731
+            reverse = jax.grad(lambda *x: sum(map(jnp.vdot, gradient(*x), directions)), (0, 1, 2, 3))
+            return (
+                f(*numbers),
+                gradient(*numbers),
+                along(*numbers),
+                reverse(*numbers),
+                jax.jvp(along, numbers, directions),
+            )
+
+        got = jax.jit(lambda: everything(ours))()
+        expected = jax.jit(lambda: everything(lambda *x: dense(y, *x, **options)))()
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-9, atol=1e-11 * np.abs(e).max())
+
+
+def test_confident_losses_keep_their_digits(accelerator, rng):
+    """In float32: a loss of 1e-30 is 1e-30, whichever class is the largest."""
+    x = np.zeros((64, 5), np.float32)
+    x[np.arange(64), np.arange(64) % 5] = np.linspace(-80, 80, 64)
+    y = np.asarray(np.arange(64) // 5 % 5, np.int32)
+    value, gradient = jax.value_and_grad(lambda x: jce.linear_cross_entropy(y, x, jnp.eye(5), reduction="sum"))(x)
+    with jax.enable_x64(True):
+        expected, expected_gradient = jax.value_and_grad(lambda x: jce.cross_entropy_with_integer_labels(y, x).sum())(
+            np.float64(x)
+        )
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("case", ["no such label", "all forbidden", "label forbidden", "a nan"])
+def test_corners(accelerator, case):
+    """As on a CPU: NaN, +∞, and the other tokens untouched."""
+    y, x = np.zeros(20, np.int32), np.tile(np.float32([1, 2, 3]), (20, 1))
+    y[3] = 3 if case == "no such label" else 0
+    if case == "all forbidden":
+        x[3] = -np.inf
+    elif case == "label forbidden":
+        x[3, 0] = -np.inf
+    elif case == "a nan":
+        x[3, 1] = np.nan
+    bad = np.inf if case == "label forbidden" else np.nan
+    each = jce.cross_entropy_with_integer_labels(y, x)
+    # one token's logits are its own head's rows: a bias can't say them, so the head is of one token
+    for token in (2, 3):
+        loss = jce.linear_cross_entropy(y[token : token + 1], jnp.zeros((1, 1)), jnp.zeros((3, 1)), x[token])
+        np.testing.assert_allclose(loss, each[token], rtol=1e-6)
+    np.testing.assert_equal(np.asarray(each[3]), np.float32(bad))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-2}], ids=lambda o: " ".join(o) or "plain"
+)
+def test_tokens_and_classes_on_several_devices(accelerator, rng, options):
+    y, h, w = arguments(rng)
+    y, h = y[:60], h[:60]
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    on = {"mesh": mesh, "token_axis": "data", "class_axis": "model"}
+    sharded = jax.value_and_grad(lambda h, w: jce.sharded_linear_cross_entropy(y, h, w, **on, **options), (0, 1))
+    alone = jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(y, h, w, **options), (0, 1))
+    close(jax.jit(sharded)(h, w), alone(h, w))
+
+
+def close(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, expected)
+
+
+@pytest.mark.parametrize("confident", [False, True])
+def test_bfloat16_products_lose_no_more_than_the_dense_loss_does(accelerator, confident):
+    """Against float64, where XLA rounds: the derivative in the logits, scaled so that the label's is exactly -1."""
+    rng = np.random.default_rng(5)
+    n, d, tokens = 2000, 128, 512
+    w = rng.standard_normal((n, d)) / np.sqrt(d)
+    y = jnp.asarray(rng.integers(0, n, tokens), jnp.int32)
+    h = 2 * rng.standard_normal((tokens, d)) + (1.5 * np.sqrt(d) * w[y] if confident else 0)
+    h, w = jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
+
+    def errors(loss, exactly):
+        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(h, w)
+        _, gradient = program.compile(compiler_options={"xla_allow_excess_precision": False})(h, w)
+        return [np.linalg.norm(np.float64(g) - e) / np.linalg.norm(e) for g, e in zip(gradient, exactly, strict=True)]
+
+    def peer(h, w):
+        return optax.softmax_cross_entropy_with_integer_labels(h @ w.T, y).mean()
+
+    with jax.enable_x64(True):
+        dense = lambda h, w: jce.cross_entropy_with_integer_labels(y, h @ w.T).mean()  # noqa: E731
+        exactly = [np.asarray(g) for g in jax.grad(dense, (0, 1))(np.float64(h), np.float64(w))]
+    ours, theirs = errors(lambda h, w: jce.linear_cross_entropy(y, h, w), exactly), errors(peer, exactly)
+    assert all(a <= 1.03 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+    assert max(ours) < (2.4e-3 if confident else 1.9e-3)
+
+
+def test_where_the_dense_derivative_is_0(accelerator):
+    """A margin of 40: every entry of bfloat16 logits' derivative is 0, and ours is as it should be."""
+    h, w, y = jnp.full((16, 1), 40, jnp.bfloat16), jnp.asarray([[1], [0], [0]], jnp.bfloat16), jnp.zeros(16, jnp.int32)
+    dense = jax.grad(lambda h: optax.softmax_cross_entropy_with_integer_labels(h @ w.T, y).sum())(h)
+    ours = jax.grad(lambda h: jce.linear_cross_entropy(y, h, w, reduction="sum"))(h)
+    assert not dense.any()
+    np.testing.assert_allclose(np.float32(ours), -2 * np.exp(-40.0), rtol=1e-2)
+
+
+def test_precision_keeps_float32(accelerator):
+    """Its products are then of float32 derivatives."""
+    y, h, w = arguments(np.random.default_rng(0), jnp.bfloat16)
+
+    def types(**options):
+        program = jax.jit(jax.grad(lambda h: jce.linear_cross_entropy(y, h, w, **options))).lower(h).as_text()
+        return [line for line in program.splitlines() if "dot_general" in line]
+
+    assert all(line.count("xbf16>") == 2 for line in types())
+    assert any("xf32>, tensor" in line for line in types(precision="highest"))
+
+
+@pytest.mark.parametrize("function", ["linear_cross_entropy", "linear_log_probs"])
+def test_each_platform_lowers_its_own(function, rng):
+    """A CPU's program has a CPU's chunks, an accelerator's has larger ones; one export for all of them has both."""
+    tokens, n = 8192, 50_000
+    shapes = [((tokens,), jnp.int32), ((tokens, 2), jnp.float32), ((n, 2), jnp.float32)]
+    y, h, w = (jax.ShapeDtypeStruct(*s) for s in shapes)
+
+    def loss(h, w, y):
+        return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, getattr(jce, function)(y, h, w)))
+
+    program = jax.jit(jax.value_and_grad(loss, (0, 1)))
+
+    def text(*platforms):
+        return jax.export.export(program, platforms=platforms)(h, w, y).mlir_module()
+
+    small, large = f"tensor<512x{n}xf32>", f"tensor<2048x{n}xf32>"
+    for platforms, there, not_there in (
+        (("cpu",), [small], [large]),
+        (("cuda",), [large], [small]),
+        (("tpu",), [large], [small]),
+        (("cpu", "cuda", "tpu"), [small, large], []),
+    ):
+        program_text = text(*platforms)
+        assert all(s in program_text for s in there), platforms
+        assert not any(s in program_text for s in not_there), platforms
+
+
+def test_log_probs(accelerator, rng):
+    with jax.enable_x64(True):
+        y, h, w = arguments(rng, np.float64)
+
+        def ours(h, w):
+            a, b = jce.linear_log_probs(y, h, w)
+            return (a * a + b * b).sum()
+
+        def whole(h, w):
+            x = h @ w.T
+            return (jce.cross_entropy_with_integer_labels(y, x) ** 2 + jce.entropy_with_logits(x) ** 2).sum()
+
+        for f in (lambda f: f, lambda f: jax.grad(f, (0, 1)), lambda f: lambda *a: jax.jvp(jax.grad(f, (0, 1)), a, a)):
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), f(ours)(h, w), f(whole)(h, w)
+            )
+
+
+def test_explicit_meshes(accelerator, rng):
+    """Tokens and classes split by their types."""
+    y, h, w = arguments(rng)
+    y, h = y[:60], h[:60]
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    expected = jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(y, h, w), (0, 1))(h, w)
+    with jax.set_mesh(mesh):
+        put = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, P(*spec)))  # noqa: E731
+        y_, h_, w_ = put(y, "data"), put(h, "data"), put(w, "model")
+        got = jax.jit(jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(y_, h, w), (0, 1)))(h_, w_)
+    close(got, expected)

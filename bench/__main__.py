@@ -22,12 +22,18 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from bench import accuracy, memory, peers, pictures, results, scale, speed, tables
+    from bench import accelerators, accuracy, memory, peers, pictures, results, scale, speed, tables
 except ModuleNotFoundError as error:
     print(f"{PROGRAM} needs {error.name}, which isn't installed: pip install -e '.[bench]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-BENCHES: dict[str, ModuleType] = {"accuracy": accuracy, "speed": speed, "memory": memory, "scale": scale}
+BENCHES: dict[str, ModuleType] = {
+    "accuracy": accuracy,
+    "speed": speed,
+    "memory": memory,
+    "scale": scale,
+    "accelerators": accelerators,
+}
 
 
 def measured(name: str, quick: bool, only: str, path: pathlib.Path) -> list[dict]:
@@ -64,7 +70,11 @@ def _run(args: argparse.Namespace) -> None:
     if skipped := peers.missing():
         console.print(f"skipped, since not installed: {', '.join(skipped)} (pip install -e '.[bench]')")
     for name in args.benches or BENCHES:
-        path = args.out / f"{name}-{jax.default_backend()}{'-quick' if args.quick else ''}.jsonl"
+        if name == "accelerators" and (packages := accelerators.missing()):
+            console.print(f"{name} needs {', '.join(packages)}: pip install -e '.[bench,accelerators]'")
+            continue
+        platform = "compiled" if name == "accelerators" else jax.default_backend()
+        path = args.out / f"{name}-{platform}{'-quick' if args.quick else ''}.jsonl"
         lines = measured(name, args.quick, args.only, path)
         report(name, lines, path, args.compare, console)
         console.print(f"{len(lines)} lines: {path}\n")
@@ -98,7 +108,10 @@ def _function(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints tables, writes lines and pictures; the exit status is 2 for wrong input, 130 if interrupted."""
-    parser = Parser(prog=PROGRAM, description="Measure jce beside its peers: accuracy, speed, memory and scale.")
+    parser = Parser(
+        prog=PROGRAM,
+        description="Measure jce beside its peers: accuracy, speed, memory, scale, and its cost on accelerators.",
+    )
     add = parser.add_argument
     add("benches", metavar="BENCH", nargs="*", help=f"Of {', '.join(BENCHES)}; all where none is given.")
     add("--quick", action="store_true", help="Small inputs, some functions: two minutes in all.")

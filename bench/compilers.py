@@ -12,6 +12,9 @@ import os
 import pathlib
 from collections.abc import Callable
 
+import jax
+from jax.experimental import topologies
+
 PACKAGES = {  # by the module that each brings
     "libtpu": "jax[tpu]",
     "jax_plugins.xla_cuda12": "jax-cuda12-plugin and jax-cuda12-pjrt",
@@ -73,8 +76,6 @@ def environment() -> dict[str, str]:
 
 @functools.cache
 def device(name: str):
-    from jax.experimental import topologies
-
     if name == "h100":
         there = topologies.get_topology_desc(
             platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
@@ -86,7 +87,5 @@ def device(name: str):
 
 def compiled(f: Callable, name: str, shapes: list[tuple]):
     """The program of a function for one such device, of arguments of these shapes and dtypes."""
-    import jax
-
     place = jax.sharding.SingleDeviceSharding(device(name))
     return jax.jit(f).lower(*(jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes)).compile()

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 VALUE, GRADIENT, HVP = "value", "value and gradient", "Hessian-vector product"
+ALONE = "gradient"
 MODES = (VALUE, GRADIENT, HVP)
 
 
@@ -57,7 +58,8 @@ class Jax:
 
             return jax.jvp(gradient, tuple(arguments[i] for i in positions), directions)[1]
 
-        return jax.jit({VALUE: f, GRADIENT: jax.value_and_grad(total, positions), HVP: hvp}[mode])
+        gradients = {GRADIENT: jax.value_and_grad(total, positions), ALONE: jax.grad(total, positions)}
+        return jax.jit(({VALUE: f, HVP: hvp} | gradients)[mode])
 
 
 class Torch:

@@ -14,7 +14,7 @@ from matplotlib import pyplot
 from matplotlib.colors import BoundaryNorm, ListedColormap
 
 from bench.engines import GRADIENT
-from bench.results import worst
+from bench.results import best_peer, grouped, worst
 
 EXACT, USABLE, WRONG = 5, 100, 1e5  # ulps: float32 has 1.7e7 of them to lose
 PANELS = [
@@ -23,6 +23,7 @@ PANELS = [
     ("kl_divergence_with_logits", "value", "KL divergence of two rows of logits"),
     ("binary_kl_divergence", "value", "KL divergence of two probabilities"),
 ]
+ROW = ("function", "model", "mode")
 COLOURS = ["#2c7fb8", "#a6d9e4", "#fed98e", "#fe9929", "#cc4c02"]
 
 
@@ -123,4 +124,36 @@ def growth(lines: list[dict], path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
-PICTURES = {"accuracy": accuracy, "memory": growth, "scale": growth}
+def accelerators(lines: list[dict], path: pathlib.Path) -> None:
+    """For each device the roofline over the floor's, jce's and the best peer's, of each function, shape and mode."""
+    devices = list(dict.fromkeys(line["device"] for line in lines))
+    groups = {device: grouped([x for x in lines if x["device"] == device], *ROW) for device in devices}
+    rows = list(dict.fromkeys(tuple(line[key] for key in ROW) for line in lines))
+    figure, axes = pyplot.subplots(
+        1,
+        len(devices),
+        figsize=(5 + 3 * len(devices), 1.5 + 0.17 * len(rows)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, device in zip(axes[0], devices, strict=True):
+        for y, row in enumerate(rows):
+            found = groups[device].get(row, {})
+            shown = {"jce": "jce", "best peer": best_peer(found)} if found else {}
+            points = {name: found[library]["roofline_over_floor"] for name, library in shown.items() if library}
+            ax.plot(list(points.values()), [y] * len(points), color="lightgrey", zorder=0)
+            for name, x in points.items():
+                ax.plot(x, y, "o" if name == "jce" else "|", color=COLOURS[0] if name == "jce" else COLOURS[-1])
+        ax.set_xscale("log")
+        ax.axvline(1, color="black", linewidth=0.5)
+        ax.set_title(device, loc="left", fontsize=10, fontweight="bold")
+        ax.set_yticks(range(len(rows)), [", ".join(row) for row in rows], fontsize=6)
+        ax.set_ylim(len(rows), -1)
+        ax.grid(alpha=0.3)
+    figure.suptitle("Roofline over the floor's, of compiled programs: ● jce, | the best peer", fontsize=10)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+PICTURES = {"accuracy": accuracy, "memory": growth, "scale": growth, "accelerators": accelerators}

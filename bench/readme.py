@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from bench import results
 from bench.engines import MODES, VALUE
 from bench.peers import TASKS, Task
-from bench.tables import grouped
+from bench.results import grouped
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- bench -->)", re.DOTALL)

@@ -16,8 +16,9 @@ from bench.peers import version
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 # What says which measurement a line is; the rest says what came out.
-IDENTITY = ("bench", "function", "library", "dtype", "quantity", "mode", "model", "along", "malloc")
+IDENTITY = ("bench", "function", "library", "dtype", "quantity", "mode", "model", "along", "malloc", "device")
 NOISE = 1.1  # two medians within this factor are the same, however close their quartiles
+COMPILED = 1.01  # nor does a compiled program's cost count as another, within this
 
 
 def commit() -> str:
@@ -42,7 +43,7 @@ def environment(settings: dict) -> dict:
 
 def complete(line: dict, bench: str, around: dict) -> dict:
     """The line, with the versions and all else that it was measured on."""
-    library = line.get("library", "jce")
+    library = line.get("library", "jce").partition(",")[0]  # which may be followed by how it is used
     known = {} if library in ("jax", "floor") else {library: version(library)}
     return {"bench": bench} | line | {"environment": around | known}
 
@@ -81,12 +82,15 @@ def merged(old: Iterable[dict], new: Iterable[dict]) -> list[dict]:
 
 
 def figures(line: dict) -> dict[str, tuple[float, float, float]]:
-    """What is compared, as (lowest, middle, highest): the quartiles of time over the floor's, bytes, errors."""
+    """What is compared, as (lowest, middle, highest): the quartiles of time over the floor's, bytes, errors, costs."""
     found = {}
     if line["bench"] == "accuracy":
         found = {f"ulps, {regime}": [max(1.0, worst(x, "max"))] * 3 for regime, x in line["regimes"].items()}
     if "over_floor" in line:
         found["time / floor"] = line["over_floor"]
+    if "roofline_over_floor" in line:
+        names = {"roofline / floor": "roofline_over_floor", "bytes": "bytes", "cycles": "cycles", "kernels": "kernels"}
+        found = {name: [line[key]] * 3 for name, key in names.items() if line[key]}
     if line.get("temporaries") is not None:
         found["temporaries"] = [line["temporaries"]] * 3
     return found
@@ -106,12 +110,27 @@ def moved(old: Iterable[dict], new: Iterable[dict]) -> Iterator[tuple[dict, str,
     """
     before = {identity(line): figures(line) for line in old}
     for line in new:
+        noise = COMPILED if line["bench"] == "accelerators" else NOISE
         past = before.get(identity(line), {})
         for name, (low, middle, high) in figures(line).items():
             if name in past:
                 old_low, old_middle, old_high = past[name]
-                if (low > old_high or high < old_low) and not within(middle, old_middle, NOISE):
+                if (low > old_high or high < old_low) and not within(middle, old_middle, noise):
                     yield line, name, old_middle, middle
+
+
+def grouped(lines: list[dict], *keys: str) -> dict[tuple, dict[str, dict]]:
+    """By these keys, and in it by library."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for line in lines:
+        groups.setdefault(tuple(line.get(key) for key in keys), {})[line["library"]] = line
+    return groups
+
+
+def best_peer(found: dict[str, dict]) -> str | None:
+    """The library, of those beside jce, whose program has the shortest roofline."""
+    peers = {name: line["roofline"] for name, line in found.items() if name != "jce" and "cannot" not in line}
+    return min(peers, key=lambda name: peers[name], default=None)
 
 
 def within(a: float, b: float, factor: float) -> bool:

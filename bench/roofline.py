@@ -9,13 +9,12 @@ instruction: a cost that is silently too small is worse than none.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from bench.products import CUBLAS, operations
-from bench.programs import Array, Computation, Instruction, Unreadable, entry, leaves
+from bench.programs import WIDTHS, Array, Computation, Instruction, Unreadable, entry, leaves
 
 
 class Device(NamedTuple):
@@ -234,8 +233,7 @@ def _touched(x: Instruction, i: int, in_place: frozenset[str] | None) -> float:
     if i == 0 and opcode in ("slice", "dynamic-slice"):
         return operand._replace(dims=_result(x).dims).bytes
     if i == 0 and opcode == "gather":
-        window = tuple(x.integers("slice_sizes"))
-        return _result(x).numbers // max(1, math.prod(window)) * operand._replace(dims=window).bytes
+        return _result(x).numbers * WIDTHS[operand.dtype]  # of the tiles around them nothing is known
     if opcode in UPDATES and i < _targets(x) and (in_place is None or x.name in in_place):
         combines = opcode == "scatter" and x.called["to_apply"].root.opcode != "parameter"
         return _changed(x, i) if combines else 0
@@ -270,11 +268,7 @@ def _changed(x: Instruction, i: int = 0) -> float:
     target = x.operands[i].shape
     if x.opcode != "scatter":
         return target._replace(dims=x.operands[1].shape.dims).bytes
-    updates = x.operands[_targets(x) + 1 + i].shape
-    sizes = [updates.dims[k] for k in x.integers("update_window_dims")]
-    inserted = {*x.integers("inserted_window_dims"), *x.integers("input_batching_dims")}
-    window = tuple(1 if k in inserted else sizes.pop(0) for k in range(len(target.dims)))
-    return min(target.bytes, updates.numbers // max(1, math.prod(window)) * target._replace(dims=window).bytes)
+    return min(target.bytes, x.operands[_targets(x) + 1 + i].shape.numbers * WIDTHS[target.dtype])
 
 
 def _in_place(computation: Computation) -> frozenset[str]:

@@ -13,11 +13,7 @@ it was given, and as it is by `default`, when big arrays are taken from the syst
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -25,6 +21,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from bench import children
 from bench.engines import GRADIENT, HVP, MODES, VALUE, fetched
 from bench.models import MODELS, Model
 from bench.peers import JAX, LIBRARIES, TASKS, Task
@@ -191,21 +188,8 @@ def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
     kinds = {"pinned": PINNED, "default": {}} if jax.default_backend() == "cpu" else {"default": {}}
     yield str(len(kinds) * len(cases(settings))), []
     for malloc, variables in kinds.items():
-        command = [sys.executable, "-m", "bench.speed", json.dumps(settings)]
-        # In a session of its own, where Ctrl-C doesn't reach it, the child ends with its standard input, so with this.
-        with subprocess.Popen(
-            command,
-            env=os.environ | QUIET | variables,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        ) as child:
-            for text in child.stdout:
-                label, lines = json.loads(text)
-                yield label, [line | {"malloc": malloc} for line in lines]
-        if child.returncode:
-            raise subprocess.CalledProcessError(child.returncode, command)
+        for label, lines in children.lines("bench.speed", settings, os.environ | QUIET | variables):
+            yield label, [line | {"malloc": malloc} for line in lines]
 
 
 def check(lines: list[dict]) -> None:
@@ -214,19 +198,13 @@ def check(lines: list[dict]) -> None:
     assert not wrong, wrong
 
 
-def _end_with_the_parent() -> None:
-    sys.stdin.read()
-    os._exit(1)
-
-
 def main() -> None:
-    """The child: a JSON pair of label and lines for each case."""
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    only, models, *rest = json.loads(sys.argv[1])
+    """The child: its lines of each case."""
+    only, models, *rest = children.todo()
     settings = Settings(only, tuple(models), *rest)
     for task, model, mode in cases(settings):
         lines = measure(task, model, mode, settings) if model else eager(task, settings)
-        print(json.dumps((f"{task.label}, {model.name + ', ' if model else ''}{mode}", lines)), flush=True)
+        children.tell(f"{task.label}, {model.name + ', ' if model else ''}{mode}", lines)
 
 
 if __name__ == "__main__":

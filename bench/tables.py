@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from rich.table import Table
 
 from bench.pictures import written
-from bench.results import worst
+from bench.results import best_peer, grouped, worst
 
 
 def table(title: str, columns: list[str], rows: Iterable[list[str]]) -> Table:
@@ -22,14 +22,6 @@ def table(title: str, columns: list[str], rows: Iterable[list[str]]) -> Table:
 
 def libraries(lines: list[dict]) -> list[str]:
     return list(dict.fromkeys(line["library"] for line in lines))
-
-
-def grouped(lines: list[dict], *keys: str) -> dict[tuple, dict[str, dict]]:
-    """By these keys, and in it by library."""
-    groups: dict[tuple, dict[str, dict]] = {}
-    for line in lines:
-        groups.setdefault(tuple(line.get(key) for key in keys), {})[line["library"]] = line
-    return groups
 
 
 def accuracy(lines: list[dict]) -> Iterable[Table]:
@@ -114,9 +106,29 @@ def growth(lines: list[dict]) -> Iterable[Table]:
             yield table(f"{what} ~ size^exponent", ["", *names], rows)
 
 
+def accelerators(lines: list[dict]) -> Iterable[Table]:
+    """For each device: jce, the peer of the shortest roofline, and jce's over it."""
+    columns = ["", "passes", "best peer", "passes", "roofline / floor", "its", "jce / it", "cycles / its", "kernels"]
+    for device in dict.fromkeys(line["device"] for line in lines):
+        groups = grouped([x for x in lines if x["device"] == device], "function", "model", "mode")
+        rows = [accelerators_row(", ".join(keys), found) for keys, found in groups.items()]
+        yield table(f"Compiled for {device}, not timed", [*columns, "temporaries, MB", "its", "who can't"], rows)
+
+
+def accelerators_row(label: str, found: dict[str, dict]) -> list[str]:
+    ours, told = found["jce"], [name for name, line in found.items() if "cannot" in line]
+    best = best_peer(found)
+    it = found[best] if best else {}
+    cells = [label, f"{ours['passes']:.3g}", best or "–", f"{it['passes']:.3g}" if best else "–"]
+    cells += [f"{ours['roofline_over_floor']:.2f}", f"{it['roofline_over_floor']:.2f}" if best else "–"]
+    cells += [f"{ours[key] / it[key]:.2f}" if best and it[key] else "–" for key in ("roofline", "cycles")]
+    cells += [str(ours["kernels"]), megabytes(ours["temporaries"]), megabytes(it["temporaries"]) if best else "–"]
+    return [*cells, ", ".join(told)]
+
+
 def moved(changes: list[tuple[dict, str, float, float]]) -> Table:
     def label(line):
-        keys = ("function", "library", "dtype", "quantity", "model", "mode", "along", "malloc")
+        keys = ("function", "library", "dtype", "quantity", "model", "mode", "along", "malloc", "device")
         return ", ".join(str(line[key]) for key in keys if line.get(key) is not None)
 
     rows = [
@@ -126,4 +138,4 @@ def moved(changes: list[tuple[dict, str, float, float]]) -> Table:
     return table("Moved beyond the noise", ["", "figure", "before", "now", "ratio"], rows)
 
 
-TABLES = {"accuracy": accuracy, "speed": speed, "memory": memory, "scale": growth}
+TABLES = {"accuracy": accuracy, "speed": speed, "memory": memory, "scale": growth, "accelerators": accelerators}

@@ -1,0 +1,166 @@
+"""What programs of jce and of its peers in JAX would cost on an H100 and on TPUs, compiled here without any of them.
+
+Each function, mode and shape is compiled for each device, and read from the program: bytes, as passes over an array of
+logits, products, seconds by the roofline (see bench/roofline.py), a TPU compiler's own count of cycles, kernels, and
+temporaries. Nothing is timed. The floor of a function of logits or probabilities reads each input and writes each
+result once; that of the head is its bare products of bfloat16, 1, 3 and for a Hessian-vector product 7.
+
+The compilers run in a process of their own: what they need of JAX would change the other benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jce
+from bench import children, compilers, peers
+from bench.engines import ALONE, GRADIENT, HVP, VALUE
+from bench.models import MODELS, Model
+from bench.peers import JAX, LIBRARIES, TASKS, Task, of_label, surprisal
+from bench.roofline import DEVICES, Cost, Unreadable, cost
+
+missing = compilers.missing
+NUMBERS = 2**27  # of logits: more than fit on a TPU's chip
+TOKENS = 8192  # of the head
+HEADS = [*MODELS[2:4], Model("Llama 3.1 8B", 128_256, 4096), Model("Gemma 2 2B", 256_000, 2304)]
+ROWS = [*MODELS[:2], MODELS[3]]
+PRODUCTS = {VALUE: 1, GRADIENT: 3, HVP: 7}  # of the head
+MODES = (VALUE, ALONE, GRADIENT, HVP)
+HEAD = "linear_cross_entropy"
+
+
+def optax_loss(y, x):
+    return peers.optax.softmax_cross_entropy_with_integer_labels(x, y).mean()
+
+
+# Hidden states and head are bfloat16. Optax takes the logits that its user makes: bfloat16, and the loss too; bfloat16,
+# and a loss of them in float32; float32, as the product's sums are.
+HEAD_FUNCTIONS: dict[str, Callable] = {
+    "jce": jce.linear_cross_entropy,
+    "jax": lambda y, h, w: of_label(surprisal((h @ w.T).astype(jnp.float32)), y).mean(),
+    "optax, bfloat16 loss": lambda y, h, w: optax_loss(y, h @ w.T),
+    "optax, bfloat16 logits": lambda y, h, w: optax_loss(y, (h @ w.T).astype(jnp.float32)),
+    "optax, float32 logits": lambda y, h, w: optax_loss(y, jnp.matmul(h, w.T, preferred_element_type=jnp.float32)),
+    "tokamax": lambda y, h, w: peers.tokamax.linear_softmax_cross_entropy_loss(h, y, w.T, reduction="mean"),
+    "jax-cce": lambda y, h, w: peers.jax_cce.linear_cross_entropy(h, w, y),
+}
+
+
+class Case(NamedTuple):
+    device: str
+    function: str
+    model: str
+    modes: tuple[str, ...]
+
+
+def cases(quick: bool, only: str) -> list[Case]:
+    devices = ("h100", "v5e") if quick else tuple(DEVICES)
+    found = [(HEAD, model.name, tuple(PRODUCTS)) for model in HEADS if only in HEAD]
+    for task in TASKS:
+        if only in task.label and task.kind != "head":
+            models = ROWS if task.kernel.has_classes else ROWS[1:2]  # elementwise, the size is all that matters
+            found += [(task.label, model.name, MODES) for model in models]
+    if quick:
+        shown = {("cross_entropy_with_integer_labels", "ResNet-50"), (HEAD, "GPT-2")}
+        found = [(label, model, (VALUE, GRADIENT)) for label, model, _ in found if only or (label, model) in shown]
+    return [Case(device, *rest) for device in devices for rest in found]
+
+
+class Measured(NamedTuple):
+    """One function, as it is compiled: who has it, of what arguments, and what it can't cost less than."""
+
+    functions: dict[str, Callable]
+    arguments: list[tuple]  # shapes and dtypes
+    trained: tuple[int, ...]
+    shape: list[int]
+
+
+def measured(case: Case) -> Measured:
+    if case.function == HEAD:
+        model = next(m for m in HEADS if m.name == case.model)
+        there = {name: f for name, f in HEAD_FUNCTIONS.items() if LIBRARIES[name.partition(",")[0]][0] is not None}
+        h, w = (((n, model.width), jnp.bfloat16) for n in (TOKENS, model.classes))
+        return Measured(there, [((TOKENS,), jnp.int32), h, w], (1, 2), [TOKENS, model.width, model.classes])
+    task: Task = next(t for t in TASKS if t.label == case.function)
+    model = next(m for m in ROWS if m.name == case.model)
+    rows = NUMBERS // model.classes // 8 * 8
+    there = {name: f for name, f in task.contenders().items() if LIBRARIES[name][1] is JAX}
+    return Measured(there, task.shapes(rows, model.classes, model.width), task.trained, [rows, model.classes])
+
+
+def floor(what: Measured, mode: str, device: str, results: list) -> float:
+    """Seconds."""
+    if len(what.shape) == 3:
+        return PRODUCTS[mode] * 2 * np.prod(what.shape, dtype=float) / DEVICES[device].peaks["bf16"]
+    return sum(nbytes(*argument) for argument in [*taken(what, mode), *results]) / DEVICES[device].bandwidth
+
+
+def nbytes(shape: tuple[int, ...], dtype) -> float:
+    return np.prod(shape, dtype=float) * jnp.dtype(dtype).itemsize
+
+
+def taken(what: Measured, mode: str) -> list[tuple]:
+    """The arguments of a mode's program: with directions, for a Hessian-vector product."""
+    return what.arguments + ([what.arguments[i] for i in what.trained] if mode == HVP else [])
+
+
+def measure(case: Case, mode: str) -> list[dict]:
+    what, lines = measured(case), []
+    for library, f in what.functions.items():
+        line = {"function": case.function, "library": library, "mode": mode, "model": case.model, "device": case.device}
+        line["shape"] = what.shape
+        try:
+            program = compilers.compiled(JAX.program(f, mode, what.trained), case.device, taken(what, mode))
+            found: Cost = cost(program.as_text(), DEVICES[case.device])
+        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+            if library == "jce":
+                raise
+            told = str(error) if isinstance(error, Unreadable) else type(error).__name__
+            lines.append(line | {"cannot": told})
+            continue
+        results = [(x.shape, x.dtype) for x in jax.tree.leaves(program.out_info)]
+        logits = what.shape[0] * what.shape[-1] * (2 if case.function == HEAD else 4)
+        lines.append(
+            line
+            | {
+                "bytes": round(found.bytes),
+                "passes": float(f"{found.bytes / logits:.4g}"),
+                "operations": {kind: float(f"{n:.6g}") for kind, n in found.operations.items()},
+                "roofline": float(f"{found.seconds:.5g}"),
+                "roofline_over_floor": float(f"{found.seconds / floor(what, mode, case.device, results):.4g}"),
+                "cycles": found.cycles,
+                "kernels": found.kernels,
+                "temporaries": program.memory_analysis().temp_size_in_bytes,
+            }
+        )
+    return lines
+
+
+def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
+    """A label of what was compiled, and its lines; at first the number of them all as a label."""
+    todo = cases(quick, only)
+    yield str(sum(len(case.modes) for case in todo)), []
+    yield from children.lines("bench.accelerators", todo, compilers.environment(), quiet=True)
+
+
+def check(lines: list[dict]) -> None:
+    """No program costs less than its floor, or something of it wasn't counted."""
+    for line in lines:
+        assert "cannot" in line or line["roofline_over_floor"] > 0.98, line
+
+
+def main() -> None:
+    """The child: its lines of each case and mode."""
+    for some in children.todo():
+        case = Case(*some)
+        for mode in case.modes:
+            children.tell(f"{case.device}, {case.function}, {case.model}, {mode}", measure(case, mode))
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,7 @@ from bench.peers import JAX, LIBRARIES, TASKS, Task, of_label, surprisal
 from bench.roofline import DEVICES, Cost, Unreadable, cost
 
 missing = compilers.missing
-NUMBERS = 2**27  # of logits: more than fit on a TPU's chip
+NUMBERS = 2**28  # of logits: more than fit on a TPU's chip
 TOKENS = 8192  # of the head
 HEADS = [*MODELS[2:4], Model("Llama 3.1 8B", 128_256, 4096), Model("Gemma 2 2B", 256_000, 2304)]
 ROWS = [*MODELS[:2], MODELS[3]]
@@ -88,7 +88,7 @@ def measured(case: Case) -> Measured:
         return Measured(there, [((TOKENS,), jnp.int32), h, w], (1, 2), [TOKENS, model.width, model.classes])
     task: Task = next(t for t in TASKS if t.label == case.function)
     model = next(m for m in ROWS if m.name == case.model)
-    rows = NUMBERS // model.classes // 8 * 8
+    rows = NUMBERS // model.classes // 1024 * 1024
     there = {name: f for name, f in task.contenders().items() if LIBRARIES[name][1] is JAX}
     return Measured(there, task.shapes(rows, model.classes, model.width), task.trained, [rows, model.classes])
 
@@ -118,8 +118,6 @@ def measure(case: Case, mode: str) -> list[dict]:
             program = compilers.compiled(JAX.program(f, mode, what.trained), case.device, taken(what, mode))
             found: Cost = cost(program.as_text(), DEVICES[case.device])
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-            if library == "jce":
-                raise
             told = str(error) if isinstance(error, Unreadable) else type(error).__name__
             lines.append(line | {"cannot": told})
             continue
@@ -149,9 +147,9 @@ def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
 
 
 def check(lines: list[dict]) -> None:
-    """No program costs less than its floor, or something of it wasn't counted."""
+    """No program costs less than its floor, or something of it wasn't counted; and jce's can all be read."""
     for line in lines:
-        assert "cannot" in line or line["roofline_over_floor"] > 0.98, line
+        assert line["library"] != "jce" if "cannot" in line else line["roofline_over_floor"] > 0.98, line
 
 
 def main() -> None:

@@ -140,11 +140,11 @@ def accelerators(lines: list[dict], path: pathlib.Path) -> None:
     for ax, device in zip(axes[0], devices, strict=True):
         for y, row in enumerate(rows):
             found = groups[device].get(row, {})
-            shown = {"jce": "jce", "best peer": best_peer(found)} if found else {}
-            points = {name: found[library]["roofline_over_floor"] for name, library in shown.items() if library}
-            ax.plot(list(points.values()), [y] * len(points), color="lightgrey", zorder=0)
-            for name, x in points.items():
-                ax.plot(x, y, "o" if name == "jce" else "|", color=COLOURS[0] if name == "jce" else COLOURS[-1])
+            shown = [found.get("jce", {}), found.get(best_peer(found), {})]
+            points = [line["roofline_over_floor"] for line in shown if "roofline" in line]
+            ax.plot(points, [y] * len(points), color="lightgrey", zorder=0)
+            for line, marker, colour in zip(shown, "o|", (COLOURS[0], COLOURS[-1]), strict=True):
+                ax.plot(line.get("roofline_over_floor", math.nan), y, marker, color=colour)
         ax.set_xscale("log")
         ax.axvline(1, color="black", linewidth=0.5)
         ax.set_title(device, loc="left", fontsize=10, fontweight="bold")

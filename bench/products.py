@@ -12,8 +12,8 @@ import numpy as np
 
 from bench.programs import Array, Instruction, Unreadable, leaves
 
-# Custom calls that multiply nothing: they reserve memory, or say or rewrite something of indices.
-NO_PRODUCTS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
+PLACES = {"AllocateBuffer", "ConcatBitcast"}  # custom calls that only say where something lies
+NO_PRODUCTS = PLACES | {"AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
 CUBLAS = {"__cublas$gemm", "__cublas$lt$matmul"}
 ALGORITHMS = {  # what is multiplied, and how many products of it make one
     "dot_bf16_bf16_f32": ("bf16", 1),

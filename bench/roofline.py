@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from bench.products import CUBLAS, operations
+from bench.products import CUBLAS, PLACES, operations
 from bench.programs import WIDTHS, Array, Computation, Instruction, Unreadable, entry, leaves
 
 
@@ -106,8 +106,8 @@ def _launched(computation: Computation, known: dict[int, int], device: Device) -
 
 
 def _is_nothing(x: Instruction, device: Device) -> bool:
-    """A buffer that is only reserved, or on a TPU a few scalars, which its scalar unit computes."""
-    if x.opcode == "custom-call" and x.attribute("custom_call_target") == "AllocateBuffer":
+    """A place in memory, or on a TPU a few scalars, which its scalar unit computes."""
+    if x.opcode == "custom-call" and x.attribute("custom_call_target") in PLACES:
         return True
     arrays = [a for shape in (x.shape, *(y.shape for y in x.operands)) for a in leaves(shape)]
     return device.platform == "tpu" and not any(a.dims for a in arrays)

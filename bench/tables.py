@@ -116,14 +116,20 @@ def accelerators(lines: list[dict]) -> Iterable[Table]:
 
 
 def accelerators_row(label: str, found: dict[str, dict]) -> list[str]:
-    ours, told = found["jce"], [name for name, line in found.items() if "cannot" in line]
     best = best_peer(found)
-    it = found[best] if best else {}
-    cells = [label, f"{ours['passes']:.3g}", best or "–", f"{it['passes']:.3g}" if best else "–"]
-    cells += [f"{ours['roofline_over_floor']:.2f}", f"{it['roofline_over_floor']:.2f}" if best else "–"]
-    cells += [f"{ours[key] / it[key]:.2f}" if best and it[key] else "–" for key in ("roofline", "cycles")]
-    cells += [str(ours["kernels"]), megabytes(ours["temporaries"]), megabytes(it["temporaries"]) if best else "–"]
-    return [*cells, ", ".join(told)]
+    ours, it = found["jce"], found[best] if best else {}
+
+    def cell(line, key, form):
+        return form(line[key]) if key in line else "–"
+
+    def ratio(key):
+        return f"{ours[key] / it[key]:.2f}" if ours.get(key) and it.get(key) else "–"
+
+    cells = [label, cell(ours, "passes", "{:.3g}".format), best or "–", cell(it, "passes", "{:.3g}".format)]
+    cells += [cell(line, "roofline_over_floor", "{:.2f}".format) for line in (ours, it)]
+    cells += [ratio("roofline"), ratio("cycles"), cell(ours, "kernels", str)]
+    cells += [cell(line, "temporaries", megabytes) for line in (ours, it)]
+    return [*cells, ", ".join(name for name, line in found.items() if "cannot" in line)]
 
 
 def moved(changes: list[tuple[dict, str, float, float]]) -> Table:

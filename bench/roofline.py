@@ -244,7 +244,7 @@ def _used(x: Instruction, in_place: frozenset[str]) -> float:
     """Bytes that a fusion needs of one of its values: of what only slices look at, the slices."""
     if not isinstance(x.shape, Array):
         raise Unreadable(f"{x.name}: a tuple in a fusion")
-    total = 0.0
+    total = x.shape.bytes if x.root else 0.0
     for user, i in x.users:
         if user.opcode in THROUGH and user.users and user.shape.numbers:
             total += _used(user, in_place) * x.shape.bytes / user.shape.bytes

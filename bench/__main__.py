@@ -68,10 +68,10 @@ def report(name: str, lines: list[dict], path: pathlib.Path, old: list[dict], co
 def _run(args: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200)
     if skipped := peers.missing():
-        console.print(f"skipped, since not installed: {', '.join(skipped)} (pip install -e '.[bench]')")
+        console.print(f"skipped, since not installed: {', '.join(skipped)} (pip install -e '.[bench]')", markup=False)
     for name in args.benches or BENCHES:
         if name == "accelerators" and (packages := accelerators.missing()):
-            console.print(f"{name} needs {', '.join(packages)}: pip install -e '.[bench,accelerators]'")
+            console.print(f"{name} needs {', '.join(packages)}: pip install -e '.[bench,accelerators]'", markup=False)
             continue
         platform = "compiled" if name == "accelerators" else jax.default_backend()
         path = args.out / f"{name}-{platform}{'-quick' if args.quick else ''}.jsonl"

@@ -1,18 +1,20 @@
 """The benchmarks: what they compare, what they count, and that the README's figures are theirs."""
 
 import json
+import os
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import mpmath as mp
 import numpy as np
 import pytest
 
 import jce
-from bench import accuracy, memory, peers, pictures, readme, results, scale, speed
+from bench import accelerators, accuracy, children, memory, peers, pictures, readme, results, scale, speed, tables
 from bench.__main__ import main
-from bench.engines import GRADIENT, MODES, VALUE
+from bench.engines import ALONE, GRADIENT, HVP, MODES, VALUE
 from bench.models import MODELS
 from bench.peers import TASKS, Task
 
@@ -130,6 +132,114 @@ def test_lines_of_growth():
     assert {"jce", "jax"} <= {x["library"] for x in scale_lines}
 
 
+# Accelerators
+
+
+def test_the_floor_of_losses_is_reading_and_writing_once():
+    """In passes over the logits: 1 for a value, 2 for a gradient, 3 for a product with the Hessian."""
+    case = accelerators.Case("v5e", "entropy_with_logits", "ResNet-50", ())
+    what = accelerators.measured(case)
+    (logits,) = what.arguments
+    a_pass = 4 * np.prod(what.shape) / 0.82e12
+    row = [((what.shape[0],), np.float32)]
+    assert accelerators.floor(what, VALUE, "v5e", row) == pytest.approx(a_pass, rel=2e-3)
+    assert accelerators.floor(what, ALONE, "v5e", [logits]) == pytest.approx(2 * a_pass)
+    assert accelerators.floor(what, HVP, "v5e", [logits]) == pytest.approx(3 * a_pass)
+
+
+def test_the_floor_of_a_head_is_its_products():
+    what = accelerators.measured(accelerators.Case("h100", "linear_cross_entropy", "GPT-2", ()))
+    product = 2 * 8192 * 768 * 50_257 / 989e12
+    assert accelerators.floor(what, GRADIENT, "h100", []) == pytest.approx(3 * product)
+    assert accelerators.floor(what, HVP, "h100", []) == pytest.approx(7 * product)
+
+
+def test_the_heads_compared_are_the_same_loss(rng):
+    y = rng.integers(5, size=8)
+    h, w = (rng.standard_normal(s).astype(jnp.bfloat16) for s in ((8, 4), (5, 4)))
+    what = accelerators.measured(accelerators.Case("h100", "linear_cross_entropy", "GPT-2", ()))
+    expected = what.functions["jce"](y, h, w)
+    for name in ("jax", "optax, bfloat16 loss", "optax, bfloat16 logits", "optax, float32 logits"):
+        np.testing.assert_allclose(np.float32(what.functions[name](y, h, w)), expected, rtol=0.02)
+
+
+def test_a_quick_run_has_two_devices_and_few_programs():
+    assert {case.device for case in accelerators.cases(True, "")} == {"h100", "v5e"}
+    assert len(accelerators.cases(True, "")) == 4
+    every = {case.function for case in accelerators.cases(False, "")}
+    assert every == {t.label for t in TASKS}
+
+
+COMPILED = {
+    "bench": "accelerators",
+    "function": "f",
+    "library": "jce",
+    "mode": VALUE,
+    "model": "digits",
+    "device": "h100",
+    "passes": 2.0,
+    "bytes": 100,
+    "roofline": 4e-3,
+    "roofline_over_floor": 2.0,
+    "cycles": 0,
+    "kernels": 3,
+    "temporaries": 8,
+}
+SLOWER = COMPILED | {"library": "jax", "roofline": 8e-3, "roofline_over_floor": 4.0}
+FASTER = COMPILED | {"library": "optax, float32 logits", "roofline": 2e-3, "roofline_over_floor": 1.0}
+CANNOT = {key: COMPILED[key] for key in ("bench", "function", "mode", "model", "device")} | {"cannot": "TypeError"}
+
+
+def test_jce_is_beside_the_peer_of_the_shortest_roofline(tmp_path):
+    lines = [COMPILED, SLOWER, FASTER, CANNOT | {"library": "tokamax"}, COMPILED | {"device": "v5e"}]
+    h100, v5e = tables.TABLES["accelerators"](lines)
+    cells = [next(iter(column.cells)) for column in h100.columns]
+    assert cells[:7] == ["f, digits, value", "2", "optax, float32 logits", "2", "2.00", "1.00", "2.00"]
+    assert cells[-1] == "tokamax"
+    assert [next(iter(column.cells)) for column in v5e.columns][2:4] == ["–", "–"]
+    pictures.PICTURES["accelerators"](lines, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_compiled_has_no_noise_and_belongs_to_a_device():
+    worse = COMPILED | {"roofline_over_floor": 2.05}
+    assert moved(COMPILED, worse) == [("roofline / floor", 2.0, 2.05)]
+    assert moved(COMPILED, worse | {"device": "v5e"}) == []
+    assert moved(COMPILED, CANNOT | {"library": "jce"}) == []
+
+
+def test_a_cost_below_the_floor_or_none_of_jce_is_an_error():
+    accelerators.check([COMPILED, CANNOT | {"library": "tokamax"}])
+    for line in (COMPILED | {"roofline_over_floor": 0.9}, CANNOT | {"library": "jce"}):
+        with pytest.raises(AssertionError):
+            accelerators.check([line])
+
+
+def test_without_the_compilers_one_line_says_what_to_install(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(accelerators, "missing", lambda: ["jax[tpu]"])
+    assert main(["accelerators", "--out", str(tmp_path)]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "accelerators" in x]
+    assert line == "accelerators needs jax[tpu]: pip install -e '.[bench,accelerators]'"
+
+
+@pytest.mark.skipif(bool(accelerators.missing()), reason="the compilers aren't installed")
+def test_lines_of_accelerators():
+    count, *found = accelerators.run(True, "binary_entropy_with_logits")
+    assert int(count[0]) == len(found) == 4
+    lines = [line for _, some in found for line in some]
+    accelerators.check(lines)
+    assert {(x["device"], x["mode"]) for x in lines} == {(d, m) for d in ("h100", "v5e") for m in (VALUE, GRADIENT)}
+    values = {x["device"]: x for x in lines if x["library"] == "jce" and x["mode"] == VALUE}
+    assert values["h100"]["passes"] == 2  # an elementwise function of one array
+    assert (values["h100"]["cycles"], values["v5e"]["cycles"] > 0) == (0, True)
+
+
+def test_a_child_that_fails_is_an_error_that_says_why(capfd):
+    with pytest.raises(subprocess.CalledProcessError):
+        list(children.lines("bench.accelerators", [["h100", "nothing", "digits", ["value"]]], dict(os.environ), True))
+    assert "StopIteration" in capfd.readouterr().err
+
+
 # Results
 
 
@@ -179,7 +289,7 @@ def test_a_run_writes_a_table_lines_and_a_picture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["velocity"], "BENCH must be one of accuracy, speed, memory, scale, not 'velocity'"),
+        (["velocity"], "BENCH must be one of accuracy, speed, memory, scale, accelerators, not 'velocity'"),
         (["--only", "softplus"], "must be part of a function's name, not 'softplus'"),
         (["--compare", "no.jsonl"], "can't read 'no.jsonl': No such file"),
         (["--compare", __file__], "line 1, isn't a line of results"),
@@ -198,7 +308,7 @@ def test_wrong_input_is_one_line(argv, message, capsys):
 
 def test_help():
     result = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True, check=True)
-    assert all(name in result.stdout for name in ("accuracy", "speed", "memory", "scale", "--compare"))
+    assert all(name in result.stdout for name in ("accuracy", "speed", "memory", "scale", "accelerators", "--compare"))
 
 
 # The README

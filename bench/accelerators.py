@@ -2,18 +2,17 @@
 
 Each function, mode and shape is compiled for each device, and read from the program: bytes, as passes over an array of
 logits, products, seconds by the roofline (see bench/roofline.py), a TPU compiler's own count of cycles, kernels, and
-temporaries. Nothing is timed. The floor of a function of logits or probabilities reads each input and writes each
-result once; that of the head is its bare products of bfloat16, 1, 3 and for a Hessian-vector product 7.
+temporaries. Nothing is timed. The floor of a function of logits or probabilities reads each input that it depends on
+and writes each result once; that of the head is its bare products of bfloat16, 1, 3 and for a Hessian-vector product 7.
 
 The compilers run in a process of their own: what they need of JAX would change the other benchmarks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,7 +21,8 @@ from bench import children, compilers, peers
 from bench.engines import ALONE, GRADIENT, HVP, VALUE
 from bench.models import MODELS, Model
 from bench.peers import JAX, LIBRARIES, TASKS, Task, of_label, surprisal
-from bench.roofline import DEVICES, Cost, Unreadable, cost
+from bench.programs import WIDTHS, Unreadable, entry, leaves
+from bench.roofline import DEVICES, cost
 
 missing = compilers.missing
 NUMBERS = 2**28  # of logits: more than fit on a TPU's chip
@@ -93,15 +93,18 @@ def measured(case: Case) -> Measured:
     return Measured(there, task.shapes(rows, model.classes, model.width), task.trained, [rows, model.classes])
 
 
-def floor(what: Measured, mode: str, device: str, results: list) -> float:
+def floor(what: Measured, mode: str, device: str, texts: Iterable[str]) -> float:
     """Seconds."""
     if len(what.shape) == 3:
         return PRODUCTS[mode] * 2 * np.prod(what.shape, dtype=float) / DEVICES[device].peaks["bf16"]
-    return sum(nbytes(*argument) for argument in [*taken(what, mode), *results]) / DEVICES[device].bandwidth
+    return min(arguments_and_results(text) for text in texts) / DEVICES[device].bandwidth
 
 
-def nbytes(shape: tuple[int, ...], dtype) -> float:
-    return np.prod(shape, dtype=float) * jnp.dtype(dtype).itemsize
+def arguments_and_results(text: str) -> float:
+    """Bytes of them without padding; what a result doesn't depend on is no argument of the compiled program."""
+    program = entry(text)
+    arrays = [array for x in [*program.parameters, program.root] for array in leaves(x.shape)]
+    return sum(array.numbers * WIDTHS[array.dtype] for array in arrays)
 
 
 def taken(what: Measured, mode: str) -> list[tuple]:
@@ -110,32 +113,32 @@ def taken(what: Measured, mode: str) -> list[tuple]:
 
 
 def measure(case: Case, mode: str) -> list[dict]:
-    what, lines = measured(case), []
+    what, programs, costs, cannot = measured(case), {}, {}, {}
     for library, f in what.functions.items():
-        line = {"function": case.function, "library": library, "mode": mode, "model": case.model, "device": case.device}
-        line["shape"] = what.shape
         try:
             program = compilers.compiled(JAX.program(f, mode, what.trained), case.device, taken(what, mode))
-            found: Cost = cost(program.as_text(), DEVICES[case.device])
+            costs[library] = cost(program.as_text(), DEVICES[case.device])
+            programs[library] = program
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-            told = str(error) if isinstance(error, Unreadable) else type(error).__name__
-            lines.append(line | {"cannot": told})
+            cannot[library] = str(error) if isinstance(error, Unreadable) else type(error).__name__
+    least = floor(what, mode, case.device, [program.as_text() for program in programs.values()]) if programs else None
+    logits = what.shape[0] * what.shape[-1] * (2 if case.function == HEAD else 4)
+    lines = []
+    for library in what.functions:
+        line = {"function": case.function, "library": library, "mode": mode, "model": case.model, "device": case.device}
+        line["shape"] = what.shape
+        if library in cannot:
+            lines.append(line | {"cannot": cannot[library]})
             continue
-        results = [(x.shape, x.dtype) for x in jax.tree.leaves(program.out_info)]
-        logits = what.shape[0] * what.shape[-1] * (2 if case.function == HEAD else 4)
-        lines.append(
-            line
-            | {
-                "bytes": round(found.bytes),
-                "passes": float(f"{found.bytes / logits:.4g}"),
-                "operations": {kind: float(f"{n:.6g}") for kind, n in found.operations.items()},
-                "roofline": float(f"{found.seconds:.5g}"),
-                "roofline_over_floor": float(f"{found.seconds / floor(what, mode, case.device, results):.4g}"),
-                "cycles": found.cycles,
-                "kernels": found.kernels,
-                "temporaries": program.memory_analysis().temp_size_in_bytes,
-            }
-        )
+        found = costs[library]
+        line["bytes"] = round(found.bytes)
+        line["passes"] = float(f"{found.bytes / logits:.4g}")
+        line["operations"] = {kind: float(f"{n:.6g}") for kind, n in found.operations.items()}
+        line["roofline"] = float(f"{found.seconds:.5g}")
+        line["roofline_over_floor"] = float(f"{found.seconds / least:.4g}")
+        line |= {"cycles": found.cycles, "kernels": found.kernels}
+        line["temporaries"] = programs[library].memory_analysis().temp_size_in_bytes
+        lines.append(line)
     return lines
 
 

@@ -487,6 +487,7 @@ def test_kernels_are_named():
 # Real programs
 
 
+@pytest.mark.needs_jit
 @pytest.mark.skipif(bool(compilers.missing()), reason=f"not installed: {', '.join(compilers.missing())}")
 @pytest.mark.parametrize("device", ["h100", "v5e"])
 def test_compiled_programs_cost_what_is_known_by_hand(device):

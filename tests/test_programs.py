@@ -158,6 +158,13 @@ def test_an_update_in_a_fusion(inner, expected):
     assert costs(body, fused(UPDATE + inner)).bytes == expected + 4
 
 
+def test_an_update_that_a_fusion_looks_at_is_not_in_place():
+    two = "(f32[1024,1024]{1,0}, f32[1024,1024]{1,0})"
+    inner = f"  %a = {INTO}(%p, %u, %i, %i)\n  %n = f32[1024,1024]{{1,0}} negate(%a)\n  ROOT %t = {two} tuple(%a, %n)"
+    body = UPDATE + f"  ROOT %z = {two} fusion(%p, %u, %i), kind=kLoop, calls=%f"
+    assert costs(body, fused(UPDATE + inner)).bytes == 12 * MB + 8 * 4096 + 4
+
+
 @pytest.mark.parametrize(("combiner", "times"), [("%add", 3), ("%last", 2)])
 def test_a_scatter_reads_what_it_adds_to(combiner, times):
     arguments = """
@@ -214,18 +221,28 @@ def test_a_loop_costs_its_body_times_its_trips(bound, loop, times):
     assert (found.bytes, found.kernels) == (times * 8 * MB, times)
 
 
-def test_a_loop_in_a_loop():
-    """The inner one's end is passed through the outer one."""
+def test_a_loops_condition_is_a_kernel_of_each_trip():
+    """On an H100, as is its counter's sum."""
+    assert costs(X + LOOP + KNOWN, BODY.replace("BOUND", "constant(10)")).kernels == 5 * 3
+
+
+@pytest.mark.parametrize(("end", "kernels"), [("%n", 4 * 5), ("%i", None)])
+def test_a_loop_in_a_loop(end, kernels):
+    """The inner one's end is passed through the outer one, or is its counter, with trips that are never the same."""
     inner = BODY.replace("BOUND", "get-tuple-element(%t), index=2")
     outer = inner.replace("%body", "%outer_body").replace("%condition", "%outer_condition")
     outer = outer.replace(
         "  %b = f32[1024,1024]{1,0} negate(%a)",
-        "  %z = s32[] constant(0)\n  %u = (s32[], f32[1024,1024]{1,0}, s32[]) tuple(%z, %a, %n)\n"
+        "  %z = s32[] constant(0)\n  %u = (s32[], f32[1024,1024]{1,0}, s32[]) tuple(%z, %a, END)\n"
         "  %v = (s32[], f32[1024,1024]{1,0}, s32[]) while(%u), condition=%condition, body=%body\n"
         "  %b = f32[1024,1024]{1,0} get-tuple-element(%v), index=1",
     )
     loop = LOOP.replace("%condition", "%outer_condition").replace("%body", "%outer_body")
-    assert costs(X + loop, inner + outer, "v5e").kernels == 4 * 5
+    if kernels is None:
+        with pytest.raises(Unreadable, match="v: a loop of an unknown number of trips"):
+            costs(X + loop, inner + outer.replace("END", end), "v5e")
+    else:
+        assert costs(X + loop, inner + outer.replace("END", end), "v5e").kernels == kernels
 
 
 @pytest.mark.parametrize("end", ["s32[] parameter(1)", "s32[] custom-call(%start)"])

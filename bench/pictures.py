@@ -133,6 +133,7 @@ def accelerators(lines: list[dict], path: pathlib.Path) -> None:
         1,
         len(devices),
         figsize=(5 + 3 * len(devices), 1.5 + 0.17 * len(rows)),
+        sharex=True,
         sharey=True,
         squeeze=False,
         layout="constrained",
@@ -146,6 +147,8 @@ def accelerators(lines: list[dict], path: pathlib.Path) -> None:
             for line, marker, colour in zip(shown, "o|", (COLOURS[0], COLOURS[-1]), strict=True):
                 ax.plot(line.get("roofline_over_floor", math.nan), y, marker, color=colour)
         ax.set_xscale("log")
+        ax.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        ax.minorticks_off()
         ax.axvline(1, color="black", linewidth=0.5)
         ax.set_title(device, loc="left", fontsize=10, fontweight="bold")
         ax.set_yticks(range(len(rows)), [", ".join(row) for row in rows], fontsize=6)

@@ -74,7 +74,7 @@ def seconds(found: Iterable[Kernel]) -> float:
 
 # Opcodes: of what costs nothing, of what may stand between an array and a slice of it in a fusion, and of the rest.
 NOTHING = """add-dependency after-all bitcast constant get-tuple-element opt-barrier parameter partition-id replica-id
-tuple copy-done slice-done dynamic-slice-done async-update async-done"""
+tuple copy-done slice-done dynamic-slice-done call-done async-update async-done"""
 UNARY = """abs bitcast-convert cbrt ceil convert copy cosine count-leading-zeros erf exponential exponential-minus-one
 floor is-finite log log-plus-one logistic negate not popcnt reduce-precision reshape round-nearest-afz
 round-nearest-even rsqrt sign sine sqrt tan tanh transpose"""
@@ -87,12 +87,13 @@ THROUGH = set(UNARY.split()) | {"bitcast"}
 UPDATES = {"dynamic-update-slice", "scatter"}
 ON_CHIP = {1, 2, 3, 6}  # of a TPU: vector memory, flags, scalar memory
 MOST_TRIPS = 10**6
+NO_ESTIMATE = 2**63 - 1  # what stands for one where a tpu7x's compiler makes none
 
 
 def _launched(computation: Computation, known: dict[int, int], device: Device) -> Iterator[Kernel]:
     """What it launches; `known` are integers in the tuple that it is given, by their place."""
     for x in computation.instructions.values():
-        if x.opcode in ("call", "async-start"):
+        if x.opcode in ("call", "call-start", "async-start"):
             yield from _launched(next(iter(x.called.values())), {}, device)
         elif x.opcode == "while":
             yield from _looped(x, known, device)
@@ -123,6 +124,7 @@ def _kernel(x: Instruction, device: Device) -> Kernel:
     moved = sum(_read(x, operand, device) for operand in dict.fromkeys(x.operands)) + _written(x, device)
     multiplying = sum(n / device.peaks[kind] for kind, n in products.items())
     cycles = int(x.config.get("window_config", {}).get("estimated_cycles", 0))
+    cycles = 0 if cycles == NO_ESTIMATE else cycles
     return Kernel(x.name, 1, moved, dict(products), max(moved / device.bandwidth, multiplying), cycles)
 
 

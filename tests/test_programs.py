@@ -289,11 +289,13 @@ def test_what_runs_beside_is_counted_where_it_starts():
     asynchronous = """
   %s = ((f32[1024,1024]{1,0}), f32[1024,1024]{1,0}, u32[]) async-start(%x), calls=%middle
   %y = f32[1024,1024]{1,0} async-done(%s)
+  %k = ((f32[1024,1024]{1,0}), f32[1024,1024]{1,0}, u32[]{:S(8)}) call-start(%x), to_apply=%middle
+  %l = f32[1024,1024]{1,0} call-done(%k)
   %t = ((f32[1024,1024]{1,0}), f32[8,1024]{1,0:S(1)}, u32[]{:S(2)}) slice-start(%x), slice={[0:8], [0:1024]}
   %z = f32[8,1024]{1,0:S(1)} slice-done(%t)
   %c = (f32[1024,1024]{1,0:S(1)}, f32[1024,1024]{1,0}, u32[]{:S(2)}) copy-start(%x)
   ROOT %d = f32[1024,1024]{1,0:S(1)} copy-done(%c)"""
-    assert costs(X + asynchronous, BRANCHES, "v5e").bytes == 8 * MB + 8 * 4096 + 4 * MB
+    assert costs(X + asynchronous, BRANCHES, "v5e").bytes == 2 * 8 * MB + 8 * 4096 + 4 * MB
 
 
 # Products
@@ -453,10 +455,11 @@ def test_a_tpus_scalars_are_no_kernels():
     assert costs(body).kernels == 1
 
 
-def test_cycles_are_those_that_the_compiler_estimates():
-    config = ', backend_config={"window_config":{"estimated_cycles":"100"}}'
+@pytest.mark.parametrize(("estimate", "expected"), [(100, 400), (2**63 - 1, 0)])
+def test_cycles_are_those_that_the_compiler_estimates(estimate, expected):
+    config = f', backend_config={{"window_config":{{"estimated_cycles":"{estimate}"}}}}'
     before = BODY.replace("BOUND", "constant(10)").replace("negate(%a)", f"negate(%a){config}")
-    assert costs(X + LOOP, before, "v5e").cycles == 400
+    assert costs(X + LOOP, before, "v5e").cycles == expected
 
 
 # What can't be read

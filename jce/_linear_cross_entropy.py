@@ -77,7 +77,7 @@ def linear_cross_entropy(
         that multiplying hides the reading of the head and the sum of its gradient. Fewer need less memory.
       precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting. Where that is none either,
         an accelerator rounds the derivatives in the logits of a mean or a sum to bfloat16, if hidden and head both are;
-        "highest" keeps them in float32, at half the speed on an H100.
+        "default", as any other, keeps them in float32.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which head and bias are split; labels
         are still of all n classes, and the result is the same on all its devices. Under `check_vma=False` differentiate
         outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is. None

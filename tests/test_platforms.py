@@ -174,7 +174,8 @@ def test_precision_keeps_float32(accelerator):
         return [line for line in program.splitlines() if "dot_general" in line]
 
     assert all(line.count("xbf16>") == 2 for line in types())
-    assert any("xf32>, tensor" in line for line in types(precision="highest"))
+    for precision in ("default", "highest"):
+        assert any("xf32>, tensor" in line for line in types(precision=precision))
 
 
 @pytest.mark.parametrize("function", ["linear_cross_entropy", "linear_log_probs"])

@@ -26,6 +26,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -33,6 +34,8 @@ from jce._calculus import custom_jvp, ratio
 from jce._classes import Classes
 from jce._mul0 import mul0, multiply
 
+# JAX before 0.12 differentiates what a loop's rules are made of, and has no derivative of a reduction of several arrays.
+ONE_PASS = jax.__version_info__ >= (0, 12)
 FINE = 2.0**12  # how finely a weight is rounded that only centers a tangent
 
 
@@ -109,11 +112,15 @@ def with_derivative_of(a: Array, b: Array) -> Array:
 
 def off_label_sum(labels: Array, x: Array, classes: Classes) -> tuple[Array, Array, Array]:
     """m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x at the label; NaN for a label out of range."""
-    if classes.masks:
+    if classes.masks and ONE_PASS:
         return _off_label_sum_in_one_pass(labels, x, classes)
     m = maximum(x, classes)
     m = jnp.where((labels >= 0) & (labels < classes.count(x)), m, jnp.full_like(m, jnp.nan))
     y = classes.local(labels, x)
+    if classes.masks:
+        is_label, zero = classes.is_at(x, y), jnp.zeros_like(x)
+        s = classes.sum(jnp.where(is_label, zero, jnp.exp(x - classes.column(m))))
+        return m, s, m - classes.sum(jnp.where(is_label, x, zero))
     s = classes.sum(jnp.minimum(jnp.exp(x - classes.column(m)), _distance(y, x, classes)))
     return m, s, m - classes.at(x, y)
 

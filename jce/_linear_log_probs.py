@@ -94,7 +94,7 @@ def linear_log_probs(
         logits = Logits.checked(name, head, logit_soft_cap, precision)
         chunk = checked_chunk(name, chunk_size)
 
-        def each(platform, y, h, head):
+        def both(platform, y, h, head):
             of = platform.classes(classes, head.bias)
 
             def statistics(y, h):
@@ -103,7 +103,7 @@ def linear_log_probs(
 
             return each_token(statistics, platform.chunk(chunk, head.bias), y, h)
 
-        each = on_platform(each, y, h, head)
+        each = on_platform(both, y, h, head)
         return LogProbs(*(mul0(x, w).reshape(got["labels"].shape) for x in each))
 
     return on_each_device(of_part, by_type(got), got, mesh_axis(name, axis_name), whole=False)

@@ -40,7 +40,8 @@ class Platform(NamedTuple):
 
         So where no precision is asked for. float16 has too small a range for it.
         """
-        asked = precision is not None or jax.config.jax_default_matmul_precision is not None
+        setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+        asked = precision is not None or setting is not None
         return not self.is_cpu and not asked and hidden.dtype == weight.dtype == jnp.bfloat16
 
 

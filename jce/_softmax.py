@@ -34,7 +34,7 @@ from jce._calculus import custom_jvp, ratio
 from jce._classes import Classes
 from jce._mul0 import mul0, multiply
 
-# JAX before 0.12 differentiates what a loop's rules are made of, and has no derivative of a reduction of several arrays.
+# JAX before 0.12 differentiates what a loop's rules are made of, and a reduction of several arrays has no derivative.
 ONE_PASS = jax.__version_info__ >= (0, 12)
 FINE = 2.0**12  # how finely a weight is rounded that only centers a tangent
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jce._layout import Layout, mesh_names, over_devices, told_axes
 
 LONGEST_ROW = 32_768  # classes; longer ones are folded
-LONG_ROW = 128
+LONG_ROW = 128  # fewer classes are few
 SHORTEST_BLOCK = 512
 
 

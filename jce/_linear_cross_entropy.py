@@ -319,10 +319,10 @@ def _unnormalized_excess(y, u, w, o):
         e *= column(1 + 2 * o.z_loss * (m + log_z))
     if _some(o.smoothing):
         e -= column(o.smoothing * (z / n))
-    scale = jnp.maximum(s, jnp.finfo(s.dtype).tiny) if o.classes.masks else jnp.ones_like(s)
     if o.classes.masks:
-        e, at_label = e * column(1 / scale), at_label / scale
+        others = jnp.maximum(s, jnp.finfo(s.dtype).tiny)
+        e, at_label, z = e * column(1 / others), at_label / others, z / others
     e = o.classes.put(o.classes.unfold(e), o.classes.local(y, x), at_label)
     if o.logits.soft_cap is not None:
         e *= o.logits.slope(u)
-    return losses, e, w * (scale / z)
+    return losses, e, w / z

@@ -17,9 +17,10 @@ from jce._classes import Classes
 
 
 class Platform(NamedTuple):
-    """How many tokens a chunk has: as many as fill so many bytes with logits, but not fewer than `least_tokens`.
+    """How a chunk is summed and multiplied there, and how many tokens it has.
 
-    With few tokens, reading the head and adding to its gradient take longer than multiplying.
+    As many as fill so many bytes with logits, but not fewer than `least_tokens`: with few, reading the head and adding
+    to its gradient take longer than multiplying.
     """
 
     is_cpu: bool

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jce._arguments import elementwise, public
 from jce._calculus import both_zero, custom_jvp, def_partials, def_tangents, def_twin, over_if_present, ratio
 from jce._deviance import deviance, log_ratio
-from jce._elementary import log_complement, one_minus, raised, unless_negative
+from jce._elementary import log, log1p, log_complement, one_minus, raised, unless_negative
 
 
 @public()
@@ -92,7 +92,7 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
 @custom_jvp
 def _cross_entropy(a, b):
-    return _surprise(a, b, -jnp.log(b)) + _surprise(one_minus(a), one_minus(b), -log_complement(b))
+    return _surprise(a, b, -log(b)) + _surprise(one_minus(a), one_minus(b), -log_complement(b))
 
 
 def _surprise(a, b, log_1_b):
@@ -169,7 +169,7 @@ def _log_odds_against(a, b):
     # |1 - 2β| is exact where it is small, and log1p of a positive number keeps its digits.
     smaller = jnp.minimum(b, one_minus(b))
     at_end = jnp.where(a == b, jnp.zeros_like(b), jnp.inf)  # β = 0 or 1
-    log_odds = jnp.log1p(jnp.where(smaller == 0, at_end, jnp.abs(1 - 2 * b) / smaller))
+    log_odds = log1p(jnp.where(smaller == 0, at_end, jnp.abs(1 - 2 * b) / smaller))
     return jnp.where(b < 0.5, log_odds, 0 - log_odds)
 
 

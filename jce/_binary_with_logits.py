@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jce._arguments import elementwise, public
 from jce._calculus import custom_jvp, def_partials
 from jce._deviance import deviance_from_log
-from jce._elementary import exponential_minus_1, log1p_unit, log_complement, one_minus
+from jce._elementary import exp, expm1, exponential_minus_1, log1p_unit, log_complement, one_minus, tanh
 from jce._mul0 import mul0
 
 
@@ -164,7 +164,7 @@ def_partials(_kl_of_sigmoid, lambda x, y: _weighted_margin(x, y), lambda x, y: _
 
 @custom_jvp
 def _sigmoid_excess(a, x):
-    e = jnp.exp(jnp.minimum(x, -x))  # e^-|x| in other words than the value's, which XLA would else store for both
+    e = exp(jnp.minimum(x, -x))  # e^-|x| in other words than the value's, which XLA would else store for both
     return jnp.where(x < 0, one_minus(a) * e - a, one_minus(a) - a * e) / (1 + e)
 
 
@@ -180,14 +180,14 @@ def _variance(x):
 
 
 # d/dx σ(x) σ(-x) = -σ(x) σ(-x) tanh x/2
-def_partials(_variance, lambda x: -_variance(x) * jnp.tanh(x / 2))
+def_partials(_variance, lambda x: -_variance(x) * tanh(x / 2))
 
 
 @custom_jvp
 def _sigmoid_difference(x, y):
     """σ(y) - σ(x) = ±σ σ (1 - e^-|y-x|)"""
     d = _minus(y, x)
-    return jnp.where(d > 0, -_sigmoid(y) * _sigmoid(-x), _sigmoid(x) * _sigmoid(-y)) * jnp.expm1(-jnp.abs(d))
+    return jnp.where(d > 0, -_sigmoid(y) * _sigmoid(-x), _sigmoid(x) * _sigmoid(-y)) * expm1(-jnp.abs(d))
 
 
 # ∂/∂x (σ(y) - σ(x)) = -σ(x) σ(-x), ∂/∂y = σ(y) σ(-y)
@@ -203,7 +203,7 @@ def _weighted_margin(x, y):
 # ∂/∂x σσ (x - y) = σσ (1 - tanh(x/2) (x - y)), ∂/∂y σσ (x - y) = -σσ
 def_partials(
     _weighted_margin,
-    lambda x, y: _variance(x) - mul0(_weighted_margin(x, y), jnp.tanh(x / 2)),
+    lambda x, y: _variance(x) - mul0(_weighted_margin(x, y), tanh(x / 2)),
     lambda x, y: -_variance(x),
 )
 
@@ -225,4 +225,4 @@ def _sigmoid(x):
 
 def _odds_against(x):
     """e^-|x|: the odds of the less probable outcome."""
-    return jnp.exp(-jnp.abs(x))
+    return exp(-jnp.abs(x))

@@ -20,6 +20,7 @@ from jce._calculus import (
     over_if_present,
     ratio,
 )
+from jce._elementary import exp, log
 from jce._mul0 import mul0
 from jce._softmax import (
     another,
@@ -78,7 +79,7 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _sum_p_log_q(p, q, classes):
-    return classes.sum(p * jnp.maximum(jnp.log(q), bound(p, -1, classes)))
+    return classes.sum(p * jnp.maximum(log(q), bound(p, -1, classes)))
 
 
 def bound(p, sign, classes):
@@ -92,7 +93,7 @@ def bound(p, sign, classes):
 
 @custom_jvp
 def _log_q(p, q):
-    return jnp.log(q) + (p - p)  # NaN where p is
+    return log(q) + (p - p)  # NaN where p is
 
 
 # ∂/∂p p log q = log q, ∂/∂q p log q = p/q
@@ -175,7 +176,7 @@ def _excess(p, x, classes):
     d = x - classes.column(another(n.m, n.s))
     # Of a class that dominates q = 1 - s/Z, and Σp - p is exact.
     dominant = (classes.column(total) - p) - classes.column(total * (n.s / n.z))
-    return jnp.where(d > classes.column(n.shared - 0.5), dominant, jnp.exp(d) * classes.column(total / n.z) - p)
+    return jnp.where(d > classes.column(n.shared - 0.5), dominant, exp(d) * classes.column(total / n.z) - p)
 
 
 def _excess_rule(classes, primals, tangents):
@@ -289,8 +290,8 @@ def _label_surprisal_and_excess(y, x, classes):
     # Both in one function, since XLA can't see that two off-label sums, behind their barriers, are the same.
     m, s, d = off_label_sum(y, x, classes)
     # The excess is written over e, but where rows are folded: there each pass computes its own.
-    e = jnp.exp(x - classes.column(m if classes.blocks == 1 else another(m, s)))
-    excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-s), e) / classes.column(s + jnp.exp(-d))
+    e = exp(x - classes.column(m if classes.blocks == 1 else another(m, s)))
+    excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-s), e) / classes.column(s + exp(-d))
     return surprisal_at_label(d, s), excess
 
 

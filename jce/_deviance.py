@@ -18,7 +18,7 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from jce._elementary import atanh_tail, exponential_tail, nan_if_negative
+from jce._elementary import atanh_tail, exponential_tail, log, nan_if_negative
 from jce._mul0 import mul0
 
 
@@ -46,7 +46,7 @@ def _contrast_or_log_ratio(p, q, d):
     over, under = p * 2.0 ** -(k // 2) > q * 2.0 ** (k // 2), p * 2.0 ** (k // 2) < q * 2.0 ** -(k // 2)
     numerator, denominator = p * jnp.where(under, 2.0**k, 1), q * jnp.where(over, 2.0**k, 1)
     x = jnp.where(near, d, numerator) / jnp.where(near, s, denominator)
-    return near, x, jnp.log(x) + k * math.log(2) * jnp.where(over, 1, jnp.where(under, -1, 0))
+    return near, x, log(x) + k * math.log(2) * jnp.where(over, 1, jnp.where(under, -1, 0))
 
 
 def deviance_from_log(p: Array, q: Array, delta: Array) -> Array:

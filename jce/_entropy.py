@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
 from jce._calculus import custom_jvp, def_partials_of_sum, def_tangents, negative
+from jce._elementary import exp, log
 from jce._mul0 import mul0, multiply, over
 from jce._softmax import another, deviation, normalizer, softmax, surprisal, unless_nan
 
@@ -60,7 +61,7 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
 def _sum_p_log_p(p, classes):
     # The lowest number for -∞, so that 0 log 0 = 0 without a select: inside a sum, a select would make XLA write the
     # N × n terms to memory first, on a CPU. |p|, where p < 0 has no logarithm, is another result.
-    return classes.sum(jnp.abs(p) * jnp.maximum(jnp.log(p), classes.lowest(p)))
+    return classes.sum(jnp.abs(p) * jnp.maximum(log(p), classes.lowest(p)))
 
 
 # d/dp p log p = log p + 1
@@ -69,7 +70,7 @@ def_partials_of_sum(_sum_p_log_p, lambda p, _: _log(p) + 1)
 
 @custom_jvp
 def _log(p):
-    return jnp.log(p)
+    return log(p)
 
 
 # d log p/dp = 1/p
@@ -128,12 +129,12 @@ def entropy_of_softmax(x, classes):
     n = normalizer(x, classes)
     if classes.mesh_axis is None:
         d = x - classes.column(another(n.m, n.log_z))
-        e = jnp.exp(d)
+        e = exp(d)
         # eᵢ, and 0 for a class that dominates, where xᵢ - m is 0
         weight = jnp.minimum(jnp.floor(classes.column(another(1.75 + n.shared, n.log_z)) - e), e)
     else:
         d = n.depth(x, classes)
-        weight = jnp.exp(d)
+        weight = exp(d)
     # The lowest number for -∞, where eᵢ = 0 multiplies it.
     return n.log_z - classes.sum(weight * jnp.maximum(d, jnp.finfo(x.dtype).min)) / n.z
 

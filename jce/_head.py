@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from jce._arguments import as_array, broadcasts_to, described, float_dtype, positive, require_boolean, wide_enough
 from jce._calculus import custom_jvp, def_partials
 from jce._classes import Classes, vary_over, varying
+from jce._elementary import exp, tanh
 from jce._mul0 import mul0
 
 
@@ -77,13 +78,13 @@ def _allowed(u):
 def _soft_cap(u, c):
     """c tanh u/c; where tanh v rounds to v, u itself, since XLA takes a subnormal u/c for 0."""
     v = u / c
-    return jnp.where(v * v < jnp.finfo(v.dtype).eps, u, c * jnp.tanh(v))
+    return jnp.where(v * v < jnp.finfo(v.dtype).eps, u, c * tanh(v))
 
 
 @custom_jvp
 def _slope(v):
     """1 - tanh² v, without the difference."""
-    e = jnp.exp(-jnp.abs(v))
+    e = exp(-jnp.abs(v))
     sech = 2 * e / (1 + e * e)
     return sech * sech
 
@@ -91,14 +92,14 @@ def _slope(v):
 @custom_jvp
 def _slope_in_cap(v):
     """tanh v - v (1 - tanh² v)"""
-    return jnp.tanh(v) - mul0(v, _slope(v))
+    return tanh(v) - mul0(v, _slope(v))
 
 
 # With v = u/c: ∂/∂u c tanh v = 1 - tanh² v, ∂/∂c c tanh v = tanh v - v (1 - tanh² v)
 def_partials(_soft_cap, lambda u, c: _slope(u / c), lambda u, c: _slope_in_cap(u / c))
 # d (1 - tanh² v)/dv = -2 tanh v (1 - tanh² v), d (tanh v - v (1 - tanh² v))/dv = 2v tanh v (1 - tanh² v)
-def_partials(_slope, lambda v: -2 * jnp.tanh(v) * _slope(v))
-def_partials(_slope_in_cap, lambda v: 2 * jnp.tanh(v) * mul0(v, _slope(v)))
+def_partials(_slope, lambda v: -2 * tanh(v) * _slope(v))
+def_partials(_slope_in_cap, lambda v: 2 * tanh(v) * mul0(v, _slope(v)))
 
 
 def dot(a: Array, b: Array, axis_a: int, axis_b: int, precision, dtype) -> Array:

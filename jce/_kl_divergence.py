@@ -22,7 +22,7 @@ from jce._calculus import (
     ratio,
 )
 from jce._deviance import deviance, deviance_from_log, log_ratio
-from jce._elementary import raised, unless_negative
+from jce._elementary import exp, log1p, raised, tanh, unless_negative
 from jce._mul0 import mul0
 from jce._softmax import FINE, another, centered, normalizer, softmax, softmax_tangent
 
@@ -266,7 +266,7 @@ def _weighted_excess(x, y, classes):
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _q_minus_p(x, y, classes):
     p, q, delta = _compare(x, y, classes)
-    return (p + q) * jnp.tanh(delta / 2)
+    return (p + q) * tanh(delta / 2)
 
 
 # d (qᵢ - pᵢ) = qᵢ (dyᵢ - Σ q dy) - pᵢ (dxᵢ - Σ p dx)
@@ -306,21 +306,21 @@ def _compare(x, y, classes):
     # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x up to a number a row, by the rounding of the last. That number is
     # Σ p (e^δ - 1) = Σ (p + q) tanh δ/2, which ought to be 0.
     m, n = another(nx.m, nx.s), another(ny.m, ny.s)
-    p = jnp.exp(x - classes.column(m)) * classes.column(jnp.exp(-nx.log_z))
-    q = jnp.exp(y - classes.column(n)) * classes.column(jnp.exp(-ny.log_z))
+    p = exp(x - classes.column(m)) * classes.column(exp(-nx.log_z))
+    q = exp(y - classes.column(n)) * classes.column(exp(-ny.log_z))
     # Of a class that dominates both, what it is apart is the rounding of x and y, and 0 by definition. Then pq > 4/9
     # there and < 1/3 elsewhere; where none does, pq < 2/3.
     apart = jnp.ceil(classes.column(0.4 + 0.3 * jnp.minimum(nx.shared + ny.shared, 1)) - p * q)
     delta = -classes.column(log_z_y_x) - _difference(y, x, n, m, classes, 0.25) * apart
-    surplus = classes.sum((p + q) * jnp.tanh(0.5 * delta))
+    surplus = classes.sum((p + q) * tanh(0.5 * delta))
     m, n = another(nx.m, surplus * surplus), another(ny.m, surplus * surplus)
     # The last pass is elementwise, and may select.
     d_x, dominant_x = nx.depth_and_dominant(x, m, classes)
     d_y, dominant_y = ny.depth_and_dominant(y, n, classes)
-    p, q = jnp.exp(d_x) / classes.column(nx.z), jnp.exp(d_y) / classes.column(ny.z)
+    p, q = exp(d_x) / classes.column(nx.z), exp(d_y) / classes.column(ny.z)
     both = dominant_x & dominant_y
     difference = jnp.where(both, jnp.zeros_like(x), _difference(x, y, m, n, classes, 0.5))
-    return p, q, difference - classes.column(log_z_y_x + jnp.log1p(surplus))
+    return p, q, difference - classes.column(log_z_y_x + log1p(surplus))
 
 
 def _difference(x, y, m, n, classes, k):

@@ -22,6 +22,7 @@ from jce._arguments import choice, fraction, is_array, mesh_axis, positive, publ
 from jce._calculus import live_jvp
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal, scaled, smoothed
+from jce._elementary import exp, log1p
 from jce._head import Head, Logits, checked, checked_chunk, dot, each_token, over_chunks, product, tokens_and_head
 from jce._layout import over_devices
 from jce._mul0 import mul0
@@ -307,8 +308,8 @@ def _unnormalized_excess(y, u, w, o):
     x = o.classes.fold(o.logits.capped(u))
     n = o.classes.count(x)
     m, s, d = off_label_sum(y, x, o.classes)
-    e, e_y = jnp.exp(x - column(m)), jnp.exp(-d)
-    z, log_z = s + e_y, jnp.log1p(s - (1 - e_y))
+    e, e_y = exp(x - column(m)), exp(-d)
+    z, log_z = s + e_y, log1p(s - (1 - e_y))
     losses, at_label = surprisal_at_label(d, s), -s
     if _some(o.smoothing):
         losses = smoothed(losses, log_z + o.classes.sum(column(m) - x) / n, o.smoothing)

@@ -32,6 +32,7 @@ from jax import Array, lax
 
 from jce._calculus import custom_jvp, ratio
 from jce._classes import Classes
+from jce._elementary import exp, log1p
 from jce._mul0 import mul0, multiply
 
 # JAX before 0.12 differentiates what a loop's rules are made of, and a reduction of several arrays has no derivative.
@@ -66,7 +67,7 @@ class Normalizer(NamedTuple):
 
     @property
     def log_z(self) -> Array:
-        return jnp.log1p(self.s)
+        return log1p(self.s)
 
     @property
     def shared(self) -> Array:
@@ -95,8 +96,8 @@ class Normalizer(NamedTuple):
 
 def normalizer(x: Array, classes: Classes) -> Normalizer:
     m = maximum(x, classes)
-    z = classes.sum(jnp.exp(x - classes.column(m)))
-    e = jnp.exp(x - classes.column(another(m, z, classes.are_few(x))))
+    z = classes.sum(exp(x - classes.column(m)))
+    e = exp(x - classes.column(another(m, z, classes.are_few(x))))
     most = jnp.maximum(1.75, -z)  # 7/4: a number a row, since a constant would be shared with another array's sum
     s = classes.sum(e * jnp.floor(classes.column(most) - e))
     # s where Z < 3/2, Z - 1 beyond. Between 1.4 and 1.53 they are the same.
@@ -119,9 +120,9 @@ def off_label_sum(labels: Array, x: Array, classes: Classes) -> tuple[Array, Arr
     y = classes.local(labels, x)
     if classes.masks:
         is_label, zero = classes.is_at(x, y), jnp.zeros_like(x)
-        s = classes.sum(jnp.where(is_label, zero, jnp.exp(x - classes.column(m))))
+        s = classes.sum(jnp.where(is_label, zero, exp(x - classes.column(m))))
         return m, s, m - classes.sum(jnp.where(is_label, x, zero))
-    s = classes.sum(jnp.minimum(jnp.exp(x - classes.column(m)), _distance(y, x, classes)))
+    s = classes.sum(jnp.minimum(exp(x - classes.column(m)), _distance(y, x, classes)))
     return m, s, m - classes.at(x, y)
 
 
@@ -133,7 +134,7 @@ def _off_label_sum_in_one_pass(labels, x, classes):
         (m_a, s_a, y_a), (m_b, s_b, y_b) = a, b
         m = jnp.maximum(m_a, m_b)
         finite = jnp.maximum(m, least)
-        return m, s_a * jnp.exp(m_a - finite) + s_b * jnp.exp(m_b - finite), y_a + y_b
+        return m, s_a * exp(m_a - finite) + s_b * exp(m_b - finite), y_a + y_b
 
     y = classes.local(labels, x)
     is_label, zero = classes.is_at(x, y), jnp.zeros_like(x)
@@ -143,7 +144,7 @@ def _off_label_sum_in_one_pass(labels, x, classes):
     m = m_here if classes.mesh_axis is None else lax.pmax(lax.stop_gradient(m_here), classes.mesh_axis)
     m = jnp.where((labels >= 0) & (labels < classes.count(x)), m, jnp.full_like(m, jnp.nan))
     if classes.mesh_axis is not None:
-        s, x_y = classes.over_devices(s * jnp.exp(m_here - m)), classes.over_devices(x_y)
+        s, x_y = classes.over_devices(s * exp(m_here - m)), classes.over_devices(x_y)
     return m, s, m - x_y
 
 
@@ -152,7 +153,7 @@ def surprisal_at_label(d: Array, s: Array) -> Array:
     # With d = 1 at most taken into s, it is log(1 + s e^d) for a label near the maximum: the sum over the other classes
     # relative to the label's, of which no rounding of x or m is more than a relative error.
     rest = jnp.maximum(d - 1, 0)
-    return rest + jnp.log1p(s * jnp.exp(jnp.minimum(d, 1)) - (1 - jnp.exp(-rest)))
+    return rest + log1p(s * exp(jnp.minimum(d, 1)) - (1 - exp(-rest)))
 
 
 def _distance(y, x, classes):
@@ -262,8 +263,8 @@ def _exponential(x, k, classes):
     """eᵢ = exp(xᵢ - m), for a constant m, in the pass number k over x, of which each says m in another way."""
     m = maximum(x, classes)
     if k:
-        m = another(m, k * classes.sum(jnp.exp(x - classes.column(m))), classes.are_few(x))
-    return jnp.exp(x - classes.column(m))
+        m = another(m, k * classes.sum(exp(x - classes.column(m))), classes.are_few(x))
+    return exp(x - classes.column(m))
 
 
 # deᵢ = eᵢtᵢ
@@ -277,7 +278,7 @@ def _exponential_rule(k, classes, primals, tangents):
 def complement(x: Array, classes: Classes) -> Array:
     """1 - qᵢ = (s + (1 - eᵢ))/Z."""
     n = normalizer(x, classes)
-    return (classes.column(n.s) + (1 - jnp.exp(n.depth(x, classes)))) / classes.column(n.z)
+    return (classes.column(n.s) + (1 - exp(n.depth(x, classes)))) / classes.column(n.z)
 
 
 # d(1 - qᵢ) = -qᵢ (tᵢ - Σⱼ qⱼtⱼ)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jce
+from tests.jaxprs import equations, inner
 from tests.kernels import modes
 
 pytestmark = pytest.mark.needs_jit
@@ -61,32 +62,6 @@ def multiplications(jaxpr, platform) -> int:
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         count += times * sum(multiplications(j, platform) for j in inner(equation, platform))
     return count
-
-
-def equations(jaxpr, platform="cpu"):
-    for equation in jaxpr.eqns:
-        yield equation
-        for j in inner(equation, platform):
-            yield from equations(j, platform)
-
-
-def inner(equation, platform):
-    """The programs in an equation; of those by platform, the one that is lowered there."""
-    if by_platform := equation.params.get("branches_platforms"):
-        branches = zip(equation.params["branches"], by_platform, strict=True)
-        (chosen,) = (branch for branch, platforms in branches if platform in (platforms or ("other",)))
-        return list(jaxprs(chosen))
-    return [j for value in equation.params.values() for j in jaxprs(value)]
-
-
-def jaxprs(value):
-    if isinstance(value, tuple | list):
-        for x in value:
-            yield from jaxprs(x)
-    elif hasattr(value, "eqns"):
-        yield value
-    elif hasattr(value, "jaxpr"):
-        yield from jaxprs(value.jaxpr)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "other"])

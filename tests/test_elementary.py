@@ -1,0 +1,64 @@
+"""What every result depends on is asked for at its highest accuracy: on a TPU, XLA's own would be approximations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jce
+from tests.jaxprs import equations
+from tests.kernels import TABLE, easy, label, modes, total
+
+pytestmark = pytest.mark.needs_jit
+
+HIGHEST = jax.lax.AccuracyMode.HIGHEST
+ELEMENTARY = {"exp", "log", "log1p", "expm1", "tanh", "logistic"}  # the last in the derivative of tanh
+# What XLA approximates and jce doesn't use: of each it would have to be known how accurate it is there.
+OTHERS = {
+    "exp2",
+    "pow",
+    "rsqrt",
+    "cbrt",
+    "sin",
+    "cos",
+    "tan",
+    "atanh",
+    "asinh",
+    "acosh",
+    "sinh",
+    "cosh",
+    "erf",
+}
+HEADS = {
+    "sum": functools.partial(jce.linear_cross_entropy, reduction="sum"),
+    "none": functools.partial(jce.linear_cross_entropy, reduction="none"),
+    "options": functools.partial(jce.linear_cross_entropy, label_smoothing=0.1, z_loss=0.1, logit_soft_cap=2.0),
+    "log-probabilities": functools.partial(jce.linear_log_probs, logit_soft_cap=2.0),
+}
+
+
+def asked(function, arguments) -> set[tuple]:
+    """The elementary functions in the function's program, in every mode and on every platform, with their accuracy."""
+    programs = modes(function, tuple(range(len(arguments))))
+    traced = [jax.make_jaxpr(program)(arguments, arguments).jaxpr for program in programs.values()]
+    calls = [e for jaxpr in traced for e in equations(jaxpr, None) if e.primitive.name in ELEMENTARY | OTHERS]
+    return {(e.primitive.name, e.params.get("accuracy")) for e in calls}
+
+
+@pytest.mark.parametrize("kernel", TABLE, ids=label)
+def test_functions(kernel, rng):
+    found = asked(total(kernel), tuple(map(jnp.asarray, easy(kernel, rng, (2, 5)))))
+    assert found
+    assert found <= {(name, HIGHEST) for name in ELEMENTARY}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads(head):
+    def of(h, w):
+        return sum(x.sum() for x in jax.tree.leaves(HEADS[head](np.zeros(4, int), h, w)))
+
+    found = asked(of, (jnp.ones((4, 2)), jnp.ones((3, 2))))
+    assert {"exp", "log1p"} <= {name for name, _ in found}
+    assert found <= {(name, HIGHEST) for name in ELEMENTARY}

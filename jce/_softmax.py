@@ -26,7 +26,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -35,8 +34,6 @@ from jce._classes import Classes
 from jce._elementary import exp, log1p
 from jce._mul0 import mul0, multiply
 
-# JAX before 0.12 differentiates what a loop's rules are made of, and a reduction of several arrays has no derivative.
-ONE_PASS = jax.__version_info__ >= (0, 12)
 FINE = 2.0**12  # how finely a weight is rounded that only centers a tangent
 
 
@@ -113,21 +110,24 @@ def with_derivative_of(a: Array, b: Array) -> Array:
 
 def off_label_sum(labels: Array, x: Array, classes: Classes) -> tuple[Array, Array, Array]:
     """m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x at the label; NaN for a label out of range."""
-    if classes.masks and ONE_PASS:
-        return _off_label_sum_in_one_pass(labels, x, classes)
-    m = maximum(x, classes)
-    m = jnp.where((labels >= 0) & (labels < classes.count(x)), m, jnp.full_like(m, jnp.nan))
-    y = classes.local(labels, x)
+    y, n = classes.local(labels, x), classes.count(x)
     if classes.masks:
-        is_label, zero = classes.is_at(x, y), jnp.zeros_like(x)
-        s = classes.sum(jnp.where(is_label, zero, exp(x - classes.column(m))))
-        return m, s, m - classes.sum(jnp.where(is_label, x, zero))
-    s = classes.sum(jnp.minimum(exp(x - classes.column(m)), _distance(y, x, classes)))
-    return m, s, m - classes.at(x, y)
+        m, s, x_y = here = _off_label_sum_here(y, x, classes)
+        if classes.mesh_axis is not None:
+            m = lax.pmax(lax.stop_gradient(m), classes.mesh_axis)
+            s, x_y = classes.over_devices(s * exp(here[0] - m)), classes.over_devices(x_y)
+    else:
+        m = maximum(x, classes)
+        s = classes.sum(jnp.minimum(exp(x - classes.column(m)), _distance(y, x, classes)))
+        x_y = classes.at(x, y)
+    m = jnp.where((labels >= 0) & (labels < n), m, jnp.full_like(m, jnp.nan))
+    return m, s, m - x_y
 
 
-def _off_label_sum_in_one_pass(labels, x, classes):
-    """The same in one reduction: a sum is scaled anew where a larger maximum is met."""
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
+def _off_label_sum_here(y, x, classes):
+    """m, s and x at the label, of this device's classes, in one reduction: a sum is scaled anew where a larger maximum
+    is met."""
     least = jnp.finfo(x.dtype).min
 
     def merged(a, b):
@@ -136,16 +136,21 @@ def _off_label_sum_in_one_pass(labels, x, classes):
         finite = jnp.maximum(m, least)
         return m, s_a * exp(m_a - finite) + s_b * exp(m_b - finite), y_a + y_b
 
-    y = classes.local(labels, x)
     is_label, zero = classes.is_at(x, y), jnp.zeros_like(x)
     each = x, jnp.where(is_label, zero, jnp.ones_like(x)), jnp.where(is_label, x, zero)
     first = jnp.asarray(-jnp.inf, x.dtype), jnp.zeros((), x.dtype), jnp.zeros((), x.dtype)
-    m_here, s, x_y = lax.reduce(each, first, merged, (x.ndim + classes.axis,))
-    m = m_here if classes.mesh_axis is None else lax.pmax(lax.stop_gradient(m_here), classes.mesh_axis)
-    m = jnp.where((labels >= 0) & (labels < classes.count(x)), m, jnp.full_like(m, jnp.nan))
-    if classes.mesh_axis is not None:
-        s, x_y = classes.over_devices(s * exp(m_here - m)), classes.over_devices(x_y)
-    return m, s, m - x_y
+    return lax.reduce(each, first, merged, (x.ndim + classes.axis,))
+
+
+# For a constant m, ds = Σ eᵢtᵢ over the others. For loops: JAX before 0.12 differentiates those as plain code.
+@_off_label_sum_here.defjvp
+def _off_label_sum_here_rule(classes, primals, tangents):
+    (y, x), (_, t) = primals, tangents
+    m, s, x_y = _off_label_sum_here(y, x, classes)
+    is_label, zero = classes.is_at(x, y), jnp.zeros_like(x)
+    e = jnp.where(is_label, zero, exp(x - classes.column(lax.stop_gradient(m))))
+    sums = (classes.reduce(jnp.sum, a) for a in (mul0(e, t), jnp.where(is_label, t, zero)))
+    return (m, s, x_y), (jnp.zeros_like(m), *sums)
 
 
 def surprisal_at_label(d: Array, s: Array) -> Array:

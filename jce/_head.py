@@ -22,6 +22,7 @@ from jce._calculus import custom_jvp, def_partials
 from jce._classes import Classes, vary_over, varying
 from jce._elementary import exp, tanh
 from jce._mul0 import mul0
+from jce._platforms import Chunks
 
 
 class Head(NamedTuple):
@@ -140,26 +141,32 @@ _product.defjvp(_product_rule, symbolic_zeros=True)
 # Chunks
 
 
-def over_chunks(step: Callable, size: int, carry, tokens, peeled: bool = False):
-    """`lax.scan` of a step over chunks of `size` tokens or a few less, the last filled up with zeros.
+def over_chunks(step: Callable, chunked: Chunks, carry, tokens):
+    """`lax.scan` of a step over chunks of some size or a few tokens less, filled up with zeros.
 
+    Apart, a chunk has every k-th token: where XLA splits the tokens over devices, each of which has neighbours, all
+    have as many of each chunk, and none is sent. For GPUs and TPUs it then sums the carry over devices after the loop.
     Peeled, the first step, whose carry is None, comes before the loop, so that no zeros are written to begin with.
     """
+    size, devices, apart, peeled = chunked
     count = jax.tree.leaves(tokens)[0].shape[0]
     if isinstance(count, int):
         chunks = max(1, -(-count // size))
         # Chunks that need no filling save a copy of all hidden states; a few more are worth it.
-        chunks = next((k for k in range(chunks, chunks + chunks // 8 + 1) if count % k == 0), chunks)
+        chunks = next((k for k in range(chunks, chunks + chunks // 8 + 1) if count % (k * devices) == 0), chunks)
     else:
         chunks = -(-count // size)  # of a symbolic number of tokens, which is at least 1, as symbolic
     size = -(-count // chunks)
 
     def split(x):
         x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(chunks, size, *x.shape[1:])
+        return x.reshape(size, chunks, *x.shape[1:]).swapaxes(0, 1) if apart else x.reshape(chunks, size, *x.shape[1:])
+
+    def join(x):
+        return (x.swapaxes(0, 1) if apart else x).reshape(chunks * size, *x.shape[2:])[:count]
 
     tokens = jax.tree.map(split, tokens)
-    if peeled:
+    if peeled and isinstance(count, int):
         carry, first = step(None, jax.tree.map(lambda x: x[0], tokens))
         results = jax.tree.map(lambda x: x[None], first)
         if chunks > 1:
@@ -169,13 +176,13 @@ def over_chunks(step: Callable, size: int, carry, tokens, peeled: bool = False):
             results = jax.tree.map(lambda *parts: jnp.concatenate(parts), results, others)
     else:
         carry, results = lax.scan(step, carry, tokens)
-    return carry, jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:])[:count], results)
+    return carry, jax.tree.map(join, results)
 
 
-def each_token(function: Callable, size: int, *tokens: Array):
+def each_token(function: Callable, chunked: Chunks, *tokens: Array):
     """The function of chunks of tokens, with nothing kept of a chunk but its results, whatever is differentiated."""
     step = jax.checkpoint(lambda carry, chunk: (carry, function(*chunk)), prevent_cse=False)
-    return over_chunks(step, size, None, tokens)[1]
+    return over_chunks(step, chunked._replace(peeled=False), None, tokens)[1]
 
 
 # Arguments

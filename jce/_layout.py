@@ -6,6 +6,7 @@ back split as its argument is. So the arguments of a function are first placed a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -83,6 +84,14 @@ def over_devices(part: Array, mesh_axes: tuple) -> Array:
 def mesh_names(*spec) -> tuple:
     """The mesh axes in some entries of a spec."""
     return tuple(name for axes in spec for name in (axes if isinstance(axes, tuple) else (axes,)) if name is not None)
+
+
+def auto_devices() -> int:
+    """Over how many devices XLA may split what there is, under the Auto axes of the mesh that is set: 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(
+        mesh.shape[n] for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto
+    )
 
 
 def told_axes(mesh: Mesh | AbstractMesh | None) -> frozenset:

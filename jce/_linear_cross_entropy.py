@@ -27,7 +27,7 @@ from jce._head import Head, Logits, checked, checked_chunk, dot, each_token, ove
 from jce._layout import over_devices
 from jce._mul0 import mul0
 from jce._places import by_type, on_each_device
-from jce._platforms import Platform, on_platform
+from jce._platforms import Chunks, Platform, on_platform
 from jce._softmax import logsumexp, off_label_sum, surprisal, surprisal_at_label
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -75,7 +75,8 @@ def linear_cross_entropy(
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c), everywhere above. None: none.
       chunk_size: the number of tokens in a chunk, a static int. None for a rule. On a CPU: as many as fill 32 MiB with
         logits, but at least 512 (256 MiB at 131,072 classes). On an accelerator: 256 MiB, but at least 2048 (1 GiB), so
-        that multiplying hides the reading of the head and the sum of its gradient. Fewer need less memory.
+        that multiplying hides the reading of the head and the sum of its gradient. Fewer need less memory. Of a mesh
+        with Auto axes that `jax.set_mesh` has set, times its number of devices, over which XLA may split the tokens.
       precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting. Where that is none either,
         an accelerator rounds the derivatives in the logits of a mean or a sum to bfloat16, if hidden and head both are;
         "default", as any other, keeps them in float32.
@@ -157,9 +158,9 @@ class Options(NamedTuple):
     smoothing: float | Array
     z_loss: float | Array
 
-    def on(self, platform: Platform, head: Head) -> Options:
-        classes, chunk = platform.classes(self.classes, head.bias), platform.chunk(self.chunk, head.bias)
-        return self._replace(classes=classes, chunk=chunk)
+    def on(self, platform: Platform, head: Head) -> tuple[Options, Chunks]:
+        classes = platform.classes(self.classes, head.bias)
+        return self._replace(classes=classes), platform.chunks(self.chunk, head.bias)
 
     def numbers(self):
         return self.logits.soft_cap, self.smoothing, self.z_loss
@@ -202,8 +203,8 @@ def _some(number) -> bool:
 
 def _losses(y, h, head, o):
     def losses(platform, y, h, head, o):
-        o = o.on(platform, head)
-        return each_token(lambda y, h: _loss(y, o.logits.of(h, head), o), o.chunk, y, h)
+        o, chunks = o.on(platform, head)
+        return each_token(lambda y, h: _loss(y, o.logits.of(h, head), o), chunks, y, h)
 
     return on_platform(losses, y, h, head, o)
 
@@ -267,7 +268,8 @@ def _loop(y, h, head, w, o, wanted, excess: Callable, wrap: Callable):
 
 def _loop_on(wanted, excess, wrap, platform, y, h, head, w, o):
     in_h, in_weight, in_bias = wanted
-    precision, o = o.logits.precision, o.on(platform, head)
+    o, chunks = o.on(platform, head)
+    precision = o.logits.precision
     narrow = platform.narrow(h, head.weight, precision)
 
     def step(sums, chunk):
@@ -283,8 +285,7 @@ def _loop_on(wanted, excess, wrap, platform, y, h, head, w, o):
         return (sum_weight, sum_bias), (losses, r * product(e, head, 0, precision) if in_h else None)
 
     zeros = jnp.zeros_like(head.wide) if in_weight else None, jnp.zeros_like(head.bias) if in_bias else None
-    peeled = not platform.is_cpu and isinstance(y.size, int)
-    sums, (losses, by_token) = over_chunks(wrap(step), o.chunk, zeros, (y, h, w), peeled)
+    sums, (losses, by_token) = over_chunks(wrap(step), chunks, zeros, (y, h, w))
     return losses, (by_token, *sums)
 
 

@@ -101,7 +101,7 @@ def linear_log_probs(
                 x = of.fold(logits.of(h, head))
                 return negative(label_surprisal(y, x, of)), entropy_of_softmax(x, of)
 
-            return each_token(statistics, platform.chunk(chunk, head.bias), y, h)
+            return each_token(statistics, platform.chunks(chunk, head.bias), y, h)
 
         each = on_platform(both, y, h, head)
         return LogProbs(*(mul0(x, w).reshape(got["labels"].shape) for x in each))

@@ -1,8 +1,8 @@
 """A head on several devices: each has some tokens and some classes, as types or the caller say.
 
-Left to XLA's partitioner, a scan over chunks of tokens either gathers the hidden states or sums the head's gradient in
-every step. In a `jax.shard_map` over the same scan it does neither: what the derivatives send follows from JAX's types
-of what varies over which axis.
+What the derivatives send follows there from JAX's types of what varies over which axis: a scan over chunks of tokens
+inside a `jax.shard_map` sends nothing of the hidden states, and sums the head's gradient once. Left to XLA's partitioner,
+under Auto axes, it takes the right tokens in a chunk (`_head.over_chunks`) and a compiler that moves sums out of loops.
 """
 
 from __future__ import annotations

@@ -14,24 +14,36 @@ import jax.numpy as jnp
 from jax import lax
 
 from jce._classes import Classes
+from jce._layout import auto_devices
+
+
+class Chunks(NamedTuple):
+    """A loop's: of how many tokens, on how many devices, which, and whether the first comes before the loop."""
+
+    size: int
+    devices: int
+    apart: bool
+    peeled: bool
 
 
 class Platform(NamedTuple):
     """How a chunk is summed and multiplied there, and how many tokens it has.
 
     As many as fill so many bytes with logits, but not fewer than `least_tokens`: with few, reading the head and adding
-    to its gradient take longer than multiplying.
+    to its gradient take longer than multiplying. So on each device, where XLA splits the tokens.
     """
 
     is_cpu: bool
     chunk_bytes: int
     least_tokens: int
 
-    def chunk(self, size: int | None, bias) -> int:
-        """The chunk size given, or by the rule."""
-        if size is not None:
-            return size
-        return max(self.least_tokens, self.chunk_bytes // (bias.dtype.itemsize * bias.size))
+    def chunks(self, size: int | None, bias) -> Chunks:
+        """Of the size given, or by the rule."""
+        devices = auto_devices()
+        if size is None:
+            size = devices * max(self.least_tokens, self.chunk_bytes // (bias.dtype.itemsize * bias.size))
+        # Tokens that lie apart cost a CPU a copy of all, and a step of its own is one more sum over devices.
+        return Chunks(size, devices, apart=not self.is_cpu or devices > 1, peeled=not self.is_cpu and devices == 1)
 
     def classes(self, classes: Classes, bias) -> Classes:
         return classes.folding(bias) if self.is_cpu else classes._replace(masks=True)

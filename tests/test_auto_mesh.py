@@ -1,0 +1,94 @@
+"""The plain head where `jax.jit` splits the tokens over a mesh of Auto axes, as data-parallel training does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jce
+from bench.hlo import collectives
+from jce import _platforms
+from tests.kernels import modes
+
+pytestmark = pytest.mark.needs_jit
+
+WIDTH, CLASSES, CHUNK = 16, 40, 32
+LOSSES = {
+    "mean": lambda y, h, w: jce.linear_cross_entropy(y, h, w, chunk_size=CHUNK),
+    "none": lambda y, h, w: jnp.square(jce.linear_cross_entropy(y, h, w, reduction="none", chunk_size=CHUNK)).mean(),
+    "log-probabilities": lambda y, h, w: sum(
+        jnp.square(x).mean() for x in jce.linear_log_probs(y, h, w, chunk_size=CHUNK)
+    ),
+}
+each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+@pytest.fixture(params=["cpu", "accelerator"])
+def platform(request, monkeypatch):
+    if request.param == "accelerator":
+        monkeypatch.setattr(_platforms, "CPU", _platforms.ACCELERATOR)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
+def mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def split(rng, tokens, dtype=np.float32):
+    y, h, w = (
+        rng.integers(0, CLASSES, tokens),
+        rng.standard_normal((tokens, WIDTH)),
+        rng.standard_normal((CLASSES, WIDTH)),
+    )
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh(), P(*spec)))  # noqa: E731
+    return put(y.astype(np.int32), "data"), put(h.astype(dtype), "data"), put(w.astype(dtype))
+
+
+@pytest.mark.parametrize("tokens", [256, 72])  # chunks of as many tokens of each device, and chunks that are filled up
+@each_loss
+def test_numbers(platform, loss, tokens, rng):
+    """Value, gradient and Hessian-vector products, in float64, are those of one device."""
+    with jax.enable_x64(True):
+        y, *numbers = split(rng, tokens, np.float64)
+        numbers, directions = tuple(numbers), tuple(rng.standard_normal(x.shape) for x in numbers)
+
+        def everything(y, a, t):
+            programs = modes(lambda *a: loss(y, *a), (0, 1))
+            return [programs[mode](a, t) for mode in ("gradient", "forward over reverse", "reverse over reverse")]
+
+        with jax.set_mesh(mesh()):
+            got = jax.jit(everything)(y, numbers, directions)
+        alone = jax.jit(everything)(*jax.tree.map(np.asarray, (y, numbers, directions)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), got, alone)
+
+
+@each_loss
+def test_tokens_stay_where_they_are(platform, loss, rng):
+    """Value and gradient send some numbers a token of a chunk, and the head's gradient."""
+    y, *numbers = split(rng, 256)
+    with jax.set_mesh(mesh()):
+        program = jax.jit(lambda y, *a: jax.value_and_grad(lambda *a: loss(y, *a), (0, 1))(*a))
+        sent = collectives(program.lower(y, *numbers).compile().as_text())
+    gathered = [x.size for x in sent if x.kind != "all-reduce"]
+    if platform == "accelerator":
+        assert not gathered
+    assert max(gathered, default=0) <= 2 * CHUNK  # labels and their places, on a CPU
+    assert {x.size for x in sent if x.kind == "all-reduce"} <= {1, CLASSES * WIDTH}
+
+
+def test_a_chunk_has_as_many_tokens_of_each_device_as_one_alone(platform):
+    """Where the mesh is set; where it isn't, JAX doesn't say that there is one."""
+    shapes = jax.ShapeDtypeStruct((2**15,), np.int32), jax.ShapeDtypeStruct((2**15, 2), np.float32)
+
+    def lengths():
+        text = jax.jit(jce.linear_cross_entropy).lower(*shapes, jax.ShapeDtypeStruct((2**14, 2), np.float32)).as_text()
+        return {size for size in (512, 4096, 8 * 512, 8 * 4096) if f"tensor<{size}x{2**14}xf32>" in text}
+
+    one = 512 if platform == "cpu" else 4096
+    assert lengths() == {one}
+    with jax.set_mesh(mesh()):
+        assert lengths() == {8 * one}

@@ -29,6 +29,7 @@ from jce._mul0 import mul0
 from jce._places import by_type, on_each_device
 from jce._platforms import Chunks, Platform, on_platform
 from jce._softmax import logsumexp, off_label_sum, surprisal, surprisal_at_label
+from jce._tokens import of_tokens
 
 REDUCTIONS = ("mean", "sum", "none")
 OPTIONS, NUMBERS = ("reduction", "chunk_size", "precision"), ("label_smoothing", "z_loss", "logit_soft_cap")
@@ -135,9 +136,9 @@ def loss_of_part(
         (y, h, w), head = tokens_and_head(name, got, classes)
         options = checked_options(name, classes, head, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
         if reduction == "none":
-            return mul0(_losses(y, h, head, options), w).reshape(got["labels"].shape)
+            return of_tokens(_weighted_losses, (y, h, w), (head, options)).reshape(got["labels"].shape)
         w = shares(w, token_axes) if reduction == "mean" else w
-        return over_devices(_weighted_sum(y, h, head, w, options), token_axes)
+        return over_devices(of_tokens(_weighted_losses, (y, h, w), (head, options), total=_weighted_sum), token_axes)
 
     return loss
 
@@ -220,16 +221,20 @@ def _loss(y, x, o):
     return loss
 
 
+def _weighted_losses(y, h, w, head, o):
+    return mul0(_losses(y, h, head, o), w)
+
+
 # JAX's own custom_jvp, here and below: ours would keep the residuals of a loop, which are the logits of all tokens.
 @jax.custom_jvp
-def _weighted_sum(y, h, head, w, o):
-    return mul0(_losses(y, h, head, o), w).sum()
+def _weighted_sum(y, h, w, head, o):
+    return _weighted_losses(y, h, w, head, o).sum()
 
 
 # d Σ wℓ = Σ w (∂ℓ/∂h · dh + ∂ℓ/∂W · dW + ∂ℓ/∂b · db) + Σ ℓ dw, and along a traced number, rare as it is, by a pass more
 def _weighted_sum_rule(primals, tangents):
-    y, h, head, w, o = primals
-    _, dh, dhead, dw, do = tangents
+    y, h, w, head, o = primals
+    _, dh, dw, dhead, do = tangents
     steps = (dh, dhead.wide, dhead.bias)
     losses, gradients = _losses_and_gradients(y, h, head, w, o, tuple(not isinstance(t, SymbolicZero) for t in steps))
     # Each device has its own classes' part of each gradient.
@@ -238,7 +243,7 @@ def _weighted_sum_rule(primals, tangents):
     if not isinstance(dw, SymbolicZero):
         terms.append(mul0(losses, dw).sum())
     if not all(isinstance(t, SymbolicZero) for t in jax.tree.leaves(do)):
-        terms.append(live_jvp(lambda o: mul0(_losses(y, h, head, o), w).sum(), (o,), (do,))[1])
+        terms.append(live_jvp(lambda o: _weighted_losses(y, h, w, head, o).sum(), (o,), (do,))[1])
     return mul0(losses, w).sum(), functools.reduce(jnp.add, terms)
 
 

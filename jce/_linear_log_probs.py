@@ -15,10 +15,12 @@ from jce._calculus import negative
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal
 from jce._entropy import entropy_of_softmax
-from jce._head import Logits, checked, checked_chunk, each_token, tokens_and_head
+from jce._head import checked, each_token, tokens_and_head
+from jce._linear_cross_entropy import checked_options
 from jce._mul0 import mul0
 from jce._places import by_type, on_each_device
 from jce._platforms import on_platform
+from jce._tokens import of_tokens
 
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbs")
@@ -91,19 +93,21 @@ def linear_log_probs(
     def of_part(got, _, class_axis):
         classes = Classes(-1, class_axis)
         (y, h, w), head = tokens_and_head(name, got, classes)
-        logits = Logits.checked(name, head, logit_soft_cap, precision)
-        chunk = checked_chunk(name, chunk_size)
-
-        def both(platform, y, h, head):
-            of = platform.classes(classes, head.bias)
-
-            def statistics(y, h):
-                x = of.fold(logits.of(h, head))
-                return negative(label_surprisal(y, x, of)), entropy_of_softmax(x, of)
-
-            return each_token(statistics, platform.chunks(chunk, head.bias), y, h)
-
-        each = on_platform(both, y, h, head)
+        options = checked_options(name, classes, head, 0.0, 0.0, logit_soft_cap, chunk_size, precision)
+        each = of_tokens(_statistics, (y, h), (head, options))
         return LogProbs(*(mul0(x, w).reshape(got["labels"].shape) for x in each))
 
     return on_each_device(of_part, by_type(got), got, mesh_axis(name, axis_name), whole=False)
+
+
+def _statistics(y, h, head, o):
+    def on(platform, y, h, head, o):
+        o, chunks = o.on(platform, head)
+
+        def of_chunk(y, h):
+            x = o.classes.fold(o.logits.of(h, head))
+            return negative(label_surprisal(y, x, o.classes)), entropy_of_softmax(x, o.classes)
+
+        return each_token(of_chunk, chunks, y, h)
+
+    return on_platform(on, y, h, head, o)

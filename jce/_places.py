@@ -1,8 +1,8 @@
 """A head on several devices: each has some tokens and some classes, as types or the caller say.
 
-What the derivatives send follows there from JAX's types of what varies over which axis: a scan over chunks of tokens
-inside a `jax.shard_map` sends nothing of the hidden states, and sums the head's gradient once. Left to XLA's partitioner,
-under Auto axes, it takes the right tokens in a chunk (`_head.over_chunks`) and a compiler that moves sums out of loops.
+Inside a `jax.shard_map`, a scan over chunks of tokens sends nothing of the hidden states, and sums the head's gradient
+once: what derivatives send follows from JAX's types of what varies over which axis. Left to XLA's partitioner, under
+Auto axes, that takes the right tokens in a chunk, and a compiler that moves sums out of loops (`_head.over_chunks`).
 """
 
 from __future__ import annotations

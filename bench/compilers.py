@@ -75,17 +75,18 @@ def environment() -> dict[str, str]:
 
 
 @functools.cache
-def device(name: str):
+def devices(name: str, count: int = 1) -> list:
+    """As many of them, or more, on one host; of TPUs up to four, or eight of a v5e."""
     if name == "h100":
         there = topologies.get_topology_desc(
-            platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
+            platform="cuda", topology_name="h100", topology=f"1x1x{count}", target_config=H100
         )
     else:
-        there = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[name])
-    return there.devices[0]
+        there = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4" if count == 8 else TPUS[name])
+    return there.devices
 
 
 def compiled(f: Callable, name: str, shapes: list[tuple]):
     """The program of a function for one such device, of arguments of these shapes and dtypes."""
-    place = jax.sharding.SingleDeviceSharding(device(name))
+    place = jax.sharding.SingleDeviceSharding(devices(name)[0])
     return jax.jit(f).lower(*(jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes)).compile()

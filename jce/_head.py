@@ -7,14 +7,12 @@ instead of keeping all: N × n numbers never exist, in any mode, to any order.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import as_array, broadcasts_to, described, float_dtype, positive, require_boolean, wide_enough
@@ -23,35 +21,26 @@ from jce._classes import Classes, vary_over, varying
 from jce._elementary import exp, tanh
 from jce._mul0 import mul0
 from jce._platforms import Chunks
-
-
-class Head(NamedTuple):
-    """W [n, d] and b [n]. W's derivatives are taken in `wide`, the same numbers in the dtype of the logits.
-
-    So a loop over chunks sums the head's gradient in float32 where the head is bfloat16. Nothing reads `wide`'s values.
-    """
-
-    weight: Array
-    wide: Array
-    bias: Array
+from jce._products import Head, Products
 
 
 class Logits(NamedTuple):
     """How logits are made of hidden states and a head: static, but for a soft cap that is traced."""
 
     soft_cap: float | Array | None
-    precision: Any
+    products: Products
 
     @classmethod
     def checked(cls, function: str, head: Head, logit_soft_cap: ArrayLike | None, precision) -> Logits:
         cap = logit_soft_cap
-        return cls(None if cap is None else positive(function, head.bias.dtype, logit_soft_cap=cap), precision)
+        cap = None if cap is None else positive(function, head.bias.dtype, logit_soft_cap=cap)
+        return cls(cap, Products(precision))
 
     def of(self, h: Array, head: Head) -> Array:
         return self.capped(self.uncapped(h, head))
 
     def uncapped(self, h: Array, head: Head) -> Array:
-        return product(h, head, 1, self.precision) + head.bias[None]
+        return self.products.with_head(h, head, 1) + head.bias[None]
 
     def capped(self, u: Array) -> Array:
         if self.soft_cap is None:
@@ -101,41 +90,6 @@ def_partials(_soft_cap, lambda u, c: _slope(u / c), lambda u, c: _slope_in_cap(u
 # d (1 - tanh² v)/dv = -2 tanh v (1 - tanh² v), d (tanh v - v (1 - tanh² v))/dv = 2v tanh v (1 - tanh² v)
 def_partials(_slope, lambda v: -2 * tanh(v) * _slope(v))
 def_partials(_slope_in_cap, lambda v: 2 * tanh(v) * mul0(v, _slope(v)))
-
-
-def dot(a: Array, b: Array, axis_a: int, axis_b: int, precision, dtype) -> Array:
-    """The product of two matrices over one axis each, accumulated and returned in `dtype`, to which unlike ones go."""
-    common = a.dtype if a.dtype == b.dtype else dtype
-    contract = (((axis_a,), (axis_b,)), ((), ()))
-    return lax.dot_general(
-        a.astype(common), b.astype(common), contract, precision=precision, preferred_element_type=dtype
-    )
-
-
-def product(a: Array, head: Head, axis: int, precision) -> Array:
-    """a · W, over an axis of W."""
-    if head.weight.dtype == head.wide.dtype:
-        return dot(a, head.weight, 1, axis, precision, head.wide.dtype)
-    return _product(a, head.weight, head.wide, axis, precision)
-
-
-@functools.partial(custom_jvp, nondiff_argnums=(3, 4))
-def _product(a, weight, wide, axis, precision):
-    return dot(a, weight, 1, axis, precision, wide.dtype)
-
-
-def _product_rule(axis, precision, primals, tangents):
-    (a, weight, wide), (da, _, dwide) = primals, tangents
-    value = _product(a, weight, wide, axis, precision)
-    tangent = jnp.zeros_like(value)
-    if not isinstance(da, SymbolicZero):
-        tangent += _product(da, weight, wide, axis, precision)
-    if not isinstance(dwide, SymbolicZero):
-        tangent += _product(a, dwide, dwide, axis, precision)
-    return value, tangent
-
-
-_product.defjvp(_product_rule, symbolic_zeros=True)
 
 
 # Chunks

@@ -23,11 +23,12 @@ from jce._calculus import live_jvp
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal, scaled, smoothed
 from jce._elementary import exp, log1p
-from jce._head import Head, Logits, checked, checked_chunk, dot, each_token, over_chunks, product, tokens_and_head
+from jce._head import Logits, checked, checked_chunk, each_token, over_chunks, tokens_and_head
 from jce._layout import over_devices
 from jce._mul0 import mul0
 from jce._places import by_type, on_each_device
 from jce._platforms import Chunks, Platform, on_platform
+from jce._products import Head
 from jce._softmax import logsumexp, off_label_sum, surprisal, surprisal_at_label
 from jce._tokens import of_tokens
 
@@ -79,8 +80,8 @@ def linear_cross_entropy(
         that multiplying hides the reading of the head and the sum of its gradient. Fewer need less memory. Of a mesh
         with Auto axes that `jax.set_mesh` has set, times its number of devices, over which XLA may split the tokens.
       precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting. Where that is none either,
-        an accelerator rounds the derivatives in the logits of a mean or a sum to bfloat16, if hidden and head both are;
-        "default", as any other, keeps them in float32.
+        an accelerator rounds each token's derivative in the logits to bfloat16, if hidden and head both are, scaled so
+        that the label's entry is exact; "default", as any other, keeps it in float32.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which head and bias are split; labels
         are still of all n classes, and the result is the same on all its devices. Under `check_vma=False` differentiate
         outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is. None
@@ -159,9 +160,10 @@ class Options(NamedTuple):
     smoothing: float | Array
     z_loss: float | Array
 
-    def on(self, platform: Platform, head: Head) -> tuple[Options, Chunks]:
-        classes = platform.classes(self.classes, head.bias)
-        return self._replace(classes=classes), platform.chunks(self.chunk, head.bias)
+    def on(self, platform: Platform, h: Array, head: Head) -> tuple[Options, Chunks]:
+        logits = self.logits._replace(products=platform.products(self.logits.products, h, head.weight))
+        o = self._replace(logits=logits, classes=platform.classes(self.classes, head.bias))
+        return o, platform.chunks(self.chunk, head.bias)
 
     def numbers(self):
         return self.logits.soft_cap, self.smoothing, self.z_loss
@@ -204,7 +206,7 @@ def _some(number) -> bool:
 
 def _losses(y, h, head, o):
     def losses(platform, y, h, head, o):
-        o, chunks = o.on(platform, head)
+        o, chunks = o.on(platform, h, head)
         return each_token(lambda y, h: _loss(y, o.logits.of(h, head), o), chunks, y, h)
 
     return on_platform(losses, y, h, head, o)
@@ -273,9 +275,8 @@ def _loop(y, h, head, w, o, wanted, excess: Callable, wrap: Callable):
 
 def _loop_on(wanted, excess, wrap, platform, y, h, head, w, o):
     in_h, in_weight, in_bias = wanted
-    o, chunks = o.on(platform, head)
-    precision = o.logits.precision
-    narrow = platform.narrow(h, head.weight, precision)
+    o, chunks = o.on(platform, h, head)
+    products = o.logits.products
 
     def step(sums, chunk):
         y, h, w = chunk
@@ -284,10 +285,9 @@ def _loop_on(wanted, excess, wrap, platform, y, h, head, w, o):
         sum_weight, sum_bias = sums or (None, None)
         if in_bias:
             sum_bias = plus(sum_bias, (r * e).sum(0))
-        e = e.astype(h.dtype) if narrow else e
         if in_weight:  # r is multiplied where it costs least
-            sum_weight = plus(sum_weight, dot(e, (r * h.astype(r.dtype)).astype(e.dtype), 0, 0, precision, r.dtype))
-        return (sum_weight, sum_bias), (losses, r * product(e, head, 0, precision) if in_h else None)
+            sum_weight = plus(sum_weight, products.dot(e, r * h.astype(r.dtype), 0, 0, r.dtype))
+        return (sum_weight, sum_bias), (losses, r * products.with_head(e, head, 0) if in_h else None)
 
     zeros = jnp.zeros_like(head.wide) if in_weight else None, jnp.zeros_like(head.bias) if in_bias else None
     sums, (losses, by_token) = over_chunks(wrap(step), chunks, zeros, (y, h, w))

@@ -60,7 +60,7 @@ def linear_log_probs(
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none. A traced one isn't
         checked.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
-      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
+      precision: of the matrix products, as in `linear_cross_entropy`.
       axis_name: as in `linear_cross_entropy`.
 
     Returns:
@@ -102,7 +102,7 @@ def linear_log_probs(
 
 def _statistics(y, h, head, o):
     def on(platform, y, h, head, o):
-        o, chunks = o.on(platform, head)
+        o, chunks = o.on(platform, h, head)
 
         def of_chunk(y, h):
             x = o.classes.fold(o.logits.of(h, head))

@@ -15,6 +15,7 @@ from jax import lax
 
 from jce._classes import Classes
 from jce._layout import auto_devices
+from jce._products import Products
 
 
 class Chunks(NamedTuple):
@@ -48,14 +49,11 @@ class Platform(NamedTuple):
     def classes(self, classes: Classes, bias) -> Classes:
         return classes.folding(bias) if self.is_cpu else classes._replace(masks=True)
 
-    def narrow(self, hidden, weight, precision) -> bool:
-        """Whether the derivative in the logits is rounded to the 16 bits of what it is multiplied with.
-
-        So where no precision is asked for. float16 has too small a range for it.
-        """
+    def products(self, products: Products, hidden, weight) -> Products:
+        """They are narrow where all is bfloat16 and no precision is asked for. float16 has too small a range for it."""
         setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-        asked = precision is not None or setting is not None
-        return not self.is_cpu and not asked and hidden.dtype == weight.dtype == jnp.bfloat16
+        asked = products.precision is not None or setting is not None
+        return products._replace(narrow=not self.is_cpu and not asked and hidden.dtype == weight.dtype == jnp.bfloat16)
 
 
 CPU = Platform(True, 2**25, 512)

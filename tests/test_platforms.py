@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from jce import _platforms
+from tests.kernels import modes
 
 pytestmark = pytest.mark.needs_jit
 
@@ -131,9 +132,16 @@ def close(got, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none", "log_prob"])
 @pytest.mark.parametrize("confident", [False, True])
-def test_bfloat16_products_lose_no_more_than_the_dense_loss_does(accelerator, confident):
+def test_bfloat16_products_lose_no_more_than_the_dense_loss_does(accelerator, confident, reduction):
     """Against float64, where XLA rounds: the derivative in the logits, scaled so that the label's is exactly -1."""
+
+    def ours(h, w):
+        if reduction == "log_prob":
+            return -jce.linear_log_probs(y, h, w).log_prob.mean()
+        return jce.linear_cross_entropy(y, h, w, reduction=reduction).mean()
+
     rng = np.random.default_rng(5)
     n, d, tokens = 2000, 128, 512
     w = rng.standard_normal((n, d)) / np.sqrt(d)
@@ -152,9 +160,9 @@ def test_bfloat16_products_lose_no_more_than_the_dense_loss_does(accelerator, co
     with jax.enable_x64(True):
         dense = lambda h, w: jce.cross_entropy_with_integer_labels(y, h @ w.T).mean()  # noqa: E731
         exactly = [np.asarray(g) for g in jax.grad(dense, (0, 1))(np.float64(h), np.float64(w))]
-    ours, theirs = errors(lambda h, w: jce.linear_cross_entropy(y, h, w), exactly), errors(peer, exactly)
-    assert all(a <= 1.03 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
-    assert max(ours) < (2.4e-3 if confident else 1.9e-3)
+    got, theirs = errors(ours, exactly), errors(peer, exactly)
+    assert all(a <= 1.03 * b for a, b in zip(got, theirs, strict=True)), (got, theirs)
+    assert max(got) < (2.4e-3 if confident else 1.9e-3)
 
 
 def test_where_the_dense_derivative_is_0(accelerator):
@@ -235,3 +243,36 @@ def test_explicit_meshes(accelerator, rng):
         y_, h_, w_ = put(y, "data"), put(h, "data"), put(w, "model")
         got = jax.jit(jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(y_, h, w), (0, 1)))(h_, w_)
     close(got, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hessian_vector_products_of_bfloat16(accelerator, rng, reduction):
+    """In every nesting, third order, batched by head, and split over a mesh: float64's, to what the rounding does."""
+    y, *numbers = arguments(rng, jnp.bfloat16)
+    y, numbers = y[:60], (numbers[0][:60], numbers[1])
+    directions = tuple(jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in numbers)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def alone(h, w):
+        return jce.linear_cross_entropy(y, h, w, reduction=reduction)
+
+    def sharded(h, w):
+        on = {"mesh": mesh, "token_axis": "data", "class_axis": "model"}
+        return jce.sharded_linear_cross_entropy(y, h, w, reduction=reduction, **on)
+
+    def batched(h, w):
+        return jax.vmap(lambda w: jce.linear_cross_entropy(y, h, w, reduction=reduction))(w[None])[0]
+
+    def derivatives(loss, a, t):
+        programs = modes(lambda *a: jnp.square(loss(*a)).mean(), (0, 1))
+        names = ("gradient", "forward over reverse", "reverse over forward", "reverse over reverse", "third order")
+        return [programs[name](a, t) for name in names]
+
+    program = jax.jit(derivatives, static_argnums=0)
+    with jax.enable_x64(True):
+        exactly = jax.tree.map(np.asarray, program(alone, *jax.tree.map(np.float64, (numbers, directions))))
+    for loss in (alone, sharded, batched):
+        for got, expected in zip(
+            jax.tree.leaves(program(loss, numbers, directions)), jax.tree.leaves(exactly), strict=True
+        ):
+            assert np.linalg.norm(np.float64(got) - expected) <= 1e-2 * np.linalg.norm(expected)

@@ -1,0 +1,129 @@
+"""A head, and the matrix products with it.
+
+On an accelerator a product of float32 numbers takes twice as long as one of bfloat16 and more. Where hidden states and
+head are bfloat16, the derivatives that meet them may be rounded too. A derivative in the logits of one token is then
+first divided by its largest entry, which is the label's: that one is exact, so that the others still add up to it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import ad, batching, mlir
+
+from jce._calculus import custom_jvp
+from jce._classes import varying_alike
+from jce._mul0 import Primitive
+
+
+class Head(NamedTuple):
+    """W [n, d] and b [n]. W's derivatives are taken in `wide`, the same numbers in the dtype of the logits.
+
+    So a loop over chunks sums the head's gradient in float32 where the head is bfloat16. Nothing reads `wide`'s values.
+    """
+
+    weight: Array
+    wide: Array
+    bias: Array
+
+
+class Products(NamedTuple):
+    """How matrices are multiplied: static. Narrow: rounded to bfloat16, all of them."""
+
+    precision: Any
+    narrow: bool = False
+
+    def dot(self, a: Array, b: Array, axis_a: int, axis_b: int, dtype) -> Array:
+        """Over one axis each, accumulated and returned in `dtype`, to which unlike ones go."""
+        if self.narrow:
+            return _narrow(a, b, axis_a, axis_b)
+        common = a.dtype if a.dtype == b.dtype else dtype
+        return _dot(a.astype(common), b.astype(common), axis_a, axis_b, dtype, self.precision)
+
+    def with_head(self, a: Array, head: Head, axis: int) -> Array:
+        """a · W, over an axis of W."""
+        if head.weight.dtype == head.wide.dtype:
+            return self.dot(a, head.weight, 1, axis, head.wide.dtype)
+        return _product(a, head.weight, head.wide, axis, self)
+
+
+def _dot(a, b, axis_a, axis_b, dtype, precision=None):
+    contract = (((axis_a,), (axis_b,)), ((), ()))
+    return lax.dot_general(a, b, contract, precision=precision, preferred_element_type=dtype)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3, 4))
+def _product(a, weight, wide, axis, products):
+    return products.dot(a, weight, 1, axis, wide.dtype)
+
+
+def _product_rule(axis, products, primals, tangents):
+    (a, weight, wide), (da, _, dwide) = primals, tangents
+    value = _product(a, weight, wide, axis, products)
+    tangent = jnp.zeros_like(value)
+    if not isinstance(da, SymbolicZero):
+        tangent += _product(da, weight, wide, axis, products)
+    if not isinstance(dwide, SymbolicZero):
+        tangent += _product(a, dwide, dwide, axis, products)
+    return value, tangent
+
+
+_product.defjvp(_product_rule, symbolic_zeros=True)
+
+
+# The narrow product: bilinear by decree, though it rounds, and its derivatives are such products too.
+
+_narrow_p = Primitive("narrow_dot")
+
+
+def _narrow(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+    return _narrow_p.bind(*varying_alike(a, b), axis_a=axis_a, axis_b=axis_b)
+
+
+def _round_and_multiply(a, b, *, axis_a, axis_b):
+    return _dot(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), axis_a, axis_b, jnp.float32)
+
+
+def _abstract(a, b, **over):
+    (result,) = jax.make_jaxpr(functools.partial(_round_and_multiply, **over))(a, b).out_avals
+    return result
+
+
+def _transpose_a(ct, a, b, *, axis_a, axis_b):
+    a = a.aval
+    if (axis_a, axis_b) == (1, 1):
+        largest, ct = _scaled(ct)
+        return (largest * _narrow(ct, b, 1, 0)).astype(a.dtype)
+    result = _narrow(ct, b, 1, 1 - axis_b) if axis_a == 1 else _narrow(b, ct, 1 - axis_b, 1)
+    return result.astype(a.dtype)
+
+
+def _transpose_b(ct, a, b, *, axis_a, axis_b):
+    b = b.aval
+    if (axis_a, axis_b) == (1, 1):
+        largest, ct = _scaled(ct)
+        return _narrow(ct, largest * a.astype(largest.dtype), 0, 0).astype(b.dtype)
+    result = _narrow(ct, a, 0, 1 - axis_a) if axis_b == 1 else _narrow(a, ct, 1 - axis_a, 0)
+    return result.astype(b.dtype)
+
+
+def _scaled(ct):
+    """A derivative in logits [C, n]: its largest entries [C, 1], and it divided by them."""
+    largest = jnp.maximum(jnp.abs(lax.stop_gradient(ct)).max(1, keepdims=True), jnp.finfo(ct.dtype).tiny)
+    return largest, ct * (1 / largest)
+
+
+def _batch(arguments, axes, **over):
+    return jax.vmap(lambda a, b: _round_and_multiply(a, b, **over), axes)(*arguments), 0
+
+
+_narrow_p.def_impl(jax.jit(_round_and_multiply, static_argnames=("axis_a", "axis_b")))
+_narrow_p.def_abstract_eval(_abstract)
+ad.defbilinear(_narrow_p, _transpose_a, _transpose_b)
+batching.primitive_batchers[_narrow_p] = _batch
+mlir.register_lowering(_narrow_p, mlir.lower_fun(_round_and_multiply, multiple_results=False))

@@ -1,0 +1,45 @@
+"""What the README says of the head on accelerators, read from programs compiled for them. Needs extra `accelerators`.
+
+Neither the machine nor the day changes a figure here.
+"""
+
+import functools
+
+import pytest
+
+from bench import children, compilers
+from bench.hlo import collectives
+from bench.roofline import DEVICES, cost
+from tests import compiled_heads
+from tests.compiled_heads import CLASSES, LOSSES, TOKENS, WIDTH
+
+pytestmark = [
+    pytest.mark.needs_jit,
+    pytest.mark.skipif(bool(compilers.missing()), reason=f"not installed: {', '.join(compilers.missing())}"),
+]
+each_device = pytest.mark.parametrize("device", ["h100", "v5e"])
+
+
+@functools.cache
+def compiled(device: str) -> dict[str, tuple[str, int]]:
+    return dict(children.lines(compiled_heads.__name__, device, compilers.environment(), quiet=True))
+
+
+@pytest.mark.parametrize(("device", "products", "chunks"), [("h100", 2.1, 2.2), ("v5e", 1.3, 2.2)])
+def test_value_and_gradient(device, products, chunks):
+    """Over three bare products of bfloat16, by the roofline; and what it needs, in chunks' float32 logits."""
+    text, temporaries = compiled(device)["alone"]
+    found = cost(text, DEVICES[device])
+    bare = 3 * 2 * TOKENS * WIDTH * CLASSES
+    assert found.operations == {"bf16": pytest.approx(bare, rel=0.01)}
+    assert 1 < found.seconds / (bare / DEVICES[device].peaks["bf16"]) < products
+    assert temporaries < chunks * 4 * 2048 * CLASSES
+
+
+@each_device
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_auto_mesh_keeps_the_tokens_and_sums_the_heads_gradient_once(device, loss):
+    sent = collectives(compiled(device)[loss][0])
+    assert {x.kind for x in sent} == {"all-reduce"}
+    assert not any(x.in_loop for x in sent)
+    assert sorted(x.size for x in sent) == [1, CLASSES * WIDTH]

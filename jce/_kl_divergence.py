@@ -310,9 +310,10 @@ def _compare(x, y, classes):
     q = exp(y - classes.column(n)) * classes.column(exp(-ny.log_z))
     # Of a class that dominates both, what it is apart is the rounding of x and y, and 0 by definition. Then pq > 4/9
     # there and < 1/3 elsewhere; where none does, pq < 2/3.
-    neither = nx.shared + ny.shared
-    apart = jnp.ceil(classes.column(0.4 + 0.3 * jnp.minimum(neither, 1)) - p * q)
-    apart = jnp.minimum(apart, classes.column(jnp.minimum(neither + 1, 0.5)))  # 1/2: a number a row
+    shared = nx.shared + ny.shared
+    apart = jnp.ceil(classes.column(0.4 + 0.3 * jnp.minimum(shared, 1)) - p * q)
+    # δ/2, with a half that is a number a row: as a constant it would be stored N × n times.
+    apart = jnp.minimum(apart, classes.column(jnp.minimum(shared + 1, 0.5)))
     half = -classes.column(0.5 * log_z_y_x) - _difference(y, x, n, m, classes, 0.25) * apart
     surplus = classes.sum((p + q) * tanh(half))
     m, n = another(nx.m, surplus * surplus), another(ny.m, surplus * surplus)

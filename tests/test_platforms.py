@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from jce import _platforms
+from jce._classes import Classes
+from jce._softmax import off_label_sum, surprisal_at_label
 from tests.kernels import modes
 
 pytestmark = pytest.mark.needs_jit
@@ -276,3 +278,19 @@ def test_hessian_vector_products_of_bfloat16(accelerator, rng, reduction):
             jax.tree.leaves(program(loss, numbers, directions)), jax.tree.leaves(exactly), strict=True
         ):
             assert np.linalg.norm(np.float64(got) - expected) <= 1e-2 * np.linalg.norm(expected)
+
+
+def test_the_sums_in_one_pass_have_a_rule(rng):
+    """Where a loop forgets the rule of the loss, it is differentiated through its sums: the gradient, and again."""
+    with jax.enable_x64(True):
+        y, x, t = rng.integers(0, 7, 5), rng.standard_normal((5, 7)), rng.standard_normal((5, 7))
+
+        def plain(x):
+            _, s, d = off_label_sum(jnp.asarray(y), x, Classes(-1, masks=True))
+            return surprisal_at_label(d, s).sum()
+
+        def loss(x):
+            return jce.cross_entropy_with_integer_labels(y, x).sum()
+
+        for order in (jax.grad, lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (t,))[1]):
+            np.testing.assert_allclose(order(plain)(x), order(loss)(x), rtol=1e-9, atol=1e-12)

@@ -285,6 +285,7 @@ def test_the_sums_in_one_pass_have_a_rule(rng):
     with jax.enable_x64(True):
         y, x, t = rng.integers(0, 7, 5), rng.standard_normal((5, 7)), rng.standard_normal((5, 7))
 
+        @jax.jit
         def plain(x):
             _, s, d = off_label_sum(jnp.asarray(y), x, Classes(-1, masks=True))
             return surprisal_at_label(d, s).sum()

@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
 from jce._calculus import custom_jvp, def_partials_of_sum, def_tangents, negative
-from jce._elementary import exp, log
+from jce._elementary import exp, log, log1p
 from jce._mul0 import mul0, multiply, over
-from jce._softmax import another, deviation, normalizer, softmax, surprisal, unless_nan
+from jce._softmax import another, deviation, normalizer, softmax, sums_in_one_pass, surprisal, unless_nan
 
 
 @public("axis")
@@ -126,6 +126,9 @@ def entropy_with_logits(
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 def entropy_of_softmax(x, classes):
     # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z, without a term below 0
+    if classes.masks:
+        _, s, t = sums_in_one_pass(x, classes)
+        return log1p(s) + t / (1 + s)
     n = normalizer(x, classes)
     if classes.mesh_axis is None:
         d = x - classes.column(another(n.m, n.log_z))

@@ -122,15 +122,26 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens):
     tokens = jax.tree.map(split, tokens)
     if peeled and isinstance(count, int):
         carry, first = step(None, jax.tree.map(lambda x: x[0], tokens))
+        if chunks > 1:
+            # Behind the barrier the first stays a step of its own, and is over before the others.
+            carry, first = _all_at_once((carry, first))
         results = jax.tree.map(lambda x: x[None], first)
         if chunks > 1:
-            # Behind the barrier the first stays a step of its own.
-            carry = jax.tree.map(lax.optimization_barrier, carry)
             carry, others = lax.scan(step, carry, jax.tree.map(lambda x: x[1:], tokens))
             results = jax.tree.map(lambda *parts: jnp.concatenate(parts), results, others)
     else:
         carry, results = lax.scan(step, carry, tokens)
     return carry, jax.tree.map(join, results)
+
+
+def _all_at_once(tree):
+    """A barrier for all arrays, or for those that vary over the same mesh axes, since it makes those of one alike."""
+    arrays, structure = jax.tree.flatten(tree)
+    alike = {axes: [i for i, x in enumerate(arrays) if varying(x) == axes] for axes in map(varying, arrays)}
+    for places in alike.values():
+        for i, x in zip(places, lax.optimization_barrier([arrays[i] for i in places]), strict=True):
+            arrays[i] = x
+    return jax.tree.unflatten(structure, arrays)
 
 
 def each_token(function: Callable, chunked: Chunks, *tokens: Array):

@@ -33,13 +33,15 @@ from jce._calculus import custom_jvp, ratio
 from jce._classes import Classes
 from jce._elementary import exp, log1p
 from jce._mul0 import mul0, multiply
+from jce._platforms import at_label
 
 FINE = 2.0**12  # how finely a weight is rounded that only centers a tangent
+FAR = 1e4  # how far below the maximum exp is 0, in float64 too
 
 
 def maximum(x: Array, classes: Classes) -> Array:
     """m = max x, and NaN where it is +∞."""
-    m = classes.max(x)
+    m = sums_in_one_pass(x, classes).m if classes.masks else classes.max(x)
     return jnp.where(m == jnp.inf, m - m, m)
 
 
@@ -50,6 +52,59 @@ def another(m: Array, s: Array, few: bool = False) -> Array:
     XLA can't see through, and the pass computes its own. Sums over few classes are better off shared.
     """
     return m if few else jnp.maximum(m, m - s)
+
+
+class Sums(NamedTuple):
+    """Of some classes m = max x and, over all but one that has it, s = Σ eᵢ and t = Σ eᵢ (m - xᵢ)."""
+
+    m: Array
+    s: Array
+    t: Array
+
+
+def sums_in_one_pass(x: Array, classes: Classes) -> Sums:
+    """Of each row, in one reduction: what an accelerator reads once. NaN where m is no number."""
+    m, s, t = _sums_here(x, classes)
+    if classes.mesh_axis is not None:
+        here, m = m, lax.pmax(lax.stop_gradient(m), classes.mesh_axis)
+        depth = jnp.minimum(jnp.maximum(m, jnp.finfo(m.dtype).min) - lax.stop_gradient(here), FAR)
+        e, z = exp(-depth), 1 + s
+        t, s, z = map(classes.over_devices, (e * (t + depth * z), e * jnp.where(depth < 0.5, s, z), e * z))
+        s = jnp.maximum(s, _off_maximum(z))
+    return Sums(m, s + (m - m), t)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+def _sums_here(x, classes):
+    """The same of this device's classes.
+
+    Of two sets of classes the one with the lower maximum is scaled to the other's, and its own maximal class joins the
+    others: all terms are positive, and of one reading of x, so that nothing cancels.
+    """
+
+    def merged(a, b):
+        a_is_first = a[0] >= b[0]
+        m, (s, t) = jnp.maximum(a[0], b[0]), (jnp.where(a_is_first, *pair) for pair in zip(a[1:], b[1:], strict=True))
+        m_b, s_b, t_b = (jnp.where(a_is_first, *pair) for pair in zip(b, a, strict=True))
+        depth = jnp.where(m_b == -jnp.inf, FAR, jnp.minimum(m - m_b, FAR))
+        e, z_b = exp(-depth), 1 + s_b
+        return m, s + e * z_b, t + e * (t_b + depth * z_b)
+
+    first = tuple(jnp.asarray(number, x.dtype) for number in (-jnp.inf, 0, 0))
+    sums = lax.reduce((x, jnp.zeros_like(x), jnp.zeros_like(x)), first, merged, (x.ndim + classes.axis,))
+    # Where XLA sees that one isn't asked for, it leaves it out, and then computes the others anew for who asks for all.
+    return tuple(lax.optimization_barrier(tuple(sums)))
+
+
+# For a constant m, ds = Σ eᵢdxᵢ and dt = Σ eᵢ (m - xᵢ - 1) dxᵢ, over all classes.
+@_sums_here.defjvp
+def _sums_here_rule(classes, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    m, s, t = _sums_here(x, classes)
+    finite = lax.stop_gradient(jnp.maximum(m, jnp.finfo(m.dtype).min))
+    depth = jnp.minimum(classes.column(finite) - x, FAR)
+    slopes = exp(-depth), exp(-depth) * (depth - 1)
+    return (m, s, t), (jnp.zeros_like(m), *(classes.reduce(jnp.sum, mul0(slope, dx)) for slope in slopes))
 
 
 class Normalizer(NamedTuple):
@@ -92,14 +147,20 @@ class Normalizer(NamedTuple):
 
 
 def normalizer(x: Array, classes: Classes) -> Normalizer:
+    if classes.masks:
+        return Normalizer(*sums_in_one_pass(x, classes)[:2])
     m = maximum(x, classes)
     z = classes.sum(exp(x - classes.column(m)))
     e = exp(x - classes.column(another(m, z, classes.are_few(x))))
     most = jnp.maximum(1.75, -z)  # 7/4: a number a row, since a constant would be shared with another array's sum
     s = classes.sum(e * jnp.floor(classes.column(most) - e))
-    # s where Z < 3/2, Z - 1 beyond. Between 1.4 and 1.53 they are the same.
-    s = jnp.maximum(s, jnp.minimum(z - 1, 4 * z - 5.6))
+    s = jnp.maximum(s, _off_maximum(z))
     return Normalizer(m, s if classes.mesh_axis is None else with_derivative_of(s, z))
+
+
+def _off_maximum(z):
+    """Z - 1, which s is where Z ≥ 3/2, and less than s otherwise. Between 1.4 and 1.53 they are the same."""
+    return jnp.minimum(z - 1, 4 * z - 5.6)
 
 
 def with_derivative_of(a: Array, b: Array) -> Array:
@@ -111,46 +172,18 @@ def with_derivative_of(a: Array, b: Array) -> Array:
 def off_label_sum(labels: Array, x: Array, classes: Classes) -> tuple[Array, Array, Array]:
     """m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x at the label; NaN for a label out of range."""
     y, n = classes.local(labels, x), classes.count(x)
+    is_class = (labels >= 0) & (labels < n)
     if classes.masks:
-        m, s, x_y = here = _off_label_sum_here(y, x, classes)
-        if classes.mesh_axis is not None:
-            m = lax.pmax(lax.stop_gradient(m), classes.mesh_axis)
-            s, x_y = classes.over_devices(s * exp(here[0] - m)), classes.over_devices(x_y)
-    else:
-        m = maximum(x, classes)
-        s = classes.sum(jnp.minimum(exp(x - classes.column(m)), _distance(y, x, classes)))
-        x_y = classes.at(x, y)
-    m = jnp.where((labels >= 0) & (labels < n), m, jnp.full_like(m, jnp.nan))
-    return m, s, m - x_y
-
-
-@functools.partial(custom_jvp, nondiff_argnums=(2,))
-def _off_label_sum_here(y, x, classes):
-    """m, s and x at the label, of this device's classes, in one reduction: a sum is scaled anew where a larger maximum
-    is met."""
-    least = jnp.finfo(x.dtype).min
-
-    def merged(a, b):
-        (m_a, s_a, y_a), (m_b, s_b, y_b) = a, b
-        m = jnp.maximum(m_a, m_b)
-        finite = jnp.maximum(m, least)
-        return m, s_a * exp(m_a - finite) + s_b * exp(m_b - finite), y_a + y_b
-
-    is_label, zero = classes.is_at(x, y), jnp.zeros_like(x)
-    each = x, jnp.where(is_label, zero, jnp.ones_like(x)), jnp.where(is_label, x, zero)
-    first = jnp.asarray(-jnp.inf, x.dtype), jnp.zeros((), x.dtype), jnp.zeros((), x.dtype)
-    return lax.reduce(each, first, merged, (x.ndim + classes.axis,))
-
-
-# For a constant m, ds = Σ eᵢtᵢ over the others. For loops: JAX before 0.12 differentiates those as plain code.
-@_off_label_sum_here.defjvp
-def _off_label_sum_here_rule(classes, primals, tangents):
-    (y, x), (_, t) = primals, tangents
-    m, s, x_y = _off_label_sum_here(y, x, classes)
-    is_label, zero = classes.is_at(x, y), jnp.zeros_like(x)
-    e = jnp.where(is_label, zero, exp(x - classes.column(lax.stop_gradient(m))))
-    sums = (classes.reduce(jnp.sum, a) for a in (mul0(e, t), jnp.where(is_label, t, zero)))
-    return (m, s, x_y), (jnp.zeros_like(m), *sums)
+        m, s, _ = sums_in_one_pass(x, classes)
+        m = jnp.where(is_class, m, jnp.full_like(m, jnp.nan))
+        d = m - at_label(x, y, classes)
+        # Where s < 1/2, only the maximal class has d < log 2.
+        d = jnp.where(jnp.maximum(s, d) < 0.5, d - lax.stop_gradient(d), d)
+        return m, s + (1 - exp(-d)), d
+    m = maximum(x, classes)
+    s = classes.sum(jnp.minimum(exp(x - classes.column(m)), _distance(y, x, classes)))
+    m = jnp.where(is_class, m, jnp.full_like(m, jnp.nan))
+    return m, s, m - classes.at(x, y)
 
 
 def surprisal_at_label(d: Array, s: Array) -> Array:

@@ -1,5 +1,7 @@
 """The head as an accelerator computes it, run on a CPU; and what each platform lowers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +12,13 @@ from jax.sharding import PartitionSpec as P
 import jce
 from jce import _platforms
 from jce._classes import Classes
-from jce._softmax import off_label_sum, surprisal_at_label
+from jce._softmax import off_label_sum, sums_in_one_pass, surprisal_at_label
 from tests.kernels import modes
 
 pytestmark = pytest.mark.needs_jit
 
 TOKENS, WIDTH, CLASSES = 61, 16, 40
+MASKS = Classes(-1, masks=True)
 
 
 @pytest.fixture
@@ -130,6 +133,26 @@ def test_tokens_and_classes_on_several_devices(accelerator, rng, options):
     close(jax.jit(sharded)(h, w), alone(h, w))
 
 
+def test_log_probs_of_classes_on_several_devices(accelerator, rng):
+    """The entropy's sums too are those of all devices; one of them has nothing but forbidden classes."""
+    y, h, w = arguments(rng)
+    bias = jnp.where(jnp.arange(CLASSES) < CLASSES // 4, -jnp.inf, 0.0)
+    y = jnp.maximum(y, CLASSES // 4)
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = P(), P("model"), P("model")
+
+    def log_probs(h, w, bias, axis_name=None):
+        return tuple(jce.linear_log_probs(y, h, w, bias, axis_name=axis_name))
+
+    split = jax.shard_map(functools.partial(log_probs, axis_name="model"), mesh=mesh, in_specs=specs, out_specs=P())
+
+    def scalar(f):
+        return lambda h, w: sum(jnp.sin(x).sum() for x in f(h, w, bias))
+
+    got, expected = (jax.jit(jax.value_and_grad(scalar(f), (0, 1)))(h, w) for f in (split, log_probs))
+    close(got, expected)
+
+
 def close(got, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, expected)
 
@@ -192,7 +215,7 @@ def test_precision_keeps_float32(accelerator):
 @pytest.mark.parametrize("function", ["linear_cross_entropy", "linear_log_probs"])
 def test_each_platform_lowers_its_own(function, rng):
     """A CPU's program has a CPU's chunks, an accelerator's has larger ones; one export for all of them has both."""
-    tokens, n = 8192, 50_000
+    tokens, n = 8192, 100_000
     shapes = [((tokens,), jnp.int32), ((tokens, 2), jnp.float32), ((n, 2), jnp.float32)]
     y, h, w = (jax.ShapeDtypeStruct(*s) for s in shapes)
 
@@ -280,18 +303,57 @@ def test_hessian_vector_products_of_bfloat16(accelerator, rng, reduction):
             assert np.linalg.norm(np.float64(got) - expected) <= 1e-2 * np.linalg.norm(expected)
 
 
+ROWS = {
+    "one class": [3.0],
+    "a tie": [1.0, 1, 0, -2, 1],
+    "nearly one": [5.0, 5 - 2**-20, 5 - 2**-19],
+    "a class dominates": [80.0, 0, 1, -3],
+    "forbidden classes": [-np.inf, 2, 2.5, -np.inf],
+    "the lowest numbers": [np.finfo(np.float32).min] * 3,
+    "far apart": [1e30, -1e30, 0, -np.inf],
+}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_sums_in_one_pass(row):
+    """m, and to a few ulps what is of all but one maximal class, in several orders of the classes."""
+    x = np.array([np.roll(row, k) for k in range(len(row))], np.float32)
+    m, s, t = jax.jit(sums_in_one_pass, static_argnums=1)(x, MASKS)
+    below = np.sort(np.float64(x[0]))[::-1]
+    depth = np.minimum(below[0] - below[1:], 1e4)
+    np.testing.assert_array_equal(m, np.float32(below[0]))
+    np.testing.assert_allclose(s, np.full(len(row), np.exp(-depth).sum()), rtol=1e-6)
+    np.testing.assert_allclose(t, np.full(len(row), (np.exp(-depth) * depth).sum()), rtol=1e-6)
+
+
+@pytest.mark.holds_nan
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_sums_of_no_distribution(bad):
+    row = np.float32([bad] * 5 if bad == -np.inf else [0, 1, bad, 2, bad])
+    assert np.isnan(sums_in_one_pass(jnp.asarray(row), MASKS).s)
+
+
+def test_labels_by_a_mask_or_a_gather(rng):
+    """The same numbers, also of a forbidden class, whichever an accelerator takes."""
+    y, x = jnp.array([0, 2, 6, 3]), rng.standard_normal((4, 7)).astype(np.float32)
+    x[1, 2] = -np.inf
+    np.testing.assert_array_equal(MASKS.at_by_mask(jnp.asarray(x), y), MASKS.at(jnp.asarray(x), y))
+
+
 def test_the_sums_in_one_pass_have_a_rule(rng):
-    """Where a loop forgets the rule of the loss, it is differentiated through its sums: the gradient, and again."""
+    """Where a loop forgets the rule of a loss, it is differentiated through its sums: the gradient, and again."""
     with jax.enable_x64(True):
-        y, x, t = rng.integers(0, 7, 5), rng.standard_normal((5, 7)), rng.standard_normal((5, 7))
+        y, x, t = jnp.asarray(rng.integers(0, 7, 5)), rng.standard_normal((5, 7)), rng.standard_normal((5, 7))
 
         @jax.jit
         def plain(x):
-            _, s, d = off_label_sum(jnp.asarray(y), x, Classes(-1, masks=True))
-            return surprisal_at_label(d, s).sum()
+            _, s_y, d = off_label_sum(y, x, MASKS)
+            _, s, t = sums_in_one_pass(x, MASKS)
+            return jnp.sin(surprisal_at_label(d, s_y)).sum() + jnp.sin(jnp.log1p(s) + t / (1 + s)).sum()
 
         def loss(x):
-            return jce.cross_entropy_with_integer_labels(y, x).sum()
+            surprisals = jce.cross_entropy_with_integer_labels(y, x)
+            return jnp.sin(surprisals).sum() + jnp.sin(jce.entropy_with_logits(x)).sum()
 
         for order in (jax.grad, lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (t,))[1]):
             np.testing.assert_allclose(order(plain)(x), order(loss)(x), rtol=1e-9, atol=1e-12)

@@ -12,7 +12,7 @@ import jce
 from tests.jaxprs import equations
 from tests.kernels import modes
 
-BATCH, TOKENS, WIDTH, CLASSES = 5, 7, 3, 11
+BATCH, TOKENS, WIDTH, CLASSES = 2, 7, 3, 11
 
 
 def mean(y, h, w, b, a):
@@ -63,11 +63,17 @@ def one_at_a_time(function, axes):
     return loop
 
 
+# Each function with tokens, and each batch with one function
+TOGETHER = [
+    (f, a) for i, a in enumerate(AXES) for j, f in enumerate(FUNCTIONS) if a == "tokens" or i % len(FUNCTIONS) == j
+]
+
+
 @pytest.mark.needs_jit
-@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize(("function", "axes"), TOGETHER)
 def test_a_batch_is_its_members(function, axes, rng):
     """Value, gradients and Hessian-vector products, with a cotangent that varies, in float64."""
+    function, axes = FUNCTIONS[function], AXES[axes]
     with jax.enable_x64(True):
         y, *numbers = arguments(rng, axes)
         numbers, directions = tuple(numbers), tuple(rng.standard_normal(x.shape) for x in numbers)

@@ -3,8 +3,9 @@
 Its kernels are the instructions of its entry computation and of what that calls. A kernel moves its operands and its
 results, and multiplies matrices; it lasts as long as the slower of the two at the device's peaks, and after it comes
 the next. That is no measurement: what is elementwise, or done again for each tile of a product, takes no time here,
-and a copy that runs beside a product takes its own. What can't be read raises `Unreadable`, which names the
-instruction: a cost that is silently too small is worse than none.
+and a copy that runs beside a product takes its own. Of a program for several devices it is what each of them does: a
+sum over devices takes the reading and writing of it here, and `hlo.collectives` lists what is sent. What can't be read
+raises `Unreadable`, which names the instruction: a cost that is silently too small is worse than none.
 """
 
 from __future__ import annotations
@@ -74,14 +75,14 @@ def seconds(found: Iterable[Kernel]) -> float:
 
 # Opcodes: of what costs nothing, of what may stand between an array and a slice of it in a fusion, and of the rest.
 NOTHING = """add-dependency after-all bitcast constant get-tuple-element opt-barrier parameter partition-id replica-id
-tuple copy-done slice-done dynamic-slice-done call-done async-update async-done"""
+tuple copy-done slice-done dynamic-slice-done call-done async-update async-done all-reduce-done"""
 UNARY = """abs bitcast-convert cbrt ceil convert copy cosine count-leading-zeros erf exponential exponential-minus-one
 floor is-finite log log-plus-one logistic negate not popcnt reduce-precision reshape round-nearest-afz
 round-nearest-even rsqrt sign sine sqrt tan tanh transpose"""
-OTHERS = """add and atan2 broadcast clamp compare concatenate convolution copy-start custom-call divide dot
-dynamic-slice dynamic-slice-start dynamic-update-slice fusion gather iota map maximum minimum multiply or pad power
-reduce reduce-window remainder reverse rng-bit-generator scatter select shift-left shift-right-arithmetic
-shift-right-logical slice slice-start sort subtract xor"""
+OTHERS = """add all-reduce all-reduce-start and atan2 broadcast clamp compare concatenate convolution copy-start
+custom-call divide dot dynamic-slice dynamic-slice-start dynamic-update-slice fusion gather iota map maximum minimum
+multiply or pad power reduce reduce-window remainder reverse rng-bit-generator scatter select shift-left shift-
+right-arithmetic shift-right-logical slice slice-start sort subtract xor"""
 FREE, KERNELS = set(NOTHING.split()), set(UNARY.split()) | set(OTHERS.split())
 THROUGH = set(UNARY.split()) | {"bitcast"}
 UPDATES = {"dynamic-update-slice", "scatter"}
@@ -299,7 +300,7 @@ def _written(x: Instruction, device: Device) -> float:
         return sum(_changed(x, i) for i, a in arrays if _in_memory(x, a, device))
     if x.opcode == "copy-start":  # (what it makes, what it takes, flags)
         arrays = leaves(x.shape[0])
-    elif x.opcode.endswith("-start"):
+    elif x.opcode.endswith("-start") and x.opcode != "all-reduce-start":
         arrays = leaves(x.shape[1])
     elif x.opcode == "custom-call" and x.attribute("custom_call_target") in CUBLAS:
         arrays = leaves(x.shape)[:1]  # and then its workspace

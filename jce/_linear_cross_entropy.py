@@ -76,7 +76,7 @@ def linear_cross_entropy(
       z_loss: ζ, a number ≥ 0. Python's 0 costs nothing.
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c), everywhere above. None: none.
       chunk_size: the number of tokens in a chunk, a static int. None for a rule. On a CPU: as many as fill 32 MiB with
-        logits, but at least 512 (256 MiB at 131,072 classes). On an accelerator: 576 MiB, but at least 2048 (1 GiB), so
+        logits, but at least 512 (256 MiB at 131,072 classes). On an accelerator: 256 MiB, but at least 2048 (1 GiB), so
         that multiplying hides the reading of the head and the sum of its gradient. Fewer need less memory. Of a mesh
         with Auto axes that `jax.set_mesh` has set, times its number of devices, over which XLA may split the tokens.
       precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting. Where that is none either,

@@ -34,12 +34,37 @@ def gradient(loss):
     return lambda y, h, w: jax.value_and_grad(lambda *a: loss(y, *a), (0, 1))(h, w)
 
 
+DTYPES = jnp.int32, jnp.bfloat16, jnp.bfloat16
+
+
 def shapes(tokens):
-    return ((tokens,), jnp.int32), ((tokens, WIDTH), jnp.bfloat16), ((CLASSES, WIDTH), jnp.bfloat16)
+    return zip(((tokens,), (tokens, WIDTH), (CLASSES, WIDTH)), DTYPES, strict=True)
+
+
+LOCAL = (8192,), (8192, 2048), (32_064, 2048)  # of each of 2 × 4 devices: a quarter of 128,256 classes
+
+
+def sharded(device):
+    """The loss of a head whose classes are split over four devices, and twice as many tokens over two such fours."""
+    mesh = Mesh(
+        np.array(compilers.devices(device, DEVICES)).reshape(2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+    )
+    axes = {"mesh": mesh, "token_axis": "data", "class_axis": "model"}
+    places = [NamedSharding(mesh, P(axis)) for axis in ("data", "data", "model")]
+    split = [
+        jax.ShapeDtypeStruct((length * mesh.shape[place.spec[0]], *rest), dtype, sharding=place)
+        for (length, *rest), dtype, place in zip(LOCAL, DTYPES, places, strict=True)
+    ]
+    program = gradient(lambda y, h, w: jce.sharded_linear_cross_entropy(y, h, w, **axes))
+    return jax.jit(program, out_shardings=(None, tuple(places[1:]))).lower(*split).compile()
 
 
 def main() -> None:
     device = children.todo()
+    children.tell("sharded", [sharded(device).as_text(), 0])
+    children.tell(
+        "a part alone", [compilers.compiled(gradient(mean), device, list(zip(LOCAL, DTYPES, strict=True))).as_text(), 0]
+    )
     program = compilers.compiled(gradient(mean), device, list(shapes(TOKENS)))
     children.tell("alone", [program.as_text(), program.memory_analysis().temp_size_in_bytes])
     mesh = Mesh(np.array(compilers.devices(device, DEVICES)), ("data",), axis_types=(AxisType.Auto,))

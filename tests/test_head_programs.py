@@ -11,12 +11,13 @@ from bench import children, compilers
 from bench.hlo import collectives
 from bench.roofline import DEVICES, cost
 from tests import compiled_heads
-from tests.compiled_heads import CLASSES, LOSSES, TOKENS, WIDTH
+from tests.compiled_heads import CLASSES, LOCAL, LOSSES, TOKENS, WIDTH
 
 pytestmark = [
     pytest.mark.needs_jit,
     pytest.mark.skipif(bool(compilers.missing()), reason=f"not installed: {', '.join(compilers.missing())}"),
 ]
+CHUNK = 2048  # tokens
 each_device = pytest.mark.parametrize("device", ["h100", "v5e"])
 
 
@@ -33,7 +34,7 @@ def test_value_and_gradient(device, products, chunks):
     bare = 3 * 2 * TOKENS * WIDTH * CLASSES
     assert found.operations == {"bf16": pytest.approx(bare, rel=0.01)}
     assert 1 < found.seconds / (bare / DEVICES[device].peaks["bf16"]) < products
-    assert temporaries < chunks * 4 * 2048 * CLASSES
+    assert temporaries < chunks * 4 * CHUNK * CLASSES
 
 
 @each_device
@@ -43,3 +44,16 @@ def test_an_auto_mesh_keeps_the_tokens_and_sums_the_heads_gradient_once(device, 
     assert {x.kind for x in sent} == {"all-reduce"}
     assert not any(x.in_loop for x in sent)
     assert sorted(x.size for x in sent) == [1, CLASSES * WIDTH]
+
+
+@each_device
+def test_a_head_split_by_classes_costs_each_device_what_its_part_does(device):
+    """But for sums over devices: numbers of each token, and after the loop each gradient's."""
+    split, alone = (cost(compiled(device)[name][0], DEVICES[device]) for name in ("sharded", "a part alone"))
+    assert split.operations == pytest.approx(alone.operations, rel=0.01)
+    assert split.seconds < 1.1 * alone.seconds
+    (tokens, width), (classes, _) = LOCAL[1:]
+    sent = collectives(compiled(device)["sharded"][0])
+    assert {x.kind for x in sent} == {"all-reduce"}
+    assert sorted(x.size for x in sent if x.size > 8 * tokens) == sorted([tokens * width, classes * width])
+    assert sum(x.size for x in sent if x.size <= 8 * tokens) <= 4 * tokens + 2

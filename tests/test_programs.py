@@ -298,6 +298,14 @@ def test_what_runs_beside_is_counted_where_it_starts():
     assert costs(X + asynchronous, BRANCHES, "v5e").bytes == 2 * 8 * MB + 8 * 4096 + 4 * MB
 
 
+def test_a_sum_over_devices_reads_and_writes_each_ones_part():
+    body = """
+  %s = f32[1024,1024]{1,0} all-reduce-start(%x), replica_groups={{0,1}}, to_apply=%add
+  %d = f32[1024,1024]{1,0} all-reduce-done(%s)
+  ROOT %y = f32[1024,1024]{1,0} all-reduce(%d), replica_groups={{0,1}}, to_apply=%add"""
+    assert costs(X + body, ADD).bytes == 2 * 8 * MB
+
+
 # Products
 
 FACTORS = """  %a = {}[256,512]{{1,0}} parameter(0)
@@ -468,7 +476,7 @@ def test_cycles_are_those_that_the_compiler_estimates(estimate, expected):
 @pytest.mark.parametrize(
     ("instruction", "told"),
     [
-        ("f32[1024,1024]{1,0} all-reduce(%x), to_apply=%add", "y: nothing is known of the cost of all-reduce"),
+        ("f32[1024,1024]{1,0} all-to-all(%x), dimensions={0}", "y: nothing is known of the cost of all-to-all"),
         ("f32[1024,1024]{1,0} fusion(%x), kind=kLoop, calls=%f", "z, in the fusion y: nothing is known of fft"),
         ("f32[1024,1024]{1,0} fusion(%x), kind=kLoop, calls=%g", "z, in the fusion y: nothing is known of fft"),
         ('f32[8]{0} custom-call(%x), custom_call_target="mine"', "y: nothing is known of the custom call mine"),

@@ -10,16 +10,18 @@ import re
 from collections.abc import Iterable
 
 from bench import results
-from bench.engines import MODES, VALUE
+from bench.accelerators import HEAD
+from bench.engines import GRADIENT, MODES, VALUE
 from bench.peers import TASKS, Task
 from bench.results import grouped
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
+DENSE = "optax, bfloat16 logits"
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- bench -->)", re.DOTALL)
 
 
-def lines(name: str) -> list[dict]:
-    return results.read(results.FOLDER / f"{name}-cpu.jsonl")
+def lines(name: str, on: str = "cpu") -> list[dict]:
+    return results.read(results.FOLDER / f"{name}-{on}.jsonl")
 
 
 def markdown(columns: list[str], rows: Iterable[list[str]]) -> str:
@@ -100,7 +102,24 @@ def memory() -> str:
     return markdown(["width, classes", *names], rows)
 
 
-TABLES = {"functions": functions, "floor": floor, "memory": memory}
+def accelerators() -> str:
+    """The head's value and gradient, over its bare products by the roofline, and its temporaries; and optax's."""
+    head = [x for x in lines("accelerators", "compiled") if x["mode"] == GRADIENT and x["function"] == HEAD]
+    groups = grouped(head, "model", "device")
+    devices = list(dict.fromkeys(device for _, device in groups))
+
+    def cell(x):
+        return f"{x['roofline_over_floor']:.2f}, {x['temporaries'] / 1e9:.2g} GB"
+
+    rows = []
+    for model in dict.fromkeys(model for model, _ in groups):
+        _, width, n = groups[model, devices[0]]["jce"]["shape"]
+        pairs = [[groups[model, device][name] for name in ("jce", DENSE)] for device in devices]
+        rows.append([f"{width:,}, {n:,}", *(f"{cell(ours)} ({cell(peer)})" for ours, peer in pairs)])
+    return markdown(["width, classes", *("H100" if x == "h100" else f"TPU {x}" for x in devices)], rows)
+
+
+TABLES = {"accelerators": accelerators, "functions": functions, "floor": floor, "memory": memory}
 
 
 def rendered(text: str) -> str:

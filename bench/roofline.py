@@ -81,8 +81,8 @@ floor is-finite log log-plus-one logistic negate not popcnt reduce-precision res
 round-nearest-even rsqrt sign sine sqrt tan tanh transpose"""
 OTHERS = """add all-reduce all-reduce-start and atan2 broadcast clamp compare concatenate convolution copy-start
 custom-call divide dot dynamic-slice dynamic-slice-start dynamic-update-slice fusion gather iota map maximum minimum
-multiply or pad power reduce reduce-window remainder reverse rng-bit-generator scatter select shift-left shift-
-right-arithmetic shift-right-logical slice slice-start sort subtract xor"""
+multiply or pad power reduce reduce-window remainder reverse rng-bit-generator scatter select shift-left
+shift-right-arithmetic shift-right-logical slice slice-start sort subtract xor"""
 FREE, KERNELS = set(NOTHING.split()), set(UNARY.split()) | set(OTHERS.split())
 THROUGH = set(UNARY.split()) | {"bitcast"}
 UPDATES = {"dynamic-update-slice", "scatter"}

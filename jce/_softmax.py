@@ -18,6 +18,8 @@ operations: a compare, a select or an iota inside one, or in what is made of one
 memory, N × n numbers of it, and so is a constant that two passes share. So masks are said in arithmetic here:
 min(eᵢ, 2|i - y|) leaves out class y, since eᵢ ≤ 1, and eᵢ ⌊7/4 - eᵢ⌋ those of eᵢ > 3/4. Where rows are short, the
 library is slow at two more things: an argument that meets a result, and a constant that doesn't meet an argument.
+
+An accelerator only waits for memory, and has one reduction for m, s and the entropy's sum, which reads a row once.
 """
 
 from __future__ import annotations

@@ -135,22 +135,24 @@ def test_tokens_and_classes_on_several_devices(accelerator, rng, options):
 
 def test_log_probs_of_classes_on_several_devices(accelerator, rng):
     """The entropy's sums too are those of all devices; one of them has nothing but forbidden classes."""
-    y, h, w = arguments(rng)
-    bias = jnp.where(jnp.arange(CLASSES) < CLASSES // 4, -jnp.inf, 0.0)
-    y = jnp.maximum(y, CLASSES // 4)
-    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    specs = P(), P("model"), P("model")
+    with jax.enable_x64(True):
+        y, h, w = arguments(rng, np.float64)
+        bias = jnp.where(jnp.arange(CLASSES) < CLASSES // 4, -jnp.inf, 0.0)
+        y = jnp.maximum(y, CLASSES // 4)
+        mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+        specs = P(), P("model"), P("model")
 
-    def log_probs(h, w, bias, axis_name=None):
-        return tuple(jce.linear_log_probs(y, h, w, bias, axis_name=axis_name))
+        def log_probs(h, w, bias, axis_name=None):
+            return tuple(jce.linear_log_probs(y, h, w, bias, axis_name=axis_name))
 
-    split = jax.shard_map(functools.partial(log_probs, axis_name="model"), mesh=mesh, in_specs=specs, out_specs=P())
+        split = jax.shard_map(functools.partial(log_probs, axis_name="model"), mesh=mesh, in_specs=specs, out_specs=P())
 
-    def scalar(f):
-        return lambda h, w: sum(jnp.sin(x).sum() for x in f(h, w, bias))
+        def scalar(f):
+            return lambda h, w: sum(jnp.sin(x).sum() for x in f(h, w, bias))
 
-    got, expected = (jax.jit(jax.value_and_grad(scalar(f), (0, 1)))(h, w) for f in (split, log_probs))
-    close(got, expected)
+        got, expected = (jax.jit(jax.value_and_grad(scalar(f), (0, 1)))(h, w) for f in (split, log_probs))
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-9, atol=1e-11)
 
 
 def close(got, expected):

@@ -37,6 +37,13 @@ def test_value_and_gradient(device, products, chunks):
     assert temporaries < chunks * 4 * CHUNK * CLASSES
 
 
+@pytest.mark.parametrize(("device", "products"), [("h100", 2.9), ("v5e", 1.8)])
+def test_log_probabilities_and_entropies_are_of_one_reading(device, products):
+    """Over four bare products, on each of eight devices: if each had sums of its own, it were more."""
+    bare = 4 * 2 * TOKENS * WIDTH * CLASSES / DEVICES[device].peaks["bf16"]
+    assert 1 < cost(compiled(device)["log-probabilities"][0], DEVICES[device]).seconds / bare < products
+
+
 @each_device
 @pytest.mark.parametrize("loss", LOSSES)
 def test_an_auto_mesh_keeps_the_tokens_and_sums_the_heads_gradient_once(device, loss):

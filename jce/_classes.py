@@ -30,7 +30,8 @@ class Classes(NamedTuple):
     axis: int
     mesh_axis: Hashable | None = None
     blocks: int = 1  # folded, their axis is the one before
-    masks: bool = False  # on an accelerator a mask costs nothing, where on a CPU it costs a pass
+    # On an accelerator, where a mask costs nothing and one reduction has several results. On a CPU each costs a pass.
+    masks: bool = False
 
     def folding(self, x: Array) -> Classes:
         """These classes with as many blocks as suit arrays like x, which aren't folded yet.

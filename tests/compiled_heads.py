@@ -13,6 +13,8 @@ from bench import children, compilers
 
 TOKENS, WIDTH, CLASSES = 8192, 768, 50_257  # of one device
 DEVICES = 8
+LOCAL = (8192,), (8192, 2048), (32_064, 2048)  # of each of 2 × 4 devices: a quarter of 128,256 classes
+DTYPES = jnp.int32, jnp.bfloat16, jnp.bfloat16
 
 
 def mean(y, h, w):
@@ -34,14 +36,8 @@ def gradient(loss):
     return lambda y, h, w: jax.value_and_grad(lambda *a: loss(y, *a), (0, 1))(h, w)
 
 
-DTYPES = jnp.int32, jnp.bfloat16, jnp.bfloat16
-
-
 def shapes(tokens):
     return zip(((tokens,), (tokens, WIDTH), (CLASSES, WIDTH)), DTYPES, strict=True)
-
-
-LOCAL = (8192,), (8192, 2048), (32_064, 2048)  # of each of 2 × 4 devices: a quarter of 128,256 classes
 
 
 def sharded(device):
@@ -59,21 +55,21 @@ def sharded(device):
     return jax.jit(program, out_shardings=(None, tuple(places[1:]))).lower(*split).compile()
 
 
+def tell(name, program):
+    children.tell(name, [program.as_text(), program.memory_analysis().temp_size_in_bytes])
+
+
 def main() -> None:
     device = children.todo()
-    children.tell("sharded", [sharded(device).as_text(), 0])
-    children.tell(
-        "a part alone", [compilers.compiled(gradient(mean), device, list(zip(LOCAL, DTYPES, strict=True))).as_text(), 0]
-    )
-    program = compilers.compiled(gradient(mean), device, list(shapes(TOKENS)))
-    children.tell("alone", [program.as_text(), program.memory_analysis().temp_size_in_bytes])
+    tell("sharded", sharded(device))
+    tell("a part alone", compilers.compiled(gradient(mean), device, list(zip(LOCAL, DTYPES, strict=True))))
+    tell("alone", compilers.compiled(gradient(mean), device, list(shapes(TOKENS))))
     mesh = Mesh(np.array(compilers.devices(device, DEVICES)), ("data",), axis_types=(AxisType.Auto,))
     places = [NamedSharding(mesh, P(*spec)) for spec in (("data",), ("data",), ())]
     split = [jax.ShapeDtypeStruct(*s, sharding=p) for s, p in zip(shapes(DEVICES * TOKENS), places, strict=True)]
     with jax.set_mesh(mesh):
         for name, loss in LOSSES.items():
-            program = jax.jit(gradient(loss), out_shardings=(None, tuple(places[1:]))).lower(*split).compile()
-            children.tell(name, [program.as_text(), program.memory_analysis().temp_size_in_bytes])
+            tell(name, jax.jit(gradient(loss), out_shardings=(None, tuple(places[1:]))).lower(*split).compile())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from jce import _platforms
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -42,6 +44,16 @@ def debug_nans_in_this_thread():
     """A derivative of a custom_jvp function ends the process's setting for compiled calls, but not the thread's."""
     with jax.debug_nans(True) if jax.config.jax_debug_nans else contextlib.nullcontext():
         yield
+
+
+@pytest.fixture(params=["cpu", "accelerator"])
+def platform(request, monkeypatch):
+    """This CPU, lowering a CPU's way or an accelerator's."""
+    if request.param == "accelerator":
+        monkeypatch.setattr(_platforms, "CPU", _platforms.ACCELERATOR)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
 
 
 @pytest.fixture

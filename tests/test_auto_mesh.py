@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from bench.hlo import collectives
-from jce import _platforms
 from tests.kernels import modes
 
 pytestmark = pytest.mark.needs_jit
@@ -23,15 +22,6 @@ LOSSES = {
     ),
 }
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-
-
-@pytest.fixture(params=["cpu", "accelerator"])
-def platform(request, monkeypatch):
-    if request.param == "accelerator":
-        monkeypatch.setattr(_platforms, "CPU", _platforms.ACCELERATOR)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
 
 
 def mesh():

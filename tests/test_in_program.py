@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -259,9 +260,12 @@ def test_classes_forbidden_in_the_same_program(kernel, rng):
         np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("cap", [None, "ours", "the user's"])
+WAYS = [*itertools.product([None, "ours"], ["cpu", "accelerator"]), ("the user's", "cpu")]  # that is no head
+
+
+@pytest.mark.parametrize(("cap", "platform"), WAYS, indirect=["platform"])
 @pytest.mark.parametrize("function", ["cross-entropy", "log-probabilities"])
-def test_heads_of_width_1(function, cap, rng):
+def test_heads_of_width_1(function, cap, platform, rng):
     """Logits h w + b, which XLA multiplies in each pass; and the dense loss of them, capped by the user."""
     h, w = 20 * rng.standard_normal((64, 1)), rng.standard_normal((5, 1))
     h, w, t = (x.astype(np.float32) for x in (h, w, rng.standard_normal((64, 1))))

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jce
-from jce import _platforms
+from jce import _platforms, _softmax
 from jce._classes import Classes
 from jce._softmax import off_label_sum, sums_in_one_pass, surprisal_at_label
 from tests.kernels import modes
@@ -340,6 +340,18 @@ def test_labels_by_a_mask_or_a_gather(rng):
     y, x = jnp.array([0, 2, 6, 3]), rng.standard_normal((4, 7)).astype(np.float32)
     x[1, 2] = -np.inf
     np.testing.assert_array_equal(MASKS.at_by_mask(jnp.asarray(x), y), MASKS.at(jnp.asarray(x), y))
+
+
+def test_a_labels_logit_of_another_rounding(monkeypatch):
+    """As of a program that makes the logits anew for it: losses keep their digits, and none is below 0."""
+    for error in (-3e-7, 3e-7):
+        monkeypatch.setattr(_softmax, "at_label", lambda x, y, classes, error=error: classes.at(x * (1 + error), y))
+        x = np.float32([[30, 0, 1], [-20, 3, -30], [1, 0.5, 0.2], [2, 2, -1]])
+        y = jnp.array([0, 1, 0, 1])
+        _, s, d = jax.jit(lambda y, x: off_label_sum(y, x, MASKS))(y, x)
+        with jax.enable_x64(True):
+            exact = np.float64(jce.cross_entropy_with_integer_labels(y, np.float64(x)))
+        np.testing.assert_allclose(surprisal_at_label(d, s), exact, rtol=3e-6)
 
 
 def test_the_sums_in_one_pass_have_a_rule(rng):

@@ -111,7 +111,7 @@ def distributions(
     in_logits: Collection[str] = (),
     **arguments: ArrayLike,
 ) -> tuple[list[Array], Classes]:
-    """The arguments as floating-point arrays of one dtype and shape, long rows folded, and where their classes are.
+    """The arguments as floating-point arrays of one dtype and shape, and where their classes are.
 
     Excluded classes have probability 0: a logit of -∞, in the arguments that are logits, and 0 in the others. A row of
     logits with nothing left is certainty in the first class, which costs 0 in every function.
@@ -138,8 +138,7 @@ def distributions(
             jnp.where(mask, x, _impossible(mask, classes, x.dtype) if name in in_logits else jnp.zeros_like(x))
             for name, x in zip(arguments, arrays, strict=True)
         ]
-    classes = classes.folding(arrays[0])
-    return [classes.fold(x) for x in arrays], classes
+    return arrays, classes
 
 
 def mesh_axis(function: str, axis_name: Hashable | None) -> Hashable | None:
@@ -191,7 +190,7 @@ def labelled(
     mask = jnp.asarray(True if where is None else where)
     layout = Layout.of(shape, [jnp.asarray(logits), mask])  # as in `distributions`
     y = layout.without(classes.axis).place(y)
-    kept = classes.fold(layout.place(mask))
+    kept = layout.place(mask)
     if where is not None:
         # In a row with nothing left any label will do, also one that is none.
         y = jnp.where(classes.any(kept), y, jnp.zeros_like(y))

@@ -1,6 +1,6 @@
 """Where the classes are: along an axis and, inside `jax.shard_map`, some on each device of a mesh axis.
 
-Long rows are folded: n classes along an axis become k blocks of n/k along two. On a CPU, XLA sums rows of more than
+On a CPU long rows are folded: n classes along an axis become k blocks of n/k along two. There XLA sums rows of more than
 32,768 numbers 3 to 13 times as slowly as shorter ones (JAX 0.10 and 0.12).
 """
 
@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from jce._layout import Layout, mesh_names, over_devices, told_axes
+from jce._platforms import Way, per_platform
 
 LONGEST_ROW = 32_768  # classes; longer ones are folded
 LONG_ROW = 128  # fewer classes are few
@@ -30,20 +31,24 @@ class Classes(NamedTuple):
     axis: int
     mesh_axis: Hashable | None = None
     blocks: int = 1  # folded, their axis is the one before
-    # On an accelerator, where a mask costs nothing and one reduction has several results. On a CPU each costs a pass.
-    masks: bool = False
+    way: Way | None = None  # of the platform, once it is known
+
+    @property
+    def masks(self) -> bool:
+        """Whether a select in a sum costs nothing."""
+        return self.way in (Way.REDUCTION, Way.CHAIN)
 
     def folding(self, x: Array) -> Classes:
-        """These classes with as many blocks as suit arrays like x, which aren't folded yet.
+        """These classes on a CPU, with as many blocks as suit arrays like x, which aren't folded yet.
 
         A sharded row stays where it is if the number of devices divides that of blocks: hence many, in powers of 2. JAX
         admits no reshape of an axis whose type says that it is sharded.
         """
-        n = x.shape[self.axis]
+        n, known = x.shape[self.axis], self._replace(way=Way.PASSES)
         if n <= LONGEST_ROW or self.are_split(x):
-            return self
+            return known
         fit = [k for k in range(2, n // SHORTEST_BLOCK + 1) if n % k == 0 and n // k <= LONGEST_ROW]
-        return self._replace(blocks=max(fit, key=lambda k: (k & -k, k), default=1))
+        return known._replace(blocks=max(fit, key=lambda k: (k & -k, k), default=1))
 
     def fold(self, x: Array) -> Array:
         """[..., n, ...] as [..., blocks, n/blocks, ...]"""
@@ -60,6 +65,8 @@ class Classes(NamedTuple):
 
     def reduce(self, reduction: Callable, x):
         """reduction(x, axis), of blocks and then of what they gave."""
+        if self.way is None and jax.tree.leaves(x)[0].shape[self.axis] > LONGEST_ROW:
+            return per_platform(lambda x, classes: classes.reduce(reduction, x))(x, self)
         x = reduction(x, self.axis)
         # Without the barrier XLA makes one reduction of the two again.
         return x if self.blocks == 1 else reduction(lax.optimization_barrier(x), self.axis)

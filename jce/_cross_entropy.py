@@ -22,6 +22,7 @@ from jce._calculus import (
 )
 from jce._elementary import exp, log
 from jce._mul0 import mul0
+from jce._platforms import per_platform, per_platform_apart
 from jce._softmax import (
     another,
     complement,
@@ -78,6 +79,7 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
+@per_platform
 def _sum_p_log_q(p, q, classes):
     return classes.sum(p * jnp.maximum(log(q), bound(p, -1, classes)))
 
@@ -161,6 +163,7 @@ def cross_entropy_with_logits(
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
+@per_platform
 def _soft(p, x, classes):
     return classes.sum(p * jnp.minimum(normalizer(x, classes).surprisal(x, classes), bound(p, 1, classes)))
 
@@ -170,10 +173,11 @@ def_partials_of_sum(_soft, lambda p, x, classes: surprisal(x, classes), lambda p
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
+@per_platform_apart
 def _excess(p, x, classes):
     n = normalizer(x, classes)
     total = classes.sum(p)
-    d = x - classes.column(another(n.m, n.s))
+    d = x - classes.column(another(n.m, n.s, few=classes.masks))
     # Of a class that dominates q = 1 - s/Z, and Σp - p is exact.
     dominant = (classes.column(total) - p) - classes.column(total * (n.s / n.z))
     return jnp.where(d > classes.column(n.shared - 0.5), dominant, exp(d) * classes.column(total / n.z) - p)
@@ -189,7 +193,7 @@ def _excess_rule(classes, primals, tangents):
         others = classes.column(classes.sum(jnp.where(q > 0.5, jnp.zeros_like(dp), dp)))
         terms.append(jnp.where(q > 0.5, others - mul0(complement(x, classes), d_total), mul0(q, d_total) - dp))
     if not isinstance(dx, SymbolicZero):
-        terms.append(softmax_tangent(dx, x, classes, classes.sum(p)))
+        terms.append(softmax_tangent(dx, x, classes.sum(p), classes))
     return _excess(p, x, classes), functools.reduce(jnp.add, terms)
 
 
@@ -286,6 +290,7 @@ def _label_surprisal_rule(classes, primals, tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
+@per_platform
 def _label_surprisal_and_excess(y, x, classes):
     # Both in one function, since XLA can't see that two off-label sums, behind their barriers, are the same.
     m, s, d = off_label_sum(y, x, classes)
@@ -299,4 +304,4 @@ def _label_surprisal_and_excess(y, x, classes):
 def _label_surprisal_and_excess_rule(classes, primals, tangents):
     x, t = primals[1], tangents[1]
     surprisal, excess = _label_surprisal_and_excess(*primals, classes)
-    return (surprisal, excess), (classes.sum(mul0(excess, t)), softmax_tangent(t, x, classes))
+    return (surprisal, excess), (classes.sum(mul0(excess, t)), softmax_tangent(t, x, None, classes))

@@ -13,6 +13,7 @@ from jce._arguments import distributions, public
 from jce._calculus import custom_jvp, def_partials_of_sum, def_tangents, negative
 from jce._elementary import exp, log, log1p
 from jce._mul0 import mul0, multiply, over
+from jce._platforms import per_platform, per_platform_apart
 from jce._softmax import another, deviation, normalizer, softmax, sums_in_one_pass, surprisal, unless_nan
 
 
@@ -58,6 +59,7 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
+@per_platform
 def _sum_p_log_p(p, classes):
     # The lowest number for -∞, so that 0 log 0 = 0 without a select: inside a sum, a select would make XLA write the
     # N × n terms to memory first, on a CPU. |p|, where p < 0 has no logarithm, is another result.
@@ -124,6 +126,7 @@ def entropy_with_logits(
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
+@per_platform
 def entropy_of_softmax(x, classes):
     # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z, without a term below 0
     if classes.masks:
@@ -150,6 +153,7 @@ def _entropy_of_softmax_rule(classes, primals, tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
+@per_platform_apart
 def _weighted_excess(x, classes):
     return mul0(_surprisal_excess(x, classes), softmax(x, classes))
 
@@ -162,9 +166,13 @@ def _surprisal_excess(x, classes):
 # d qᵢ (log 1/qᵢ - H) = qᵢ ((tᵢ - Σ q t)(log 1/qᵢ - H - 1) - dH), with dH = Σ qᵢ (log 1/qᵢ - H) tᵢ
 @_weighted_excess.defjvp
 def _weighted_excess_rule(classes, primals, tangents):
-    (x,), (t,) = primals, tangents
+    return _weighted_excess(*primals, classes), _tangent_of_weighted_excess(*tangents, *primals, classes)
+
+
+@per_platform_apart
+def _tangent_of_weighted_excess(t, x, classes):
     z, u, _, covariance = deviation(t, x, classes)
     excess = _surprisal_excess(x, classes)
     centered = multiply(excess - 1, u)
     tangent = mul0(softmax(x, classes), centered - classes.column(covariance(excess)))
-    return _weighted_excess(x, classes), unless_nan(z, tangent, t, classes)
+    return unless_nan(z, tangent, t, classes)

@@ -24,6 +24,7 @@ from jce._calculus import (
 from jce._deviance import deviance, deviance_from_log, log_ratio
 from jce._elementary import exp, log1p, raised, tanh, unless_negative
 from jce._mul0 import mul0
+from jce._platforms import Way, per_platform
 from jce._softmax import FINE, another, centered, normalizer, softmax, softmax_tangent
 
 
@@ -77,8 +78,12 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
+@per_platform
 def _kl(p, q, classes):
-    return classes.sum(deviance(p, q, p - q)) + _sum_of_differences(p, q, classes)
+    deviances = deviance(p, q, p - q)
+    if classes.masks:
+        return _sum_of_differences(p, q, classes, deviances)
+    return classes.sum(deviances) + _sum_of_differences(p, q, classes)
 
 
 # ∂/∂p p log p/q = log p/q + 1, ∂/∂q p log p/q = -p/q
@@ -163,17 +168,19 @@ def _relative_excess(p, q):
 def_twin(_relative_excess, lambda p, q: -ratio(p, q))
 
 
-def _sum_of_differences(p, q, classes):
-    """Σ (p - q), to an ulp even where it is the little that rounding left of 1 - 1: a sum of two-float numbers."""
-    high, low = _two_sum(p, -q)
-    zero = jnp.zeros((), p.dtype)
-    high, low = classes.reduce(lambda x, axis: lax.reduce(x, (zero, zero), _add, (x[0].ndim + axis,)), (high, low))
-    return high + low
+def _sum_of_differences(p, q, classes, *others):
+    """Σ (p - q), to an ulp even where it is the little that rounding left of 1 - 1: a sum of two-float numbers. And
+    Σ of others, in the same reduction."""
+    zeros = (jnp.zeros((), p.dtype),) * (2 + len(others))
+    sums = classes.reduce(
+        lambda x, axis: tuple(lax.reduce(x, zeros, _add, (x[0].ndim + axis,))), (*_two_sum(p, -q), *others)
+    )
+    return functools.reduce(jnp.add, sums[::-1])
 
 
 def _add(a, b):
-    high, low = _two_sum(a[0], b[0])
-    return high, low + (a[1] + b[1])
+    (high, lost), low = _two_sum(a[0], b[0]), a[1] + b[1]
+    return high, low + lost, *map(jnp.add, a[2:], b[2:])
 
 
 def _two_sum(a, b):
@@ -239,6 +246,7 @@ def kl_divergence_with_logits(
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
+@per_platform
 def _kl_of_softmax(x, y, classes):
     p, q, delta = _compare(x, y, classes)
     return classes.sum(deviance_from_log(p, q, delta))
@@ -264,6 +272,7 @@ def _weighted_excess(x, y, classes):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
+@per_platform
 def _q_minus_p(x, y, classes):
     p, q, delta = _compare(x, y, classes)
     return (p + q) * tanh(delta / 2)
@@ -271,13 +280,14 @@ def _q_minus_p(x, y, classes):
 
 # d (qᵢ - pᵢ) = qᵢ (dyᵢ - Σ q dy) - pᵢ (dxᵢ - Σ p dx)
 def _q_minus_p_rule(classes, primals, tangents):
-    return _q_minus_p(*primals, classes), _difference_of_tangents(softmax_tangent, primals, tangents, classes)
+    return _q_minus_p(*primals, classes), _difference_of_tangents(_softmax_tangent, primals, tangents, classes)
 
 
 _q_minus_p.defjvp(_q_minus_p_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
+@per_platform
 def _log_q_over_p(x, y, classes):
     return _compare(x, y, classes)[2]
 
@@ -288,6 +298,10 @@ def _log_q_over_p_rule(classes, primals, tangents):
 
 
 _log_q_over_p.defjvp(_log_q_over_p_rule, symbolic_zeros=True)
+
+
+def _softmax_tangent(t, x, classes):
+    return softmax_tangent(t, x, None, classes)
 
 
 def _difference_of_tangents(tangent, primals, tangents, classes):
@@ -301,7 +315,9 @@ def _difference_of_tangents(tangent, primals, tangents, classes):
 
 def _compare(x, y, classes):
     """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q."""
-    nx, ny = normalizer(x, classes), normalizer(y, classes)
+    # As a chain it would have to take y - n and x - m apart, each with its rounding.
+    sums = classes._replace(way=Way.REDUCTION) if classes.way is Way.CHAIN else classes
+    nx, ny = normalizer(x, sums), normalizer(y, sums)
     log_z_y_x = ny.log_z - nx.log_z
     # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x up to a number a row, by the rounding of the last. That number is
     # Σ p (e^δ - 1) = Σ (p + q) tanh δ/2, which ought to be 0.

@@ -1,4 +1,4 @@
-"""What differs between a CPU and an accelerator: in which order and size a head is computed, not what.
+"""What differs between a CPU and an accelerator: how rows are summed, and in which order and size a head is computed.
 
 The platform is known when a program is lowered, not when it is traced: it may be compiled for another machine, or
 exported for several. So both ways are traced, and each platform lowers its own.
@@ -6,16 +6,30 @@ exported for several. So both ways are traced, and each platform lowers its own.
 
 from __future__ import annotations
 
+import enum
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._classes import Classes
 from jce._layout import auto_devices
-from jce._products import Products
+
+if TYPE_CHECKING:
+    from jce._classes import Classes
+    from jce._products import Products
+
+LONGEST_CHAIN = 16_384  # classes, of which XLA makes one kernel for a GPU
+
+
+class Way(enum.Enum):
+    """How rows are summed."""
+
+    PASSES = "passes"  # a sum is a pass, and selects nothing: a CPU's
+    REDUCTION = "reduction"  # one has several results, and reads a row once: an accelerator's
+    CHAIN = "chain"  # all sums of a row, and what is made of them, are one kernel: a GPU's, of rows that fit a core
 
 
 class Chunks(NamedTuple):
@@ -37,6 +51,7 @@ class Platform(NamedTuple):
     is_cpu: bool
     chunk_bytes: int
     least_tokens: int
+    chains: bool = False
 
     def chunks(self, size: int | None, bias) -> Chunks:
         """Of the size given, or by the rule."""
@@ -46,8 +61,11 @@ class Platform(NamedTuple):
         # Tokens that lie apart cost a CPU a copy of all, and a step of its own is one more sum over devices.
         return Chunks(size, devices, apart=not self.is_cpu or devices > 1, peeled=not self.is_cpu and devices == 1)
 
-    def classes(self, classes: Classes, bias) -> Classes:
-        return classes.folding(bias) if self.is_cpu else classes._replace(masks=True)
+    def classes(self, classes: Classes, x) -> Classes:
+        """Those of arrays like x, as they are summed here."""
+        if self.is_cpu:
+            return classes.folding(x)
+        return classes._replace(way=Way.CHAIN if self.chains and may_chain(classes, x) else Way.REDUCTION)
 
     def products(self, products: Products, hidden, weight) -> Products:
         """They are narrow where all is bfloat16 and no precision is asked for. float16 has too small a range for it."""
@@ -60,6 +78,11 @@ CPU = Platform(True, 2**25, 512)
 # A chunk's product takes as long as reading the head and the float32 sum of its gradient, which it hides, from 1200
 # tokens on an H100, 1000 on a TPU v5e and 2200 on a v6e.
 ACCELERATOR = Platform(False, 2**28, 2048)
+GPU = ACCELERATOR._replace(chains=True)
+
+
+def may_chain(classes: Classes, x) -> bool:
+    return x.shape[classes.axis] <= LONGEST_CHAIN and classes.mesh_axis is None and not classes.are_split(x)
 
 
 def on_platform(function: Callable, *arguments):
@@ -69,6 +92,43 @@ def on_platform(function: Callable, *arguments):
         return lambda *arguments: function(platform, *arguments)
 
     return lax.platform_dependent(*arguments, cpu=on(CPU), default=on(ACCELERATOR))
+
+
+def per_platform(kernel: Callable, apart: bool = False) -> Callable:
+    """A function of arrays, numbers a row and, last, the arrays' classes: of how they are summed where it is lowered.
+
+    On a CPU it gets long rows folded. Apart, a GPU's kernel shares nothing with another of the same arrays: as one
+    with two results they would be no chain.
+    """
+
+    @functools.wraps(kernel)
+    def on_each(*arguments):
+        *arrays, classes = arguments
+        if classes.way is not None:
+            return kernel(*arguments)
+        x = max(jax.tree.leaves(arrays), key=jnp.ndim)
+
+        def on(platform):
+            def run(*arrays):
+                here = platform.classes(classes, x)
+                if apart and here.way is Way.CHAIN:
+                    arrays = jax.tree.map(lax.optimization_barrier, arrays)  # each its own, for t is unlike x
+                arrays = jax.tree.map(lambda a: here.fold(a) if a.ndim == x.ndim else a, arrays)
+                results = kernel(*arrays, here)
+                if here.masks:  # or XLA makes one sum of a row's and the batch's
+                    results = jax.tree.map(lambda r: r if r.ndim == x.ndim else lax.optimization_barrier(r), results)
+                return jax.tree.map(lambda r: here.unfold(r) if r.ndim >= x.ndim else r, results)
+
+            return run
+
+        chained = {"tpu": on(ACCELERATOR), "default": on(GPU)}
+        others = chained if may_chain(classes, x) else {"default": on(ACCELERATOR)}
+        return lax.platform_dependent(*arrays, cpu=on(CPU), **others)
+
+    return on_each
+
+
+per_platform_apart = functools.partial(per_platform, apart=True)
 
 
 def at_label(x: Array, y: Array, classes: Classes) -> Array:

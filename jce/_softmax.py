@@ -19,7 +19,9 @@ memory, N × n numbers of it, and so is a constant that two passes share. So mas
 min(eᵢ, 2|i - y|) leaves out class y, since eᵢ ≤ 1, and eᵢ ⌊7/4 - eᵢ⌋ those of eᵢ > 3/4. Where rows are short, the
 library is slow at two more things: an argument that meets a result, and a constant that doesn't meet an argument.
 
-An accelerator only waits for memory, and has one reduction for m, s and the entropy's sum, which reads a row once.
+An accelerator only waits for memory. One reduction for m, s and the entropy's sum reads a row once (`Way.REDUCTION`).
+For a GPU, XLA makes one kernel of a chain of sums over short rows, and of the array made of them, if x is nowhere taken
+but in x - m, nothing has two results, and no barrier is inside (`Way.CHAIN`).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from jce._calculus import custom_jvp, ratio
 from jce._classes import Classes
 from jce._elementary import exp, log1p
 from jce._mul0 import mul0, multiply
-from jce._platforms import at_label
+from jce._platforms import Way, at_label, per_platform, per_platform_apart
 
 FINE = 2.0**12  # how finely a weight is rounded that only centers a tangent
 FAR = 1e4  # how far below the maximum exp is 0, in float64 too
@@ -43,8 +45,10 @@ FAR = 1e4  # how far below the maximum exp is 0, in float64 too
 
 def maximum(x: Array, classes: Classes) -> Array:
     """m = max x, and NaN where it is +∞."""
-    m = sums_in_one_pass(x, classes).m if classes.masks else classes.max(x)
-    return jnp.where(m == jnp.inf, m - m, m)
+    if classes.way is Way.REDUCTION:
+        return sums_in_one_pass(x, classes).m
+    m = classes.max(x)
+    return m if classes.way is Way.CHAIN else jnp.where(m == jnp.inf, m - m, m)  # in a chain x - m is NaN there
 
 
 def another(m: Array, s: Array, few: bool = False) -> Array:
@@ -65,7 +69,9 @@ class Sums(NamedTuple):
 
 
 def sums_in_one_pass(x: Array, classes: Classes) -> Sums:
-    """Of each row, in one reduction: what an accelerator reads once. NaN where m is no number."""
+    """Of each row, read once: in one reduction, or of a short one by a GPU's one kernel. NaN where m is no number."""
+    if classes.way is Way.CHAIN:
+        return _sums_in_a_chain(x, classes)
     m, s, t = _sums_here(x, classes)
     if classes.mesh_axis is not None:
         here, m = m, lax.pmax(lax.stop_gradient(m), classes.mesh_axis)
@@ -74,6 +80,15 @@ def sums_in_one_pass(x: Array, classes: Classes) -> Sums:
         t, s, z = map(classes.over_devices, (e * (t + depth * z), e * jnp.where(depth < 0.5, s, z), e * z))
         s = jnp.maximum(s, _off_maximum(z))
     return Sums(m, s + (m - m), t)
+
+
+def _sums_in_a_chain(x, classes):
+    m = maximum(x, classes)
+    d = x - classes.column(m)
+    e = exp(d)
+    s = classes.sum(jnp.where(e > 0.75, jnp.zeros_like(e), e))
+    n = Normalizer(m, jnp.maximum(s, _off_maximum(classes.sum(e))))
+    return Sums(*n, -classes.sum(e * jnp.maximum(n.depth(x, classes), -FAR)))
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
@@ -130,6 +145,8 @@ class Normalizer(NamedTuple):
 
     def depth(self, x: Array, classes: Classes) -> Array:
         """xᵢ - m ≤ 0, and exactly 0 at a class that dominates."""
+        if classes.way is Way.CHAIN:
+            return self.depth_and_dominant(x, self.m, classes)[0]
         # That class has d > -0.3, where 2d + 0.6 is above 0. All others have d < log 1/2, where it is below d. Behind
         # the barrier these numbers, also the constants, are computed once a row, and this pass's own.
         m, lift, zero = map(classes.column, lax.optimization_barrier((self.m, 0.6 - 1e30 * self.shared, 0 * self.s)))
@@ -175,7 +192,7 @@ def off_label_sum(labels: Array, x: Array, classes: Classes) -> tuple[Array, Arr
     """m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x at the label; NaN for a label out of range."""
     y, n = classes.local(labels, x), classes.count(x)
     is_class = (labels >= 0) & (labels < n)
-    if classes.masks:
+    if classes.way is Way.REDUCTION:
         m, s, _ = sums_in_one_pass(x, classes)
         m = jnp.where(is_class, m, jnp.full_like(m, jnp.nan))
         d = m - at_label(x, y, classes)
@@ -183,6 +200,11 @@ def off_label_sum(labels: Array, x: Array, classes: Classes) -> tuple[Array, Arr
         d = jnp.where(jnp.maximum(s, d) < 0.5, d - lax.stop_gradient(d), d)
         return m, s + (1 - exp(-d)), d
     m = maximum(x, classes)
+    if classes.way is Way.CHAIN:  # where all is made of x - m
+        is_label, d = classes.is_at(x, y), x - classes.column(m)
+        s = classes.sum(jnp.where(is_label, jnp.zeros_like(d), exp(d)))
+        d = -classes.sum(jnp.where(is_label, d, jnp.zeros_like(d)))
+        return m, s, jnp.where(is_class, d, jnp.full_like(d, jnp.nan))
     s = classes.sum(jnp.minimum(exp(x - classes.column(m)), _distance(y, x, classes)))
     m = jnp.where(is_class, m, jnp.full_like(m, jnp.nan))
     return m, s, m - classes.at(x, y)
@@ -210,18 +232,23 @@ def _distance(y, x, classes):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
+@per_platform_apart
 def softmax(x: Array, classes: Classes) -> Array:
     """qᵢ = eᵢ/Z."""
+    if classes.masks:
+        n = normalizer(x, classes)
+        return exp(x - classes.column(n.m)) / classes.column(n.z)
     return _exponential(x, 4, classes) / classes.column(_normalizer(x, classes))
 
 
 @softmax.defjvp
 def _softmax_rule(classes, primals, tangents):
-    return softmax(*primals, classes), softmax_tangent(tangents[0], primals[0], classes)
+    return softmax(*primals, classes), softmax_tangent(tangents[0], primals[0], None, classes)
 
 
 # dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
-def softmax_tangent(t: Array, x: Array, classes: Classes, scale: Array | None = None) -> Array:
+@per_platform_apart
+def softmax_tangent(t: Array, x: Array, scale: Array | None, classes: Classes) -> Array:
     """dqᵢ along t, or that times a number a row."""
     z, u, *_ = deviation(t, x, classes)
     r = ratio(jnp.ones_like(z) if scale is None else scale, z)
@@ -229,6 +256,7 @@ def softmax_tangent(t: Array, x: Array, classes: Classes, scale: Array | None = 
     return unless_nan(z, mul0(q, u), t, classes)
 
 
+@per_platform_apart
 def centered(t: Array, x: Array, classes: Classes) -> Array:
     """tᵢ - Σⱼ qⱼtⱼ, linear in t."""
     z, u, *_ = deviation(t, x, classes)
@@ -250,6 +278,9 @@ def deviation(t: Array, x: Array, classes: Classes) -> Deviation:
     Where a class dominates, t counts from its own: the deviation there is minus the sum of the small rest, with all its
     digits.
     """
+    if classes.masks:
+        return _deviation_by_masks(t, x, classes)
+
     # A factor a row is cheap on a CPU where it meets an argument, if classes are few, and otherwise their sum.
     few = classes.are_few(x)
 
@@ -286,11 +317,31 @@ def deviation(t: Array, x: Array, classes: Classes) -> Deviation:
     return Deviation(z, each, center + mean_from_center, lambda a: sum_of_others(multiply(others, a)))
 
 
+def _deviation_by_masks(t, x, classes):
+    """The same, in sums of one pass over t and x."""
+    still = lax.stop_gradient(x)
+    n = normalizer(still, classes)
+    dominant = n.depth_and_dominant(still, n.m, classes)[1]
+    e, zero = _exponential(x, 0, classes), jnp.zeros_like(t)
+    others, center = jnp.where(dominant, zero, e), classes.sum(jnp.where(dominant, t, zero))
+    z = classes.sum(e)
+    over_z = ratio(jnp.ones_like(z), z)
+
+    def sum_of_others(weights):
+        return multiply(over_z, classes.sum(multiply(weights, t)) - multiply(classes.sum(weights), center))
+
+    from_center = sum_of_others(others)
+
+    column = classes.column(from_center)
+    each = jnp.where(dominant, -column, (t - classes.column(center)) - column)
+    return Deviation(z, each, center + from_center, lambda a: sum_of_others(multiply(others, a)))
+
+
 def unless_nan(z, tangent, t, classes):
     """A row of NaN is NaN along t, but 0 where t = 0, which its sums can't say."""
     zero = lax.stop_gradient(classes.column(z - z))  # or NaN; a constant NaN would be one for jax_debug_nans
     nan = mul0(jnp.broadcast_to(zero, t.shape), t)
-    return jnp.where(classes.column(jnp.isfinite(z)), tangent, nan)
+    return jnp.where(classes.column(z <= jnp.finfo(z.dtype).max), tangent, nan)
 
 
 def _normalizer(x, classes):
@@ -302,7 +353,7 @@ def _normalizer(x, classes):
 def _exponential(x, k, classes):
     """eᵢ = exp(xᵢ - m), for a constant m, in the pass number k over x, of which each says m in another way."""
     m = maximum(x, classes)
-    if k:
+    if k and not classes.masks:
         m = another(m, k * classes.sum(exp(x - classes.column(m))), classes.are_few(x))
     return exp(x - classes.column(m))
 
@@ -315,6 +366,7 @@ def _exponential_rule(k, classes, primals, tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
+@per_platform_apart
 def complement(x: Array, classes: Classes) -> Array:
     """1 - qᵢ = (s + (1 - eᵢ))/Z."""
     n = normalizer(x, classes)
@@ -325,10 +377,11 @@ def complement(x: Array, classes: Classes) -> Array:
 @complement.defjvp
 def _complement_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
-    return complement(x, classes), -softmax_tangent(t, x, classes)
+    return complement(x, classes), -softmax_tangent(t, x, None, classes)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
+@per_platform_apart
 def surprisal(x: Array, classes: Classes) -> Array:
     """log 1/qᵢ = log Z - (xᵢ - m) ≥ 0, and +∞ at a class of probability 0."""
     return normalizer(x, classes).surprisal(x, classes)
@@ -342,6 +395,7 @@ def _surprisal_rule(classes, primals, tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
+@per_platform
 def logsumexp(x: Array, classes: Classes) -> Array:
     """log Σ exp xᵢ = m + log(1 + s)."""
     n = normalizer(x, classes)
@@ -351,8 +405,12 @@ def logsumexp(x: Array, classes: Classes) -> Array:
 # d log Σ exp xᵢ = Σ qᵢtᵢ
 @logsumexp.defjvp
 def _logsumexp_rule(classes, primals, tangents):
-    (x,), (t,) = primals, tangents
+    return logsumexp(*primals, classes), _mean(*tangents, *primals, classes)
+
+
+@per_platform
+def _mean(t, x, classes):
     z, _, mean, _ = deviation(t, x, classes)
     # Not Σ qᵢtᵢ, for Σ qᵢ is 1 here to the last digit, whatever two passes make of x.
     nan = classes.sum(mul0(jnp.broadcast_to(classes.column(lax.stop_gradient(z - z)), t.shape), t))
-    return logsumexp(x, classes), jnp.where(jnp.isfinite(z), mean, nan)
+    return jnp.where(jnp.isfinite(z), mean, nan)

@@ -1,5 +1,6 @@
 """Strict mode for every test: eight host devices, no silent promotion of dtypes or ranks."""
 
+import collections
 import contextlib
 import os
 
@@ -26,7 +27,25 @@ hypothesis.settings.load_profile("short")
 UNLESS = {"holds_nan": "jax_debug_nans", "needs_jit": "jax_disable_jit"}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--as-on", choices=["ACCELERATOR", "GPU"], help="this CPU lowers what such a device would")
+
+
+def pytest_configure(config):
+    if config.option.as_on:
+        _platforms.CPU = getattr(_platforms, config.option.as_on)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items):
+    count = collections.Counter()
+    for item in items:
+        if turn := item.get_closest_marker("in_turn"):
+            # Each function begins with another of its cases.
+            first = sum(map(ord, item.function.__name__))
+            if (first + count[item.function]) % turn.args[0]:
+                item.add_marker(pytest.mark.slow)
+            count[item.function] += 1
     for mark, setting in UNLESS.items():
         if getattr(jax.config, setting):
             for item in filter(lambda item, mark=mark: item.get_closest_marker(mark), items):

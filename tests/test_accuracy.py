@@ -20,7 +20,7 @@ from tests.oracle import (
 )
 
 
-@pytest.fixture(params=BITS)
+@pytest.fixture(params=[np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 def dtype(request, kernel):
     with mp.workprec(400 if LOGIT in kernel.domains else BITS[request.param]):
         yield request.param
@@ -108,6 +108,8 @@ def test_hessian_vector_products(kernel, dtype, rng):
             if scales:
                 scale = scales[e[0]][e[1]] if kernel.has_classes else scales[e[0]]
             bar = kernel.hvp_bar + conditioning(kernel, exact_row, dtype, e[1])
+            if 0 < scale < 2**16 * np.finfo(dtype).tiny:  # of smaller terms, as of a token's share of a mean
+                continue
             judge(np.atleast_1d(got[e[0]])[e[1]], exact, scale, bar, regime, kernel.arguments[e[0]], row)
     judge.finish()
 
@@ -118,6 +120,7 @@ def shift(x, d, t):
 
 
 @each_kernel
+@pytest.mark.in_turn(4)
 def test_third_derivative(kernel, rng):
     """Along a direction, to 1e-9 of the formula's: all three orders nested, forward over forward over reverse."""
     arguments = easy(kernel, rng, (4, 3), np.float64)
@@ -141,6 +144,7 @@ def test_third_derivative(kernel, rng):
 
 @each_kernel
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.in_turn(4)
 def test_half_precision(kernel, dtype, rng):
     """Half-precision arguments give the float32 results of the same numbers; their gradients are those, rounded."""
     _, arguments = sampled(kernel, rng, (12, 8), np.float32)
@@ -166,6 +170,7 @@ def test_half_precision(kernel, dtype, rng):
 
 
 @each_with_classes
+@pytest.mark.slow
 def test_a_hundred_thousand_classes(kernel, rng):
     samples = kernel.sample(rng, (1, 100_000), np.float32)
     hard = next(name for name in ("near 0.001", "ahead by 10", "one-hot, ahead by 10") if name in samples)

@@ -40,6 +40,7 @@ def split(rng, tokens, dtype=np.float32):
 
 @pytest.mark.parametrize("tokens", [256, 72])  # chunks of as many tokens of each device, and chunks that are filled up
 @each_loss
+@pytest.mark.slow
 def test_numbers(platform, loss, tokens, rng):
     """Value, gradient and Hessian-vector products, in float64, are those of one device."""
     with jax.enable_x64(True):

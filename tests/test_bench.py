@@ -122,6 +122,7 @@ def test_exponent_of_a_power():
 
 
 @pytest.mark.needs_jit
+@pytest.mark.slow
 def test_lines_of_growth():
     (t,) = [t for t in TASKS if t.label == "linear_cross_entropy"]
     lines = memory.growth(t, "tokens", [2048, 4096, 8192], (VALUE, GRADIENT))

@@ -23,6 +23,7 @@ CASES = {
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to another process")
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_interrupt(case, tmp_path):
     program, arguments, package, says = CASES[case]
     (tmp_path / "TEXT").write_text(" ".join(f"w{i * i % 997}" for i in range(30_000)))

@@ -84,6 +84,7 @@ long_by_lbfgs = pytest.mark.needs_jit
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=long_by_lbfgs if name == "lbfgs" else ()) for name in demo.OPTIMIZERS]
 )
+@pytest.mark.slow
 def test_fit(name):
     p, _ = demo.transition_distributions(TEXT)
     history = list(demo.fit(p, demo.make_optimizer(name), 300))
@@ -143,6 +144,7 @@ def test_chain_rule_agrees(rng):
 
 @long_by_lbfgs
 @pytest.mark.usefixtures("optax_promotes")
+@pytest.mark.slow
 def test_defaults_get_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert demo.main([]) == 0

@@ -40,6 +40,7 @@ def second_order(function, positions):
 
 @each_of_logits
 @pytest.mark.parametrize("shape", MESHES[1:], ids=str)
+@pytest.mark.slow
 def test_split_classes_are_whole_ones(kernel, shape, rng):
     """Value, gradient, jvp and Hessian-vector products, in float64, with a −∞ and a tie."""
     arguments = tuple(easy(kernel, rng, (16, 24), np.float64))
@@ -85,6 +86,7 @@ def test_corners_with_a_class_a_device(kernel):
 
 
 @each_of_logits
+@pytest.mark.in_turn(4)
 def test_split_classes_are_as_accurate(kernel, rng):
     """In every regime, float32: a loss of 1e-30 is 1e-30, and a divergence of 1e-12 has its digits."""
     samples = kernel.sample(rng, (3, 16), np.float32)
@@ -190,6 +192,7 @@ OPTIONS = [
     [(MESHES[i % 3], options) for i, options in enumerate(OPTIONS)] + [((2, 4), OPTIONS[3])],
     ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "x".join(map(str, x)),
 )
+@pytest.mark.slow
 def test_the_sharded_head_is_the_head(shape, options, rng):
     """In every mode, for hidden, head, bias and weights, with tokens left out unevenly."""
     labels, arguments, where = problem(rng)
@@ -230,6 +233,7 @@ def test_third_order_of_the_sharded_head(reduction, rng):
         close(third(jce.sharded_linear_cross_entropy, **on), third(jce.linear_cross_entropy), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_log_probs_of_a_sharded_head(rng):
     labels, (h, w, b, _), where = problem(rng)
 

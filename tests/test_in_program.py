@@ -177,28 +177,21 @@ def holds(kernel: Kernel, makers, rng, exactly: Callable, from_memory: Callable,
             assert ((a * b).sum(-1) >= 0.999 * length)[length > 0].all()
 
 
-def law(kernel: Kernel, rng, some: slice) -> None:
+@pytest.mark.parametrize("every", [14, pytest.param(3, marks=pytest.mark.slow)])
+@each_function
+def test_inputs_made_in_the_same_program(kernel, every, rng):
+    """Every so many makers, each function beginning with the next."""
     exactly, from_memory = jax.jit(results(kernel)), jax.jit(results(kernel))
-    for makers in combinations(kernel)[some]:
-        holds(kernel, makers, rng, exactly, from_memory)
-
-
-@each_function
-def test_inputs_made_in_the_same_program(kernel, rng):
-    """Every third maker, each function beginning with the next."""
-    law(kernel, rng, slice(TABLE.index(kernel) % 3, None, 3))
-
-
-@pytest.mark.slow
-@each_function
-def test_every_input_made_in_the_same_program(kernel, rng):
-    law(kernel, rng, slice(None))
+    makers = combinations(kernel)
+    for combination in makers[TABLE.index(kernel) % min(every, len(makers)) :: every]:
+        holds(kernel, combination, rng, exactly, from_memory)
 
 
 MANY = 160  # classes, which XLA sums otherwise
 
 
 @each_with_classes
+@pytest.mark.slow
 def test_many_classes_made_in_the_same_program(kernel, rng):
     makers = combinations(kernel)
     holds(
@@ -223,6 +216,7 @@ CONSUMERS: dict[str, Callable] = {
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.slow
 def test_what_is_made_of_the_result_in_the_same_program(consumer, rng):
     """Each with some of the functions, and each of these with another maker."""
     start = list(CONSUMERS).index(consumer)
@@ -265,6 +259,7 @@ WAYS = [*itertools.product([None, "ours"], ["cpu", "accelerator"]), ("the user's
 
 @pytest.mark.parametrize(("cap", "platform"), WAYS, indirect=["platform"])
 @pytest.mark.parametrize("function", ["cross-entropy", "log-probabilities"])
+@pytest.mark.slow
 def test_heads_of_width_1(function, cap, platform, rng):
     """Logits h w + b, which XLA multiplies in each pass; and the dense loss of them, capped by the user."""
     h, w = 20 * rng.standard_normal((64, 1)), rng.standard_normal((5, 1))

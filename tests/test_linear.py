@@ -65,6 +65,7 @@ PAIRWISE = [dict(zip(CHOICES, row, strict=True)) for row in AllPairs(list(CHOICE
 
 
 @pytest.mark.parametrize("options", PAIRWISE, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.slow
 def test_every_pair_of_options(options, rng):
     """Value, gradient and Hessian-vector product in hidden, head, bias, weights and traced numbers, in float64."""
     options = dict(options)
@@ -176,6 +177,7 @@ def test_confident_tokens_keep_their_digits(rng):
     "dtypes", [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float16")]
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.in_turn(4)
 def test_half_precision(dtypes, reduction, rng):
     """Against float64 on the same numbers: the loss as float32's, gradients rounded once, however many the chunks."""
     tokens, d, n = 256, 16, 32
@@ -213,6 +215,7 @@ def test_the_same_bits_each_time(rng):
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7])
 @pytest.mark.parametrize("n", [0, 1, 7, 130])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.in_turn(4)
 def test_padding_enters_no_sum(tokens, n, reduction):
     """At zero logits each loss is log n, q is 1/n, and a row or a column too many would show."""
     h, w, b = np.zeros((tokens, 2), np.float32), np.zeros((n, 2), np.float32), np.zeros(n, np.float32)
@@ -536,6 +539,7 @@ def test_a_traced_label_smoothing_of_1_asks_of_the_label_only_that_it_be_one(pro
     np.testing.assert_allclose(dense, math.log(2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_traced_cap_leaves_forbidden_classes_alone(problem):
     """Of any size, in the cap's own derivatives too."""
     labels, h, w, b = problem
@@ -616,6 +620,7 @@ def linear_mean(labels, h, w):
     return jce.linear_cross_entropy(labels, h, w, chunk_size=3)
 
 
+@pytest.mark.slow
 def test_vmap_over_tokens_and_over_heads(problem):
     labels, h, w, _ = problem
     gradient, expected = (jax.value_and_grad(f, (1, 2)) for f in (linear_mean, dense_mean))
@@ -672,6 +677,7 @@ def test_gradient_of_a_jvp_and_gauss_newton_products(problem):
 # Log-probabilities and entropy
 
 
+@pytest.mark.slow
 def test_log_probs_against_the_losses_of_dense_logits(problem):
     labels, h, w, b = problem
     where = np.arange(8).reshape(2, 4) != 2

@@ -69,6 +69,7 @@ def test_label_dtypes(dtype, rng):
     np.testing.assert_array_equal(g, expected_g)
 
 
+@pytest.mark.slow
 def test_labels_along_any_axis(rng):
     logits = rng.standard_normal((3, 4, 5)).astype(np.float32)
     for axis in range(-3, 3):
@@ -91,6 +92,7 @@ def test_labels_are_one_hot_targets(rng):
         np.testing.assert_allclose(soft, g, rtol=4e-6, atol=1e-37, err_msg=name)
 
 
+@pytest.mark.slow
 def test_smoothing_is_a_mixture_of_targets(rng):
     """(1-ε) one-hot + ε/n, with n the classes that are kept; at ε = 1 the label doesn't matter."""
     logits = 3 * rng.standard_normal((50, 7)).astype(np.float32)
@@ -196,6 +198,7 @@ def test_gradients_of_near_divergences_keep_their_direction(rng):
 @pytest.mark.needs_jit
 @each_of_logits
 @pytest.mark.parametrize("axes", [("rows", None), (None, "classes"), ("rows", "classes")])
+@pytest.mark.in_turn(4)
 def test_sharded_logits_are_not_gathered(kernel, axes, rng):
     """Between devices go some numbers a row, in value and gradient: no collective holds as much as a row's classes."""
     mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)

@@ -41,6 +41,7 @@ def derivatives(function, positions):
 
 
 @each_with_classes
+@pytest.mark.slow
 def test_leaving_out_classes_by_where_is_leaving_them_out(kernel, rng):
     """Of the kept classes, which are in all blocks, a short row holds the same; in each order of derivatives."""
     kept = rng.random(N) < 0.5
@@ -67,6 +68,7 @@ def test_leaving_out_classes_by_where_is_leaving_them_out(kernel, rng):
 
 
 @each_with_classes
+@pytest.mark.slow
 def test_any_axis_and_vmap(kernel, rng):
     arguments = easy(kernel, rng, (2, N))
     value = kernel.function(*arguments)

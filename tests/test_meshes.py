@@ -126,6 +126,7 @@ def compiled(function):
 
 
 @pytest.mark.parametrize("name", TABLE_OF_ROWS)
+@pytest.mark.slow
 def test_numbers_of_one_device(name, rng):
     """Pairwise: each function in each mode, with arguments, weights, where and labels in each place."""
     row = TABLE_OF_ROWS[name]
@@ -171,6 +172,7 @@ def on(mesh, x, *axes):
     return jax.device_put(x, NamedSharding(mesh, P(*axes)))
 
 
+@pytest.mark.slow
 def test_arguments_that_broadcast(rng):
     """Numbers, rows and columns beside whole arrays, another axis of classes, tokens of two axes."""
     x, p, alpha = (
@@ -279,6 +281,7 @@ def abstract(shape, *axes, dtype=np.float32):
 
 
 @pytest.mark.parametrize("name", ["cross_entropy_with_logits", "kl_divergence_with_logits", "labels"])
+@pytest.mark.in_turn(4)
 def test_some_numbers_a_row_are_sent(name):
     """Of rows and classes that are both split, in a gradient and in reverse over reverse."""
     rows, x = 64, abstract((64, 512), "rows", "classes")

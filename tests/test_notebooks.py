@@ -21,6 +21,7 @@ def test_every_notebook_is_here():
 
 @pytest.mark.needs_jit  # trainings, and what compiled programs need
 @each_notebook
+@pytest.mark.slow
 def test_runs(name):
     """The last cell asserts what the first line claims."""
     environment = {**os.environ, "MPLBACKEND": "agg"}

@@ -47,6 +47,7 @@ OURS = {
 @pytest.mark.needs_jit
 @pytest.mark.usefixtures("optax_promotes")
 @pytest.mark.parametrize("name", OURS)
+@pytest.mark.slow
 def test_optax_own(name, monkeypatch):
     monkeypatch.setattr(classification, OURS[name].__name__, OURS[name])
     result = unittest.TestResult()

@@ -18,7 +18,7 @@ from tests.kernels import modes
 pytestmark = pytest.mark.needs_jit
 
 TOKENS, WIDTH, CLASSES = 61, 16, 40
-MASKS = Classes(-1, masks=True)
+MASKS = Classes(-1, way=_platforms.Way.REDUCTION)
 
 
 @pytest.fixture
@@ -56,6 +56,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "plain")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.slow
 def test_it_is_the_dense_loss(accelerator, rng, options, reduction):
     """Value, gradient, Hessian-vector products and a third derivative, in float64."""
     with jax.enable_x64(True):
@@ -161,6 +162,7 @@ def close(got, expected):
 
 @pytest.mark.parametrize("reduction", ["mean", "none", "log_prob"])
 @pytest.mark.parametrize("confident", [False, True])
+@pytest.mark.slow
 def test_bfloat16_products_lose_no_more_than_the_dense_loss_does(accelerator, confident, reduction):
     """Against float64, where XLA rounds: the derivative in the logits, scaled so that the label's is exactly -1."""
 
@@ -241,6 +243,29 @@ def test_each_platform_lowers_its_own(function, rng):
         assert not any(s in program_text for s in not_there), platforms
 
 
+def test_rows_are_summed_as_each_platform_does():
+    """Long ones folded on a CPU, in one reduction of three results on a TPU, also on a GPU where they are long."""
+
+    def text(rows, classes, *platforms):
+        x = jax.ShapeDtypeStruct((rows, classes), jnp.float32)
+        return jax.export.export(jax.jit(jce.entropy_with_logits), platforms=platforms)(x).mlir_module()
+
+    def has(text, *parts):
+        return [part in text for part in parts]
+
+    folded, reduction = "tensor<8x160x625xf32>", ":3 = stablehlo.reduce("
+    for classes, platform, expected in (
+        (100_000, "cpu", [True, False]),
+        (100_000, "cuda", [False, True]),
+        (100_000, "tpu", [False, True]),
+        (1000, "cuda", [False, False]),
+        (1000, "tpu", [False, True]),
+    ):
+        assert has(text(8, classes, platform), folded, reduction) == expected, (classes, platform)
+    assert has(text(8, 100_000, "cpu", "cuda", "tpu"), folded, reduction) == [True, True]
+
+
+@pytest.mark.slow
 def test_log_probs(accelerator, rng):
     with jax.enable_x64(True):
         y, h, w = arguments(rng, np.float64)
@@ -273,6 +298,7 @@ def test_explicit_meshes(accelerator, rng):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.slow
 def test_hessian_vector_products_of_bfloat16(accelerator, rng, reduction):
     """In every nesting, third order, batched by head, and split over a mesh: float64's, to what the rounding does."""
     y, *numbers = arguments(rng, jnp.bfloat16)
@@ -316,11 +342,12 @@ ROWS = {
 }
 
 
+@pytest.mark.parametrize("way", [_platforms.Way.REDUCTION, _platforms.Way.CHAIN])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_sums_in_one_pass(row):
+def test_sums_in_one_pass(row, way):
     """m, and to a few ulps what is of all but one maximal class, in several orders of the classes."""
     x = np.array([np.roll(row, k) for k in range(len(row))], np.float32)
-    m, s, t = jax.jit(sums_in_one_pass, static_argnums=1)(x, MASKS)
+    m, s, t = jax.jit(sums_in_one_pass, static_argnums=1)(x, Classes(-1, way=way))
     below = np.sort(np.float64(x[0]))[::-1]
     depth = np.minimum(below[0] - below[1:], 1e4)
     np.testing.assert_array_equal(m, np.float32(below[0]))

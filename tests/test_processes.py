@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 WORKER = pathlib.Path(__file__).with_name("worker.py")
 
@@ -52,6 +53,7 @@ def test_two_processes_train_as_one():
     np.testing.assert_allclose(first, one, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_when_one_is_killed_the_other_ends_with_an_error():
     with workers(2, "stall") as (survivor, victim):
         assert "stalled\n" in iter(victim.stdout.readline, "")  # after what gloo says of itself

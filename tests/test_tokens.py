@@ -71,6 +71,7 @@ TOGETHER = [
 
 @pytest.mark.needs_jit
 @pytest.mark.parametrize(("function", "axes"), TOGETHER)
+@pytest.mark.slow
 def test_a_batch_is_its_members(function, axes, rng):
     """Value, gradients and Hessian-vector products, with a cotangent that varies, in float64."""
     function, axes = FUNCTIONS[function], AXES[axes]

@@ -1,0 +1,62 @@
+"""How often losses of logits read and write them on accelerators, from programs compiled for them. Needs extra
+`accelerators`.
+
+Neither the machine nor the day changes a figure here.
+"""
+
+import functools
+
+import pytest
+
+from bench import children, compilers
+from bench.accelerators import MODES
+from bench.roofline import DEVICES, cost
+from tests import compiled_rows
+
+pytestmark = [
+    pytest.mark.needs_jit,
+    pytest.mark.skipif(bool(compilers.missing()), reason=f"not installed: {', '.join(compilers.missing())}"),
+]
+NUMBERS = 2**28  # of logits: more than fit on a TPU's chip
+
+# Of an array of logits, in each mode: value, gradient, value and gradient, Hessian-vector product.
+PASSES = {
+    ("h100", 1024): {
+        "cross_entropy_with_integer_labels": (1, 2, 4, 3),
+        "cross_entropy_with_logits": (2, 3, 5, 4),
+        "entropy_with_logits": (1, 2, 3, 3),
+        "kl_divergence_with_logits": (6, 7, 7, 3),
+        "kl_divergence": (2, 3, 3, 4),
+    },
+    ("v5e", 1024): {
+        "cross_entropy_with_integer_labels": (2, 4, 4, 6),
+        "cross_entropy_with_logits": (3, 5, 6, 7),
+        "entropy_with_logits": (1, 3, 3, 6),
+        "kl_divergence_with_logits": (6, 7, 7, 6),
+        "kl_divergence": (2, 3, 5, 4),
+    },
+    ("v5e", 128_256): {
+        "cross_entropy_with_integer_labels": (2, 4, 4, 6),
+        "cross_entropy_with_logits": (3, 5, 6, 7),
+        "entropy_with_logits": (1, 3, 3, 6),
+        "kl_divergence_with_logits": (6, 7, 7, 6),
+        "kl_divergence": (2, 3, 5, 4),
+    },
+}
+
+
+@functools.cache
+def texts(device: str, classes: int) -> dict[str, str]:
+    rows = NUMBERS // classes // 1024 * 1024
+    found = children.lines(compiled_rows.__name__, (device, rows, classes), compilers.environment(), quiet=True)
+    return {label: text for label, (text,) in found}
+
+
+@pytest.mark.parametrize("function", compiled_rows.FUNCTIONS)
+@pytest.mark.parametrize(("device", "classes"), PASSES)
+def test_passes(device, classes, function):
+    expected = PASSES[device, classes][function]
+    one = 4 * (NUMBERS // classes // 1024 * 1024) * classes
+    for mode, passes in zip(MODES, expected, strict=True):
+        found = cost(texts(device, classes)[f"{function}, {mode}"], DEVICES[device])
+        assert found.bytes / one == pytest.approx(passes, rel=0.02), mode

@@ -101,6 +101,7 @@ def test_the_heads_floor_is_its_products(rng):
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("label", ["cross_entropy_with_integer_labels", "linear_cross_entropy", "binary_kl_divergence"])
+@pytest.mark.slow
 def test_lines_of_speed(label, mode):
     settings = speed.Settings(label, (), 2**10, 2**14, 3, 0.0)
     lines = speed.measure(task(label), MODELS[0], mode, settings)
@@ -279,6 +280,7 @@ def test_an_environment_says_what_was_measured_on():
 # The command
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_table_lines_and_a_picture(tmp_path, capsys):
     arguments = ["accuracy", "--quick", "--only", "binary_kl_divergence", "--out", str(tmp_path)]
     assert main(arguments) == 0

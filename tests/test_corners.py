@@ -22,7 +22,7 @@ def agrees(got, expected):
 
 
 @each_kernel
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 def test_value_and_gradient_in_both_modes(kernel, dtype):
     arguments, values, gradients = stacked(kernel, dtype)
     positions = tuple(range(len(arguments)))
@@ -36,7 +36,7 @@ def test_value_and_gradient_in_both_modes(kernel, dtype):
 
 
 @each_kernel
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_alone_and_eagerly(kernel):
     """Each corner by itself, not in a batch; eager calls are jitted inside, and disable_jit runs them op by op."""
     eager_gradient = jax.grad(total(kernel), tuple(range(len(kernel.arguments))))
@@ -50,7 +50,7 @@ def test_alone_and_eagerly(kernel):
 
 
 @each_kernel
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_one_argument_at_a_time(kernel):
     """What isn't differentiated adds exactly nothing to a tangent, and a dense zero tangent doesn't either."""
     arguments, _, gradients = stacked(kernel)
@@ -63,7 +63,7 @@ def test_one_argument_at_a_time(kernel):
 
 
 @each_kernel
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_zero_cotangents(kernel):
     """An outer where, or a weight of 0, removes a row and leaves every gradient finite."""
     arguments, values, _ = stacked(kernel)
@@ -81,7 +81,7 @@ def test_zero_cotangents(kernel):
 
 
 @each_kernel
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_second_derivatives(kernel):
     """The Hessian is the same in all four nestings; NaN only where an argument is."""
     arguments, values, _ = stacked(kernel)
@@ -139,7 +139,7 @@ def test_nestings_agree_in_a_loop(kernel, loop, rng):
 
 
 @each_kernel
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_third_derivatives(kernel):
     """No NaN at third order either, in any direction, forward or reverse: 0 · ∞ enters at no order."""
     arguments, values, _ = stacked(kernel)
@@ -169,6 +169,7 @@ SMALL = {  # functions of a small p, and the third derivative along p, by p, whe
 
 
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.in_turn(2)
 def test_third_derivatives_along_a_small_probability(name):
     """d³/ds³ f(p(1 + s)) is of the size of p, in all eight nestings, though 1/p² and p² are no float32."""
     function, expected = SMALL[name]
@@ -190,6 +191,7 @@ def test_third_derivatives_along_a_small_probability(name):
         np.testing.assert_allclose(third / p, np.full_like(p, expected), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_infinite_second_derivatives():
     inf = np.inf
     q = np.float32([0.5, 0.5])
@@ -217,7 +219,7 @@ def test_finite_second_derivatives():
 
 
 @each_with_classes
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_absent_classes(kernel, rng):
     """A class of p = q = 0 changes no value and no other class's gradient, and its own is no NaN."""
     if None in kernel.absent:
@@ -231,7 +233,7 @@ def test_absent_classes(kernel, rng):
 
 
 @each_kernel
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_hessian_vector_product_beside_a_corner(kernel):
     """A direction that is 0 at the corners gives a finite product: 0 · ∞ doesn't enter."""
     arguments, _, _ = stacked(kernel)

@@ -107,6 +107,7 @@ def test_fit(name):
 
 @long_by_lbfgs
 @pytest.mark.usefixtures("optax_promotes")
+@pytest.mark.slow
 def test_lbfgs_never_climbs():
     p, _ = demo.transition_distributions(demo.default_text())
     for seed in (0, 3):
@@ -166,6 +167,7 @@ def test_defaults_get_there(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("optax_promotes")
+@pytest.mark.slow
 def test_options(file, tmp_path, capsys):
     out = tmp_path / "out.png"
     argv = [
@@ -270,6 +272,7 @@ def test_the_check_of_out_leaves_a_file_as_it_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["optax", "matplotlib", "tqdm"])
+@pytest.mark.slow
 def test_missing_extra(package):
     hide = f"import sys, runpy; sys.modules[{package!r}] = None; "
     run = subprocess.run(

@@ -86,7 +86,7 @@ def test_corners_with_a_class_a_device(kernel):
 
 
 @each_of_logits
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_split_classes_are_as_accurate(kernel, rng):
     """In every regime, float32: a loss of 1e-30 is 1e-30, and a divergence of 1e-12 has its digits."""
     samples = kernel.sample(rng, (3, 16), np.float32)
@@ -106,6 +106,7 @@ def test_split_classes_are_as_accurate(kernel, rng):
 
 
 @pytest.mark.holds_nan
+@pytest.mark.slow
 def test_labels_are_of_all_classes(rng):
     """Every class as label, and labels of no class, among them those a block would wrap around."""
     n = 16
@@ -131,6 +132,7 @@ def test_labels_are_of_all_classes(rng):
 
 
 @pytest.mark.holds_nan
+@pytest.mark.slow
 def test_where_leaves_out_classes_and_rows_over_all_devices(rng):
     logits = rng.standard_normal((8, 16)).astype(np.float32)
     where = rng.random((8, 16)) < 0.7
@@ -214,6 +216,7 @@ def test_the_sharded_head_is_the_head(shape, options, rng):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.slow
 def test_third_order_of_the_sharded_head(reduction, rng):
     labels, (h, w, _, _), where = problem(rng)
     a = h, w

@@ -48,6 +48,7 @@ def asked(function, arguments) -> set[tuple]:
 
 
 @pytest.mark.parametrize("kernel", TABLE, ids=label)
+@pytest.mark.in_turn(2)
 def test_functions(kernel, rng):
     found = asked(total(kernel), tuple(map(jnp.asarray, easy(kernel, rng, (2, 5)))))
     assert found

@@ -177,14 +177,24 @@ def holds(kernel: Kernel, makers, rng, exactly: Callable, from_memory: Callable,
             assert ((a * b).sum(-1) >= 0.999 * length)[length > 0].all()
 
 
-@pytest.mark.parametrize("every", [14, pytest.param(3, marks=pytest.mark.slow)])
-@each_function
-def test_inputs_made_in_the_same_program(kernel, every, rng):
+def law(kernel: Kernel, rng, every: int) -> None:
     """Every so many makers, each function beginning with the next."""
     exactly, from_memory = jax.jit(results(kernel)), jax.jit(results(kernel))
     makers = combinations(kernel)
     for combination in makers[TABLE.index(kernel) % min(every, len(makers)) :: every]:
         holds(kernel, combination, rng, exactly, from_memory)
+
+
+@each_function
+@pytest.mark.in_turn(2)
+def test_inputs_made_in_the_same_program(kernel, rng):
+    law(kernel, rng, 13)
+
+
+@each_function
+@pytest.mark.slow
+def test_more_inputs_made_in_the_same_program(kernel, rng):
+    law(kernel, rng, 3)
 
 
 MANY = 160  # classes, which XLA sums otherwise
@@ -317,6 +327,7 @@ def other_rounding_in_later_passes(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)
+@pytest.mark.in_turn(2)
 def test_another_rounding_in_later_passes(kernel, rng, other_rounding_in_later_passes):
     """A relative error of the exponents is all that it makes, also where one class has all but e^-40 of both."""
     arguments = []

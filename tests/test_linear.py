@@ -120,6 +120,7 @@ def confident(rng, tokens=24, n=13, dtype=np.float32):
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 7])
 @pytest.mark.parametrize("smoothing", [0.0, 0.25])
+@pytest.mark.in_turn(3)
 def test_an_identity_as_head_changes_nothing(chunk_size, smoothing, rng):
     """Value and gradient of the label loss to a few ulps, so to its bars, whatever the chunks."""
     labels, x = confident(rng)
@@ -177,7 +178,7 @@ def test_confident_tokens_keep_their_digits(rng):
     "dtypes", [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float16")]
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_half_precision(dtypes, reduction, rng):
     """Against float64 on the same numbers: the loss as float32's, gradients rounded once, however many the chunks."""
     tokens, d, n = 256, 16, 32
@@ -215,7 +216,7 @@ def test_the_same_bits_each_time(rng):
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7])
 @pytest.mark.parametrize("n", [0, 1, 7, 130])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_padding_enters_no_sum(tokens, n, reduction):
     """At zero logits each loss is log n, q is 1/n, and a row or a column too many would show."""
     h, w, b = np.zeros((tokens, 2), np.float32), np.zeros((n, 2), np.float32), np.zeros(n, np.float32)
@@ -254,6 +255,7 @@ def close(a, b, rtol=2e-6, atol=1e-7):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("how", ["where", "weight 0"])
+@pytest.mark.in_turn(2)
 def test_a_token_left_out_may_hold_anything(problem, reduction, how):
     labels, h, w, b = problem
     kept = np.array([[True, False, True, True], [False, True, True, True]])
@@ -435,6 +437,7 @@ def test_a_label_of_no_class_makes_its_token_nan_and_no_other(problem, wrong):
 
 
 @pytest.mark.parametrize("cap", [None, 4.0])
+@pytest.mark.in_turn(2)
 def test_a_forbidden_class(problem, cap):
     """As if it weren't in the head, in every derivative; as a label it costs infinity."""
     labels, h, w, b = problem
@@ -496,6 +499,7 @@ def test_a_soft_cap_below_what_matters_flattens_all_but_what_is_forbidden():
 # Numbers that are traced
 
 
+@pytest.mark.slow
 def test_a_traced_0_is_none_whatever_the_logits(problem):
     """Label smoothing and z-loss at 0 with a forbidden class and logits whose square overflows: dense, and in heads."""
     labels, h, w, b = problem
@@ -560,6 +564,7 @@ def test_a_traced_cap_leaves_forbidden_classes_alone(problem):
         close(*(program(h, cap) for program in programs), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_traced_numbers_are_as_pythons(problem):
     """Of any dtype, which widens nothing; batched; over devices; and in an eager call, as an array."""
     labels, h, w, b = problem
@@ -639,6 +644,7 @@ def test_vmap_over_tokens_and_over_heads(problem):
         )
 
 
+@pytest.mark.slow
 def test_checkpoint_and_scan_over_layers(problem):
     labels, h, w, _ = problem
     layers = np.stack([np.eye(3, dtype=np.float32) + 0.1 * i for i in range(3)])
@@ -651,6 +657,7 @@ def test_checkpoint_and_scan_over_layers(problem):
         close(jax.jit(f, static_argnums=2)(layers, w, linear_mean), f(layers, w, dense_mean), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_of_a_jvp_and_gauss_newton_products(problem):
     labels, h, w, _ = problem
     layer = np.eye(3, dtype=np.float32) * 0.5

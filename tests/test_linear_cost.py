@@ -31,7 +31,7 @@ HEADS = dict(zip(modes(linear_loss(1), (0, 1)), (0, 1, 2, 2, 3, 4, 4, 6), strict
 
 @pytest.mark.parametrize("mode", HEADS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_no_mode_has_the_logits_of_all_tokens(mode, reduction):
     """No array of tokens × classes in the compiled program, and in all some chunks, heads, and hidden states."""
     tokens, d, n, chunk = 1024, 16, 4096, 32
@@ -124,6 +124,7 @@ def test_a_few_more_chunks_that_need_no_filling():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.slow
 def test_precision_is_that_of_jax_or_the_keyword(dtype):
     """In each product of value, gradient and Hessian-vector product, and of the log-probabilities."""
     highest = "precision=(Precision.HIGHEST, Precision.HIGHEST)"

@@ -28,6 +28,7 @@ def value_and_gradient(labels, logits, **options):
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("wrong", [-1, -4, 4, 2**31 - 1, -(2**31)])
+@pytest.mark.in_turn(2)
 def test_a_label_of_no_class_makes_its_row_nan_and_no_other(wrong, smoothing, rng):
     logits = rng.standard_normal((3, 4)).astype(np.float32)
     labels = np.array([1, wrong, 3])
@@ -198,7 +199,7 @@ def test_gradients_of_near_divergences_keep_their_direction(rng):
 @pytest.mark.needs_jit
 @each_of_logits
 @pytest.mark.parametrize("axes", [("rows", None), (None, "classes"), ("rows", "classes")])
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_sharded_logits_are_not_gathered(kernel, axes, rng):
     """Between devices go some numbers a row, in value and gradient: no collective holds as much as a row's classes."""
     mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)

@@ -101,6 +101,7 @@ def test_a_logit_of_infinity_makes_its_row_nan(n, rng):
     np.testing.assert_array_equal(np.isnan(pull_back(loss)[0]).all(1), [True, True, True, False])
 
 
+@pytest.mark.slow
 def test_the_heads_logits(rng):
     """The head's rows are folded as the logits' are; with every option, since each touches them."""
     hidden, head = rng.standard_normal((6, 3)).astype(np.float32), rng.standard_normal((N, 3)).astype(np.float32)
@@ -145,6 +146,7 @@ def losses(kernel: Kernel, arguments):
 
 @pytest.mark.needs_jit
 @each_of_logits
+@pytest.mark.in_turn(2)
 def test_sharded_rows_stay_where_they_are(kernel, rng):
     """Nothing but some numbers a row goes between devices, though each device's classes are folded."""
     n = 65_536

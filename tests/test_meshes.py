@@ -223,6 +223,7 @@ def test_arguments_that_broadcast(rng):
 
 
 @pytest.mark.holds_nan
+@pytest.mark.slow
 def test_labels_of_split_classes(rng):
     """Each class as label, and labels of none, among them those that a device would count from its last class."""
     labels = np.array([*range(CLASSES), -1, -CLASSES, CLASSES, CLASSES + 1, 2**31 - 1, -(2**31), 0, 1], np.int32)
@@ -240,6 +241,7 @@ def test_labels_of_split_classes(rng):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), got, jax.jit(run)(labels, logits))
 
 
+@pytest.mark.slow
 def test_axes_of_more_than_one_kind(rng):
     """A mesh Explicit along its rows and Auto along its classes, and one whose classes a shard_map has split."""
     kinds = (AxisType.Explicit, AxisType.Auto)
@@ -281,7 +283,7 @@ def abstract(shape, *axes, dtype=np.float32):
 
 
 @pytest.mark.parametrize("name", ["cross_entropy_with_logits", "kl_divergence_with_logits", "labels"])
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(6)
 def test_some_numbers_a_row_are_sent(name):
     """Of rows and classes that are both split, in a gradient and in reverse over reverse."""
     rows, x = 64, abstract((64, 512), "rows", "classes")

@@ -58,6 +58,7 @@ def test_the_loss_is_that_of_all_logits(corpus, rng):
 
 
 @pytest.mark.usefixtures("optax_promotes")
+@pytest.mark.slow
 def test_it_learns_what_follows(corpus):
     history = list(next_word.train(corpus, 60, seed=3))
     assert [s.step for s in history] == list(range(0, 61, 3))
@@ -118,6 +119,7 @@ def test_wrong_input_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
     assert message in err
 
 
+@pytest.mark.slow
 def test_missing_extra():
     hide = "import sys, runpy; sys.modules['optax'] = None; "
     run = subprocess.run(

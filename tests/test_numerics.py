@@ -16,6 +16,7 @@ from jce._mul0 import mul0, mul00, multiply
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 28), ("float64", 53)])
+@pytest.mark.slow
 def test_atanh_tail_coefficients(dtype, bits):
     """The table is the Chebyshev approximation that its comment says, to the digits that matter."""
     with mp.workprec(300):

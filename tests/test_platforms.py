@@ -134,6 +134,7 @@ def test_tokens_and_classes_on_several_devices(accelerator, rng, options):
     close(jax.jit(sharded)(h, w), alone(h, w))
 
 
+@pytest.mark.slow
 def test_log_probs_of_classes_on_several_devices(accelerator, rng):
     """The entropy's sums too are those of all devices; one of them has nothing but forbidden classes."""
     with jax.enable_x64(True):

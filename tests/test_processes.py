@@ -45,6 +45,7 @@ def results(count):
     return [json.loads(text.splitlines()[-1]) for text, _ in out]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one():
     """2 × 2 devices and 1 × 4: the same losses and the same head after some steps, to a few ulps."""
     (one,), (first, second) = results(1), results(2)

@@ -94,6 +94,7 @@ def test_a_batch_is_its_members(function, axes, rng):
 
 
 @pytest.mark.needs_jit
+@pytest.mark.slow
 def test_gradients_of_each_member(rng):
     """A head's gradient for each, where the gradient is inside of the batch; and a batch of batches."""
     axes = AXES["tokens"]

@@ -1,7 +1,7 @@
 """Where the classes are: along an axis and, inside `jax.shard_map`, some on each device of a mesh axis.
 
-On a CPU long rows are folded: n classes along an axis become k blocks of n/k along two. There XLA sums rows of more than
-32,768 numbers 3 to 13 times as slowly as shorter ones (JAX 0.10 and 0.12).
+On a CPU long rows are folded: n classes along an axis become k blocks of n/k along two. There XLA sums rows of more
+than 32,768 numbers 3 to 13 times as slowly as shorter ones (JAX 0.10 and 0.12).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Hashable
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
@@ -22,7 +22,7 @@ from jce._calculus import (
 )
 from jce._elementary import exp, log
 from jce._mul0 import mul0
-from jce._platforms import per_platform, per_platform_apart
+from jce._platforms import Way, per_platform, per_platform_apart
 from jce._softmax import (
     another,
     complement,
@@ -79,7 +79,6 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
-@per_platform
 def _sum_p_log_q(p, q, classes):
     return classes.sum(p * jnp.maximum(log(q), bound(p, -1, classes)))
 
@@ -165,7 +164,9 @@ def cross_entropy_with_logits(
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @per_platform
 def _soft(p, x, classes):
-    return classes.sum(p * jnp.minimum(normalizer(x, classes).surprisal(x, classes), bound(p, 1, classes)))
+    loss = classes.sum(p * jnp.minimum(normalizer(x, classes).surprisal(x, classes), bound(p, 1, classes)))
+    # Or XLA makes one sum of a row's and a batch's, which is no chain.
+    return lax.optimization_barrier(loss) if classes.way is Way.CHAIN else loss
 
 
 # ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ

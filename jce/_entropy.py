@@ -59,7 +59,6 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@per_platform
 def _sum_p_log_p(p, classes):
     # The lowest number for -∞, so that 0 log 0 = 0 without a select: inside a sum, a select would make XLA write the
     # N × n terms to memory first, on a CPU. |p|, where p < 0 has no logarithm, is another result.

@@ -168,19 +168,20 @@ def _relative_excess(p, q):
 def_twin(_relative_excess, lambda p, q: -ratio(p, q))
 
 
-def _sum_of_differences(p, q, classes, *others):
-    """Σ (p - q), to an ulp even where it is the little that rounding left of 1 - 1: a sum of two-float numbers. And
-    Σ of others, in the same reduction."""
-    zeros = (jnp.zeros((), p.dtype),) * (2 + len(others))
-    sums = classes.reduce(
-        lambda x, axis: tuple(lax.reduce(x, zeros, _add, (x[0].ndim + axis,))), (*_two_sum(p, -q), *others)
+def _sum_of_differences(p, q, classes, also: Array | float = 0.0):
+    """Σ (p - q), to an ulp even where it is the little that rounding left of 1 - 1: a sum of two-float numbers. Other
+    terms join the lower parts."""
+    high, low = _two_sum(p, -q)
+    zero = jnp.zeros((), p.dtype)
+    high, low = classes.reduce(
+        lambda x, axis: lax.reduce(x, (zero, zero), _add, (x[0].ndim + axis,)), (high, low + also)
     )
-    return functools.reduce(jnp.add, sums[::-1])
+    return high + low
 
 
 def _add(a, b):
-    (high, lost), low = _two_sum(a[0], b[0]), a[1] + b[1]
-    return high, low + lost, *map(jnp.add, a[2:], b[2:])
+    high, low = _two_sum(a[0], b[0])
+    return high, low + (a[1] + b[1])
 
 
 def _two_sum(a, b):

@@ -115,8 +115,6 @@ def per_platform(kernel: Callable, apart: bool = False) -> Callable:
                     arrays = jax.tree.map(lax.optimization_barrier, arrays)  # each its own, for t is unlike x
                 arrays = jax.tree.map(lambda a: here.fold(a) if a.ndim == x.ndim else a, arrays)
                 results = kernel(*arrays, here)
-                if here.masks:  # or XLA makes one sum of a row's and the batch's
-                    results = jax.tree.map(lambda r: r if r.ndim == x.ndim else lax.optimization_barrier(r), results)
                 return jax.tree.map(lambda r: here.unfold(r) if r.ndim >= x.ndim else r, results)
 
             return run

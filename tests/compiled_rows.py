@@ -24,7 +24,7 @@ def main() -> None:
             for mode in MODES:
                 arguments = shapes + ([shapes[i] for i in task.trained] if mode == HVP else [])
                 program = compilers.compiled(JAX.program(task.functions["jce"], mode, task.trained), device, arguments)
-                children.tell(f"{task.label}, {mode}", [program.as_text()])
+                children.tell((task.label, mode), program.as_text())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plants faults in jce's kernels, one at a time, and counts what the fast tests catch: `python -m tests.mutation`.
+"""Plants faults in jce's kernels, one at a time, and counts what the quick tests catch: `python -m tests.mutation`.
 
 A fault is a changed sign, comparison or constant, a dropped term, guard or decorator; of each kind as many are drawn.
 They go into copies of the project, in a temporary folder. Needs `pip install -e '.[mutation]'`.
@@ -37,12 +37,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 NOT_KERNELS = {"__init__", "_command_line", "demo", "max_margin", "next_word"}
 # Of these the tests in SECONDS take seconds with programs that are compiled already, and go first.
 FAST_TESTS = ["accuracy", "identities", "corners", "logits", "linear", "numerics", "arguments", "check_distribution"]
-FAST_TESTS += ["fuzz", "cost", "linear_cost", "long_rows", "devices"]
+FAST_TESTS += ["fuzz", "cost", "linear_cost", "long_rows", "devices", "platforms"]
 SECONDS = (
     "not (float64 and (accuracy or corners)) and not hundred_thousand and not third and not second_derivatives"
-    " and not nestings and not test_axis and not linear_cost and not long_rows and not devices"
+    " and not nestings and not test_axis and not linear_cost and not long_rows and not devices and not platforms"
 )
-MINUTES = "long_rows or test_axis or split_classes or sharded_head_is or no_classes or one_dispatch or chunks_by"
+MINUTES = (
+    "platforms or long_rows or test_axis or split_classes or sharded_head_is or no_classes or one_dispatch or chunks_by"
+)
 MINUTES += " or few_more_chunks"
 LIMIT = 600  # seconds, after which a fault that makes a test run forever counts as caught
 
@@ -58,6 +60,7 @@ EQUIVALENT = {
     "itemsize >= 5": "an int32 stays what it is, and a uint32 that wraps is no label of any class",
     "jnp.where(x <= 0, e,": "e = 1 at x = 0",
     "zip(partials, tangents, strict=False)": "each kernel has one partial derivative an argument",
+    "zip(a[1:], b[1:], strict=False)": "both are of three numbers",
     "SHORTEST_BLOCK + 2": "how rows are cut is a matter of speed",
     "_excess.defjvp(_excess_rule, symbolic_zeros=False)": "the terms that it adds are 0: a matter of speed",
     "(least < value <= most": "the smallest normal number is nothing that a loss would be given",
@@ -117,7 +120,8 @@ class DropGuard(DropOperand):
         inside = node.children[call].children[1]
         arguments = [code(x) for x in inside.children[::2]] if inside.type == "arglist" else [code(inside)]
         for k in self.CALLS.get(name, ()):
-            yield f"({arguments[k]}){after}"
+            if k < len(arguments):  # which may be a list, unpacked
+                yield f"({arguments[k]}){after}"
         if name in ("mul0", "mul00"):
             yield f"({arguments[0]}) * ({arguments[1]})"
         elif name == "ratio":

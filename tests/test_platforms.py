@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import mpmath as mp
 import numpy as np
 import optax
 import pytest
@@ -13,7 +14,9 @@ import jce
 from jce import _platforms, _softmax
 from jce._classes import Classes
 from jce._softmax import off_label_sum, sums_in_one_pass, surprisal_at_label
-from tests.kernels import modes
+from tests import test_accuracy
+from tests import test_corners as corners
+from tests.kernels import OF_LOGITS, label, modes
 
 pytestmark = pytest.mark.needs_jit
 
@@ -242,6 +245,21 @@ def test_each_platform_lowers_its_own(function, rng):
         program_text = text(*platforms)
         assert all(s in program_text for s in there), platforms
         assert not any(s in program_text for s in not_there), platforms
+
+
+@pytest.mark.parametrize("device", ["ACCELERATOR", "GPU"])
+@pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)
+@pytest.mark.in_turn(2)
+def test_rows_are_as_accurate(kernel, device, monkeypatch):
+    """As on a CPU, whose bars they have, and at each corner; `--as-on` has all other laws hold."""
+    monkeypatch.setattr(_platforms, "CPU", getattr(_platforms, device))
+    jax.clear_caches()
+    with mp.workprec(400):
+        test_accuracy.test_values(kernel, np.float32, np.random.default_rng(2026))
+        test_accuracy.test_first_derivatives(kernel, np.float32, np.random.default_rng(2026))
+        test_accuracy.test_hessian_vector_products(kernel, np.float32, np.random.default_rng(2026))
+    corners.test_value_and_gradient_in_both_modes(kernel, np.float32)
+    jax.clear_caches()
 
 
 def test_rows_are_summed_as_each_platform_does():

@@ -83,7 +83,7 @@ def test_readme_examples():
 
 
 def test_import_starts_no_backend_and_needs_only_jax():
-    """In a fresh interpreter: no device is touched, no option changed, and no extra imported; in little of JAX's time."""
+    """In a fresh interpreter: no device is touched, no option changed, no extra imported; in little of JAX's time."""
     script = """
 import sys, time
 start = time.process_time()

@@ -38,14 +38,16 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items):
-    count = collections.Counter()
+    cases = collections.defaultdict(list)
     for item in items:
-        if turn := item.get_closest_marker("in_turn"):
-            # Each function begins with another of its cases.
-            first = sum(map(ord, item.function.__name__))
-            if (first + count[item.function]) % turn.args[0]:
+        if item.get_closest_marker("in_turn"):
+            cases[item.function].append(item)
+    for function, some in cases.items():
+        every = min(some[0].get_closest_marker("in_turn").args[0], len(some))
+        first = sum(map(ord, function.__name__)) % every  # each function begins with another of its cases
+        for k, item in enumerate(some):
+            if k % every != first:
                 item.add_marker(pytest.mark.slow)
-            count[item.function] += 1
     for mark, setting in UNLESS.items():
         if getattr(jax.config, setting):
             for item in filter(lambda item, mark=mark: item.get_closest_marker(mark), items):

@@ -42,10 +42,8 @@ SECONDS = (
     "not (float64 and (accuracy or corners)) and not hundred_thousand and not third and not second_derivatives"
     " and not nestings and not test_axis and not linear_cost and not long_rows and not devices and not platforms"
 )
-MINUTES = (
-    "platforms or long_rows or test_axis or split_classes or sharded_head_is or no_classes or one_dispatch or chunks_by"
-)
-MINUTES += " or few_more_chunks"
+OTHER_TESTS = ["auto_mesh", "elementary", "formulas", "in_program", "meshes", "plain_jax", "tokens", "transforms"]
+SLOWER = [(FAST_TESTS, f"not ({SECONDS})"), (OTHER_TESTS, "test")]  # the rest of the quick tests
 LIMIT = 600  # seconds, after which a fault that makes a test run forever counts as caught
 
 # What marks a mutated line that is no fault, and why it is none. They aren't tried.
@@ -286,9 +284,10 @@ def survives(copies: Copies, mutant: Mutant) -> bool:
     own = " or ".join(functions if "linear" not in mutant.module else [])
     subject = "linear" if mutant.module == "_head" else mutant.module
     files = sorted(FAST_TESTS, key=lambda test: test not in subject)
-    stages = [f"{SECONDS} and ({own})", f"{SECONDS} and not ({own})"] if own else [SECONDS]
+    first = [f"{SECONDS} and ({own})", f"{SECONDS} and not ({own})"] if own else [SECONDS]
+    stages = [*((files, chosen) for chosen in first), *SLOWER]
     with copies.with_fault(mutant.module, mutant.source) as copy:
-        return all(copies.passes(copy, files, stage) for stage in [*stages, MINUTES])
+        return all(copies.passes(copy, *stage) for stage in stages)
 
 
 def main() -> None:
@@ -302,7 +301,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         copies = Copies(folder, options.jobs)
         with copies.with_fault("__init__", (ROOT / "jce" / "__init__.py").read_text()) as copy:
-            if not all(copies.passes(copy, FAST_TESTS, stage, options.jobs) for stage in (SECONDS, MINUTES)):
+            if not all(copies.passes(copy, *stage, options.jobs) for stage in [(FAST_TESTS, SECONDS), *SLOWER]):
                 raise SystemExit("the tests fail without a fault")
         print(f"the tests take {time.monotonic() - start:.0f} s without a fault", flush=True)
         results = pool.map(lambda drawn: why_none(drawn[1]) or survives(copies, drawn[1]), chosen)

@@ -93,6 +93,14 @@ def test_labels_are_one_hot_targets(rng):
         np.testing.assert_allclose(soft, g, rtol=4e-6, atol=1e-37, err_msg=name)
 
 
+def test_a_forbidden_class_beside_the_lowest_numbers():
+    """A divergence of 0, with derivatives 0, though the numbers so far below the maximum are none."""
+    x, y = np.float32([-3.3e38, -np.inf]), np.float32([-3.3e38, -3.4e38])
+    value, gradients = jax.value_and_grad(jce.kl_divergence_with_logits, (0, 1))(x, y)
+    assert value == 0
+    np.testing.assert_array_equal(gradients, np.zeros((2, 2)))
+
+
 @pytest.mark.slow
 def test_smoothing_is_a_mixture_of_targets(rng):
     """(1-ε) one-hot + ε/n, with n the classes that are kept; at ε = 1 the label doesn't matter."""

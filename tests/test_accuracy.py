@@ -69,7 +69,7 @@ def test_values(kernel, shape, dtype, rng):
 
 @each_kernel
 def test_first_derivatives(kernel, dtype, rng):
-    regimes, arguments = sampled(kernel, rng, (12, 8), dtype)
+    regimes, arguments = sampled(kernel, rng, (9, 8), dtype)
     with jax.enable_x64(dtype == np.float64):
         gradients = jax.tree.map(np.asarray, gradient(kernel)(*arguments))
     judge = Judge(dtype)

@@ -256,7 +256,7 @@ def test_shapes(kernel, rng):
 
 @each_kernel
 @pytest.mark.parametrize("axes", [("rows", None), (None, "classes"), ("rows", "classes")])
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(20)
 def test_sharded_arrays(kernel, rng, axes):
     """Rows, classes, or both spread over eight devices: the same numbers."""
     mesh = jax.make_mesh((4, 2), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)

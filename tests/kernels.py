@@ -806,7 +806,8 @@ HEADS = [
 ]
 
 
-each_kernel = pytest.mark.parametrize("kernel", TABLE + HEADS, ids=label)
+KERNELS = TABLE + HEADS
+each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=label)
 each_function = pytest.mark.parametrize("kernel", TABLE, ids=label)
 WITH_CLASSES = [kernel for kernel in TABLE if kernel.has_classes]
 each_with_classes = pytest.mark.parametrize("kernel", WITH_CLASSES, ids=label)

@@ -16,7 +16,7 @@ from jce._classes import Classes
 from jce._softmax import off_label_sum, sums_in_one_pass, surprisal_at_label
 from tests import test_accuracy
 from tests import test_corners as corners
-from tests.kernels import OF_LOGITS, label, modes
+from tests.kernels import OF_LOGITS, WITH_CLASSES, label, modes
 
 pytestmark = pytest.mark.needs_jit
 
@@ -247,9 +247,16 @@ def test_each_platform_lowers_its_own(function, rng):
         assert not any(s in program_text for s in not_there), platforms
 
 
-@pytest.mark.parametrize("device", ["ACCELERATOR", "GPU"])
-@pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)
-@pytest.mark.in_turn(2)
+ON_DEVICES = [  # each quick on one of them
+    pytest.param(kernel, device, id=f"{label(kernel)}-{device}", marks=[pytest.mark.slow] if (i + j) % 2 else [])
+    for i, kernel in enumerate(
+        kernel for kernel in WITH_CLASSES if kernel in OF_LOGITS or kernel.name == "kl_divergence"
+    )
+    for j, device in enumerate(["ACCELERATOR", "GPU"])
+]
+
+
+@pytest.mark.parametrize(("kernel", "device"), ON_DEVICES)
 def test_rows_are_as_accurate(kernel, device, monkeypatch):
     """As on a CPU, whose bars they have, and at each corner; `--as-on` has all other laws hold."""
     monkeypatch.setattr(_platforms, "CPU", getattr(_platforms, device))

@@ -116,7 +116,8 @@ def accelerators() -> str:
         _, width, n = groups[model, devices[0]]["jce"]["shape"]
         pairs = [[groups[model, device][name] for name in ("jce", DENSE)] for device in devices]
         rows.append([f"{width:,}, {n:,}", *(f"{cell(ours)} ({cell(peer)})" for ours, peer in pairs)])
-    return markdown(["width, classes", *("H100" if x == "h100" else f"TPU {x}" for x in devices)], rows)
+    names = ["H100" if x == "h100" else f"TPU {x.removeprefix('tpu')}" for x in devices]
+    return markdown(["width, classes", *names], rows)
 
 
 TABLES = {"accelerators": accelerators, "functions": functions, "floor": floor, "memory": memory}

@@ -121,7 +121,7 @@ def shift(x, d, t):
 
 
 @each_kernel
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_third_derivative(kernel, rng):
     """Along a direction, to 1e-9 of the formula's: all three orders nested, forward over forward over reverse."""
     arguments = easy(kernel, rng, (4, 3), np.float64)
@@ -145,7 +145,7 @@ def test_third_derivative(kernel, rng):
 
 @each_kernel
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_half_precision(kernel, dtype, rng):
     """Half-precision arguments give the float32 results of the same numbers; their gradients are those, rounded."""
     _, arguments = sampled(kernel, rng, (12, 8), np.float32)

@@ -15,7 +15,7 @@ NAN = float("nan")
 
 
 @each_function
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_result_and_gradient_dtypes(kernel, rng):
     """At least float32 out; gradients in the argument's dtype; unlike dtypes promote."""
     arguments = easy(kernel, rng, (4, 5))
@@ -31,7 +31,7 @@ def test_result_and_gradient_dtypes(kernel, rng):
 
 @each_function
 @pytest.mark.usefixtures("float32_by_default")
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_integers_bools_lists_and_numpy(kernel):
     one_hot = np.eye(3, dtype=np.int32)
     expected = kernel.function(*(one_hot.astype(np.float32) for _ in kernel.arguments))
@@ -56,7 +56,7 @@ def test_float8():
 
 
 @pytest.mark.parametrize("kernel", [k for k in TABLE if len(k.arguments) == 2], ids=lambda kernel: kernel.name)
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_broadcasting(kernel, rng):
     p, q = easy(kernel, rng, (3, 4, 5))
     for a, b in ((p[0, 0], q), (p[:, :1], q[0])):
@@ -86,7 +86,7 @@ def test_labels_that_hold_no_number_of_classes(dtype, n, rng):
 
 
 @each_with_classes
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_axis(kernel, rng):
     arguments = easy(kernel, rng, (2, 3, 4, 5))
     expected = kernel.function(*arguments)
@@ -100,7 +100,7 @@ def test_axis(kernel, rng):
 
 
 @each_with_classes
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_where_is_leaving_classes_out(kernel, rng):
     """Whatever an excluded class holds, the value and the gradient are those of the other classes alone."""
     arguments = easy(kernel, rng, (4, 6))
@@ -123,7 +123,7 @@ def test_where_is_leaving_classes_out(kernel, rng):
 
 
 @each_with_classes
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_where_drops_rows(kernel, rng):
     """where=mask[..., None]: a dropped row is 0 with gradient 0, even if it holds NaN."""
     arguments = easy(kernel, rng, (4, 6))
@@ -262,6 +262,7 @@ def test_a_class_axis_is_never_broadcast(function, a, b):
 
 
 @two_distributions
+@pytest.mark.in_turn(3)
 def test_an_axis_counts_in_the_broadcast_shape(function, a, b):
     p, q = np.full((2, 3), 1 / 3, np.float32), np.full(3, 1 / 3, np.float32)
     np.testing.assert_array_equal(function(p, q, axis=1), function(p, p))

@@ -58,6 +58,7 @@ def test_numbers(platform, loss, tokens, rng):
 
 
 @each_loss
+@pytest.mark.in_turn(3)
 def test_tokens_stay_where_they_are(platform, loss, rng):
     """Value and gradient send some numbers a token of a chunk, and the head's gradient."""
     y, *numbers = split(rng, 256)

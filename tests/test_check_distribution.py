@@ -70,6 +70,7 @@ def test_wrong_arguments(p):
 
 
 @pytest.mark.needs_jit
+@pytest.mark.slow
 def test_under_transformations():
     def loss(p):
         jce.check_distribution(p)

@@ -23,6 +23,7 @@ def agrees(got, expected):
 
 @each_kernel
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
+@pytest.mark.in_turn(2)
 def test_value_and_gradient_in_both_modes(kernel, dtype):
     arguments, values, gradients = stacked(kernel, dtype)
     positions = tuple(range(len(arguments)))
@@ -36,7 +37,7 @@ def test_value_and_gradient_in_both_modes(kernel, dtype):
 
 
 @each_kernel
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_alone_and_eagerly(kernel):
     """Each corner by itself, not in a batch; eager calls are jitted inside, and disable_jit runs them op by op."""
     eager_gradient = jax.grad(total(kernel), tuple(range(len(kernel.arguments))))
@@ -50,7 +51,7 @@ def test_alone_and_eagerly(kernel):
 
 
 @each_kernel
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_one_argument_at_a_time(kernel):
     """What isn't differentiated adds exactly nothing to a tangent, and a dense zero tangent doesn't either."""
     arguments, _, gradients = stacked(kernel)
@@ -63,7 +64,7 @@ def test_one_argument_at_a_time(kernel):
 
 
 @each_kernel
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_zero_cotangents(kernel):
     """An outer where, or a weight of 0, removes a row and leaves every gradient finite."""
     arguments, values, _ = stacked(kernel)
@@ -81,7 +82,7 @@ def test_zero_cotangents(kernel):
 
 
 @each_kernel
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_second_derivatives(kernel):
     """The Hessian is the same in all four nestings; NaN only where an argument is."""
     arguments, values, _ = stacked(kernel)
@@ -139,7 +140,7 @@ def test_nestings_agree_in_a_loop(kernel, rng):
 
 
 @each_kernel
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_third_derivatives(kernel):
     """No NaN at third order either, in any direction, forward or reverse: 0 · ∞ enters at no order."""
     arguments, values, _ = stacked(kernel)
@@ -219,7 +220,7 @@ def test_finite_second_derivatives():
 
 
 @each_with_classes
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_absent_classes(kernel, rng):
     """A class of p = q = 0 changes no value and no other class's gradient, and its own is no NaN."""
     if None in kernel.absent:
@@ -233,7 +234,7 @@ def test_absent_classes(kernel, rng):
 
 
 @each_kernel
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_hessian_vector_product_beside_a_corner(kernel):
     """A direction that is 0 at the corners gives a finite product: 0 · ∞ doesn't enter."""
     arguments, _, _ = stacked(kernel)

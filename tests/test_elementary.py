@@ -56,6 +56,7 @@ def test_functions(kernel, rng):
 
 
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.in_turn(2)
 def test_heads(head):
     def of(h, w):
         return sum(x.sum() for x in jax.tree.leaves(HEADS[head](np.zeros(4, int), h, w)))

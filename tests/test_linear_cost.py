@@ -31,7 +31,7 @@ HEADS = dict(zip(modes(linear_loss(1), (0, 1)), (0, 1, 2, 2, 3, 4, 4, 6), strict
 
 @pytest.mark.parametrize("mode", HEADS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_no_mode_has_the_logits_of_all_tokens(mode, reduction):
     """No array of tokens × classes in the compiled program, and in all some chunks, heads, and hidden states."""
     tokens, d, n, chunk = 1024, 16, 4096, 32

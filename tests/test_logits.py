@@ -43,6 +43,7 @@ def test_a_label_of_no_class_makes_its_row_nan_and_no_other(wrong, smoothing, rn
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.in_turn(3)
 def test_a_dropped_row_may_hold_any_label_and_any_logit(smoothing, rng):
     logits = rng.standard_normal((3, 4)).astype(np.float32)
     logits[1] = [NAN, INF, -INF, 0]
@@ -61,6 +62,7 @@ def test_a_label_of_an_excluded_class_costs_infinity():
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int32])
+@pytest.mark.in_turn(4)
 def test_label_dtypes(dtype, rng):
     logits = rng.standard_normal((5, 200)).astype(np.float32)
     labels = np.array([0, 1, 77, 100, 127])
@@ -207,7 +209,7 @@ def test_gradients_of_near_divergences_keep_their_direction(rng):
 @pytest.mark.needs_jit
 @each_of_logits
 @pytest.mark.parametrize("axes", [("rows", None), (None, "classes"), ("rows", "classes")])
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_sharded_logits_are_not_gathered(kernel, axes, rng):
     """Between devices go some numbers a row, in value and gradient: no collective holds as much as a row's classes."""
     mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)
@@ -233,6 +235,7 @@ def test_sharded_logits_are_not_gathered(kernel, axes, rng):
 @pytest.mark.parametrize(
     "function", [jce.cross_entropy_with_logits, jce.cross_entropy_with_integer_labels], ids=lambda f: f.__name__
 )
+@pytest.mark.in_turn(3)
 def test_no_temporary_of_the_logits_size(function, shape):
     """Value and gradient read their arguments and write the gradient, on a CPU: optax stores two such arrays more."""
     logits = jax.ShapeDtypeStruct(shape, np.float32)

@@ -283,7 +283,7 @@ def abstract(shape, *axes, dtype=np.float32):
 
 
 @pytest.mark.parametrize("name", ["cross_entropy_with_logits", "kl_divergence_with_logits", "labels"])
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(12)
 def test_some_numbers_a_row_are_sent(name):
     """Of rows and classes that are both split, in a gradient and in reverse over reverse."""
     rows, x = 64, abstract((64, 512), "rows", "classes")

@@ -45,6 +45,7 @@ def test_the_hidden_state_is_the_mean_of_the_words_before(corpus):
 
 
 @pytest.mark.needs_jit
+@pytest.mark.slow
 def test_the_loss_is_that_of_all_logits(corpus, rng):
     n = len(corpus.words)
     embedding = next_word.initial(n, 0).embedding

@@ -127,6 +127,7 @@ def test_corners(accelerator, case):
 @pytest.mark.parametrize(
     "options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-2}], ids=lambda o: " ".join(o) or "plain"
 )
+@pytest.mark.slow
 def test_tokens_and_classes_on_several_devices(accelerator, rng, options):
     y, h, w = arguments(rng)
     y, h = y[:60], h[:60]

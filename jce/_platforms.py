@@ -45,7 +45,8 @@ class Platform(NamedTuple):
     """How a chunk is summed and multiplied there, and how many tokens it has.
 
     As many as fill so many bytes with logits, but not fewer than `least_tokens`: with few, reading the head and adding
-    to its gradient take longer than multiplying. So on each device, where XLA splits the tokens.
+    to its gradient take longer than multiplying. So on each device, where XLA splits the tokens. And whether it makes a
+    chain of sums over short rows one kernel.
     """
 
     is_cpu: bool

@@ -341,7 +341,8 @@ def unless_nan(z, tangent, t, classes):
     """A row of NaN is NaN along t, but 0 where t = 0, which its sums can't say."""
     zero = lax.stop_gradient(classes.column(z - z))  # or NaN; a constant NaN would be one for jax_debug_nans
     nan = mul0(jnp.broadcast_to(zero, t.shape), t)
-    return jnp.where(classes.column(z <= jnp.finfo(z.dtype).max), tangent, nan)
+    number = z <= jnp.finfo(z.dtype).max  # z ≥ 1; isfinite would end a GPU's chain
+    return jnp.where(classes.column(number), tangent, nan)
 
 
 def _normalizer(x, classes):

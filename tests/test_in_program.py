@@ -110,7 +110,8 @@ def results(kernel: Kernel) -> Callable:
 
 
 def truth(kernel: Kernel, exactly: Callable, inputs, wanted) -> dict:
-    """float64's results of the inputs, and by how much at most they move with the inputs, one at a time."""
+    """float64's results of the inputs, by how much at most they move with the inputs, one at a time, and their scale:
+    of a second derivative along a direction, the sum over its components of what each is alone, without sign."""
     leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, inputs))
     off = [np.abs(x - y) for x, y in zip(leaves, jax.tree.leaves(wanted), strict=True)]
     steps = [2 * np.spacing(np.abs(np.float32(x))) + e for x, e in zip(leaves, off, strict=True)]
@@ -125,15 +126,24 @@ def truth(kernel: Kernel, exactly: Callable, inputs, wanted) -> dict:
             i, j, sign = shift
             shifted[i][..., j] += sign * np.nan_to_num(steps[i])[..., j]
         batch.append(shifted)
+    arguments, directions, cotangent = tree.unflatten(leaves)
+    components = [(i, j) for i, j, sign in shifts[1:] if sign > 0 and i < len(arguments)]
+    for i, j in components:
+        alone = tuple(map(np.zeros_like, directions))
+        alone[i][..., j] = directions[i][..., j]
+        batch.append(jax.tree.leaves((arguments, alone, cotangent)))
 
-    def split(x):
-        x = np.asarray(x).reshape(len(shifts), ROWS, *x.shape[1:])
+    def split(x, second):
+        x = np.asarray(x).reshape(len(batch), ROWS, *x.shape[1:])
+        moved, terms = x[1 : len(shifts)], x[len(shifts) :]
         with np.errstate(invalid="ignore"):
-            moved = np.nan_to_num(np.abs(x[1:] - x[0]), nan=0).reshape(-1, 2, *x.shape[1:]).max(1).sum(0)
-        return x[0], moved
+            moved = np.nan_to_num(np.abs(moved - x[0]), nan=0).reshape(-1, 2, *x.shape[1:]).max(1).sum(0)
+        return x[0], moved, np.abs(terms).sum(0) if second else np.abs(x[0])
 
     stacked = tree.unflatten([np.concatenate(xs) for xs in zip(*batch, strict=True)])
-    return {mode: list(map(split, jax.tree.leaves(out))) for mode, out in exactly(*stacked).items()}
+    return {
+        mode: [split(x, mode in MODES[1:4]) for x in jax.tree.leaves(out)] for mode, out in exactly(*stacked).items()
+    }
 
 
 def holds(kernel: Kernel, makers, rng, exactly: Callable, from_memory: Callable, classes=CLASSES) -> None:
@@ -155,15 +165,15 @@ def holds(kernel: Kernel, makers, rng, exactly: Callable, from_memory: Callable,
     logits = [np.abs(x) for x, domain in zip(arguments, kernel.domains, strict=True) if domain == LOGIT]
     ulp_of_row = 2 * np.spacing(np.maximum(functools.reduce(np.maximum, logits, np.zeros_like(size)), 1))
     ulp_of_row = ulp_of_row.max(-1, keepdims=True) if kernel.has_classes else ulp_of_row
-    for mode, pairs in expected.items():
+    for mode, truths in expected.items():
         arrays = [list(map(np.asarray, jax.tree.leaves(x[mode]))) for x in (got, memory)]
-        for g, m, (exact, moved) in zip(*arrays, pairs, strict=True):
+        for g, m, (exact, moved, scale) in zip(*arrays, truths, strict=True):
             assert not (np.isnan(g) & ~np.isnan(m)).any(), mode
             with np.errstate(invalid="ignore", over="ignore"):
                 off = np.nan_to_num(np.abs(m - exact), posinf=0)
                 off = off.max(-1, keepdims=True) if off.ndim == 2 else off
                 relative = 16 * eps + (ulp_of_row if mode in MODES[1:] else 0)
-                allowed = moved + 2 * off + relative * np.abs(exact) + (1e-36 if mode != "third order" else third)
+                allowed = moved + 2 * off + relative * scale + (1e-36 if mode != "third order" else third)
                 error = np.where((g == exact) | np.isnan(exact), 0, np.abs(g - exact))
             assert (error <= allowed).all(), (mode, g[error > allowed], exact[error > allowed])
     value = np.asarray(got["value"])
@@ -171,7 +181,7 @@ def holds(kernel: Kernel, makers, rng, exactly: Callable, from_memory: Callable,
         assert not (value < 0).any()
     if kernel.has_classes:
         tiny = (expected["value"][0][0] < 1e-6) & (expected["value"][0][0] > 1e-30)
-        for g, (exact, _) in zip(jax.tree.leaves(got["gradient"]), expected["gradient"], strict=True):
+        for g, (exact, *_) in zip(jax.tree.leaves(got["gradient"]), expected["gradient"], strict=True):
             a, b = np.float64(g)[tiny], exact[tiny]
             length = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
             assert ((a * b).sum(-1) >= 0.999 * length)[length > 0].all()

@@ -18,35 +18,35 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from jce._elementary import atanh_tail, exponential_tail, log, nan_if_negative
+from jce._elementary import atanh_tail, exponential_tail, log, nan_if_negative, quotient
 from jce._mul0 import mul0
 
 
 def log_ratio(p: Array, q: Array, d: Array) -> Array:
     """log p/q for d = p - q; ±∞ where one of them is 0, 0 where both are, NaN where one is < 0. Not differentiable."""
-    near, v, log_r = _contrast_or_log_ratio(p, q, d)
-    return jnp.where(near, 2 * v * (1 + v * v * atanh_tail(v)), log_r) + nan_if_negative(jnp.minimum(p, q))
+    d, near, v, far = _contrast_and_log_ratio(p, q, d)
+    return jnp.where(near, 2 * v * (1 + v * v * atanh_tail(v)), far)
 
 
 def deviance(p: Array, q: Array, d: Array) -> Array:
     """p log p/q - p + q ≥ 0, for d = p - q; q where p = 0, +∞ where only q = 0, NaN where one is < 0. Not
     differentiable."""
-    near, v, log_r = _contrast_or_log_ratio(p, q, d)
+    d, near, v, log_r = _contrast_and_log_ratio(p, q, d)
     far = p * jnp.maximum(log_r, jnp.finfo(p.dtype).min) - d  # at p = 0 the logarithm is -∞, and 0 · min = 0
-    return jnp.where(near, d * v * (1 + v * (1 + v) * atanh_tail(v)), far) + nan_if_negative(jnp.minimum(p, q))
+    return jnp.where(near, d * v * (1 + v * (1 + v) * atanh_tail(v)), far)
 
 
-def _contrast_or_log_ratio(p, q, d):
-    """|v| < 1/2, v where that holds, log p/q where it doesn't: one division serves both."""
+def _contrast_and_log_ratio(p, q, d):
+    """d, or NaN where one is < 0; whether |v| < 1/2, which a NaN isn't; v; and log p/q by the quotient."""
+    d += nan_if_negative(jnp.minimum(p, q))  # inside of what selects, since it would read p and q once more behind it
     q = jnp.abs(q)  # -0 is 0 too
-    s = jnp.maximum(p + q, jnp.finfo(p.dtype).tiny)
-    near = 2 * jnp.abs(d) < s
+    v = quotient(d, jnp.maximum(p + q, jnp.finfo(p.dtype).tiny))
     # Numbers that are no probabilities may have a quotient beyond the float range: 2ᵏ p/q or p/(2ᵏ q) is within it.
     k = -jnp.finfo(p.dtype).minexp
     over, under = p * 2.0 ** -(k // 2) > q * 2.0 ** (k // 2), p * 2.0 ** (k // 2) < q * 2.0 ** -(k // 2)
-    numerator, denominator = p * jnp.where(under, 2.0**k, 1), q * jnp.where(over, 2.0**k, 1)
-    x = jnp.where(near, d, numerator) / jnp.where(near, s, denominator)
-    return near, x, log(x) + k * math.log(2) * jnp.where(over, 1, jnp.where(under, -1, 0))
+    r = p * jnp.where(under, 2.0**k, 1) / (q * jnp.where(over, 2.0**k, 1))
+    log_r = log(r) + k * math.log(2) * jnp.where(over, 1, jnp.where(under, -1, 0))
+    return d, jnp.abs(v) < 0.5, v, log_r + (d - d)
 
 
 def deviance_from_log(p: Array, q: Array, delta: Array) -> Array:

@@ -75,6 +75,11 @@ def one_minus(a):
 one_minus.defjvp(lambda primals, tangents: (one_minus(*primals), -tangents[0]))
 
 
+def quotient(a: Array, b: Array) -> Array:
+    """a / b to be used more than once, -∞ as the lowest number. XLA stores such a quotient on a CPU, but no maximum."""
+    return jnp.maximum(a / b, jnp.finfo(a.dtype).min)
+
+
 def nan_if_negative(x):
     """0, and NaN for x < 0, without a select, which costs a pass beside a sum."""
     return jnp.sqrt(x - jnp.abs(x))

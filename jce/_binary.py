@@ -92,12 +92,9 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
 @custom_jvp
 def _cross_entropy(a, b):
-    return _surprise(a, b, -log(b)) + _surprise(one_minus(a), one_minus(b), -log_complement(b))
-
-
-def _surprise(a, b, log_1_b):
-    """α log 1/β, with 0 log 1/0 = 0."""
-    return jnp.where(both_zero(a, b), jnp.zeros_like(a), a * log_1_b)
+    # A term of weight 0 is 0 by itself, but for 0 log 1/0.
+    h = a * -log(b) + one_minus(a) * -log_complement(b)
+    return jnp.where(_agree(a, b), jnp.zeros_like(h), h)
 
 
 # ∂H/∂α = log (1-β)/β, ∂H/∂β = (β-α)/(β(1-β))
@@ -142,7 +139,8 @@ def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
 @custom_jvp
 def _kl_divergence(a, b):
-    return deviance(a, b, a - b) + deviance(one_minus(a), one_minus(b), b - a)
+    deviances = deviance(a, b, a - b) + deviance(one_minus(a), one_minus(b), b - a)
+    return unless_negative(_least_probable(a, b), deviances)
 
 
 # ∂KL/∂α = log α(1-β)/((1-α)β), ∂KL/∂β = (β-α)/(β(1-β))
@@ -180,7 +178,8 @@ def_tangents(_log_odds_against, lambda t, a, b: jnp.zeros_like(t), lambda t, a, 
 @custom_jvp
 def _log_odds_ratio(a, b):
     p, q = raised(a, b)
-    return log_ratio(p, q, p - q) - log_ratio(one_minus(a), one_minus(b), b - a)
+    log_odds = log_ratio(p, q, p - q) - log_ratio(one_minus(a), one_minus(b), b - a)
+    return unless_negative(_least_probable(a, b), log_odds)
 
 
 # ∂/∂α log α(1-β)/((1-α)β) = 1/(α(1-α)), ∂/∂β = -1/(β(1-β))
@@ -190,6 +189,11 @@ def_tangents(_log_odds_ratio, lambda t, a, b: _times_precision(t, b, a), lambda 
 def _times_precision(t, a, b):
     """t/β + t/(1-β) = t/(β(1-β)), without the term of an outcome that is absent."""
     return over_if_present(t, a, b) + over_if_present(t, one_minus(a), one_minus(b))
+
+
+def _least_probable(a, b):
+    """The least of the four probabilities."""
+    return jnp.minimum(jnp.minimum(a, b), one_minus(jnp.maximum(a, b)))
 
 
 def _agree(a, b):

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jce._arguments import elementwise, public
 from jce._calculus import custom_jvp, def_partials
 from jce._deviance import deviance_from_log
-from jce._elementary import exp, expm1, exponential_minus_1, log1p_unit, log_complement, one_minus, tanh
+from jce._elementary import exp, expm1, exponential_minus_1, log1p_unit, log_complement, one_minus, reused, tanh
 from jce._mul0 import mul0
 
 
@@ -51,7 +51,8 @@ def binary_entropy_with_logits(logits: ArrayLike) -> Array:
 @custom_jvp
 def _entropy_of_sigmoid(x):
     e = _odds_against(x)
-    return mul0(jnp.abs(x), e / (1 + e)) + log1p_unit(e)
+    h = jnp.abs(x) * (e / (1 + e)) + log1p_unit(e)
+    return jnp.where(e == 0, jnp.zeros_like(h), h)  # ∞ · 0; and a select that comes last leaves a sum nothing to store
 
 
 # dH/dx = -x σ(x) σ(-x)
@@ -147,12 +148,13 @@ def _kl_of_sigmoid(x, y):
     # small, else from both softplus, each in two parts.
     d = _minus(y, x)
     near = jnp.abs(d) < 0.5
-    a, not_a, b, not_b = (_sigmoid(z) for z in (x, -x, y, -y))
+    a, not_a, b, not_b = (_sigmoid(z, _odds_against) for z in (x, -x, y, -y))
     rest = log1p_unit(_odds_against(x)) - log1p_unit(_odds_against(y))
     relu = jax.nn.relu
     log_b_a = jnp.where(near, -log_complement(-not_a * exponential_minus_1(-d)), (relu(-x) - relu(-y)) + rest)
     log_not = jnp.where(near, -log_complement(-a * exponential_minus_1(d)), (relu(x) - relu(y)) + rest)
-    return deviance_from_log(a, b, log_b_a) + deviance_from_log(not_a, not_b, log_not)
+    divergence = deviance_from_log(a, b, log_b_a) + deviance_from_log(not_a, not_b, log_not)
+    return jnp.where(d == 0, jnp.zeros_like(d), divergence)  # 0 as it is, but a select comes last here too
 
 
 # ∂KL/∂x = σ(x) σ(-x) (x - y), ∂KL/∂y = σ(y) - σ(x)
@@ -164,7 +166,7 @@ def_partials(_kl_of_sigmoid, lambda x, y: _weighted_margin(x, y), lambda x, y: _
 
 @custom_jvp
 def _sigmoid_excess(a, x):
-    e = exp(jnp.minimum(x, -x))  # e^-|x| in other words than the value's, which XLA would else store for both
+    e = _odds_against_again(x)
     return jnp.where(x < 0, one_minus(a) * e - a, one_minus(a) - a * e) / (1 + e)
 
 
@@ -175,8 +177,8 @@ def_partials(_sigmoid_excess, lambda a, x: -jnp.ones_like(a), lambda a, x: _vari
 @custom_jvp
 def _variance(x):
     """σ(x) σ(-x)."""
-    e = _odds_against(x)
-    return e / ((1 + e) * (1 + e))
+    e = _odds_against_again(x)
+    return reused(e / ((1 + e) * (1 + e)))
 
 
 # d/dx σ(x) σ(-x) = -σ(x) σ(-x) tanh x/2
@@ -187,7 +189,8 @@ def_partials(_variance, lambda x: -_variance(x) * tanh(x / 2))
 def _sigmoid_difference(x, y):
     """σ(y) - σ(x) = ±σ σ (1 - e^-|y-x|)"""
     d = _minus(y, x)
-    return jnp.where(d > 0, -_sigmoid(y) * _sigmoid(-x), _sigmoid(x) * _sigmoid(-y)) * expm1(-jnp.abs(d))
+    a, not_a, b, not_b = (_sigmoid(z, _odds_against_again) for z in (x, -x, y, -y))
+    return jnp.where(d > 0, -b * not_a, a * not_b) * expm1(-jnp.abs(d))
 
 
 # ∂/∂x (σ(y) - σ(x)) = -σ(x) σ(-x), ∂/∂y = σ(y) σ(-y)
@@ -218,11 +221,16 @@ def _finite(x):
     return jnp.clip(x, -1e4, 1e4)
 
 
-def _sigmoid(x):
-    e = _odds_against(x)
-    return jnp.where(x < 0, e, jnp.ones_like(e)) / (1 + e)
+def _sigmoid(x, odds_against):
+    e = odds_against(x)
+    return reused(jnp.where(x < 0, e, jnp.ones_like(e)) / (1 + e))
 
 
 def _odds_against(x):
     """e^-|x|: the odds of the less probable outcome."""
-    return exp(-jnp.abs(x))
+    return reused(exp(-jnp.abs(x)))
+
+
+def _odds_against_again(x):
+    """The same in other words, for derivatives: else XLA would store the value's for both."""
+    return reused(exp(jnp.minimum(x, -x)))

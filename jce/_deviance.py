@@ -18,35 +18,32 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from jce._elementary import atanh_tail, exponential_tail, log, nan_if_negative, quotient
+from jce._elementary import atanh_tail, exponential_tail, log, reused
 from jce._mul0 import mul0
 
 
 def log_ratio(p: Array, q: Array, d: Array) -> Array:
-    """log p/q for d = p - q; ±∞ where one of them is 0, 0 where both are, NaN where one is < 0. Not differentiable."""
-    d, near, v, far = _contrast_and_log_ratio(p, q, d)
-    return jnp.where(near, 2 * v * (1 + v * v * atanh_tail(v)), far)
+    """log p/q for p, q ≥ 0 and d = p - q; ±∞ where one of them is 0, 0 where both are. Not differentiable."""
+    near, v, log_r = _contrast_and_log_ratio(p, q, d)
+    return jnp.where(near, 2 * v * (1 + v * v * atanh_tail(v)), log_r)
 
 
 def deviance(p: Array, q: Array, d: Array) -> Array:
-    """p log p/q - p + q ≥ 0, for d = p - q; q where p = 0, +∞ where only q = 0, NaN where one is < 0. Not
-    differentiable."""
-    d, near, v, log_r = _contrast_and_log_ratio(p, q, d)
+    """p log p/q - p + q ≥ 0, for p, q ≥ 0 and d = p - q; q where p = 0, +∞ where only q = 0. Not differentiable."""
+    near, v, log_r = _contrast_and_log_ratio(p, q, d)
     far = p * jnp.maximum(log_r, jnp.finfo(p.dtype).min) - d  # at p = 0 the logarithm is -∞, and 0 · min = 0
     return jnp.where(near, d * v * (1 + v * (1 + v) * atanh_tail(v)), far)
 
 
 def _contrast_and_log_ratio(p, q, d):
-    """d, or NaN where one is < 0; whether |v| < 1/2, which a NaN isn't; v; and log p/q by the quotient."""
-    d += nan_if_negative(jnp.minimum(p, q))  # inside of what selects, since it would read p and q once more behind it
+    """|v| < 1/2, v, and log p/q by the quotient, which is for where v is beyond."""
     q = jnp.abs(q)  # -0 is 0 too
-    v = quotient(d, jnp.maximum(p + q, jnp.finfo(p.dtype).tiny))
+    v = reused(d / jnp.maximum(p + q, jnp.finfo(p.dtype).tiny))
     # Numbers that are no probabilities may have a quotient beyond the float range: 2ᵏ p/q or p/(2ᵏ q) is within it.
     k = -jnp.finfo(p.dtype).minexp
     over, under = p * 2.0 ** -(k // 2) > q * 2.0 ** (k // 2), p * 2.0 ** (k // 2) < q * 2.0 ** -(k // 2)
     r = p * jnp.where(under, 2.0**k, 1) / (q * jnp.where(over, 2.0**k, 1))
-    log_r = log(r) + k * math.log(2) * jnp.where(over, 1, jnp.where(under, -1, 0))
-    return d, jnp.abs(v) < 0.5, v, log_r + (d - d)
+    return jnp.abs(v) < 0.5, v, log(r) + k * math.log(2) * jnp.where(over, 1, jnp.where(under, -1, 0))
 
 
 def deviance_from_log(p: Array, q: Array, delta: Array) -> Array:

@@ -60,7 +60,7 @@ def atanh_tail(v):
 
 def log1p_unit(e: Array) -> Array:
     """log(1 + e) for 0 ≤ e ≤ 1, as 2 atanh e/(2 + e). XLA's log1p is slower on a CPU. Not differentiable."""
-    w = 2 * e / (2 + e)  # not e / (2 + e), which is subnormal at the smallest e
+    w = reused(2 * e / (2 + e))  # not e / (2 + e), which is subnormal at the smallest e
     v = w / 2
     return w * (1 + v * v * atanh_tail(v))
 
@@ -75,14 +75,9 @@ def one_minus(a):
 one_minus.defjvp(lambda primals, tangents: (one_minus(*primals), -tangents[0]))
 
 
-def quotient(a: Array, b: Array) -> Array:
-    """a / b to be used more than once, -∞ as the lowest number. XLA stores such a quotient on a CPU, but no maximum."""
-    return jnp.maximum(a / b, jnp.finfo(a.dtype).min)
-
-
-def nan_if_negative(x):
-    """0, and NaN for x < 0, without a select, which costs a pass beside a sum."""
-    return jnp.sqrt(x - jnp.abs(x))
+def reused(x: Array) -> Array:
+    """x > -∞, to be used more than once. On a CPU XLA stores a quotient or an exponential that is, but no maximum."""
+    return jnp.maximum(x, jnp.finfo(x.dtype).min)
 
 
 def unless_negative(x, result):

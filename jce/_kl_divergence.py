@@ -81,7 +81,7 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @per_platform
 def _kl(p, q, classes):
-    deviances = deviance(p, q, p - q)
+    deviances = unless_negative(jnp.minimum(p, q), deviance(p, q, p - q))
     if classes.masks:
         return _sum_of_differences(p, q, classes, deviances)
     return classes.sum(deviances) + _sum_of_differences(p, q, classes)
@@ -142,7 +142,7 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
 
 @custom_jvp
 def _deviance(p, q):
-    return deviance(p, q, p - q)
+    return unless_negative(jnp.minimum(p, q), deviance(p, q, p - q))
 
 
 # ∂/∂p (p log p/q - p + q) = log p/q, ∂/∂q (p log p/q - p + q) = (q - p)/q
@@ -152,7 +152,7 @@ def_partials(_deviance, lambda p, q: _log_ratio(p, q), lambda p, q: _relative_ex
 @custom_jvp
 def _log_ratio(p, q):
     p, q = raised(p, q)
-    return log_ratio(p, q, p - q)
+    return unless_negative(jnp.minimum(p, q), log_ratio(p, q, p - q))
 
 
 # ∂/∂p log p/q = 1/p, ∂/∂q log p/q = -1/q

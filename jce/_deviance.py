@@ -18,7 +18,7 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from jce._elementary import atanh_tail, exponential_tail, log, reused
+from jce._elementary import atanh_tail, exponential_minus_1, exponential_tail, log, reused
 from jce._mul0 import mul0
 
 
@@ -52,3 +52,8 @@ def deviance_from_log(p: Array, q: Array, delta: Array) -> Array:
     Where |δ| < 3/2 it is p (δ²/2! + δ³/3! + …), in which nothing cancels but δ's own error.
     """
     return jnp.where(jnp.abs(delta) < 1.5, p * exponential_tail(delta), q - p - mul0(delta, p))
+
+
+def difference_from_log(p: Array, q: Array, delta: Array) -> Array:
+    """q - p, for δ = log q/p: where |δ| < 3/2 it is p (e^δ - 1). Not differentiable."""
+    return jnp.where(jnp.abs(delta) < 1.5, p * exponential_minus_1(delta), q - p)

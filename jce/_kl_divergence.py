@@ -22,11 +22,11 @@ from jce._calculus import (
     over_if_present,
     ratio,
 )
-from jce._deviance import deviance, deviance_from_log, log_ratio
-from jce._elementary import exp, log1p, raised, tanh, unless_negative
+from jce._deviance import deviance, deviance_from_log, difference_from_log, log_ratio
+from jce._elementary import exp, log1p, raised, unless_negative
 from jce._mul0 import mul0
 from jce._platforms import Way, per_platform
-from jce._softmax import FINE, another, centered, normalizer, softmax, softmax_tangent
+from jce._softmax import FINE, another, centered, rounded_normalizer, softmax, softmax_tangent
 
 
 @public("axis")
@@ -280,8 +280,7 @@ def _weighted_excess(x, y, classes):
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @per_platform
 def _q_minus_p(x, y, classes):
-    p, q, delta = _compare(x, y, classes)
-    return (p + q) * tanh(delta / 2)
+    return difference_from_log(*_compare(x, y, classes))
 
 
 # d (qᵢ - pᵢ) = qᵢ (dyᵢ - Σ q dy) - pᵢ (dxᵢ - Σ p dx)
@@ -323,29 +322,24 @@ def _compare(x, y, classes):
     """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q."""
     # As a chain it would have to take y - n and x - m apart, each with its rounding.
     sums = classes._replace(way=Way.REDUCTION) if classes.way is Way.CHAIN else classes
-    nx, ny = normalizer(x, sums), normalizer(y, sums)
+    nx, ny = rounded_normalizer(x, sums), rounded_normalizer(y, sums)
     log_z_y_x = ny.log_z - nx.log_z
     # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x up to a number a row, by the rounding of the last. That number is
-    # Σ p (e^δ - 1) = Σ (p + q) tanh δ/2, which ought to be 0.
-    m, n = another(nx.m, nx.s), another(ny.m, ny.s)
-    p = exp(x - classes.column(m)) * classes.column(exp(-nx.log_z))
-    q = exp(y - classes.column(n)) * classes.column(exp(-ny.log_z))
-    # Of a class that dominates both, what it is apart is the rounding of x and y, and 0 by definition. Then pq > 4/9
-    # there and < 1/3 elsewhere; where none does, pq < 2/3.
-    shared = nx.shared + ny.shared
-    apart = jnp.ceil(classes.column(0.4 + 0.3 * jnp.minimum(shared, 1)) - p * q)
-    # δ/2, with a half that is a number a row: as a constant it would be stored N × n times.
-    apart = jnp.minimum(apart, classes.column(jnp.minimum(shared + 1, 0.5)))
-    half = -classes.column(0.5 * log_z_y_x) - _difference(y, x, n, m, classes, 0.25) * apart
-    surplus = classes.sum((p + q) * tanh(half))
-    m, n = another(nx.m, surplus * surplus), another(ny.m, surplus * surplus)
-    # The last pass is elementwise, and may select.
+    # Σ p (e^δ - 1) = Σ (q - p), which ought to be 0.
+    p, q, difference = _probabilities_and_difference(x, y, nx, ny, 0 * nx.s, 0.25, classes)
+    surplus = classes.sum(difference_from_log(p, q, difference - classes.column(log_z_y_x)))
+    p, q, difference = _probabilities_and_difference(x, y, nx, ny, surplus * surplus, 0.5, classes)
+    return p, q, difference - classes.column(log_z_y_x + log1p(surplus))
+
+
+def _probabilities_and_difference(x, y, nx, ny, s, k, classes):
+    m, n = another(nx.m, s), another(ny.m, s)
     d_x, dominant_x = nx.depth_and_dominant(x, m, classes)
     d_y, dominant_y = ny.depth_and_dominant(y, n, classes)
     p, q = exp(d_x) / classes.column(nx.z), exp(d_y) / classes.column(ny.z)
+    # Of a class that dominates both, what it is apart is the rounding of x and y, and 0 by definition.
     both = dominant_x & dominant_y
-    difference = jnp.where(both, jnp.zeros_like(x), _difference(x, y, m, n, classes, 0.5))
-    return p, q, difference - classes.column(log_z_y_x + log1p(surplus))
+    return p, q, jnp.where(both, jnp.zeros_like(x), _difference(x, y, m, n, classes, k))
 
 
 def _difference(x, y, m, n, classes, k):

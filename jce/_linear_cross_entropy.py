@@ -277,16 +277,18 @@ def _loop_on(wanted, excess, wrap, platform, y, h, head, w, o):
     in_h, in_weight, in_bias = wanted
     o, chunks = o.on(platform, h, head)
     products = o.logits.products
+    # Where r is multiplied with least; but e is rounded before, if it is.
+    fewer_classes = head.weight.shape[0] < head.weight.shape[1] and not products.narrow
 
     def step(sums, chunk):
         y, h, w = chunk
         losses, e, r = excess(y, o.logits.uncapped(h, head), w, o)
-        r = r[:, None]
+        e, r = (r[:, None] * e, 1) if fewer_classes else (e, r[:, None])
         sum_weight, sum_bias = sums or (None, None)
         if in_bias:
             sum_bias = plus(sum_bias, (r * e).sum(0))
-        if in_weight:  # r is multiplied where it costs least
-            sum_weight = plus(sum_weight, products.dot(e, r * h.astype(r.dtype), 0, 0, r.dtype))
+        if in_weight:
+            sum_weight = plus(sum_weight, products.dot(e, r * h.astype(e.dtype), 0, 0, e.dtype))
         return (sum_weight, sum_bias), (losses, r * products.with_head(e, head, 0) if in_h else None)
 
     zeros = jnp.zeros_like(head.wide) if in_weight else None, jnp.zeros_like(head.bias) if in_bias else None

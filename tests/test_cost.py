@@ -23,6 +23,35 @@ def test_value_and_gradient_need_no_temporary_of_the_inputs_size(kernel, shape):
             assert temporaries < 4 * shape[0]  # less than a number a row, even
 
 
+# Arrays of the inputs' size: at most so many in the value alone, and beside a gradient
+STORED = {
+    jce.kl_divergence: (1, 1),
+    jce.generalized_kl_divergence: (1, 1),
+    jce.kl_divergence_with_logits: (1, 2),
+    jce.binary_entropy: (0, 1),
+    jce.binary_cross_entropy: (0, 1),
+    jce.binary_kl_divergence: (0, 2),
+    jce.binary_entropy_with_logits: (0, 1),
+    jce.binary_cross_entropy_with_logits: (0, 1),
+    jce.binary_kl_divergence_with_logits: (0, 1),
+}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less")
+@pytest.mark.parametrize("function", STORED, ids=lambda function: function.__name__)
+def test_what_is_stored(function):
+    """On a CPU: no quotient or exponential that is used more than once, nor what a value and a gradient share."""
+    kernel = next(k for k in TABLE if k.function is function)
+    shape = (1024, 1000) if kernel.has_classes else (1024 * 1000,)
+    arguments = [jax.ShapeDtypeStruct(shape, np.float32) for _ in kernel.arguments]
+    value, beside_gradient = STORED[function]
+    for position in range(len(arguments)):
+        both = jax.jit(jax.value_and_grad(lambda *x: function(*x).sum(), position))
+        for program, most in ((function, value), (both, beside_gradient)):
+            temporaries = program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+            assert temporaries < (most + 0.1) * 4 * 1024 * 1000
+
+
 @pytest.mark.parametrize("kernel", [k for k in TABLE if len(k.arguments) == 2], ids=lambda kernel: kernel.name)
 def test_what_is_not_differentiated_costs_nothing(kernel, rng):
     p, q = easy(kernel, rng, (4, 5))

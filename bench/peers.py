@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from jax.scipy.special import entr, kl_div, rel_entr, xlog1py, xlogy
 
 import jce
 from bench.engines import Jax, NumPy, Torch, optional, torch
-from tests.kernels import LOGIT, ROWS, SMOOTHING, Kernel
+from tests.kernels import BETA, LOGIT, ROWS, SMOOTHING, Kernel, at_beta
 
 optax, distrax, tokamax = optional("optax"), optional("distrax"), optional("tokamax")
 jax_cce, special = optional("jax_cce"), optional("scipy.special")
@@ -143,6 +144,17 @@ def smoothed_labels(y, x):
     return optax.smooth_labels(jax.nn.one_hot(y, x.shape[-1], dtype=x.dtype), SMOOTHING)
 
 
+def to_mixture(rel_entr, p, q):
+    m = BETA * p + (1 - BETA) * q
+    return BETA * rel_entr(p, m) + (1 - BETA) * rel_entr(q, m)
+
+
+def to_mixture_of_logits(library, log_p, log_q):
+    log_m = library.logaddexp(log_p + math.log(BETA), log_q + math.log(1 - BETA))
+    terms = BETA * library.exp(log_p) * (log_p - log_m), (1 - BETA) * library.exp(log_q) * (log_q - log_m)
+    return sum(terms)
+
+
 def label_with(**options):
     return functools.partial(jce.cross_entropy_with_integer_labels, **options)
 
@@ -186,6 +198,15 @@ TASKS = [
             "jce": jce.generalized_kl_divergence,
             "jax": lambda p, q: kl_div(p, q).sum(-1),
             "scipy": lambda p, q: special.kl_div(p, q).sum(-1),
+        },
+    ),
+    Task(
+        "jensen_shannon_divergence",
+        "jensen_shannon_divergence",
+        {
+            "jce": at_beta(jce.jensen_shannon_divergence),
+            "jax": lambda p, q: to_mixture(rel_entr, p, q).sum(-1),
+            "scipy": lambda p, q: to_mixture(special.rel_entr, p, q).sum(-1),
         },
     ),
     Task(
@@ -278,6 +299,16 @@ TASKS = [
             "distrax": lambda x, y: distrax.Categorical(logits=x).kl_divergence(distrax.Categorical(logits=y)),
             "torch": lambda x, y: D.kl_divergence(D.Categorical(logits=x), D.Categorical(logits=y)),
             "scipy": lambda x, y: (special.softmax(x, -1) * (scipy_surprisal(y) - scipy_surprisal(x))).sum(-1),
+        },
+    ),
+    Task(
+        "jensen_shannon_divergence_with_logits",
+        "jensen_shannon_divergence_with_logits",
+        {
+            "jce": at_beta(jce.jensen_shannon_divergence_with_logits),
+            "jax": lambda x, y: to_mixture_of_logits(jnp, -surprisal(x), -surprisal(y)).sum(-1),
+            "torch": lambda x, y: to_mixture_of_logits(torch, F.log_softmax(x, -1), F.log_softmax(y, -1)).sum(-1),
+            "scipy": lambda x, y: to_mixture_of_logits(np, -scipy_surprisal(x), -scipy_surprisal(y)).sum(-1),
         },
     ),
     Task(

@@ -48,6 +48,7 @@ from jce._binary_with_logits import (
 from jce._check import check_distribution
 from jce._cross_entropy import cross_entropy, cross_entropy_with_integer_labels, cross_entropy_with_logits
 from jce._entropy import entropy, entropy_with_logits
+from jce._jensen_shannon import jensen_shannon_divergence, jensen_shannon_divergence_with_logits
 from jce._kl_divergence import generalized_kl_divergence, kl_divergence, kl_divergence_with_logits
 from jce._linear_cross_entropy import linear_cross_entropy
 from jce._linear_log_probs import linear_log_probs
@@ -67,6 +68,8 @@ __all__ = [
     "entropy",
     "entropy_with_logits",
     "generalized_kl_divergence",
+    "jensen_shannon_divergence",
+    "jensen_shannon_divergence_with_logits",
     "kl_divergence",
     "kl_divergence_with_logits",
     "linear_cross_entropy",

@@ -202,17 +202,18 @@ def wide_enough(labels: Array) -> Array:
     return labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
 
 
-def fraction(function: str, dtype, **option: Any) -> float | Array:
-    """A Python number from 0 to 1, or a traced one."""
+SHARE = "Pass the share of the target's weight that is spread over all classes, such as 0.1."
+
+
+def fraction(function: str, dtype, *, ends: bool = True, advice: str = SHARE, **option: Any) -> float | Array:
+    """A Python number from 0 to 1, or between them as the dtype rounds it, or a traced one."""
     ((name, value),) = option.items()
     if is_array(value):
         return _traced(function, dtype, name, value)
-    if not _is_number(value) or not 0 <= value <= 1:
-        raise ValueError(
-            f"{function}: {name} must be a number from 0 to 1; got {name}={value!r}. Pass the share of the target's"
-            f" weight that is spread over all classes, such as 0.1."
-        )
-    return float(value)
+    if _is_number(value) and 0 <= value <= 1 and (ends or np.finfo(dtype).tiny <= np.asarray(value, dtype) < 1):
+        return float(value)
+    range_ = "from 0 to 1" if ends else f"above 0 and below 1 in {np.dtype(dtype)}"
+    raise ValueError(f"{function}: {name} must be a number {range_}; got {name}={value!r}. {advice}")
 
 
 def positive(function: str, dtype, *, or_zero: bool = False, **option: Any) -> float | Array:

@@ -107,3 +107,10 @@ def exponential_tail(d):
     """e^d - 1 - d = d²/2! + d³/3! + …, for |d| < 3/2."""
     powers = range(LAST_POWER[np.dtype(d.dtype)], 1, -1)
     return d * d * functools.reduce(lambda s, k: s * d + 1 / math.factorial(k), powers, jnp.zeros_like(d))
+
+
+def two_sum(a, b):
+    """The rounded a + b, and what the rounding lost (Knuth, TAOCP 2, §4.2.2, theorem B)."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)

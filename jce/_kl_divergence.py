@@ -8,7 +8,6 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, public
@@ -22,11 +21,12 @@ from jce._calculus import (
     over_if_present,
     ratio,
 )
-from jce._deviance import deviance, deviance_from_log, difference_from_log, log_ratio
-from jce._elementary import exp, log1p, raised, unless_negative
+from jce._compare import compare, log_q_over_p, q_minus_p
+from jce._deviance import deviance, deviance_from_log, log_ratio
+from jce._elementary import raised, two_sum, unless_negative
 from jce._mul0 import mul0
-from jce._platforms import Way, per_platform
-from jce._softmax import FINE, another, centered, rounded_normalizer, softmax, softmax_tangent
+from jce._platforms import per_platform
+from jce._softmax import FINE, centered, softmax
 
 
 @public("axis")
@@ -176,7 +176,7 @@ def _sum_of_differences(p, q, classes, also: Array | float = 0.0):
         with jax.enable_x64(True):
             difference = p.astype(jnp.float64) - q.astype(jnp.float64)
             return (classes.reduce(jnp.sum, difference) + also).astype(p.dtype)
-    high, low = _two_sum(p, -q)
+    high, low = two_sum(p, -q)
     zero = jnp.zeros((), p.dtype)
     high, low = classes.reduce(
         lambda x, axis: lax.reduce(x, (zero, zero), _add, (x[0].ndim + axis,)), (high, low + also)
@@ -185,15 +185,8 @@ def _sum_of_differences(p, q, classes, also: Array | float = 0.0):
 
 
 def _add(a, b):
-    high, low = _two_sum(a[0], b[0])
+    high, low = two_sum(a[0], b[0])
     return high, low + (a[1] + b[1])
-
-
-def _two_sum(a, b):
-    """The rounded a + b, and what the rounding lost (Knuth, TAOCP 2, §4.2.2, theorem B)."""
-    s = a + b
-    t = s - a
-    return s, (a - (s - t)) + (b - t)
 
 
 @public("axis", "axis_name")
@@ -254,7 +247,7 @@ def kl_divergence_with_logits(
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @per_platform
 def _kl_of_softmax(x, y, classes):
-    p, q, delta = _compare(x, y, classes)
+    p, q, delta = compare(x, y, classes)
     return classes.sum(deviance_from_log(p, q, delta))
 
 
@@ -262,94 +255,16 @@ def _kl_of_softmax(x, y, classes):
 def_partials_of_sum(
     _kl_of_softmax,
     lambda x, y, classes: _weighted_excess(x, y, classes),
-    lambda x, y, classes: _q_minus_p(x, y, classes),
+    lambda x, y, classes: q_minus_p(x, y, classes),
 )
 
 
 def _weighted_excess(x, y, classes):
     """pᵢ (log pᵢ/qᵢ - KL)"""
-    p, log_p_q = softmax(x, classes), -_log_q_over_p(x, y, classes)
+    p, log_p_q = softmax(x, classes), -log_q_over_p(x, y, classes)
     impossible = log_p_q == jnp.inf
     infinite = classes.column(_kl_of_softmax(x, y, classes)) == jnp.inf
     scale = 2.0 ** -classes.count(x).bit_length() / FINE  # that no sum over classes leaves the float range
     excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, classes) / scale
     excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)
     return mul0(excess, p)
-
-
-@functools.partial(custom_jvp, nondiff_argnums=(2,))
-@per_platform
-def _q_minus_p(x, y, classes):
-    return difference_from_log(*_compare(x, y, classes))
-
-
-# d (qᵢ - pᵢ) = qᵢ (dyᵢ - Σ q dy) - pᵢ (dxᵢ - Σ p dx)
-def _q_minus_p_rule(classes, primals, tangents):
-    return _q_minus_p(*primals, classes), _difference_of_tangents(_softmax_tangent, primals, tangents, classes)
-
-
-_q_minus_p.defjvp(_q_minus_p_rule, symbolic_zeros=True)
-
-
-@functools.partial(custom_jvp, nondiff_argnums=(2,))
-@per_platform
-def _log_q_over_p(x, y, classes):
-    return _compare(x, y, classes)[2]
-
-
-# d log qᵢ/pᵢ = (dyᵢ - Σ q dy) - (dxᵢ - Σ p dx)
-def _log_q_over_p_rule(classes, primals, tangents):
-    return _log_q_over_p(*primals, classes), _difference_of_tangents(centered, primals, tangents, classes)
-
-
-_log_q_over_p.defjvp(_log_q_over_p_rule, symbolic_zeros=True)
-
-
-def _softmax_tangent(t, x, classes):
-    return softmax_tangent(t, x, None, classes)
-
-
-def _difference_of_tangents(tangent, primals, tangents, classes):
-    (x, y), (dx, dy) = primals, tangents
-    if isinstance(dx, SymbolicZero):
-        return tangent(dy, y, classes)
-    if isinstance(dy, SymbolicZero):
-        return -tangent(dx, x, classes)
-    return tangent(dy, y, classes) - tangent(dx, x, classes)
-
-
-def _compare(x, y, classes):
-    """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q."""
-    # As a chain it would have to take y - n and x - m apart, each with its rounding.
-    sums = classes._replace(way=Way.REDUCTION) if classes.way is Way.CHAIN else classes
-    nx, ny = rounded_normalizer(x, sums), rounded_normalizer(y, sums)
-    log_z_y_x = ny.log_z - nx.log_z
-    # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x up to a number a row, by the rounding of the last. That number is
-    # Σ p (e^δ - 1) = Σ (q - p), which ought to be 0.
-    p, q, difference = _probabilities_and_difference(x, y, nx, ny, 0 * nx.s, 0.25, classes)
-    surplus = classes.sum(difference_from_log(p, q, difference - classes.column(log_z_y_x)))
-    p, q, difference = _probabilities_and_difference(x, y, nx, ny, surplus * surplus, 0.5, classes)
-    return p, q, difference - classes.column(log_z_y_x + log1p(surplus))
-
-
-def _probabilities_and_difference(x, y, nx, ny, s, k, classes):
-    m, n = another(nx.m, s), another(ny.m, s)
-    d_x, dominant_x = nx.depth_and_dominant(x, m, classes)
-    d_y, dominant_y = ny.depth_and_dominant(y, n, classes)
-    p, q = exp(d_x) / classes.column(nx.z), exp(d_y) / classes.column(ny.z)
-    # Of a class that dominates both, what it is apart is the rounding of x and y, and 0 by definition.
-    both = dominant_x & dominant_y
-    return p, q, jnp.where(both, jnp.zeros_like(x), _difference(x, y, m, n, classes, k))
-
-
-def _difference(x, y, m, n, classes, k):
-    """(y - n) - (x - m) with a single rounding where it is small; -∞ where only y is, and a number where x is -∞.
-
-    k < 1 differs between the calls, as their m and n do: a constant that two passes share is stored N × n times too.
-    """
-    least = jnp.finfo(x.dtype).min
-    # Logits far below the maximum, of probability 0.
-    low_x, low_y = (classes.column(jnp.maximum(maximum + k * least, least)) for maximum in (m, n))
-    x, finite_y = jnp.maximum(x, low_x), jnp.maximum(y, low_y)
-    n_m, lost = _two_sum(n, -m)
-    return ((y - x) - classes.column(n_m)) + (_two_sum(finite_y, -x)[1] - classes.column(lost))

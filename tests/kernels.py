@@ -18,7 +18,7 @@ import pytest
 import jce
 
 INF, NAN = np.inf, np.nan
-LOG2 = float(np.log(2.0))
+LOG2, LOG8_7 = float(np.log(2.0)), float(np.log(8 / 7))
 TINY = 2.0**-126  # the smallest normal float32
 LOWEST = float(np.finfo(np.float32).min)  # which many write for -∞
 
@@ -275,6 +275,14 @@ def generalized_kl_divergence(p, q):
     return kl_divergence(p, q) - sum(p) + sum(q)
 
 
+def jensen_shannon_divergence(p, q):
+    b, c = mp.mpf(BETA), mp.mpf(1 - BETA)
+    rows = [(pi, qi, b * pi + c * qi) for pi, qi in zip(p, q, strict=True)]
+    return sum(b * weighted(pi, log_ratio(pi, m)) if pi else 0 for pi, _, m in rows) + sum(
+        c * weighted(qi, log_ratio(qi, m)) if qi else 0 for _, qi, m in rows
+    )
+
+
 def two_classes(formula):
     """The binary form of a formula: p = {α, 1 - α}."""
     return lambda *numbers: formula(*([x, 1 - x] for x in numbers))
@@ -320,6 +328,10 @@ def kl_divergence_with_logits(x, y):
     return sum(p * (b - a) for p, a, b in rows if p)
 
 
+def jensen_shannon_divergence_with_logits(x, y):
+    return jensen_shannon_divergence(softmax(x), softmax(y))
+
+
 def both_outcomes(x):
     """The logits of {σ(x), 1 - σ(x)}."""
     return [x, mp.mpf(0)]
@@ -352,6 +364,16 @@ def label_0(**options):
     return function
 
 
+def at_beta(function):
+    """The function with unlike weights of p and q."""
+
+    @functools.wraps(function)
+    def weighing(p, q, **options):
+        return function(p, q, beta=BETA, **options)
+
+    return weighing
+
+
 # The head's functions as functions of the logits alone: as the bias of a head of zeros, with label 0
 
 
@@ -371,7 +393,7 @@ def as_bias(function, statistic=lambda result: result, **options):
     return of_logits
 
 
-SMOOTHING = 0.125
+SMOOTHING, BETA = 0.125, 0.125
 
 
 def sigmoid(x):
@@ -396,6 +418,39 @@ def kl_hvp_scale(x, y, dx, dy):
         for pi, k, dpi, a, b in zip(p, known, dp, dx, dy, strict=True)
     ]
     return in_x, [a + b for a, b in zip(dp, dq, strict=True)]
+
+
+def to_mixture(p, q, b):
+    """log p/m and q/m, where p is possible."""
+    rows = [(pi, qi, b * pi + (1 - b) * qi) for pi, qi in zip(p, q, strict=True)]
+    return [log_ratio(pi, m) if pi else mp.mpf(0) for pi, _, m in rows], [qi / m if qi else 0 for _, qi, m in rows]
+
+
+def jensen_shannon_gradient_scale(x, y, b):
+    """β p (|log p/m| + Σ p |log p/m|)"""
+    p = softmax(x)
+    logs, _ = to_mixture(p, softmax(y), mp.mpf(b))
+    mean = sum(weighted(pi, abs(k)) for pi, k in zip(p, logs, strict=True))
+    return [b * weighted(pi, abs(k) + mean) for pi, k in zip(p, logs, strict=True)]
+
+
+def jensen_shannon_hvp_scale(x, y, dx, dy, b=None):
+    """The terms of d βp (log p/m - Σ p log p/m), with d log p/m = (1-β) q/m (d log p - d log q)."""
+    if b is None:
+        return jensen_shannon_hvp_scale(x, y, dx, dy, BETA), jensen_shannon_hvp_scale(y, x, dy, dx, 1 - BETA)
+    p, q = softmax(x), softmax(y)
+    logs, shares = to_mixture(p, q, mp.mpf(b))
+    d_log_p, d_log_q = (
+        [abs(ti) + sum(weighted(pi, abs(t)) for pi, t in zip(r, d, strict=True)) for ti in d]
+        for r, d in ((p, dx), (q, dy))
+    )
+    mean = sum(weighted(pi, abs(k)) for pi, k in zip(p, logs, strict=True))
+    d_logs = [(1 - b) * share * (i + j) for share, i, j in zip(shares, d_log_p, d_log_q, strict=True)]
+    d_mean = sum(weighted(pi, i * (abs(k) + mean) + dk) for pi, i, k, dk in zip(p, d_log_p, logs, d_logs, strict=True))
+    return [
+        b * weighted(pi, i * (abs(k) + mean) + dk + d_mean)
+        for pi, i, k, dk in zip(p, d_log_p, logs, d_logs, strict=True)
+    ]
 
 
 def softmax_differential_scale(q, t):
@@ -491,6 +546,34 @@ TABLE = [
             Corner(([0.5, 0.5], [-0.0, 1.0]), INF, ([INF, -LOG2], [-INF, 0.5])),
             Corner(([TINY, 1.0], [0.0, 1.0]), INF, ([INF, 0.0], [-INF, 0.0])),
             Corner(([0.0, 0.0], [0.0, 0.0]), 0.0, ([0.0, 0.0], [1.0, 1.0])),
+            Corner(([-0.5, 1.0], [-0.5, 1.0]), NAN, ([NAN, 0.0], [NAN, 0.0])),
+            Corner(([0.0, 1.0], [-0.5, 1.0]), NAN, ([NAN, 0.0], [NAN, 0.0])),
+            Corner(([NAN, 1.0], [1.0, 1.0]), NAN, ([NAN, 0.0], [NAN, 0.0])),
+            Corner(([1.0, 1.0], [NAN, 1.0]), NAN, ([NAN, 0.0], [NAN, 0.0])),
+        ],
+    ),
+    Kernel(
+        function=at_beta(jce.jensen_shannon_divergence),
+        arguments=("p", "q"),
+        formula=jensen_shannon_divergence,
+        value_bar=5,
+        gradient_bar=(5, 5),
+        hvp_bar=5,
+        never_negative=True,
+        corners=[
+            Corner(
+                ([0.0, 1.0], [0.5, 0.5]),
+                (np.log(16 / 9) + 3.5 * np.log(64 / 63)) / 8,
+                ([-INF, np.log(16 / 9) / 8], [7 / 8 * LOG8_7, 7 / 8 * np.log(8 / 9)]),
+            ),
+            Corner(
+                ([1.0, -0.0], [0.0, 1.0]),
+                3 / 8 * LOG2 + 7 / 8 * LOG8_7,
+                ([3 / 8 * LOG2, -INF], [-INF, 7 / 8 * LOG8_7]),
+            ),
+            Corner(([0.0, 1.0], [0.0, 1.0]), 0.0, ([0.0, 0.0], [0.0, 0.0])),
+            Corner(([0.5, 0.5], [0.5, 0.5]), 0.0, ([0.0, 0.0], [0.0, 0.0])),
+            Corner(([0.0, 0.0], [0.0, 0.0]), 0.0, ([0.0, 0.0], [0.0, 0.0])),
             Corner(([-0.5, 1.0], [-0.5, 1.0]), NAN, ([NAN, 0.0], [NAN, 0.0])),
             Corner(([0.0, 1.0], [-0.5, 1.0]), NAN, ([NAN, 0.0], [NAN, 0.0])),
             Corner(([NAN, 1.0], [1.0, 1.0]), NAN, ([NAN, 0.0], [NAN, 0.0])),
@@ -710,6 +793,40 @@ TABLE = [
                 INF,
                 ([-INF, INF, 0.0, 0.0], [0.0, -0.5, 0.5, 0.0]),
                 False,
+            ),
+            *[Corner((x, [0.0] * 4), NAN, ([NAN] * 4, [NAN] * 4), False) for x in IMPOSSIBLE],
+            *[Corner(([0.0] * 4, x), NAN, ([NAN] * 4, [NAN] * 4), False) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=at_beta(jce.jensen_shannon_divergence_with_logits),
+        arguments=("p_logits", "q_logits"),
+        regimes=logit_regimes,
+        domains=(LOGIT, LOGIT),
+        absent=(-INF, -INF),
+        formula=jensen_shannon_divergence_with_logits,
+        value_bar=6,
+        gradient_bar=(8, 8),
+        gradient_scale=(
+            lambda x, y: jensen_shannon_gradient_scale(x, y, BETA),
+            lambda x, y: jensen_shannon_gradient_scale(y, x, 1 - BETA),
+        ),
+        hvp_bar=8,
+        hvp_scale=jensen_shannon_hvp_scale,
+        never_negative=True,
+        corners=[
+            Corner(([0.0] * 4, [0.0] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([0.0] * 4, [5.0] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([1.0, -INF, -INF, -INF], [1.0, -INF, -INF, -INF]), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(
+                ([0.0, 0.0, -INF, -INF], [0.0] * 4),
+                (np.log(16 / 9) + 3.5 * np.log(64 / 63)) / 8,
+                ([0.0] * 4, [7 / 64 * sign * np.log(9 / 7) for sign in (-1, -1, 1, 1)]),
+            ),
+            Corner(
+                ([0.0, 0.0, -INF, -INF], [0.0, -INF, 0.0, -INF]),
+                3 / 16 * LOG2 + 7 / 16 * LOG8_7,
+                ([-3 / 32 * LOG2, 3 / 32 * LOG2, 0.0, 0.0], [-7 / 32 * LOG8_7, 0.0, 7 / 32 * LOG8_7, 0.0]),
             ),
             *[Corner((x, [0.0] * 4), NAN, ([NAN] * 4, [NAN] * 4), False) for x in IMPOSSIBLE],
             *[Corner(([0.0] * 4, x), NAN, ([NAN] * 4, [NAN] * 4), False) for x in IMPOSSIBLE],

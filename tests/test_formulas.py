@@ -5,11 +5,11 @@ import re
 
 import mpmath as mp
 
-from tests.kernels import SMOOTHING, each_function, easy, sigmoid, softmax
+from tests.kernels import BETA, SMOOTHING, each_function, easy, kl_divergence, sigmoid, softmax
 from tests.oracle import entries, partial, to_mp
 
 LETTERS = {"alpha": "α", "beta": "β", "logits": "x", "alpha_logits": "x", "beta_logits": "y"}
-TOKEN = re.compile(r"\s+|\d+|Σ[ᵢp]|(?:p_logits|q_logits|log|KL|[a-zα-ωH])(?:_y|ᵢ)?|\[i = y\]|.")
+TOKEN = re.compile(r"\s+|\d+|Σ[ᵢp]|KL\(\w‖\w\)|(?:p_logits|q_logits|log|KL|[a-zα-ωH])(?:_y|ᵢ)?|\[i = y\]|.")
 
 
 class Formula:
@@ -70,6 +70,8 @@ class Formula:
             inside = self.sum()
             assert self.tokens.pop(0) == ")"
             return f"{'sigmoid' if token == 'σ' else ''}({inside})"
+        if token.startswith("KL("):
+            return f"KL({token[3]}, {token[5]})"
         return {"Σp": "sum(p)", "[i = y]": "(i == y)"}.get(token, token.replace("ᵢ", "[i]").replace("q_y", "q[y]"))
 
 
@@ -79,9 +81,12 @@ def values(kernel, row) -> dict:
     letters = {LETTERS.get(name, name): x for name, x in named.items()}
     for letter, link, argument in re.findall(r"(\w) = (softmax|σ)\((\w+)\)", summary(kernel)):
         letters[letter] = (softmax if link == "softmax" else sigmoid)(named[argument])
+    if "m = βp + (1-β)q" in summary(kernel):
+        letters["β"] = mp.mpf(BETA)
+        letters["m"] = [BETA * a + (1 - BETA) * b for a, b in zip(letters["p"], letters["q"], strict=True)]
     smoothing = mp.mpf(SMOOTHING if kernel.note else 0)
     n = len(row[0]) if kernel.has_classes else 1
-    return {"log": mp.log, "sigmoid": sigmoid, "n": n, "ε": smoothing, "y": 0} | letters
+    return {"log": mp.log, "sigmoid": sigmoid, "KL": kl_divergence, "n": n, "ε": smoothing, "y": 0} | letters
 
 
 def summary(kernel) -> str:
@@ -90,7 +95,7 @@ def summary(kernel) -> str:
 
 def definition(kernel) -> tuple[str | None, str]:
     """Of "H(p, q) = Σᵢ …, in nats" H and the formula; of "log 1/q_y at …" no name."""
-    name, text = re.match(r"(?:(H|KL)\(.*?\) = )?(.*?)(?:, in nats| at | of )", summary(kernel)).groups()
+    name, text = re.match(r"(?:(H|KL)\(.*?\) = )?(.*?)(?:, in nats| at | of | with )", summary(kernel)).groups()
     return name, Formula(text).python
 
 

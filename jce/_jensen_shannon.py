@@ -1,0 +1,313 @@
+"""β KL(p‖m) + (1-β) KL(q‖m), m = βp + (1-β)q: how far two distributions are from their mixture.
+
+Since p - m = (1-β)(p - q) and q - m = -β(p - q), both divergences' deviances (`_deviance.py`) are known from p - q, and
+what they leave out, Σ β(p - m) + (1-β)(q - m), is 0. With D(p, m) = p log p/m - p + m,
+
+    ∂/∂p = β log p/m        ∂/∂q = (1-β) log q/m        ∂/∂β = D(p, m) - D(q, m)
+
+and m is not 0 where p or q isn't, so that nothing but log p/m at p = 0 is infinite.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from jce._arguments import distributions, fraction, public
+from jce._calculus import custom_jvp, def_partials, over_if_present, ratio
+from jce._compare import compare, q_minus_p
+from jce._deviance import deviance, difference_from_log, log_ratio
+from jce._elementary import one_minus, raised, unless_negative
+from jce._mul0 import mul0
+from jce._platforms import per_platform
+from jce._softmax import centered, softmax
+
+
+@public("axis", numbers=("beta",))
+def jensen_shannon_divergence(
+    p: ArrayLike, q: ArrayLike, *, beta: ArrayLike = 0.5, axis: int = -1, where: ArrayLike | None = None
+) -> Array:
+    """β KL(p‖m) + (1-β) KL(q‖m) with m = βp + (1-β)q, in nats: the Jensen-Shannon divergence of two distributions.
+
+    From 0, only at p = q, to H(β) ≤ log 2, where no outcome is possible in both: never infinite. Symmetric at β = 1/2;
+    elsewhere exchanging p and q exchanges β and 1-β. It is H(m) - βH(p) - (1-β)H(q), and relatively accurate also where
+    p ≈ q. As β → 0, divided by β it becomes KL(p‖q), and as β → 1, divided by 1-β, KL(q‖p).
+
+    Args:
+      p: real, [..., n, ...], probabilities of n classes along `axis`.
+      q: real, [..., n, ...], the other's. Batch axes broadcast, the class axis doesn't.
+      beta: β, the weight of p in the mixture, a number above 0 and below 1. One that is traced isn't checked.
+      axis: the axis of the n classes: a static int, counted in the broadcast shape.
+      where: bool, broadcasts to the shape of p and q. A class where it is False takes no part, whatever it holds; a
+        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+
+    Returns:
+      [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
+
+    At the boundary:
+      pᵢ = 0 < qᵢ contributes (1-β) qᵢ log 1/(1-β), with ∂/∂pᵢ = -∞, the one-sided limit; qᵢ = 0 alike. A class of
+      pᵢ = qᵢ = 0 is absent: 0 for both. An infinite derivative times a tangent or a cotangent that is exactly 0 is 0. A
+      traced β of 0 or 1 gives 0, the limit, with derivative 0 in p and q. n = 0 gives 0.
+
+    Derivative:
+      ∂/∂pᵢ = β log pᵢ/mᵢ, ∂/∂qᵢ = (1-β) log qᵢ/mᵢ, each in its argument's dtype. In a traced β it is
+      Σᵢ (pᵢ log pᵢ/mᵢ - qᵢ log qᵢ/mᵢ - pᵢ + qᵢ).
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: beta is not above 0 and below 1, the numbers of classes differ, the batch axes don't broadcast, there
+        is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). A negative pᵢ or qᵢ is NaN, as its logarithm is. Subnormal numbers
+      count as 0 where XLA flushes them, as it does on a CPU.
+
+    Source:
+      J. Lin, Divergence Measures Based on the Shannon Entropy (1991), section IV.
+
+    Example:
+      >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.0, 0.5, 0.5])
+      >>> print(jce.jensen_shannon_divergence(p, q), jce.jensen_shannon_divergence(p, p))
+      0.3465736 0.0
+    """
+    name = "jensen_shannon_divergence"
+    (p, q), classes = distributions(name, axis, where, p=p, q=q)
+    return classes.sum(_divergence(p, q, _weight(name, p.dtype, beta) * jnp.ones_like(p)))
+
+
+def _weight(function, dtype, beta):
+    """A Python number for which neither β nor 1-β is 0 in the dtype, or a traced one."""
+    advice = (
+        "At 0 and 1 the divergence is 0, whatever p and q are; divided by β, and by 1-β, it becomes KL(p‖q) and KL(q‖p)"
+        " there: use kl_divergence, or kl_divergence_with_logits."
+    )
+    return fraction(function, dtype, ends=False, advice=advice, beta=beta)
+
+
+@custom_jvp
+def _divergence(p, q, b):
+    return divergence(p, q, p - q, b)
+
+
+def divergence(p: Array, q: Array, d: Array, b: Array) -> Array:
+    """The terms of the sum over classes, for d = p - q. Not differentiable."""
+    c = one_minus(b)
+    m = b * p + c * q
+    terms = b * deviance(p, m, c * d) + c * deviance(q, m, -b * d)
+    # The select comes last, so that on a CPU one loop computes what is summed.
+    return unless_negative(jnp.minimum(p, q), jnp.where((b == 0) | (c == 0), jnp.zeros_like(m), terms))
+
+
+def_partials(
+    _divergence,
+    lambda p, q, b: mul0(_log_p_over_m(p, q, b), b),
+    lambda p, q, b: mul0(_log_p_over_m(q, p, one_minus(b)), one_minus(b)),
+    lambda p, q, b: _imbalance(p, q, b),
+)
+
+
+@custom_jvp
+def _log_p_over_m(p, q, b):
+    p, q = raised(p, q)
+    c = one_minus(b)
+    return unless_negative(jnp.minimum(p, q), log_ratio(p, b * p + c * q, c * (p - q)))
+
+
+# d log p/m = ((1-β) (q/p dp - dq) - (p - q) dβ) / m. The small factor last, or a direction of p's size would underflow.
+def _log_p_over_m_rule(primals, tangents):
+    (p, q, b), (dp, dq, db) = primals, tangents
+    m, terms = _mixture(p, q, b), []
+    if not isinstance(dp, SymbolicZero):
+        terms.append(mul0(ratio(q, p), dp))
+    if not isinstance(dq, SymbolicZero):
+        terms.append(-dq)
+    terms = [mul0(one_minus(b), over_if_present(functools.reduce(jnp.add, terms), p, m))] if terms else []
+    if not isinstance(db, SymbolicZero):
+        terms.append(mul0(-ratio(p - q, m), db))
+    return _log_p_over_m(*primals), functools.reduce(jnp.add, terms)
+
+
+_log_p_over_m.defjvp(_log_p_over_m_rule, symbolic_zeros=True)
+
+
+@custom_jvp
+def _imbalance(p, q, b):
+    """D(p, m) - D(q, m)"""
+    return imbalance(p, q, p - q, b)
+
+
+def imbalance(p: Array, q: Array, d: Array, b: Array) -> Array:
+    """The same for d = p - q. Not differentiable."""
+    c = one_minus(b)
+    m = b * p + c * q
+    return unless_negative(jnp.minimum(p, q), deviance(p, m, c * d) - deviance(q, m, -b * d))
+
+
+# ∂/∂p = log p/m - β (p - q)/m, ∂/∂q = -log q/m - (1-β) (p - q)/m, ∂/∂β = -(p - q)²/m
+def_partials(
+    _imbalance,
+    lambda p, q, b: _log_p_over_m(p, q, b) - b * ratio(p - q, _mixture(p, q, b)),
+    lambda p, q, b: -_log_p_over_m(q, p, one_minus(b)) - one_minus(b) * ratio(p - q, _mixture(p, q, b)),
+    lambda p, q, b: -(p - q) * ratio(p - q, _mixture(p, q, b)),
+)
+
+
+def _mixture(p, q, b):
+    return b * p + one_minus(b) * q
+
+
+@public("axis", "axis_name", numbers=("beta",))
+def jensen_shannon_divergence_with_logits(
+    p_logits: ArrayLike,
+    q_logits: ArrayLike,
+    *,
+    beta: ArrayLike = 0.5,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
+) -> Array:
+    """β KL(p‖m) + (1-β) KL(q‖m) of p = softmax(p_logits), q = softmax(q_logits) and m = βp + (1-β)q, in nats.
+
+    From 0, only at p = q, to H(β) ≤ log 2: never infinite, and relatively accurate also where the two are nearly the
+    same. Symmetric at β = 1/2; elsewhere exchanging p and q exchanges β and 1-β.
+
+    Args:
+      p_logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
+      q_logits: real, [..., n, ...], the other's. Batch axes broadcast, the class axis doesn't.
+      beta: β, the weight of p in the mixture, a number above 0 and below 1. One that is traced isn't checked.
+      axis: the axis of the n classes: a static int, counted in the broadcast shape.
+      where: bool, broadcasts to the shape of both. A class where it is False has probability 0 in both, whatever it
+        holds; a distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes. Under `check_vma=False` differentiate
+        outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
+
+    Returns:
+      [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
+
+    At the boundary:
+      A logit of -∞ is a class of probability 0, with derivative 0 in it; if it is -∞ in one alone, the other's still
+      costs. A NaN, a +∞ or nothing but -∞ makes its row NaN. A traced β of 0 or 1 gives 0, the limit, with derivative
+      0 in the logits. n = 0 gives 0.
+
+    Derivative:
+      ∂/∂p_logitsᵢ = β pᵢ (log pᵢ/mᵢ - KL(p‖m)), ∂/∂q_logitsᵢ = (1-β) qᵢ (log qᵢ/mᵢ - KL(q‖m)), each in its argument's
+      dtype. In a traced β it is KL(p‖m) - KL(q‖m).
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: beta is not above 0 and below 1, the numbers of classes differ, the batch axes don't broadcast, there
+        is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      Values. Probabilities and results below the smallest normal number are 0 where XLA flushes them, as it does on a
+      CPU. Logits may be as low as the lowest float, but not above an eighth of the largest, 4e37 in float32: their
+      differences overflow.
+
+    Example:
+      >>> print(jce.jensen_shannon_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
+      6.680025e-23
+    """
+    name = "jensen_shannon_divergence_with_logits"
+    (x, y), classes = distributions(
+        name, axis, where, axis_name, in_logits=("p_logits", "q_logits"), p_logits=p_logits, q_logits=q_logits
+    )
+    return _divergence_of_softmax(x, y, jnp.asarray(_weight(name, x.dtype, beta), x.dtype), classes)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@per_platform
+def _divergence_of_softmax(x, y, b, classes):
+    p, q, d = _p_q_and_difference(x, y, classes)
+    return classes.sum(divergence(p, q, d, b * jnp.ones_like(p)))
+
+
+def _p_q_and_difference(x, y, classes):
+    p, q, delta = compare(x, y, classes)
+    return p, q, -difference_from_log(p, q, delta)
+
+
+# ∂/∂xᵢ = β pᵢ (log pᵢ/mᵢ - Σ p log p/m), ∂/∂yᵢ = (1-β) qᵢ (log qᵢ/mᵢ - Σ q log q/m), ∂/∂β = Σ (D(p, m) - D(q, m))
+def _divergence_of_softmax_rule(classes, primals, tangents):
+    (x, y, b), (dx, dy, db) = primals, tangents
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(classes.sum(mul0(_weighted_excess(x, y, b, classes), dx)))
+    if not isinstance(dy, SymbolicZero):
+        terms.append(classes.sum(mul0(_weighted_excess(y, x, one_minus(b), classes), dy)))
+    if not isinstance(db, SymbolicZero):
+        g = _imbalance_of_softmax(x, y, b, classes)
+        terms.append(mul0(g, db * jnp.ones_like(g)))
+    return _divergence_of_softmax(*primals, classes), functools.reduce(jnp.add, terms)
+
+
+_divergence_of_softmax.defjvp(_divergence_of_softmax_rule, symbolic_zeros=True)
+
+
+def _weighted_excess(x, y, b, classes):
+    """β pᵢ (log pᵢ/mᵢ - Σ p log p/m)"""
+    p, log_p_m = softmax(x, classes), _log_p_over_m_of_softmax(x, y, b, classes)
+    excess = centered(mul0(_where_possible(p, log_p_m), b * jnp.ones_like(p)), x, classes)
+    return mul0(excess, p)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@per_platform
+def _log_p_over_m_of_softmax(x, y, b, classes):
+    p, q, d = _p_q_and_difference(x, y, classes)
+    c = one_minus(b)
+    return log_ratio(p, b * p + c * q, c * d)
+
+
+# d log p/m = (1-β) q/m (d log p - d log q) - (p - q)/m dβ
+def _log_p_over_m_of_softmax_rule(classes, primals, tangents):
+    (x, y, b), (dx, dy, db) = primals, tangents
+    p, q = softmax(x, classes), softmax(y, classes)
+    m, c = b * p + one_minus(b) * q, one_minus(b)
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(mul0(c * ratio(q, m), centered(dx, x, classes)))
+    if not isinstance(dy, SymbolicZero):
+        terms.append(-mul0(c * ratio(q, m), centered(dy, y, classes)))
+    if not isinstance(db, SymbolicZero):
+        terms.append(mul0(ratio(q_minus_p(x, y, classes), m), db * jnp.ones_like(m)))
+    return _log_p_over_m_of_softmax(*primals, classes), functools.reduce(jnp.add, terms)
+
+
+_log_p_over_m_of_softmax.defjvp(_log_p_over_m_of_softmax_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@per_platform
+def _imbalance_of_softmax(x, y, b, classes):
+    p, q, d = _p_q_and_difference(x, y, classes)
+    return classes.sum(imbalance(p, q, d, b * jnp.ones_like(p)))
+
+
+# d Σ (D(p, m) - D(q, m)), by the partials of each term, with dpᵢ = pᵢ d log pᵢ
+def _imbalance_of_softmax_rule(classes, primals, tangents):
+    (x, y, b), (dx, dy, db) = primals, tangents
+    p, q, d, c = softmax(x, classes), softmax(y, classes), -q_minus_p(x, y, classes), one_minus(b)
+    relative = ratio(d, b * p + c * q)
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        slope = _where_possible(p, _log_p_over_m_of_softmax(x, y, b, classes)) - b * relative
+        terms.append(mul0(p * slope, centered(dx, x, classes)))
+    if not isinstance(dy, SymbolicZero):
+        slope = -_where_possible(q, _log_p_over_m_of_softmax(y, x, c, classes)) - c * relative
+        terms.append(mul0(q * slope, centered(dy, y, classes)))
+    if not isinstance(db, SymbolicZero):
+        terms.append(mul0(-d * relative, db * jnp.ones_like(d)))
+    return _imbalance_of_softmax(*primals, classes), classes.sum(functools.reduce(jnp.add, terms))
+
+
+_imbalance_of_softmax.defjvp(_imbalance_of_softmax_rule, symbolic_zeros=True)
+
+
+def _where_possible(p, log_p_m):
+    return jnp.where(p == 0, jnp.zeros_like(p), log_p_m)

@@ -1,0 +1,98 @@
+"""The Jensen-Shannon divergences beside entropies and KL divergences, and what their weight β does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jce
+from tests.kernels import modes
+
+DIVERGENCES = [jce.jensen_shannon_divergence, jce.jensen_shannon_divergence_with_logits]
+each_divergence = pytest.mark.parametrize("function", DIVERGENCES, ids=lambda function: function.__name__)
+WEIGHTS = (1e-6, 0.01, 0.3, 0.5, 0.999)
+
+
+@pytest.fixture
+def distributions(rng):
+    return (rng.dirichlet(np.ones(7), 100).astype(np.float32) for _ in range(2))
+
+
+def test_it_is_the_entropy_that_mixing_gains(distributions):
+    p, q = distributions
+    for beta in (0.2, 0.5):
+        gained = jce.entropy(beta * p + (1 - beta) * q) - beta * jce.entropy(p) - (1 - beta) * jce.entropy(q)
+        np.testing.assert_allclose(jce.jensen_shannon_divergence(p, q, beta=beta), gained, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            jce.jensen_shannon_divergence_with_logits(np.log(p), np.log(q), beta=beta), gained, rtol=1e-4, atol=1e-6
+        )
+
+
+def test_exchanged_bounded_and_in_the_limit(distributions):
+    p, q = distributions
+    half = jce.jensen_shannon_divergence(p, q)
+    np.testing.assert_allclose(half, jce.jensen_shannon_divergence(q, p), rtol=1e-6)
+    assert (half <= np.log(2)).all()
+    np.testing.assert_allclose(
+        jce.jensen_shannon_divergence(p, q, beta=0.25), jce.jensen_shannon_divergence(q, p, beta=0.75), rtol=1e-6
+    )
+    q = (q + 0.1) / np.float32(1.7)
+    limit = jce.jensen_shannon_divergence(p, q, beta=1e-6) / np.float32(1e-6)
+    np.testing.assert_allclose(limit, jce.kl_divergence(p, q), rtol=1e-4)
+
+
+@pytest.mark.parametrize("apart", [1e-5, 1e-2, 3])
+def test_accurate_at_every_weight(apart, rng):
+    x = 3 * rng.standard_normal((50, 9))
+    x, y = np.float32(x), np.float32(x + apart * rng.standard_normal(x.shape))
+    p, q = (np.asarray(jax.nn.softmax(z)) for z in (x, y))
+    for function, pair in zip(DIVERGENCES, ((p, q), (x, y)), strict=True):
+        for beta in WEIGHTS:
+            with jax.enable_x64(True):
+                exact = function(*map(np.float64, pair), beta=float(np.float32(beta)))
+            np.testing.assert_allclose(function(*pair, beta=beta), exact, rtol=1e-6)
+
+
+def plain(p, q, beta):
+    m = beta * p + (1 - beta) * q
+    return (beta * p * jnp.log(p / m) + (1 - beta) * q * jnp.log(q / m)).sum()
+
+
+PLAIN = [plain, lambda x, y, beta: plain(jax.nn.softmax(x), jax.nn.softmax(y), beta)]
+
+
+@each_divergence
+def test_a_traced_weight_has_derivatives(function, rng):
+    """Of every order, beside those of the formula as it is written, in float64."""
+    arguments = (*np.abs(rng.standard_normal((2, 5))) + 0.1, np.float64(0.3))
+    directions = tuple(0.1 * rng.standard_normal(np.shape(x)) for x in arguments)
+    with jax.enable_x64(True):
+        ours = modes(lambda p, q, beta: function(p, q, beta=beta), (0, 1, 2))
+        theirs = modes(PLAIN[DIVERGENCES.index(function)], (0, 1, 2))
+        for mode, program in ours.items():
+            got, expected = jax.jit(program)(arguments, directions), jax.jit(theirs[mode])(arguments, directions)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), got, expected)
+
+
+@each_divergence
+def test_weights_in_a_batch(function, rng):
+    p, q = np.abs(rng.standard_normal((2, 5))).astype(np.float32)
+    weights = np.float32(WEIGHTS)
+    together = jax.vmap(lambda beta: function(p, q, beta=beta))(weights)
+    np.testing.assert_allclose(together, [function(p, q, beta=float(beta)) for beta in weights], rtol=2e-6)
+
+
+@each_divergence
+@pytest.mark.parametrize("beta", [0, 1, 0.0, -0.5, 2, "half", 1e-50, 1 - 1e-9, float("nan")])
+def test_a_weight_without_a_mixture_names_the_divergence_that_is_meant(function, beta):
+    with pytest.raises(ValueError, match=rf"^{function.__name__}: beta must be .* got beta=.* use kl_divergence"):
+        function([0.5, 0.5], [0.25, 0.75], beta=beta)
+
+
+@each_divergence
+@pytest.mark.parametrize("beta", [0, 1])
+def test_a_traced_weight_of_0_or_1_is_the_limit(function, beta):
+    arguments = np.float32([0.5, 0.5, 0]), np.float32([0, 0.25, 0.75])
+    value, gradients = jax.value_and_grad(lambda p, q: function(p, q, beta=jnp.float32(beta)), (0, 1))(*arguments)
+    assert value == 0
+    assert all((g == 0).all() for g in gradients)

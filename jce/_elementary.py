@@ -85,10 +85,14 @@ def unless_negative(x, result):
     return jnp.where(x < 0, jnp.full_like(x, jnp.nan), result)
 
 
+def raising(p, q):
+    """A power of 2 by which p and q may be multiplied where they are below 1."""
+    return jnp.where(jnp.maximum(p, q) < 1, 2.0 ** (jnp.finfo(p.dtype).nmant + 1), 1.0).astype(p.dtype)
+
+
 def raised(p, q):
-    """p and q times a power of 2, where they are below 1: the difference of two of the smallest numbers is subnormal,
-    which XLA takes for 0."""
-    scale = jnp.where(jnp.maximum(p, q) < 1, 2.0 ** (jnp.finfo(p.dtype).nmant + 1), 1.0).astype(p.dtype)
+    """p and q times that: the difference of two of the smallest numbers is subnormal, which XLA takes for 0."""
+    scale = raising(p, q)
     return p * scale, q * scale
 
 

@@ -19,10 +19,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, fraction, public
-from jce._calculus import custom_jvp, def_partials, over_if_present, ratio
+from jce._calculus import custom_jvp, over_if_present, ratio
 from jce._compare import compare, q_minus_p
 from jce._deviance import deviance, difference_from_log, log_ratio
-from jce._elementary import one_minus, raised, unless_negative
+from jce._elementary import one_minus, raising, unless_negative
 from jce._mul0 import mul0
 from jce._platforms import per_platform
 from jce._softmax import centered, softmax
@@ -77,7 +77,8 @@ def jensen_shannon_divergence(
     """
     name = "jensen_shannon_divergence"
     (p, q), classes = distributions(name, axis, where, p=p, q=q)
-    return classes.sum(_divergence(p, q, _weight(name, p.dtype, beta) * jnp.ones_like(p)))
+    b = _weight(name, p.dtype, beta) * jnp.ones_like(p)
+    return classes.sum(_divergence(p, q, b, one_minus(b)))
 
 
 def _weight(function, dtype, beta):
@@ -89,44 +90,65 @@ def _weight(function, dtype, beta):
     return fraction(function, dtype, ends=False, advice=advice, beta=beta)
 
 
+# β and 1-β are two arguments, since neither is known well enough from the other where that is near 1. Derivatives are
+# along β; the tangent of 1-β, which follows from it, isn't looked at.
+
+
 @custom_jvp
-def _divergence(p, q, b):
-    return divergence(p, q, p - q, b)
+def _divergence(p, q, b, c):
+    return divergence(p, q, p - q, b, c)
 
 
-def divergence(p: Array, q: Array, d: Array, b: Array) -> Array:
+def divergence(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
     """The terms of the sum over classes, for d = p - q. Not differentiable."""
-    c = one_minus(b)
-    m = b * p + c * q
-    terms = b * deviance(p, m, c * d) + c * deviance(q, m, -b * d)
+    scale, sp, sq, sd, m = _with_mixture(p, q, d, b, c)
+    terms = (b * deviance(sp, m, c * sd) + c * deviance(sq, m, -b * sd)) / scale
     # The select comes last, so that on a CPU one loop computes what is summed.
     return unless_negative(jnp.minimum(p, q), jnp.where((b == 0) | (c == 0), jnp.zeros_like(m), terms))
 
 
-def_partials(
-    _divergence,
-    lambda p, q, b: mul0(_log_p_over_m(p, q, b), b),
-    lambda p, q, b: mul0(_log_p_over_m(q, p, one_minus(b)), one_minus(b)),
-    lambda p, q, b: _imbalance(p, q, b),
-)
+def _with_mixture(p, q, d, b, c):
+    """A power of 2, p, q, p - q and m times it, so that m isn't 0 where one of them isn't."""
+    scale = raising(p, q)
+    p, q, d = scale * p, scale * q, scale * d
+    return scale, p, q, d, jnp.maximum(b * p + c * q, jnp.finfo(p.dtype).tiny)
+
+
+def _divergence_rule(primals, tangents):
+    (p, q, b, c), (dp, dq, db, _) = primals, tangents
+    terms = []
+    if not isinstance(dp, SymbolicZero):
+        terms.append(mul0(mul0(_log_p_over_m(p, q, b, c), b), dp))
+    if not isinstance(dq, SymbolicZero):
+        terms.append(mul0(mul0(_log_p_over_m(q, p, c, b), c), dq))
+    if not isinstance(db, SymbolicZero):
+        terms.append(mul0(_imbalance(p, q, b, c), db))
+    return _divergence(*primals), functools.reduce(jnp.add, terms)
+
+
+_divergence.defjvp(_divergence_rule, symbolic_zeros=True)
 
 
 @custom_jvp
-def _log_p_over_m(p, q, b):
-    p, q = raised(p, q)
-    c = one_minus(b)
-    return unless_negative(jnp.minimum(p, q), log_ratio(p, b * p + c * q, c * (p - q)))
+def _log_p_over_m(p, q, b, c):
+    return unless_negative(jnp.minimum(p, q), log_to_mixture(p, q, p - q, b, c))
+
+
+def log_to_mixture(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
+    """log p/m, for d = p - q. Not differentiable."""
+    _, p, q, d, m = _with_mixture(p, q, d, b, c)
+    return log_ratio(p, m, c * d)
 
 
 # d log p/m = ((1-β) (q/p dp - dq) - (p - q) dβ) / m. The small factor last, or a direction of p's size would underflow.
 def _log_p_over_m_rule(primals, tangents):
-    (p, q, b), (dp, dq, db) = primals, tangents
-    m, terms = _mixture(p, q, b), []
+    (p, q, b, c), (dp, dq, db, _) = primals, tangents
+    m, terms = b * p + c * q, []
     if not isinstance(dp, SymbolicZero):
         terms.append(mul0(ratio(q, p), dp))
     if not isinstance(dq, SymbolicZero):
         terms.append(-dq)
-    terms = [mul0(one_minus(b), over_if_present(functools.reduce(jnp.add, terms), p, m))] if terms else []
+    terms = [mul0(c, over_if_present(functools.reduce(jnp.add, terms), p, m))] if terms else []
     if not isinstance(db, SymbolicZero):
         terms.append(mul0(-ratio(p - q, m), db))
     return _log_p_over_m(*primals), functools.reduce(jnp.add, terms)
@@ -136,29 +158,32 @@ _log_p_over_m.defjvp(_log_p_over_m_rule, symbolic_zeros=True)
 
 
 @custom_jvp
-def _imbalance(p, q, b):
+def _imbalance(p, q, b, c):
     """D(p, m) - D(q, m)"""
-    return imbalance(p, q, p - q, b)
+    return imbalance(p, q, p - q, b, c)
 
 
-def imbalance(p: Array, q: Array, d: Array, b: Array) -> Array:
+def imbalance(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
     """The same for d = p - q. Not differentiable."""
-    c = one_minus(b)
-    m = b * p + c * q
-    return unless_negative(jnp.minimum(p, q), deviance(p, m, c * d) - deviance(q, m, -b * d))
+    scale, sp, sq, sd, m = _with_mixture(p, q, d, b, c)
+    difference = deviance(sp, m, c * sd) - deviance(sq, m, -b * sd)
+    return unless_negative(jnp.minimum(p, q), difference / scale)
 
 
 # ∂/∂p = log p/m - β (p - q)/m, ∂/∂q = -log q/m - (1-β) (p - q)/m, ∂/∂β = -(p - q)²/m
-def_partials(
-    _imbalance,
-    lambda p, q, b: _log_p_over_m(p, q, b) - b * ratio(p - q, _mixture(p, q, b)),
-    lambda p, q, b: -_log_p_over_m(q, p, one_minus(b)) - one_minus(b) * ratio(p - q, _mixture(p, q, b)),
-    lambda p, q, b: -(p - q) * ratio(p - q, _mixture(p, q, b)),
-)
+def _imbalance_rule(primals, tangents):
+    (p, q, b, c), (dp, dq, db, _) = primals, tangents
+    relative, terms = ratio(p - q, b * p + c * q), []
+    if not isinstance(dp, SymbolicZero):
+        terms.append(mul0(_log_p_over_m(p, q, b, c) - b * relative, dp))
+    if not isinstance(dq, SymbolicZero):
+        terms.append(mul0(-_log_p_over_m(q, p, c, b) - c * relative, dq))
+    if not isinstance(db, SymbolicZero):
+        terms.append(mul0(-(p - q) * relative, db))
+    return _imbalance(*primals), functools.reduce(jnp.add, terms)
 
 
-def _mixture(p, q, b):
-    return b * p + one_minus(b) * q
+_imbalance.defjvp(_imbalance_rule, symbolic_zeros=True)
 
 
 @public("axis", "axis_name", numbers=("beta",))
@@ -217,14 +242,15 @@ def jensen_shannon_divergence_with_logits(
     (x, y), classes = distributions(
         name, axis, where, axis_name, in_logits=("p_logits", "q_logits"), p_logits=p_logits, q_logits=q_logits
     )
-    return _divergence_of_softmax(x, y, jnp.asarray(_weight(name, x.dtype, beta), x.dtype), classes)
+    b = jnp.asarray(_weight(name, x.dtype, beta), x.dtype)
+    return _divergence_of_softmax(x, y, b, one_minus(b), classes)
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
 @per_platform
-def _divergence_of_softmax(x, y, b, classes):
+def _divergence_of_softmax(x, y, b, c, classes):
     p, q, d = _p_q_and_difference(x, y, classes)
-    return classes.sum(divergence(p, q, d, b * jnp.ones_like(p)))
+    return classes.sum(divergence(p, q, d, b, c))
 
 
 def _p_q_and_difference(x, y, classes):
@@ -234,14 +260,14 @@ def _p_q_and_difference(x, y, classes):
 
 # ∂/∂xᵢ = β pᵢ (log pᵢ/mᵢ - Σ p log p/m), ∂/∂yᵢ = (1-β) qᵢ (log qᵢ/mᵢ - Σ q log q/m), ∂/∂β = Σ (D(p, m) - D(q, m))
 def _divergence_of_softmax_rule(classes, primals, tangents):
-    (x, y, b), (dx, dy, db) = primals, tangents
+    (x, y, b, c), (dx, dy, db, _) = primals, tangents
     terms = []
     if not isinstance(dx, SymbolicZero):
-        terms.append(classes.sum(mul0(_weighted_excess(x, y, b, classes), dx)))
+        terms.append(classes.sum(mul0(_weighted_excess(x, y, b, c, classes), dx)))
     if not isinstance(dy, SymbolicZero):
-        terms.append(classes.sum(mul0(_weighted_excess(y, x, one_minus(b), classes), dy)))
+        terms.append(classes.sum(mul0(_weighted_excess(y, x, c, b, classes), dy)))
     if not isinstance(db, SymbolicZero):
-        g = _imbalance_of_softmax(x, y, b, classes)
+        g = _imbalance_of_softmax(x, y, b, c, classes)
         terms.append(mul0(g, db * jnp.ones_like(g)))
     return _divergence_of_softmax(*primals, classes), functools.reduce(jnp.add, terms)
 
@@ -249,27 +275,24 @@ def _divergence_of_softmax_rule(classes, primals, tangents):
 _divergence_of_softmax.defjvp(_divergence_of_softmax_rule, symbolic_zeros=True)
 
 
-def _weighted_excess(x, y, b, classes):
+def _weighted_excess(x, y, b, c, classes):
     """β pᵢ (log pᵢ/mᵢ - Σ p log p/m)"""
-    p, log_p_m = softmax(x, classes), _log_p_over_m_of_softmax(x, y, b, classes)
+    p, log_p_m = softmax(x, classes), _log_p_over_m_of_softmax(x, y, b, c, classes)
     excess = centered(mul0(_where_possible(p, log_p_m), b * jnp.ones_like(p)), x, classes)
     return mul0(excess, p)
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
 @per_platform
-def _log_p_over_m_of_softmax(x, y, b, classes):
-    p, q, d = _p_q_and_difference(x, y, classes)
-    c = one_minus(b)
-    return log_ratio(p, b * p + c * q, c * d)
+def _log_p_over_m_of_softmax(x, y, b, c, classes):
+    return log_to_mixture(*_p_q_and_difference(x, y, classes), b, c)
 
 
 # d log p/m = (1-β) q/m (d log p - d log q) - (p - q)/m dβ
 def _log_p_over_m_of_softmax_rule(classes, primals, tangents):
-    (x, y, b), (dx, dy, db) = primals, tangents
+    (x, y, b, c), (dx, dy, db, _) = primals, tangents
     p, q = softmax(x, classes), softmax(y, classes)
-    m, c = b * p + one_minus(b) * q, one_minus(b)
-    terms = []
+    m, terms = b * p + c * q, []
     if not isinstance(dx, SymbolicZero):
         terms.append(mul0(c * ratio(q, m), centered(dx, x, classes)))
     if not isinstance(dy, SymbolicZero):
@@ -282,24 +305,23 @@ def _log_p_over_m_of_softmax_rule(classes, primals, tangents):
 _log_p_over_m_of_softmax.defjvp(_log_p_over_m_of_softmax_rule, symbolic_zeros=True)
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
 @per_platform
-def _imbalance_of_softmax(x, y, b, classes):
+def _imbalance_of_softmax(x, y, b, c, classes):
     p, q, d = _p_q_and_difference(x, y, classes)
-    return classes.sum(imbalance(p, q, d, b * jnp.ones_like(p)))
+    return classes.sum(imbalance(p, q, d, b, c))
 
 
 # d Σ (D(p, m) - D(q, m)), by the partials of each term, with dpᵢ = pᵢ d log pᵢ
 def _imbalance_of_softmax_rule(classes, primals, tangents):
-    (x, y, b), (dx, dy, db) = primals, tangents
-    p, q, d, c = softmax(x, classes), softmax(y, classes), -q_minus_p(x, y, classes), one_minus(b)
-    relative = ratio(d, b * p + c * q)
-    terms = []
+    (x, y, b, c), (dx, dy, db, _) = primals, tangents
+    p, q, d = softmax(x, classes), softmax(y, classes), -q_minus_p(x, y, classes)
+    relative, terms = ratio(d, b * p + c * q), []
     if not isinstance(dx, SymbolicZero):
-        slope = _where_possible(p, _log_p_over_m_of_softmax(x, y, b, classes)) - b * relative
+        slope = _where_possible(p, _log_p_over_m_of_softmax(x, y, b, c, classes)) - b * relative
         terms.append(mul0(p * slope, centered(dx, x, classes)))
     if not isinstance(dy, SymbolicZero):
-        slope = -_where_possible(q, _log_p_over_m_of_softmax(y, x, c, classes)) - c * relative
+        slope = -_where_possible(q, _log_p_over_m_of_softmax(y, x, c, b, classes)) - c * relative
         terms.append(mul0(q * slope, centered(dy, y, classes)))
     if not isinstance(db, SymbolicZero):
         terms.append(mul0(-d * relative, db * jnp.ones_like(d)))

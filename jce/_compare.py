@@ -11,7 +11,7 @@ from jce._calculus import custom_jvp
 from jce._deviance import difference_from_log
 from jce._elementary import exp, log1p, two_sum
 from jce._platforms import Way, per_platform
-from jce._softmax import another, centered, rounded_normalizer, softmax_tangent
+from jce._softmax import another, centered, normalizer, softmax_tangent
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
@@ -59,7 +59,7 @@ def compare(x, y, classes):
     """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q."""
     # As a chain it would have to take y - n and x - m apart, each with its rounding.
     sums = classes._replace(way=Way.REDUCTION) if classes.way is Way.CHAIN else classes
-    nx, ny = rounded_normalizer(x, sums), rounded_normalizer(y, sums)
+    nx, ny = normalizer(x, sums), normalizer(y, sums)
     log_z_y_x = ny.log_z - nx.log_z
     # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x up to a number a row, by the rounding of the last. That number is
     # Σ p (e^δ - 1) = Σ (q - p), which ought to be 0.

@@ -131,13 +131,9 @@ _divergence.defjvp(_divergence_rule, symbolic_zeros=True)
 
 @custom_jvp
 def _log_p_over_m(p, q, b, c):
-    return unless_negative(jnp.minimum(p, q), log_to_mixture(p, q, p - q, b, c))
-
-
-def log_to_mixture(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
-    """log p/m, for d = p - q. Not differentiable."""
-    _, p, q, d, m = _with_mixture(p, q, d, b, c)
-    return log_ratio(p, m, c * d)
+    lowest = jnp.minimum(p, q)
+    _, p, q, d, m = _with_mixture(p, q, p - q, b, c)
+    return unless_negative(lowest, log_ratio(p, m, c * d))
 
 
 # d log p/m = ((1-β) (q/p dp - dq) - (p - q) dβ) / m. The small factor last, or a direction of p's size would underflow.
@@ -285,7 +281,12 @@ def _weighted_excess(x, y, b, c, classes):
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @per_platform
 def _log_p_over_m_of_softmax(x, y, b, c, classes):
-    return log_to_mixture(*_p_q_and_difference(x, y, classes), b, c)
+    """log p/m up to a number a row: where q has little of what p has, log βp/m, whose deviations are small there."""
+    p, q, d = _p_q_and_difference(x, y, classes)
+    apart = classes.column(classes.sum(jnp.where(q < p / 2, p, jnp.zeros_like(p))) > 0.5)
+    _, p, q, d, m = _with_mixture(p, q, d, b, c)
+    share = jnp.maximum(b * p, jnp.finfo(p.dtype).tiny)
+    return log_ratio(jnp.where(apart, share, p), m, jnp.where(apart, -c * q, c * d))
 
 
 # d log p/m = (1-β) q/m (d log p - d log q) - (p - q)/m dβ

@@ -177,14 +177,6 @@ def normalizer(x: Array, classes: Classes) -> Normalizer:
     return Normalizer(m, s if classes.mesh_axis is None else with_derivative_of(s, z))
 
 
-def rounded_normalizer(x: Array, classes: Classes) -> Normalizer:
-    """The same with s = Z - 1, where one reading of x is enough for that."""
-    if classes.masks:
-        return normalizer(x, classes)
-    m = maximum(x, classes)
-    return Normalizer(m, classes.sum(exp(x - classes.column(m))) - 1)
-
-
 def _off_maximum(z):
     """Z - 1, which s is where Z ≥ 3/2, and less than s otherwise. Between 1.4 and 1.53 they are the same."""
     return jnp.minimum(z - 1, 4 * z - 5.6)

@@ -17,7 +17,8 @@ How the sums are written decides their speed. On a CPU, XLA gives a reduction to
 operations: a compare, a select or an iota inside one, or in what is made of one for the next, is first written to
 memory, N × n numbers of it, and so is a constant that two passes share. So masks are said in arithmetic here:
 min(eᵢ, 2|i - y|) leaves out class y, since eᵢ ≤ 1, and eᵢ ⌊7/4 - eᵢ⌋ those of eᵢ > 3/4. Where rows are short, the
-library is slow at two more things: an argument that meets a result, and a constant that doesn't meet an argument.
+library is slow at two more things: an argument that meets a result, and a constant that doesn't meet an argument. At a
+long formula the library is slow too: that had better end in a select, so that one loop stores it for the sum.
 
 An accelerator only waits for memory. One reduction for m, s and the entropy's sum reads a row once (`Way.REDUCTION`).
 For a GPU, XLA makes one kernel of a chain of sums over short rows, and of the array made of them, if x is nowhere taken

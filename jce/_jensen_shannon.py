@@ -104,11 +104,11 @@ def divergence(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
     scale, sp, sq, sd, m = _with_mixture(p, q, d, b, c)
     terms = (b * deviance(sp, m, c * sd) + c * deviance(sq, m, -b * sd)) / scale
     # The select comes last, so that on a CPU one loop computes what is summed.
-    return unless_negative(jnp.minimum(p, q), jnp.where((b == 0) | (c == 0), jnp.zeros_like(m), terms))
+    return unless_negative(jnp.minimum(p, q), terms)
 
 
 def _with_mixture(p, q, d, b, c):
-    """A power of 2, p, q, p - q and m times it, so that m isn't 0 where one of them isn't."""
+    """A power of 2, p, q, p - q and m times it, so that m isn't 0 where one of them isn't; and never, also at β = 0."""
     scale = raising(p, q)
     p, q, d = scale * p, scale * q, scale * d
     return scale, p, q, d, jnp.maximum(b * p + c * q, jnp.finfo(p.dtype).tiny)

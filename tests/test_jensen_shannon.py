@@ -32,7 +32,7 @@ def test_exchanged_bounded_and_in_the_limit(distributions):
     p, q = distributions
     half = jce.jensen_shannon_divergence(p, q)
     np.testing.assert_allclose(half, jce.jensen_shannon_divergence(q, p), rtol=1e-6)
-    assert (half <= np.log(2)).all()
+    assert (half <= float(np.log(2))).all()
     np.testing.assert_allclose(
         jce.jensen_shannon_divergence(p, q, beta=0.25), jce.jensen_shannon_divergence(q, p, beta=0.75), rtol=1e-6
     )
@@ -94,7 +94,7 @@ def test_weights_in_a_batch(function, rng):
 @pytest.mark.parametrize("beta", [0, 1, 0.0, -0.5, 2, "half", 1e-50, 1 - 1e-9, float("nan")])
 def test_a_weight_without_a_mixture_names_the_divergence_that_is_meant(function, beta):
     with pytest.raises(ValueError, match=rf"^{function.__name__}: beta must be .* got beta=.* use kl_divergence"):
-        function([0.5, 0.5], [0.25, 0.75], beta=beta)
+        function(np.float32([0.5, 0.5]), np.float32([0.25, 0.75]), beta=beta)
 
 
 @each_divergence
@@ -104,3 +104,19 @@ def test_a_traced_weight_of_0_or_1_is_the_limit(function, beta):
     value, gradients = jax.value_and_grad(lambda p, q: function(p, q, beta=jnp.float32(beta)), (0, 1))(*arguments)
     assert value == 0
     assert all((g == 0).all() for g in gradients)
+
+
+def test_derivatives_where_the_two_are_apart(rng):
+    """There log q/m is log 1/(1-β) but for a little, of which the gradient is made; and p may be next to nothing."""
+    x, y = (10 * rng.standard_normal((2, 40, 5))).astype(np.float32)
+    y[:, 0], x[:, 1] = y.max(-1) + 20, x.max(-1) + 20
+    x[0], y[0] = [44, -20, 9, -41, 6], [70, 33, 2, 802, 18]
+
+    def gradients(x, y):
+        total = lambda x, y: jce.jensen_shannon_divergence_with_logits(x, y, beta=0.125).sum()  # noqa: E731
+        return [np.asarray(g) for g in jax.grad(total, (0, 1))(x, y)]
+
+    with jax.enable_x64(True):
+        exact = gradients(np.float64(x), np.float64(y))
+    for got, truth in zip(gradients(x, y), exact, strict=True):
+        np.testing.assert_allclose(got, truth, rtol=1e-4, atol=1e-32)

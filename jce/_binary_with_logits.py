@@ -52,7 +52,7 @@ def binary_entropy_with_logits(logits: ArrayLike) -> Array:
 def _entropy_of_sigmoid(x):
     e = _odds_against(x)
     h = jnp.abs(x) * (e / (1 + e)) + log1p_unit(e)
-    return jnp.where(e == 0, jnp.zeros_like(h), h)  # ∞ · 0; and a select that comes last leaves a sum nothing to store
+    return jnp.where(e == 0, jnp.zeros_like(h), h)  # ∞ · 0; and, last, one loop makes what is summed
 
 
 # dH/dx = -x σ(x) σ(-x)

@@ -772,3 +772,19 @@ def test_errors(change, error, message):
             with pytest.raises(error, match=message) as raised:
                 function(**arguments)
             assert str(raised.value).startswith(f"{function.__name__}: ")
+
+
+def test_fewer_classes_than_the_width(rng):
+    """Value and gradient are the dense loss's, with weights and a bias."""
+    y, shapes = np.arange(10) % 3, ((10, 8), (3, 8), (3,))
+    h, w, b = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    weights = np.linspace(0.5, 2, 10, dtype=np.float32)
+
+    def ours(h, w, b):
+        return jce.linear_cross_entropy(y, h, w, b, weights=weights, reduction="sum", chunk_size=4)
+
+    def dense(h, w, b):
+        return (weights * jce.cross_entropy_with_integer_labels(y, h @ w.T + b[None])).sum()
+
+    for got, expected in zip(jax.grad(ours, (0, 1, 2))(h, w, b), jax.grad(dense, (0, 1, 2))(h, w, b), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)

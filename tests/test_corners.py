@@ -247,3 +247,11 @@ def test_hessian_vector_product_beside_a_corner(kernel):
     for h, a in zip(hvp, alone, strict=True):
         np.testing.assert_allclose(h[half:], a, rtol=1e-6)
         np.testing.assert_array_equal(h[:half], np.zeros_like(a))
+
+
+@pytest.mark.holds_nan
+def test_equal_numbers_beyond_1_are_no_probabilities():
+    """Not even to a divergence, which of equal numbers is 0 otherwise."""
+    beyond = np.float32([1.5, -0.5])
+    assert np.isnan(jce.binary_kl_divergence(beyond, beyond)).all()
+    assert np.isnan(jce.generalized_kl_divergence(beyond[1:], beyond[1:]))

@@ -50,11 +50,16 @@ from jce._cross_entropy import cross_entropy, cross_entropy_with_integer_labels,
 from jce._entropy import entropy, entropy_with_logits
 from jce._jensen_shannon import jensen_shannon_divergence, jensen_shannon_divergence_with_logits
 from jce._kl_divergence import generalized_kl_divergence, kl_divergence, kl_divergence_with_logits
+from jce._linear import Linear
 from jce._linear_cross_entropy import linear_cross_entropy
+from jce._linear_kl_divergence import linear_kl_divergence
 from jce._linear_log_probs import linear_log_probs
+from jce._linear_map import linear_map
+from jce._on_mesh import on_mesh
 from jce._sharded_linear_cross_entropy import sharded_linear_cross_entropy
 
 __all__ = [
+    "Linear",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "binary_entropy",
@@ -73,7 +78,10 @@ __all__ = [
     "kl_divergence",
     "kl_divergence_with_logits",
     "linear_cross_entropy",
+    "linear_kl_divergence",
     "linear_log_probs",
+    "linear_map",
+    "on_mesh",
     "sharded_linear_cross_entropy",
 ]
 __version__ = _version("jce")

@@ -184,7 +184,16 @@ def vary_over(axes: frozenset, *arrays: Array) -> list[Array]:
     return [lax.pcast(x, names, to="varying") if names else x for x, names in zip(arrays, missing, strict=True)]
 
 
+def like(number: Array, x: Array) -> Array:
+    """The number in an array of x's shape, which varies as x does: before it is one, so that its gradient is summed
+    before devices send it."""
+    return jnp.broadcast_to(vary_over(varying(x), number)[0], x.shape)
+
+
 def varying(x: Array) -> frozenset:
     """The mesh axes over which an array's type says that it varies."""
-    t = jax.typeof(x)
+    return varying_type(jax.typeof(x))
+
+
+def varying_type(t) -> frozenset:
     return t.vma if hasattr(t, "vma") else t.manual_axis_type.varying

@@ -15,13 +15,25 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jce._arguments import as_array, broadcasts_to, described, float_dtype, positive, require_boolean, wide_enough
+from jce._arguments import (
+    as_array,
+    broadcasts_to,
+    described,
+    float_dtype,
+    is_array,
+    positive,
+    require_boolean,
+    wide_enough,
+)
 from jce._calculus import custom_jvp, def_partials
-from jce._classes import Classes, vary_over, varying
+from jce._classes import Classes, like, vary_over, varying
 from jce._elementary import exp, tanh
+from jce._layout import over_devices
 from jce._mul0 import mul0
 from jce._platforms import Chunks
 from jce._products import Head, Products
+
+REDUCTIONS = ("mean", "sum", "none")
 
 
 class Logits(NamedTuple):
@@ -55,7 +67,8 @@ class Logits(NamedTuple):
 
     def _cap(self, u):
         assert self.soft_cap is not None
-        return self.soft_cap * jnp.ones_like(u)  # split over a mesh as u is
+        # split over a mesh as u is
+        return like(self.soft_cap, u) if is_array(self.soft_cap) else self.soft_cap * jnp.ones_like(u)
 
 
 def _allowed(u):
@@ -113,7 +126,10 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens):
     size = -(-count // chunks)
 
     def split(x):
-        x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys, of which there is no 0
+            x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (chunks * size - count, *x.shape[1:]))])
+        else:
+            x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(size, chunks, *x.shape[1:]).swapaxes(0, 1) if apart else x.reshape(chunks, size, *x.shape[1:])
 
     def join(x):
@@ -171,11 +187,8 @@ def tokens_and_head(function: str, got: Mapping[str, Array], classes: Classes) -
     def flat(x):
         return jnp.broadcast_to(x, batch).ravel()
 
-    def stored(x):
-        return x if jnp.issubdtype(x.dtype, jnp.floating) and dtype == jnp.float32 else x.astype(dtype)
-
     y = flat(wide_enough(y))
-    h, w = stored(h).reshape(y.size, h.shape[-1]), stored(w)
+    h, w = _stored(h, dtype).reshape(y.size, h.shape[-1]), _stored(w, dtype)
     b = got["bias"].astype(dtype) if "bias" in got else jnp.zeros(n, dtype)
     a = flat(got["weights"].astype(dtype) if "weights" in got else jnp.ones((), dtype))
     if n == 0:  # no class is one, and no token has it
@@ -192,6 +205,21 @@ def tokens_and_head(function: str, got: Mapping[str, Array], classes: Classes) -
     y, h, a = vary_over(axes - classes.mesh_axes, y, h, a)
     w, b = vary_over(axes | classes.mesh_axes, w, b)
     return Tokens(y, h, a), Head(w, w.astype(dtype), b)
+
+
+def head_of(function: str, h: Array, w: Array, b: Array | None) -> tuple[Array, Head]:
+    """Hidden states and their head as they are multiplied; no class is one of logit 0."""
+    dtype = float_dtype(function, {"hidden": h, "head": w} | ({} if b is None else {"bias": b}))
+    b = jnp.zeros(w.shape[0], dtype) if b is None else b.astype(dtype)
+    if w.shape[0] == 0:
+        w, b = jnp.zeros((1, w.shape[1]), w.dtype), jnp.zeros(1, dtype)
+    h, w = _stored(h, dtype), _stored(w, dtype)
+    return h, Head(lax.stop_gradient(w), w.astype(dtype), b)
+
+
+def _stored(x: Array, dtype) -> Array:
+    """Half precision as it is, where it is multiplied with sums in float32."""
+    return x if jnp.issubdtype(x.dtype, jnp.floating) and dtype == jnp.float32 else x.astype(dtype)
 
 
 def checked(
@@ -243,3 +271,10 @@ def checked_chunk(function: str, chunk_size: int | None) -> int | None:
             f" got chunk_size={chunk_size!r}. Leave it out for a size that suits the head."
         )
     return int(chunk_size)
+
+
+def shares(w: Array, token_axes: tuple) -> Array:
+    """w / Σ w, and 0 if Σ w is 0."""
+    total = over_devices(w.sum(), token_axes)
+    inverse = jnp.where(total == 0, jnp.zeros_like(total), 1 / jnp.where(total == 0, jnp.ones_like(total), total))
+    return mul0(jnp.broadcast_to(inverse, w.shape), w)  # a loss of +∞ at weight 0 is 0 in the others' derivatives too

@@ -29,11 +29,14 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, shape: tuple[int, ...], arrays: Sequence[Array]) -> Layout:
-        """Of arrays that broadcast to a shape: an axis is split as one of them is, the first where two disagree."""
+        """Of arrays that broadcast to a shape, or begin with it.
+
+        An axis is split as one of them is, the first where two disagree.
+        """
         spec, mesh = [None] * len(shape), None
         for x in arrays:
             sharding = jax.typeof(x).sharding
-            for at, axes in enumerate(sharding.spec, len(shape) - x.ndim):
+            for at, axes in zip(range(max(0, len(shape) - x.ndim), len(shape)), sharding.spec, strict=False):
                 if axes is not None and spec[at] is None and not set(mesh_names(axes)) & set(mesh_names(*spec)):
                     spec[at], mesh = axes, sharding.mesh
         return cls(shape, mesh, tuple(spec))

@@ -18,21 +18,20 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._arguments import choice, fraction, is_array, mesh_axis, positive, public
+from jce._arguments import choice, fraction, is_array, positive, public
 from jce._calculus import live_jvp
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal, scaled, smoothed
 from jce._elementary import exp, log1p
-from jce._head import Logits, checked, checked_chunk, each_token, over_chunks, tokens_and_head
+from jce._head import REDUCTIONS, Logits, checked, checked_chunk, each_token, over_chunks, shares, tokens_and_head
 from jce._layout import over_devices
 from jce._mul0 import mul0
-from jce._places import by_type, on_each_device
+from jce._places import Arguments, on_each_device
 from jce._platforms import Chunks, Platform, on_platform
 from jce._products import Head
 from jce._softmax import logsumexp, off_label_sum, surprisal, surprisal_at_label
 from jce._tokens import of_tokens
 
-REDUCTIONS = ("mean", "sum", "none")
 OPTIONS, NUMBERS = ("reduction", "chunk_size", "precision"), ("label_smoothing", "z_loss", "logit_soft_cap")
 
 
@@ -123,17 +122,22 @@ def linear_cross_entropy(
     name = "linear_cross_entropy"
     got = checked(name, labels, hidden, head, bias=bias, weights=weights, where=where)
     loss = loss_of_part(name, reduction, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
-    return on_each_device(loss, by_type(got), got, mesh_axis(name, axis_name), whole=reduction != "none")
+    return on_each_device(name, loss, got["labels"].shape, in_parts(got), axis_name, whole=reduction != "none")
+
+
+def in_parts(got: Mapping[str, Array]) -> Arguments:
+    rows = {name: x for name, x in got.items() if name in ("head", "bias")}
+    return Arguments({name: x for name, x in got.items() if name not in rows}, rows)
 
 
 def loss_of_part(
     name: str, reduction, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision
-) -> Callable[[Mapping[str, Array], tuple, Hashable | None], Array]:
+) -> Callable[[Arguments, tuple, Hashable | None], Array]:
     """The loss of checked arguments that are a device's part, split over these mesh axes of tokens and of classes."""
     reduction = choice(name, reduction=reduction, choices=REDUCTIONS)
 
-    def loss(got, token_axes, class_axis):
-        classes = Classes(-1, class_axis)
+    def loss(arguments, token_axes, class_axis):
+        got, classes = arguments.tokens | arguments.rows, Classes(-1, class_axis)
         (y, h, w), head = tokens_and_head(name, got, classes)
         options = checked_options(name, classes, head, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
         if reduction == "none":
@@ -142,13 +146,6 @@ def loss_of_part(
         return over_devices(of_tokens(_weighted_losses, (y, h, w), (head, options), total=_weighted_sum), token_axes)
 
     return loss
-
-
-def shares(w: Array, token_axes: tuple) -> Array:
-    """w / Σ w, and 0 if Σ w is 0."""
-    total = over_devices(w.sum(), token_axes)
-    inverse = jnp.where(total == 0, jnp.zeros_like(total), 1 / jnp.where(total == 0, jnp.ones_like(total), total))
-    return mul0(jnp.broadcast_to(inverse, w.shape), w)  # a loss of +∞ at weight 0 is 0 in the others' derivatives too
 
 
 class Options(NamedTuple):

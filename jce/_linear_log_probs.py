@@ -6,21 +6,19 @@ import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 from jax.export import register_namedtuple_serialization
 from jax.typing import ArrayLike
 
-from jce._arguments import mesh_axis, public
+from jce._arguments import public, wide_enough
 from jce._calculus import negative
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal
 from jce._entropy import entropy_of_softmax
-from jce._head import checked, each_token, tokens_and_head
-from jce._linear_cross_entropy import checked_options
-from jce._mul0 import mul0
-from jce._places import by_type, on_each_device
-from jce._platforms import on_platform
-from jce._tokens import of_tokens
+from jce._head import checked
+from jce._linear import Linear
+from jce._over_tokens import OfChunk, Options, over_tokens
 
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbs")
@@ -89,25 +87,15 @@ def linear_log_probs(
     """
     name = "linear_log_probs"
     got = checked(name, labels, hidden, head, bias=bias, where=where)
-
-    def of_part(got, _, class_axis):
-        classes = Classes(-1, class_axis)
-        (y, h, w), head = tokens_and_head(name, got, classes)
-        options = checked_options(name, classes, head, 0.0, 0.0, logit_soft_cap, chunk_size, precision)
-        each = of_tokens(_statistics, (y, h), (head, options))
-        return LogProbs(*(mul0(x, w).reshape(got["labels"].shape) for x in each))
-
-    return on_each_device(of_part, by_type(got), got, mesh_axis(name, axis_name), whole=False)
+    logits = Linear(got["hidden"], got["head"], got.get("bias"), logit_soft_cap)
+    options = Options(where=where, chunk_size=chunk_size, precision=precision, axis_name=axis_name)
+    return over_tokens(name, _of_chunk, {"labels": wide_enough(got["labels"]), "logits": logits}, options)
 
 
-def _statistics(y, h, head, o):
-    def on(platform, y, h, head, o):
-        o, chunks = o.on(platform, h, head)
+def _of_chunk(one, _, class_axis):
+    classes, number = Classes(-1, class_axis), jnp.zeros((), one[1].dtype)
 
-        def of_chunk(y, h):
-            x = o.classes.fold(o.logits.of(h, head))
-            return negative(label_surprisal(y, x, o.classes)), entropy_of_softmax(x, o.classes)
+    def log_prob_and_entropy(chunk, *_):
+        return [negative(label_surprisal(*chunk, classes)), entropy_of_softmax(chunk[1], classes)]
 
-        return each_token(of_chunk, chunks, y, h)
-
-    return on_platform(on, y, h, head, o)
+    return OfChunk(log_prob_and_entropy, LogProbs(number, number))

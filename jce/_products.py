@@ -24,7 +24,7 @@ from jce._mul0 import Primitive
 class Head(NamedTuple):
     """W [n, d] and b [n]. W's derivatives are taken in `wide`, the same numbers in the dtype of the logits.
 
-    So a loop over chunks sums the head's gradient in float32 where the head is bfloat16. Nothing reads `wide`'s values.
+    So a loop over chunks sums the head's gradient in float32 where the head is bfloat16. There nothing reads `wide`.
     """
 
     weight: Array
@@ -48,7 +48,7 @@ class Products(NamedTuple):
     def with_head(self, a: Array, head: Head, axis: int) -> Array:
         """a · W, over an axis of W."""
         if head.weight.dtype == head.wide.dtype:
-            return self.dot(a, head.weight, 1, axis, head.wide.dtype)
+            return self.dot(a, head.wide, 1, axis, head.wide.dtype)
         return _product(a, head.weight, head.wide, axis, self)
 
 

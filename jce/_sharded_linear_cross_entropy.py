@@ -7,20 +7,17 @@ head's gradient is summed over the tokens' axis, once, after the loop, and the h
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any
 
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jce._arguments import described, public
+from jce._arguments import public
 from jce._head import checked
-from jce._layout import mesh_names
-from jce._linear_cross_entropy import NUMBERS, OPTIONS, loss_of_part
-from jce._places import Places, on_each_device
+from jce._linear_cross_entropy import NUMBERS, OPTIONS, in_parts, loss_of_part
+from jce._places import on_axes, on_each_device
 
 
 @public(*OPTIONS, "mesh", "token_axis", "class_axis", numbers=NUMBERS)
@@ -94,47 +91,6 @@ def sharded_linear_cross_entropy(
     """
     name = "sharded_linear_cross_entropy"
     got = checked(name, labels, hidden, head, bias=bias, weights=weights, where=where)
-    places = _places(name, mesh, token_axis, class_axis, got)
+    places = on_axes(name, mesh, token_axis, class_axis)
     loss = loss_of_part(name, reduction, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
-    return on_each_device(loss, places, got, None, whole=reduction != "none")
-
-
-def _places(
-    name: str, mesh: Mesh, token_axis: Hashable | None, class_axis: Hashable | None, got: Mapping[str, Array]
-) -> Places:
-    if not isinstance(mesh, (Mesh, AbstractMesh)):
-        raise ValueError(
-            f"{name}: mesh must be a mesh of devices, as of jax.make_mesh; got mesh={mesh!r}. On one device there is"
-            f" linear_cross_entropy."
-        )
-    if got["labels"].ndim == 0:
-        raise ValueError(
-            f"{name}: labels must have a first axis, which is split over token_axis; got {described(got)}. Add one to"
-            f" labels and hidden, or use linear_cross_entropy."
-        )
-    tokens = _devices(name, mesh, "token_axis", token_axis, "the first axis of labels", got["labels"].shape[0])
-    classes = _devices(
-        name, mesh, "class_axis", class_axis, "the number of classes, the rows of head,", got["head"].shape[0]
-    )
-    if set(tokens) & set(classes):
-        raise ValueError(
-            f"{name}: token_axis and class_axis must name unlike axes of the mesh, since a device has some tokens and"
-            f" some classes; got token_axis={token_axis!r} and class_axis={class_axis!r}. Give None for one of them."
-        )
-    return Places(mesh, P(tokens) if tokens else P(), classes or None)
-
-
-def _devices(name: str, mesh: Mesh, argument: str, axis: Hashable | None, what: str, length: int) -> tuple:
-    """The axes of the mesh, whose devices divide the length."""
-    names = mesh_names(axis)
-    if not set(names) <= set(mesh.axis_names):
-        raise ValueError(
-            f"{name}: {argument} must name axes of the mesh, {mesh.axis_names}, or be None; got {argument}={axis!r}."
-        )
-    devices = math.prod(mesh.shape[n] for n in names)
-    if length % devices:
-        raise ValueError(
-            f"{name}: {what} must be a multiple of the {devices} devices of {argument}={axis!r}; got {length}."
-            f" Pad it: tokens with where=False, classes with a bias of -inf (which label smoothing would count)."
-        )
-    return names
+    return on_each_device(name, loss, got["labels"].shape, in_parts(got), places, whole=reduction != "none")

@@ -54,7 +54,8 @@ def _batch(arguments, axes, *, jaxpr, each, total, tree):
         return x.reshape(size * x.shape[1], *x.shape[2:])
 
     more = tuple(map(merged, tokens, axes[:count]))
-    results = [x.reshape(size, -1) for x in jax.tree.leaves(of_tokens(each, more, tree.unflatten(shared)))]
+    results = jax.tree.leaves(of_tokens(each, more, tree.unflatten(shared)))
+    results = [x.reshape(size, -1, *x.shape[1:]) for x in results]
     return [x.sum(1) for x in results] if total else results, (0,) * len(results)
 
 

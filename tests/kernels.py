@@ -393,6 +393,24 @@ def as_bias(function, statistic=lambda result: result, **options):
     return of_logits
 
 
+def as_biases(of_linear):
+    """Of rows of logits, as the biases of heads without weights."""
+
+    @functools.wraps(of_linear)
+    def of_logits(*logits):
+        def of_row(*rows):
+            return of_linear(*(jce.Linear(jnp.zeros(1, x.dtype), jnp.zeros((x.size, 1), x.dtype), x) for x in rows))
+
+        rows = [jnp.reshape(x, (math.prod(np.shape(x)[:-1]), np.shape(x)[-1])) for x in logits]
+        return jax.vmap(of_row)(*rows).reshape(np.shape(logits[0])[:-1])
+
+    return of_logits
+
+
+def linear_map(x):
+    return jce.linear_map(jce.entropy_with_logits, x, reduction="sum")
+
+
 SMOOTHING, BETA = 0.125, 0.125
 
 
@@ -920,6 +938,8 @@ HEADS = [
     dataclasses.replace(
         ROWS["entropy_with_logits"], function=as_bias(jce.linear_log_probs, lambda result: result.entropy)
     ),
+    dataclasses.replace(ROWS["entropy_with_logits"], function=as_biases(linear_map)),
+    dataclasses.replace(ROWS["kl_divergence_with_logits"], function=as_biases(jce.linear_kl_divergence)),
 ]
 
 

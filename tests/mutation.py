@@ -37,12 +37,22 @@ ROOT = pathlib.Path(__file__).parents[1]
 NOT_KERNELS = {"__init__", "_command_line", "demo", "max_margin", "next_word"}
 # Of these the tests in SECONDS take seconds with programs that are compiled already, and go first.
 FAST_TESTS = ["accuracy", "identities", "corners", "logits", "linear", "numerics", "arguments", "check_distribution"]
-FAST_TESTS += ["fuzz", "cost", "linear_cost", "long_rows", "devices", "platforms"]
+FAST_TESTS += ["fuzz", "cost", "linear_cost", "linear_map", "long_rows", "devices", "platforms"]
 SECONDS = (
     "not (float64 and (accuracy or corners)) and not hundred_thousand and not third and not second_derivatives"
     " and not nestings and not test_axis and not linear_cost and not long_rows and not devices and not platforms"
 )
-OTHER_TESTS = ["auto_mesh", "elementary", "formulas", "in_program", "meshes", "plain_jax", "tokens", "transforms"]
+OTHER_TESTS = [
+    "auto_mesh",
+    "on_mesh",
+    "elementary",
+    "formulas",
+    "in_program",
+    "meshes",
+    "plain_jax",
+    "tokens",
+    "transforms",
+]
 SLOWER = [(FAST_TESTS, f"not ({SECONDS})"), (OTHER_TESTS, "test")]  # the rest of the quick tests
 LIMIT = 600  # seconds, after which a fault that makes a test run forever counts as caught
 

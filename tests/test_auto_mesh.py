@@ -60,7 +60,7 @@ def test_numbers(platform, loss, tokens, rng):
 @each_loss
 @pytest.mark.in_turn(3)
 def test_tokens_stay_where_they_are(platform, loss, rng):
-    """Value and gradient send some numbers a token of a chunk, and the head's gradient."""
+    """Value and gradient send some numbers a token of a chunk, the head's gradient, and before the loop one token."""
     y, *numbers = split(rng, 256)
     with jax.set_mesh(mesh()):
         program = jax.jit(lambda y, *a: jax.value_and_grad(lambda *a: loss(y, *a), (0, 1))(*a))
@@ -69,7 +69,7 @@ def test_tokens_stay_where_they_are(platform, loss, rng):
     if platform == "accelerator":
         assert not gathered
     assert max(gathered, default=0) <= 2 * CHUNK  # labels and their places, on a CPU
-    assert {x.size for x in sent if x.kind == "all-reduce"} <= {1, CLASSES * WIDTH}
+    assert {x.size for x in sent if x.kind == "all-reduce" and (x.in_loop or x.size != WIDTH)} <= {1, CLASSES * WIDTH}
 
 
 def test_a_chunk_has_as_many_tokens_of_each_device_as_one_alone(platform):

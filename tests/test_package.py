@@ -24,7 +24,7 @@ each_public = pytest.mark.parametrize("name", PUBLIC)
 
 
 def test_every_kernel_is_a_row_of_the_table():
-    others = {"check_distribution", "sharded_linear_cross_entropy"}
+    others = {"check_distribution", "sharded_linear_cross_entropy", "on_mesh", "Linear"}
     assert {kernel.name for kernel in TABLE + HEADS} == set(PUBLIC) - others
 
 
@@ -34,11 +34,11 @@ def test_docstring_sections(name):
     places = [doc.find(f"\n{section}\n") for section in SECTIONS]
     assert -1 not in places, [s for s, place in zip(SECTIONS, places, strict=True) if place < 0]
     assert places == sorted(places)
-    if name != "check_distribution":
-        assert "nats" in doc.splitlines()[0]
+    if name not in ("check_distribution", "on_mesh", "Linear"):
+        assert "nats" in doc.splitlines()[0] or name == "linear_map"
         assert all(f"\n{section}\n" in doc for section in KERNEL_SECTIONS)
     for argument in inspect.signature(PUBLIC[name]).parameters:
-        assert re.search(rf"^  {argument}: ", doc, re.MULTILINE), argument
+        assert re.search(rf"^  \*?{argument}: ", doc, re.MULTILINE), argument
 
 
 @each_public
@@ -67,7 +67,8 @@ def test_the_readmes_table_is_what_there_is():
 def test_the_modules_page():
     """`help(jce)`: the mathematics, then each function's own page, and examples that run."""
     page = pydoc.plain(pydoc.render_doc(jce))
-    assert all(f"\n    {name}(" in page for name in PUBLIC)
+    assert all(f"\n    {name}(" in page for name in set(PUBLIC) - {"Linear"})
+    assert "\n    class Linear(" in page
     results = doctest.testmod(jce)
     assert results.attempted > 0
     assert results.failed == 0
@@ -76,7 +77,7 @@ def test_the_modules_page():
 @pytest.mark.holds_nan
 @pytest.mark.usefixtures("float32_by_default")
 def test_readme_examples():
-    assert len(README.read_text().splitlines()) <= 340
+    assert len(README.read_text().splitlines()) <= 384
     results = doctest.testfile(str(README), module_relative=False, globs={})
     assert results.attempted > 5
     assert results.failed == 0

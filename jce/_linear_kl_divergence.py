@@ -1,0 +1,101 @@
+"""KL(p‖q) of two heads, token by token, without the logits of all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jce._arguments import is_array, positive, public
+from jce._classes import like
+from jce._kl_divergence import kl_divergence_with_logits
+from jce._linear import Linear
+from jce._mul0 import over
+from jce._over_tokens import OfChunk, Options, over_tokens
+
+
+@public("reduction", "chunk_size", "precision", "axis_name", numbers=("temperature",))
+def linear_kl_divergence(
+    p: Linear,
+    q: Linear,
+    *,
+    weights: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: str = "mean",
+    temperature: ArrayLike = 1.0,
+    chunk_size: int | None = None,
+    precision: Any = None,
+    axis_name: Hashable | None = None,
+) -> Array:
+    """KL(p‖q) of softmax(p's logits/T) and softmax(q's logits/T), in nats, of many tokens: distillation of p into q.
+
+    What `kl_divergence_with_logits` is of the logits, but these never exist for more than a chunk of tokens, in any
+    derivative of any order: `linear_map` of it, by name. The two may have unlike widths. Loss and gradient of a mean or
+    a sum cost four matrix products where p is frozen (outside of what is differentiated, or behind
+    `jax.lax.stop_gradient`), and six where both have a derivative; a loss for each token one more for each head.
+
+    The loss is of the softened distributions as they are, not scaled by T²: where its gradient is to be as large as
+    without a temperature, as in Hinton, Vinyals and Dean (2015), multiply by temperature**2.
+
+    Args:
+      p: the target, the teacher: `jce.Linear(hidden, head)`, hidden states [..., d] and a head [n, d].
+      q: the model, the student, of the same n classes: `jce.Linear(hidden, head)`, with its own width.
+      weights: real, broadcasts to the token axes: w, each token's weight, as in `linear_cross_entropy`.
+      where: bool, broadcasts to the token axes. A token where it is False takes no part, whatever it holds.
+      reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, a number for each token.
+      temperature: T > 0, a number. Python's 1 costs nothing; a traced one isn't checked.
+      chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`, by the
+        logits of both.
+      precision: of the matrix products, as in `linear_cross_entropy`.
+      axis_name: as in `linear_cross_entropy`: the mesh axis over which the classes of both are split.
+
+    Returns:
+      A number, or [...] for "none"; float32, or float64 if an argument is. ≥ 0 to the last bit, and relatively accurate
+      where student and teacher are nearly the same.
+
+    At the boundary:
+      A class that p forbids, by a bias of -∞, contributes 0; one that q alone forbids makes the token's loss +∞. No
+      tokens, or no weight, make a mean or a sum of 0; no classes make every loss 0.
+
+    Derivative:
+      ∂KL/∂yᵢ = (qᵢ - pᵢ)/T in q's logits, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T in p's, and on to hidden states, heads and
+      biases, each in its own dtype, weights, a traced temperature and traced soft caps. Forward and reverse mode, any
+      order.
+
+    Raises:
+      TypeError: p or q is no Linear, an array is not real, or `where` not boolean.
+      ValueError: shapes disagree, or an option is none of those above.
+
+    Not checked:
+      Values.
+
+    Example:
+      >>> hidden, teacher, student = jnp.eye(2), 20 * jnp.eye(3, 2), 21 * jnp.eye(3, 2)
+      >>> print(jce.linear_kl_divergence(jce.Linear(hidden, teacher), jce.Linear(hidden, student)))
+      1.5165121e-09
+    """
+    name = "linear_kl_divergence"
+    for argument, x in (("p", p), ("q", q)):
+        if not isinstance(x, Linear):
+            raise TypeError(
+                f"{name}: {argument} must be a jce.Linear; got {'an array' if is_array(x) else type(x).__name__}."
+                f" Pass jce.Linear(hidden, head), the target first."
+            )
+    t = positive(name, jnp.result_type(float), temperature=temperature)
+    options = Options(where, weights, reduction, chunk_size, precision, axis_name)
+    shared = () if isinstance(t, float) and t == 1 else (t,)
+    return over_tokens(name, _of_chunk, {"p": p, "q": q}, options, shared)
+
+
+def _of_chunk(one, _, class_axis):
+    def kl(chunk, shared, *_):
+        for t in shared:
+            chunk = [over(x, like(t.astype(x.dtype), x)) for x in chunk]
+        return [kl_divergence_with_logits(*chunk, axis_name=class_axis)]
+
+    double = jnp.float64 in [x.dtype for x in one]
+    return OfChunk(kl, jax.ShapeDtypeStruct((), jnp.float64 if double else jnp.float32))

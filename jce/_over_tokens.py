@@ -1,0 +1,274 @@
+"""What functions of tokens under heads share: arguments read, parts on devices, tokens left out, and a reduction.
+
+A token that is left out, or that only fills up a chunk, may reach no derivative, whatever it holds and whatever the
+function is. So it takes the place of one that is kept: the function is as finite there, and the 0 that its derivative
+is multiplied by leaves 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jce._arguments import as_array, broadcasts_to, choice, described, float_dtype, require_boolean
+from jce._classes import vary_over, varying
+from jce._head import REDUCTIONS, Logits, checked_chunk, head_of, shares
+from jce._layout import mesh_names, over_devices
+from jce._linear import Linear, LinearArrays
+from jce._places import Arguments, on_each_device
+from jce._products import Products
+from jce._token_loop import Inputs, Loop, each, weighted, weighted_sums
+from jce._tokens import of_tokens
+
+
+class Options(NamedTuple):
+    """As the public functions document them."""
+
+    where: ArrayLike | None = None
+    weights: ArrayLike | None = None
+    reduction: str = "none"
+    chunk_size: int | None = None
+    precision: Any = None
+    axis_name: Hashable | None = None
+
+
+class OfChunk(NamedTuple):
+    """A function of a chunk's arguments, whose first axis is of tokens, of what is shared and of what it closes over.
+
+    Its results are the leaves of a tree; `one` is that tree, with a token's shapes and dtypes.
+    """
+
+    function: Callable[[list[Array], Any, Any], list[Array]]
+    one: Any
+    closed_over: Any = ()
+
+
+def over_tokens(
+    name: str,
+    make: Callable[[list[Array], Any, Hashable | None], OfChunk],
+    arguments: Mapping[str, Any],
+    options: Options,
+    shared: Any = (),
+    named_classes: bool = False,
+) -> Any:
+    """A function of each token of the arguments, `Linear` or arrays with leading token axes, reduced as options say.
+
+    On each device it is made from a token's arguments, as examples, what is shared, and the mesh axes of the classes.
+    """
+    reduction = choice(name, reduction=options.reduction, choices=REDUCTIONS)
+    chunk = checked_chunk(name, options.chunk_size)
+    linear = {key: x.checked(name, key) for key, x in arguments.items() if isinstance(x, Linear)}
+    others = {key: as_array(name, key, x) for key, x in arguments.items() if key not in linear}
+    batch = _checked_batch(name, linear, others)
+    shared = jax.tree.map(jnp.asarray, shared)
+    parts = Arguments(
+        {"hidden": [x.hidden for x in linear.values()], "others": list(others.values())}
+        | _checked_choice(name, batch, options),
+        [(x.head, x.bias) for x in linear.values()],
+        {"caps": [x.logit_soft_cap for x in linear.values()], "given": jax.tree.map(_wide, shared)},
+    )
+
+    def in_order(logits, others):
+        logits, others = iter(logits), iter(others)
+        return [next(logits if key in linear else others) for key in arguments]
+
+    def as_given(wide):
+        return jax.tree.map(lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), wide, shared)
+
+    def of_part(parts, token_axes, class_axis):
+        part = _Part.of(name, parts, class_axis)
+        of_chunk = make(in_order(*part.examples()), as_given(part.inputs.shared["given"]), class_axis)
+        part = part.closing_over(of_chunk.closed_over)
+        ones, structure = jax.tree.flatten(of_chunk.one)
+        trained = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        number = reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
+        function = _of_hidden(of_chunk.function, in_order, as_given, options.precision)
+        loop = Loop(function, chunk, part.logits, class_axis, trained[0] if number else 0)
+        w = part.weights_of(reduction, token_axes, jnp.float64 in [ones[i].dtype for i in trained])
+        results = part.results(loop, w, total=number)
+        if reduction == "none":
+            results = [x.reshape(*part.batch, *x.shape[1:]) for x in results]
+        else:
+            results = [over_devices(x if number else x.sum(0), token_axes) for x in results]
+        return jax.tree.unflatten(structure, results)
+
+    return on_each_device(
+        name, of_part, batch, parts, options.axis_name, whole=reduction != "none", named_classes=named_classes
+    )
+
+
+class _Part(NamedTuple):
+    """A device's arguments as a loop takes them; the first of its tokens' arrays says which tokens are kept."""
+
+    batch: tuple[int, ...]
+    inputs: Inputs
+    weights: Array | None
+    all_kept: bool
+
+    @classmethod
+    def of(cls, name: str, parts: Arguments, class_axis) -> _Part:
+        tokens, rows, shared = parts
+        batch = tokens["hidden"][0].shape[:-1]
+        count = math.prod(batch)
+
+        def flat(x):
+            rest = x.shape[len(batch) :]
+            return jnp.broadcast_to(x, batch + rest).reshape(count, *rest)
+
+        tokens = jax.tree.map(flat, tokens)
+        kept, w = tokens.get("where"), tokens.get("weights")
+        if w is not None:
+            # A token of weight 0 still has a derivative in its weight, unless a hidden state isn't finite.
+            finite = jnp.stack([jnp.isfinite(h).all(-1) for h in tokens["hidden"]]).all(0)
+            kept = ((w != 0) | finite) & (True if kept is None else kept)
+            w = jnp.where(kept, w, jnp.zeros_like(w))
+        if any(head.shape[0] == 0 for head, _ in rows):  # no class is one, and no token has it
+            kept = jnp.zeros(count, bool)
+        every = jnp.ones(count, bool)
+        pairs = [head_of(name, h, *row) for h, row in zip(tokens["hidden"], rows, strict=True)]
+        hidden, heads = map(list, zip(*pairs, strict=True))
+        inputs = Inputs(hidden, [every if kept is None else kept, *tokens["others"]], heads, shared)
+        axes = frozenset().union(*map(varying, jax.tree.leaves((inputs, w))))
+        w = None if w is None else vary_over(axes - frozenset(mesh_names(class_axis)), w)[0]
+        return cls(batch, inputs.varying_over(axes, class_axis), w, kept is None)
+
+    def closing_over(self, arrays: Any) -> _Part:
+        return self._replace(inputs=self.inputs._replace(shared=self.inputs.shared | {"closed over": arrays}))
+
+    def examples(self) -> tuple[list[Array], list[Array]]:
+        """A token's logits under each head, and its other arguments: arrays of their types, to trace with."""
+        pairs = zip(self.inputs.hidden, self.inputs.heads, strict=True)
+        logits = [vary_over(varying(h), jnp.zeros_like(head.bias))[0] for h, head in pairs]
+        return logits, [_first(x) for x in self.inputs.tokens[1:]]
+
+    @property
+    def logits(self) -> jax.ShapeDtypeStruct:
+        """A token's, under all heads."""
+        biases = [head.bias for head in self.inputs.heads]
+        return jax.ShapeDtypeStruct((sum(b.size for b in biases),), biases[0].dtype)
+
+    def weights_of(self, reduction: str, token_axes: tuple, double: bool) -> Array | None:
+        """What results are multiplied by, None where there is nothing."""
+        w = self.weights
+        if w is None and reduction == "none":
+            return None
+        double |= w is not None and w.dtype == jnp.float64
+        w = (self.inputs.tokens[0] if w is None else w).astype(jnp.float64 if double else jnp.float32)
+        return shares(w, token_axes) if reduction == "mean" else w
+
+    def results(self, loop: Loop, w: Array | None, total: bool) -> list[Array]:
+        """r of all tokens, wr where there are weights, or in total Σ wr, in one loop with its gradient."""
+        hidden, tokens, *whole = self.inputs
+
+        def inputs(arguments) -> Inputs:
+            *arrays, heads, shared = arguments
+            inputs = Inputs(arrays[: len(hidden)], arrays[len(hidden) :], heads, shared)
+            return _with_first(inputs, self.all_kept)
+
+        def of_each(*arguments):
+            return each(loop, inputs(arguments))
+
+        def weighted_of_each(w, *arguments):
+            return [weighted(r, w) for r in of_each(*arguments)]
+
+        def sums(w, *arguments):
+            return weighted_sums(loop, w, inputs(arguments))
+
+        if w is None:
+            return of_tokens(of_each, (*hidden, *tokens), tuple(whole))
+        return of_tokens(weighted_of_each, (w, *hidden, *tokens), tuple(whole), total=sums if total else None)
+
+
+def _of_hidden(function: Callable, in_order: Callable, as_given: Callable, precision: Any) -> Callable:
+    """A chunk's function of logits as one of hidden states and heads: 0 for a token that isn't kept."""
+
+    def of_hidden(platform, inputs: Inputs) -> list[Array]:
+        (kept, *others), shared = inputs.tokens, inputs.shared
+
+        def cleaned(arrays, first):
+            return [jnp.where(_column(kept, x), x, f[None]) for x, f in zip(arrays, first, strict=True)]
+
+        logits = []
+        for h, head, cap in zip(cleaned(inputs.hidden, shared["first"][0]), inputs.heads, shared["caps"], strict=True):
+            head = head._replace(weight=head.wide) if head.weight is None else head
+            logits.append(Logits(cap, platform.products(Products(precision), h, head.weight)).of(h, head))
+        chunk = in_order(logits, cleaned(others, shared["first"][1]))
+        results = function(chunk, as_given(shared["given"]), shared["closed over"])
+        return [jnp.where(_column(kept, r), r, jnp.zeros_like(r)) for r in results]
+
+    return of_hidden
+
+
+def _with_first(inputs: Inputs, all_kept: bool) -> Inputs:
+    """With the arguments of the first token that is kept; and if none is, nothing that is shared has a derivative."""
+    kept, *others = inputs.tokens
+    at = 0 if all_kept else jnp.argmax(kept)
+    first = tuple([_first(x, at) for x in arrays] for arrays in (inputs.hidden, others))
+    if not all_kept:
+        some = kept.any()
+
+        def still(x):  # but for what a function closes over, if it doesn't vary as tokens do
+            return jnp.where(some, x, lax.stop_gradient(x)) if varying(some) <= varying(x) else x
+
+        heads, shared = jax.tree.map(still, (inputs.heads, inputs.shared))
+        inputs = inputs._replace(heads=heads, shared=shared)
+    return inputs._replace(shared=inputs.shared | {"first": first})
+
+
+def _first(x: Array, at: int | Array = 0) -> Array:
+    if isinstance(x.shape[0], int) and x.shape[0] == 0:
+        return jnp.zeros(x.shape[1:], x.dtype)
+    return lax.stop_gradient(x[at])
+
+
+def _column(kept: Array, x: Array) -> Array:
+    return jnp.expand_dims(kept, range(1, x.ndim))
+
+
+def _wide(x: Array) -> Array:
+    """In which a loop sums its gradient."""
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
+
+
+# Arguments
+
+
+def _checked_batch(name: str, linear: Mapping[str, LinearArrays], others: Mapping[str, Array]) -> tuple[int, ...]:
+    """The token axes, which all arguments have."""
+    if not linear:
+        raise ValueError(
+            f"{name}: an argument must be a jce.Linear, hidden states and their head; got"
+            f" {described(others) or 'no arguments'}. Without a head there are jax.vmap and jax.lax.map."
+        )
+    batch = next(iter(linear.values())).hidden.shape[:-1]
+    arrays = {f"{key}.hidden": x.hidden for key, x in linear.items()}
+    same = [x.shape[:-1] == batch for x in arrays.values()] + [x.shape[: len(batch)] == batch for x in others.values()]
+    if not all(same):
+        raise ValueError(
+            f"{name}: all arguments must begin with the token axes of hidden, {batch}; got"
+            f" {described(arrays | dict(others))}. What all tokens share goes into shared."
+        )
+    return batch
+
+
+def _checked_choice(name: str, batch: tuple[int, ...], options: Options) -> dict[str, Array]:
+    """Which tokens count, and how much."""
+    given = {"weights": options.weights, "where": options.where}
+    got = {key: as_array(name, key, x) for key, x in given.items() if x is not None}
+    for key, x in got.items():
+        if not broadcasts_to(batch, x.shape):
+            raise ValueError(
+                f"{name}: {key} must broadcast to the token axes, {batch}; got {described(got)}. It is of tokens, so"
+                f" give it no axis for classes."
+            )
+    if "where" in got:
+        require_boolean(name, got["where"], got)
+    if "weights" in got:
+        got["weights"] = got["weights"].astype(float_dtype(name, {"weights": got["weights"]}))
+    return got

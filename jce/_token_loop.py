@@ -1,0 +1,180 @@
+"""Any function of tokens, chunk by chunk: a result for each token, or weighted sums, in one loop with their gradient.
+
+Token by token a derivative waits for its cotangents, and then computes each chunk again. In a sum a token's cotangent
+is its weight, so that a chunk's gradient can be made while its logits are there: the rule of a sum computes value and
+gradient in one loop, whatever the function is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+
+from jce._calculus import live_jvp
+from jce._classes import vary_over, varying
+from jce._head import each_token, over_chunks
+from jce._layout import mesh_names, over_devices
+from jce._mul0 import mul0
+from jce._platforms import on_platform
+from jce._products import Head
+
+
+class Inputs(NamedTuple):
+    """Hidden states [N, d] and other arrays [N, ...] of tokens; a head for each of the first, and what is shared."""
+
+    hidden: Sequence[Array]
+    tokens: Sequence[Array]
+    heads: Sequence[Head]
+    shared: Any
+
+    def varying_over(self, axes: frozenset, class_axis: Hashable | None) -> Inputs:
+        """A loop carries what varies alike. Tokens and what they share don't vary over the classes' mesh axes.
+
+        What is made to vary here, before the loop, has a gradient that is summed over devices after it, once.
+        """
+        classes = frozenset(mesh_names(class_axis))
+
+        def vary(tree, axes):
+            leaves, structure = jax.tree.flatten(tree)
+            return jax.tree.unflatten(structure, vary_over(axes, *leaves))
+
+        hidden, heads = vary((self.hidden, self.heads), axes | classes)
+        tokens, shared = vary((self.tokens, self.shared), axes - classes)
+        return Inputs(hidden, tokens, heads, shared)
+
+
+class Loop(NamedTuple):
+    """What is computed of a chunk, and of how many tokens: static."""
+
+    of_chunk: Callable  # (platform, inputs) -> arrays whose first axis is that of the chunk's tokens
+    chunk: int | None
+    logits: jax.ShapeDtypeStruct  # a token's, under all heads
+    class_axis: Hashable | None
+    trained: int = 0  # which result has a derivative where they are summed
+
+
+def each(loop: Loop, inputs: Inputs) -> list[Array]:
+    """The results of all tokens."""
+
+    def on(platform, inputs):
+        def of_chunk(hidden, tokens):
+            return loop.of_chunk(platform, inputs._replace(hidden=hidden, tokens=tokens))
+
+        return each_token(of_chunk, platform.chunks(loop.chunk, loop.logits), inputs.hidden, inputs.tokens)
+
+    return on_platform(on, inputs)
+
+
+def weighted(result, w):
+    column = jnp.expand_dims(w, range(1, result.ndim))
+    return mul0(result.astype(w.dtype), jnp.broadcast_to(column, result.shape))
+
+
+# JAX's own custom_jvp: ours would keep the residuals of a loop, which are the logits of all tokens.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def weighted_sums(loop: Loop, w: Array, inputs: Inputs) -> list[Array]:
+    """Σ wr of each result r. One of them has a derivative, and is a number for each token."""
+    return [weighted(r, w).sum(0) for r in each(loop, inputs)]
+
+
+# d Σ wr = Σ w ∂r · d(inputs) + Σ r dw
+def _weighted_sums_rule(loop, primals, tangents):
+    (w, inputs), (dw, dinputs) = primals, tangents
+    leaves, structure = jax.tree.flatten(inputs)
+    steps = jax.tree.leaves(dinputs, is_leaf=_is_zero)
+    # Each device has its classes' part of a gradient in hidden states and heads.
+    of_classes = jax.tree.leaves(Inputs(*(jax.tree.map(lambda _, k=k: k in (0, 2), x) for k, x in enumerate(inputs))))
+    classes = frozenset(mesh_names(loop.class_axis))
+    typed = all(classes <= varying(head.wide) for head in inputs.heads)  # not so under check_vma=False
+    live, others = [], []
+    for i, (x, t) in enumerate(zip(leaves, steps, strict=True)):
+        if not _is_zero(t):
+            (live if typed and varying(w) <= varying(x) else others).append(i)
+    results, gradients = _results_and_gradients(loop, live, w, inputs)
+    parts, terms = [], [] if _is_zero(dw) else [weighted(results[loop.trained], dw).sum()]
+    if others:  # which a gradient would be the sum over devices of: by another pass
+
+        def of_others(*values):
+            of_i = dict(zip(others, values, strict=True))
+            changed = jax.tree.unflatten(structure, [of_i.get(i, x) for i, x in enumerate(leaves)])
+            return weighted(each(loop, changed)[loop.trained], w).sum()
+
+        terms.append(jax.jvp(of_others, [leaves[i] for i in others], [steps[i] for i in others])[1])
+    for i, gradient in zip(live, gradients, strict=True):
+        (parts if of_classes[i] else terms).append(mul0(gradient, steps[i].astype(gradient.dtype)).sum())
+    if parts:
+        terms.append(over_devices(functools.reduce(jnp.add, parts), mesh_names(loop.class_axis)))
+    sums = [weighted(r, w).sum(0) for r in results]
+    tangent = [jnp.zeros_like(s) for s in sums]
+    tangent[loop.trained] = functools.reduce(jnp.add, [t.astype(w.dtype) for t in terms])
+    return sums, tangent
+
+
+weighted_sums.defjvp(_weighted_sums_rule, symbolic_zeros=True)
+
+
+def _is_zero(t) -> bool:
+    return isinstance(t, SymbolicZero)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _results_and_gradients(loop, live, w, inputs):
+    """The results, and the derivatives of the trained one's sum in those leaves of the inputs."""
+    return _in_one_loop(loop, live, w, inputs)
+
+
+# The plain derivative, but in a rule, and the value from another call: of a loop within a rule, reverse mode over
+# reverse mode forgets the checkpoint, and would keep the logits of all tokens.
+def _results_and_gradients_rule(loop, live, primals, tangents):
+    def in_one_loop(w, inputs):
+        return _in_one_loop(loop, live, w, inputs)
+
+    return _results_and_gradients(loop, live, *primals), live_jvp(in_one_loop, primals, tangents)[1]
+
+
+_results_and_gradients.defjvp(_results_and_gradients_rule, symbolic_zeros=True)
+
+
+def _in_one_loop(loop, live, w, inputs):
+    by_token = len(inputs.hidden) + len(inputs.tokens)  # leaves, the first ones
+
+    def on(platform, w, inputs):
+        # With nothing kept of a chunk, whatever is differentiated.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def of_chunk(w, inputs):
+            leaves, structure = jax.tree.flatten(inputs)
+
+            def total(*values):
+                of_live = dict(zip(live, values, strict=True))
+                results = loop.of_chunk(
+                    platform, jax.tree.unflatten(structure, [of_live.get(i, x) for i, x in enumerate(leaves)])
+                )
+                return weighted(results[loop.trained], w).sum(), results
+
+            value, pull_back, results = jax.vjp(total, *(leaves[i] for i in live), has_aux=True)
+            gradients = pull_back(jnp.ones_like(value))
+            return (
+                results,
+                [g for i, g in zip(live, gradients, strict=True) if i < by_token],
+                [g for i, g in zip(live, gradients, strict=True) if i >= by_token],
+            )
+
+        def step(sums, chunk):
+            w, hidden, tokens = chunk
+            results, of_tokens, of_chunk_sums = of_chunk(w, inputs._replace(hidden=hidden, tokens=tokens))
+            sums = of_chunk_sums if sums is None else jax.tree.map(jnp.add, sums, of_chunk_sums)
+            return sums, (results, of_tokens)
+
+        leaves = jax.tree.leaves(inputs)
+        zeros = [jnp.zeros_like(leaves[i]) for i in live if i >= by_token]
+        chunks = platform.chunks(loop.chunk, loop.logits)
+        sums, (results, of_tokens) = over_chunks(step, chunks, zeros, (w, inputs.hidden, inputs.tokens))
+        return results, [*of_tokens, *sums]
+
+    return on_platform(on, w, inputs)

@@ -1,0 +1,381 @@
+"""Any function of a head's tokens: against whole logits, in every mode; what is left out, closed over, and its cost."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jce
+from jce import Linear
+from tests.kernels import modes
+from tests.test_linear_cost import multiplications
+
+TOKENS, CLASSES, CHUNK = 11, 7, 4
+WIDTHS = {"teacher": 3, "student": 2}
+ce = jce.cross_entropy_with_integer_labels
+
+
+def clipped_ratio(log_prob, advantage, old):
+    ratio = jnp.exp(log_prob - old)
+    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.2) * advantage)
+
+
+def policy_loss(y, advantage, old, reference, x):
+    return clipped_ratio(-ce(y, x), advantage, old) + 0.1 * jce.kl_divergence_with_logits(x, reference)
+
+
+# name: function of one token, and of what: l labels, a advantages, o old log-probabilities, i three classes and c their
+# probabilities, m legal classes, t the teacher's logits, s the student's
+FUNCTIONS = {
+    "label": (ce, "ls"),
+    "distillation": (jce.kl_divergence_with_logits, "ts"),
+    "top-k teacher": (lambda i, c, x: -(c * jax.nn.log_softmax(x)[i]).sum(), "ics"),
+    "policy": (policy_loss, "laots"),
+    "legal classes": (lambda y, ok, x: ce(y, x, where=ok), "lms"),
+    "logits first": (lambda x, y: jnp.tanh(x).sum() * x[y], "sl"),
+}
+
+
+@pytest.fixture
+def arrays(rng):
+    """By letter: what tokens have, hidden states and heads."""
+    labels = rng.integers(0, CLASSES, TOKENS)
+    legal = rng.random((TOKENS, CLASSES)) < 0.6
+    legal[np.arange(TOKENS), labels] = True
+    of_tokens = {
+        "l": labels,
+        "a": rng.standard_normal(TOKENS),
+        "o": -rng.random(TOKENS),
+        "i": rng.integers(0, CLASSES, (TOKENS, 3)),
+        "c": rng.random((TOKENS, 3)),
+        "m": legal,
+    }
+    heads = {
+        name[0]: (rng.standard_normal((TOKENS, width)), rng.standard_normal((CLASSES, width)))
+        for name, width in WIDTHS.items()
+    }
+    return of_tokens, heads
+
+
+def whole(function, arguments, where, weights, reduction):
+    """Of all logits at once."""
+    x = [a.hidden @ a.head.T if isinstance(a, Linear) else a for a in arguments]
+    results = jax.vmap(function)(*x)
+    w = jnp.where(where, weights, 0)
+    if reduction == "none":
+        return w * results
+    return (w * results).sum() / (w.sum() if reduction == "mean" else 1)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.in_turn(6)
+def test_functions_of_whole_logits(name, reduction, arrays, rng):
+    """Value, gradients in hidden states, heads and weights, and second derivatives in three nestings."""
+    function, letters = FUNCTIONS[name]
+    of_tokens, heads = arrays
+    where = rng.random(TOKENS) < 0.7
+    numbers = (*(x for pair in heads.values() for x in pair), rng.random(TOKENS) + 0.5)
+
+    def of(how):
+        def loss(th, tw, sh, sw, weights):
+            linear = {"t": Linear(th, tw), "s": Linear(sh, sw)}
+            arguments = [linear[k] if k in linear else of_tokens[k] for k in letters]
+            cotangent = jnp.arange(1.0, TOKENS + 1) if reduction == "none" else 1
+            return (how(function, arguments, where, weights, reduction) * cotangent).sum()
+
+        return modes(loss, tuple(range(len(numbers))))
+
+    def chunks(function, arguments, where, weights, reduction):
+        return jce.linear_map(function, *arguments, where=where, weights=weights, reduction=reduction, chunk_size=CHUNK)
+
+    wanted = ("value", "gradient", "jvp", "forward over reverse", "reverse over forward", "reverse over reverse")
+    directions = tuple(rng.standard_normal(x.shape) for x in numbers)
+    with jax.enable_x64(True):
+        got, expected = (
+            jax.jit(lambda a, t, p=programs: {m: p[m](a, t) for m in wanted})(numbers, directions)
+            for programs in map(of, (chunks, whole))
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, expected)
+
+
+def test_trees_and_numbers_of_every_kind(arrays):
+    """In and out; a mean counts what is true."""
+    of_tokens, heads = arrays
+    data = {"labels": of_tokens["l"], "logits": (Linear(*heads["s"], logit_soft_cap=2.0), None)}
+
+    def function(data, scale):
+        x = data["logits"][0]
+        return {"right": x.argmax() == data["labels"], "top": [x.argmax(), x * scale], "none": None}
+
+    def mapped(data, reduction):
+        return jce.linear_map(function, data, shared=2.0, reduction=reduction, chunk_size=CHUNK)
+
+    each, mean = (jax.jit(mapped, static_argnums=1)(data, reduction) for reduction in ("none", "mean"))
+    h, w = heads["s"]
+    x = 2 * np.tanh(h @ w.T / 2)
+    right = x.argmax(1) == of_tokens["l"]
+    assert (each["right"] == right).all()
+    assert each["right"].dtype == bool
+    assert (each["top"][0] == x.argmax(1)).all()
+    np.testing.assert_allclose(each["top"][1], 2 * x, rtol=1e-5)
+    assert each["none"] is None
+    np.testing.assert_allclose(mean["right"], right.mean(), rtol=1e-6)
+    np.testing.assert_allclose(mean["top"][1], 2 * x.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_token_axes_and_samples(rng):
+    """Two axes of tokens, each with a random key: the class that the whole logits give."""
+    h, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 5, 3), (CLASSES, 3)))
+    keys = jax.random.split(jax.random.key(0), (2, 5))
+    got = jce.linear_map(jax.random.categorical, keys, Linear(h, w), chunk_size=4)
+    expected = jax.vmap(jax.vmap(jax.random.categorical))(keys, jnp.asarray(h @ w.T, jnp.float32))
+    assert got.shape == (2, 5)
+    assert (got == expected).all()
+
+
+# What is left out
+
+
+def singular(x, scale):
+    """Infinite at logits of 0, which zeros to fill a chunk would make."""
+    return scale * jnp.log(jnp.abs(x).sum())
+
+
+@pytest.mark.holds_nan
+@pytest.mark.parametrize("how", ["filled up", "where", "weights", "nothing left"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.in_turn(4)
+def test_what_is_left_out_reaches_no_derivative(how, reduction, rng):
+    """61 tokens in chunks of 16; those left out hold NaN."""
+    h, w = rng.standard_normal((61, 3)), rng.standard_normal((CLASSES, 3))
+    kept = np.ones(61, bool) if how == "filled up" else np.arange(61) % 3 == 1
+    kept &= how != "nothing left"
+    options = {} if how == "filled up" else {"weights": 1.0 * kept} if how == "weights" else {"where": kept}
+
+    def ours(h, w, scale):
+        h = jnp.where(kept[:, None], h, jnp.nan)
+        return jce.linear_map(singular, Linear(h, w), shared=scale, reduction=reduction, chunk_size=16, **options).sum()
+
+    def expected(h, w, scale):
+        return (0 * scale + jax.vmap(lambda h: singular(w @ h, scale))(h[kept])).sum()
+
+    with jax.enable_x64(True):
+        for got, right in zip(
+            *(jax.jit(jax.value_and_grad(f, (0, 1, 2)))(h, w, np.float64(2)) for f in (ours, expected)), strict=True
+        ):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), got, right)
+
+
+def test_no_tokens_and_no_classes():
+    def of(tokens, n, reduction):
+        return jce.linear_map(
+            jce.entropy_with_logits, Linear(jnp.ones((tokens, 2)), jnp.ones((n, 2))), reduction=reduction
+        )
+
+    assert of(0, 3, "none").shape == (0,)
+    assert of(0, 3, "mean") == 0
+    assert of(2, 0, "sum") == 0
+    assert (
+        jax.grad(lambda h: jce.linear_map(jnp.sum, Linear(h, jnp.ones((3, 2))), reduction="sum"))(jnp.ones((0, 2))) == 0
+    ).all()
+
+
+# What is closed over, or shared
+
+
+def test_traced_values_closed_over_and_shared(arrays):
+    """A temperature's derivatives, from either place, to the second order."""
+    of_tokens, heads = arrays
+    x = Linear(*heads["s"])
+
+    def closed(t):
+        return jce.linear_map(lambda y, x: ce(y, x / t), of_tokens["l"], x, reduction="mean", chunk_size=CHUNK)
+
+    def shared(t):
+        options = {"shared": t, "reduction": "mean", "chunk_size": CHUNK}
+        return jce.linear_map(lambda y, x, t: ce(y, x / t), of_tokens["l"], x, **options)
+
+    def expected(t):
+        return ce(of_tokens["l"], jnp.asarray(heads["s"][0] @ heads["s"][1].T) / t).mean()
+
+    with jax.enable_x64(True):
+        got = [
+            jax.jit(lambda t, f=f: [f(t), jax.grad(f)(t), jax.hessian(f)(t)])(1.5) for f in (closed, shared, expected)
+        ]
+    np.testing.assert_allclose(got[0], got[2], rtol=1e-10)
+    np.testing.assert_allclose(got[1], got[2], rtol=1e-10)
+
+
+def test_a_module_that_has_changed_is_not_taken_for_what_it_was():
+    class Scale:
+        by = 1.0
+
+        def of(self, x):
+            return self.by * x.sum()
+
+    scale, x = Scale(), Linear(jnp.ones((3, 2)), jnp.ones((4, 2)))
+    assert (jce.linear_map(scale.of, x) == 8).all()
+    scale.by = 2.0
+    assert (jce.linear_map(scale.of, x) == 16).all()
+
+
+@pytest.mark.needs_jit
+def test_a_fresh_lambda_compiles_nothing_anew_in_a_jit():
+    traces = []
+
+    @jax.jit
+    def step(x):
+        traces.append(None)
+        return jce.linear_map(lambda x: x.max(), x, reduction="mean")
+
+    x = Linear(jnp.ones((3, 2)), jnp.ones((4, 2)), logit_soft_cap=3.0)
+    assert step(x) == step(x)
+    assert len(traces) == 1
+
+
+def test_half_precision_is_summed_in_float32():
+    """bfloat16 shared by 4096 tokens, a chunk each: their gradient's sum has no digits of bfloat16 to lose."""
+    x = Linear(jnp.ones((4096, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16))
+
+    def loss(scale, reduction):
+        return jce.linear_map(
+            lambda x, s: s.astype(np.float32) * x[0], x, shared=scale, reduction=reduction, chunk_size=1
+        ).sum()
+
+    for reduction in ("sum", "none"):
+        assert jax.grad(loss)(jnp.ones((), jnp.bfloat16), reduction) == 4096
+
+
+# What it costs
+
+LOSSES = {
+    "label": (lambda t, s: jce.linear_map(ce, np.zeros(64, int), s, reduction="mean", chunk_size=16), 1, 3),
+    "each label": (lambda t, s: jce.linear_map(ce, np.zeros(64, int), s, chunk_size=16).sum(), 1, 4),
+    "log-probabilities and entropies": (
+        lambda t, s: jce.linear_map(
+            lambda y, x: jce.entropy_with_logits(x) - 2 * ce(y, x), np.zeros(64, int), s, reduction="sum", chunk_size=16
+        ),
+        1,
+        3,
+    ),
+    "several numbers": (
+        lambda t, s: sum(
+            jce.linear_map(lambda x: (jce.entropy_with_logits(x), x.sum()), s, reduction="sum", chunk_size=16)
+        ),
+        1,
+        4,
+    ),
+    "distillation": (lambda t, s: jce.linear_kl_divergence(t, s, chunk_size=16), 2, 4),
+    "each distillation": (lambda t, s: jce.linear_kl_divergence(t, s, reduction="none", chunk_size=16).sum(), 2, 6),
+    "mapped distillation": (
+        lambda t, s: jce.linear_map(jce.kl_divergence_with_logits, t, s, reduction="mean", chunk_size=16),
+        2,
+        4,
+    ),
+}
+
+
+@pytest.mark.needs_jit
+@pytest.mark.parametrize("platform", ["cpu", "other"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_products(name, platform):
+    loss, of_value, of_gradient = LOSSES[name]
+    teacher, student = (
+        Linear(jax.ShapeDtypeStruct((64, 8), np.float32), jax.ShapeDtypeStruct((40, 8), np.float32)) for _ in range(2)
+    )
+
+    def products(f):
+        return multiplications(jax.make_jaxpr(f)(teacher, student).jaxpr, platform) / (64 * 8 * 40)
+
+    assert products(loss) == of_value
+    assert products(jax.value_and_grad(loss, 1)) == of_gradient
+    if "distillation" in name:  # with the teacher trained too
+        assert products(jax.value_and_grad(loss, (0, 1))) == (8 if "each" in name else 6)
+
+
+@pytest.mark.needs_jit
+@pytest.mark.parametrize("mode", [*modes(lambda: 0, ()), "reverse over reverse over reverse"])
+@pytest.mark.parametrize("name", ["map", "distillation"])
+@pytest.mark.in_turn(5)
+def test_no_mode_has_the_logits_of_all_tokens(name, mode):
+    tokens, d, n, chunk = 1024, 16, 4096, 32
+    options = {"reduction": "mean", "chunk_size": chunk}
+
+    def loss(h, w):
+        x = Linear(h, w)
+        if name == "map":
+            return jce.linear_map(lambda x: jce.entropy_with_logits(x) + jax.nn.logsumexp(x), x, **options)
+        return jce.linear_kl_divergence(x, Linear(h[:, ::-1], w[::-1]), **options)
+
+    programs = modes(loss, (0, 1))
+
+    def thrice(a, t):
+        def inner(u):
+            return sum((x * y).sum() for x, y in zip(u, t, strict=True))
+
+        second = jax.grad(lambda a: inner(jax.grad(loss, (0, 1))(*a)))
+        return jax.grad(lambda a: inner(second(a)))(a)
+
+    program = programs.get(mode, thrice)
+    a = jax.ShapeDtypeStruct((tokens, d), np.float32), jax.ShapeDtypeStruct((n, d), np.float32)
+    text = jax.jit(program).lower(a, a).compile().as_text()
+    shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"\[(\d+(?:,\d+)+)\]", text)}
+    # The third nesting of reverse mode alone keeps a gradient of the head for each chunk.
+    assert max(map(math.prod, shapes)) < tokens * n / (1 if mode.count("reverse") == 3 else 8)
+
+
+# Errors
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("x",), {}, TypeError, r"function must be callable; got Linear.*comes first"),
+        ((sum, ones(3)), {}, ValueError, r"must be a jce.Linear.*got arguments\[0\]: float32\[3\].*jax.vmap"),
+        ((sum,), {}, ValueError, r"must be a jce.Linear.*got no arguments"),
+        (
+            (sum, ones(3, dtype=int), "x"),
+            {},
+            ValueError,
+            r"begin with the token axes.*\(4,\).*arguments\[0\]: int.*shared",
+        ),
+        ((sum, "x", 1.0), {}, ValueError, r"begin with the token axes.*arguments\[1\]: float\d\d\[\]"),
+        ((sum, Linear(ones(4, 3), ones(3, 5))), {}, ValueError, r"head \[n, d\].*Transpose the head"),
+        (
+            (sum, Linear(ones(4, 3), ones(5, 3), ones(4))),
+            {},
+            ValueError,
+            r"bias must have.*\(5,\).*arguments\[0\].bias",
+        ),
+        ((sum, Linear(ones(4, 3), ones(5, 3), None, 0)), {}, ValueError, r"logit_soft_cap must be"),
+        ((sum, Linear(ones(4, 3, dtype=complex), ones(5, 3))), {}, TypeError, r"must be real"),
+        ((sum, Linear("hidden", ones(5, 3))), {}, TypeError, r"arguments\[0\].hidden must be an array"),
+        ((sum, "x"), {"where": ones(3, dtype=bool)}, ValueError, r"where must broadcast.*\(4,\)"),
+        ((sum, "x"), {"where": ones(4)}, TypeError, r"where must be boolean"),
+        ((sum, "x"), {"weights": ones(3)}, ValueError, r"weights must broadcast"),
+        ((sum, "x"), {"reduction": "avg"}, ValueError, r"reduction must be"),
+        ((sum, "x"), {"chunk_size": 0}, ValueError, r"chunk_size must be"),
+        ((sum, "x"), {"axis_name": "nowhere"}, ValueError, r"axis_name must name an axis"),
+    ],
+)
+def test_errors(arguments, options, error, message):
+    x = Linear(ones(4, 3), ones(5, 3))
+    with pytest.raises(error, match=message) as raised:
+        jce.linear_map(*(x if isinstance(a, str) else a for a in arguments), **options)
+    assert str(raised.value).startswith("linear_map: ")
+
+
+def test_errors_of_a_divergence():
+    x = Linear(ones(4, 3), ones(5, 3))
+    with pytest.raises(TypeError, match=r"linear_kl_divergence: p must be a jce.Linear; got an array.*target first"):
+        jce.linear_kl_divergence(ones(4, 3), x)
+    with pytest.raises(ValueError, match=r"linear_kl_divergence: temperature must be a number.*got temperature=0"):
+        jce.linear_kl_divergence(x, x, temperature=0)

@@ -1,0 +1,201 @@
+"""The functions of heads on a mesh: the numbers of one device, in every mode, and no more sent than that takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jce
+from bench.hlo import collectives
+from jce import Linear
+from tests.test_devices import close, make_mesh, second_order
+
+pytestmark = pytest.mark.needs_jit
+AXES = {"token_axis": "tokens", "class_axis": "classes"}
+ce = jce.cross_entropy_with_integer_labels
+
+
+def policy(axis_name):
+    """Of one token: a clipped ratio's loss with an entropy bonus, at a temperature that all share."""
+
+    def loss(y, advantage, x, t):
+        log_prob, entropy = -ce(y, x / t, axis_name=axis_name), jce.entropy_with_logits(x, axis_name=axis_name)
+        ratio = jnp.exp(log_prob + 3)
+        return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.2) * advantage) - 0.1 * entropy
+
+    return loss
+
+
+# Of labels, an advantage a token, two pairs of hidden states and heads, and a number; and where the classes are
+LOSSES = {
+    "cross-entropy": lambda on, axis, y, a, p, q, t: on(jce.linear_cross_entropy)(y, q.hidden, q.head, chunk_size=3),
+    "log-probabilities": lambda on, axis, y, a, p, q, t: sum(
+        (a * x).sum() for x in on(jce.linear_log_probs)(y, q.hidden, q.head, chunk_size=3)
+    ),
+    "divergence": lambda on, axis, y, a, p, q, t: on(jce.linear_kl_divergence)(
+        p, q, weights=a, reduction="sum", temperature=t, chunk_size=3
+    ),
+    "each divergence": lambda on, axis, y, a, p, q, t: (
+        a * on(jce.linear_kl_divergence)(p, q, reduction="none", chunk_size=3)
+    ).sum(),
+    "map": lambda on, axis, y, a, p, q, t: on(jce.linear_map)(
+        policy(axis), y, a, q, shared=t, where=y > 0, reduction="mean", chunk_size=3
+    ),
+    "map of each": lambda on, axis, y, a, p, q, t: on(jce.linear_map)(
+        policy(axis), y, a, Linear(q.hidden, q.head, logit_soft_cap=2 * t), shared=t, chunk_size=3
+    ).sum(),
+}
+
+
+def arguments(rng, tokens=16, widths=(3, 5), n=24, dtype=np.float64):
+    p, q = (
+        Linear(rng.standard_normal((tokens, d)).astype(dtype), rng.standard_normal((n, d)).astype(dtype))
+        for d in widths
+    )
+    return rng.integers(0, n, tokens), (rng.standard_normal(tokens).astype(dtype), p, q, np.array(1.5, dtype))
+
+
+def skip_if_jax_cannot(name):
+    if "map" in name and jax.__version_info__ < (0, 9):
+        pytest.skip("this JAX has no vmap of a psum in a shard_map")
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.in_turn(12)
+def test_numbers_of_one_device(name, shape, rng):
+    skip_if_jax_cannot(name)
+    y, numbers = arguments(rng)
+    numbers, tree = jax.tree.flatten(numbers)
+    directions = tuple(rng.standard_normal(x.shape) for x in numbers)
+
+    def of(on, axis):
+        return second_order(
+            lambda *x: LOSSES[name](on, axis, y, *jax.tree.unflatten(tree, x)), tuple(range(len(numbers)))
+        )
+
+    with jax.enable_x64(True):
+        got = of(lambda f: jce.on_mesh(f, mesh=make_mesh(shape), **AXES), "classes")(tuple(numbers), directions)
+        expected = of(lambda f: f, None)(tuple(numbers), directions)
+    close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)], ids=str)
+@pytest.mark.in_turn(6)
+def test_in_the_loop_go_some_numbers_a_token(name, shape):
+    """Value and gradient: no gather; in the loop numbers a token; after it each gradient's sum, once."""
+    skip_if_jax_cannot(name)
+    tokens, widths, n, chunk = 256, (12, 16), 1024, 3
+    mesh = make_mesh(shape)
+
+    def abstract(shape, axis=None, dtype=np.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(axis) if axis else P()))
+
+    p, q = (Linear(abstract((tokens, d), "tokens"), abstract((n, d), "classes")) for d in widths)
+    given = abstract((tokens,), "tokens", np.int32), abstract((tokens,), "tokens"), p, q, abstract(())
+
+    def loss(y, *numbers):
+        return LOSSES[name](lambda f: jce.on_mesh(f, mesh=mesh, **AXES), "classes", y, *numbers)
+
+    sent = collectives(jax.jit(jax.value_and_grad(loss, (1, 2, 3, 4))).lower(*given).compile().as_text())
+    assert sent
+    assert {c.kind for c in sent} <= {"all-reduce"}
+    local_tokens, local_n = tokens // shape[0], n // shape[1]
+    most = max(widths) * max(local_tokens, local_n)
+    for _, size, in_loop in sent:
+        assert size <= (chunk if in_loop else most), (size, in_loop)
+    for d in widths[1:]:
+        whole_head = [size for _, size, in_loop in sent if not in_loop and size == local_n * d]
+        assert len(whole_head) == (1 if shape[0] > 1 else 0)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.slow
+def test_in_a_shard_map_of_the_users(check_vma, rng):
+    """Where JAX doesn't check what varies, derivatives from outside are right too."""
+    skip_if_jax_cannot("map")
+    y, (a, _, q, t) = arguments(rng)
+
+    def whole(h, w, t):
+        return LOSSES["map"](lambda f: f, None, y, a, None, Linear(h, w), t)
+
+    def split(h, w, t):
+        def of_part(y, a, h, w, t):
+            x = Linear(h, w)
+            losses, kept = jce.linear_map(
+                lambda y, a, x, t: (policy("classes")(y, a, x, t), y > 0),
+                y,
+                a,
+                x,
+                shared=t,
+                where=y > 0,
+                reduction="sum",
+                chunk_size=3,
+                axis_name="classes",
+            )
+            return jax.lax.psum(losses, "tokens") / jax.lax.psum(kept, "tokens")
+
+        specs = P("tokens"), P("tokens"), P("tokens"), P("classes"), P()
+        return jax.shard_map(of_part, mesh=make_mesh((2, 4)), in_specs=specs, out_specs=P(), check_vma=check_vma)(
+            y, a, h, w, t
+        )
+
+    numbers = q.hidden, q.head, t
+    directions = tuple(rng.standard_normal(np.shape(x)) for x in numbers)
+    with jax.enable_x64(True):
+        close(*(second_order(f, (0, 1, 2))(numbers, directions) for f in (split, whole)), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
+def test_by_the_types_of_explicit_axes(rng):
+    """Tokens that types say are split stay so; shared and closed over, a number has the same derivative."""
+    skip_if_jax_cannot("map")
+    mesh = jax.make_mesh((8,), ("tokens",), axis_types=(AxisType.Explicit,))
+    y, (a, _, q, t) = arguments(rng, dtype=np.float32)
+    with jax.set_mesh(mesh):
+        y, a, h = (jax.device_put(x, NamedSharding(mesh, P("tokens"))) for x in (y, a, q.hidden))
+
+        def shared(h, w, t):
+            return LOSSES["map"](lambda f: f, None, y, a, None, Linear(h, w), t)
+
+        def closed(h, w, t):
+            return jce.linear_map(
+                lambda y, a, x: policy(None)(y, a, x, t),
+                y,
+                a,
+                Linear(h, w),
+                where=y > 0,
+                reduction="mean",
+                chunk_size=3,
+            )
+
+        got = [jax.jit(jax.value_and_grad(f, (0, 1, 2)))(h, q.head, t) for f in (shared, closed)]
+        assert jax.typeof(got[0][1][0]).sharding.spec[0] == "tokens"
+    y, a = np.asarray(y), np.asarray(a)
+    expected = jax.value_and_grad(shared, (0, 1, 2))(q.hidden, q.head, t)
+    for x in got:
+        close(jax.device_get(x), jax.device_get(expected), rtol=2e-5, atol=2e-5)
+
+
+def test_errors():
+    mesh = make_mesh((2, 4))
+    x = Linear(np.ones((4, 2), np.float32), np.ones((8, 2), np.float32))
+    with pytest.raises(TypeError, match=r"on_mesh: function must be one of jce.linear_cross_entropy, .*got <function"):
+        jce.on_mesh(jce.entropy, mesh=mesh, **AXES)
+    with pytest.raises(ValueError, match=r"on_mesh: mesh must be a mesh.*got mesh=None"):
+        jce.on_mesh(jce.linear_map, mesh=None, **AXES)
+    with pytest.raises(ValueError, match=r"linear_map: the number of classes.*multiple of the 4 devices.*got 6"):
+        jce.on_mesh(jce.linear_map, mesh=mesh, **AXES)(jnp.max, Linear(x.hidden, x.head[:6]))
+    with pytest.raises(
+        ValueError, match=r"linear_map: the results of function must be the same.*\['classes'\].*axis_name"
+    ):
+        jce.on_mesh(jce.linear_map, mesh=mesh, **AXES)(jnp.max, x)
+    explicit = jax.make_mesh((4,), ("classes",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    with (
+        jax.set_mesh(explicit),
+        pytest.raises(ValueError, match=r"linear_map: the types of the heads.*'classes'.*on_mesh"),
+    ):
+        jce.linear_map(jnp.max, Linear(x.hidden, jax.device_put(x.head, NamedSharding(explicit, P("classes")))))

@@ -407,10 +407,6 @@ def as_biases(of_linear):
     return of_logits
 
 
-def linear_map(x):
-    return jce.linear_map(jce.entropy_with_logits, x, reduction="sum")
-
-
 SMOOTHING, BETA = 0.125, 0.125
 
 
@@ -938,7 +934,6 @@ HEADS = [
     dataclasses.replace(
         ROWS["entropy_with_logits"], function=as_bias(jce.linear_log_probs, lambda result: result.entropy)
     ),
-    dataclasses.replace(ROWS["entropy_with_logits"], function=as_biases(linear_map)),
     dataclasses.replace(ROWS["kl_divergence_with_logits"], function=as_biases(jce.linear_kl_divergence)),
 ]
 

@@ -170,31 +170,73 @@ def labelled(
 ) -> tuple[Array, Array, Array, Classes]:
     """Labels of the batch's shape, the logits and classes as in `distributions`, and 1 for each class kept."""
     got = {"labels": labels, "logits": logits}
-    y = as_array(function, "labels", labels)
+    y = _integer_labels(function, got)
+    x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
+    if y.shape != rows.shape:
+        raise ValueError(
+            f"{function}: labels must have the shape of logits without the class axis, {rows.shape}; got"
+            f" {described(got)}. The target comes first, the model second; for one label against a batch of logits use"
+            f" jax.vmap, for several of each distribution label_probs."
+        )
+    y = rows.place(y)
+    if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
+        # In a row with nothing left any label will do, also one that is none.
+        y = jnp.where(classes.any(kept != 0), y, jnp.zeros_like(y))
+    return y, x, kept, classes
+
+
+def labelled_with_probs(
+    function: str,
+    axis: int,
+    where: ArrayLike | None,
+    axis_name: Hashable | None,
+    labels: ArrayLike,
+    label_probs: ArrayLike,
+    logits: ArrayLike,
+) -> tuple[Array, Array, Array, Array, Classes]:
+    """Labels and their probabilities, a last axis of some for each row; and the same, with the classes' axis last."""
+    got = {"labels": labels, "label_probs": label_probs, "logits": logits}
+    y = _integer_labels(function, got)
+    p, x = _as_floats(function, {name: got[name] for name in ("label_probs", "logits")})
+    x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, x)
+    if y.ndim == 0 or y.shape[:-1] != rows.shape or p.shape != y.shape:
+        raise ValueError(
+            f"{function}: labels and label_probs must both have the shape of logits without the class axis, and an axis"
+            f" for the labels of each distribution last, {rows.shape} and k; got {described(got)}."
+        )
+    few = Layout(y.shape, rows.mesh, (*rows.spec, None))
+    y, p = few.place(y), few.place(p)
+    if where is not None or x.shape[classes.axis] == 0:
+        p = jnp.where(jnp.expand_dims(classes.any(kept != 0), -1), p, jnp.zeros_like(p))
+    x, kept = (jnp.moveaxis(a, classes.axis, -1) for a in (x, kept))
+    return y, p, x, kept, classes._replace(axis=-1)
+
+
+def _integer_labels(function: str, got: Mapping[str, ArrayLike]) -> Array:
+    y = as_array(function, "labels", got["labels"])
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(
             f"{function}: labels must be integers, a class index for each distribution; got {described(got)}. The"
             f" target comes first, the model second; for probabilities as targets there is cross_entropy_with_logits."
         )
+    return wide_enough(y)
+
+
+def _logits_of_labels(function, axis, where, axis_name, logits) -> tuple[Array, Array, Classes, Layout]:
+    """The logits and classes as in `distributions`, 1 for each class kept, and how rows lie."""
     (x,), classes = distributions(function, axis, where, axis_name, in_logits=("logits",), logits=logits)
-    shape = jnp.asarray(logits).shape
-    batch = _without(shape, classes.axis)
-    if y.shape != batch:
+    logits, mask = jnp.asarray(logits), jnp.asarray(True if where is None else where)
+    layout = Layout.of(logits.shape, [logits, mask])  # as in `distributions`
+    kept = layout.place(mask).astype(x.dtype) if logits.shape[classes.axis] else jnp.zeros_like(x)
+    return x, kept, classes, layout.without(classes.axis)
+
+
+def require_no_tail(function: str, tail: bool) -> None:
+    if tail:
         raise ValueError(
-            f"{function}: labels must have the shape of logits without the class axis, {batch}; got {described(got)}."
-            f" The target comes first, the model second; for one label against a batch of logits use jax.vmap."
+            f"{function}: tail must come with label_probs, the probabilities of labels; got tail={tail!r} alone. A"
+            f" single label leaves nothing for a tail."
         )
-    y = wide_enough(y)
-    if shape[classes.axis] == 0:
-        return jnp.zeros(batch, y.dtype), x, jnp.zeros_like(x), classes
-    mask = jnp.asarray(True if where is None else where)
-    layout = Layout.of(shape, [jnp.asarray(logits), mask])  # as in `distributions`
-    y = layout.without(classes.axis).place(y)
-    kept = layout.place(mask)
-    if where is not None:
-        # In a row with nothing left any label will do, also one that is none.
-        y = jnp.where(classes.any(kept), y, jnp.zeros_like(y))
-    return y, x, kept.astype(x.dtype), classes
 
 
 def wide_enough(labels: Array) -> Array:

@@ -6,33 +6,17 @@ import functools
 from collections.abc import Hashable
 
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
+from jax import Array
 from jax.typing import ArrayLike
 
-from jce._arguments import distributions, fraction, is_array, labelled, public
-from jce._calculus import (
-    both_zero,
-    custom_jvp,
-    def_partials_of_sum,
-    def_tangents,
-    negative,
-    over_if_present,
-    ratio,
-)
+from jce._arguments import distributions, fraction, is_array, labelled, labelled_with_probs, public, require_no_tail
+from jce._calculus import both_zero, custom_jvp, def_partials_of_sum, def_tangents, negative, over_if_present, ratio
 from jce._elementary import exp, log
 from jce._mul0 import mul0
-from jce._platforms import Way, per_platform, per_platform_apart
-from jce._softmax import (
-    another,
-    complement,
-    normalizer,
-    off_label_sum,
-    softmax,
-    softmax_tangent,
-    surprisal,
-    surprisal_at_label,
-)
+from jce._platforms import per_platform
+from jce._soft_targets import bound, smoothed, soft
+from jce._softmax import another, off_label_sum, softmax_tangent, surprisal_at_label
+from jce._sparse_targets import sparse_cross_entropy
 
 
 @public("axis")
@@ -81,15 +65,6 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _sum_p_log_q(p, q, classes):
     return classes.sum(p * jnp.maximum(log(q), bound(p, -1, classes)))
-
-
-def bound(p, sign, classes):
-    """A number at p = 0, and ±∞ at any normal p: what is within that may be multiplied with p, and 0 · ∞ is 0. A select
-    would make XLA write the N × n factors of a sum to memory on a CPU."""
-    info = jnp.finfo(p.dtype)
-    if classes.are_few(p):
-        return sign * jnp.abs((p * info.max) * classes.lowest(p))
-    return sign * info.max * (0.5 + jnp.abs(p) * (1.5 / info.tiny))
 
 
 @custom_jvp
@@ -158,54 +133,16 @@ def cross_entropy_with_logits(
     (p, x), classes = distributions(
         "cross_entropy_with_logits", axis, where, axis_name, in_logits=("logits",), p=p, logits=logits
     )
-    return _soft(p, x, classes)
+    return soft(p, x, classes)
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(2,))
-@per_platform
-def _soft(p, x, classes):
-    loss = classes.sum(p * jnp.minimum(normalizer(x, classes).surprisal(x, classes), bound(p, 1, classes)))
-    # Or XLA makes one sum of a row's and a batch's, which is no chain.
-    return lax.optimization_barrier(loss) if classes.way is Way.CHAIN else loss
-
-
-# ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
-def_partials_of_sum(_soft, lambda p, x, classes: surprisal(x, classes), lambda p, x, classes: _excess(p, x, classes))
-
-
-@functools.partial(custom_jvp, nondiff_argnums=(2,))
-@per_platform_apart
-def _excess(p, x, classes):
-    n = normalizer(x, classes)
-    total = classes.sum(p)
-    d = x - classes.column(another(n.m, n.s, few=classes.masks))
-    # Of a class that dominates q = 1 - s/Z, and Σp - p is exact.
-    dominant = (classes.column(total) - p) - classes.column(total * (n.s / n.z))
-    return jnp.where(d > classes.column(n.shared - 0.5), dominant, exp(d) * classes.column(total / n.z) - p)
-
-
-def _excess_rule(classes, primals, tangents):
-    (p, x), (dp, dx) = primals, tangents
-    terms = []
-    if not isinstance(dp, SymbolicZero):
-        q = softmax(x, classes)
-        d_total = classes.each(classes.sum(dp), p)
-        # For a class of q > 1/2, q Σdp - dp is the sum of the other dp, less (1 - q) Σdp.
-        others = classes.column(classes.sum(jnp.where(q > 0.5, jnp.zeros_like(dp), dp)))
-        terms.append(jnp.where(q > 0.5, others - mul0(complement(x, classes), d_total), mul0(q, d_total) - dp))
-    if not isinstance(dx, SymbolicZero):
-        terms.append(softmax_tangent(dx, x, classes.sum(p), classes))
-    return _excess(p, x, classes), functools.reduce(jnp.add, terms)
-
-
-_excess.defjvp(_excess_rule, symbolic_zeros=True)
-
-
-@public("axis", "axis_name", numbers=("label_smoothing",))
+@public("axis", "axis_name", "tail", numbers=("label_smoothing",))
 def cross_entropy_with_integer_labels(
     labels: ArrayLike,
     logits: ArrayLike,
     *,
+    label_probs: ArrayLike | None = None,
+    tail: bool = False,
     label_smoothing: ArrayLike = 0.0,
     axis: int = -1,
     where: ArrayLike | None = None,
@@ -217,9 +154,15 @@ def cross_entropy_with_integer_labels(
     (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ. No one-hot array is built. Relatively accurate where the model is sure and right:
     a loss of 1e-30 is 1e-30, and its gradient points the right way.
 
+    With label_probs a target has k labels, each with its probability, as of a teacher whose likeliest classes are kept.
+    The loss is Σⱼ pⱼ log 1/q_yⱼ, and with `tail` (1-Σp) log 1/(1-Σq) more, where Σq is over the classes with a label.
+
     Args:
-      labels: integer, [..., ...], class indices: exactly the shape of logits without `axis`.
+      labels: integer, [..., ...], class indices: exactly the shape of logits without `axis`; with label_probs [..., k].
       logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
+      label_probs: real, the shape of labels, [..., k], or None. Σp is not made 1. Of a label that repeats the
+        probabilities add up; pad a list with probability 0, whatever the label.
+      tail: whether all classes without a label count as one more outcome, of what is left of the target: a static bool.
       label_smoothing: ε, a number from 0 to 1. One that is traced, as of a schedule, isn't checked.
       axis: the axis of the n classes: a static int.
       where: bool, broadcasts to the shape of logits. A class where it is False has probability 0, whatever it holds,
@@ -233,18 +176,22 @@ def cross_entropy_with_integer_labels(
       [..., ...], the shape of labels; float32, or float64 if logits is.
 
     At the boundary:
-      A label outside [0, n) makes its own row NaN, in value and gradient; it never counts from the end. A logit of -∞
-      is a class of probability 0, with derivative 0; at the label, or with label smoothing, it makes the loss +∞. A
-      NaN, a +∞ or nothing but -∞ makes a row NaN. n = 0 gives 0. A traced ε of 0 is none: a logit of -∞ costs nothing.
+      A label outside [0, n) makes its own row NaN, in value and gradient; it never counts from the end. In label_probs,
+      with probability 0, it contributes 0. A logit of -∞ is a class of probability 0, with derivative 0; at the label,
+      or with label smoothing, it makes the loss +∞, and so does a tail of nothing else, while one of no class at all is
+      0. A NaN, a +∞ or nothing but -∞ makes a row NaN. n = 0 gives 0. A traced ε of 0 is none: a logit of -∞ costs
+      nothing.
 
     Derivative:
       ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n, in logits' dtype; at ε = 0 relatively accurate for every i. In a traced ε it is
-      1/n Σᵢ log 1/qᵢ - log 1/q_y.
+      1/n Σᵢ log 1/qᵢ - log 1/q_y. With label_probs, which smoothing makes (1-ε)p + εΣp/n, it is qᵢ Σp - pᵢ at ε = 0,
+      and in pⱼ log 1/q_yⱼ; a tail adds (1-Σp)(qᵢ - [no label is i] qᵢ/(1-Σq)), and to the latter -log 1/(1-Σq).
 
     Raises:
-      TypeError: labels are not integers, logits not real, or `where` not boolean.
-      ValueError: labels don't have the shape of logits without the class axis, label_smoothing is not in [0, 1], there
-        is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+      TypeError: labels are not integers, logits or label_probs not real, or `where` not boolean.
+      ValueError: labels don't have the shape of logits without the class axis (with label_probs and one axis more, as
+        these do), label_smoothing is not in [0, 1], there is a tail without label_probs or no class axis, `axis` is not
+        an int in range, or `where` doesn't broadcast.
 
     Not checked:
       Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
@@ -253,28 +200,23 @@ def cross_entropy_with_integer_labels(
       >>> logits = jnp.array([[20.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
       >>> print(jce.cross_entropy_with_integer_labels(jnp.array([0, 1]), logits))
       [4.1223074e-09 1.4076060e+00]
+      >>> top, probs = jnp.array([0, 2]), jnp.array([0.7, 0.2])  # of a teacher of three classes
+      >>> print(jce.cross_entropy_with_integer_labels(top, logits[1], label_probs=probs, tail=True))
+      1.9076059
     """
-    y, x, kept, classes = labelled("cross_entropy_with_integer_labels", axis, where, axis_name, labels, logits)
-    smoothing = fraction("cross_entropy_with_integer_labels", x.dtype, label_smoothing=label_smoothing)
+    name = "cross_entropy_with_integer_labels"
+    if label_probs is not None:
+        y, p, x, kept, classes = labelled_with_probs(name, axis, where, axis_name, labels, label_probs, logits)
+        smoothing = fraction(name, x.dtype, label_smoothing=label_smoothing)
+        return sparse_cross_entropy(y, p, x, kept, smoothing, tail, classes)
+    require_no_tail(name, tail)
+    y, x, kept, classes = labelled(name, axis, where, axis_name, labels, logits)
+    smoothing = fraction(name, x.dtype, label_smoothing=label_smoothing)
     loss = label_surprisal(y, x, classes)
     if not is_array(smoothing) and smoothing == 0:
         return loss
     uniform = kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
-    return smoothed(loss, _soft(uniform, x, classes), smoothing)
-
-
-def smoothed(loss, uniform_loss, smoothing):
-    if is_array(smoothing):
-        both = scaled(1 - smoothing, loss) + scaled(smoothing, uniform_loss)
-        return jnp.where(jnp.isnan(loss), loss, both)  # also at ε = 1
-    if smoothing == 1:  # the label counts for nothing, even where its loss is +∞, but it still must be one
-        return jnp.where(jnp.isnan(loss), loss, uniform_loss)
-    return (1 - smoothing) * loss + smoothing * uniform_loss
-
-
-def scaled(number, x):
-    """The number times x, and 0 for a traced 0, whatever x is; Python's 0 costs nothing at all, so isn't asked here."""
-    return mul0(x, number * jnp.ones_like(x)) if is_array(number) else number * x
+    return smoothed(loss, soft(uniform, x, classes), smoothing)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))

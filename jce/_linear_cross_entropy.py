@@ -18,30 +18,36 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._arguments import choice, fraction, is_array, positive, public
+from jce._arguments import choice, fraction, is_array, positive, public, require_no_tail
 from jce._calculus import live_jvp
 from jce._classes import Classes
-from jce._cross_entropy import label_surprisal, scaled, smoothed
+from jce._cross_entropy import label_surprisal
 from jce._elementary import exp, log1p
 from jce._head import REDUCTIONS, Logits, checked, checked_chunk, each_token, over_chunks, shares, tokens_and_head
 from jce._layout import over_devices
+from jce._linear import Linear
+from jce._linear_sparse_targets import linear_sparse_cross_entropy
 from jce._mul0 import mul0
+from jce._over_tokens import TokenOptions
 from jce._places import Arguments, on_each_device
 from jce._platforms import Chunks, Platform, on_platform
 from jce._products import Head
+from jce._soft_targets import scaled, smoothed
 from jce._softmax import logsumexp, off_label_sum, surprisal, surprisal_at_label
 from jce._tokens import of_tokens
 
 OPTIONS, NUMBERS = ("reduction", "chunk_size", "precision"), ("label_smoothing", "z_loss", "logit_soft_cap")
 
 
-@public(*OPTIONS, "axis_name", numbers=NUMBERS)
+@public(*OPTIONS, "tail", "axis_name", numbers=NUMBERS)
 def linear_cross_entropy(
     labels: ArrayLike,
     hidden: ArrayLike,
     head: ArrayLike,
     bias: ArrayLike | None = None,
     *,
+    label_probs: ArrayLike | None = None,
+    tail: bool = False,
     weights: ArrayLike | None = None,
     where: ArrayLike | None = None,
     reduction: str = "mean",
@@ -60,11 +66,14 @@ def linear_cross_entropy(
     (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
 
     Args:
-      labels: integer, [...], class indices y: the shape of hidden without its last axis.
+      labels: integer, [...], class indices y: the shape of hidden without its last axis; with label_probs [..., k].
       hidden: real, [..., d], a state for each token.
       head: real, [n, d], a row for each class: the layout of an embedding table. Of a Dense layer of flax it is
         kernel.T; where n = d, the wrong layout can't be seen.
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
+      label_probs: real, [..., k], the shape of labels, or None: probabilities p of k labels a token, as of a teacher
+        whose likeliest classes are kept. As in `cross_entropy_with_integer_labels`, as is `tail`.
+      tail: whether all classes without a label count as one more outcome, of what is left of the target: a static bool.
       weights: real, broadcasts to the shape of labels: w, each token's weight. A mean divides by Σ w: advantages,
         which may sum to 0, would then train nothing, silently, so give them reduction="sum" and divide by a count.
       where: bool, broadcasts to the shape of labels. A token where it is False takes no part, whatever it holds.
@@ -120,6 +129,11 @@ def linear_cross_entropy(
       4.1223074e-09
     """
     name = "linear_cross_entropy"
+    if label_probs is not None:
+        linear = Linear(hidden, head, bias, logit_soft_cap)
+        options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name)
+        return linear_sparse_cross_entropy(name, labels, label_probs, linear, tail, label_smoothing, z_loss, options)
+    require_no_tail(name, tail)
     got = checked(name, labels, hidden, head, bias=bias, weights=weights, where=where)
     loss = loss_of_part(name, reduction, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
     return on_each_device(name, loss, got["labels"].shape, in_parts(got), axis_name, whole=reduction != "none")

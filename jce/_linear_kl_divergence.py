@@ -15,7 +15,7 @@ from jce._classes import like
 from jce._kl_divergence import kl_divergence_with_logits
 from jce._linear import Linear
 from jce._mul0 import over
-from jce._over_tokens import OfChunk, Options, over_tokens
+from jce._over_tokens import OfChunk, TokenOptions, over_tokens
 
 
 @public("reduction", "chunk_size", "precision", "axis_name", numbers=("temperature",))
@@ -86,7 +86,7 @@ def linear_kl_divergence(
                 f" Pass jce.Linear(hidden, head), the target first."
             )
     t = positive(name, jnp.result_type(float), temperature=temperature)
-    options = Options(where, weights, reduction, chunk_size, precision, axis_name)
+    options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name)
     shared = () if isinstance(t, float) and t == 1 else (t,)
     return over_tokens(name, _of_chunk, {"p": p, "q": q}, options, shared)
 

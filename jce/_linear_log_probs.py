@@ -18,7 +18,7 @@ from jce._cross_entropy import label_surprisal
 from jce._entropy import entropy_of_softmax
 from jce._head import checked
 from jce._linear import Linear
-from jce._over_tokens import OfChunk, Options, over_tokens
+from jce._over_tokens import OfChunk, TokenOptions, over_tokens
 
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbs")
@@ -88,7 +88,7 @@ def linear_log_probs(
     name = "linear_log_probs"
     got = checked(name, labels, hidden, head, bias=bias, where=where)
     logits = Linear(got["hidden"], got["head"], got.get("bias"), logit_soft_cap)
-    options = Options(where=where, chunk_size=chunk_size, precision=precision, axis_name=axis_name)
+    options = TokenOptions(where=where, chunk_size=chunk_size, precision=precision, axis_name=axis_name)
     return over_tokens(name, _of_chunk, {"labels": wide_enough(got["labels"]), "logits": logits}, options)
 
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jce._classes import varying_type
 from jce._layout import mesh_names
 from jce._linear import Linear
-from jce._over_tokens import OfChunk, Options, over_tokens
+from jce._over_tokens import OfChunk, TokenOptions, over_tokens
 
 
 def linear_map(
@@ -119,5 +119,5 @@ def linear_map(
         return OfChunk(of_chunk, results, closed.consts)
 
     named = {f"arguments{jax.tree_util.keystr(path)}": x for path, x in paths}
-    options = Options(where, weights, reduction, chunk_size, precision, axis_name)
+    options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name)
     return over_tokens(name, make, named, options, () if shared is None else (shared,), named_classes=True)

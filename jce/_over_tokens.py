@@ -27,7 +27,7 @@ from jce._token_loop import Inputs, Loop, each, weighted, weighted_sums
 from jce._tokens import of_tokens
 
 
-class Options(NamedTuple):
+class TokenOptions(NamedTuple):
     """As the public functions document them."""
 
     where: ArrayLike | None = None
@@ -53,7 +53,7 @@ def over_tokens(
     name: str,
     make: Callable[[list[Array], Any, Hashable | None], OfChunk],
     arguments: Mapping[str, Any],
-    options: Options,
+    options: TokenOptions,
     shared: Any = (),
     named_classes: bool = False,
 ) -> Any:
@@ -257,7 +257,7 @@ def _checked_batch(name: str, linear: Mapping[str, LinearArrays], others: Mappin
     return batch
 
 
-def _checked_choice(name: str, batch: tuple[int, ...], options: Options) -> dict[str, Array]:
+def _checked_choice(name: str, batch: tuple[int, ...], options: TokenOptions) -> dict[str, Array]:
     """Which tokens count, and how much."""
     given = {"weights": options.weights, "where": options.where}
     got = {key: as_array(name, key, x) for key, x in given.items() if x is not None}

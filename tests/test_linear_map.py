@@ -170,6 +170,18 @@ def test_what_is_left_out_reaches_no_derivative(how, reduction, rng):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), got, right)
 
 
+def test_an_infinite_result_of_weight_0_adds_nothing():
+    """And its derivative in the weight is what it is."""
+    x = Linear(jnp.ones((2, 1)), jnp.zeros((3, 1)), jnp.array([0, 0, -jnp.inf]))
+
+    def total(weights):
+        return jce.linear_map(ce, jnp.array([2, 0]), x, weights=weights, reduction="sum")
+
+    value, gradient = jax.value_and_grad(total)(jnp.array([0.0, 2.0]))
+    np.testing.assert_allclose(value, 2 * math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(gradient, [np.inf, math.log(2)], rtol=1e-6)
+
+
 def test_no_tokens_and_no_classes():
     def of(tokens, n, reduction):
         return jce.linear_map(

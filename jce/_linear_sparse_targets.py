@@ -1,0 +1,58 @@
+"""A head's cross-entropy with targets of few classes: labels with a probability each."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jce._arguments import as_array, described, float_dtype, fraction, is_array, positive, wide_enough
+from jce._classes import Classes
+from jce._linear import Linear
+from jce._over_tokens import OfChunk, TokenOptions, over_tokens
+from jce._soft_targets import scaled
+from jce._softmax import logsumexp
+from jce._sparse_targets import sparse_cross_entropy
+
+
+def linear_sparse_cross_entropy(
+    name: str,
+    labels: ArrayLike,
+    label_probs: ArrayLike,
+    linear: Linear,
+    tail: bool,
+    label_smoothing: ArrayLike,
+    z_loss: ArrayLike,
+    options: TokenOptions,
+) -> Array:
+    """Of k labels a token, with their probabilities."""
+    y, p = as_array(name, "labels", labels), as_array(name, "label_probs", label_probs)
+    got = {"labels": y, "label_probs": p}
+    if not jnp.issubdtype(y.dtype, jnp.integer) or y.ndim == 0 or p.shape != y.shape:
+        raise ValueError(
+            f"{name}: labels must be integers [..., k], k classes a token, and label_probs their probabilities; got"
+            f" {described(got)}. Without label_probs there is one label a token."
+        )
+    numbers = {
+        "smoothing": fraction(name, jnp.result_type(float), label_smoothing=label_smoothing),
+        "z_loss": positive(name, jnp.result_type(float), z_loss=z_loss, or_zero=True),
+    }
+    traced = {key: x for key, x in numbers.items() if is_array(x)}
+
+    def make(one, _, class_axis):
+        classes = Classes(-1, class_axis)
+        dtype = float_dtype(name, {"label_probs": one[1], "logits": one[2]})
+
+        def loss(chunk, shared, *_):
+            y, p, x = chunk
+            p, x = p.astype(dtype), x.astype(dtype)
+            smoothing, z_loss = ((numbers | shared)[key] for key in ("smoothing", "z_loss"))
+            smoothing, z_loss = (a.astype(dtype) if is_array(a) else a for a in (smoothing, z_loss))
+            total = sparse_cross_entropy(y, p, x, jnp.ones_like(x), smoothing, tail, classes)
+            if is_array(z_loss) or z_loss:
+                total += scaled(z_loss, jnp.square(logsumexp(x, classes)))
+            return [total]
+
+        return OfChunk(loss, jnp.zeros((), dtype))
+
+    return over_tokens(name, make, {"labels": wide_enough(y), "label_probs": p, "logits": linear}, options, traced)

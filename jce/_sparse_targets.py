@@ -1,0 +1,84 @@
+"""Targets of few classes: labels with a probability each, as of a teacher whose likeliest classes are kept.
+
+H(p, q) is that of soft targets, 0 at all classes without a label. The rest of a truncated teacher may count as one more
+outcome, the tail: it has 1 - Σp of the target, and of the model 1 - Σq, the classes without a label. With S the sum of
+exp xᵢ over those with one and R that over the others, log 1/(1 - Σq) = log(1 + S/R), of which nothing cancels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jce._binary_with_logits import binary_cross_entropy_with_logits
+from jce._classes import Classes
+from jce._elementary import two_sum
+from jce._mul0 import mul0
+from jce._soft_targets import smoothed, soft
+from jce._softmax import logsumexp
+
+FEW = 16  # labels, which are compared with each class; more are scattered
+
+
+def sparse_cross_entropy(
+    y: Array, p: Array, x: Array, kept: Array, smoothing: float | Array, tail: bool, classes: Classes
+) -> Array:
+    """Of labels and probabilities [..., k] and logits [..., n]; `kept` is 1 for each class that smoothing counts."""
+    is_class = (y >= 0) & (y < classes.count(x))
+    used = jnp.where(is_class, p, jnp.zeros_like(p))
+    total = used.sum(-1)
+    loss = soft(_over_classes(y, used, x, classes), x, classes)
+    if not isinstance(smoothing, float) or smoothing:
+        uniform = kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
+        loss = smoothed(loss, mul0(soft(uniform, x, classes), total), smoothing)
+    if tail:
+        loss += mul0(_log_over_others(y, is_class, x, classes), _rest(used))
+    wrong = (~is_class & (p != 0)).any(-1)
+    return jnp.where(wrong, jnp.full_like(loss, jnp.nan), loss)
+
+
+def _rest(p):
+    """1 - Σp, with its digits where little is left: what each addition loses is added in the end."""
+    terms = jnp.concatenate([jnp.ones_like(p[..., :1]), -p], -1)
+    lost = jnp.zeros_like(terms)
+    while terms.shape[-1] > 1:
+        odd = [(0, 0)] * (terms.ndim - 1) + [(0, terms.shape[-1] % 2)]
+        pairs = [jnp.pad(a, odd).reshape(*a.shape[:-1], -1, 2) for a in (terms, lost)]
+        (terms, more), lost = two_sum(pairs[0][..., 0], pairs[0][..., 1]), pairs[1].sum(-1)
+        lost += lax.stop_gradient(more)
+    return (terms + lost)[..., 0]
+
+
+def _log_over_others(y, is_class, x, classes):
+    """log 1/(1 - Σq), and 0 where every class has a label."""
+    listed = _over_classes(y, is_class.astype(x.dtype), x, classes) > 0
+    x = x - classes.column(lax.stop_gradient(classes.max(x)))  # so that sums are as exact as differences
+    s, some = _log_sum(x, listed, classes)
+    r, others = _log_sum(x, ~listed, classes)
+    d = jnp.where(some & others, s - r, jnp.where(others, jnp.full_like(s, -jnp.inf), jnp.full_like(s, jnp.inf)))
+    d = jnp.where(classes.any(~listed), d, jnp.full_like(d, -jnp.inf))
+    return binary_cross_entropy_with_logits(jnp.zeros_like(d), d)
+
+
+def _log_sum(x, there, classes):
+    """log Σ exp xᵢ over some classes, and whether one of them is possible; if none is, any number."""
+    possible = classes.any(there & (x > -jnp.inf))
+    x = jnp.where(there, x, jnp.full_like(x, -jnp.inf))
+    return logsumexp(jnp.where(classes.column(possible), x, jnp.zeros_like(x)), classes), possible
+
+
+def _over_classes(y, a, x, classes):
+    """Σⱼ aⱼ [i = yⱼ] for each class i of x."""
+    y = classes.local(y, x)
+    if y.shape[-1] <= FEW or classes.are_split(x):
+        terms = [
+            jnp.where(classes.is_at(x, y[..., j]), classes.column(a[..., j]), jnp.zeros_like(x))
+            for j in range(y.shape[-1])
+        ]
+        return sum(terms, start=jnp.zeros_like(x))
+    rows, n = math.prod(x.shape[:-1]), x.shape[-1]
+    at = jnp.where(classes.has(x, y), y, jnp.full_like(y, n)).reshape(rows, -1)
+    zeros = jnp.zeros_like(x).reshape(rows, n)
+    return zeros.at[jnp.arange(rows)[:, None], at].add(a.reshape(rows, -1), mode="drop").reshape(x.shape)

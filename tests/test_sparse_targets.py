@@ -1,0 +1,217 @@
+"""Labels with a probability each, and the tail: against 300 bits and dense targets, at corners, and under a head."""
+
+import jax
+import jax.numpy as jnp
+import mpmath as mp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jce
+from tests.kernels import modes
+from tests.test_devices import make_mesh
+
+INF, NAN = np.inf, np.nan
+loss = jce.cross_entropy_with_integer_labels
+with_tail = pytest.mark.parametrize("tail", [False, True], ids=["no tail", "tail"])
+
+
+def truth(y, p, x, tail):
+    """Value, gradient in the logits, and its scale Σp q + p; in 300 bits."""
+    with mp.workprec(300):
+        e = [mp.exp(mp.mpf(float(v))) for v in x]
+        q, p = [v / mp.fsum(e) for v in e], [mp.mpf(float(v)) for v in p]
+        target = [mp.fsum(pj for yj, pj in zip(y, p, strict=True) if yj == i) for i in range(len(x))]
+        value, total = mp.fsum(-t * mp.log(v) for t, v in zip(target, q, strict=True)), mp.fsum(p)
+        gradient = [v * total - t for t, v in zip(target, q, strict=True)]
+        scale = [v * total + t for t, v in zip(target, q, strict=True)]
+        if tail:
+            others = [i not in y for i in range(len(x))]
+            rest = mp.fsum(v for v, other in zip(q, others, strict=True) if other)
+            value -= (1 - total) * mp.log(rest)
+            gradient = [
+                g + (1 - total) * (v - other * v / rest) for g, v, other in zip(gradient, q, others, strict=True)
+            ]
+            scale = [s + (1 - total) * (v + other * v / rest) for s, v, other in zip(scale, q, others, strict=True)]
+        return float(value), *(np.array([float(v) for v in a]) for a in (gradient, scale))
+
+
+def rows(rng, count, n, k, dtype):
+    """Targets of k classes, which take all or little, and logits, the first label's from far behind to far ahead."""
+    x = 3 * rng.standard_normal((count, n))
+    y = np.stack([rng.choice(n, k, replace=False) for _ in range(count)])
+    margins = np.resize([-20, 0, 5, 10, 20], count)
+    x[np.arange(count), y[:, 0]] = x.max(1) + margins
+    p = rng.dirichlet(np.ones(k), count) * np.resize([1 - 1e-5, 0.9, 0.3], (count, 1))
+    return y, p.astype(dtype), x.astype(dtype)
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])  # more than 16 are scattered
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@with_tail
+@pytest.mark.in_turn(6)
+def test_accuracy(k, dtype, tail, rng):
+    """Beyond what half an ulp of x - max x does to its exponential, a few ulps."""
+    y, p, x = rows(rng, 15, 30, k, dtype)
+    with jax.enable_x64(dtype == np.float64):
+        program = jax.jit(jax.value_and_grad(lambda x: loss(y, x, label_probs=p, tail=tail).sum()))
+        values, gradients = map(np.asarray, (jax.jit(lambda x: loss(y, x, label_probs=p, tail=tail))(x), program(x)[1]))
+    eps = np.finfo(dtype).eps
+    for row, value, gradient in zip(zip(y, p, x, strict=True), values, gradients, strict=True):
+        expected, slope, scale = truth(*row, tail)
+        span = np.ptp(row[2])
+        assert abs(value - expected) <= (6 + span / 2) * eps * expected, abs(value - expected) / eps / expected
+        assert (np.abs(gradient - slope) <= (6 + span) * eps * scale).all(), (
+            np.abs(gradient - slope) / eps / scale,
+            span,
+        )
+
+
+@with_tail
+def test_every_mode_is_that_of_dense_targets(tail, rng):
+    y, p, x = rows(rng, 4, 9, 3, np.float64)
+    y[0, 1] = y[0, 0]  # adds up
+
+    def dense(p, x):
+        target = jnp.zeros_like(x).at[jnp.arange(4)[:, None], y].add(p)
+        listed = jnp.zeros_like(x).at[jnp.arange(4)[:, None], y].set(1)
+        log_q = jax.nn.log_softmax(x)
+        losses = -(target * log_q).sum(-1)
+        if tail:
+            losses -= (1 - p.sum(-1)) * jax.nn.logsumexp(jnp.where(listed == 1, -INF, log_q), -1)
+        return jnp.square(losses).sum()
+
+    def ours(p, x):
+        return jnp.square(loss(y, x, label_probs=p, tail=tail)).sum()
+
+    directions = tuple(rng.standard_normal(a.shape) for a in (p, x))
+    with jax.enable_x64(True):
+        got, expected = (
+            jax.jit(lambda a, t, of=programs: {m: f(a, t) for m, f in of.items()})((p, x), directions)
+            for programs in (modes(f, (0, 1)) for f in (ours, dense))
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), got, expected)
+
+
+@pytest.mark.holds_nan
+def test_corners():
+    x = jnp.array([2.0, 0.0, 1.0, -INF])
+
+    def value_and_gradients(y, p, x=x, **options):
+        p = jnp.array(p, jnp.float32)
+        f = jax.value_and_grad(lambda p, x: loss(jnp.array(y), x, label_probs=p, **options), (0, 1))
+        return jax.tree.map(np.asarray, f(p, x))
+
+    value, (in_p, in_x) = value_and_gradients([0, 7, -1], [0.5, 0, 0], tail=True)  # a list that is padded
+    np.testing.assert_allclose(value, loss(jnp.array([0]), x, label_probs=jnp.array([0.5]), tail=True), rtol=1e-6)
+    assert (in_p[1:] == 0).all()
+    assert np.isfinite(in_x).all()
+    value, (_, in_x) = value_and_gradients([0, 7], [0.5, 0.1])  # but not with a probability
+    assert np.isnan(value)
+    value, (_, in_x) = value_and_gradients([0, 3], [0.5, 0])  # an impossible class
+    assert value == pytest.approx(float(0.5 * loss(0, x)), rel=1e-6)
+    assert in_x[3] == 0
+    assert value_and_gradients([0, 3], [0.5, 0.1])[0] == INF
+    assert value_and_gradients([0, 1, 2], [0.2, 0.2, 0.2], tail=True)[0] == INF  # a tail of an impossible class
+    value, (_, in_x) = value_and_gradients([0, 1, 2, 3], [0.2, 0.3, 0.5, 0], tail=True)  # of no class
+    assert value == pytest.approx(
+        float(loss(jnp.array([0, 1, 2]), x, label_probs=jnp.array([0.2, 0.3, 0.5]))), rel=1e-6
+    )
+    assert np.isfinite(in_x).all()
+    assert loss(jnp.zeros((2, 0), int), jnp.ones((2, 3)), label_probs=jnp.ones((2, 0))).tolist() == [0, 0]
+    where = jnp.array([[True] * 4, [False] * 4])
+    two = loss(jnp.array([[0, 1]] * 2), jnp.stack([x, x]), label_probs=jnp.full((2, 2), 0.5), where=where)
+    assert two[1] == 0
+
+
+@with_tail
+def test_along_any_axis_with_smoothing(tail, rng):
+    """n counts the classes that are kept, and smoothing spreads the probabilities that there are."""
+    y, p, x = rows(rng, 4, 9, 3, np.float32)
+    kept = np.arange(9) < 7
+    y %= 7
+    target = np.zeros_like(x)
+    np.add.at(target, (np.arange(4)[:, None], y), p)
+    smoothed = 0.9 * target + 0.1 * p.sum(1, keepdims=True) * kept / 7
+    got = loss(y, x.T, label_probs=p, label_smoothing=0.1, axis=0, where=kept[:, None], tail=tail)
+    expected = jce.cross_entropy_with_logits(smoothed, x, where=kept)
+    if tail:
+        plain = loss(y, x, label_probs=p, where=kept), loss(y, x, label_probs=p, where=kept, tail=True)
+        expected += plain[1] - plain[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@with_tail
+def test_under_a_head(reduction, tail, rng):
+    """Value and gradients of whole logits, with traced options, padding and tokens left out."""
+    y, p, _ = rows(rng, 11, 9, 3, np.float32)
+    h, w = (rng.standard_normal(s).astype(np.float32) for s in ((11, 4), (9, 4)))
+    where = np.arange(11) % 4 != 2
+
+    def ours(h, w, p, smoothing):
+        options = {"label_smoothing": smoothing, "z_loss": 0.01, "reduction": reduction, "chunk_size": 4}
+        return jce.linear_cross_entropy(y, h, w, label_probs=p, tail=tail, where=where, **options).sum()
+
+    def whole(h, w, p, smoothing):
+        x = h @ w.T
+        losses = loss(y, x, label_probs=p, tail=tail, label_smoothing=smoothing) + 0.01 * jax.nn.logsumexp(x, -1) ** 2
+        return jnp.where(where, losses, 0).sum() / (11 - 3 if reduction == "mean" else 1)
+
+    got, expected = (jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))(h, w, p, np.float32(0.1)) for f in (ours, whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
+
+
+@pytest.mark.needs_jit
+def test_three_products():
+    from tests.test_linear_cost import products
+
+    def f(h, w):
+        y, p = np.zeros((64, 3), int), np.full((64, 3), 0.25, np.float32)
+        return jce.linear_cross_entropy(y, h, w, label_probs=p, tail=True, chunk_size=16)
+
+    a = jax.ShapeDtypeStruct((64, 8), np.float32), jax.ShapeDtypeStruct((40, 8), np.float32)
+    assert products(f, *a) == 1
+    assert products(jax.value_and_grad(f, (0, 1)), *a) == 3
+
+
+@pytest.mark.needs_jit
+@with_tail
+@pytest.mark.slow
+def test_split_classes_are_whole_ones(tail, rng):
+    """By axis_name, and under a head on a mesh."""
+    y, p, x = rows(rng, 8, 24, 3, np.float32)
+    mesh = make_mesh((2, 4))
+
+    def split(x):
+        return jax.shard_map(
+            lambda y, p, x: loss(y, x, label_probs=p, tail=tail, axis_name="classes"),
+            mesh=mesh,
+            in_specs=(P("tokens"), P("tokens"), P("tokens", "classes")),
+            out_specs=P("tokens"),
+        )(y, p, x).sum()
+
+    def whole(x):
+        return loss(y, x, label_probs=p, tail=tail).sum()
+
+    for f, g in ((split, whole), (jax.grad(split), jax.grad(whole))):
+        np.testing.assert_allclose(jax.jit(f)(x), g(x), rtol=1e-5, atol=1e-6)
+    h, w = (rng.standard_normal(s).astype(np.float32) for s in ((8, 4), (24, 4)))
+    on = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
+    got, expected = (
+        jax.value_and_grad(lambda h, w, f=f: f(y, h, w, label_probs=p, tail=tail, chunk_size=2), (0, 1))(h, w)
+        for f in (on, jce.linear_cross_entropy)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def test_errors():
+    y, p, x = np.zeros((4, 2), int), np.zeros((4, 2), np.float32), np.zeros((4, 5), np.float32)
+    h, w = np.zeros((4, 3), np.float32), np.zeros((5, 3), np.float32)
+    for f, rest in ((loss, (x,)), (jce.linear_cross_entropy, (h, w))):
+        with pytest.raises(ValueError, match=rf"{f.__name__}: tail must come with label_probs.*tail=True alone"):
+            f(y[:, 0], *rest, tail=True)
+        with pytest.raises(ValueError, match=rf"{f.__name__}: labels .*label_probs.*\[4\]"):
+            f(y, *rest, label_probs=p[:, 0])
+    with pytest.raises(TypeError, match=r"labels must be integers"):
+        loss(p, x, label_probs=p)

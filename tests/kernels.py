@@ -939,7 +939,9 @@ HEADS = [
 
 
 KERNELS = TABLE + HEADS
-each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=label)
+# That of two heads is compared with whole logits bit for bit, too, which is quick.
+SLOW = [pytest.param(k, marks=pytest.mark.slow) if k.name == "linear_kl_divergence" else k for k in KERNELS]
+each_kernel = pytest.mark.parametrize("kernel", SLOW, ids=[label(kernel) for kernel in KERNELS])
 each_function = pytest.mark.parametrize("kernel", TABLE, ids=label)
 WITH_CLASSES = [kernel for kernel in TABLE if kernel.has_classes]
 each_with_classes = pytest.mark.parametrize("kernel", WITH_CLASSES, ids=label)

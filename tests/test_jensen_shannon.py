@@ -42,6 +42,7 @@ def test_exchanged_bounded_and_in_the_limit(distributions):
 
 
 @pytest.mark.parametrize("apart", [1e-5, 1e-2, 3])
+@pytest.mark.slow
 def test_accurate_at_every_weight(apart, rng):
     x = 3 * rng.standard_normal((50, 9))
     x, y = np.float32(x), np.float32(x + apart * rng.standard_normal(x.shape))
@@ -70,6 +71,7 @@ PLAIN = [plain, lambda x, y, beta: plain(jax.nn.softmax(x), jax.nn.softmax(y), b
 
 
 @each_divergence
+@pytest.mark.slow
 def test_a_traced_weight_has_derivatives(function, rng):
     """Of every order, beside those of the formula as it is written, in float64."""
     arguments = (*np.abs(rng.standard_normal((2, 5))) + 0.1, np.float64(0.3))

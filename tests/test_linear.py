@@ -756,7 +756,7 @@ def ones(*shape, dtype=np.float32):
         ({"chunk_size": jnp.int32(2)}, ValueError, r"chunk_size must be static.*int\(x\)"),
         ({"z_loss": ones(2)}, ValueError, r"z_loss must be a.*of shape \(\); got z_loss: float32\[2\].*jax.vmap"),
         ({"label_smoothing": jnp.array(True)}, ValueError, r"label_smoothing must be.*label_smoothing: bool\[\]"),
-        ({"reductoin": "sum"}, TypeError, r"no argument 'reductoin'; it takes labels, hidden, head, bias, weights"),
+        ({"reductoin": "sum"}, TypeError, r"no argument 'reductoin'; it takes labels, hidden, head, bias, label_probs"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be.*0 to 1; got label_smoothing=1.5"),
         ({"z_loss": -1.0}, ValueError, r"z_loss must be.*from 1.2e-38 to 3.4e\+38 or 0; got z_loss=-1.0"),
         ({"logit_soft_cap": 0}, ValueError, r"logit_soft_cap must be.*from 1.2e-38 to 3.4e\+38; got logit_soft_cap=0"),

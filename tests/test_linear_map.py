@@ -70,11 +70,18 @@ def whole(function, arguments, where, weights, reduction):
     return (w * results).sum() / (w.sum() if reduction == "mean" else 1)
 
 
+SECOND = ("jvp", "forward over reverse", "reverse over forward", "reverse over reverse")
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.in_turn(6)
-def test_functions_of_whole_logits(name, reduction, arrays, rng):
-    """Value, gradients in hidden states, heads and weights, and second derivatives in three nestings."""
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [(name, ("value", "gradient")) for name in FUNCTIONS]
+    + [pytest.param(name, SECOND, marks=pytest.mark.slow) for name in FUNCTIONS],
+)
+@pytest.mark.in_turn(3)
+def test_functions_of_whole_logits(name, wanted, reduction, arrays, rng):
+    """Value and gradients in hidden states, heads and weights; second derivatives in three nestings."""
     function, letters = FUNCTIONS[name]
     of_tokens, heads = arrays
     where = rng.random(TOKENS) < 0.7
@@ -92,7 +99,6 @@ def test_functions_of_whole_logits(name, reduction, arrays, rng):
     def chunks(function, arguments, where, weights, reduction):
         return jce.linear_map(function, *arguments, where=where, weights=weights, reduction=reduction, chunk_size=CHUNK)
 
-    wanted = ("value", "gradient", "jvp", "forward over reverse", "reverse over forward", "reverse over reverse")
     directions = tuple(rng.standard_normal(x.shape) for x in numbers)
     with jax.enable_x64(True):
         got, expected = (
@@ -262,6 +268,30 @@ def test_half_precision_is_summed_in_float32():
         assert jax.grad(loss)(jnp.ones((), jnp.bfloat16), reduction) == 4096
 
 
+@pytest.mark.parametrize("which", ["by name", "map"])
+def test_two_heads_are_their_logits_bit_for_bit(which, rng):
+    """Where a head is the identity: value, gradient and a Hessian-vector product, near and far apart."""
+    x = 3 * rng.standard_normal((12, 9)).astype(np.float32)
+    y = x + np.resize(np.float32([1e-6, 1e-3, 1, 10]), (12, 1)) * rng.standard_normal((12, 9)).astype(np.float32)
+    eye, t = np.eye(9, dtype=np.float32), tuple(rng.standard_normal((2, 12, 9)).astype(np.float32))
+
+    def heads(x, y):
+        p, q = Linear(x, eye), Linear(y, eye)
+        if which == "map":
+            return jce.linear_map(jce.kl_divergence_with_logits, p, q, chunk_size=12).sum()
+        return jce.linear_kl_divergence(p, q, reduction="none", chunk_size=12).sum()
+
+    def logits(x, y):
+        return jce.kl_divergence_with_logits(x, y).sum()
+
+    names = ("value", "gradient", "forward over reverse")
+    got, expected = (
+        jax.jit(lambda a, t, of=programs: {name: of[name](a, t) for name in names})((x, y), t)
+        for programs in (modes(f, (0, 1)) for f in (heads, logits))
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 # What it costs
 
 LOSSES = {
@@ -312,7 +342,7 @@ def test_products(name, platform):
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("mode", [*modes(lambda: 0, ()), "reverse over reverse over reverse"])
 @pytest.mark.parametrize("name", ["map", "distillation"])
-@pytest.mark.in_turn(5)
+@pytest.mark.in_turn(9)
 def test_no_mode_has_the_logits_of_all_tokens(name, mode):
     tokens, d, n, chunk = 1024, 16, 4096, 32
     options = {"reduction": "mean", "chunk_size": chunk}

@@ -64,7 +64,7 @@ def skip_if_jax_cannot(name):
 
 @pytest.mark.parametrize("shape", [(2, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.in_turn(12)
+@pytest.mark.slow
 def test_numbers_of_one_device(name, shape, rng):
     skip_if_jax_cannot(name)
     y, numbers = arguments(rng)

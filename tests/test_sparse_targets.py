@@ -68,6 +68,7 @@ def test_accuracy(k, dtype, tail, rng):
 
 
 @with_tail
+@pytest.mark.in_turn(2)
 def test_every_mode_is_that_of_dense_targets(tail, rng):
     y, p, x = rows(rng, 4, 9, 3, np.float64)
     y[0, 1] = y[0, 0]  # adds up

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jce
+from jce._arguments import Public
 from tests.kernels import KERNELS, each_function, each_kernel, easy, gradient, op_by_op, total
 
 close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
@@ -190,12 +191,14 @@ def negated(function):
 
 
 TRANSFORMED = (jax.grad, jax.value_and_grad, jax.jacfwd, jax.vmap, jax.checkpoint, negated)
-each_public = pytest.mark.parametrize("name", [name for name in jce.__all__ if name != "check_distribution"])
+each_public = pytest.mark.parametrize("name", [n for n in jce.__all__ if isinstance(getattr(jce, n), Public)])
 
 
 def one(name):
     """Arguments of a public function: of a number, a distribution or a token."""
     row = np.float32([0.5, 0.25, 0.25])
+    if name == "linear_kl_divergence":
+        return [jce.Linear(row, head) for head in np.float32([np.eye(3), 2 * np.eye(3)])]
     given = {"labels": np.int32(1), "head": np.eye(3, dtype=np.float32)}
     required = [k for k, v in inspect.signature(getattr(jce, name)).parameters.items() if v.default is v.empty]
     return [given.get(k, row[0] if "binary" in name else row) for k in required if "_axis" not in k and k != "mesh"]
@@ -218,7 +221,7 @@ def test_what_is_lowered_is_what_was_asked_for(name):
     for transform in TRANSFORMED:
         if name == "linear_log_probs" and transform in (jax.grad, jax.value_and_grad):
             continue  # two numbers
-        batch = [np.stack([x, x]) for x in arguments] if transform is jax.vmap else arguments
+        batch = jax.tree.map(lambda x: np.stack([x, x]), arguments) if transform is jax.vmap else arguments
         differentiates = transform in (jax.grad, jax.value_and_grad, jax.jacfwd)
         jitted = jax.jit(transform(function, **positions) if differentiates else transform(function))
         close(jitted.lower(*batch).compile()(*batch), jitted(*batch))

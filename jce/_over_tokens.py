@@ -196,7 +196,6 @@ def _of_hidden(function: Callable, in_order: Callable, as_given: Callable, preci
 
         logits = []
         for h, head, cap in zip(cleaned(inputs.hidden, shared["first"][0]), inputs.heads, shared["caps"], strict=True):
-            head = head._replace(weight=head.wide) if head.weight is None else head
             logits.append(Logits(cap, platform.products(Products(precision), h, head.weight)).of(h, head))
         chunk = in_order(logits, cleaned(others, shared["first"][1]))
         results = function(chunk, as_given(shared["given"]), shared["closed over"])

@@ -86,7 +86,7 @@ def weighted_sums(loop: Loop, w: Array, inputs: Inputs) -> list[Array]:
 # d Σ wr = Σ w ∂r · d(inputs) + Σ r dw
 def _weighted_sums_rule(loop, primals, tangents):
     (w, inputs), (dw, dinputs) = primals, tangents
-    leaves, structure = jax.tree.flatten(inputs)
+    leaves = jax.tree.leaves(inputs)
     steps = jax.tree.leaves(dinputs, is_leaf=_is_zero)
     # Each device has its classes' part of a gradient in hidden states and heads.
     of_classes = jax.tree.leaves(Inputs(*(jax.tree.map(lambda _, k=k: k in (0, 2), x) for k, x in enumerate(inputs))))
@@ -98,11 +98,10 @@ def _weighted_sums_rule(loop, primals, tangents):
             (live if typed and varying(w) <= varying(x) else others).append(i)
     results, gradients = _results_and_gradients(loop, live, w, inputs)
     parts, terms = [], [] if _is_zero(dw) else [weighted(results[loop.trained], dw).sum()]
-    if others:  # which a gradient would be the sum over devices of: by another pass
+    if others:  # of which each device's gradient would be the sum of all devices': by another pass
 
         def of_others(*values):
-            of_i = dict(zip(others, values, strict=True))
-            changed = jax.tree.unflatten(structure, [of_i.get(i, x) for i, x in enumerate(leaves)])
+            changed = _with_leaves(inputs, others, values)
             return weighted(each(loop, changed)[loop.trained], w).sum()
 
         terms.append(jax.jvp(of_others, [leaves[i] for i in others], [steps[i] for i in others])[1])
@@ -121,6 +120,14 @@ weighted_sums.defjvp(_weighted_sums_rule, symbolic_zeros=True)
 
 def _is_zero(t) -> bool:
     return isinstance(t, SymbolicZero)
+
+
+def _with_leaves(inputs: Inputs, places: Sequence[int], values: Sequence[Array]) -> Inputs:
+    """Inputs with other leaves in some places."""
+    leaves, structure = jax.tree.flatten(inputs)
+    for i, x in zip(places, values, strict=True):
+        leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -142,39 +149,32 @@ _results_and_gradients.defjvp(_results_and_gradients_rule, symbolic_zeros=True)
 
 
 def _in_one_loop(loop, live, w, inputs):
-    by_token = len(inputs.hidden) + len(inputs.tokens)  # leaves, the first ones
+    first_of_heads = len(inputs.hidden) + len(inputs.tokens)
+    of_tokens = sum(i < first_of_heads for i in live)  # the others are summed over the chunks
 
     def on(platform, w, inputs):
         # With nothing kept of a chunk, whatever is differentiated.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def of_chunk(w, inputs):
-            leaves, structure = jax.tree.flatten(inputs)
+            leaves = jax.tree.leaves(inputs)
 
             def total(*values):
-                of_live = dict(zip(live, values, strict=True))
-                results = loop.of_chunk(
-                    platform, jax.tree.unflatten(structure, [of_live.get(i, x) for i, x in enumerate(leaves)])
-                )
+                results = loop.of_chunk(platform, _with_leaves(inputs, live, values))
                 return weighted(results[loop.trained], w).sum(), results
 
             value, pull_back, results = jax.vjp(total, *(leaves[i] for i in live), has_aux=True)
             gradients = pull_back(jnp.ones_like(value))
-            return (
-                results,
-                [g for i, g in zip(live, gradients, strict=True) if i < by_token],
-                [g for i, g in zip(live, gradients, strict=True) if i >= by_token],
-            )
+            return results, gradients[:of_tokens], list(gradients[of_tokens:])
 
         def step(sums, chunk):
             w, hidden, tokens = chunk
-            results, of_tokens, of_chunk_sums = of_chunk(w, inputs._replace(hidden=hidden, tokens=tokens))
-            sums = of_chunk_sums if sums is None else jax.tree.map(jnp.add, sums, of_chunk_sums)
-            return sums, (results, of_tokens)
+            results, by_token, parts = of_chunk(w, inputs._replace(hidden=hidden, tokens=tokens))
+            return parts if sums is None else jax.tree.map(jnp.add, sums, parts), (results, by_token)
 
         leaves = jax.tree.leaves(inputs)
-        zeros = [jnp.zeros_like(leaves[i]) for i in live if i >= by_token]
+        zeros = [jnp.zeros_like(leaves[i]) for i in live[of_tokens:]]
         chunks = platform.chunks(loop.chunk, loop.logits)
-        sums, (results, of_tokens) = over_chunks(step, chunks, zeros, (w, inputs.hidden, inputs.tokens))
-        return results, [*of_tokens, *sums]
+        sums, (results, by_token) = over_chunks(step, chunks, zeros, (w, inputs.hidden, inputs.tokens))
+        return results, [*by_token, *sums]
 
     return on_platform(on, w, inputs)

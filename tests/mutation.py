@@ -64,7 +64,7 @@ EQUIVALENT = {
     "(c, t, /, zero)": "zero is passed by its name",
     "(ct, c, t, /, zero)": "zero is passed by its name",
     "(primals, tangents, /, jaxpr, **_)": "the jaxpr is passed by its name",
-    "if i <= by_token": "the leaf behind the tokens' is a head's weight, in which nothing is differentiated",
+    "sum(i <= first_of_heads": "the leaf behind the tokens' is a head's weight, in which nothing is differentiated",
     "zip(live, gradients, strict=False)": "each live leaf has a gradient",
     "classes.sum(jnp.exp( (-classes.column(m))))": "so it says it with any number that is not negative",
     "jnp.maximum(classes.column(classes.sum(kept)), 2)": "a single class costs 0, whatever its weight",

@@ -228,6 +228,40 @@ def test_traced_values_closed_over_and_shared(arrays):
     np.testing.assert_allclose(got[1], got[2], rtol=1e-10)
 
 
+def test_a_derivative_in_nothing_but_weights_or_what_is_closed_over(arrays):
+    """With heads and tokens frozen."""
+    of_tokens, heads = arrays
+    x, losses = Linear(*heads["s"]), ce(of_tokens["l"], jnp.asarray(heads["s"][0] @ heads["s"][1].T, jnp.float32))
+
+    def loss(weights, t):
+        return jce.linear_map(
+            lambda y, x: t * ce(y, x), of_tokens["l"], x, weights=weights, reduction="sum", chunk_size=CHUNK
+        )
+
+    weights = jnp.arange(TOKENS, dtype=jnp.float32)
+    for k, expected in enumerate((2 * losses, (weights * losses).sum())):
+        np.testing.assert_allclose(jax.jit(jax.grad(loss, k))(weights, jnp.float32(2)), expected, rtol=1e-5)
+
+
+@pytest.mark.needs_jit
+def test_a_symbolic_number_of_tokens(arrays):
+    """Exported once, for as many as there will be."""
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    of_tokens, heads = arrays
+
+    def loss(y, h, w):
+        x = Linear(h, w)
+        each = jce.linear_map(lambda y, x: x.argmax() == y, y, x, chunk_size=CHUNK)
+        return jce.linear_map(ce, y, x, reduction="mean", chunk_size=CHUNK), each
+
+    program = jax.jit(jax.value_and_grad(loss, (1, 2), has_aux=True))
+    arguments = [np.asarray(of_tokens["l"], np.int32), *(np.asarray(a, np.float32) for a in heads["s"])]
+    shapes = [jax.ShapeDtypeStruct((tokens, *a.shape[1:]), a.dtype) for a in arguments[:2]]
+    exported = jax.export.export(program)(*shapes, jax.ShapeDtypeStruct(arguments[2].shape, np.float32))
+    got, expected = exported.call(*arguments), program(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
 def test_a_module_that_has_changed_is_not_taken_for_what_it_was():
     class Scale:
         by = 1.0

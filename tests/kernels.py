@@ -393,20 +393,6 @@ def as_bias(function, statistic=lambda result: result, **options):
     return of_logits
 
 
-def as_biases(of_linear):
-    """Of rows of logits, as the biases of heads without weights."""
-
-    @functools.wraps(of_linear)
-    def of_logits(*logits):
-        def of_row(*rows):
-            return of_linear(*(jce.Linear(jnp.zeros(1, x.dtype), jnp.zeros((x.size, 1), x.dtype), x) for x in rows))
-
-        rows = [jnp.reshape(x, (math.prod(np.shape(x)[:-1]), np.shape(x)[-1])) for x in logits]
-        return jax.vmap(of_row)(*rows).reshape(np.shape(logits[0])[:-1])
-
-    return of_logits
-
-
 SMOOTHING, BETA = 0.125, 0.125
 
 
@@ -934,14 +920,11 @@ HEADS = [
     dataclasses.replace(
         ROWS["entropy_with_logits"], function=as_bias(jce.linear_log_probs, lambda result: result.entropy)
     ),
-    dataclasses.replace(ROWS["kl_divergence_with_logits"], function=as_biases(jce.linear_kl_divergence)),
 ]
 
 
 KERNELS = TABLE + HEADS
-# That of two heads is compared with whole logits bit for bit, too, which is quick.
-SLOW = [pytest.param(k, marks=pytest.mark.slow) if k.name == "linear_kl_divergence" else k for k in KERNELS]
-each_kernel = pytest.mark.parametrize("kernel", SLOW, ids=[label(kernel) for kernel in KERNELS])
+each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=label)
 each_function = pytest.mark.parametrize("kernel", TABLE, ids=label)
 WITH_CLASSES = [kernel for kernel in TABLE if kernel.has_classes]
 each_with_classes = pytest.mark.parametrize("kernel", WITH_CLASSES, ids=label)

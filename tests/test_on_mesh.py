@@ -62,7 +62,7 @@ def skip_if_jax_cannot(name):
         pytest.skip("this JAX has no vmap of a psum in a shard_map")
 
 
-@pytest.mark.parametrize(("name", "shape"), zip(LOSSES, [(2, 4), (4, 2)] * 3, strict=True))
+@pytest.mark.parametrize(("name", "shape"), list(zip(LOSSES, [(2, 4), (4, 2)] * 3, strict=True)))
 @pytest.mark.slow
 def test_numbers_of_one_device(name, shape, rng):
     skip_if_jax_cannot(name)

@@ -230,7 +230,8 @@ def test_traced_values_closed_over_and_shared(arrays):
 def test_a_derivative_in_nothing_but_weights_or_what_is_closed_over(arrays):
     """With heads and tokens frozen."""
     of_tokens, heads = arrays
-    x, losses = Linear(*heads["s"]), ce(of_tokens["l"], jnp.asarray(heads["s"][0] @ heads["s"][1].T, jnp.float32))
+    h, w = (a.astype(np.float32) for a in heads["s"])
+    x, losses = Linear(h, w), ce(of_tokens["l"], h @ w.T)
 
     def loss(weights, t):
         return jce.linear_map(
@@ -250,7 +251,7 @@ def test_a_symbolic_number_of_tokens(arrays):
 
     def loss(y, h, w):
         x = Linear(h, w)
-        each = jce.linear_map(lambda y, x: x.argmax() == y, y, x, chunk_size=CHUNK)
+        each = jce.linear_map(lambda y, x: x.argmax().astype(y.dtype) == y, y, x, chunk_size=CHUNK)
         return jce.linear_map(ce, y, x, reduction="mean", chunk_size=CHUNK), each
 
     program = jax.jit(jax.value_and_grad(loss, (1, 2), has_aux=True))

@@ -173,7 +173,7 @@ def cross_entropy_with_integer_labels(
         outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
 
     Returns:
-      [..., ...], the shape of labels; float32, or float64 if logits is.
+      [..., ...], the shape of logits without `axis`; float32, or float64 if logits or label_probs is.
 
     At the boundary:
       A label outside [0, n) makes its own row NaN, in value and gradient; it never counts from the end. In label_probs,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._arguments import is_array, positive, public
+from jce._arguments import described, is_array, positive, public
 from jce._classes import like
 from jce._kl_divergence import kl_divergence_with_logits
 from jce._linear import Linear
@@ -85,6 +85,12 @@ def linear_kl_divergence(
                 f"{name}: {argument} must be a jce.Linear; got {'an array' if is_array(x) else type(x).__name__}."
                 f" Pass jce.Linear(hidden, head), the target first."
             )
+    rows = {"p.head": p.head, "q.head": q.head}
+    if jnp.shape(p.head)[:1] != jnp.shape(q.head)[:1]:
+        raise ValueError(
+            f"{name}: p and q must have the same classes, as many rows in both heads; got {described(rows)}. Pad one"
+            f" with rows whose bias is -inf."
+        )
     t = positive(name, jnp.result_type(float), temperature=temperature)
     options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name)
     shared = () if isinstance(t, float) and t == 1 else (t,)

@@ -61,8 +61,8 @@ def linear_map(
       precision: of the matrix products, as in `linear_cross_entropy`.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes of all heads are
         split: a token's logits are then the device's part of them, and function's results must be the same on all of
-        its devices, as those of jce's functions with the same axis_name are (from JAX 0.9). `jce.on_mesh` is for whole
-        arrays.
+        its devices, as those of jce's functions with the same axis_name are (but JAX 0.8 can't map their sum over
+        devices). `jce.on_mesh` is for whole arrays.
 
     Returns:
       The tree of function's results: for "none", of arrays [..., *r.shape] of r's dtype, else of r's shape; what is

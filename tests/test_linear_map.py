@@ -88,7 +88,8 @@ def test_functions_of_whole_logits(name, reduction, wanted, arrays, rng):
 
     def of(how):
         def loss(th, tw, sh, sw, weights):
-            linear = {"t": Linear(th, tw), "s": Linear(sh, sw)}
+            # Made in the same program, as a model's are.
+            linear = {"t": Linear(jnp.tanh(th), tw), "s": Linear(2 * jnp.sin(sh), sw)}
             arguments = [linear[k] if k in linear else of_tokens[k] for k in letters]
             cotangent = jnp.arange(1.0, TOKENS + 1) if reduction == "none" else 1
             return (how(function, arguments, where, weights, reduction) * cotangent).sum()
@@ -455,5 +456,9 @@ def test_errors_of_a_divergence():
     x = Linear(ones(4, 3), ones(5, 3))
     with pytest.raises(TypeError, match=r"linear_kl_divergence: p must be a jce.Linear; got an array.*target first"):
         jce.linear_kl_divergence(ones(4, 3), x)
+    with pytest.raises(
+        ValueError, match=r"linear_kl_divergence: p and q must have the same classes.*q.head: float32\[6"
+    ):
+        jce.linear_kl_divergence(x, Linear(ones(4, 3), ones(6, 3)))
     with pytest.raises(ValueError, match=r"linear_kl_divergence: temperature must be a number.*got temperature=0"):
         jce.linear_kl_divergence(x, x, temperature=0)

@@ -88,8 +88,8 @@ def linear_kl_divergence(
     rows = {"p.head": p.head, "q.head": q.head}
     if jnp.shape(p.head)[:1] != jnp.shape(q.head)[:1]:
         raise ValueError(
-            f"{name}: p and q must have the same classes, as many rows in both heads; got {described(rows)}. Pad one"
-            f" with rows whose bias is -inf."
+            f"{name}: p and q must have the same classes, as many rows in both heads; got {described(rows)}. Slice"
+            f" both to the classes that they share: head[:n]."
         )
     t = positive(name, jnp.result_type(float), temperature=temperature)
     options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name)

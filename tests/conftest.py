@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -13,6 +14,7 @@ import pytest
 
 from jce import _platforms
 
+gc.set_threshold(100_000, 50, 100)  # a trace makes many objects and leaves few: a tenth of the time
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -39,6 +39,7 @@ STORED = {
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less")
 @pytest.mark.parametrize("function", STORED, ids=lambda function: function.__name__)
+@pytest.mark.in_turn(4)
 def test_what_is_stored(function):
     """On a CPU: no quotient or exponential that is used more than once, nor what a value and a gradient share."""
     kernel = next(k for k in TABLE if k.function is function)

@@ -255,7 +255,7 @@ def close(a, b, rtol=2e-6, atol=1e-7):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("how", ["where", "weight 0"])
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(3)
 def test_a_token_left_out_may_hold_anything(problem, reduction, how):
     labels, h, w, b = problem
     kept = np.array([[True, False, True, True], [False, True, True, True]])
@@ -367,6 +367,7 @@ def test_hessian_vector_products_of_confident_tokens(rng):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.in_turn(3)
 def test_nothing_left(problem, reduction):
     labels, h, w, b = problem
     for options in ({"where": np.zeros(labels.shape, bool)}, {"weights": np.zeros(labels.shape, np.float32)}):
@@ -395,6 +396,7 @@ def test_the_derivative_in_a_weight_of_0_is_the_loss(problem):
 
 
 @pytest.mark.parametrize("how", ["where", "weight 0"])
+@pytest.mark.in_turn(2)
 def test_an_infinite_loss_left_out_spoils_no_derivative_in_a_weight(problem, how):
     """Its label is a forbidden class. In its own weight of 0 the derivative is +∞, unless `where` excludes it."""
     labels, h, w, b = problem
@@ -415,6 +417,7 @@ def test_an_infinite_loss_left_out_spoils_no_derivative_in_a_weight(problem, how
 
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("wrong", [-1, 6, 2**31 - 1])
+@pytest.mark.in_turn(3)
 def test_a_label_of_no_class_makes_its_token_nan_and_no_other(problem, wrong):
     labels, h, w, b = problem
     losses, jacobian = (

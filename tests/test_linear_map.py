@@ -304,6 +304,7 @@ def test_half_precision_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("which", ["by name", "map"])
+@pytest.mark.in_turn(2)
 def test_two_heads_are_their_logits_bit_for_bit(which, rng):
     """Where a head is the identity: value, gradient and a Hessian-vector product, near and far apart."""
     x = 3 * rng.standard_normal((12, 9)).astype(np.float32)
@@ -379,7 +380,7 @@ def test_products(name, platform):
     "mode", ["gradient", "forward over reverse", "reverse over reverse", "third order", "reverse three times"]
 )
 @pytest.mark.parametrize("name", ["map", "distillation"])
-@pytest.mark.in_turn(5)
+@pytest.mark.in_turn(8)
 def test_no_mode_has_the_logits_of_all_tokens(name, mode):
     tokens, d, n, chunk = 1024, 16, 4096, 32
     options = {"reduction": "mean", "chunk_size": chunk}

@@ -28,7 +28,7 @@ def value_and_gradient(labels, logits, **options):
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("wrong", [-1, -4, 4, 2**31 - 1, -(2**31)])
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(5)
 def test_a_label_of_no_class_makes_its_row_nan_and_no_other(wrong, smoothing, rng):
     logits = rng.standard_normal((3, 4)).astype(np.float32)
     labels = np.array([1, wrong, 3])
@@ -248,6 +248,7 @@ def test_no_temporary_of_the_logits_size(function, shape):
 
 @pytest.mark.needs_jit
 @each_with_classes
+@pytest.mark.in_turn(4)
 def test_nothing_of_classes_times_classes(kernel):
     arguments = [jax.ShapeDtypeStruct((3000,), np.float32)] * len(kernel.arguments)
     program = gradient(kernel).lower(*arguments).compile()

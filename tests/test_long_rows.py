@@ -146,7 +146,7 @@ def losses(kernel: Kernel, arguments):
 
 @pytest.mark.needs_jit
 @each_of_logits
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(4)
 def test_sharded_rows_stay_where_they_are(kernel, rng):
     """Nothing but some numbers a row goes between devices, though each device's classes are folded."""
     n = 65_536
@@ -159,6 +159,7 @@ def test_sharded_rows_stay_where_they_are(kernel, rng):
 
 
 @pytest.mark.parametrize("spec", [P("rows", None), P(None, "classes"), P("rows", "classes")])
+@pytest.mark.in_turn(3)
 def test_explicit_sharding(spec, rng):
     """JAX can't reshape an axis whose type says that it is sharded: such rows stay whole."""
     kernel = ROWS["cross_entropy_with_logits"]

@@ -52,6 +52,7 @@ def descend_in_numpy(steps):
     return ((x_y - others) / np.linalg.norm(w)).min(), (np.log(np.exp(x).sum(1)) - x_y).mean()
 
 
+@pytest.mark.slow
 def test_all_agree_at_the_start():
     margin, loss = descend_in_numpy(300)
     for name in max_margin.CURVES:

@@ -28,6 +28,7 @@ def test_atanh_tail_coefficients(dtype, bits):
 
 
 @pytest.mark.parametrize("near", [True, False])
+@pytest.mark.in_turn(2)
 def test_sum_of_differences_is_exact(near, rng):
     """What rounding left of 1 - 1 has every digit right where each p - q is exact, else is right to some 2⁻⁴⁵."""
     for n in (2, 7, 1000, 100_000):
@@ -40,6 +41,7 @@ def test_sum_of_differences_is_exact(near, rng):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.in_turn(2)
 def test_log1p_unit(dtype, rng):
     """Down to the smallest normal number, of which nothing is flushed."""
     smallest = np.finfo(dtype).tiny * np.array([1, 1.25, 1.75, 2])
@@ -51,6 +53,7 @@ def test_log1p_unit(dtype, rng):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.in_turn(2)
 def test_log_complement(dtype, rng):
     x = np.concatenate([rng.random(500), 10 ** rng.uniform(-30, 0, 500), 0.41421356 + 1e-3 * rng.standard_normal(500)])
     x = x.astype(dtype)

@@ -105,6 +105,7 @@ def test_confident_losses_keep_their_digits(accelerator, rng):
 
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("case", ["no such label", "all forbidden", "label forbidden", "a nan"])
+@pytest.mark.in_turn(4)
 def test_corners(accelerator, case):
     """As on a CPU: NaN, +∞, and the other tokens untouched."""
     y, x = np.zeros(20, np.int32), np.tile(np.float32([1, 2, 3]), (20, 1))
@@ -248,16 +249,12 @@ def test_each_platform_lowers_its_own(function, rng):
         assert not any(s in program_text for s in not_there), platforms
 
 
-ON_DEVICES = [  # each quick on one of them
-    pytest.param(kernel, device, id=f"{label(kernel)}-{device}", marks=[pytest.mark.slow] if (i + j) % 2 else [])
-    for i, kernel in enumerate(
-        kernel for kernel in WITH_CLASSES if kernel in OF_LOGITS or kernel.name == "kl_divergence"
-    )
-    for j, device in enumerate(["ACCELERATOR", "GPU"])
-]
+ON_DEVICES = [kernel for kernel in WITH_CLASSES if kernel in OF_LOGITS or kernel.name == "kl_divergence"]
 
 
-@pytest.mark.parametrize(("kernel", "device"), ON_DEVICES)
+@pytest.mark.parametrize("device", ["ACCELERATOR", "GPU"])
+@pytest.mark.parametrize("kernel", ON_DEVICES, ids=label)
+@pytest.mark.in_turn(5)
 def test_rows_are_as_accurate(kernel, device, monkeypatch):
     """As on a CPU, whose bars they have, and at each corner; `--as-on` has all other laws hold."""
     monkeypatch.setattr(_platforms, "CPU", getattr(_platforms, device))

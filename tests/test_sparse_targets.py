@@ -128,6 +128,7 @@ def test_corners():
 
 
 @with_tail
+@pytest.mark.in_turn(2)
 def test_along_any_axis_with_smoothing(tail, rng):
     """n counts the classes that are kept, and smoothing spreads the probabilities that there are."""
     y, p, x = rows(rng, 4, 9, 3, np.float32)
@@ -146,6 +147,7 @@ def test_along_any_axis_with_smoothing(tail, rng):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @with_tail
+@pytest.mark.in_turn(3)
 def test_under_a_head(reduction, tail, rng):
     """Value and gradients of whole logits, with traced options, padding and tokens left out."""
     y, p, _ = rows(rng, 11, 9, 3, np.float32)

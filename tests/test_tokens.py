@@ -111,6 +111,7 @@ def test_gradients_of_each_member(rng):
 
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("function", ["mean", "none", "log-probabilities"])
+@pytest.mark.in_turn(3)
 def test_a_batch_costs_what_its_tokens_do(function):
     """Four products as a loss for each token, one array of the head's shape beside it, and no chunk of each member."""
     batch, tokens, d, n, chunk = 32, 32, 64, 2048, 64

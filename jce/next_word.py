@@ -19,7 +19,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,9 +90,9 @@ class Model(NamedTuple):
     bias: Array  # [n]
 
 
-def initial(n: int, seed: int) -> Model:
-    embedding = jax.random.normal(jax.random.key(seed), (n, WIDTH))
-    return Model(embedding, jnp.zeros((n, WIDTH)), jnp.zeros(n))
+def initial(n: int, seed: int, width: int = WIDTH) -> Model:
+    embedding = jax.random.normal(jax.random.key(seed), (n, width))
+    return Model(embedding, jnp.zeros((n, width)), jnp.zeros(n))
 
 
 def hidden_states(model: Model, text: Array, places: Array) -> Array:
@@ -122,23 +122,35 @@ class Snapshot(NamedTuple):
     loss: float  # of the last batch
     perplexity: float  # of the held-out words
     words_per_second: float  # since the snapshot before, compilation included
+    model: Model
 
 
-def train(corpus: Corpus, steps: int, *, seed: int = 0) -> Iterator[Snapshot]:
+def train(
+    corpus: Corpus,
+    steps: int,
+    *,
+    seed: int = 0,
+    width: int = WIDTH,
+    objective: Callable[..., Array] = loss,
+    given: Sequence[Any] = (),
+) -> Iterator[Snapshot]:
     """Trains by Adam on random batches, and yields a snapshot at the start and at each twentieth of the way.
 
-    A generator, so that whoever runs it can show how far it is, or stop.
+    A generator, so that whoever runs it can show how far it is, or stop. What falls is
+    `objective(model, text, places, *given)`.
     """
-    model, optimizer = initial(len(corpus.words), seed), make_optimizer(steps)
+    model, optimizer = initial(len(corpus.words), seed, width), make_optimizer(steps)
     text, training, held_out = corpus.text, corpus.training, corpus.held_out
     state, key = optimizer.init(model), jax.random.key(seed + 1)
-    yield Snapshot(0, math.nan, float(_perplexity(model, text, held_out)), 0.0)
+    yield Snapshot(0, math.nan, float(_perplexity(model, text, held_out)), 0.0, model)
     done = 0
     for mark in _marks(steps):
         start = time.perf_counter()
-        model, state, last = jax.block_until_ready(_descend(model, state, key, text, training, done, mark, optimizer))
+        model, state, last = jax.block_until_ready(
+            _descend(model, state, key, text, training, done, mark, optimizer, objective, given)
+        )
         speed = (mark - done) * BATCH / (time.perf_counter() - start)
-        yield Snapshot(mark, float(last), float(_perplexity(model, text, held_out)), speed)
+        yield Snapshot(mark, float(last), float(_perplexity(model, text, held_out)), speed, model)
         done = mark
 
 
@@ -151,12 +163,12 @@ def _marks(steps: int) -> list[int]:
     return sorted({math.ceil(steps * k / 20) for k in range(1, 21)})
 
 
-@functools.partial(jax.jit, static_argnames="optimizer")
-def _descend(model, state, key, text, training, first, last, optimizer):
+@functools.partial(jax.jit, static_argnames=("optimizer", "objective"))
+def _descend(model, state, key, text, training, first, last, optimizer, objective, given):
     def step(i, carry):
         model, state, _ = carry
         places = jax.random.choice(jax.random.fold_in(key, i), training, (BATCH,))
-        value, gradient = jax.value_and_grad(loss)(model, text, places)
+        value, gradient = jax.value_and_grad(objective)(model, text, places, *given)
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(model, updates), state, value
 
@@ -168,12 +180,18 @@ def _perplexity(model, text, places):
     return jnp.exp(loss(model, text, places))
 
 
-def temporary_bytes(head_and_loss: Callable, n: int) -> int:
+def head_and_loss_bytes(head_and_loss: Callable, n: int) -> int:
     """What value and gradient for a batch need beside arguments and results, from compiling alone."""
     labels = jax.ShapeDtypeStruct((BATCH,), np.int32)
     hidden, head, bias = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((BATCH, WIDTH), (n, WIDTH), (n,)))
-    compiled = jax.jit(jax.value_and_grad(head_and_loss, (1, 2, 3))).lower(labels, hidden, head, bias).compile()
-    analysis = compiled.memory_analysis()
+    return temporary_bytes(
+        jax.jit(jax.value_and_grad(head_and_loss, (1, 2, 3))).lower(labels, hidden, head, bias).compile()
+    )
+
+
+def temporary_bytes(program: jax.stages.Compiled) -> int:
+    """What it needs beside arguments and results."""
+    analysis = program.memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes
 
@@ -181,7 +199,7 @@ def temporary_bytes(head_and_loss: Callable, n: int) -> int:
 # The command line
 
 
-def _corpus(name: str) -> Corpus:
+def corpus_file(name: str) -> Corpus:
     text = text_file(name)
     try:
         return read(text)
@@ -192,7 +210,7 @@ def _corpus(name: str) -> Corpus:
 def _run(corpus: Corpus, steps: int, seed: int) -> None:
     n = len(corpus.words)
     print(f"words: {corpus.text.size:,}, of which {corpus.held_out.size:,} are held out; vocabulary: {n:,}")
-    ours, theirs = (temporary_bytes(f, n) / 1e6 for f in (fused, dense))
+    ours, theirs = (head_and_loss_bytes(f, n) / 1e6 for f in (fused, dense))
     print(
         f"memory of head and loss for {BATCH:,} words: {ours:,.1f} MB in chunks of {CHUNK} words,"
         f" with all logits {theirs:,.1f} MB"
@@ -216,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     claim = "Learn to predict a text's next word, with jce.linear_cross_entropy as head and loss."
     parser = Parser(prog=PROGRAM, description=claim)
     add = parser.add_argument
-    add("text", metavar="TEXT", nargs="?", type=_corpus, help="A UTF-8 file (default: Python's own documentation).")
+    add("text", metavar="TEXT", nargs="?", type=corpus_file, help="A UTF-8 file (default: Python's own documentation).")
     add(
         "--steps",
         type=integer(1, 10**9),

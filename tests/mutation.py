@@ -34,10 +34,10 @@ from cosmic_ray.plugins import get_operator
 from rich.progress import track
 
 ROOT = pathlib.Path(__file__).parents[1]
-NOT_KERNELS = {"__init__", "_command_line", "demo", "max_margin", "next_word"}
+NOT_KERNELS = {"__init__", "_command_line", "demo", "distill", "max_margin", "next_word"}
 # Of these the tests in SECONDS take seconds with programs that are compiled already, and go first.
 FAST_TESTS = ["accuracy", "identities", "corners", "logits", "linear", "numerics", "arguments", "check_distribution"]
-FAST_TESTS += ["fuzz", "cost", "linear_cost", "linear_map", "long_rows", "devices", "platforms"]
+FAST_TESTS += ["fuzz", "cost", "linear_cost", "linear_map", "sparse_targets", "long_rows", "devices", "platforms"]
 SECONDS = (
     "not (float64 and (accuracy or corners)) and not hundred_thousand and not third and not second_derivatives"
     " and not nestings and not test_axis and not linear_cost and not long_rows and not devices and not platforms"

@@ -55,7 +55,9 @@ def test_the_loss_is_that_of_all_logits(corpus, rng):
     labels = corpus.text[corpus.training]
     expected = next_word.dense(labels, hidden, model.head, model.bias)
     np.testing.assert_allclose(next_word.loss(model, corpus.text, corpus.training), expected, rtol=1e-5)
-    assert next_word.temporary_bytes(next_word.fused, 5000) * 10 < next_word.temporary_bytes(next_word.dense, 5000)
+    assert next_word.head_and_loss_bytes(next_word.fused, 5000) * 10 < next_word.head_and_loss_bytes(
+        next_word.dense, 5000
+    )
 
 
 @pytest.mark.usefixtures("optax_promotes")

@@ -1,0 +1,255 @@
+"""What a wide next-word model knows, taught to a narrow one: `python -m jce.distill [TEXT]`.
+
+The teacher is `jce.next_word`'s model. Students of a quarter of its width see the same batches, and learn
+
+    from every word: KL(teacher‖student), of all words that could follow, by `jce.linear_kl_divergence`;
+    from 16 words and the text: half from the teacher's likeliest, kept once for each place, half from the word that
+        follows, and all others are one more outcome, by `jce.linear_cross_entropy` with `label_probs` and `tail`;
+    from the text: the word that follows, as the teacher did.
+
+The logits of a batch never exist at once, neither the teacher's nor the student's; what that saves is measured beside
+the same losses of whole logits. Distillation: Hinton, Vinyals and Dean (2015), arXiv:1503.02531.
+
+The same in Python:
+
+    corpus = read(text)
+    *_, taught = train(corpus, 300)
+    for snapshot in lesson(corpus, "every word", taught.model, steps=300):
+        print(snapshot.step, snapshot.perplexity)
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+import jce
+from jce._command_line import Parser, demo_extra, integer, png
+
+PROGRAM = "python -m jce.distill"
+
+with demo_extra(PROGRAM, __name__):
+    import matplotlib
+    import optax
+    from matplotlib.figure import Figure
+    from tqdm import tqdm
+
+    from jce import next_word
+    from jce.demo import default_text
+    from jce.next_word import BATCH, CHUNK, WIDTH, Corpus, Model, Snapshot, corpus_file, hidden_states, read, train
+
+STUDENT = WIDTH // 4
+KEPT = 16  # words of the teacher's
+
+
+# The three losses of a batch: in chunks, and of whole logits, as they are usually written
+
+
+def linear(model: Model, text: Array, places: Array) -> jce.Linear:
+    """The logits of the words at these places, not yet made."""
+    return jce.Linear(hidden_states(model, text, places), model.head, model.bias)
+
+
+def whole(model: Model, text: Array, places: Array) -> Array:
+    """log q of every word, [tokens, n]."""
+    return jax.nn.log_softmax(hidden_states(model, text, places) @ model.head.T + model.bias[None])
+
+
+def every_word(student: Model, text: Array, places: Array, teacher: Model) -> Array:
+    p, q = linear(teacher, text, places), linear(student, text, places)
+    return jce.linear_kl_divergence(p, q, chunk_size=CHUNK)
+
+
+def every_word_whole(student: Model, text: Array, places: Array, teacher: Model) -> Array:
+    log_p, log_q = whole(teacher, text, places), whole(student, text, places)
+    return optax.losses.kl_divergence_with_log_targets(log_q, log_p).mean()
+
+
+def listed(text: Array, places: Array, words: Array, probs: Array) -> tuple[Array, Array]:
+    """[tokens, 1 + KEPT]: the word that follows and the teacher's, which may be the same, with what each is worth."""
+    labels = jnp.concatenate([text[places][:, None], words[places]], 1)
+    return labels, jnp.insert(probs[places], 0, 1, axis=1) / 2
+
+
+def kept_words(student: Model, text: Array, places: Array, words: Array, probs: Array) -> Array:
+    labels, p = listed(text, places, words, probs)
+    hidden = hidden_states(student, text, places)
+    return jce.linear_cross_entropy(
+        labels, hidden, student.head, student.bias, label_probs=p, tail=True, chunk_size=CHUNK
+    )
+
+
+def kept_words_whole(student: Model, text: Array, places: Array, words: Array, probs: Array) -> Array:
+    (labels, p), log_q = listed(text, places, words, probs), whole(student, text, places)
+    is_listed = jnp.zeros(log_q.shape, bool).at[jnp.arange(len(labels))[:, None], labels].set(True)
+    log_rest = jax.nn.logsumexp(jnp.where(is_listed, -jnp.inf, log_q), 1)
+    return -((p * jnp.take_along_axis(log_q, labels, 1)).sum(1) + (1 - p.sum(1)) * log_rest).mean()
+
+
+def text_whole(student: Model, text: Array, places: Array) -> Array:
+    return -jnp.take_along_axis(whole(student, text, places), text[places][:, None], 1).mean()
+
+
+@jax.jit
+def likeliest(teacher: Model, text: Array) -> tuple[Array, Array]:
+    """The teacher's likeliest words at each place of the text and their probabilities, [length, KEPT] each."""
+    top = lambda x: lax.top_k(jax.nn.softmax(x), KEPT)  # noqa: E731
+    probs, words = jce.linear_map(top, linear(teacher, text, jnp.arange(text.size)), chunk_size=CHUNK)
+    return words, probs
+
+
+class Lesson(NamedTuple):
+    """What a student learns from."""
+
+    in_chunks: Callable[..., Array]  # of student, text, places and what `given` makes
+    of_whole_logits: Callable[..., Array]  # the same
+    given: Callable[[Model, Array], Sequence[Any]]  # of teacher and text
+    colour: str  # Okabe and Ito's, told apart by every kind of colour vision
+    stroke: str  # for none
+
+
+LESSONS = {
+    "every word": Lesson(every_word, every_word_whole, lambda teacher, _: (teacher,), "#D55E00", "-"),
+    "16 words and the text": Lesson(kept_words, kept_words_whole, likeliest, "#0072B2", "--"),
+    "the text": Lesson(next_word.loss, text_whole, lambda *_: (), "#CC79A7", ":"),
+}
+
+
+def lesson(corpus: Corpus, name: str, teacher: Model, steps: int, *, seed: int = 0) -> Iterator[Snapshot]:
+    """A student's training by one of LESSONS: a snapshot at the start and at each twentieth of the way."""
+    objective, _, given, *_ = LESSONS[name]
+    return train(corpus, steps, seed=seed, width=STUDENT, objective=objective, given=given(teacher, corpus.text))
+
+
+distance = jax.jit(every_word)
+
+
+# What it costs
+
+
+class Cost(NamedTuple):
+    """Of value and gradient for a batch: the model's part, without the optimizer's."""
+
+    megabytes: float  # that the program needs beside arguments and results
+    milliseconds: float
+
+
+def costs(corpus: Corpus, name: str, teacher: Model, rounds: int = 7) -> tuple[Cost, Cost]:
+    """In chunks, and of whole logits: medians of some rounds in turn."""
+    given = LESSONS[name].given(teacher, corpus.text)
+    places = jax.random.choice(jax.random.key(0), corpus.training, (BATCH,))
+    arguments = (next_word.initial(len(corpus.words), 0, STUDENT), corpus.text, places, *given)
+    programs = [jax.jit(jax.value_and_grad(f)).lower(*arguments).compile() for f in LESSONS[name][:2]]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for program, taken in zip(programs, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(program(*arguments))
+            taken.append(time.perf_counter() - start)
+    in_chunks, of_whole = (
+        Cost(next_word.temporary_bytes(program) / 1e6, 1e3 * statistics.median(taken))
+        for program, taken in zip(programs, seconds, strict=True)
+    )
+    return in_chunks, of_whole
+
+
+# The picture
+
+
+@matplotlib.rc_context({"font.size": 16, "axes.titlesize": 18, "axes.labelsize": 16, "figure.titlesize": 23})
+def picture(
+    histories: dict[str, list[Snapshot]], taught: float, unigram: float, spent: dict[str, tuple[Cost, Cost]]
+) -> Figure:
+    """The held-out perplexity of each student against steps, and what a batch costs in chunks and as whole logits."""
+    figure = Figure(figsize=(18, 8), dpi=100, layout="constrained")
+    figure.suptitle(f"A model of width {WIDTH} teaches one of {STUDENT}: what to learn from, and what a batch costs")
+    left, *right = figure.subplots(1, 3, width_ratios=[2, 1, 1])
+    for name, history in histories.items():
+        steps, _, perplexities, *_ = zip(*history, strict=True)
+        left.plot(steps, perplexities, LESSONS[name].stroke, color=LESSONS[name].colour, linewidth=4, label=name)
+    for level, of in ((unigram, "by frequency alone"), (taught, "the teacher")):
+        left.axhline(level, color="black", linewidth=1.5)
+        left.annotate(of, (0, level), (0, 5), textcoords="offset points")
+    left.set(title="perplexity of the held-out words", xlabel="step", ylim=(0.8 * taught, 1.5 * unigram))
+    left.legend(title="learns from", handlelength=3, loc="upper right")
+    for axes, field, title in zip(right, Cost._fields, ("megabytes", "milliseconds"), strict=True):
+        for k, (label, look) in enumerate({"in chunks": {}, "whole logits": {"hatch": "//", "alpha": 0.5}}.items()):
+            heights = [getattr(pair[k], field) for pair in spent.values()]
+            at = [i + 0.4 * k - 0.2 for i in range(len(spent))]
+            colours = [LESSONS[name].colour for name in spent]
+            axes.bar_label(axes.bar(at, heights, 0.38, color=colours, edgecolor="black", **look), fmt="{:,.0f}")
+            axes.bar(0, 0, color="0.5", label=label, edgecolor="black", **look)
+        axes.set(title=f"{title}, value and gradient", xticks=range(len(spent)), xticklabels=map(_in_lines, spent))
+    right[0].legend(loc="upper right")
+    right[0].margins(y=0.25)
+    for axes in (left, *right):
+        axes.grid(color="0.88", axis="y")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _in_lines(name: str) -> str:
+    return name.replace(" and ", "\nand ")
+
+
+# The command line
+
+
+def _run(corpus: Corpus, steps: int, seed: int, out: str) -> None:
+    n = len(corpus.words)
+    print(f"words: {corpus.text.size:,}, of which {corpus.held_out.size:,} are held out; vocabulary: {n:,}")
+    bar = functools.partial(tqdm, total=21, leave=False, disable=None, unit=" parts", dynamic_ncols=True)
+    *_, taught = bar(train(corpus, steps, seed=seed), "the teacher")
+    unigram = next_word.unigram_perplexity(corpus)
+    print(
+        f"perplexity of the held-out words: by their frequency alone {unigram:.1f}, the teacher's, of width {WIDTH},"
+        f" {taught.perplexity:.1f}\n\nand of students of width {STUDENT} that learn from"
+    )
+    histories = {
+        name: list(bar(lesson(corpus, name, taught.model, steps, seed=seed), f"from {name}")) for name in LESSONS
+    }
+    print(f"{'step':>8}" + "".join(f"{name:>24}" for name in histories))
+    for row in zip(*histories.values(), strict=True):
+        print(f"{row[0].step:8}" + "".join(f"{s.perplexity:24.1f}" for s in row))
+    print(f"\n{'':24}{'KL(teacher‖student),':>22}{'a batch, value and gradient: in chunks / of whole logits':>60}")
+    print(f"{'':24}{'held-out words':>22}{'MB':>30}{'ms':>30}")
+    spent = {}
+    for name, history in histories.items():
+        apart = float(distance(history[-1].model, corpus.text, corpus.held_out, taught.model))
+        spent[name] = chunks, logits = costs(corpus, name, taught.model)
+        sizes, times = ((f"{a:,.1f} / {b:,.1f}") for a, b in zip(chunks, logits, strict=True))
+        print(f"{name:24}{apart:22.4f}{sizes:>30}{times:>30}")
+    picture(histories, taught.perplexity, unigram, spent).savefig(out)
+    print(f"\npicture: {out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains teacher and students, prints a table and writes the picture; the status is 2 for wrong input, 130 for
+    Ctrl-C."""
+    claim = "Teach a next-word model to a narrower one: from every word, from 16 and the rest, or from the text alone."
+    parser = Parser(prog=PROGRAM, description=claim)
+    add = parser.add_argument
+    add("text", metavar="TEXT", nargs="?", type=corpus_file, help="A UTF-8 file (default: Python's own documentation).")
+    add(
+        "--steps",
+        type=integer(1, 10**9),
+        default=300,
+        help="How many batches for each of the four, with a learning rate that falls to 0 (default: %(default)s).",
+    )
+    add("--seed", type=integer(0, 2**31 - 1), default=0, help="Draws models and batches (default: %(default)s).")
+    add("--out", type=png, default="distill.png", help="The picture (default: %(default)s).")
+    args = parser.parse_args(argv)
+    _run(args.text or read(default_text()), args.steps, args.seed, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -48,15 +48,15 @@ from jce._binary_with_logits import (
 from jce._check import check_distribution
 from jce._cross_entropy import cross_entropy, cross_entropy_with_integer_labels, cross_entropy_with_logits
 from jce._entropy import entropy, entropy_with_logits
+from jce._heads.linear import Linear
+from jce._heads.linear_cross_entropy import linear_cross_entropy
+from jce._heads.linear_kl_divergence import linear_kl_divergence
+from jce._heads.linear_log_probs import linear_log_probs
+from jce._heads.linear_map import linear_map
+from jce._heads.on_mesh import on_mesh
+from jce._heads.sharded_linear_cross_entropy import sharded_linear_cross_entropy
 from jce._jensen_shannon import jensen_shannon_divergence, jensen_shannon_divergence_with_logits
 from jce._kl_divergence import generalized_kl_divergence, kl_divergence, kl_divergence_with_logits
-from jce._linear import Linear
-from jce._linear_cross_entropy import linear_cross_entropy
-from jce._linear_kl_divergence import linear_kl_divergence
-from jce._linear_log_probs import linear_log_probs
-from jce._linear_map import linear_map
-from jce._on_mesh import on_mesh
-from jce._sharded_linear_cross_entropy import sharded_linear_cross_entropy
 
 __all__ = [
     "Linear",

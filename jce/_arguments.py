@@ -1,6 +1,6 @@
 """One reading of the arguments, for every public function: dtype, shape, axis, `where`, and the text of the errors.
 
-What only the functions of a head take is read in `_head.py`. All of it is static, so it costs nothing at run time, and
+What only the functions of a head take is read in `_heads`. All of it is static, so it costs nothing at run time, and
 errors are raised while tracing.
 
 What the arrays hold is another matter. Under `jax.jit` an argument need not be an array in memory: XLA fuses what makes

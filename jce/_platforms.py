@@ -19,7 +19,7 @@ from jce._layout import auto_devices
 
 if TYPE_CHECKING:
     from jce._classes import Classes
-    from jce._products import Products
+    from jce._heads.products import Products
 
 LONGEST_CHAIN = 16_384  # classes, of which XLA makes one kernel for a GPU
 

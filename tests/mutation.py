@@ -195,15 +195,16 @@ def meaning(source: str) -> str:
 def places() -> dict[str, list[tuple[str, str, Operator, int, int]]]:
     """Where a fault can be planted, by kind: module, source, and an operator's k-th position with its line."""
     found = {kind: [] for kind in KINDS}
-    for path in sorted((ROOT / "jce").glob("*.py")):
+    for path in sorted((ROOT / "jce").rglob("*.py")):
         if path.stem in NOT_KERNELS:
             continue
+        module = path.relative_to(ROOT / "jce").with_suffix("").as_posix()
         source = path.read_text()
         nodes = list(ast_nodes(get_ast(source)))
         for kind, operators in KINDS.items():
             for operator in operators:
                 positions = [position for node in nodes for position in operator.mutation_positions(node)]
-                found[kind] += [(path.stem, source, operator, k, line) for k, ((line, _), _) in enumerate(positions)]
+                found[kind] += [(module, source, operator, k, line) for k, ((line, _), _) in enumerate(positions)]
     return found
 
 
@@ -294,8 +295,9 @@ def survives(copies: Copies, mutant: Mutant) -> bool:
     """First come the tests of what the module defines, or those that are named after it."""
     source = (ROOT / "jce" / f"{mutant.module}.py").read_text()
     functions = re.findall(r"^@public\(.*\ndef (\w+)", source, re.MULTILINE)
-    own = " or ".join(functions if "linear" not in mutant.module else [])
-    subject = "linear" if mutant.module == "_head" else mutant.module
+    of_heads = mutant.module.startswith("_heads/")
+    own = " or ".join(functions if not of_heads else [])
+    subject = f"linear {mutant.module}" if of_heads else mutant.module
     files = sorted(FAST_TESTS, key=lambda test: test not in subject)
     first = [f"{SECONDS} and ({own})", f"{SECONDS} and not ({own})"] if own else [SECONDS]
     stages = [*((files, chosen) for chosen in first), *SLOWER]

@@ -23,18 +23,27 @@ from jce._calculus import live_jvp
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal
 from jce._elementary import exp, log1p
-from jce._head import REDUCTIONS, Logits, checked, checked_chunk, each_token, over_chunks, shares, tokens_and_head
+from jce._heads.chunks import (
+    REDUCTIONS,
+    Logits,
+    checked,
+    checked_chunk,
+    each_token,
+    over_chunks,
+    shares,
+    tokens_and_head,
+)
+from jce._heads.linear import Linear
+from jce._heads.over_tokens import TokenOptions
+from jce._heads.places import Arguments, on_each_device
+from jce._heads.products import Head
+from jce._heads.sparse_targets import linear_sparse_cross_entropy
+from jce._heads.tokens import of_tokens
 from jce._layout import over_devices
-from jce._linear import Linear
-from jce._linear_sparse_targets import linear_sparse_cross_entropy
 from jce._mul0 import mul0
-from jce._over_tokens import TokenOptions
-from jce._places import Arguments, on_each_device
 from jce._platforms import Chunks, Platform, on_platform
-from jce._products import Head
 from jce._soft_targets import scaled, smoothed
 from jce._softmax import logsumexp, off_label_sum, surprisal, surprisal_at_label
-from jce._tokens import of_tokens
 
 OPTIONS, NUMBERS = ("reduction", "chunk_size", "precision"), ("label_smoothing", "z_loss", "logit_soft_cap")
 

@@ -8,8 +8,8 @@ from jax.typing import ArrayLike
 
 from jce._arguments import as_array, described, float_dtype, fraction, is_array, positive, wide_enough
 from jce._classes import Classes
-from jce._linear import Linear
-from jce._over_tokens import OfChunk, TokenOptions, over_tokens
+from jce._heads.linear import Linear
+from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._soft_targets import scaled
 from jce._softmax import logsumexp
 from jce._sparse_targets import sparse_cross_entropy

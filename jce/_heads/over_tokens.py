@@ -18,13 +18,13 @@ from jax.typing import ArrayLike
 
 from jce._arguments import as_array, broadcasts_to, choice, described, float_dtype, require_boolean
 from jce._classes import vary_over, varying
-from jce._head import REDUCTIONS, Logits, checked_chunk, head_of, shares
+from jce._heads.chunks import REDUCTIONS, Logits, checked_chunk, head_of, shares
+from jce._heads.linear import Linear, LinearArrays
+from jce._heads.places import Arguments, on_each_device
+from jce._heads.products import Products
+from jce._heads.token_loop import Inputs, Loop, each, weighted, weighted_sums
+from jce._heads.tokens import of_tokens
 from jce._layout import mesh_names, over_devices
-from jce._linear import Linear, LinearArrays
-from jce._places import Arguments, on_each_device
-from jce._products import Products
-from jce._token_loop import Inputs, Loop, each, weighted, weighted_sums
-from jce._tokens import of_tokens
 
 
 class TokenOptions(NamedTuple):

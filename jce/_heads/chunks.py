@@ -28,10 +28,10 @@ from jce._arguments import (
 from jce._calculus import custom_jvp, def_partials
 from jce._classes import Classes, like, vary_over, varying
 from jce._elementary import exp, tanh
+from jce._heads.products import Head, Products
 from jce._layout import over_devices
 from jce._mul0 import mul0
 from jce._platforms import Chunks
-from jce._products import Head, Products
 
 REDUCTIONS = ("mean", "sum", "none")
 

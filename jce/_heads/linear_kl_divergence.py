@@ -12,10 +12,10 @@ from jax.typing import ArrayLike
 
 from jce._arguments import described, is_array, positive, public
 from jce._classes import like
+from jce._heads.linear import Linear
+from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._kl_divergence import kl_divergence_with_logits
-from jce._linear import Linear
 from jce._mul0 import over
-from jce._over_tokens import OfChunk, TokenOptions, over_tokens
 
 
 @public("reduction", "chunk_size", "precision", "axis_name", numbers=("temperature",))

@@ -18,11 +18,11 @@ from jax.custom_derivatives import SymbolicZero
 
 from jce._calculus import live_jvp
 from jce._classes import vary_over, varying
-from jce._head import each_token, over_chunks
+from jce._heads.chunks import each_token, over_chunks
+from jce._heads.products import Head
 from jce._layout import mesh_names, over_devices
 from jce._mul0 import mul0
 from jce._platforms import on_platform
-from jce._products import Head
 
 
 class Inputs(NamedTuple):

@@ -2,7 +2,7 @@
 
 Inside a `jax.shard_map`, a scan over chunks of tokens sends nothing of the hidden states, and sums the head's gradient
 once: what derivatives send follows from JAX's types of what varies over which axis. Left to XLA's partitioner, under
-Auto axes, that takes the right tokens in a chunk, and a compiler that moves sums out of loops (`_head.over_chunks`).
+Auto axes, that takes the right tokens in a chunk, and a compiler that moves sums out of loops (`chunks.over_chunks`).
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import jax.core
 from jax.typing import ArrayLike
 
 from jce._classes import varying_type
+from jce._heads.linear import Linear
+from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._layout import mesh_names
-from jce._linear import Linear
-from jce._over_tokens import OfChunk, TokenOptions, over_tokens
 
 
 def linear_map(

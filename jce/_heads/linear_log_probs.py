@@ -16,9 +16,9 @@ from jce._calculus import negative
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal
 from jce._entropy import entropy_of_softmax
-from jce._head import checked
-from jce._linear import Linear
-from jce._over_tokens import OfChunk, TokenOptions, over_tokens
+from jce._heads.chunks import checked
+from jce._heads.linear import Linear
+from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbs")

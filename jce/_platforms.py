@@ -95,6 +95,12 @@ def on_platform(function: Callable, *arguments):
     return lax.platform_dependent(*arguments, cpu=on(CPU), default=on(ACCELERATOR))
 
 
+def on_cpu(there: Callable, elsewhere: Callable) -> Callable:
+    """There on a CPU, elsewhere on others; no derivative keeps anything of the other."""
+    here = there if CPU.is_cpu else elsewhere
+    return jax.checkpoint(lambda *arguments: lax.platform_dependent(*arguments, cpu=here, default=elsewhere))
+
+
 def per_platform(kernel: Callable, apart: bool = False) -> Callable:
     """A function of arrays, numbers a row and, last, the arrays' classes: of how they are summed where it is lowered.
 

@@ -7,6 +7,7 @@ exp xᵢ over those with one and R that over the others, log 1/(1 - Σq) = log(1
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from jce._binary_with_logits import binary_cross_entropy_with_logits
 from jce._classes import Classes
 from jce._elementary import two_sum
 from jce._mul0 import mul0
+from jce._platforms import on_cpu
 from jce._soft_targets import smoothed, soft
 from jce._softmax import logsumexp
 
-FEW = 16  # labels, which are compared with each class; more are scattered
+FEW = 16  # labels, which an accelerator compares with each class; more are scattered
 
 
 def sparse_cross_entropy(
@@ -71,14 +73,20 @@ def _log_sum(x, there, classes):
 
 def _over_classes(y, a, x, classes):
     """Σⱼ aⱼ [i = yⱼ] for each class i of x."""
-    y = classes.local(y, x)
-    if y.shape[-1] <= FEW or classes.are_split(x):
-        terms = [
-            jnp.where(classes.is_at(x, y[..., j]), classes.column(a[..., j]), jnp.zeros_like(x))
-            for j in range(y.shape[-1])
-        ]
-        return sum(terms, start=jnp.zeros_like(x))
-    rows, n = math.prod(x.shape[:-1]), x.shape[-1]
-    at = jnp.where(classes.has(x, y), y, jnp.full_like(y, n)).reshape(rows, -1)
-    zeros = jnp.zeros_like(x).reshape(rows, n)
-    return zeros.at[jnp.arange(rows)[:, None], at].add(a.reshape(rows, -1), mode="drop").reshape(x.shape)
+    compared, scattered = (functools.partial(f, classes=classes) for f in (_compared, _scattered))
+    any_way = scattered if y.shape[-1] > FEW else on_cpu(scattered, compared)
+    function = compared if classes.are_split(x) else any_way
+    return function(classes.local(y, x), a, jnp.zeros_like(x))
+
+
+def _compared(y, a, zeros, classes):
+    for j in range(y.shape[-1]):
+        zeros += jnp.where(classes.is_at(zeros, y[..., j]), classes.column(a[..., j]), jnp.zeros_like(zeros))
+    return zeros
+
+
+def _scattered(y, a, zeros, classes):
+    rows, n = math.prod(zeros.shape[:-1]), zeros.shape[-1]
+    y = jnp.where(classes.has(zeros, y), y, jnp.full_like(y, n))  # a negative index would count
+    y, a = (b.reshape(rows, -1) for b in (y, a))
+    return zeros.reshape(rows, n).at[jnp.arange(rows)[:, None], y].add(a, mode="drop").reshape(zeros.shape)

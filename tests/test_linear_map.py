@@ -303,6 +303,28 @@ def test_half_precision_is_summed_in_float32():
         assert jax.grad(loss)(jnp.ones((), jnp.bfloat16), reduction) == 4096
 
 
+@pytest.mark.parametrize("of_head", [jnp.bfloat16, jnp.float32])
+def test_derivatives_in_half_precision(of_head, rng):
+    """In hidden states and head at once, forward and reverse, each in its own dtype, to bfloat16's digits."""
+    numbers, directions = (
+        (jnp.asarray(rng.standard_normal((7, 4)), jnp.bfloat16), jnp.asarray(rng.standard_normal((5, 4)), of_head))
+        for _ in range(2)
+    )
+    y = np.arange(7) % 5
+
+    def loss(hidden, head):
+        x = Linear(hidden, head)
+        return jce.linear_map(jce.cross_entropy_with_integer_labels, y, x, reduction="mean", chunk_size=3)
+
+    _, tangent = jax.jvp(loss, numbers, directions)
+    gradients = jax.grad(loss, (0, 1))(*numbers)
+    assert [g.dtype for g in gradients] == [jnp.bfloat16, of_head]
+    wide = [tuple(x.astype(np.float32) for x in xs) for xs in (numbers, directions)]
+    np.testing.assert_allclose(tangent, jax.jvp(loss, *wide)[1], rtol=0.02)
+    for g, expected in zip(gradients, jax.grad(loss, (0, 1))(*wide[0]), strict=True):
+        np.testing.assert_allclose(np.float32(g), expected, atol=2**-7 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("which", ["by name", "map"])
 @pytest.mark.in_turn(2)
 def test_two_heads_are_their_logits_bit_for_bit(which, rng):

@@ -106,12 +106,13 @@ def _weighted_sums_rule(loop, primals, tangents):
 
         terms.append(jax.jvp(of_others, [leaves[i] for i in others], [steps[i] for i in others])[1])
     for i, gradient in zip(live, gradients, strict=True):
-        (parts if of_classes[i] else terms).append(mul0(gradient, steps[i].astype(gradient.dtype)).sum())
+        gradient, step = (x.astype(w.dtype) for x in (gradient, steps[i]))  # hidden states' are as narrow as they
+        (parts if of_classes[i] else terms).append(mul0(gradient, step).sum())
     if parts:
         terms.append(over_devices(functools.reduce(jnp.add, parts), mesh_names(loop.class_axis)))
     sums = [weighted(r, w).sum(0) for r in results]
     tangent = [jnp.zeros_like(s) for s in sums]
-    tangent[loop.trained] = functools.reduce(jnp.add, [t.astype(w.dtype) for t in terms])
+    tangent[loop.trained] = functools.reduce(jnp.add, terms)
     return sums, tangent
 
 

@@ -208,7 +208,7 @@ def law(kernel: Kernel, rng, every: int) -> None:
 
 
 @each_function
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(3)
 def test_inputs_made_in_the_same_program(kernel, rng):
     law(kernel, rng, 13)
 

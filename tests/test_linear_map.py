@@ -79,6 +79,7 @@ SECOND = ("jvp", "forward over reverse", "reverse over forward", "reverse over r
     + [pytest.param(name, "sum", SECOND, marks=pytest.mark.slow) for name in FUNCTIONS]
     + [pytest.param(name, "none", SECOND, marks=pytest.mark.slow) for name in ("distillation", "policy")],
 )
+@pytest.mark.in_turn(2)
 def test_functions_of_whole_logits(name, reduction, wanted, arrays, rng):
     """Value and gradients in hidden states, heads and weights; second derivatives in three nestings."""
     function, letters = FUNCTIONS[name]
@@ -323,6 +324,31 @@ def test_derivatives_in_half_precision(of_head, rng):
     np.testing.assert_allclose(tangent, jax.jvp(loss, *wide)[1], rtol=0.02)
     for g, expected in zip(gradients, jax.grad(loss, (0, 1))(*wide[0]), strict=True):
         np.testing.assert_allclose(np.float32(g), expected, atol=2**-7 * np.abs(expected).max())
+
+
+OF_HALF = {
+    "map": lambda h, w: jce.linear_map(jax.nn.logsumexp, Linear(h, w), reduction="sum", chunk_size=3),
+    "map of each": lambda h, w: jce.linear_map(jax.nn.logsumexp, Linear(h, w), chunk_size=3).sum(),
+    "entropies": lambda h, w: jce.linear_log_probs(np.zeros(7, int), h, w, chunk_size=3).entropy.sum(),
+}
+
+
+@pytest.mark.parametrize("name", OF_HALF)
+@pytest.mark.in_turn(3)
+def test_second_derivatives_in_half_precision(name, rng):
+    """They cross from hidden states to heads, whose derivatives are float32: in all nestings, to bfloat16's digits."""
+    numbers, directions = (
+        tuple(jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((7, 4), (5, 4))) for _ in range(2)
+    )
+    programs = modes(OF_HALF[name], (0, 1))
+
+    def run(numbers, directions):
+        return [programs[mode](numbers, directions) for mode in SECOND]
+
+    got = jax.jit(run)(numbers, directions)
+    expected = run(*jax.tree.map(lambda x: x.astype(np.float32), (numbers, directions)))
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(np.float32(g) - e) <= 2**-6 * np.linalg.norm(e)
 
 
 @pytest.mark.parametrize("which", ["by name", "map"])

@@ -321,9 +321,24 @@ def test_explicit_meshes(accelerator, rng):
     close(got, expected)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+def a_divergence(on, axis, y, h, w):
+    return on(jce.linear_kl_divergence)(jce.Linear(jnp.sin(h), w), jce.Linear(h, w), reduction="none")
+
+
+OF_HEADS = {
+    "mean": lambda on, axis, y, h, w: on(jce.linear_cross_entropy)(y, h, w),
+    "none": lambda on, axis, y, h, w: on(jce.linear_cross_entropy)(y, h, w, reduction="none"),
+    "log-probabilities": lambda on, axis, y, h, w: sum(on(jce.linear_log_probs)(y, h, w)),
+    "divergence": a_divergence,
+    "map": lambda on, axis, y, h, w: on(jce.linear_map)(
+        functools.partial(jce.cross_entropy_with_integer_labels, axis_name=axis), y, jce.Linear(h, w), reduction="mean"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_HEADS)
 @pytest.mark.slow
-def test_hessian_vector_products_of_bfloat16(accelerator, rng, reduction):
+def test_hessian_vector_products_of_bfloat16(accelerator, rng, name):
     """In every nesting, third order, batched by head, and split over a mesh: float64's, to what the rounding does."""
     y, *numbers = arguments(rng, jnp.bfloat16)
     y, numbers = y[:60], (numbers[0][:60], numbers[1])
@@ -331,14 +346,14 @@ def test_hessian_vector_products_of_bfloat16(accelerator, rng, reduction):
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
     def alone(h, w):
-        return jce.linear_cross_entropy(y, h, w, reduction=reduction)
+        return OF_HEADS[name](lambda f: f, None, y, h, w)
 
     def sharded(h, w):
-        on = {"mesh": mesh, "token_axis": "data", "class_axis": "model"}
-        return jce.sharded_linear_cross_entropy(y, h, w, reduction=reduction, **on)
+        on = functools.partial(jce.on_mesh, mesh=mesh, token_axis="data", class_axis="model")
+        return OF_HEADS[name](on, "model", y, h, w)
 
     def batched(h, w):
-        return jax.vmap(lambda w: jce.linear_cross_entropy(y, h, w, reduction=reduction))(w[None])[0]
+        return jax.vmap(lambda w: alone(h, w))(w[None])[0]
 
     def derivatives(loss, a, t):
         programs = modes(lambda *a: jnp.square(loss(*a)).mean(), (0, 1))

@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 
-from jce._calculus import custom_jvp
 from jce._classes import varying_alike
 from jce._mul0 import Primitive
 
@@ -57,23 +55,63 @@ def _dot(a, b, axis_a, axis_b, dtype, precision=None):
     return lax.dot_general(a, b, contract, precision=precision, preferred_element_type=dtype)
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(3, 4))
+# a · W, of a head that may have leading axes, each with its a. Linear in a and, by decree, in `wide` alone: also where
+# it is transposed, to a product with the head again, and batched.
+
+_product_p = Primitive("product_with_head")
+
+
 def _product(a, weight, wide, axis, products):
-    return products.dot(a, weight, 1, axis, wide.dtype)
+    return _product_p.bind(*varying_alike(a, weight, wide), axis=axis, products=products)
 
 
-def _product_rule(axis, products, primals, tangents):
+def _multiply(a, weight, wide, *, axis, products):
+    def function(a, weight):
+        return products.dot(a, weight, 1, axis, wide.dtype)
+
+    for _ in weight.shape[2:]:
+        function = jax.vmap(function)
+    return function(a, weight)
+
+
+def _product_abstract(*arrays, **static):
+    (result,) = jax.make_jaxpr(functools.partial(_multiply, **static))(*arrays).out_avals
+    return result
+
+
+def _product_rule(primals, tangents, **static):
     (a, weight, wide), (da, _, dwide) = primals, tangents
-    value = _product(a, weight, wide, axis, products)
-    tangent = jnp.zeros_like(value)
-    if not isinstance(da, SymbolicZero):
-        tangent += _product(da, weight, wide, axis, products)
-    if not isinstance(dwide, SymbolicZero):
-        tangent += _product(a, dwide, dwide, axis, products)
-    return value, tangent
+    value = _product(a, weight, wide, **static)
+    terms = [] if type(da) is ad.Zero else [_product(da, weight, wide, **static)]
+    terms += [] if type(dwide) is ad.Zero else [_multiply(a, dwide, dwide, **static)]
+    return value, functools.reduce(jnp.add, terms or [jnp.zeros_like(value)])
 
 
-_product.defjvp(_product_rule, symbolic_zeros=True)
+def _product_transpose(ct, a, weight, wide, *, axis, products):
+    largest, ct = _scaled(ct) if products.narrow and axis == 1 else (1, ct)
+    return (largest * _product(ct, weight, wide, 1 - axis, products)).astype(a.aval.dtype), None, None
+
+
+def _product_batch(arguments, axes, **static):
+    a, weight, wide = arguments
+    if axes[1:] == (None, None) and weight.ndim == 2:  # one head for all: they are tokens
+        a = jnp.moveaxis(a, axes[0], 0)
+        result = _product(a.reshape(-1, a.shape[-1]), weight, wide, **static)
+        return result.reshape(*a.shape[:-1], -1), 0
+    (size,) = {x.shape[k] for x, k in zip(arguments, axes, strict=True) if k is not None}
+    spread = [
+        jnp.broadcast_to(x, (size, *x.shape)) if k is None else jnp.moveaxis(x, k, 0)
+        for x, k in zip(arguments, axes, strict=True)
+    ]
+    return _product(*spread, **static), 0
+
+
+_product_p.def_impl(jax.jit(_multiply, static_argnames=("axis", "products")))
+_product_p.def_abstract_eval(_product_abstract)
+ad.primitive_jvps[_product_p] = _product_rule
+ad.primitive_transposes[_product_p] = _product_transpose
+batching.primitive_batchers[_product_p] = _product_batch
+mlir.register_lowering(_product_p, mlir.lower_fun(_multiply, multiple_results=False))
 
 
 # The narrow product: bilinear by decree, though it rounds, and its derivatives are such products too.
@@ -113,8 +151,8 @@ def _transpose_b(ct, a, b, *, axis_a, axis_b):
 
 
 def _scaled(ct):
-    """A derivative in logits [C, n]: its largest entries [C, 1], and it divided by them."""
-    largest = jnp.maximum(jnp.abs(lax.stop_gradient(ct)).max(1, keepdims=True), jnp.finfo(ct.dtype).tiny)
+    """A derivative in logits [..., C, n]: its largest entries [..., C, 1], and it divided by them."""
+    largest = jnp.maximum(jnp.abs(lax.stop_gradient(ct)).max(-1, keepdims=True), jnp.finfo(ct.dtype).tiny)
     return largest, ct * (1 / largest)
 
 

@@ -3,7 +3,8 @@
 Each function, mode and shape is compiled for each device, and read from the program: bytes, as passes over an array of
 logits, products, seconds by the roofline (see bench/roofline.py), a TPU compiler's own count of cycles, kernels, and
 temporaries. Nothing is timed. The floor of a function of logits or probabilities reads each input that it depends on
-and writes each result once; that of the head is its bare products of bfloat16, 1, 3 and for a Hessian-vector product 7.
+and writes each result once; that of the head is its bare products of bfloat16, 1, 3 and for a Hessian-vector product 7,
+and with a teacher's head, which is frozen, 1 more.
 
 The compilers run in a process of their own: what they need of JAX would change the other benchmarks.
 """
@@ -20,7 +21,7 @@ import jce
 from bench import children, compilers, peers
 from bench.engines import ALONE, GRADIENT, HVP, VALUE
 from bench.models import MODELS, Model
-from bench.peers import JAX, LIBRARIES, TASKS, Task, of_label, surprisal
+from bench.peers import JAX, LIBRARIES, TASKS, kl_of_two_heads, of_label, surprisal
 from bench.programs import WIDTHS, Unreadable, entry, leaves
 from bench.roofline import DEVICES, cost
 
@@ -29,25 +30,55 @@ NUMBERS = 2**28  # of logits: more than fit on a TPU's chip
 TOKENS = 8192  # of the head
 HEADS = [*MODELS[2:4], Model("Llama 3.1 8B", 128_256, 4096), Model("Gemma 2 2B", 256_000, 2304)]
 ROWS = [*MODELS[:2], Model("Mistral 7B v0.3", 32_768, 4096), MODELS[3]]
-PRODUCTS = {VALUE: 1, GRADIENT: 3, HVP: 7}  # of the head
+PRODUCTS = {"head": {VALUE: 1, GRADIENT: 3, HVP: 7}, "two heads": {VALUE: 2, GRADIENT: 4, HVP: 8}}
 MODES = (VALUE, ALONE, GRADIENT, HVP)
-HEAD = "linear_cross_entropy"
+HEAD, TWO_HEADS = "linear_cross_entropy", "linear_kl_divergence"
 
 
 def optax_loss(y, x):
     return peers.optax.softmax_cross_entropy_with_integer_labels(x, y).mean()
 
 
-# Hidden states and head are bfloat16. Optax takes the logits that its user makes: bfloat16, and the loss too; bfloat16,
-# and a loss of them in float32; float32, as the product's sums are.
-HEAD_FUNCTIONS: dict[str, Callable] = {
-    "jce": jce.linear_cross_entropy,
-    "jax": lambda y, h, w: of_label(surprisal((h @ w.T).astype(jnp.float32)), y).mean(),
-    "optax, bfloat16 loss": lambda y, h, w: optax_loss(y, h @ w.T),
-    "optax, bfloat16 logits": lambda y, h, w: optax_loss(y, (h @ w.T).astype(jnp.float32)),
-    "optax, float32 logits": lambda y, h, w: optax_loss(y, jnp.matmul(h, w.T, preferred_element_type=jnp.float32)),
-    "tokamax": lambda y, h, w: peers.tokamax.linear_softmax_cross_entropy_loss(h, y, w.T, reduction="mean"),
-    "jax-cce": lambda y, h, w: peers.jax_cce.linear_cross_entropy(h, w, y),
+def optax_kl(x, y):
+    return peers.optax.losses.kl_divergence_with_log_targets(-surprisal(y), -surprisal(x)).mean()
+
+
+def bfloat16(h, w):
+    return (h @ w.T).astype(jnp.float32)
+
+
+def float32(h, w):
+    return jnp.matmul(h, w.T, preferred_element_type=jnp.float32)
+
+
+def scan(hp, wp, h, w):
+    return kl_of_two_heads(hp, wp, h, w, 2048, bfloat16) / len(h)
+
+
+# Hidden states and heads are bfloat16. Optax takes the logits that its user makes: bfloat16, and the loss too;
+# bfloat16, and a loss of them in float32; float32, as the product's sums are.
+HEAD_FUNCTIONS: dict[str, dict[str, Callable]] = {
+    HEAD: {
+        "jce": jce.linear_cross_entropy,
+        "jax": lambda y, h, w: of_label(surprisal(bfloat16(h, w)), y).mean(),
+        "optax, bfloat16 loss": lambda y, h, w: optax_loss(y, h @ w.T),
+        "optax, bfloat16 logits": lambda y, h, w: optax_loss(y, bfloat16(h, w)),
+        "optax, float32 logits": lambda y, h, w: optax_loss(y, float32(h, w)),
+        "tokamax": lambda y, h, w: peers.tokamax.linear_softmax_cross_entropy_loss(h, y, w.T, reduction="mean"),
+        "jax-cce": lambda y, h, w: peers.jax_cce.linear_cross_entropy(h, w, y),
+    },
+    TWO_HEADS: {
+        "jce": lambda hp, wp, h, w: jce.linear_kl_divergence(jce.Linear(hp, wp), jce.Linear(h, w)),
+        "jax, scan": scan,
+        "optax, bfloat16 logits": lambda hp, wp, h, w: optax_kl(bfloat16(hp, wp), bfloat16(h, w)),
+        "optax, float32 logits": lambda hp, wp, h, w: optax_kl(float32(hp, wp), float32(h, w)),
+    },
+    "linear_map": {
+        "jce": lambda hp, wp, h, w: jce.linear_map(
+            jce.kl_divergence_with_logits, jce.Linear(hp, wp), jce.Linear(h, w), reduction="mean"
+        ),
+        "jax, scan": scan,
+    },
 }
 
 
@@ -60,11 +91,16 @@ class Case(NamedTuple):
 
 def cases(quick: bool, only: str) -> list[Case]:
     devices = ("h100", "v5e") if quick else tuple(DEVICES)
-    found = [(HEAD, model.name, tuple(PRODUCTS)) for model in HEADS if only in HEAD]
-    for task in TASKS:
-        if only in task.label and task.kind != "head":
+    found = []
+    for task in sorted(TASKS, key=lambda task: not task.has_heads):
+        if only not in task.label:
+            continue
+        if task.has_heads:
+            models, modes = HEADS if task.kind == "head" else HEADS[2:3], tuple(PRODUCTS[task.kind])
+        else:
             models = ROWS if task.kernel.has_classes else ROWS[1:2]  # elementwise, the size is all that matters
-            found += [(task.label, model.name, MODES) for model in models]
+            modes = MODES
+        found += [(task.label, model.name, modes) for model in models]
     if quick:
         shown = {("cross_entropy_with_integer_labels", "ResNet-50"), (HEAD, "GPT-2")}
         found = [(label, model, (VALUE, GRADIENT)) for label, model, _ in found if only or (label, model) in shown]
@@ -78,25 +114,29 @@ class Measured(NamedTuple):
     arguments: list[tuple]  # shapes and dtypes
     trained: tuple[int, ...]
     shape: list[int]
+    products: dict[str, int]  # of heads, by mode
 
 
 def measured(case: Case) -> Measured:
-    if case.function == HEAD:
+    task = next(t for t in TASKS if t.label == case.function)
+    if task.has_heads:
         model = next(m for m in HEADS if m.name == case.model)
-        there = {name: f for name, f in HEAD_FUNCTIONS.items() if LIBRARIES[name.partition(",")[0]][0] is not None}
-        h, w = (((n, model.width), jnp.bfloat16) for n in (TOKENS, model.classes))
-        return Measured(there, [((TOKENS,), jnp.int32), h, w], (1, 2), [TOKENS, model.width, model.classes])
-    task: Task = next(t for t in TASKS if t.label == case.function)
+        functions = HEAD_FUNCTIONS[task.label].items()
+        there = {name: f for name, f in functions if LIBRARIES[name.partition(",")[0]][0] is not None}
+        shapes = task.shapes(TOKENS, model.classes, model.width)
+        arguments = [(shape, jnp.bfloat16 if dtype == np.float32 else dtype) for shape, dtype in shapes]
+        shape = [TOKENS, model.width, model.classes]
+        return Measured(there, arguments, task.trained, shape, PRODUCTS[task.kind])
     model = next(m for m in ROWS if m.name == case.model)
     rows = NUMBERS // model.classes // 1024 * 1024
     there = {name: f for name, f in task.contenders().items() if LIBRARIES[name][1] is JAX}
-    return Measured(there, task.shapes(rows, model.classes, model.width), task.trained, [rows, model.classes])
+    return Measured(there, task.shapes(rows, model.classes, model.width), task.trained, [rows, model.classes], {})
 
 
 def floor(what: Measured, mode: str, device: str, texts: Iterable[str]) -> float:
     """Seconds."""
-    if len(what.shape) == 3:
-        return PRODUCTS[mode] * 2 * np.prod(what.shape, dtype=float) / DEVICES[device].peaks["bf16"]
+    if what.products:
+        return what.products[mode] * 2 * np.prod(what.shape, dtype=float) / DEVICES[device].peaks["bf16"]
     return min(arguments_and_results(text) for text in texts) / DEVICES[device].bandwidth
 
 
@@ -122,7 +162,7 @@ def measure(case: Case, mode: str) -> list[dict]:
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             cannot[library] = str(error) if isinstance(error, Unreadable) else type(error).__name__
     least = floor(what, mode, case.device, [program.as_text() for program in programs.values()]) if programs else None
-    logits = what.shape[0] * what.shape[-1] * (2 if case.function == HEAD else 4)
+    logits = what.shape[0] * what.shape[-1] * (2 if what.products else 4)
     lines = []
     for library in what.functions:
         line = {"function": case.function, "library": library, "mode": mode, "model": case.model, "device": case.device}

@@ -57,7 +57,7 @@ def sampled(task: Task, rows: int, dtype) -> tuple[list[str], list[np.ndarray]]:
     """The regime of each row, and the row's arguments, of all seeds."""
     shape = (rows, CLASSES) if task.kernel.has_classes else (rows,)
     samples = [task.kernel.sample(np.random.default_rng(seed), shape, dtype) for seed in SEEDS]
-    if task.kind == "head":  # 0 · ∞ in the product with the identity
+    if task.has_heads:  # 0 · ∞ in the product with the identity
         samples = [{name: x for name, x in s.items() if np.isfinite(x).all()} for s in samples]
     names = [name for s in samples for name in s for _ in range(rows)]
     arrays = zip(*(arguments for s in samples for arguments in s.values()), strict=True)
@@ -90,10 +90,12 @@ def results(task: Task, library: str, arrays: list[np.ndarray], dtype) -> dict[s
     with jax.enable_x64(dtype == np.float64), full, np.errstate(all="ignore"):
         placed = [engine.put(x) for x in arguments]
         program = engine.program(f, VALUE, task.places)
-        if task.kind == "head":  # it gives a sum over its tokens: one at a time
-            y, x, head = arguments
-            one = [program(engine.put(y[:1]), engine.put(row[None]), engine.put(head)) for row in x]
-            found["value"] = np.array([float(v) for v in one])[:, None]
+        if task.has_heads:  # it gives a sum over its tokens: one at a time
+            rows = (
+                [engine.put(x if i in task.heads else x[r : r + 1]) for i, x in enumerate(arguments)]
+                for r in range(len(arrays[0]))
+            )
+            found["value"] = np.array([float(program(*row)) for row in rows])[:, None]
         else:
             found["value"] = fetched(program(*placed)).reshape(len(arrays[0]), 1)
         for place, name in zip(task.places, list(bars(task))[1:], strict=True):

@@ -33,6 +33,7 @@ JAX, TORCH, NUMPY = Jax(), Torch(), NumPy()
 LIBRARIES = {
     "jce": (jce, JAX),
     "jax": (jax, JAX),
+    "jax, scan": (jax, JAX),  # a loop over chunks of tokens, by hand
     "optax": (optax, JAX),
     "distrax": (distrax, JAX),
     "tokamax": (tokamax, JAX),
@@ -55,7 +56,8 @@ class Task:
     """A function of jce, its row in the tests' table, and the same function elsewhere, by library.
 
     `kind`: what the functions take: "rows", the arguments of the table's row; "labels", labels and logits; "head",
-    labels, hidden states and a head, of which they return the sum over tokens.
+    labels, hidden states and a head, of which they return the sum over tokens; "two heads", the hidden states and the
+    head of a teacher p, which is frozen, and those of a student, and the sum over tokens again.
     """
 
     name: str
@@ -73,14 +75,28 @@ class Task:
         return f"{self.name}, {self.note}" if self.note else self.name
 
     @property
+    def has_labels(self) -> bool:
+        return self.kind in ("labels", "head")
+
+    @property
+    def has_heads(self) -> bool:
+        return self.kind in ("head", "two heads")
+
+    @property
     def places(self) -> tuple[int, ...]:
-        """Where the arguments of the table's row are among the functions' arguments."""
-        return tuple(range(len(self.kernel.arguments))) if self.kind == "rows" else (1,)
+        """Where the arguments of the table's row are among the functions': behind labels, each before its head."""
+        first, step = int(self.has_labels), 1 + self.has_heads
+        return tuple(range(first, first + step * len(self.kernel.arguments), step))
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Where the heads are: behind the hidden states that they take."""
+        return tuple(i + 1 for i in self.places) if self.has_heads else ()
 
     @property
     def trained(self) -> tuple[int, ...]:
         """What a user differentiates in: the model's argument, or the hidden states and the head."""
-        return (1, 2) if self.kind == "head" else (self.places[-1],)
+        return (self.places[-1], *self.heads[-1:])
 
     def contenders(self, platform: str = "cpu") -> dict[str, Callable]:
         return {
@@ -90,19 +106,17 @@ class Task:
         }
 
     def from_row(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
-        """The functions' arguments at which they are the table's row: label 0, a head that gives the logits back."""
-        if self.kind == "rows":
-            return arrays
-        (x,) = arrays
-        labels = np.zeros(x.shape[:-1], np.int32)
-        return [labels, x] if self.kind == "labels" else [labels, x, np.eye(x.shape[-1], dtype=x.dtype)]
+        """The functions' arguments at which they are the table's row: label 0, heads that give the logits back."""
+        labels = [np.zeros(arrays[0].shape[:-1], np.int32)] if self.has_labels else []
+        if not self.has_heads:
+            return labels + arrays
+        return labels + [part for x in arrays for part in (x, np.eye(x.shape[-1], dtype=x.dtype))]
 
     def shapes(self, tokens: int, n: int, width: int) -> list[tuple[tuple[int, ...], np.dtype]]:
         number, integer = np.dtype(np.float32), np.dtype(np.int32)
-        if self.kind == "head":
-            return [((tokens,), integer), ((tokens, width), number), ((n, width), number)]
-        labels = [((tokens,), integer)] if self.kind == "labels" else []
-        return labels + [((tokens, n), number)] * len(self.kernel.arguments)
+        labels = [((tokens,), integer)] if self.has_labels else []
+        logits = [((tokens, width), number), ((n, width), number)] if self.has_heads else [((tokens, n), number)]
+        return labels + logits * len(self.kernel.arguments)
 
     def sample(self, rng: np.random.Generator, tokens: int, n: int, width: int) -> list[np.ndarray]:
         """Random arguments of those shapes."""
@@ -117,9 +131,9 @@ class Task:
             return e / (1 + e) if domain == (0, 1) else e / e.sum(-1, keepdims=True)
 
         shapes = self.shapes(tokens, n, width)
-        if self.kind == "head":
-            labels, hidden, head = (draw(*s, LOGIT) for s in shapes)
-            return [labels, hidden, head / np.float32(3 * np.sqrt(width))]
+        if self.has_heads:
+            arrays = [draw(*s, LOGIT) for s in shapes]
+            return [x / np.float32(3 * np.sqrt(width)) if i in self.heads else x for i, x in enumerate(arrays)]
         domains = [None] * (len(shapes) - len(self.kernel.domains)) + list(self.kernel.domains)
         return [draw(*s, domain) for s, domain in zip(shapes, domains, strict=True)]
 
@@ -153,6 +167,18 @@ def to_mixture_of_logits(library, log_p, log_q):
     log_m = library.logaddexp(log_p + math.log(BETA), log_q + math.log(1 - BETA))
     terms = BETA * library.exp(log_p) * (log_p - log_m), (1 - BETA) * library.exp(log_q) * (log_q - log_m)
     return sum(terms)
+
+
+def kl_of_two_heads(hp, wp, h, w, most=512, logits=lambda h, w: h @ w.T):
+    """Σ KL(p‖q) over tokens in equal chunks of at most so many, of which one has its logits at a time."""
+    size = max(k for k in range(1, most + 1) if len(h) % k == 0)
+
+    def of_chunk(total, chunk):
+        p, q = (jax.nn.log_softmax(logits(*linear)) for linear in zip(chunk, (wp, w), strict=True))
+        return total + (jnp.exp(p) * (p - q)).sum(), None
+
+    chunks = [x.reshape(-1, size, x.shape[-1]) for x in (hp, h)]
+    return jax.lax.scan(jax.checkpoint(of_chunk), jnp.zeros(()), chunks)[0]
 
 
 def label_with(**options):
@@ -363,5 +389,31 @@ TASKS = [
             "torch": lambda y, h, w: F.linear_cross_entropy(h, w, y, reduction="sum"),
         },
         kind="head",
+    ),
+    Task(
+        "linear_kl_divergence",
+        "kl_divergence_with_logits",
+        {
+            "jce": lambda hp, wp, h, w: jce.linear_kl_divergence(jce.Linear(hp, wp), jce.Linear(h, w), reduction="sum"),
+            "jax, scan": kl_of_two_heads,
+            "optax": lambda hp, wp, h, w: optax.losses.kl_divergence_with_log_targets(
+                -surprisal(h @ w.T), -surprisal(hp @ wp.T)
+            ).sum(),
+            "torch": lambda hp, wp, h, w: F.kl_div(
+                F.log_softmax(h @ w.T, -1), F.log_softmax(hp @ wp.T, -1), reduction="sum", log_target=True
+            ),
+        },
+        kind="two heads",
+    ),
+    Task(
+        "linear_map",
+        "kl_divergence_with_logits",
+        {
+            "jce": lambda hp, wp, h, w: jce.linear_map(
+                jce.kl_divergence_with_logits, jce.Linear(hp, wp), jce.Linear(h, w), reduction="sum"
+            ),
+            "jax, scan": kl_of_two_heads,
+        },
+        kind="two heads",
     ),
 ]

@@ -3,7 +3,8 @@
 All contenders of a function, shape and mode run in turn, warm and blocked, so that what else the machine does falls on
 all of them. Each line has its quartiles in seconds, its time over the floor's and jce's time over its own, both of the
 same turn, and the seconds its compilation took. The floor is a program that reads the same arrays and writes results of
-the same size and does nothing else; of the head, its bare matrix products: 1, 3, and 7 for the Hessian-vector product.
+the same size and does nothing else; of the head, its bare matrix products: 1, 3, and 7 for the Hessian-vector product,
+and 1 more each of a teacher's head.
 Where a call is short, several are made before one waits, so that an accelerator's queue is timed and not its latency.
 
 On a CPU it runs twice, in processes of their own: with the C library's allocator `pinned`, so that it keeps the memory
@@ -77,8 +78,11 @@ def quartiles(x: np.ndarray) -> list[float]:
 
 def floor(task: Task, mode: str) -> Callable:
     """What no implementation can do without."""
-    if task.kind == "head":
-        return {VALUE: product, GRADIENT: three_products, HVP: seven_products}[mode]
+    if task.has_heads:
+        products = {VALUE: product, GRADIENT: three_products, HVP: seven_products}[mode]
+        if task.kind == "head":
+            return products
+        return lambda hp, wp, *student: (product(None, hp, wp), products(None, *student))
 
     def reads(*arrays):
         everything = sum(x for x in arrays if x.dtype != np.int32)
@@ -110,7 +114,7 @@ def same(a, b) -> bool:
 
 
 def measure(task: Task, model: Model, mode: str, settings: Settings) -> list[dict]:
-    tokens = model.tokens(settings.numbers, settings.multiplications if task.kind == "head" else None)
+    tokens = model.tokens(settings.numbers, settings.multiplications if task.has_heads else None)
     rng = np.random.default_rng(2026)
     arrays = task.sample(rng, tokens, model.classes, model.width)
     if mode == HVP:
@@ -146,7 +150,7 @@ def measure(task: Task, model: Model, mode: str, settings: Settings) -> list[dic
     lines = []
     for name, agreed in agrees.items():
         line = {"function": task.label, "library": name, "mode": mode, "model": model.name}
-        line["shape"] = [tokens, *([model.width] if task.kind == "head" else []), model.classes]
+        line["shape"] = [tokens, *([model.width] if task.has_heads else []), model.classes]
         line["agrees"] = agreed
         if name in seconds:
             line["seconds"] = quartiles(seconds[name])

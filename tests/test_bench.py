@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import mpmath as mp
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ def task(label: str) -> Task:
 
 def test_every_function_has_its_task():
     left_out = {"check_distribution", "linear_log_probs", "sharded_linear_cross_entropy", "on_mesh", "Linear"}
-    left_out |= {"linear_map", "linear_kl_divergence"}
     assert {t.name for t in TASKS} == set(jce.__all__) - left_out
 
 
@@ -37,7 +35,7 @@ def test_jce_and_its_peers_do_the_same(t, rng):
     for library, f in t.contenders().items():
         engine = peers.LIBRARIES[library][1]
         found[library] = engine.program(f, VALUE, t.trained)(*map(engine.put, arrays))
-    assert {"jce", "jax"} <= set(found)
+    assert {"jce", "jax"} <= {library.partition(",")[0] for library in found}
     assert all(speed.same(x, found["jce"]) for x in found.values())
 
 
@@ -99,14 +97,26 @@ def test_the_heads_floor_is_its_products(rng):
         np.testing.assert_allclose(x, e, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("mode", "products"), [(VALUE, 2), (GRADIENT, 4), (HVP, 8)])
+def test_the_floor_of_two_heads_has_one_product_more(mode, products):
+    t = task("linear_kl_divergence")
+    shapes = t.shapes(8, 5, 4)
+    shapes += [shapes[i] for i in t.trained] if mode == HVP else []
+    text = str(jax.make_jaxpr(speed.floor(t, mode))(*(jax.ShapeDtypeStruct(*s) for s in shapes)))
+    assert text.count("dot_general") == products
+
+
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("label", ["cross_entropy_with_integer_labels", "linear_cross_entropy", "binary_kl_divergence"])
+@pytest.mark.parametrize(
+    "label",
+    ["cross_entropy_with_integer_labels", "linear_cross_entropy", "linear_kl_divergence", "binary_kl_divergence"],
+)
 @pytest.mark.slow
 def test_lines_of_speed(label, mode):
     settings = speed.Settings(label, (), 2**10, 2**14, 3, 0.0)
     lines = speed.measure(task(label), MODELS[0], mode, settings)
-    assert {"jce", "jax"} <= {line["library"] for line in lines}
+    assert {"jce", "jax"} <= {line["library"].partition(",")[0] for line in lines}
     for line in lines:
         assert line["agrees"] is True or str(line["agrees"]).startswith("can't")
         if "seconds" in line:
@@ -151,20 +161,22 @@ def test_the_floor_of_losses_is_reading_and_writing_once():
     assert accelerators.floor(what, ALONE, "v5e", [three, two]) == pytest.approx(2 * a_pass)
 
 
-def test_the_floor_of_a_head_is_its_products():
-    what = accelerators.measured(accelerators.Case("h100", "linear_cross_entropy", "GPT-2", ()))
-    product = 2 * 8192 * 768 * 50_257 / 989e12
-    assert accelerators.floor(what, GRADIENT, "h100", []) == pytest.approx(3 * product)
-    assert accelerators.floor(what, HVP, "h100", []) == pytest.approx(7 * product)
+@pytest.mark.parametrize(("label", "gradient", "hvp"), [("linear_cross_entropy", 3, 7), ("linear_kl_divergence", 4, 8)])
+def test_the_floor_of_heads_is_their_products(label, gradient, hvp):
+    what = accelerators.measured(accelerators.Case("h100", label, "Llama 3.1 8B", ()))
+    product = 2 * 8192 * 4096 * 128_256 / 989e12
+    assert accelerators.floor(what, GRADIENT, "h100", []) == pytest.approx(gradient * product)
+    assert accelerators.floor(what, HVP, "h100", []) == pytest.approx(hvp * product)
 
 
-def test_the_heads_compared_are_the_same_loss(rng):
-    y = rng.integers(5, size=8)
-    h, w = (rng.standard_normal(s).astype(jnp.bfloat16) for s in ((8, 4), (5, 4)))
-    what = accelerators.measured(accelerators.Case("h100", "linear_cross_entropy", "GPT-2", ()))
-    expected = what.functions["jce"](y, h, w)
-    for name in ("jax", "optax, bfloat16 loss", "optax, bfloat16 logits", "optax, float32 logits"):
-        np.testing.assert_allclose(np.float32(what.functions[name](y, h, w)), expected, rtol=0.02)
+@pytest.mark.parametrize("label", accelerators.HEAD_FUNCTIONS)
+def test_the_heads_compared_are_the_same_loss(label, rng):
+    what = accelerators.measured(accelerators.Case("h100", label, "Llama 3.1 8B", ()))
+    sample = task(label).sample(rng, 8, 5, 4)
+    arrays = [x.astype(dtype) for x, (_, dtype) in zip(sample, what.arguments, strict=True)]
+    expected = what.functions["jce"](*arrays)
+    for name in set(what.functions) - {"tokamax", "jax-cce"}:
+        np.testing.assert_allclose(np.float32(what.functions[name](*arrays)), expected, rtol=0.02)
 
 
 def test_a_quick_run_has_two_devices_and_few_programs():

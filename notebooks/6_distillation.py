@@ -1,0 +1,105 @@
+# %% [markdown]
+# # Distillation: a teacher's probabilities teach a student more than the text does, and no batch's logits exist
+#
+# A student learns from a teacher by falling
+#
+# $$\mathrm{KL}(p \Vert q) = \sum_i p_i \log \frac{p_i}{q_i} \qquad p = \mathrm{softmax}(W_p h_p) \qquad
+# q = \mathrm{softmax}(W_q h_q)$$
+#
+# in the mean over tokens, where $p$ is the teacher's and fixed (Hinton, Vinyals and Dean, 2015). As it stands it makes
+# the logits of both for all tokens. `jce.linear_kl_divergence(Linear(h_p, W_p), Linear(h_q, W_q))` is the same number
+# from some hundred tokens' logits at a time, whatever the two widths, in four products with a head: one each for the
+# logits, two for the student's derivatives.
+#
+# The teacher is the next-word model of `python -m jce.next_word`, of width 64, on Python's own documentation. Its
+# students have width 16. `python -m jce.distill` does the same with a text of yours.
+
+# %%
+import io
+
+import jax
+import numpy as np
+from IPython.display import Image, display
+
+from jce import distill, next_word
+from jce.demo import default_text
+from jce.distill import LESSONS
+
+STEPS = 300
+corpus = next_word.read(default_text())
+*_, taught = next_word.train(corpus, STEPS)
+teacher, unigram = taught.model, next_word.unigram_perplexity(corpus)
+print(f"words: {corpus.text.size:,}, a tenth held out; vocabulary: {len(corpus.words):,}")
+print(f"perplexity of the words held out: {unigram:.1f} by frequency alone, {taught.perplexity:.1f} the teacher's")
+
+# %% [markdown]
+# ## What is kept of a teacher
+#
+# Where a teacher is too large to run beside its student, its likeliest classes are kept: here 16 words a place, with
+# their probabilities, found by `linear_map` of `lax.top_k`. They are targets as they are: `linear_cross_entropy` takes
+# $k$ labels a token with `label_probs`. A label that occurs twice adds up, so the word of the text can be one more of
+# them; and with `tail=True` all other words are one more outcome, which has what is left of the target,
+#
+# $$\Big(1 - \sum_k p_k\Big) \log \frac{1}{1 - \sum_k q_k}$$
+
+# %%
+words, probs = distill.likeliest(teacher, corpus.text)
+place = int(corpus.held_out[40])
+print("after “" + " ".join(corpus.words[corpus.text[place - next_word.CONTEXT : place]]) + "”:")
+print(", ".join(f"{corpus.words[w]} {p:.3f}" for w, p in zip(words[place][:8], probs[place], strict=False)))
+print(f"the 16 likeliest words have {probs[corpus.held_out].sum(1).mean():.2f} of the probability, in the mean")
+
+# %% [markdown]
+# ## Three lessons
+#
+# Students of the same start see the same batches, and learn from every word's probability, from the 16 and the text,
+# half and half, or from the text alone, as the teacher did.
+
+# %%
+histories = {name: list(distill.lesson(corpus, name, teacher, STEPS)) for name in LESSONS}
+spent = {name: distill.costs(corpus, name, teacher) for name in LESSONS}
+apart = {
+    name: float(distill.distance(history[-1].model, corpus.text, corpus.held_out, teacher))
+    for name, history in histories.items()
+}
+print(f"{'learns from':24}{'perplexity':>12}{'KL from the teacher':>22}")
+for name, history in histories.items():
+    print(f"{name:24}{history[-1].perplexity:12.1f}{apart[name]:22.3f}")
+distill.picture(histories, taught.perplexity, unigram, spent).savefig(png := io.BytesIO(), dpi=60)
+display(Image(png.getvalue()))
+
+# %% [markdown]
+# The teacher's probabilities teach a little more than the text, on words that neither has seen, and 16 of them with the
+# text nearly as much as all. What is left is the width: 16 numbers a word can't say what 64 do.
+#
+# ## The claim
+#
+# Each loss and its gradient are, to rounding, those of whole logits, at the start and after training; a student that
+# falls along whole logits takes the same course, within 1e-3 over its first 20 steps; and in chunks a batch takes less
+# than a sixth of the memory.
+
+
+# %%
+def course(objective, given, steps=20):
+    history = next_word.train(corpus, steps, width=distill.STUDENT, objective=objective, given=given)
+    return [snapshot.loss for snapshot in history][1:]
+
+
+places = corpus.training[:4096]
+for name, (in_chunks, of_whole_logits, given, *_) in LESSONS.items():
+    given = given(teacher, corpus.text)
+    for student in (histories[name][0].model, histories[name][-1].model):
+        ours, dense = (
+            jax.jit(jax.value_and_grad(f))(student, corpus.text, places, *given) for f in (in_chunks, of_whole_logits)
+        )
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(dense), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    np.testing.assert_allclose(course(in_chunks, given), course(of_whole_logits, given), rtol=1e-3)
+    chunks, logits = spent[name]
+    assert 6 * chunks.megabytes < logits.megabytes
+
+perplexity = {name: history[-1].perplexity for name, history in histories.items()}
+assert taught.perplexity < perplexity["every word"] < perplexity["the text"] < unigram
+assert perplexity["16 words and the text"] < perplexity["the text"]
+assert apart["every word"] < apart["16 words and the text"] < apart["the text"]
+print("the three losses are those of whole logits, and the teacher's probabilities teach more than the text")

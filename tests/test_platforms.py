@@ -321,15 +321,10 @@ def test_explicit_meshes(accelerator, rng):
     close(got, expected)
 
 
-def a_divergence(on, axis, y, h, w):
-    return on(jce.linear_kl_divergence)(jce.Linear(jnp.sin(h), w), jce.Linear(h, w), reduction="none")
-
-
 OF_HEADS = {
     "mean": lambda on, axis, y, h, w: on(jce.linear_cross_entropy)(y, h, w),
     "none": lambda on, axis, y, h, w: on(jce.linear_cross_entropy)(y, h, w, reduction="none"),
     "log-probabilities": lambda on, axis, y, h, w: sum(on(jce.linear_log_probs)(y, h, w)),
-    "divergence": a_divergence,
     "map": lambda on, axis, y, h, w: on(jce.linear_map)(
         functools.partial(jce.cross_entropy_with_integer_labels, axis_name=axis), y, jce.Linear(h, w), reduction="mean"
     ),

@@ -1,0 +1,193 @@
+"""The head inside train steps of Flax and Equinox: bfloat16, tied embeddings, micro-batches, checkpointed layers."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jce
+
+EXTRA = "needs the extra 'frameworks'"
+eqx = pytest.importorskip("equinox", reason=EXTRA)
+nnx = pytest.importorskip("flax.nnx", reason=EXTRA)
+
+pytestmark = pytest.mark.needs_jit  # trainings, and compiled programs
+
+CLASSES, WIDTH, LAYERS, CHUNK = 1024, 32, 2, 32
+MICRO_BATCHES, SEQUENCES, LENGTH = 3, 4, 64
+STEPS = 20
+
+
+# Σ ℓ of the tokens that have a label
+
+
+def fused(labels, hidden, head):
+    return jce.linear_cross_entropy(labels, hidden, head, where=labels >= 0, reduction="sum", chunk_size=CHUNK)
+
+
+def mapped(labels, hidden, head):
+    options = {"where": labels >= 0, "reduction": "sum", "chunk_size": CHUNK}
+    return jce.linear_map(jce.cross_entropy_with_integer_labels, labels, jce.Linear(hidden, head), **options)
+
+
+def dense(labels, hidden, head):
+    """Of float32 logits, all there."""
+    log_q = jax.nn.log_softmax(hidden.astype(np.float32) @ head.astype(np.float32).T)
+    at_label = jnp.take_along_axis(log_q, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
+    return -jnp.where(labels >= 0, at_label, 0).sum()
+
+
+def mean_and_gradient(loss, parameters, words, labels):
+    """Of all micro-batches' tokens: one micro-batch at a time, added up in float32."""
+
+    def add(sums, batch):
+        parts = jax.value_and_grad(loss)(parameters, *batch)
+        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, parts), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, np.float32), (jnp.zeros(()), parameters))
+    sums, _ = jax.lax.scan(add, zeros, (words, labels))
+    return jax.tree.map(lambda x: x / (labels >= 0).sum().astype(x.dtype), sums)
+
+
+# In both: embeddings, layers with a residual, and the embeddings' table as head. `split` gives a model's parameters,
+# and the loss as a function of them; `train` the compiled step, the losses and the model after them.
+
+
+class FlaxModel(nnx.Module):
+    def __init__(self):
+        options = {"rngs": nnx.Rngs(0), "dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+        self.embedding = nnx.Embed(CLASSES, WIDTH, **options)
+        self.layers = nnx.List(nnx.Linear(WIDTH, WIDTH, **options) for _ in range(LAYERS))
+
+    def loss(self, of_head, words, labels):
+        hidden = self.embedding(words)
+        for layer in self.layers:
+            hidden = nnx.remat(lambda layer, h: h + jnp.tanh(layer(h)))(layer, hidden)
+        return of_head(labels, hidden, self.embedding.embedding[...])
+
+
+class Flax:
+    model = FlaxModel
+
+    @staticmethod
+    def split(model, of_head):
+        graph, parameters = nnx.split(model)
+        return parameters, lambda parameters, *batch: nnx.merge(graph, parameters).loss(of_head, *batch)
+
+    @classmethod
+    def train(cls, of_head, *data):
+        model = cls.model()
+        optimizer = nnx.Optimizer(model, optax.adam(0.01, mu_dtype=np.float32), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer, *data):
+            parameters, loss = cls.split(model, of_head)
+            value, gradient = mean_and_gradient(loss, parameters, *data)
+            with jax.numpy_dtype_promotion("standard"):  # for optax
+                optimizer.update(model, gradient)
+            return value
+
+        program = step.lower(model, optimizer, *data).compile()
+        return program.compiled, [float(program(model, optimizer, *data)) for _ in range(STEPS)], model
+
+
+class EquinoxModel(eqx.Module):
+    embedding: eqx.nn.Embedding
+    layers: list
+
+    def __init__(self):
+        first, *others = jax.random.split(jax.random.key(0), 1 + LAYERS)
+        self.embedding = eqx.nn.Embedding(
+            weight=jax.random.normal(first, (CLASSES, WIDTH), jnp.bfloat16) / math.sqrt(WIDTH)
+        )
+        self.layers = [eqx.nn.Linear(WIDTH, WIDTH, dtype=jnp.bfloat16, key=key) for key in others]
+
+    def loss(self, of_head, words, labels):
+        hidden = self.embedding.weight[words]
+        for layer in self.layers:
+            of_tokens = jax.vmap(jax.vmap(layer))
+            hidden = eqx.filter_checkpoint(lambda of_tokens, h: h + jnp.tanh(of_tokens(h)))(of_tokens, hidden)
+        return of_head(labels, hidden, self.embedding.weight)
+
+
+class Equinox:
+    model = EquinoxModel
+
+    @staticmethod
+    def split(model, of_head):
+        parameters, rest = eqx.partition(model, eqx.is_inexact_array)
+        return parameters, lambda parameters, *batch: eqx.combine(parameters, rest).loss(of_head, *batch)
+
+    @classmethod
+    def train(cls, of_head, *data):
+        model, optimizer = cls.model(), optax.adam(0.01, mu_dtype=np.float32)
+        state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+
+        @eqx.filter_jit
+        def step(model, state, *data):
+            parameters, loss = cls.split(model, of_head)
+            value, gradient = mean_and_gradient(loss, parameters, *data)
+            with jax.numpy_dtype_promotion("standard"):  # for optax
+                updates, state = optimizer.update(gradient, state)
+                model = eqx.combine(optax.apply_updates(parameters, updates), model)
+            return value, model, state
+
+        program, losses = step.lower(model, state, *data).compile(), []
+        for _ in range(STEPS):
+            value, model, state = program(model, state, *data)
+            losses.append(float(value))
+        return program.compiled, losses, model
+
+
+each_framework = pytest.mark.parametrize(("framework", "ours"), [(Flax, fused), (Equinox, mapped)])
+
+
+@pytest.fixture
+def data(rng):
+    """Words and what follows each, [micro-batch, sequence, place]; a part of each sequence, or all, has no label."""
+    words = rng.integers(0, CLASSES, (MICRO_BATCHES, SEQUENCES, LENGTH), np.int32)
+    lengths = rng.integers(0, LENGTH, (MICRO_BATCHES, SEQUENCES, 1))
+    return words, np.where(np.arange(LENGTH) < lengths, (3 * words + 1) % CLASSES, -100).astype(np.int32)
+
+
+def largest(program):
+    """The number of entries of a compiled program's largest array."""
+    shapes = re.findall(r"\[(\d+(?:,\d+)+)\]", program.as_text())
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+LOGITS = SEQUENCES * LENGTH * CLASSES  # of a micro-batch
+
+
+@each_framework
+def test_the_gradient_is_the_dense_one(framework, ours, data):
+    """To 4u in the norm, u = 2⁻⁸.
+
+    Hidden states, their gradient, each layer's and a parameter's own are rounded to bfloat16, by at most u each; but to
+    unlike neighbours where float32 differs by an ulp, and XLA leaves out roundings where it sees no need, other ones in
+    each form. In the value, a mean of some hundred tokens, little is left of that.
+    """
+    model, results, sizes = framework.model(), [], []
+    for of_head in (ours, dense):
+        parameters, loss = framework.split(model, of_head)
+        program = jax.jit(lambda p, loss=loss: mean_and_gradient(loss, p, *data)).lower(parameters).compile()
+        results.append(program(parameters))
+        sizes.append(largest(program))
+    (value, gradient), (dense_value, dense_gradient) = results
+    np.testing.assert_allclose(value, dense_value, rtol=2**-12)
+    for g, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(dense_gradient), strict=True):
+        assert np.linalg.norm(g - expected) <= 2**-6 * np.linalg.norm(expected)
+    assert sizes[0] < LOGITS / 4 < LOGITS <= sizes[1]
+
+
+@each_framework
+def test_training(framework, ours, data):
+    """In the whole step there is no array of tokens × classes; the loss falls, and parameters stay bfloat16."""
+    program, losses, model = framework.train(ours, *data)
+    assert largest(program) < LOGITS / 4
+    assert losses[-1] < losses[0] / 2
+    assert {x.dtype for x in jax.tree.leaves(framework.split(model, ours)[0])} == {jnp.dtype(jnp.bfloat16)}

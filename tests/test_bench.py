@@ -224,9 +224,11 @@ def test_what_is_compiled_has_no_noise_and_belongs_to_a_device():
     assert moved(COMPILED, CANNOT | {"library": "jce"}) == []
 
 
-def test_a_cost_below_the_floor_or_none_of_jce_is_an_error():
-    accelerators.check([COMPILED, CANNOT | {"library": "tokamax"}])
-    for line in (COMPILED | {"roofline_over_floor": 0.9}, CANNOT | {"library": "jce"}):
+def test_a_cost_below_the_floor_or_too_few_products_or_none_of_jce_is_an_error():
+    head = COMPILED | {"function": "linear_kl_divergence", "mode": HVP, "shape": [8, 4, 5]}
+    whole, a_product_less = (head | {"operations": {"bf16": products * 2 * 8 * 4 * 5}} for products in (8, 7))
+    accelerators.check([COMPILED, CANNOT | {"library": "tokamax"}, whole])
+    for line in (COMPILED | {"roofline_over_floor": 0.9}, CANNOT | {"library": "jce"}, a_product_less):
         with pytest.raises(AssertionError):
             accelerators.check([line])
 

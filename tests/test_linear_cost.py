@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jce
-from tests.jaxprs import equations, inner
+from tests.jaxprs import inner
 from tests.kernels import modes
 
 pytestmark = pytest.mark.needs_jit

@@ -136,7 +136,7 @@ def train(
 ) -> Iterator[Snapshot]:
     """Trains by Adam on random batches, and yields a snapshot at the start and at each twentieth of the way.
 
-    A generator, so that whoever runs it can show how far it is, or stop. What falls is
+    A generator, so that whoever runs it can show how far it is, or stop. What is minimised is
     `objective(model, text, places, *given)`.
     """
     model, optimizer = initial(len(corpus.words), seed, width), make_optimizer(steps)

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Distillation: a teacher's probabilities teach a student more than the text does, and no batch's logits exist
 #
-# A student learns from a teacher by falling
+# A student learns from a teacher by minimising
 #
 # $$\mathrm{KL}(p \Vert q) = \sum_i p_i \log \frac{p_i}{q_i} \qquad p = \mathrm{softmax}(W_p h_p) \qquad
 # q = \mathrm{softmax}(W_q h_q)$$
@@ -75,7 +75,7 @@ display(Image(png.getvalue()))
 # ## The claim
 #
 # Each loss and its gradient are, to rounding, those of whole logits, at the start and after training; a student that
-# falls along whole logits takes the same course, within 1e-3 over its first 20 steps; and in chunks a batch takes less
+# descends along whole logits takes the same course, within 1e-3 over its first 20 steps; and in chunks a batch takes less
 # than a sixth of the memory.
 
 

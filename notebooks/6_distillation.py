@@ -75,7 +75,7 @@ display(Image(png.getvalue()))
 # ## The claim
 #
 # Each loss and its gradient are, to rounding, those of whole logits, at the start and after training; a student that
-# descends along whole logits takes the same course, within 1e-3 over its first 20 steps; and in chunks a batch takes less
+# descends on whole logits takes the same course, within 1e-3 in its first 20 steps; and in chunks a batch takes less
 # than a sixth of the memory.
 
 

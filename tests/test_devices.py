@@ -279,8 +279,8 @@ def test_axes_of_one_name_or_several_or_none(rng):
 
 def test_batches_of_sequences_and_scalars_of_weights(rng):
     labels, (h, w, _, _), where = problem(rng, dtype=np.float32)
-    options = {"mesh": make_mesh((2, 4)), "token_axis": "tokens", "class_axis": "classes", "weights": 0.5}
-    args = labels.reshape(8, 2), h.reshape(8, 2, -1), w
+    options = {"mesh": make_mesh((4, 2)), "token_axis": "tokens", "class_axis": "classes", "weights": 0.5}
+    args = labels.reshape(8, 2), h.reshape(8, 2, -1), w  # only the first axis is split, and divided by 4
     for reduction in ("mean", "sum", "none"):
         close(
             jce.sharded_linear_cross_entropy(*args, where=where.reshape(8, 2), reduction=reduction, **options),

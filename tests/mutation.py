@@ -76,6 +76,7 @@ EQUIVALENT = {
     "zip(a[1:], b[1:], strict=False)": "both are of three numbers",
     "SHORTEST_BLOCK + 2": "how rows are cut is a matter of speed",
     "_excess.defjvp(_excess_rule, symbolic_zeros=False)": "the terms that it adds are 0: a matter of speed",
+    "if not is_array(self.soft_cap) else": "where a traced number's gradient is summed is a matter of speed",
     "(least < value <= most": "the smallest normal number is nothing that a loss would be given",
     "(least <= value < most": "nor is the largest",
 }

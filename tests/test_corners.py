@@ -23,7 +23,6 @@ def agrees(got, expected):
 
 @each_kernel
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
-@pytest.mark.in_turn(2)
 def test_value_and_gradient_in_both_modes(kernel, dtype):
     arguments, values, gradients = stacked(kernel, dtype)
     positions = tuple(range(len(arguments)))

@@ -348,7 +348,7 @@ def other_rounding_in_later_passes(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(4)
 def test_another_rounding_in_later_passes(kernel, rng, other_rounding_in_later_passes):
     """A relative error of the exponents is all that it makes, also where one class has all but e^-40 of both."""
     arguments = []

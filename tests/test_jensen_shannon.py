@@ -86,10 +86,15 @@ def test_a_traced_weight_has_derivatives(function, rng):
 
 @each_divergence
 def test_weights_in_a_batch(function, rng):
+    """Values, and derivatives in the weight."""
     p, q = np.abs(rng.standard_normal((2, 5))).astype(np.float32)
     weights = np.float32(WEIGHTS)
-    together = jax.vmap(lambda beta: function(p, q, beta=beta))(weights)
+    together, slopes = jax.vmap(jax.value_and_grad(lambda beta: function(p, q, beta=beta)))(weights)
     np.testing.assert_allclose(together, [function(p, q, beta=float(beta)) for beta in weights], rtol=2e-6)
+    with jax.enable_x64(True):
+        slope = jax.grad(PLAIN[DIVERGENCES.index(function)], 2)
+        expected = [slope(np.float64(p), np.float64(q), np.float64(beta)) for beta in weights]
+    np.testing.assert_allclose(slopes, expected, rtol=2e-5)
 
 
 @each_divergence

@@ -216,7 +216,7 @@ def test_inputs_made_in_the_same_program(kernel, rng):
 @each_function
 @pytest.mark.slow
 def test_more_inputs_made_in_the_same_program(kernel, rng):
-    law(kernel, rng, 6)
+    law(kernel, rng, 4)
 
 
 MANY = 160  # classes, which XLA sums otherwise
@@ -251,7 +251,7 @@ CONSUMERS: dict[str, Callable] = {
 @pytest.mark.slow
 def test_what_is_made_of_the_result_in_the_same_program(consumer, rng):
     """Each with one of the functions, and each of these with another maker."""
-    k = 2 + list(CONSUMERS).index(consumer)
+    k = list(CONSUMERS).index(consumer)
     kernel = WITH_CLASSES[k]
     consumed = dataclasses.replace(kernel, function=CONSUMERS[consumer](kernel.function))
     combination = combinations(kernel)[2 * k % len(combinations(kernel))]

@@ -127,16 +127,22 @@ def test_a_few_more_chunks_that_need_no_filling():
 @pytest.mark.slow
 def test_precision_is_that_of_jax_or_the_keyword(dtype):
     """In each product of value, gradient and Hessian-vector product, and of the log-probabilities."""
-    highest = "precision=(Precision.HIGHEST, Precision.HIGHEST)"
+    highest = "precision = [HIGHEST, HIGHEST]"
     a = matrices(8, 2, 3, dtype)
 
     def statistics(**options):
         return lambda h, w: sum(x.sum() for x in jce.linear_log_probs(np.zeros(8, int), h, w, **options))
 
-    def text(make, **options):
+    def program(make, **options):
         loss = make(**options)
-        hvp = str(jax.make_jaxpr(lambda *a: jax.jvp(jax.grad(loss, (0, 1)), a, a))(*a))
-        return hvp.count("dot_general["), hvp
+        return jax.jit(lambda *a: jax.jvp(jax.grad(loss, (0, 1)), a, a)).trace(*a)
+
+    def counted(traced):
+        lowered = traced.lower().as_text()
+        return lowered.count("stablehlo.dot_general "), lowered
+
+    def text(make, **options):
+        return counted(program(make, **options))
 
     for make in (
         lambda **options: linear_loss(8, **options),
@@ -145,14 +151,15 @@ def test_precision_is_that_of_jax_or_the_keyword(dtype):
     ):
         count, plain = text(make)
         assert count >= 7  # as printed, where equal programs are one
-        assert "recision." not in plain
+        assert highest not in plain
         count, as_asked = text(make, precision="highest")
         assert as_asked.count(highest) == count >= 7
         with jax.default_matmul_precision("highest"):
-            count, as_set = text(make)
-            assert as_set.count(highest) == count >= 7
+            traced = program(make)
+        count, as_set = counted(traced)  # lowered elsewhere
+        assert as_set.count(highest) == count >= 7
         count, preset = text(make, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32)
-        assert preset.count("precision=BF16_BF16_F32") == count >= 7
+        assert preset.count("algorithm = <") == count >= 7
 
 
 def test_half_precision_arrays_are_multiplied_as_they_are():

@@ -62,6 +62,9 @@ _product_p = Primitive("product_with_head")
 
 
 def _product(a, weight, wide, axis, products):
+    if products.precision is None:  # JAX's setting where it is traced, as of any product
+        setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+        products = products._replace(precision=setting)
     return _product_p.bind(*varying_alike(a, weight, wide), axis=axis, products=products)
 
 

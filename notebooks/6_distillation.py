@@ -18,8 +18,8 @@
 import io
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Image, display
 
 from jce import distill, next_word
 from jce.demo import default_text
@@ -66,7 +66,11 @@ print(f"{'learns from':24}{'perplexity':>12}{'KL from the teacher':>22}")
 for name, history in histories.items():
     print(f"{name:24}{history[-1].perplexity:12.1f}{apart[name]:22.3f}")
 distill.picture(histories, taught.perplexity, unigram, spent).savefig(png := io.BytesIO(), dpi=60)
-display(Image(png.getvalue()))
+png.seek(0)
+plt.figure(figsize=(13.5, 6), layout="constrained")
+plt.imshow(plt.imread(png))
+plt.axis("off")
+plt.show()
 
 # %% [markdown]
 # The teacher's probabilities teach a little more than the text, on words that neither has seen, and 16 of them with the

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import jce
-from jce._command_line import Parser, demo_extra, integer, png
+from jce._command_line import demo_extra, png
 
 PROGRAM = "python -m jce.distill"
 
@@ -43,7 +43,7 @@ with demo_extra(PROGRAM, __name__):
 
     from jce import next_word
     from jce.demo import default_text
-    from jce.next_word import BATCH, CHUNK, WIDTH, Corpus, Model, Snapshot, corpus_file, hidden_states, read, train
+    from jce.next_word import BATCH, CHUNK, WIDTH, Corpus, Model, Snapshot, hidden_states, read, train, training_parser
 
 STUDENT = WIDTH // 4
 KEPT = 16  # words of the teacher's
@@ -235,17 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains teacher and students, prints a table and writes the picture; the status is 2 for wrong input, 130 for
     Ctrl-C."""
     claim = "Teach a next-word model to a narrower one: from every word, from 16 and the rest, or from the text alone."
-    parser = Parser(prog=PROGRAM, description=claim)
-    add = parser.add_argument
-    add("text", metavar="TEXT", nargs="?", type=corpus_file, help="A UTF-8 file (default: Python's own documentation).")
-    add(
-        "--steps",
-        type=integer(1, 10**9),
-        default=300,
-        help="How many batches for each of the four, with a learning rate that falls to 0 (default: %(default)s).",
-    )
-    add("--seed", type=integer(0, 2**31 - 1), default=0, help="Draws models and batches (default: %(default)s).")
-    add("--out", type=png, default="distill.png", help="The picture (default: %(default)s).")
+    parser = training_parser(PROGRAM, claim)
+    parser.add_argument("--out", type=png, default="distill.png", help="The picture (default: %(default)s).")
     args = parser.parse_args(argv)
     _run(args.text or read(default_text()), args.steps, args.seed, args.out)
     return 0

@@ -199,7 +199,21 @@ def temporary_bytes(program: jax.stages.Compiled) -> int:
 # The command line
 
 
-def corpus_file(name: str) -> Corpus:
+def training_parser(program: str, claim: str) -> Parser:
+    parser = Parser(prog=program, description=claim)
+    add = parser.add_argument
+    add("text", metavar="TEXT", nargs="?", type=_corpus, help="A UTF-8 file (default: Python's own documentation).")
+    add(
+        "--steps",
+        type=integer(1, 10**9),
+        default=300,
+        help="How many batches for a model, with a learning rate that falls to 0 (default: %(default)s).",
+    )
+    add("--seed", type=integer(0, 2**31 - 1), default=0, help="Draws models and batches (default: %(default)s).")
+    return parser
+
+
+def _corpus(name: str) -> Corpus:
     text = text_file(name)
     try:
         return read(text)
@@ -232,17 +246,7 @@ def _run(corpus: Corpus, steps: int, seed: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains the model and prints a table; the exit status is 2 for wrong input, 130 if it is interrupted."""
     claim = "Learn to predict a text's next word, with jce.linear_cross_entropy as head and loss."
-    parser = Parser(prog=PROGRAM, description=claim)
-    add = parser.add_argument
-    add("text", metavar="TEXT", nargs="?", type=corpus_file, help="A UTF-8 file (default: Python's own documentation).")
-    add(
-        "--steps",
-        type=integer(1, 10**9),
-        default=300,
-        help="How many batches, with a learning rate that falls to 0 (default: %(default)s).",
-    )
-    add("--seed", type=integer(0, 2**31 - 1), default=0, help="Draws model and batches (default: %(default)s).")
-    args = parser.parse_args(argv)
+    args = training_parser(PROGRAM, claim).parse_args(argv)
     _run(args.text or read(default_text()), args.steps, args.seed)
     return 0
 

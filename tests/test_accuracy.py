@@ -6,7 +6,7 @@ import mpmath as mp
 import numpy as np
 import pytest
 
-from tests.kernels import HEADS, LOGIT, Kernel, each_kernel, each_with_classes, easy, gradient
+from tests.kernels import HEADS, KERNELS, LOGIT, Kernel, each_kernel, each_with_classes, easy, gradient, label
 from tests.oracle import (
     BITS,
     conditioning,
@@ -51,8 +51,15 @@ class Judge:
         assert not self.misses, f"{len(self.misses)} misses, such as\n" + "\n".join(self.misses[:5])
 
 
-@pytest.mark.parametrize("shape", [(9, 33), (3, 130)])  # few classes, and many
-@each_kernel
+# Few classes, and many: each kernel quick with one of them
+SHAPES = [
+    pytest.param(kernel, shape, id=f"{label(kernel)}-{shape[1]}", marks=[pytest.mark.slow] if (i + j) % 2 else [])
+    for i, kernel in enumerate(KERNELS)
+    for j, shape in enumerate([(9, 33), (3, 130)])
+]
+
+
+@pytest.mark.parametrize(("kernel", "shape"), SHAPES)
 def test_values(kernel, shape, dtype, rng):
     regimes, arguments = sampled(kernel, rng, shape, dtype)
     with jax.enable_x64(dtype == np.float64):

@@ -28,6 +28,7 @@ def test_every_function_has_its_task():
 
 
 @pytest.mark.parametrize("t", TASKS, ids=lambda t: t.label)
+@pytest.mark.slow  # without the bench extra there are few peers
 def test_jce_and_its_peers_do_the_same(t, rng):
     """In value, on ordinary arguments: who is in the wrong place or has its arguments swapped is found here."""
     arrays = t.sample(rng, 8, 5, 4)
@@ -170,6 +171,7 @@ def test_the_floor_of_heads_is_their_products(label, gradient, hvp):
 
 
 @pytest.mark.parametrize("label", accelerators.HEAD_FUNCTIONS)
+@pytest.mark.in_turn(3)
 def test_the_heads_compared_are_the_same_loss(label, rng):
     what = accelerators.measured(accelerators.Case("h100", label, "Llama 3.1 8B", ()))
     sample = task(label).sample(rng, 8, 5, 4)

@@ -85,6 +85,7 @@ def test_a_traced_weight_has_derivatives(function, rng):
 
 
 @each_divergence
+@pytest.mark.in_turn(2)
 def test_weights_in_a_batch(function, rng):
     """Values, and derivatives in the weight."""
     p, q = np.abs(rng.standard_normal((2, 5))).astype(np.float32)

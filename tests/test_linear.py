@@ -120,7 +120,7 @@ def confident(rng, tokens=24, n=13, dtype=np.float32):
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 7])
 @pytest.mark.parametrize("smoothing", [0.0, 0.25])
-@pytest.mark.in_turn(3)
+@pytest.mark.in_turn(6)
 def test_an_identity_as_head_changes_nothing(chunk_size, smoothing, rng):
     """Value and gradient of the label loss to a few ulps, so to its bars, whatever the chunks."""
     labels, x = confident(rng)

@@ -88,6 +88,7 @@ def test_the_textbook_loses_its_way_in_float32():
 # The command line
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert max_margin.main(["--steps", "120"]) == 0

@@ -84,6 +84,7 @@ def file(tmp_path):
 
 @pytest.mark.needs_jit  # prints what a compiled program needs
 @pytest.mark.usefixtures("optax_promotes")
+@pytest.mark.slow
 def test_command_line(file, capsys):
     assert next_word.main([file, "--steps", "20", "--seed", "1"]) == 0
     out = capsys.readouterr().out

@@ -249,11 +249,12 @@ def test_each_platform_lowers_its_own(function, rng):
         assert not any(s in program_text for s in not_there), platforms
 
 
-ON_DEVICES = [  # each but the one that takes long quick on one of them
+LONGEST = ("jensen_shannon_divergence_with_logits", "kl_divergence_with_logits")
+ON_DEVICES = [  # each but those that take longest quick on one of them
     pytest.param(
         *(kernel, device),
         id=f"{label(kernel)}-{device}",
-        marks=[pytest.mark.slow] if (i + j) % 2 or kernel.name == "jensen_shannon_divergence_with_logits" else [],
+        marks=[pytest.mark.slow] if (i + j) % 2 or kernel.name in LONGEST else [],
     )
     for i, kernel in enumerate(
         kernel for kernel in WITH_CLASSES if kernel in OF_LOGITS or kernel.name == "kl_divergence"

@@ -1,5 +1,7 @@
 """Labels with a probability each, and the tail: against 300 bits and dense targets, at corners, and under a head."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import mpmath as mp
@@ -100,12 +102,17 @@ def test_every_mode_is_that_of_dense_targets(tail, rng):
 def test_corners():
     x = jnp.array([2.0, 0.0, 1.0, -INF])
 
-    def value_and_gradients(y, p, x=x, **options):
-        p = jnp.array(p, jnp.float32)
-        f = jax.value_and_grad(lambda p, x: loss(jnp.array(y), x, label_probs=p, **options), (0, 1))
-        return jax.tree.map(np.asarray, f(p, x))
+    @functools.partial(jax.jit, static_argnames="tail")
+    def of_lists(y, p, tail):
+        return jax.value_and_grad(lambda p, x: loss(y, x, label_probs=p, tail=tail), (0, 1))(p, x)
 
-    value, (in_p, in_x) = value_and_gradients([0, 7, -1], [0.5, 0, 0], tail=True)  # a list that is padded
+    def value_and_gradients(y, p, tail=False):
+        """Of lists that are padded, for one program, with no class or another."""
+        pad = 4 - len(y)
+        y, p = np.array(y + [9, -1, -7][:pad]), np.float32(p + [0] * pad)
+        return jax.tree.map(np.asarray, of_lists(y, p, tail))
+
+    value, (in_p, in_x) = value_and_gradients([0, 7, -1], [0.5, 0, 0], tail=True)
     np.testing.assert_allclose(value, loss(jnp.array([0]), x, label_probs=jnp.array([0.5]), tail=True), rtol=1e-6)
     assert (in_p[1:] == 0).all()
     assert np.isfinite(in_x).all()

@@ -77,6 +77,7 @@ EQUIVALENT = {
     "SHORTEST_BLOCK + 2": "how rows are cut is a matter of speed",
     "_excess.defjvp(_excess_rule, symbolic_zeros=False)": "the terms that it adds are 0: a matter of speed",
     "if not is_array(self.soft_cap) else": "where a traced number's gradient is summed is a matter of speed",
+    "Sums(m, s - (m - m), t)": "m - m is 0 or NaN",
     "(least < value <= most": "the smallest normal number is nothing that a loss would be given",
     "(least <= value < most": "nor is the largest",
 }
@@ -325,6 +326,7 @@ def main() -> None:
             drawn[kind] += 1
             if not survived:
                 caught[kind] += 1
+                print(f"{kind}: jce/{mutant.module}.py:{mutant.line} caught", flush=True)
                 continue
             reason = why_none(mutant)
             none[kind] += reason is not None

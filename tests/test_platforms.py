@@ -340,6 +340,22 @@ OF_HEADS = {
 }
 
 
+def test_gradients_of_bfloat16(accelerator, rng):
+    y, *numbers = arguments(rng, jnp.bfloat16)
+
+    @jax.jit
+    def gradients(h, w):
+        return [
+            jax.grad(lambda h, w, name=name: jnp.sum(OF_HEADS[name](lambda f: f, None, y, h, w)), (0, 1))(h, w)
+            for name in ("log-probabilities", "map")
+        ]
+
+    with jax.enable_x64(True):
+        exactly = jax.tree.map(np.asarray, gradients(*jax.tree.map(np.float64, numbers)))
+    for got, expected in zip(jax.tree.leaves(gradients(*numbers)), jax.tree.leaves(exactly), strict=True):
+        assert np.linalg.norm(np.float64(got) - expected) <= 2**-8 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("name", OF_HEADS)
 @pytest.mark.slow
 def test_hessian_vector_products_of_bfloat16(accelerator, rng, name):

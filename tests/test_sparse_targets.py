@@ -174,6 +174,21 @@ def test_under_a_head(reduction, tail, rng):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
 
 
+def test_dtypes():
+    """float64 where an argument is."""
+    y = np.zeros((4, 2), int)
+    functions = {
+        ((4, 2), (4, 5)): lambda p, x: loss(y, x, label_probs=p),
+        ((4, 2), (4, 3), (5, 3)): lambda p, h, w: jce.linear_cross_entropy(y, h, w, label_probs=p),
+    }
+    with jax.enable_x64(True):
+        for shapes, f in functions.items():
+            for wide in range(-1, len(shapes)):
+                dtypes = [np.float64 if i == wide else np.float32 for i in range(len(shapes))]
+                result = jax.eval_shape(f, *map(jax.ShapeDtypeStruct, shapes, dtypes))
+                assert result.dtype == (np.float32 if wide < 0 else np.float64), (shapes, wide)
+
+
 @pytest.mark.needs_jit
 def test_three_products():
     from tests.test_linear_cost import products

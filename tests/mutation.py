@@ -53,6 +53,7 @@ OTHER_TESTS = [
     "tokens",
     "transforms",
 ]
+HEAD_TESTS = ["linear", "linear_map", "sparse_targets", "platforms", "linear_cost", "on_mesh", "tokens", "devices"]
 SLOWER = [(FAST_TESTS, f"not ({SECONDS})"), (OTHER_TESTS, "test")]  # the rest of the quick tests
 LIMIT = 600  # seconds, after which a fault that makes a test run forever counts as caught
 
@@ -78,6 +79,7 @@ EQUIVALENT = {
     "_excess.defjvp(_excess_rule, symbolic_zeros=False)": "the terms that it adds are 0: a matter of speed",
     "if not is_array(self.soft_cap) else": "where a traced number's gradient is summed is a matter of speed",
     "Sums(m, s - (m - m), t)": "m - m is 0 or NaN",
+    "return self.count_here(x) <= LONG_ROW": "how a row of just so many classes is summed is a matter of speed",
     "(least < value <= most": "the smallest normal number is nothing that a loss would be given",
     "(least <= value < most": "nor is the largest",
 }
@@ -294,15 +296,16 @@ class Copies:
 
 
 def survives(copies: Copies, mutant: Mutant) -> bool:
-    """First come the tests of what the module defines, or those that are named after it."""
+    """First come the tests of what the module defines, or those that are named after it, or all of the head's."""
     source = (ROOT / "jce" / f"{mutant.module}.py").read_text()
     functions = re.findall(r"^@public\(.*\ndef (\w+)", source, re.MULTILINE)
-    of_heads = mutant.module.startswith("_heads/")
-    own = " or ".join(functions if not of_heads else [])
-    subject = f"linear {mutant.module}" if of_heads else mutant.module
-    files = sorted(FAST_TESTS, key=lambda test: test not in subject)
-    first = [f"{SECONDS} and ({own})", f"{SECONDS} and not ({own})"] if own else [SECONDS]
-    stages = [*((files, chosen) for chosen in first), *SLOWER]
+    if mutant.module.startswith("_heads/"):
+        first = [(sorted(HEAD_TESTS, key=lambda test: test not in f"linear {mutant.module}"), "test")]
+        stages = [*first, (FAST_TESTS, SECONDS), *SLOWER]
+    else:
+        files, own = sorted(FAST_TESTS, key=lambda test: test not in mutant.module), " or ".join(functions)
+        first = [f"{SECONDS} and ({own})", f"{SECONDS} and not ({own})"] if own else [SECONDS]
+        stages = [*((files, chosen) for chosen in first), *SLOWER]
     with copies.with_fault(mutant.module, mutant.source) as copy:
         return all(copies.passes(copy, *stage) for stage in stages)
 

@@ -108,6 +108,29 @@ def test_a_weight_without_a_mixture_names_the_divergence_that_is_meant(function,
         function(np.float32([0.5, 0.5]), np.float32([0.25, 0.75]), beta=beta)
 
 
+def written(function, *distributions):
+    """As its arguments."""
+    p = [jnp.float32(p) for p in distributions]
+    return p if function is jce.jensen_shannon_divergence else list(map(jnp.log, p))
+
+
+@pytest.mark.parametrize("function", [DIVERGENCES[0], pytest.param(DIVERGENCES[1], marks=pytest.mark.slow)])
+def test_a_class_that_neither_has_changes_nothing(function):
+    """In first and second derivatives either, along the weight too."""
+    longer, shorter = (written(function, *x) for x in ([[0.5, 0.5, 0], [0.25, 0.75, 0]], [[0.5, 0.5], [0.25, 0.75]]))
+    along = lambda n: (jnp.arange(float(n)), -jnp.arange(float(n)), jnp.float32(0.3))  # noqa: E731
+
+    @jax.jit
+    def run(p, q):
+        of_all = jax.value_and_grad(lambda p, q, beta: function(p, q, beta=beta), (0, 1, 2))
+        return jax.jvp(of_all, (p, q, jnp.float32(0.4)), along(p.size))
+
+    got = run(*longer)
+    assert not any(np.isnan(x).any() for x in jax.tree.leaves(got))
+    got = jax.tree.map(lambda x: x[:2] if x.ndim else x, got)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-8), got, run(*shorter))
+
+
 @each_divergence
 def test_a_traced_weight_of_0_or_1_is_the_limit(function):
     """And a direction of 0 moves nothing, where second derivatives are infinite too."""
@@ -118,7 +141,7 @@ def test_a_traced_weight_of_0_or_1_is_the_limit(function):
 
     program = jax.jit(run)
     for beta in np.float32([0, 1]):
-        arguments = np.float32([0.5, 0.5, 0]), np.float32([0, 0.25, 0.75]), beta
+        arguments = *written(function, [0.5, 0.5, 0], [0, 0.25, 0.75]), beta
         (value, gradients), still = program(*arguments, tuple(map(np.zeros_like, arguments)))
         assert value == 0
         assert all((g == 0).all() for g in gradients[:2])

@@ -761,6 +761,7 @@ def ones(*shape, dtype=np.float32):
         ({"labels": ones(3, dtype=np.int32)}, ValueError, r"labels must have the shape.*\(4,\).*labels: int32\[3\]"),
         ({"head": ones(5, 2)}, ValueError, r"head \[n, d\].*head: float32\[5,2\].*The order is"),
         ({"head": ones(3, 5)}, ValueError, r"head \[n, d\].*head: float32\[3,5\].*Transpose the head"),
+        ({"labels": 1, "hidden": ones(3), "head": ones(3, 5)}, ValueError, r"hidden: float32\[3\].*Transpose the head"),
         ({"head": ones(3)}, ValueError, r"head \[n, d\].*head: float32\[3\]"),
         ({"hidden": np.float32(1)}, ValueError, r"hidden must be.*hidden: float32\[\]"),
         ({"hidden": ones(4, 3, dtype=np.complex64)}, TypeError, r"must be real.*hidden: complex64\[4,3\]"),

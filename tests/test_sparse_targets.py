@@ -190,6 +190,15 @@ def test_dtypes():
 
 
 @pytest.mark.needs_jit
+def test_few_labels_are_scattered_on_a_cpu_alone():
+    arguments = np.zeros((4, 3), int), np.ones((4, 3), np.float32), np.ones((4, 9), np.float32)
+    traced = jax.jit(lambda y, p, x: loss(y, x, label_probs=p)).trace(*arguments)
+    for platform in ("cpu", "cuda", "tpu"):
+        lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.scatter" in lowered) == (platform == "cpu")
+
+
+@pytest.mark.needs_jit
 def test_three_products():
     from tests.test_linear_cost import products
 

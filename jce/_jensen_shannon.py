@@ -52,7 +52,8 @@ def jensen_shannon_divergence(
     At the boundary:
       pᵢ = 0 < qᵢ contributes (1-β) qᵢ log 1/(1-β), with ∂/∂pᵢ = -∞, the one-sided limit; qᵢ = 0 alike. A class of
       pᵢ = qᵢ = 0 is absent: 0 for both. An infinite derivative times a tangent or a cotangent that is exactly 0 is 0. A
-      traced β of 0 or 1 gives 0, the limit, with derivative 0 in p and q. n = 0 gives 0.
+      traced β of 0 or 1 gives 0, the limit, with derivative 0 in p and q, and in β infinite where the mixture lacks a
+      class that one of them has. n = 0 gives 0.
 
     Derivative:
       ∂/∂pᵢ = β log pᵢ/mᵢ, ∂/∂qᵢ = (1-β) log qᵢ/mᵢ, each in its argument's dtype. In a traced β it is
@@ -160,10 +161,11 @@ def _imbalance(p, q, b, c):
 
 
 def imbalance(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
-    """The same for d = p - q. Not differentiable."""
+    """The same for d = p - q; ±∞ where one has what the mixture hasn't, at β of 0 or 1. Not differentiable."""
     scale, sp, sq, sd, m = _with_mixture(p, q, d, b, c)
-    difference = deviance(sp, m, c * sd) - deviance(sq, m, -b * sd)
-    return unless_negative(jnp.minimum(p, q), difference / scale)
+    difference = (deviance(sp, m, c * sd) - deviance(sq, m, -b * sd)) / scale
+    unmixed = (b * sp + c * sq == 0) & (sp != sq)
+    return unless_negative(jnp.minimum(p, q), jnp.where(unmixed, jnp.copysign(jnp.inf, sp - sq), difference))
 
 
 # ∂/∂p = log p/m - β (p - q)/m, ∂/∂q = -log q/m - (1-β) (p - q)/m, ∂/∂β = -(p - q)²/m
@@ -214,7 +216,7 @@ def jensen_shannon_divergence_with_logits(
     At the boundary:
       A logit of -∞ is a class of probability 0, with derivative 0 in it; if it is -∞ in one alone, the other's still
       costs. A NaN, a +∞ or nothing but -∞ makes its row NaN. A traced β of 0 or 1 gives 0, the limit, with derivative
-      0 in the logits. n = 0 gives 0.
+      0 in the logits, and in β infinite where the mixture lacks a class that one of them has. n = 0 gives 0.
 
     Derivative:
       ∂/∂p_logitsᵢ = β pᵢ (log pᵢ/mᵢ - KL(p‖m)), ∂/∂q_logitsᵢ = (1-β) qᵢ (log qᵢ/mᵢ - KL(q‖m)), each in its argument's

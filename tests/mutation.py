@@ -37,7 +37,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 NOT_KERNELS = {"__init__", "_command_line", "demo", "distill", "max_margin", "next_word"}
 # Of these the tests in SECONDS take seconds with programs that are compiled already, and go first.
 FAST_TESTS = ["accuracy", "identities", "corners", "logits", "linear", "numerics", "arguments", "check_distribution"]
-FAST_TESTS += ["fuzz", "cost", "linear_cost", "linear_map", "sparse_targets", "long_rows", "devices", "platforms"]
+FAST_TESTS += ["fuzz", "cost", "linear_cost", "linear_map", "sparse_targets", "jensen_shannon", "long_rows"]
+FAST_TESTS += ["devices", "platforms"]
 SECONDS = (
     "not (float64 and (accuracy or corners)) and not hundred_thousand and not third and not second_derivatives"
     " and not nestings and not test_axis and not linear_cost and not long_rows and not devices and not platforms"
@@ -79,6 +80,8 @@ EQUIVALENT = {
     "_excess.defjvp(_excess_rule, symbolic_zeros=False)": "the terms that it adds are 0: a matter of speed",
     "if not is_array(self.soft_cap) else": "where a traced number's gradient is summed is a matter of speed",
     "Sums(m, s - (m - m), t)": "m - m is 0 or NaN",
+    "if (not classes.masks and p.dtype == jnp.float32)": "in which way differences are summed is a matter of speed",
+    "[ (tuple(name for name in mesh_names(axes) if name in types)) for": "no axes split nothing, as None",
     "return self.count_here(x) <= LONG_ROW": "how a row of just so many classes is summed is a matter of speed",
     "(least < value <= most": "the smallest normal number is nothing that a loss would be given",
     "(least <= value < most": "nor is the largest",

@@ -11,6 +11,7 @@ from tests.kernels import modes
 DIVERGENCES = [jce.jensen_shannon_divergence, jce.jensen_shannon_divergence_with_logits]
 each_divergence = pytest.mark.parametrize("function", DIVERGENCES, ids=lambda function: function.__name__)
 MODES = modes(jnp.sum, ())
+INF = np.inf
 WEIGHTS = (1e-6, 0.01, 0.3, 0.5, 0.999)
 
 
@@ -133,19 +134,26 @@ def test_a_class_that_neither_has_changes_nothing(function):
 
 @each_divergence
 def test_a_traced_weight_of_0_or_1_is_the_limit(function):
-    """And a direction of 0 moves nothing, where second derivatives are infinite too."""
+    """And a direction of 0 moves nothing, where derivatives are infinite too."""
 
     def run(p, q, beta, zeros):
-        of_all = jax.value_and_grad(lambda p, q, beta: function(p, q, beta=beta), (0, 1, 2))
-        return jax.jvp(of_all, (p, q, beta), zeros)
+        f = lambda p, q, beta: function(p, q, beta=beta)  # noqa: E731
+        (value, gradients), still = jax.jvp(jax.value_and_grad(f, (0, 1, 2)), (p, q, beta), zeros)
+        return value, gradients, (still, jax.jvp(f, (p, q, beta), zeros)[1])
 
     program = jax.jit(run)
     for beta in np.float32([0, 1]):
         arguments = *written(function, [0.5, 0.5, 0], [0, 0.25, 0.75]), beta
-        (value, gradients), still = program(*arguments, tuple(map(np.zeros_like, arguments)))
+        value, gradients, still = program(*arguments, tuple(map(np.zeros_like, arguments)))
         assert value == 0
         assert all((g == 0).all() for g in gradients[:2])
+        assert gradients[2] == (INF if beta == 0 else -INF)  # KL(p‖q), or -KL(q‖p)
         assert all((t == 0).all() for t in jax.tree.leaves(still))
+        p, q = written(function, [0.5, 0.5, 0], [0.25, 0.75, 0])
+        _, (*_, slope), _ = program(p, q, beta, tuple(map(np.zeros_like, arguments)))
+        p, q = np.float32([0.5, 0.5]), np.float32([0.25, 0.75])
+        expected = jce.kl_divergence(p, q) if beta == 0 else -jce.kl_divergence(q, p)
+        np.testing.assert_allclose(slope, expected, rtol=1e-6)
 
 
 def test_derivatives_where_the_two_are_apart(rng):

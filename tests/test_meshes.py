@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from bench.hlo import collectives
+from jce._layout import Layout
 from tests.kernels import TABLE, easy, label, modes
 
 pytestmark = pytest.mark.needs_jit  # where an array lies is known of compiled programs
@@ -41,6 +42,16 @@ def place(x, where, mesh):
         return x
     axes = PLACES[where] if x.ndim == 2 else [name for name in PLACES[where] if name][-1:]
     return jax.device_put(x, NamedSharding(mesh, P(*axes)))
+
+
+def test_the_layout_of_what_a_shape_is_the_beginning_of_or_the_end():
+    x = jax.device_put(np.zeros((2, 4, 6)), NamedSharding(make_mesh(AxisType.Explicit), P("rows", None, "classes")))
+    for shape, spec in {
+        (2, 4): ("rows", None),
+        (2, 4, 6): ("rows", None, "classes"),
+        (3, 2, 4, 6): (None, "rows", None, "classes"),
+    }.items():
+        assert Layout.of(shape, [x]).spec == spec
 
 
 class Row(NamedTuple):

@@ -119,7 +119,7 @@ def written(function, *distributions):
 def test_a_class_that_neither_has_changes_nothing(function):
     """In first and second derivatives either, along the weight too."""
     longer, shorter = (written(function, *x) for x in ([[0.5, 0.5, 0], [0.25, 0.75, 0]], [[0.5, 0.5], [0.25, 0.75]]))
-    along = lambda n: (jnp.arange(float(n)), -jnp.arange(float(n)), jnp.float32(0.3))  # noqa: E731
+    along = lambda n: (jnp.arange(n, dtype=np.float32), -jnp.arange(n, dtype=np.float32), jnp.float32(0.3))  # noqa: E731
 
     @jax.jit
     def run(p, q):

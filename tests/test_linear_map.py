@@ -485,6 +485,7 @@ def ones(*shape, dtype=np.float32):
             r"begin with the token axes.*\(4,\).*arguments\[0\]: int.*shared",
         ),
         ((sum, "x", 1.0), {}, ValueError, r"begin with the token axes.*arguments\[1\]: float\d\d\[\]"),
+        ((sum, Linear(np.float32(1), ones(5, 3))), {}, ValueError, r"hidden must be .*hidden: float32\[\]"),
         ((sum, Linear(ones(4, 3), ones(3, 5))), {}, ValueError, r"head \[n, d\].*Transpose the head"),
         (
             (sum, Linear(ones(4, 3), ones(5, 3), ones(4))),

@@ -80,6 +80,7 @@ EQUIVALENT = {
     "_excess.defjvp(_excess_rule, symbolic_zeros=False)": "the terms that it adds are 0: a matter of speed",
     "if not is_array(self.soft_cap) else": "where a traced number's gradient is summed is a matter of speed",
     "unless_negative( ((q)), jnp.where(unmixed": "a negative p alone has no logarithm",
+    "jnp.where(b <= 0.5, log_odds, 0 - log_odds)": "at 1/2 they are 0",
     "Sums(m, s - (m - m), t)": "m - m is 0 or NaN",
     "if (not classes.masks and p.dtype == jnp.float32)": "in which way differences are summed is a matter of speed",
     "[ (tuple(name for name in mesh_names(axes) if name in types)) for": "no axes split nothing, as None",

@@ -548,22 +548,22 @@ def test_a_traced_label_smoothing_of_1_asks_of_the_label_only_that_it_be_one(pro
 
 
 def test_derivatives_in_a_traced_cap(problem):
-    """First and second, and in another traced number."""
+    """And in hidden states, first and second; and in another traced number alone."""
     labels, h, w, b = (np.float64(x) if x.dtype == np.float32 else x for x in problem)
     labels, h = labels.ravel(), h.reshape(-1, h.shape[-1])
 
-    def ours(cap, z):
+    def ours(cap, z, h):
         return jce.linear_cross_entropy(labels, h, w, b, reduction="sum", logit_soft_cap=cap, z_loss=z)
 
-    def theirs(cap, z):
+    def theirs(cap, z, h):
         return dense_losses(labels, h, w, b, label_smoothing=0.0, z_loss=z, logit_soft_cap=cap).sum()
 
     def derivatives(f):
-        second = lambda cap, z: jax.jvp(jax.grad(lambda cap: f(cap, z)), (cap,), (1.0,))  # noqa: E731
-        return jax.jit(lambda *numbers: [jax.grad(f, 1)(*numbers), *second(*numbers)])(2.0, 0.01)
+        second = lambda cap, z, h: jax.jvp(jax.grad(lambda cap, h: f(cap, z, h), (0, 1)), (cap, h), (1.0, h / 2))  # noqa: E731
+        return jax.jit(lambda *arguments: [jax.grad(f, 1)(*arguments), second(*arguments)])(2.0, 0.01, h)
 
     with jax.enable_x64(True):
-        close(derivatives(ours), derivatives(theirs), rtol=1e-9)
+        jax.tree.map(lambda a, b: close(a, b, rtol=1e-9), derivatives(ours), derivatives(theirs))
 
 
 @pytest.mark.slow

@@ -249,5 +249,7 @@ def test_errors():
             f(y[:, 0], *rest, tail=True)
         with pytest.raises(ValueError, match=rf"{f.__name__}: labels .*label_probs.*\[4\]"):
             f(y, *rest, label_probs=p[:, 0])
+    with pytest.raises(ValueError, match=r"labels: int.*\[\], label_probs: float32\[\]"):
+        loss(1, x[0], label_probs=np.float32(0.5))
     with pytest.raises(TypeError, match=r"labels must be integers"):
         loss(p, x, label_probs=p)

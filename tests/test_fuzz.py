@@ -304,7 +304,7 @@ def nested(kernel: Kernel, names: tuple[str, ...], mode: str):
 @each_function
 @settings(max_examples=max(3, settings.default.max_examples // 12))
 @given(data=st.data())
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(11)
 def test_nestings(kernel, data):
     """Of any transformations, three deep, and any two modes: the Hessian-vector product of the plain call."""
     names = tuple(data.draw(st.permutations(sorted(TRANSFORMATIONS)))[:3])

@@ -232,7 +232,7 @@ def law(kernel: Kernel, rng, every: int) -> None:
 
 
 @each_function
-@pytest.mark.in_turn(3)
+@pytest.mark.in_turn(4)
 def test_inputs_made_in_the_same_program(kernel, rng):
     law(kernel, rng, 24)
 

@@ -302,13 +302,13 @@ class Copies:
 
 def survives(copies: Copies, mutant: Mutant) -> bool:
     """First come the tests of what the module defines, or those that are named after it, or all of the head's."""
-    source = (ROOT / "jce" / f"{mutant.module}.py").read_text()
-    functions = re.findall(r"^@public\(.*\ndef (\w+)", source, re.MULTILINE)
     if mutant.module.startswith("_heads/"):
         first = [(sorted(HEAD_TESTS, key=lambda test: test not in f"linear {mutant.module}"), "test")]
         stages = [*first, (FAST_TESTS, SECONDS), *SLOWER]
     else:
-        files, own = sorted(FAST_TESTS, key=lambda test: test not in mutant.module), " or ".join(functions)
+        source = (ROOT / "jce" / f"{mutant.module}.py").read_text()
+        own = " or ".join(re.findall(r"^@public\(.*\ndef (\w+)", source, re.MULTILINE))
+        files = sorted(FAST_TESTS, key=lambda test: test not in mutant.module)
         first = [f"{SECONDS} and ({own})", f"{SECONDS} and not ({own})"] if own else [SECONDS]
         stages = [*((files, chosen) for chosen in first), *SLOWER]
     with copies.with_fault(mutant.module, mutant.source) as copy:

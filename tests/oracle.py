@@ -10,7 +10,15 @@ import numpy as np
 
 from tests.kernels import LOGIT, Kernel
 
-BITS = {np.float32: 450, np.float64: 1300}  # 1 - α of the smallest α needs 150 and 1100
+
+def precision(kernel: Kernel, row):
+    """A context with bits for what the smallest number adds to a sum, does to its differences, and leaves of 1."""
+    if LOGIT in kernel.domains:
+        return mp.workprec(400)
+    if not kernel.has_classes:  # a derivative that is 0 at α = β near 1 must come out below the normal range
+        return mp.workprec(450 if np.result_type(*row) == np.float32 else 1300)
+    smallest = min((abs(x) for x in np.concatenate(row) if x), default=1)
+    return mp.workprec(300 + max(0, -int(np.frexp(smallest)[1])))
 
 
 def to_mp(row):
@@ -54,6 +62,12 @@ def second_partial(formula, row, a, b):
     with enough_bits_for(h * k):
         at = [formula(*shifted(row, (*a[:2], s * h), (*b[:2], t * k))) for s in (1, -1) for t in (1, -1)]
         return (at[0] - at[1] - at[2] + at[3]) / (4 * h * k)
+
+
+def hessian(formula, row, some) -> list[list]:
+    """∂²formula of each two of some entries."""
+    lower = [[second_partial(formula, row, a, b) for b in some[: i + 1]] for i, a in enumerate(some)]
+    return [[lower[max(i, j)][min(i, j)] for j in range(len(some))] for i in range(len(some))]
 
 
 def enough_bits_for(change):

@@ -6,24 +6,10 @@ import mpmath as mp
 import numpy as np
 import pytest
 
-from tests.kernels import HEADS, KERNELS, LOGIT, Kernel, each_kernel, each_with_classes, easy, gradient, label
-from tests.oracle import (
-    BITS,
-    conditioning,
-    distributions,
-    interior,
-    partial,
-    second_partial,
-    spacing,
-    to_mp,
-    ulps,
-)
+from tests.kernels import HEADS, KERNELS, Kernel, each_kernel, each_with_classes, easy, gradient, label
+from tests.oracle import conditioning, distributions, hessian, interior, partial, precision, spacing, to_mp, ulps
 
-
-@pytest.fixture(params=[np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
-def dtype(request, kernel):
-    with mp.workprec(400 if LOGIT in kernel.domains else BITS[request.param]):
-        yield request.param
+each_dtype = pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 
 
 def sampled(kernel: Kernel, rng, shape, dtype) -> tuple[list[str], list[np.ndarray]]:
@@ -59,6 +45,7 @@ SHAPES = [
 ]
 
 
+@each_dtype
 @pytest.mark.parametrize(("kernel", "shape"), SHAPES)
 def test_values(kernel, shape, dtype, rng):
     regimes, arguments = sampled(kernel, rng, shape, dtype)
@@ -67,13 +54,15 @@ def test_values(kernel, shape, dtype, rng):
     assert value.dtype == dtype
     judge = Judge(dtype)
     for regime, row, got in zip(regimes, distributions(kernel, *arguments), value.ravel(), strict=True):
-        exact = kernel.formula(*to_mp(row))
-        scale = kernel.value_scale(*to_mp(row)) if kernel.value_scale else exact
-        judge(got, exact, scale, kernel.value_bar + conditioning(kernel, to_mp(row), dtype), regime, row)
+        with precision(kernel, row):
+            exact = kernel.formula(*to_mp(row))
+            scale = kernel.value_scale(*to_mp(row)) if kernel.value_scale else exact
+            judge(got, exact, scale, kernel.value_bar + conditioning(kernel, to_mp(row), dtype), regime, row)
         assert got >= 0 or not kernel.never_negative, (regime, row)
     judge.finish()
 
 
+@each_dtype
 @each_kernel
 def test_first_derivatives(kernel, dtype, rng):
     regimes, arguments = sampled(kernel, rng, (9, 8), dtype)
@@ -82,16 +71,18 @@ def test_first_derivatives(kernel, dtype, rng):
     judge = Judge(dtype)
     pairs = zip(distributions(kernel, *arguments), distributions(kernel, *gradients), strict=True)
     for regime, (row, got) in zip(regimes, pairs, strict=True):
-        exact_row = to_mp(row)
-        scales = [scale and scale(*exact_row) for scale in kernel.gradient_scale]
-        for i, j, x in interior(kernel, exact_row):
-            exact = partial(kernel.formula, exact_row, (i, j, x))
-            scale = scales[i][j] if scales[i] else exact
-            bar = kernel.gradient_bar[i] + conditioning(kernel, exact_row, dtype, j)
-            judge(np.atleast_1d(got[i])[j], exact, scale, bar, regime, kernel.arguments[i], row)
+        with precision(kernel, row):
+            exact_row = to_mp(row)
+            scales = [scale and scale(*exact_row) for scale in kernel.gradient_scale]
+            for i, j, x in interior(kernel, exact_row):
+                exact = partial(kernel.formula, exact_row, (i, j, x))
+                scale = scales[i][j] if scales[i] else exact
+                bar = kernel.gradient_bar[i] + conditioning(kernel, exact_row, dtype, j)
+                judge(np.atleast_1d(got[i])[j], exact, scale, bar, regime, kernel.arguments[i], row)
     judge.finish()
 
 
+@each_dtype
 @each_kernel
 def test_hessian_vector_products(kernel, dtype, rng):
     regimes, arguments = sampled(kernel, rng, (4, 3), dtype)
@@ -105,20 +96,19 @@ def test_hessian_vector_products(kernel, dtype, rng):
     judge = Judge(dtype)
     rows = (distributions(kernel, *x) for x in (arguments, tangents, hvp))
     for regime, row, direction, got in zip(regimes, *rows, strict=True):
-        exact_row, inside = to_mp(row), list(interior(kernel, to_mp(row)))
-        scales = kernel.hvp_scale(*exact_row, *to_mp(direction)) if kernel.hvp_scale else None
-        for e in inside:
-            terms = [
-                second_partial(kernel.formula, exact_row, e, f) * mp.mpf(float(np.atleast_1d(direction[f[0]])[f[1]]))
-                for f in inside
-            ]
-            exact, scale = sum(terms), sum(abs(term) for term in terms)
-            if scales:
-                scale = scales[e[0]][e[1]] if kernel.has_classes else scales[e[0]]
-            bar = kernel.hvp_bar + conditioning(kernel, exact_row, dtype, e[1])
-            if kernel in HEADS and 0 < scale < 2**16 * np.finfo(dtype).tiny:  # a token's share of a mean is smaller yet
-                continue
-            judge(np.atleast_1d(got[e[0]])[e[1]], exact, scale, bar, regime, kernel.arguments[e[0]], row)
+        with precision(kernel, row):
+            exact_row, inside = to_mp(row), list(interior(kernel, to_mp(row)))
+            along = [mp.mpf(float(np.atleast_1d(direction[i])[j])) for i, j, _ in inside]
+            scales = kernel.hvp_scale(*exact_row, *to_mp(direction)) if kernel.hvp_scale else None
+            for (i, j, _), partials in zip(inside, hessian(kernel.formula, exact_row, inside), strict=True):
+                terms = [x * t for x, t in zip(partials, along, strict=True)]
+                exact, scale = sum(terms), sum(abs(term) for term in terms)
+                if scales:
+                    scale = scales[i][j] if kernel.has_classes else scales[i]
+                bar = kernel.hvp_bar + conditioning(kernel, exact_row, dtype, j)
+                if kernel in HEADS and 0 < scale < 2**16 * np.finfo(dtype).tiny:  # a token's share of a mean is smaller
+                    continue
+                judge(np.atleast_1d(got[i])[j], exact, scale, bar, regime, kernel.arguments[i], row)
     judge.finish()
 
 

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import mpmath as mp
 import numpy as np
 import optax
 import pytest
@@ -268,10 +267,9 @@ def test_rows_are_as_accurate(kernel, device, monkeypatch):
     """As on a CPU, whose bars they have, and at each corner; `--as-on` has all other laws hold."""
     monkeypatch.setattr(_platforms, "CPU", getattr(_platforms, device))
     jax.clear_caches()
-    with mp.workprec(400):
-        test_accuracy.test_values(kernel, (6, 33), np.float32, np.random.default_rng(2026))
-        test_accuracy.test_first_derivatives(kernel, np.float32, np.random.default_rng(2026))
-        test_accuracy.test_hessian_vector_products(kernel, np.float32, np.random.default_rng(2026))
+    test_accuracy.test_values(kernel, (6, 33), np.float32, np.random.default_rng(2026))
+    test_accuracy.test_first_derivatives(kernel, np.float32, np.random.default_rng(2026))
+    test_accuracy.test_hessian_vector_products(kernel, np.float32, np.random.default_rng(2026))
     corners.test_value_and_gradient_in_both_modes(kernel, np.float32)
     jax.clear_caches()
 

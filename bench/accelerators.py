@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -56,6 +57,32 @@ def scan(hp, wp, h, w):
     return kl_of_two_heads(hp, wp, h, w, 2048, bfloat16) / len(h)
 
 
+def bonus(log_probs, entropies):
+    """What policy gradients are made of."""
+    return log_probs.mean() + 0.01 * entropies.mean()
+
+
+def of_logits(y, x):
+    return -of_label(surprisal(x), y), (jax.nn.softmax(x) * surprisal(x)).sum(-1)
+
+
+def of_categorical(y, x):
+    p = peers.distrax.Categorical(logits=x)
+    return p.log_prob(y), p.entropy()
+
+
+def in_one_loop(y, h, w):
+    def of_token(y, x):
+        return 0.01 * jce.entropy_with_logits(x) - jce.cross_entropy_with_integer_labels(y, x)
+
+    return jce.linear_map(of_token, y, jce.Linear(h, w), reduction="mean")
+
+
+WITH_ENTROPY = {
+    "jax, bfloat16 logits": lambda y, h, w: bonus(*of_logits(y, bfloat16(h, w))),
+    "distrax, bfloat16 logits": lambda y, h, w: bonus(*of_categorical(y, bfloat16(h, w))),
+}
+
 # Hidden states and heads are bfloat16. Optax takes the logits that its user makes: bfloat16, and the loss too;
 # bfloat16, and a loss of them in float32; float32, as the product's sums are.
 HEAD_FUNCTIONS: dict[str, dict[str, Callable]] = {
@@ -68,17 +95,13 @@ HEAD_FUNCTIONS: dict[str, dict[str, Callable]] = {
         "tokamax": lambda y, h, w: peers.tokamax.linear_softmax_cross_entropy_loss(h, y, w.T, reduction="mean"),
         "jax-cce": lambda y, h, w: peers.jax_cce.linear_cross_entropy(h, w, y),
     },
+    "linear_log_probs": {"jce": lambda y, h, w: bonus(*jce.linear_log_probs(y, h, w)), **WITH_ENTROPY},
+    "linear_map": {"jce": in_one_loop, **WITH_ENTROPY},
     TWO_HEADS: {
         "jce": lambda hp, wp, h, w: jce.linear_kl_divergence(jce.Linear(hp, wp), jce.Linear(h, w)),
         "jax, scan": scan,
         "optax, bfloat16 logits": lambda hp, wp, h, w: optax_kl(bfloat16(hp, wp), bfloat16(h, w)),
         "optax, float32 logits": lambda hp, wp, h, w: optax_kl(float32(hp, wp), float32(h, w)),
-    },
-    "linear_map": {
-        "jce": lambda hp, wp, h, w: jce.linear_map(
-            jce.kl_divergence_with_logits, jce.Linear(hp, wp), jce.Linear(h, w), reduction="mean"
-        ),
-        "jax, scan": scan,
     },
 }
 
@@ -97,7 +120,7 @@ def cases(quick: bool, only: str) -> list[Case]:
         if only not in task.label:
             continue
         if task.has_heads:
-            models, modes = HEADS if task.kind == "head" else HEADS[2:3], tuple(PRODUCTS[task.kind])
+            models, modes = HEADS if task.label == HEAD else HEADS[2:3], tuple(PRODUCTS[task.kind])
         else:
             models = ROWS if task.kernel.has_classes else ROWS[1:2]  # elementwise, the size is all that matters
             modes = MODES

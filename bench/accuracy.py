@@ -89,7 +89,7 @@ def results(task: Task, library: str, arrays: list[np.ndarray], dtype) -> dict[s
     with jax.enable_x64(dtype == np.float64), full, np.errstate(all="ignore"):
         placed = [engine.put(x) for x in arguments]
         program = engine.program(f, VALUE, task.places)
-        if task.kind in ("head", "two heads"):  # which give a sum over tokens: one at a time
+        if task.has_heads:  # it gives a sum over its tokens: one at a time
             rows = (
                 [engine.put(x if i in task.heads else x[r : r + 1]) for i, x in enumerate(arguments)]
                 for r in range(len(arrays[0]))

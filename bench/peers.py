@@ -181,6 +181,13 @@ def kl_of_two_heads(hp, wp, h, w, most=512, logits=lambda h, w: h @ w.T):
     return jax.lax.scan(jax.checkpoint(of_chunk), jnp.zeros(()), chunks)[0]
 
 
+ENTROPY_OF_A_HEAD = {
+    "jax": lambda y, h, w: (lambda x: (jax.nn.softmax(x) * surprisal(x)).sum())(h @ w.T),
+    "distrax": lambda y, h, w: distrax.Categorical(logits=h @ w.T).entropy().sum(),
+    "torch": lambda y, h, w: D.Categorical(logits=h @ w.T).entropy().sum(),
+}
+
+
 def label_with(**options):
     return functools.partial(jce.cross_entropy_with_integer_labels, **options)
 
@@ -391,6 +398,21 @@ TASKS = [
         kind="head",
     ),
     Task(
+        "linear_log_probs",
+        "entropy_with_logits",
+        {"jce": lambda y, h, w: jce.linear_log_probs(y, h, w).entropy.sum(), **ENTROPY_OF_A_HEAD},
+        kind="head",
+    ),
+    Task(
+        "linear_map",
+        "entropy_with_logits",
+        {
+            "jce": lambda y, h, w: jce.linear_map(jce.entropy_with_logits, jce.Linear(h, w), reduction="sum"),
+            **ENTROPY_OF_A_HEAD,
+        },
+        kind="head",
+    ),
+    Task(
         "linear_kl_divergence",
         "kl_divergence_with_logits",
         {
@@ -402,17 +424,6 @@ TASKS = [
             "torch": lambda hp, wp, h, w: F.kl_div(
                 F.log_softmax(h @ w.T, -1), F.log_softmax(hp @ wp.T, -1), reduction="sum", log_target=True
             ),
-        },
-        kind="two heads",
-    ),
-    Task(
-        "linear_map",
-        "kl_divergence_with_logits",
-        {
-            "jce": lambda hp, wp, h, w: jce.linear_map(
-                jce.kl_divergence_with_logits, jce.Linear(hp, wp), jce.Linear(h, w), reduction="sum"
-            ),
-            "jax, scan": kl_of_two_heads,
         },
         kind="two heads",
     ),

@@ -10,15 +10,15 @@ import re
 from collections.abc import Iterable
 
 from bench import results
-from bench.accelerators import HEAD, TWO_HEADS
+from bench.accelerators import HEAD, HEAD_FUNCTIONS, TWO_HEADS
 from bench.engines import GRADIENT, MODES, VALUE
 from bench.peers import TASKS, Task
 from bench.results import grouped
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
-DENSE = "optax, bfloat16 logits"
+DENSE = ("optax, bfloat16 logits", "jax, bfloat16 logits")  # the first that there is
 BIG = "Llama 3.2 1B"  # where there are two heads
-NOTES = {HEAD: "", TWO_HEADS: ", KL of two"}
+NOTES = {HEAD: "", "linear_map": ", with entropies", TWO_HEADS: ", KL of two"}
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- bench -->)", re.DOTALL)
 
 
@@ -72,7 +72,8 @@ def over_the_fastest(times: dict, label: str, model: str) -> str:
 
 def floor() -> str:
     """The heads' time over their bare matrix products, and the fastest peer's; of two at the biggest."""
-    heads = [x for x in lines("speed") if x["malloc"] == "pinned" and "over_floor" in x and x["function"] in NOTES]
+    heads = [x for x in lines("speed") if x["malloc"] == "pinned" and "over_floor" in x]
+    heads = [x for x in heads if x["function"] in (HEAD, TWO_HEADS)]
     groups = grouped(heads, "function", "model", "mode")
     rows = []
     for function, model in dict.fromkeys(group[:2] for group in groups):
@@ -91,7 +92,7 @@ def floor() -> str:
 
 def memory() -> str:
     """The heads' temporaries at big vocabularies, in GB; a scan by hand is JAX's."""
-    heads = [x for x in lines("memory") if x["function"] in NOTES and "model" in x]
+    heads = [x for x in lines("memory") if x["function"] in (HEAD, TWO_HEADS) and "model" in x]
     heads = [x | {"library": x["library"].partition(",")[0]} for x in heads]
     groups = grouped(heads, "function", "model", "mode")
     names = list(dict.fromkeys(line["library"] for line in heads))
@@ -109,7 +110,7 @@ def memory() -> str:
 
 
 def accelerators() -> str:
-    """The heads' value and gradient, over their bare products by the roofline, and their temporaries; and optax's."""
+    """The heads' value and gradient, over their bare products by the roofline, and their temporaries; and a peer's."""
     heads = [x for x in lines("accelerators", "compiled") if x["mode"] == GRADIENT and x["function"] in NOTES]
     groups = grouped(heads, "function", "model", "device")
     devices = list(dict.fromkeys(device for *_, device in groups))
@@ -120,7 +121,8 @@ def accelerators() -> str:
     rows = []
     for function, model in dict.fromkeys(group[:2] for group in groups):
         _, width, n = groups[function, model, devices[0]]["jce"]["shape"]
-        pairs = [[groups[function, model, device][name] for name in ("jce", DENSE)] for device in devices]
+        dense = next(name for name in DENSE if name in HEAD_FUNCTIONS[function])
+        pairs = [[groups[function, model, device][name] for name in ("jce", dense)] for device in devices]
         rows.append([f"{width:,}, {n:,}{NOTES[function]}", *(f"{cell(ours)} ({cell(peer)})" for ours, peer in pairs)])
     names = ["H100" if x == "h100" else f"TPU {x.removeprefix('tpu')}" for x in devices]
     return markdown(["width, classes", *names], rows)

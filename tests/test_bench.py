@@ -23,7 +23,7 @@ def task(label: str) -> Task:
 
 
 def test_every_function_has_its_task():
-    left_out = {"check_distribution", "linear_log_probs", "sharded_linear_cross_entropy", "on_mesh", "Linear"}
+    left_out = {"check_distribution", "sharded_linear_cross_entropy", "on_mesh", "Linear"}
     assert {t.name for t in TASKS} == set(jce.__all__) - left_out
 
 
@@ -162,7 +162,10 @@ def test_the_floor_of_losses_is_reading_and_writing_once():
     assert accelerators.floor(what, ALONE, "v5e", [three, two]) == pytest.approx(2 * a_pass)
 
 
-@pytest.mark.parametrize(("label", "gradient", "hvp"), [("linear_cross_entropy", 3, 7), ("linear_kl_divergence", 4, 8)])
+@pytest.mark.parametrize(
+    ("label", "gradient", "hvp"),
+    [("linear_cross_entropy", 3, 7), ("linear_map", 3, 7), ("linear_kl_divergence", 4, 8)],
+)
 def test_the_floor_of_heads_is_their_products(label, gradient, hvp):
     what = accelerators.measured(accelerators.Case("h100", label, "Llama 3.1 8B", ()))
     product = 2 * 8192 * 4096 * 128_256 / 989e12

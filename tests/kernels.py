@@ -374,23 +374,33 @@ def at_beta(function):
     return weighing
 
 
-# The head's functions as functions of the logits alone: as the bias of a head of zeros, with label 0
+# The head's functions as functions of the logits, which are the bias of a head of zeros
 
 
-def as_bias(function, statistic=lambda result: result, **options):
+def of_rows(of_row, function):
     @functools.wraps(function)
-    def of_logits(logits):
-        def of_row(row):
-            return statistic(
-                function(
-                    np.zeros((), int), jnp.zeros(1, row.dtype), jnp.zeros((row.size, 1), row.dtype), row, **options
-                )
-            )
-
-        rows = jnp.reshape(logits, (math.prod(np.shape(logits)[:-1]), np.shape(logits)[-1]))
-        return jax.vmap(of_row)(rows).reshape(np.shape(logits)[:-1])
+    def of_logits(*logits):
+        *shape, n = np.shape(logits[0])
+        rows = [jnp.reshape(x, (math.prod(shape), n)) for x in logits]
+        return jax.vmap(of_row)(*rows).reshape(shape)
 
     return of_logits
+
+
+def linear(row) -> jce.Linear:
+    return jce.Linear(jnp.zeros(1, row.dtype), jnp.zeros((row.size, 1), row.dtype), row)
+
+
+def with_label_0(function, statistic=lambda result: result, **options):
+    def of_row(row):
+        x = linear(row)
+        return statistic(function(np.zeros((), int), x.hidden, x.head, x.bias, **options))
+
+    return of_rows(of_row, function)
+
+
+def mapped(function, **options):
+    return of_rows(lambda row: jce.linear_map(function, linear(row), reduction="sum", **options), jce.linear_map)
 
 
 SMOOTHING, BETA = 0.125, 0.125
@@ -911,20 +921,34 @@ TABLE = [
 ROWS = {label(kernel): kernel for kernel in TABLE}
 HEADS = [
     dataclasses.replace(
-        ROWS["cross_entropy_with_integer_labels"], function=as_bias(jce.linear_cross_entropy, reduction="sum")
+        ROWS["cross_entropy_with_integer_labels"], function=with_label_0(jce.linear_cross_entropy, reduction="sum")
     ),
     dataclasses.replace(
         ROWS["cross_entropy_with_integer_labels-smoothed"],
-        function=as_bias(jce.linear_cross_entropy, reduction="mean", label_smoothing=SMOOTHING),
+        function=with_label_0(jce.linear_cross_entropy, reduction="mean", label_smoothing=SMOOTHING),
     ),
     dataclasses.replace(
-        ROWS["entropy_with_logits"], function=as_bias(jce.linear_log_probs, lambda result: result.entropy)
+        ROWS["entropy_with_logits"], function=with_label_0(jce.linear_log_probs, lambda result: result.entropy)
+    ),
+    dataclasses.replace(
+        ROWS["kl_divergence_with_logits"],
+        function=of_rows(lambda p, q: jce.linear_kl_divergence(linear(p), linear(q)), jce.linear_kl_divergence),
+    ),
+    dataclasses.replace(
+        ROWS["cross_entropy_with_integer_labels"],
+        function=mapped(lambda x: jce.cross_entropy_with_integer_labels(0, x)),
     ),
 ]
 
 
 KERNELS = TABLE + HEADS
-each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=label)
+# What any function of a head's tokens gives beside `linear_log_probs`, which is one, has quick tests of its own.
+SLOW = ("linear_kl_divergence", "linear_map")
+each_kernel = pytest.mark.parametrize(
+    "kernel",
+    [pytest.param(kernel, marks=[pytest.mark.slow] if kernel.name in SLOW else []) for kernel in KERNELS],
+    ids=label,
+)
 each_function = pytest.mark.parametrize("kernel", TABLE, ids=label)
 WITH_CLASSES = [kernel for kernel in TABLE if kernel.has_classes]
 each_with_classes = pytest.mark.parametrize("kernel", WITH_CLASSES, ids=label)

@@ -106,6 +106,13 @@ def table():
         tokens,
         (hidden, head, bias),
     )
+    rows["two heads"] = Row(
+        lambda others, *x: jce.linear_kl_divergence(
+            jce.Linear(*x[:2]), jce.Linear(*x[2:]), where=others["where"], reduction="none", chunk_size=3
+        ),
+        {"where": tokens["where"]},
+        (rng.standard_normal((ROWS, 2 * WIDTH)), rng.standard_normal((CLASSES, 2 * WIDTH)), hidden, head),
+    )
     return rows
 
 

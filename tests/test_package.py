@@ -25,7 +25,6 @@ each_public = pytest.mark.parametrize("name", PUBLIC)
 
 def test_every_kernel_is_a_row_of_the_table():
     others = {"check_distribution", "sharded_linear_cross_entropy", "on_mesh", "Linear"}
-    others |= {"linear_map", "linear_kl_divergence"}  # which are functions of the table bit for bit: test_linear_map.py
     assert {kernel.name for kernel in TABLE + HEADS} == set(PUBLIC) - others
 
 

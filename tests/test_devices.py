@@ -371,6 +371,17 @@ def test_less_is_sent_than_by_the_partitioner():
     assert memory[ours] < memory[dense] / 3
 
 
+def test_a_head_that_is_the_same_on_all_devices(rng):
+    y, h, w = rng.integers(0, 24, 5), rng.standard_normal((5, 2)), rng.standard_normal((6, 2))
+    h, w = h.astype(np.float32), w.astype(np.float32)
+    mesh = make_mesh((2, 4))
+    split = jax.shard_map(
+        lambda h, w: jce.linear_cross_entropy(y, h, w, axis_name="classes"), mesh=mesh, in_specs=P(), out_specs=P()
+    )
+    four = lambda h, w: jce.linear_cross_entropy(y, h, jnp.tile(w, (4, 1)))  # noqa: E731
+    close(*(jax.jit(jax.value_and_grad(f, (0, 1)))(h, w) for f in (split, four)))
+
+
 def test_no_classes_on_several_devices():
     """A sum over no classes is 0 on eight devices as on one."""
     mesh, nothing = make_mesh((2, 4)), np.zeros((2, 0), np.float32)

@@ -412,6 +412,15 @@ def test_sums_in_one_pass(row, way):
     np.testing.assert_allclose(t, np.full(len(row), (np.exp(-depth) * depth).sum()), rtol=1e-6)
 
 
+def test_sums_in_one_pass_over_devices(accelerator, rng):
+    """The entropy, of which t is the most, with four classes a device."""
+    x = (3 * rng.standard_normal((6, 16))).astype(np.float32)
+    mesh = jax.make_mesh((4,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    entropy = functools.partial(jce.entropy_with_logits, axis_name="classes")
+    split = jax.shard_map(entropy, mesh=mesh, in_specs=P(None, "classes"), out_specs=P())
+    np.testing.assert_allclose(jax.jit(split)(x), jce.entropy_with_logits(x), rtol=1e-6)
+
+
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_sums_of_no_distribution(bad):

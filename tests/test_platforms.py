@@ -249,16 +249,12 @@ def test_each_platform_lowers_its_own(function, rng):
 
 
 LONGEST = ("jensen_shannon_divergence_with_logits", "kl_divergence_with_logits")
-ON_DEVICES = [  # each but those that take longest quick on one of them
-    pytest.param(
-        *(kernel, device),
-        id=f"{label(kernel)}-{device}",
-        marks=[pytest.mark.slow] if (i + j) % 2 or kernel.name in LONGEST else [],
-    )
+ON_DEVICES = [  # each but those that take longest on one of them; CI has all with --as-on
+    pytest.param(kernel, ["ACCELERATOR", "GPU"][i % 2], id=label(kernel))
     for i, kernel in enumerate(
         kernel for kernel in WITH_CLASSES if kernel in OF_LOGITS or kernel.name == "kl_divergence"
     )
-    for j, device in enumerate(["ACCELERATOR", "GPU"])
+    if kernel.name not in LONGEST
 ]
 
 

@@ -37,13 +37,14 @@ def deviance(p: Array, q: Array, d: Array) -> Array:
 
 def _contrast_and_log_ratio(p, q, d):
     """|v| < 1/2, v, and log p/q by the quotient, which is for where v is beyond."""
-    q = jnp.abs(q)  # -0 is 0 too
     v = reused(d / jnp.maximum(p + q, jnp.finfo(p.dtype).tiny))
-    # Numbers that are no probabilities may have a quotient beyond the float range: 2ᵏ p/q or p/(2ᵏ q) is within it.
+    rises = p < q
+    less, more = jnp.where(rises, p, q), jnp.where(rises, q, p)
+    # Numbers that are no probabilities may have a quotient below the float range: 2ᵏ less/more is within it.
     k = -jnp.finfo(p.dtype).minexp
-    over, under = p * 2.0 ** -(k // 2) > q * 2.0 ** (k // 2), p * 2.0 ** (k // 2) < q * 2.0 ** -(k // 2)
-    r = p * jnp.where(under, 2.0**k, 1) / (q * jnp.where(over, 2.0**k, 1))
-    return jnp.abs(v) < 0.5, v, log(r) + k * math.log(2) * jnp.where(over, 1, jnp.where(under, -1, 0))
+    under = less * 2.0 ** (k // 2) < more * 2.0 ** -(k // 2)
+    log_r = log(less * jnp.where(under, 2.0**k, 1) / more) - jnp.where(under, k * math.log(2), 0)
+    return jnp.abs(v) < 0.5, v, jnp.where(rises, log_r, -log_r)
 
 
 def deviance_from_log(p: Array, q: Array, delta: Array) -> Array:

@@ -206,7 +206,7 @@ def labelled_with_probs(
         )
     few = Layout(y.shape, rows.mesh, (*rows.spec, None))
     y, p = few.place(y), few.place(p)
-    if where is not None or x.shape[classes.axis] == 0:
+    if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
         p = jnp.where(jnp.expand_dims(classes.any(kept != 0), -1), p, jnp.zeros_like(p))
     x, kept = (jnp.moveaxis(a, classes.axis, -1) for a in (x, kept))
     return y, p, x, kept, classes._replace(axis=-1)

@@ -67,10 +67,10 @@ def multiplications(jaxpr, platform) -> int:
 
 @pytest.mark.parametrize("platform", ["cpu", "other"])
 @pytest.mark.parametrize(
-    ("reduction", "gradient", "of_hidden", "of_head", "hvp"),
-    [("mean", 3, 2, 2, 9), ("sum", 3, 2, 2, 9), ("none", 4, 3, 3, 12)],
+    ("reduction", "gradient", "of_hidden", "of_head", "hvp", "hvp_of_one"),
+    [("mean", 3, 2, 2, 9, 4), ("sum", 3, 2, 2, 9, 4), ("none", 4, 3, 3, 12, 6)],
 )
-def test_matrix_products(reduction, gradient, of_hidden, of_head, hvp, platform):
+def test_matrix_products(reduction, gradient, of_hidden, of_head, hvp, hvp_of_one, platform):
     a = matrices(64, 8, 40)
     loss = linear_loss(64, reduction=reduction, chunk_size=16)
     count = functools.partial(products, platform=platform)
@@ -79,6 +79,8 @@ def test_matrix_products(reduction, gradient, of_hidden, of_head, hvp, platform)
     assert count(jax.grad(loss, 0), *a) == of_hidden  # a frozen head
     assert count(jax.grad(loss, 1), *a) == of_head
     assert count(lambda *a: jax.jvp(jax.grad(loss, (0, 1)), a, a)[1], *a) == hvp
+    assert count(lambda h, w: jax.jvp(lambda h: jax.grad(loss)(h, w), (h,), (h,))[1], *a) == hvp_of_one
+    assert count(lambda h, w: jax.jvp(lambda w: jax.grad(loss, 1)(h, w), (w,), (w,))[1], *a) == hvp_of_one
 
 
 def test_traced_numbers_cost_no_product():

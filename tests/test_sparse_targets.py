@@ -129,6 +129,7 @@ def test_corners():
     )
     assert np.isfinite(in_x).all()
     assert loss(jnp.zeros((2, 0), int), jnp.ones((2, 3)), label_probs=jnp.ones((2, 0))).tolist() == [0, 0]
+    assert loss(jnp.array([[0, 1]] * 2), jnp.ones((2, 0)), label_probs=jnp.full((2, 2), 0.5)).tolist() == [0, 0]
     where = jnp.array([[True] * 4, [False] * 4])
     two = loss(
         jnp.array([[[0, 1]] * 2]), jnp.stack([x, x])[None], label_probs=jnp.full((1, 2, 2), 0.5), where=where[None]

@@ -88,6 +88,7 @@ EQUIVALENT = {
     "(least < value <= most": "the smallest normal number is nothing that a loss would be given",
     "(least <= value < most": "nor is the largest",
     "trained[0] if number else 1)": "where results stay each token's, none is summed",
+    "((softmax(x, classes)) * (centered": "both factors are finite, for any finite direction",
     "Platform(False, 2** 2": "how many bytes of logits an accelerator's chunk has is a matter of speed",
     "head.weight.shape[0] > head.weight.shape[1]": "where a token's weight is multiplied with is a matter of speed",
 }

@@ -327,6 +327,21 @@ def test_derivatives_in_half_precision(of_head, rng):
         np.testing.assert_allclose(np.float32(g), expected, atol=2**-7 * np.abs(expected).max())
 
 
+def test_jacobians_in_half_precision(rng):
+    """Of each token's number in all hidden states: batches of tangents and of cotangents under one head."""
+    hidden, head = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((3, 2), (5, 2)))
+
+    @jax.jit
+    def both(hidden):
+        def each(h):
+            return jce.linear_map(jax.nn.logsumexp, Linear(h, head))
+
+        return jax.jacfwd(each)(hidden), jax.jacrev(each)(hidden)
+
+    forward, reverse = map(np.float32, both(hidden))
+    np.testing.assert_allclose(forward, reverse, atol=2**-7 * np.abs(reverse).max())
+
+
 OF_HALF = {
     "map": lambda h, w: jce.linear_map(jax.nn.logsumexp, Linear(h, w), reduction="sum", chunk_size=3),
     "map of each": lambda h, w: jce.linear_map(jax.nn.logsumexp, Linear(h, w), chunk_size=3).sum(),

@@ -13,6 +13,7 @@ FUNCTIONS = [
     "entropy_with_logits",
     "kl_divergence_with_logits",
     "kl_divergence",
+    "jensen_shannon_divergence",
 ]
 
 

@@ -25,6 +25,7 @@ PASSES = {
         "entropy_with_logits": (1, 2, 3, 3),
         "kl_divergence_with_logits": (6, 7, 7, 3),
         "kl_divergence": (2, 3, 3, 4),
+        "jensen_shannon_divergence": (2, 3, 3, 4),
     },
     ("v5e", 1024): {
         "cross_entropy_with_integer_labels": (2, 4, 4, 6),
@@ -32,6 +33,7 @@ PASSES = {
         "entropy_with_logits": (1, 3, 3, 6),
         "kl_divergence_with_logits": (6, 7, 7, 6),
         "kl_divergence": (2, 3, 5, 4),
+        "jensen_shannon_divergence": (2, 3, 3, 4),
     },
 }
 

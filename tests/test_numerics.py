@@ -8,6 +8,7 @@ import mpmath as mp
 import numpy as np
 import pytest
 
+import jce
 from jce._calculus import ratio
 from jce._classes import Classes
 from jce._elementary import ATANH_TAIL, log1p_unit, log_complement
@@ -25,6 +26,16 @@ def test_atanh_tail_coefficients(dtype, bits):
             exact = mp.nsum(lambda i, v2=v2: v2**i / (2 * i + 3), [0, mp.inf]) if v2 else mp.mpf(1) / 3
             got = functools.reduce(lambda s, c, v2=v2: s * v2 + mp.mpf(c), ATANH_TAIL[np.dtype(dtype)], mp.mpf(0))
             assert abs(got / exact - 1) < mp.mpf(2) ** -bits
+
+
+def test_quotients_beyond_the_float_range():
+    """Of weights, which may be any numbers: 1e30 and 1e-30 are 138 nats apart, and so are 1e-30 and 1e30."""
+    grid = np.meshgrid([1e-37, 1e-30, 1.0, 1e30, 1e35], [2e-37, 3e-30, 4.0, 2e30])
+    p, q = (x.astype(np.float32).reshape(-1, 1) for x in grid)
+    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(jce.generalized_kl_divergence)))(p, q)
+    p, q = np.float64(p), np.float64(q)
+    np.testing.assert_allclose(values, (p * np.log(p / q) - p + q)[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(gradients, np.log(p / q), rtol=1e-6)
 
 
 @pytest.mark.parametrize("near", [True, False])

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, fraction, is_array, labelled, labelled_with_probs, public, require_no_tail
@@ -14,7 +15,7 @@ from jce._calculus import both_zero, custom_jvp, def_partials_of_sum, def_tangen
 from jce._elementary import exp, log
 from jce._mul0 import mul0
 from jce._platforms import per_platform
-from jce._soft_targets import bound, smoothed, soft
+from jce._soft_targets import bound, scaled, smoothed, soft, soft_excess
 from jce._softmax import another, off_label_sum, softmax_tangent, surprisal_at_label
 from jce._sparse_targets import sparse_cross_entropy
 
@@ -212,11 +213,10 @@ def cross_entropy_with_integer_labels(
     require_no_tail(name, tail)
     y, x, kept, classes = labelled(name, axis, where, axis_name, labels, logits)
     smoothing = fraction(name, x.dtype, label_smoothing=label_smoothing)
-    loss = label_surprisal(y, x, classes)
     if not is_array(smoothing) and smoothing == 0:
-        return loss
-    uniform = kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
-    return smoothed(loss, soft(uniform, x, classes), smoothing)
+        return label_surprisal(y, x, classes)
+    share = 1 / classes.count(x) if where is None else kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
+    return _smoothed_surprisal(y, *(jnp.asarray(a, x.dtype) for a in (share, x, smoothing)), classes)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
@@ -248,3 +248,52 @@ def _label_surprisal_and_excess_rule(classes, primals, tangents):
     x, t = primals[1], tangents[1]
     surprisal, excess = _label_surprisal_and_excess(*primals, classes)
     return (surprisal, excess), (classes.sum(mul0(excess, t)), softmax_tangent(t, x, None, classes))
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+def _smoothed_surprisal(y, share, x, smoothing, classes):
+    """(1-ε) log 1/q_y + ε Σᵢ uᵢ log 1/qᵢ, for each class's share u, or one number for all, which costs no reading."""
+    return _smoothed_surprisal_and_excess(y, share, x, smoothing, classes)[0]
+
+
+# ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - εuᵢ, ∂/∂ε = Σᵢ uᵢ log 1/qᵢ - log 1/q_y
+def _smoothed_surprisal_rule(classes, primals, tangents):
+    (y, share, x, _), (_, _, dx, d_smoothing) = primals, tangents
+    surprisal, excess = _smoothed_surprisal_and_excess(*primals, classes)
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(classes.sum(mul0(excess, dx)))
+    if not isinstance(d_smoothing, SymbolicZero):
+        terms.append(scaled(-d_smoothing, label_surprisal(y, x, classes)))
+        terms.append(scaled(d_smoothing, soft(_of_each(share, x), x, classes)))
+    return surprisal, functools.reduce(jnp.add, terms)
+
+
+_smoothed_surprisal.defjvp(_smoothed_surprisal_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+@per_platform
+def _smoothed_surprisal_and_excess(y, share, x, smoothing, classes):
+    u = _of_each(share, x)
+    surprisal, excess = _label_surprisal_and_excess(y, x, classes)
+    return smoothed(surprisal, soft(u, x, classes), smoothing), smoothed(excess, soft_excess(u, x, classes), smoothing)
+
+
+def _smoothed_surprisal_and_excess_rule(classes, primals, tangents):
+    (y, share, x, smoothing), (_, _, dx, d_smoothing) = primals, tangents
+    u, terms = _of_each(share, x), []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(softmax_tangent(dx, x, 1 - smoothing + smoothing * classes.sum(u), classes))
+    if not isinstance(d_smoothing, SymbolicZero):
+        difference = soft_excess(u, x, classes) - _label_surprisal_and_excess(y, x, classes)[1]
+        terms.append(scaled(d_smoothing, difference))
+    d_surprisal = _smoothed_surprisal_rule(classes, primals, tangents)[1]
+    return _smoothed_surprisal_and_excess(*primals, classes), (d_surprisal, functools.reduce(jnp.add, terms))
+
+
+_smoothed_surprisal_and_excess.defjvp(_smoothed_surprisal_and_excess_rule, symbolic_zeros=True)
+
+
+def _of_each(share, x):
+    return share + jnp.zeros_like(x)

@@ -118,10 +118,11 @@ def per_platform(kernel: Callable, apart: bool = False) -> Callable:
         def on(platform):
             def run(*arrays):
                 here = platform.classes(classes, x)
-                if apart and here.way is Way.CHAIN:
-                    arrays = jax.tree.map(lax.optimization_barrier, arrays)  # each its own, for t is unlike x
                 arrays = jax.tree.map(lambda a: here.fold(a) if a.ndim == x.ndim else a, arrays)
-                results = kernel(*arrays, here)
+                if here.way is Way.CHAIN:
+                    results = _in_chains(lambda *arrays: kernel(*arrays, here), arrays, x.ndim, apart)
+                else:
+                    results = kernel(*arrays, here)
                 return jax.tree.map(lambda r: here.unfold(r) if r.ndim >= x.ndim else r, results)
 
             return run
@@ -131,6 +132,15 @@ def per_platform(kernel: Callable, apart: bool = False) -> Callable:
         return lax.platform_dependent(*arrays, cpu=on(CPU), **others)
 
     return on_each
+
+
+def _in_chains(function, arrays, ndim, apart):
+    """Its results, each in a chain of its own, which also ends with a row: XLA may make no one of two, or of the sum of
+    a row and that of a batch."""
+    alone = jax.tree.map(lax.optimization_barrier, arrays)  # each its own, for t is unlike x
+    results, tree = jax.tree.flatten(function(*(alone if apart else arrays)))
+    results[1:] = [jax.tree.leaves(function(*alone))[i] for i in range(1, len(results))]
+    return tree.unflatten([r if r.ndim == ndim else lax.optimization_barrier(r) for r in results])
 
 
 per_platform_apart = functools.partial(per_platform, apart=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jce._arguments import is_array
 from jce._calculus import custom_jvp, def_partials_of_sum
 from jce._elementary import exp
 from jce._mul0 import mul0
-from jce._platforms import Way, per_platform, per_platform_apart
+from jce._platforms import per_platform, per_platform_apart
 from jce._softmax import another, complement, normalizer, softmax, softmax_tangent, surprisal
 
 
@@ -28,18 +27,16 @@ def bound(p, sign, classes):
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @per_platform
 def soft(p, x, classes):
-    loss = classes.sum(p * jnp.minimum(normalizer(x, classes).surprisal(x, classes), bound(p, 1, classes)))
-    # Or XLA makes one sum of a row's and a batch's, which is no chain.
-    return lax.optimization_barrier(loss) if classes.way is Way.CHAIN else loss
+    return classes.sum(p * jnp.minimum(normalizer(x, classes).surprisal(x, classes), bound(p, 1, classes)))
 
 
 # ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
-def_partials_of_sum(soft, lambda p, x, classes: surprisal(x, classes), lambda p, x, classes: _excess(p, x, classes))
+def_partials_of_sum(soft, lambda p, x, classes: surprisal(x, classes), lambda p, x, classes: soft_excess(p, x, classes))
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @per_platform_apart
-def _excess(p, x, classes):
+def soft_excess(p, x, classes):
     n = normalizer(x, classes)
     total = classes.sum(p)
     d = x - classes.column(another(n.m, n.s, few=classes.masks))
@@ -59,10 +56,10 @@ def _excess_rule(classes, primals, tangents):
         terms.append(jnp.where(q > 0.5, others - mul0(complement(x, classes), d_total), mul0(q, d_total) - dp))
     if not isinstance(dx, SymbolicZero):
         terms.append(softmax_tangent(dx, x, classes.sum(p), classes))
-    return _excess(p, x, classes), functools.reduce(jnp.add, terms)
+    return soft_excess(p, x, classes), functools.reduce(jnp.add, terms)
 
 
-_excess.defjvp(_excess_rule, symbolic_zeros=True)
+soft_excess.defjvp(_excess_rule, symbolic_zeros=True)
 
 
 def smoothed(loss, uniform_loss, smoothing):

@@ -14,9 +14,9 @@ from jce._arguments import distributions, fraction, is_array, labelled, labelled
 from jce._calculus import both_zero, custom_jvp, def_partials_of_sum, def_tangents, negative, over_if_present, ratio
 from jce._elementary import exp, log
 from jce._mul0 import mul0
-from jce._platforms import per_platform
+from jce._platforms import Way, per_platform
 from jce._soft_targets import bound, scaled, smoothed, soft, soft_excess
-from jce._softmax import another, off_label_sum, softmax_tangent, surprisal_at_label
+from jce._softmax import Normalizer, another, off_label_sum, softmax_tangent, surprisal_at_label
 from jce._sparse_targets import sparse_cross_entropy
 
 
@@ -237,9 +237,12 @@ def _label_surprisal_rule(classes, primals, tangents):
 def _label_surprisal_and_excess(y, x, classes):
     # Both in one function, since XLA can't see that two off-label sums, behind their barriers, are the same.
     m, s, d = off_label_sum(y, x, classes)
+    z = s + exp(-d)
     # The excess is written over e, but where rows are folded: there each pass computes its own.
-    e = exp(x - classes.column(m if classes.blocks == 1 else another(m, s)))
-    excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-s), e) / classes.column(s + exp(-d))
+    depth = x - classes.column(m if classes.blocks == 1 else another(m, s))
+    if classes.way is Way.REDUCTION:  # in whose sum a class that dominates is exactly 1
+        depth = Normalizer(m, z - 1).depth_and_dominant(x, m, classes)[0]
+    excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-s), exp(depth)) / classes.column(z)
     return surprisal_at_label(d, s), excess
 
 

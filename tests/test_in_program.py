@@ -309,6 +309,24 @@ def test_classes_forbidden_in_the_same_program(kernel, rng):
         np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradient_of_labels_where_another_class_dominates(platform, smoothing, rng):
+    """It is 1 there, less what smoothing leaves: not off by as many ulps as the logit has digits before the point."""
+    z, y = np.float32(30 * rng.standard_normal((256, 6))), rng.integers(0, 6, 256, np.int32)
+
+    @jax.jit
+    def run(z):
+        x = z * z / 7
+        losses = functools.partial(jce.cross_entropy_with_integer_labels, y, label_smoothing=smoothing)
+        return x, jax.grad(lambda x: losses(x).sum())(x)
+
+    x, g = map(np.asarray, run(z))
+    first, second = np.sort(x)[:, :-3:-1].T
+    rows = np.flatnonzero((first - second > 40) & (x.argmax(-1) != y))
+    assert len(rows) > 100
+    np.testing.assert_allclose(g[rows, x[rows].argmax(-1)], 1 - smoothing / 6, rtol=3e-7)
+
+
 WAYS = [*itertools.product([None, "ours"], ["cpu", "accelerator"]), ("the user's", "cpu")]  # that is no head
 OF_HEADS = [(function, *way) for function in ("cross-entropy", "log-probabilities") for way in WAYS]
 OF_HEADS += [("divergence", None, "accelerator"), ("divergence", "ours", "cpu"), ("divergence", "the user's", "cpu")]

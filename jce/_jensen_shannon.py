@@ -24,7 +24,7 @@ from jce._compare import compare, q_minus_p
 from jce._deviance import deviance, difference_from_log, log_ratio
 from jce._elementary import one_minus, raising, unless_negative
 from jce._mul0 import mul0
-from jce._platforms import Way, per_platform
+from jce._platforms import per_platform
 from jce._softmax import centered, softmax
 
 
@@ -286,8 +286,8 @@ def _log_p_over_m_of_softmax(x, y, b, c, classes):
     """log p/m up to a number a row: where q has little of what p has, log βp/m, whose deviations are small there."""
     p, q, d = _p_q_and_difference(x, y, classes)
     # The plain probabilities are known one pass over both earlier.
-    a, b_ = (softmax(x, classes), softmax(y, classes)) if classes.way is Way.REDUCTION else (p, q)
-    apart = classes.column(classes.sum(jnp.where(b_ < a / 2, a, jnp.zeros_like(a))) > 0.5)
+    p_, q_ = (softmax(x, classes), softmax(y, classes)) if classes.masks else (p, q)
+    apart = classes.column(classes.sum(jnp.where(q_ < p_ / 2, p_, jnp.zeros_like(p_))) > 0.5)
     _, p, q, d, m = _with_mixture(p, q, d, b, c)
     share = jnp.maximum(b * p, jnp.finfo(p.dtype).tiny)
     return log_ratio(jnp.where(apart, share, p), m, jnp.where(apart, -c * q, c * d))

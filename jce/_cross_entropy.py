@@ -16,7 +16,7 @@ from jce._elementary import exp, log
 from jce._mul0 import mul0
 from jce._platforms import Way, per_platform
 from jce._soft_targets import bound, scaled, smoothed, soft, soft_excess
-from jce._softmax import Normalizer, another, off_label_sum, softmax_tangent, surprisal_at_label
+from jce._softmax import Normalizer, another, normalizer, off_label_sum, softmax_tangent, surprisal_at_label
 from jce._sparse_targets import sparse_cross_entropy
 
 
@@ -280,7 +280,8 @@ _smoothed_surprisal.defjvp(_smoothed_surprisal_rule, symbolic_zeros=True)
 def _smoothed_surprisal_and_excess(y, share, x, smoothing, classes):
     u = _of_each(share, x)
     surprisal, excess = _label_surprisal_and_excess(y, x, classes)
-    return smoothed(surprisal, soft(u, x, classes), smoothing), smoothed(excess, soft_excess(u, x, classes), smoothing)
+    uniform = soft(u, x, classes) if share.ndim else share * classes.sum(normalizer(x, classes).surprisal(x, classes))
+    return smoothed(surprisal, uniform, smoothing), smoothed(excess, soft_excess(u, x, classes), smoothing)
 
 
 def _smoothed_surprisal_and_excess_rule(classes, primals, tangents):

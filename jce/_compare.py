@@ -70,7 +70,7 @@ def compare(x, y, classes):
 
 
 def _probabilities_and_difference(x, y, nx, ny, s, k, classes):
-    m, n = another(nx.m, s), another(ny.m, s)
+    m, n = (another(sums.m, s, few=classes.masks) for sums in (nx, ny))
     d_x, dominant_x = nx.depth_and_dominant(x, m, classes)
     d_y, dominant_y = ny.depth_and_dominant(y, n, classes)
     p, q = exp(d_x) / classes.column(nx.z), exp(d_y) / classes.column(ny.z)

@@ -215,7 +215,8 @@ def cross_entropy_with_integer_labels(
     smoothing = fraction(name, x.dtype, label_smoothing=label_smoothing)
     if not is_array(smoothing) and smoothing == 0:
         return label_surprisal(y, x, classes)
-    share = 1 / classes.count(x) if where is None else kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
+    all_kept = where is None and jnp.shape(logits)[classes.axis] > 0
+    share = 1 / classes.count(x) if all_kept else kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
     return _smoothed_surprisal(y, *(jnp.asarray(a, x.dtype) for a in (share, x, smoothing)), classes)
 
 

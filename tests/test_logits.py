@@ -103,6 +103,24 @@ def test_a_forbidden_class_beside_the_lowest_numbers():
     np.testing.assert_array_equal(gradients, np.zeros((2, 2)))
 
 
+def test_derivatives_in_a_traced_smoothing(rng):
+    """1/n Σ log 1/qᵢ - log 1/q_y, and [i = y] - 1/n in the logits too; of the classes that `where` keeps alike."""
+    logits, labels = np.float32(rng.standard_normal((5, 6))), np.array([0, 1, 2, 3, 0])
+    kept = np.arange(6) < 4
+    for options, n in (({}, 6), ({"where": kept}, 4)):
+
+        def loss(epsilon, x, options=options):
+            return jce.cross_entropy_with_integer_labels(labels, x, label_smoothing=epsilon, **options).sum()
+
+        surprisals = -jax.nn.log_softmax(jnp.where(np.arange(6) < n, logits, -INF))[:, :n]
+        expected = (surprisals.mean(-1) - surprisals[np.arange(5), labels]).sum()
+        mixed = np.where(np.arange(6) < n, np.eye(6)[labels] - 1 / n, 0)
+        slope, of_logits = jax.jit(jax.value_and_grad(jax.grad(loss), 1))(0.1, logits)
+        np.testing.assert_allclose(slope, expected, rtol=1e-5)
+        np.testing.assert_allclose(of_logits, mixed, atol=1e-6)
+        np.testing.assert_allclose(jax.jacfwd(jax.grad(loss, 1))(0.1, logits), mixed, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_smoothing_is_a_mixture_of_targets(rng):
     """(1-ε) one-hot + ε/n, with n the classes that are kept; at ε = 1 the label doesn't matter."""

@@ -215,7 +215,7 @@ def cross_entropy_with_integer_labels(
     smoothing = fraction(name, x.dtype, label_smoothing=label_smoothing)
     if not is_array(smoothing) and smoothing == 0:
         return label_surprisal(y, x, classes)
-    all_kept = where is None and jnp.shape(logits)[classes.axis] > 0
+    all_kept = where is None and jnp.asarray(logits).shape[classes.axis] > 0
     share = 1 / classes.count(x) if all_kept else kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
     return _smoothed_surprisal(y, *(jnp.asarray(a, x.dtype) for a in (share, x, smoothing)), classes)
 
@@ -281,7 +281,7 @@ _smoothed_surprisal.defjvp(_smoothed_surprisal_rule, symbolic_zeros=True)
 def _smoothed_surprisal_and_excess(y, share, x, smoothing, classes):
     u = _of_each(share, x)
     surprisal, excess = _label_surprisal_and_excess(y, x, classes)
-    uniform = soft(u, x, classes) if share.ndim else share * classes.sum(normalizer(x, classes).surprisal(x, classes))
+    uniform = soft(u, x, classes) if share.ndim else classes.sum(share * normalizer(x, classes).surprisal(x, classes))
     return smoothed(surprisal, uniform, smoothing), smoothed(excess, soft_excess(u, x, classes), smoothing)
 
 

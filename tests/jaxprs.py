@@ -13,8 +13,9 @@ def equations(jaxpr, platform: str | None = "cpu"):
 def inner(equation, platform):
     """The programs in an equation; of those by platform, the one that is lowered there, or without a platform all."""
     if platform and (by_platform := equation.params.get("branches_platforms")):
-        branches = zip(equation.params["branches"], by_platform, strict=True)
-        (chosen,) = (branch for branch, platforms in branches if platform in (platforms or ("other",)))
+        branches = list(zip(equation.params["branches"], by_platform, strict=True))
+        named = [branch for branch, platforms in branches if platform in (platforms or ())]
+        (chosen,) = named or [branch for branch, platforms in branches if not platforms]  # the default
         return list(jaxprs(chosen))
     return [j for value in equation.params.values() for j in jaxprs(value)]
 

@@ -10,8 +10,8 @@ from jax.custom_derivatives import SymbolicZero
 from jce._calculus import custom_jvp
 from jce._deviance import difference_from_log
 from jce._elementary import exp, log1p, two_sum
-from jce._platforms import Way, again, per_platform
-from jce._softmax import centered, normalizer, softmax_tangent
+from jce._platforms import Way, except_on_tpu, per_platform
+from jce._softmax import another, centered, normalizer, softmax_tangent
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
@@ -70,7 +70,8 @@ def compare(x, y, classes):
 
 
 def _probabilities_and_difference(x, y, nx, ny, s, k, classes):
-    m, n = again(nx.m, s), again(ny.m, s)
+    # A TPU's passes share these, for then two sums of it are one pass.
+    m, n = (except_on_tpu(another, sums.m, s) for sums in (nx, ny))
     d_x, dominant_x = nx.depth_and_dominant(x, m, classes)
     d_y, dominant_y = ny.depth_and_dominant(y, n, classes)
     p, q = exp(d_x) / classes.column(nx.z), exp(d_y) / classes.column(ny.z)

@@ -285,13 +285,14 @@ def _smoothed_surprisal_and_excess(y, share, x, smoothing, classes):
     return smoothed(surprisal, uniform, smoothing), smoothed(excess, soft_excess(u, x, classes), smoothing)
 
 
+# d (qᵢ - (1-ε) [i = y] - εuᵢ) = dqᵢ + ([i = y] - uᵢ) dε
 def _smoothed_surprisal_and_excess_rule(classes, primals, tangents):
-    (y, share, x, smoothing), (_, _, dx, d_smoothing) = primals, tangents
-    u, terms = _of_each(share, x), []
+    (y, share, x, _), (_, _, dx, d_smoothing) = primals, tangents
+    terms = []
     if not isinstance(dx, SymbolicZero):
-        terms.append(softmax_tangent(dx, x, 1 - smoothing + smoothing * classes.sum(u), classes))
+        terms.append(softmax_tangent(dx, x, None, classes))
     if not isinstance(d_smoothing, SymbolicZero):
-        difference = soft_excess(u, x, classes) - _label_surprisal_and_excess(y, x, classes)[1]
+        difference = soft_excess(_of_each(share, x), x, classes) - _label_surprisal_and_excess(y, x, classes)[1]
         terms.append(scaled(d_smoothing, difference))
     d_surprisal = _smoothed_surprisal_rule(classes, primals, tangents)[1]
     return _smoothed_surprisal_and_excess(*primals, classes), (d_surprisal, functools.reduce(jnp.add, terms))

@@ -152,6 +152,6 @@ def at_label(x: Array, y: Array, classes: Classes) -> Array:
     return lax.platform_dependent(x, y, tpu=classes.at_by_mask, default=classes.at)
 
 
-def again(m: Array, s: Array) -> Array:
-    """The number m again, as `another` says it, but on a TPU, where passes that share it become one."""
-    return lax.platform_dependent(m, s, tpu=lambda m, s: m, default=lambda m, s: jnp.maximum(m, m - s))
+def except_on_tpu(function: Callable, x: Array, *others: Array) -> Array:
+    """function(x, *others), but on a TPU x itself."""
+    return lax.platform_dependent(x, *others, tpu=lambda x, *_: x, default=function)

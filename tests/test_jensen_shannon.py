@@ -160,7 +160,7 @@ def test_a_traced_weight_of_0_or_1_is_the_limit(function):
         np.testing.assert_allclose(slope, expected, rtol=1e-6)
 
 
-def test_derivatives_where_the_two_are_apart(rng):
+def test_derivatives_where_the_two_are_apart(platform, rng):
     """There log q/m is log 1/(1-β) but for a little, of which the gradient is made; and p may be next to nothing."""
     x, y = (10 * rng.standard_normal((2, 40, 5))).astype(np.float32)
     y[:, 0], x[:, 1] = y.max(-1) + 20, x.max(-1) + 20

@@ -27,7 +27,8 @@ logits where probabilities would come from a softmax or a sigmoid: an underflow 
 
 All are pure, jitted functions of arrays, each with its closed-form derivative as a `custom_jvp` rule: they work under
 `jit`, `vmap`, `grad`, `jvp` and every nesting of them, to any order. `jax.export` takes them with a symbolic number of
-rows or tokens.
+rows or tokens. Not under `jax.experimental.jet`, which knows no `custom_jvp` rule; and before JAX 0.12 the
+tangent_solve of a `jax.lax.custom_root` around their gradients takes `jax.jacfwd`, not `jax.jacobian`.
 
 >>> import jax, jax.numpy as jnp, jce
 >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])

@@ -23,13 +23,21 @@ from typing import Any, TypeGuard, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from jce._classes import Classes
-from jce._layout import Layout
+from jce._layout import Layout, manual_axes, mesh_names
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# What does that which others call so: by function and argument
+INSTEAD = {
+    ("cross_entropy_with_integer_labels", "ignore_index"): " Leave rows out with where=(labels != index)[..., None].",
+    ("linear_cross_entropy", "ignore_index"): " Leave tokens out with where=labels != index.",
+    ("sharded_linear_cross_entropy", "ignore_index"): " Leave tokens out with where=labels != index.",
+    ("linear_log_probs", "ignore_index"): " Leave tokens out with where=labels != index.",
+}
 
 
 def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
@@ -85,7 +93,10 @@ class Public:
             if option in self._numbers:
                 traced += [option] if is_array(value) else []
             elif option not in self._parameters:
-                raise TypeError(f"{self.__name__}: no argument {option!r}; it takes {', '.join(self._parameters)}.")
+                raise TypeError(
+                    f"{self.__name__}: no argument {option!r}; it takes {', '.join(self._parameters)}."
+                    f"{INSTEAD.get((self.__name__, option), '')}"
+                )
             elif option in self._static and not isinstance(value, Hashable):
                 raise ValueError(
                     f"{self.__name__}: {option} must be static and hashable, since the program depends on it; got"
@@ -142,15 +153,13 @@ def distributions(
 
 
 def mesh_axis(function: str, axis_name: Hashable | None) -> Hashable | None:
-    """The mesh axis, which is there."""
-    if axis_name is not None:
-        try:
-            lax.axis_size(axis_name)
-        except (NameError, TypeError, ValueError):
-            raise ValueError(
-                f"{function}: axis_name must name an axis of the mesh of a jax.shard_map around the call, over which"
-                f" the classes are split; got axis_name={axis_name!r}. Leave it out where the classes are whole."
-            ) from None
+    """The mesh axis, which is there. Of a `jax.vmap`'s a gradient within would be its size times too large."""
+    names = mesh_names(axis_name)
+    if not all(isinstance(name, Hashable) and name in manual_axes() for name in names):
+        raise ValueError(
+            f"{function}: axis_name must name an axis of the mesh of a jax.shard_map around the call, over which"
+            f" the classes are split; got axis_name={axis_name!r}. Leave it out where the classes are whole."
+        )
     return axis_name
 
 
@@ -279,7 +288,7 @@ def is_array(value) -> TypeGuard[Array]:
 
 def _traced(function: str, dtype, name: str, value: Array) -> Array:
     """A scalar, which like a Python number widens no array."""
-    if value.ndim or not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+    if value.ndim or value.dtype == bool or not is_real(value):
         raise ValueError(
             f"{function}: {name} must be a real number, or a real array of shape (); got {described({name: value})}."
             f" For several at once use jax.vmap."
@@ -319,15 +328,19 @@ def _as_floats(function: str, arguments: Mapping[str, ArrayLike]) -> list[Array]
 def float_dtype(function: str, arguments: Mapping[str, ArrayLike]):
     """float64 if one of the arguments is, else float32."""
     arrays = [as_array(function, name, x) for name, x in arguments.items()]
-    for x in arrays:
-        if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
-            raise TypeError(
-                f"{function}: {_and(arguments)} must be real (floating-point, integer or bool);"
-                f" got {described(arguments)}. Convert to real numbers first."
-            )
+    if not all(map(is_real, arrays)):
+        raise TypeError(
+            f"{function}: {_and(arguments)} must be real (floating-point, integer or bool);"
+            f" got {described(arguments)}. Convert to real numbers first."
+        )
     strong = [x.dtype for x in arrays if not x.weak_type]
     double = jnp.float64 in (strong or [jnp.result_type(float)])
     return jnp.float64 if double else jnp.float32
+
+
+def is_real(x) -> bool:
+    """Floating-point, integer or bool."""
+    return jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool
 
 
 def as_array(function: str, name: str, x: ArrayLike) -> Array:
@@ -380,7 +393,8 @@ def _mask(
     if not broadcasts_to(shape, mask.shape):
         raise ValueError(
             f"{function}: where must broadcast to the shape {shape} of {_and(arguments)}; got {described(got)}."
-            f" To drop whole distributions, give it a class axis of length 1: where=jnp.expand_dims(mask, {axis})."
+            f" To drop whole distributions, give it a class axis of length 1: where="
+            f"{'mask[..., None]' if axis == -1 else f'jnp.expand_dims(mask, {axis})'}."
         )
     return mask
 

@@ -89,6 +89,11 @@ def mesh_names(*spec) -> tuple:
     return tuple(name for axes in spec for name in (axes if isinstance(axes, tuple) else (axes,)) if name is not None)
 
 
+def manual_axes() -> tuple:
+    """The mesh axes of the `jax.shard_map`s around, of whose arrays each device has its part."""
+    return jax.sharding.get_abstract_mesh().manual_axes
+
+
 def auto_devices() -> int:
     """Over how many devices XLA may split what there is, under the Auto axes of the mesh that is set: 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jce
-from tests.kernels import TABLE, each_function, each_with_classes, easy, gradient
+from tests.kernels import OF_LOGITS, TABLE, each_function, each_with_classes, easy, gradient
 
 NAN = float("nan")
 
@@ -296,6 +296,28 @@ def test_unlike_shapes(function):
     )
 
 
+def test_what_others_call_ignore_index():
+    labels, hidden, head = np.zeros(2, int), ones(2, 4), ones(3, 4)
+    of_rows, of_tokens = r"\(labels != index\)\[..., None\]", "labels != index"
+    for function, arguments, where in (
+        (jce.cross_entropy_with_integer_labels, (labels, ones(2, 3)), of_rows),
+        (jce.linear_cross_entropy, (labels, hidden, head), of_tokens),
+        (jce.linear_log_probs, (labels, hidden, head), of_tokens),
+        (jce.sharded_linear_cross_entropy, (labels, hidden, head), of_tokens),
+    ):
+        message = rf"{function.__name__}: no argument 'ignore_index'; it takes labels, .* with where={where}\."
+        with pytest.raises(TypeError, match=message):
+            function(*arguments, ignore_index=-100)
+
+
+def test_the_axis_of_a_vmap_splits_no_classes():
+    """Of its size times the gradient, silently, if it did."""
+    for kernel in OF_LOGITS:
+        split = jax.vmap(lambda *x, f=kernel.function: f(*x, axis_name="classes"), axis_name="classes")
+        with pytest.raises(ValueError, match=r"axis_name must name an axis of the mesh.*got axis_name='classes'"):
+            split(*(ones(2, 3) for _ in kernel.arguments))
+
+
 @each_with_classes
 def test_where_never_enlarges(kernel):
     complains(
@@ -305,7 +327,7 @@ def test_where_never_enlarges(kernel):
         where=ones(2, 3, dtype=bool),
         wants="where must broadcast to the shape (1, 3)",
         got="got where: bool[2,3]",
-        do="where=jnp.expand_dims(mask, -1)",
+        do="where=mask[..., None]",
     )
 
 
@@ -320,7 +342,7 @@ def test_where(kernel):
             where=ones(*shape, dtype=bool),
             wants="where must broadcast to the shape (2, 3)",
             got=f"got where: bool[{','.join(map(str, shape))}], {kernel.arguments[0]}: float32[2,3]",
-            do="where=jnp.expand_dims(mask, -1)",
+            do="where=mask[..., None]",
         )
     complains(
         TypeError,

@@ -230,6 +230,88 @@ def test_traced_values_closed_over_and_shared(arrays):
     np.testing.assert_allclose(got[1], got[2], rtol=1e-10)
 
 
+TREES = {
+    "one number": lambda y, x: ce(y, x),
+    "a number and a bool": lambda y, x: (ce(y, x), x.argmax() == y),
+    "a number and an integer": lambda y, x: (x.argmax(), ce(y, x)),
+    "integers": lambda y, x: (x.argmax(), y),
+    "two reals and an integer": lambda y, x: {"reals": [ce(y, x), x], "top": x.argmin()},
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.in_turn(5)
+def test_every_result_has_its_derivative_in_the_weights(tree, reduction, arrays):
+    """Of sums, of means and of each, forward and reverse, whatever else has a derivative."""
+    of_tokens, heads = arrays
+    h, w = (a.astype(np.float32) for a in heads["s"])
+    results = jax.vmap(TREES[tree])(of_tokens["l"], h @ w.T)
+    weights = jnp.linspace(0.5, 2, TOKENS, dtype=np.float32)
+
+    def ours(a):
+        x = Linear(h, w)
+        return jce.linear_map(TREES[tree], of_tokens["l"], x, weights=a, reduction=reduction, chunk_size=CHUNK)
+
+    def whole(a):
+        each = jax.tree.map(lambda r: a.reshape(-1, *[1] * (r.ndim - 1)) * r.astype(np.float32), results)
+        if reduction == "none":
+            return each
+        return jax.tree.map(lambda r: r.sum(0) / (a.sum() if reduction == "mean" else 1), each)
+
+    for mode in (jax.jacfwd, jax.jacrev):
+        got, expected = (jax.jit(mode(f))(weights) for f in (ours, whole))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+def limited(limit):
+    """The identity, whose cotangent is clipped, by a rule that closes over the limit."""
+
+    @jax.custom_vjp
+    def identity(x):
+        return x
+
+    identity.defvjp(lambda x: (x, None), lambda _, ct: (jnp.clip(ct, -limit, limit),))
+    return identity
+
+
+@pytest.mark.needs_jit
+def test_rules_that_close_over_a_traced_value():
+    """Where results are summed; those of each token are as `jax.lax.map`'s, which tests/test_plain_jax.py has."""
+    h, w = np.ones((5, 2), np.float32), np.ones((3, 2), np.float32)
+
+    def loss(limit, h):
+        return jce.linear_map(
+            lambda x: limited(limit)(x) @ jnp.arange(3.0), Linear(h, w), reduction="sum", chunk_size=2
+        )
+
+    gradient = jax.grad(loss, 1)
+    for got in (jax.jit(gradient)(1.5, h), jax.vmap(gradient, (0, None))(jnp.array([1.5]), h)[0]):
+        np.testing.assert_allclose(got, np.full((5, 2), 2.5), rtol=1e-6)
+
+
+@pytest.mark.needs_jit
+def test_axes_of_a_vmap():
+    """Its members' tokens join in one loop: functions that name it are told so, and others needn't know."""
+    x = Linear(jnp.ones((2, 3, 4)), jnp.ones((5, 4)))
+
+    def batched(function, **options):
+        def of_member(h):
+            return jce.linear_map(function, Linear(h, x.head), **options)
+
+        return jax.vmap(of_member, axis_name="members")(x.hidden)
+
+    assert (batched(jnp.sum) == 20).all()
+    for function in (
+        lambda x: jax.lax.psum(x.sum(), "members"),
+        jax.jit(lambda x: x.astype(jnp.int32) * jax.lax.axis_index("members")),
+        lambda x: jax.lax.map(lambda x: jax.lax.pmean(x, "members"), x),
+    ):
+        for options in ({}, {"reduction": "sum"}):
+            with pytest.raises(ValueError, match=r"linear_map: function may name no axis.*names 'members'.*outside"):
+                batched(function, **options)
+
+
 def test_a_derivative_in_nothing_but_weights_or_what_is_closed_over(arrays):
     """With heads and tokens frozen."""
     of_tokens, heads = arrays
@@ -385,18 +467,18 @@ def test_two_heads_are_their_logits_bit_for_bit(which, rng):
     def heads(x, y):
         p, q = Linear(x, eye), Linear(y, eye)
         if which == "map":
-            return jce.linear_map(jce.kl_divergence_with_logits, p, q, chunk_size=12).sum()
-        return jce.linear_kl_divergence(p, q, reduction="none", temperature=2.0, chunk_size=12).sum()
+            return jce.linear_map(jce.kl_divergence_with_logits, p, q, chunk_size=12)
+        return jce.linear_kl_divergence(p, q, reduction="none", temperature=2.0, chunk_size=12)
 
     def logits(x, y):
         t = np.float32(1 if which == "map" else 2)
-        return jce.kl_divergence_with_logits(x / t, y / t).sum()
+        return jce.kl_divergence_with_logits(x / t, y / t)
 
-    names = ("value", "gradient", "forward over reverse")
-    got, expected = (
-        jax.jit(lambda a, t, of=programs: {name: of[name](a, t) for name in names})((x, y), t)
-        for programs in (modes(f, (0, 1)) for f in (heads, logits))
-    )
+    def program(f):
+        gradient = jax.grad(lambda *a: f(*a).sum(), (0, 1))
+        return jax.jit(lambda a, t: (f(*a), jax.jvp(gradient, a, t)))
+
+    got, expected = (program(f)((x, y), t) for f in (heads, logits))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
@@ -517,6 +599,24 @@ def ones(*shape, dtype=np.float32):
         ((sum, "x"), {"reduction": "avg"}, ValueError, r"reduction must be"),
         ((sum, "x"), {"chunk_size": 0}, ValueError, r"chunk_size must be"),
         ((sum, "x"), {"axis_name": "nowhere"}, ValueError, r"axis_name must name an axis"),
+        (
+            (lambda x: jax.lax.complex(x, x), "x"),
+            {"reduction": "sum"},
+            TypeError,
+            r"must be real.*complex64\[5\] for a token",
+        ),
+        (
+            (lambda x: jax.lax.complex(x, x), "x"),
+            {"weights": 2.0},
+            TypeError,
+            r"must be real.*complex64\[5\] for a token",
+        ),
+        (
+            (lambda x: (x, jax.random.key(0)), "x"),
+            {"reduction": "mean"},
+            TypeError,
+            r"must be real.*key<fry>\[\] for a token",
+        ),
     ],
 )
 def test_errors(arguments, options, error, message):

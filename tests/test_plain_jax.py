@@ -10,6 +10,7 @@ import pytest
 from jax.scipy.special import entr, rel_entr, xlogy
 
 import jce
+from tests.test_linear_map import limited
 
 P, Q = np.float32([0.0, 1.0]), np.float32([0.5, 0.5])
 
@@ -86,6 +87,17 @@ def test_a_scan_loses_rules_in_second_derivatives():
 
     assert second_derivative(function) == (7 if jax.__version_info__ >= (0, 12) else 0)
     assert second_derivative(jax.checkpoint(function)) == 7
+
+
+@pytest.mark.needs_jit
+def test_a_rule_in_a_loop_may_close_over_no_traced_value():
+    """As `jce.linear_map` says of results for each token."""
+
+    def loss(limit, x):
+        return jax.lax.map(limited(limit), x).sum()
+
+    with pytest.raises(TypeError, match="No constant handler"):
+        jax.jit(jax.grad(loss, 1))(1.5, np.ones(3, np.float32))
 
 
 @pytest.mark.needs_jit

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jce._classes import varying_type
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
-from jce._layout import mesh_names
+from jce._layout import manual_axes, mesh_names
 
 
 def linear_map(
@@ -40,12 +40,14 @@ def linear_map(
         linear_map(jax.random.categorical, keys, Linear(hidden, head))
 
     Call it under `jax.jit`, as `jax.lax.map`: it is no jitted function itself, so that none that has changed is taken
-    for what it was, and alone it is compiled anew at each call.
+    for what it was, and alone it is compiled anew at each call, and keeps nothing.
 
     Args:
       function: of one token, in the order of the arguments, and of `shared` last, where it is given. jax.numpy and
         functions of jce, which take the token's logits as any array [n]. Its result is an array or a number, or a tree
-        of them, of any dtype. Traced values that it closes over, such as a temperature, have derivatives too.
+        of them, of any dtype. Traced values that it closes over, such as a temperature, have derivatives too; but under
+        reduction="none" a `custom_vjp` or `custom_jvp` rule in it must take them as arguments, as in `jax.lax.map`. It
+        also runs, callbacks and all, on what fills up a chunk: another token's arguments.
       *arguments: `jce.Linear(hidden, head)`, at least one, and arrays with the same leading token axes [...], such as
         labels, advantages, masks or random keys; or trees of them.
       where: bool, broadcasts to the token axes. A token where it is False takes no part, whatever it holds and whatever
@@ -79,10 +81,10 @@ def linear_map(
       function closes over, each in its own dtype. Forward and reverse mode, any order.
 
     Raises:
-      TypeError: function isn't callable, an argument is no array, hidden, head or bias is not real, or `where` not
-        boolean.
-      ValueError: there is no Linear, shapes disagree, an option is none of those above, or the classes are split and a
-        result still differs between their devices.
+      TypeError: function isn't callable, an argument is no array, hidden, head or bias is not real, `where` not
+        boolean, or a result that is summed or weighted not real.
+      ValueError: there is no Linear, shapes disagree, an option is none of those above, function names the axis of a
+        `jax.vmap`, or the classes are split and a result still differs between their devices.
 
     Not checked:
       Values.
@@ -104,6 +106,7 @@ def linear_map(
             return function(*jax.tree.unflatten(structure, one), *shared)
 
         closed, results = jax.make_jaxpr(of_one, return_shape=True)(one, shared)
+        _require_mesh_axes(name, closed.effects)
         still = {axis for aval in closed.out_avals for axis in varying_type(aval)} & {*mesh_names(class_axis)}
         if still:
             raise ValueError(
@@ -112,12 +115,25 @@ def linear_map(
                 f" axis_name={class_axis!r}, or sum over the devices with jax.lax.psum."
             )
 
+        jaxpr = closed.jaxpr
+
         def of_chunk(chunk, shared, closed_over):
             shared = jax.tree.leaves(shared)
-            return jax.vmap(lambda *one: jax.core.eval_jaxpr(closed.jaxpr, closed_over, *one, *shared))(*chunk)
+            return jax.vmap(lambda *one: jax.core.eval_jaxpr(jaxpr, closed_over, *one, *shared))(*chunk)
 
         return OfChunk(of_chunk, results, closed.consts)
 
     named = {f"arguments{jax.tree_util.keystr(path)}": x for path, x in paths}
     options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name)
     return over_tokens(name, make, named, options, () if shared is None else (shared,), named_classes=True)
+
+
+def _require_mesh_axes(name: str, effects) -> None:
+    """Of the axes that a function names none is a `jax.vmap`'s, whose members' tokens are tokens of one loop."""
+    named = {e.name for e in effects if type(e).__name__ == "NamedAxisEffect"} - {*manual_axes()}
+    if named:
+        raise ValueError(
+            f"{name}: function may name no axis of a jax.vmap, since its members' tokens join in one loop; it names"
+            f" {', '.join(map(repr, sorted(named, key=str)))}. Sum over the axis outside, and pass its index as an"
+            f" argument."
+        )

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jce._arguments import as_array, broadcasts_to, choice, described, float_dtype, require_boolean
-from jce._classes import vary_over, varying
+from jce._arguments import as_array, broadcasts_to, choice, described, float_dtype, is_real, require_boolean
+from jce._classes import Classes, vary_over, varying
 from jce._heads.chunks import REDUCTIONS, Logits, checked_chunk, head_of, shares
 from jce._heads.linear import Linear, LinearArrays
 from jce._heads.places import Arguments, on_each_device
@@ -56,10 +56,12 @@ def over_tokens(
     options: TokenOptions,
     shared: Any = (),
     named_classes: bool = False,
+    is_defined: Callable[[list[Array], int], Array] | None = None,
 ) -> Any:
     """A function of each token of the arguments, `Linear` or arrays with leading token axes, reduced as options say.
 
     On each device it is made from a token's arguments, as examples, what is shared, and the mesh axes of the classes.
+    Of tokens where it isn't defined, by all but the logits and the number of classes, a weight of 0 leaves nothing.
     """
     reduction = choice(name, reduction=options.reduction, choices=REDUCTIONS)
     chunk = checked_chunk(name, options.chunk_size)
@@ -74,18 +76,23 @@ def over_tokens(
         {"caps": [x.logit_soft_cap for x in linear.values()], "given": jax.tree.map(_wide, shared)},
     )
 
+    # What a loop is made of is kept in JAX's caches: so it holds no array, and nothing that is traced.
+    are_logits, dtypes = [key in linear for key in arguments], jax.tree.map(lambda x: x.dtype, shared)
+
     def in_order(logits, others):
         logits, others = iter(logits), iter(others)
-        return [next(logits if key in linear else others) for key in arguments]
+        return [next(logits if is_one else others) for is_one in are_logits]
 
     def as_given(wide):
-        return jax.tree.map(lambda x, like: x if x.dtype == like.dtype else x.astype(like.dtype), wide, shared)
+        return jax.tree.map(lambda x, dtype: x if x.dtype == dtype else x.astype(dtype), wide, dtypes)
 
     def of_part(parts, token_axes, class_axis):
-        part = _Part.of(name, parts, class_axis)
+        part = _Part.of(name, parts, class_axis, is_defined)
         of_chunk = make(in_order(*part.examples()), as_given(part.inputs.shared["given"]), class_axis)
         part = part.closing_over(of_chunk.closed_over)
         ones, structure = jax.tree.flatten(of_chunk.one)
+        if reduction != "none" or options.weights is not None:
+            _require_real(name, ones)
         trained = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
         number = reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
         function = _of_hidden(of_chunk.function, in_order, as_given, options.precision)
@@ -112,7 +119,7 @@ class _Part(NamedTuple):
     all_kept: bool
 
     @classmethod
-    def of(cls, name: str, parts: Arguments, class_axis) -> _Part:
+    def of(cls, name: str, parts: Arguments, class_axis, is_defined) -> _Part:
         tokens, rows, shared = parts
         batch = tokens["hidden"][0].shape[:-1]
         count = math.prod(batch)
@@ -125,8 +132,10 @@ class _Part(NamedTuple):
         kept, w = tokens.get("where"), tokens.get("weights")
         if w is not None:
             # A token of weight 0 still has a derivative in its weight, unless a hidden state isn't finite.
-            finite = jnp.stack([jnp.isfinite(h).all(-1) for h in tokens["hidden"]]).all(0)
-            kept = ((w != 0) | finite) & (True if kept is None else kept)
+            defined = jnp.stack([jnp.isfinite(h).all(-1) for h in tokens["hidden"]]).all(0)
+            if is_defined is not None:
+                defined &= is_defined(tokens["others"], Classes(-2, class_axis).count(rows[0][0]))
+            kept = ((w != 0) | defined) & (True if kept is None else kept)
             w = jnp.where(kept, w, jnp.zeros_like(w))
         if any(head.shape[0] == 0 for head, _ in rows):  # no class is one, and no token has it
             kept = jnp.zeros(count, bool)
@@ -165,11 +174,11 @@ class _Part(NamedTuple):
     def results(self, loop: Loop, w: Array | None, total: bool) -> list[Array]:
         """r of all tokens, wr where there are weights, or in total Σ wr, in one loop with its gradient."""
         hidden, tokens, *whole = self.inputs
+        count, all_kept = len(hidden), self.all_kept
 
         def inputs(arguments) -> Inputs:
             *arrays, heads, shared = arguments
-            inputs = Inputs(arrays[: len(hidden)], arrays[len(hidden) :], heads, shared)
-            return _with_first(inputs, self.all_kept)
+            return _with_first(Inputs(arrays[:count], arrays[count:], heads, shared), all_kept)
 
         def of_each(*arguments):
             return each(loop, inputs(arguments))
@@ -254,6 +263,17 @@ def _checked_batch(name: str, linear: Mapping[str, LinearArrays], others: Mappin
             f" {described(arrays | dict(others))}. What all tokens share goes into shared."
         )
     return batch
+
+
+def _require_real(name: str, results: list) -> None:
+    """Of a token's results, which are to be summed or weighted."""
+    odd = [x for x in results if not is_real(x)]
+    if odd:
+        got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in odd)
+        raise TypeError(
+            f"{name}: what is summed or weighted must be real (floating-point, integer or bool); function gives {got}"
+            f' for a token. Give real and imaginary part, or ask for each with reduction="none" and no weights.'
+        )
 
 
 def _checked_choice(name: str, batch: tuple[int, ...], options: TokenOptions) -> dict[str, Array]:

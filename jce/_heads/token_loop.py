@@ -111,7 +111,9 @@ def _weighted_sums_rule(loop, primals, tangents):
     if parts:
         terms.append(over_devices(functools.reduce(jnp.add, parts), mesh_names(loop.class_axis)))
     sums = [weighted(r, w).sum(0) for r in results]
-    tangent = [jnp.zeros_like(s) for s in sums]
+    tangent = [
+        jnp.zeros_like(s) if _is_zero(dw) else weighted(r, dw).sum(0) for r, s in zip(results, sums, strict=True)
+    ]
     tangent[loop.trained] = functools.reduce(jnp.add, terms)
     return sums, tangent
 

@@ -40,6 +40,11 @@ def _inlined(*arguments, jaxpr, **_):
     return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *arguments)
 
 
+def _run(*arguments, jaxpr, **_):
+    # A function of its own, so that no cache of programs keeps what the jaxpr holds.
+    return jax.jit(lambda *arguments: _inlined(*arguments, jaxpr=jaxpr))(*arguments)
+
+
 def _batch(arguments, axes, *, jaxpr, each, total, tree):
     count = len(arguments) - tree.num_leaves
     tokens, shared = arguments[:count], arguments[count:]
@@ -71,7 +76,7 @@ def _differentiate(primals, tangents, *, jaxpr, **_):
     return jax.jvp(of_live, [primals[i] for i in live], [tangents[i] for i in live])
 
 
-_of_tokens_p.def_impl(jax.jit(_inlined, static_argnames=("jaxpr", "each", "total", "tree")))
+_of_tokens_p.def_impl(_run)
 _of_tokens_p.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
 ad.primitive_jvps[_of_tokens_p] = _differentiate
 batching.primitive_batchers[_of_tokens_p] = _batch

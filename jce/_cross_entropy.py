@@ -17,7 +17,7 @@ from jce._mul0 import mul0
 from jce._platforms import Way, per_platform
 from jce._soft_targets import bound, scaled, smoothed, soft, soft_excess
 from jce._softmax import Normalizer, another, normalizer, off_label_sum, softmax_tangent, surprisal_at_label
-from jce._sparse_targets import sparse_cross_entropy
+from jce._sparse_targets import rounding, sparse_cross_entropy
 
 
 @public("axis")
@@ -168,7 +168,8 @@ def cross_entropy_with_integer_labels(
       axis: the axis of the n classes: a static int.
       where: bool, broadcasts to the shape of logits. A class where it is False has probability 0, whatever it holds,
         and n counts the others; a distribution with nothing left is 0, with gradient 0, whatever its label. So
-        `where=mask[..., None]` drops rows.
+        `where=mask[..., None]` drops rows, as `where=(labels >= 0)[..., None]` those without a label; a mask [n] is of
+        classes, also where there are n rows.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
         is the same on all its devices. None where each device has all classes. Under `check_vma=False` differentiate
         outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
@@ -179,9 +180,12 @@ def cross_entropy_with_integer_labels(
     At the boundary:
       A label outside [0, n) makes its own row NaN, in value and gradient; it never counts from the end. In label_probs,
       with probability 0, it contributes 0. A logit of -∞ is a class of probability 0, with derivative 0; at the label,
-      or with label smoothing, it makes the loss +∞, and so does a tail of nothing else, while one of no class at all is
-      0. A NaN, a +∞ or nothing but -∞ makes a row NaN. n = 0 gives 0. A traced ε of 0 is none: a logit of -∞ costs
-      nothing.
+      or with label smoothing, it makes the loss +∞. A NaN, a +∞ or nothing but -∞ makes a row NaN. n = 0 gives 0. A
+      traced ε of 0 is none: a logit of -∞ costs nothing.
+      A tail of no class is 0: all that `where` keeps have a label. One of classes that are all at -∞ is +∞; but 0, with
+      derivative 0, if Σp is 1 up to a rounding: 4 eps of the dtype of label_probs, which is therefore to be the one in
+      which they were rounded. Where Σp is above 1 by no more than that, the rest counts as 0 in the value, while its
+      derivative in p is the formula's.
 
     Derivative:
       ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n, in logits' dtype; at ε = 0 relatively accurate for every i. In a traced ε it is
@@ -209,7 +213,8 @@ def cross_entropy_with_integer_labels(
     if label_probs is not None:
         y, p, x, kept, classes = labelled_with_probs(name, axis, where, axis_name, labels, label_probs, logits)
         smoothing = fraction(name, x.dtype, label_smoothing=label_smoothing)
-        return sparse_cross_entropy(y, p, x, kept, smoothing, tail, classes)
+        rounded = rounding(jnp.asarray(label_probs), p.dtype) if tail else None
+        return sparse_cross_entropy(y, p, x, kept, smoothing, rounded, classes)
     require_no_tail(name, tail)
     y, x, kept, classes = labelled(name, axis, where, axis_name, labels, logits)
     smoothing = fraction(name, x.dtype, label_smoothing=label_smoothing)

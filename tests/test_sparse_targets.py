@@ -141,6 +141,133 @@ def test_corners():
     np.testing.assert_allclose(two, [[0.5 * (loss(0, x) + loss(1, x)), 0]], rtol=1e-6)
 
 
+# Lists that hold every possible class, of which rounding leaves 1 - Σp a little off 0
+
+
+def complete_lists(rng, dtype, possible=3, n=7, rows=300):
+    """Of a teacher that thinks some classes possible: all of them, by size, with logits that have others or not."""
+    logits = 3 * rng.standard_normal((rows, n)).astype(np.float32)
+    p, y = jax.lax.top_k(jax.nn.softmax(jnp.where(np.arange(n) < possible, logits, -INF).astype(dtype)), possible)
+    return y, p, 3 * rng.standard_normal((rows, n)).astype(np.float32), np.arange(n) < possible
+
+
+WAYS_OF_EXCLUDING = {
+    "where": lambda y, p, x, legal: loss(y, x, label_probs=p, tail=True, where=legal),
+    "minus infinity": lambda y, p, x, legal: loss(y, jnp.where(legal, x, -INF), label_probs=p, tail=True),
+    "a forbidding bias": lambda y, p, x, legal: jce.linear_cross_entropy(
+        y,
+        x,
+        np.eye(x.shape[1], dtype=np.float32),
+        jnp.where(legal, 0, -INF),
+        label_probs=p,
+        tail=True,
+        reduction="none",
+    ),
+    "no other class": lambda y, p, x, legal: loss(y, x[:, : legal.sum()], label_probs=p, tail=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("way", WAYS_OF_EXCLUDING)
+@pytest.mark.in_turn(3)
+def test_a_tail_over_nothing_is_nothing(way, dtype, rng):
+    """Value and gradients are those without a tail; and of 30 classes."""
+    for possible, n in ((3, 7), (30, 40)):
+        y, p, x, legal = complete_lists(rng, dtype, possible, n)
+
+        def of(how, p, x, y=y, legal=legal):
+            return how(y, p, x, legal).sum()
+
+        def plain(y, p, x, legal):
+            return loss(y, x, label_probs=p, where=legal)
+
+        got, expected = (
+            jax.jit(jax.value_and_grad(of, (1, 2)), static_argnums=0)(f, p, x) for f in (WAYS_OF_EXCLUDING[way], plain)
+        )
+        digits = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(np.float32(got[1][0]), np.float32(expected[1][0]), rtol=digits, atol=digits)
+        np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+        np.testing.assert_allclose(got[1][1], expected[1][1], atol=1e-6)
+
+
+@pytest.mark.holds_nan
+def test_a_tail_of_impossible_classes_is_infinite_unless_nothing_is_left():
+    """And where Σp is above 1 by a rounding, it is no reward."""
+    x, y = jnp.array([0.0, 1.0, 2.0, -INF]), jnp.arange(3)
+
+    def of(p, x=x, **options):
+        return loss(y, x, label_probs=jnp.asarray(p), tail=True, **options)
+
+    exact = jnp.array([0.5, 0.25, 0.25])
+    eps = np.finfo(np.float32).eps
+    plain = loss(y, x, label_probs=exact)
+    for ulps in (-4, -1, 1, 4):
+        assert of(exact.at[0].add(ulps * eps)) == pytest.approx(float(plain), rel=1e-5)
+    assert of(exact.at[0].add(-8 * eps)) == INF
+    # With another class, by value; and the derivative in p is the formula's on both sides of 1.
+    low = x.at[3].set(-50.0)
+    for ulps, tail in ((-4, 4 * eps), (0, 0), (4, 0)):
+        p = exact.at[0].add(ulps * eps)
+        value, (in_p, in_x) = jax.value_and_grad(lambda p, x: of(p, x), (0, 1))(p, low)
+        assert value - loss(y, low, label_probs=p) == pytest.approx(tail * 52.4, abs=1e-6)
+        tail_of_q = -jax.nn.log_softmax(low)[3]
+        np.testing.assert_allclose(in_p, -jax.nn.log_softmax(low)[:3] - tail_of_q, rtol=1e-5)
+        assert np.isfinite(in_x).all()
+    falling = [float(of(exact.at[0].add(3 * eps), x.at[3].set(-b))) for b in (10.0, 100.0, 1000.0)]
+    assert falling[1] == falling[2] >= falling[0] - 1e-3
+    assert of(1.1 * exact, low) < loss(y, low, label_probs=1.1 * exact)  # further above it is the linear formula
+
+
+@pytest.mark.holds_nan
+@pytest.mark.parametrize("under", ["logits", "a head"])
+@with_tail
+def test_a_label_that_is_no_class_is_nan_in_every_derivative(under, tail):
+    """Of its row alone, where its probability isn't 0, in both modes; and 0 where the row doesn't count."""
+    y = jnp.array([[0, 9], [0, -1], [9, 0], [1, 2]])
+    p = jnp.array([[0.5, 0.25], [0.5, 0.0], [0.75, 0.0], [0.5, 0.25]])
+    x = jnp.array([[0.0, 1.0, 2.0]] * 4)
+
+    def each(p, x):
+        if under == "logits":
+            return loss(y, x, label_probs=p, tail=tail, label_smoothing=0.1)
+        return jce.linear_cross_entropy(y, x, jnp.eye(3), label_probs=p, tail=tail, reduction="none", chunk_size=3)
+
+    wrong = np.array([True, False, True, False])
+    assert (np.isnan(each(p, x)) == wrong).all()
+    rows = np.arange(4)
+    for mode in (jax.jacfwd, jax.jacrev):
+        for jacobian in jax.jit(mode(each, (0, 1)))(p, x):
+            of_row = np.asarray(jacobian)[rows, rows]
+            assert (np.isnan(of_row) == wrong[:, None]).all()
+            assert not np.asarray(jacobian).sum(1, where=rows[:, None] != rows[:, None, None]).any()
+    dropped = jax.jit(jax.grad(lambda p, x: jnp.where(wrong, 0, each(p, x)).sum(), (0, 1)))(p, x)
+    assert all(np.isfinite(g).all() and not g[wrong].any() for g in dropped)
+
+
+@pytest.mark.holds_nan
+def test_a_weight_of_0_leaves_out_a_label_that_is_no_class():
+    y, p, x = jnp.array([[0, 9], [0, 1]]), jnp.full((2, 2), 0.5), jnp.ones((2, 3))
+
+    def total(weights, x):
+        return jce.linear_cross_entropy(y, x, jnp.eye(3), label_probs=p, weights=weights, reduction="sum")
+
+    value, gradients = jax.value_and_grad(total, (0, 1))(jnp.array([0.0, 1.0]), x)
+    np.testing.assert_allclose(value, np.log(3), rtol=1e-6)
+    np.testing.assert_allclose(gradients[0], [0, np.log(3)], rtol=1e-6)
+    assert np.isfinite(gradients[1]).all()
+
+
+def test_more_labels_than_classes(rng):
+    """A list that repeats and is padded: as the dense target."""
+    y = np.array([[0, 2, 0, 1, 2, 7, -1]] * 2)
+    p = np.float32([[0.1, 0.2, 0.1, 0.25, 0.05, 0, 0]] * 2)
+    x = rng.standard_normal((2, 4)).astype(np.float32)
+    dense = np.array([[0.2, 0.25, 0.25, 0]] * 2, np.float32)
+    np.testing.assert_allclose(loss(y, x, label_probs=p), jce.cross_entropy_with_logits(dense, x), rtol=1e-6)
+    tail = loss(y, x, label_probs=p, tail=True)
+    np.testing.assert_allclose(tail, jce.cross_entropy_with_logits(dense + np.float32([0, 0, 0, 0.3]), x), rtol=1e-5)
+
+
 @with_tail
 @pytest.mark.in_turn(2)
 def test_along_any_axis_with_smoothing(tail, rng):

@@ -12,7 +12,7 @@ from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._soft_targets import scaled
 from jce._softmax import logsumexp
-from jce._sparse_targets import sparse_cross_entropy
+from jce._sparse_targets import rounding, sparse_cross_entropy
 
 
 def linear_sparse_cross_entropy(
@@ -38,21 +38,29 @@ def linear_sparse_cross_entropy(
         "z_loss": positive(name, jnp.result_type(float), z_loss=z_loss, or_zero=True),
     }
     traced = {key: x for key, x in numbers.items() if is_array(x)}
+    known = {key: x for key, x in numbers.items() if key not in traced}
 
     def make(one, _, class_axis):
         classes = Classes(-1, class_axis)
         dtype = float_dtype(name, {"label_probs": one[1], "logits": one[2]})
+        rounded = rounding(one[1], dtype) if tail else None
 
         def loss(chunk, shared, *_):
             y, p, x = chunk
             p, x = p.astype(dtype), x.astype(dtype)
-            smoothing, z_loss = ((numbers | shared)[key] for key in ("smoothing", "z_loss"))
+            smoothing, z_loss = ((known | shared)[key] for key in ("smoothing", "z_loss"))
             smoothing, z_loss = (a.astype(dtype) if is_array(a) else a for a in (smoothing, z_loss))
-            total = sparse_cross_entropy(y, p, x, jnp.ones_like(x), smoothing, tail, classes)
+            total = sparse_cross_entropy(y, p, x, jnp.ones_like(x), smoothing, rounded, classes)
             if is_array(z_loss) or z_loss:
                 total += scaled(z_loss, jnp.square(logsumexp(x, classes)))
             return [total]
 
         return OfChunk(loss, jnp.zeros((), dtype))
 
-    return over_tokens(name, make, {"labels": wide_enough(y), "label_probs": p, "logits": linear}, options, traced)
+    arguments = {"labels": wide_enough(y), "label_probs": p, "logits": linear}
+    return over_tokens(name, make, arguments, options, traced, is_defined=_are_classes)
+
+
+def _are_classes(targets: list[Array], n: int) -> Array:
+    y, p = targets
+    return (((y >= 0) & (y < n)) | (p == 0)).all(-1)

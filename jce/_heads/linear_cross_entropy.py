@@ -38,6 +38,7 @@ from jce._heads.over_tokens import TokenOptions
 from jce._heads.places import Arguments, on_each_device
 from jce._heads.products import Head
 from jce._heads.sparse_targets import linear_sparse_cross_entropy
+from jce._heads.together import together
 from jce._heads.tokens import of_tokens
 from jce._layout import over_devices
 from jce._mul0 import mul0
@@ -229,7 +230,7 @@ def _losses(y, h, head, o):
         o, chunks = o.on(platform, h, head)
         return each_token(lambda y, h: _loss(y, o.logits.of(h, head), o), chunks, y, h)
 
-    return on_platform(losses, y, h, head, o)
+    return on_platform(losses, *together((y, h), head, o), head, o)
 
 
 def _loss(y, x, o):
@@ -275,31 +276,34 @@ _weighted_sum.defjvp(_weighted_sum_rule, symbolic_zeros=True)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _losses_and_gradients(y, h, head, w, o, wanted):
     """ℓ, and Σ wℓ's derivatives in h, W and b, or None for those that aren't wanted."""
-    return _loop(y, h, head, w, o, wanted, _unnormalized_excess, lambda step: step)
+    return _loop(y, h, head, w, o, wanted, _unnormalized_excess)
 
 
-# The derivative of another expression for the excess, whose own derivative is accurate, with no chunk's logits kept.
+# The derivative of another expression for the excess, whose own derivative is accurate. The value is from another call:
+# of a loop in a rule, reverse mode over reverse mode forgets the checkpoint, and would keep the logits of all tokens.
 def _losses_and_gradients_rule(wanted, primals, tangents):
     def twin(y, h, head, w, o):
-        return _loop(y, h, head, w, o, wanted, _excess, functools.partial(jax.checkpoint, prevent_cse=False))
+        return _loop(y, h, head, w, o, wanted, _excess)
 
-    return live_jvp(twin, primals, tangents)
+    return _losses_and_gradients(*primals, wanted), live_jvp(twin, primals, tangents)[1]
 
 
 _losses_and_gradients.defjvp(_losses_and_gradients_rule, symbolic_zeros=True)
 
 
-def _loop(y, h, head, w, o, wanted, excess: Callable, wrap: Callable):
-    return on_platform(functools.partial(_loop_on, wanted, excess, wrap), y, h, head, w, o)
+def _loop(y, h, head, w, o, wanted, excess: Callable):
+    y, h = together((y, h), head, w, o)
+    return on_platform(functools.partial(_loop_on, wanted, excess), y, h, head, w, o)
 
 
-def _loop_on(wanted, excess, wrap, platform, y, h, head, w, o):
+def _loop_on(wanted, excess, platform, y, h, head, w, o):
     in_h, in_weight, in_bias = wanted
     o, chunks = o.on(platform, h, head)
     products = o.logits.products
     # Where r is multiplied with least; but e is rounded before, if it is.
     fewer_classes = head.weight.shape[0] < head.weight.shape[1] and not products.narrow
 
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # with no chunk's logits kept, whatever is differentiated
     def step(sums, chunk):
         y, h, w = chunk
         losses, e, r = excess(y, o.logits.uncapped(h, head), w, o)
@@ -312,7 +316,7 @@ def _loop_on(wanted, excess, wrap, platform, y, h, head, w, o):
         return (sum_weight, sum_bias), (losses, r * products.with_head(e, head, 0) if in_h else None)
 
     zeros = jnp.zeros_like(head.wide) if in_weight else None, jnp.zeros_like(head.bias) if in_bias else None
-    sums, (losses, by_token) = over_chunks(wrap(step), chunks, zeros, (y, h, w))
+    sums, (losses, by_token) = over_chunks(step, chunks, zeros, (y, h, w))
     return losses, (by_token, *sums)
 
 

@@ -20,6 +20,7 @@ from jce._calculus import live_jvp
 from jce._classes import vary_over, varying
 from jce._heads.chunks import each_token, over_chunks
 from jce._heads.products import Head
+from jce._heads.together import together
 from jce._layout import mesh_names, over_devices
 from jce._mul0 import mul0
 from jce._platforms import on_platform
@@ -48,6 +49,10 @@ class Inputs(NamedTuple):
         tokens, shared = vary((self.tokens, self.shared), axes - classes)
         return Inputs(hidden, tokens, heads, shared)
 
+    def together(self, *others) -> Inputs:
+        hidden, tokens = together((self.hidden, self.tokens), self.heads, self.shared, others)
+        return self._replace(hidden=hidden, tokens=tokens)
+
 
 class Loop(NamedTuple):
     """What is computed of a chunk, and of how many tokens: static."""
@@ -68,7 +73,7 @@ def each(loop: Loop, inputs: Inputs) -> list[Array]:
 
         return each_token(of_chunk, platform.chunks(loop.chunk, loop.logits), inputs.hidden, inputs.tokens)
 
-    return on_platform(on, inputs)
+    return on_platform(on, inputs.together())
 
 
 def weighted(result, w):
@@ -180,4 +185,4 @@ def _in_one_loop(loop, live, w, inputs):
         sums, (results, by_token) = over_chunks(step, chunks, zeros, (w, inputs.hidden, inputs.tokens))
         return results, [*by_token, *sums]
 
-    return on_platform(on, w, inputs)
+    return on_platform(on, w, inputs.together(w))

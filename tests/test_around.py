@@ -1,0 +1,118 @@
+"""A head's loss inside of other loops: no array of tokens × classes there either, whatever is the same at each step.
+
+Where a loop is differentiated, JAX before 0.12 moves out of it what doesn't change from step to step, for all steps to
+share: of a loop over chunks in it, what follows for all tokens from labels, or from a teacher, alone.
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jce
+from tests.losses_of_heads import losses
+
+pytestmark = pytest.mark.needs_jit
+TOKENS, CLASSES, WIDTH, CHUNK = 512, 1024, 4, 32
+LOSSES = losses(TOKENS, CHUNK)
+each_loss = pytest.mark.parametrize("name", LOSSES)
+H, W = jnp.ones((TOKENS, WIDTH)), jnp.ones((CLASSES, WIDTH))
+
+# What changes from step to step, by which of a loss's arguments are constants
+FIXED = {
+    "nothing": lambda h, w, t: (h, w, t),
+    "hidden states": lambda h, w, t: (H, w, t),
+    "all but a number": lambda h, w, t: (H, W, t),
+}
+
+
+def around(loss, fixed):
+    """The loss in loops of every kind: of a matrix that makes hidden states, the head, states, and a number a step."""
+
+    def of_step(a, w, h, t):
+        return loss(*fixed(jnp.tanh(h @ a), w, t))
+
+    def scanned(a, w, h, ts):
+        def step(h, t):
+            h = jnp.tanh(h @ a)
+            return h, loss(*fixed(h, w, t))
+
+        return lax.scan(step, h, ts)[1].sum()
+
+    def mapped(a, w, h, ts):
+        return lax.map(lambda t: of_step(a, w, t * h, t), ts).sum()
+
+    def checkpointed(a, w, h, ts):
+        return jax.checkpoint(of_step)(a, w, h, ts[0])
+
+    def chosen(a, w, h, ts):
+        return lax.cond(ts[0] > 1, of_step, lambda a, w, h, t: t * a.sum(), a, w, h, ts[0])
+
+    def repeated(a, w, h, ts):
+        return lax.fori_loop(0, jnp.int32(ts[0]), lambda i, s: s + of_step(a, w, h, s), ts[0])
+
+    return [scanned, mapped, checkpointed, chosen], repeated
+
+
+def elements(text: str) -> int:
+    """Of the largest array in a compiled program."""
+    return max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w\d+\[(\d+(?:,\d+)*)\]", text))
+
+
+@each_loss
+@pytest.mark.parametrize("fixed", FIXED)
+@pytest.mark.in_turn(9)
+def test_no_loop_has_the_logits_of_all_tokens(name, fixed):
+    """Value, gradient, jvp; and of a loop that only goes forward, value and jvp."""
+    both_ways, forward = around(LOSSES[name], FIXED[fixed])
+
+    def program(a, w, h, ts):
+        primals, tangents = (a, w, h, ts), (a, w, h, ts)
+        results = [jax.jvp(forward, primals, tangents)]
+        for f in both_ways:
+            results += [jax.value_and_grad(f, (0, 1, 3))(a, w, h, ts), jax.jvp(f, primals, tangents)]
+        return results
+
+    arguments = jnp.ones((WIDTH, WIDTH)), W, H, jnp.ones(3)
+    compiled = jax.jit(program).lower(*arguments).compile()
+    assert elements(compiled.as_text()) <= max(CHUNK * CLASSES, 4 * TOKENS * WIDTH) * 2
+
+
+@pytest.mark.parametrize("name", ["mean", "divergence", "map of each", "a number and a bool"])
+@pytest.mark.in_turn(4)
+def test_a_gradient_in_a_loop_differentiated_again(name):
+    """Gradient steps in a scan, and the gradient of where they lead: reverse mode over reverse mode."""
+
+    def after_steps(w, h, ts):
+        def step(w, t):
+            return w - t * jax.grad(LOSSES[name], 1)(h, w, t), None
+
+        return lax.scan(step, w, ts)[0].sum()
+
+    compiled = jax.jit(jax.grad(after_steps, (0, 1))).lower(W, H, jnp.ones(3)).compile()
+    assert elements(compiled.as_text()) <= 2 * CHUNK * CLASSES
+
+
+@pytest.mark.parametrize("frozen", ["teacher", "all"])
+def test_products_of_constants_are_not_computed_by_the_compiler(frozen):
+    """A teacher that a program closes over, of no more tokens than a chunk: there is no loop, but XLA folds nothing."""
+    h, w = (jnp.asarray(np.random.default_rng(0).standard_normal(s), np.float32) for s in ((8, 4), (16, 4)))
+    y = jnp.zeros(8, int)
+
+    def divergence(h2, w2):
+        return jce.linear_kl_divergence(jce.Linear(h, w), jce.Linear(h2, w2))
+
+    def values(_, __):
+        return (
+            jce.linear_cross_entropy(y, h, w),
+            jce.linear_log_probs(y, 2 * h, w),
+            jce.linear_map(jnp.max, jce.Linear(3 * h, w)),
+        )
+
+    program, products = {"teacher": (jax.grad(divergence, (0, 1)), 4), "all": (values, 3)}[frozen]
+    text = jax.jit(program).lower(h, w).compile().as_text()
+    assert text.count(" dot(") == products

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jce._layout import Layout, mesh_names, over_devices, told_axes
 from jce._platforms import Way, per_platform
+from jce._row_sum import row_sum
 
 LONGEST_ROW = 32_768  # classes; longer ones are folded
 LONG_ROW = 128  # fewer classes are few
@@ -73,7 +74,7 @@ class Classes(NamedTuple):
 
     def sum(self, x: Array) -> Array:
         """Σᵢ xᵢ, a number a row, the same on all devices."""
-        return self.over_devices(self.reduce(jnp.sum, x))
+        return self.over_devices(self.reduce(row_sum, x))
 
     def over_devices(self, part: Array) -> Array:
         """The sum of each device's part."""

@@ -6,10 +6,22 @@ import mpmath as mp
 import numpy as np
 import pytest
 
-from tests.kernels import HEADS, KERNELS, Kernel, each_kernel, each_with_classes, easy, gradient, label
+from tests.kernels import (
+    HEADS,
+    KERNELS,
+    LOGIT,
+    WITH_CLASSES,
+    Kernel,
+    each_kernel,
+    each_with_classes,
+    easy,
+    gradient,
+    label,
+)
 from tests.oracle import conditioning, distributions, hessian, interior, partial, precision, spacing, to_mp, ulps
 
-each_dtype = pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
+SLOW = [pytest.mark.slow]
+each_dtype = pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=SLOW)])
 
 
 def sampled(kernel: Kernel, rng, shape, dtype) -> tuple[list[str], list[np.ndarray]]:
@@ -39,7 +51,7 @@ class Judge:
 
 # Few classes, and many: each kernel quick with one of them
 SHAPES = [
-    pytest.param(kernel, shape, id=f"{label(kernel)}-{shape[1]}", marks=[pytest.mark.slow] if (i + j) % 2 else [])
+    pytest.param(kernel, shape, id=f"{label(kernel)}-{shape[1]}", marks=SLOW if (i + j) % 2 else [])
     for i, kernel in enumerate(KERNELS)
     for j, shape in enumerate([(9, 33), (3, 130)])
 ]
@@ -165,6 +177,38 @@ def test_half_precision(kernel, dtype, rng):
         np.testing.assert_array_equal(g[beyond], np.copysign(np.inf, e[beyond]))
         g, e = g[~beyond], e[~beyond]
         np.testing.assert_array_less(np.abs(g - e), 0.51 * spacing(e, dtype))
+
+
+FUSED = ("entropy", "cross_entropy", "cross_entropy_with_logits")  # into the sum, with all that is summed
+
+
+@pytest.mark.parametrize(
+    ("kernel", "n"),
+    [
+        pytest.param(kernel, n, id=f"{label(kernel)}-{n}", marks=[] if n == 4096 and kernel.name in FUSED else SLOW)
+        for kernel in WITH_CLASSES
+        for n in (4096, 30_000)
+    ],
+)
+def test_a_batch_of_one_row(kernel, n):
+    """However it is said to be one; of equal terms, which a sum in sequence rounds all one way. In tangents too."""
+    signs = np.where(np.arange(n) % 2, -1, 1)
+    logits, probabilities = (np.full(n, 0.3), 0.3 * signs), (np.full(n, 1 / n), np.full(n, 0.5 / n))
+    pairs = zip(kernel.domains, logits, probabilities, strict=False)
+    row = tuple(np.float32(x if domain == LOGIT else p) for domain, x, p in pairs)
+    batch = tuple(x[None] for x in row)
+
+    def run(row, batch):
+        middle, columns = tuple(x[:, None] for x in batch), tuple(x.T for x in batch)
+        ways = [(kernel.function, batch), (jax.vmap(kernel.function), batch), (kernel.function, middle)]
+        ways += [(lambda *x: kernel.function(*x, axis=0), columns)]
+        return [[jnp.ravel(r)[0] for r in jax.jvp(f, x, x)] for f, x in [(kernel.function, row), *ways]]
+
+    (alone, *batches), bar = jax.jit(run)(row, batch), 4 * np.finfo(np.float32).eps
+    with jax.enable_x64(True):
+        (value, tangent), *_ = run(*jax.tree.map(np.float64, (row, batch)))
+    for got in (alone, *batches):
+        np.testing.assert_allclose(got, (value, tangent), rtol=bar, atol=bar)
 
 
 @each_with_classes

@@ -14,6 +14,7 @@ from jce._classes import Classes
 from jce._elementary import ATANH_TAIL, log1p_unit, log_complement
 from jce._kl_divergence import _sum_of_differences
 from jce._mul0 import mul0, mul00, multiply
+from jce._row_sum import row_sum
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 28), ("float64", 53)])
@@ -73,6 +74,17 @@ def test_log_complement(dtype, rng):
         exact = [mp.log(1 - mp.mpf(float(v))) for v in x]
         errors = [abs(mp.mpf(float(g)) / e - 1) for g, e in zip(got, exact, strict=True)]
     assert max(errors) < 2 * np.finfo(dtype).eps
+
+
+def test_row_sum_is_a_sum(rng):
+    """Along every axis, mapped along every axis, and transposed."""
+    x = rng.integers(0, 9, (1, 3, 1, 4)).astype(np.float32)
+
+    def each(total):
+        mapped = [jax.vmap(lambda x, axis=axis: total(x, axis), k)(x) for axis in range(-3, 0) for k in range(4)]
+        return mapped, [jax.grad(lambda x, axis=axis: jnp.square(total(x, axis)).sum())(x) for axis in range(4)]
+
+    jax.tree.map(np.testing.assert_array_equal, each(row_sum), each(jnp.sum))
 
 
 @pytest.mark.holds_nan

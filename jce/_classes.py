@@ -1,7 +1,7 @@
 """Where the classes are: along an axis and, inside `jax.shard_map`, some on each device of a mesh axis.
 
 On a CPU long rows are folded: n classes along an axis become k blocks of n/k along two. There XLA sums rows of more
-than 32,768 numbers 3 to 13 times as slowly as shorter ones (JAX 0.10 and 0.12).
+than 32,768 float32 numbers 3 to 13 times as slowly as shorter ones (JAX 0.10 and 0.12).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jce._layout import Layout, mesh_names, over_devices, told_axes
 from jce._platforms import Way, per_platform
 from jce._row_sum import row_sum
 
-LONGEST_ROW = 32_768  # classes; longer ones are folded
+LONGEST_ROW = 32_768  # classes in float32, and half as many in float64; longer ones are folded
 LONG_ROW = 128  # fewer classes are few
 SHORTEST_BLOCK = 512
 
@@ -46,9 +46,9 @@ class Classes(NamedTuple):
         admits no reshape of an axis whose type says that it is sharded.
         """
         n, known = x.shape[self.axis], self._replace(way=Way.PASSES)
-        if n <= LONGEST_ROW or self.are_split(x):
+        if n <= _longest_row(x) or self.are_split(x):
             return known
-        fit = [k for k in range(2, n // SHORTEST_BLOCK + 1) if n % k == 0 and n // k <= LONGEST_ROW]
+        fit = [k for k in range(2, n // SHORTEST_BLOCK + 1) if n % k == 0 and n // k <= _longest_row(x)]
         return known._replace(blocks=max(fit, key=lambda k: (k & -k, k), default=1))
 
     def fold(self, x: Array) -> Array:
@@ -66,7 +66,8 @@ class Classes(NamedTuple):
 
     def reduce(self, reduction: Callable, x):
         """reduction(x, axis), of blocks and then of what they gave."""
-        if self.way is None and jax.tree.leaves(x)[0].shape[self.axis] > LONGEST_ROW:
+        first = jax.tree.leaves(x)[0]
+        if self.way is None and first.shape[self.axis] > _longest_row(first):
             return per_platform(lambda x, classes: classes.reduce(reduction, x))(x, self)
         x = reduction(x, self.axis)
         # Without the barrier XLA makes one reduction of the two again.
@@ -173,6 +174,10 @@ class Classes(NamedTuple):
         if self.blocks > 1:
             i += x.shape[at] * lax.broadcasted_iota(y.dtype, x.shape, at - 1, out_sharding=like_x)
         return i == self.column(y)
+
+
+def _longest_row(x: Array) -> int:
+    return LONGEST_ROW // 2 if x.dtype == jnp.float64 else LONGEST_ROW
 
 
 def varying_alike(*arrays: Array) -> list[Array]:

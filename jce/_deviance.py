@@ -28,10 +28,14 @@ def log_ratio(p: Array, q: Array, d: Array) -> Array:
     return jnp.where(near, 2 * v * (1 + v * v * atanh_tail(v)), log_r)
 
 
-def deviance(p: Array, q: Array, d: Array) -> Array:
-    """p log p/q - p + q ≥ 0, for p, q ≥ 0 and d = p - q; q where p = 0, +∞ where only q = 0. Not differentiable."""
+def deviance(p: Array, q: Array, d: Array, left_out: Array | None = None) -> Array:
+    """p log p/q - p + q ≥ 0, for p, q ≥ 0 and d = p - q; q where p = 0, +∞ where only q = 0. Not differentiable.
+
+    Or p log p/q less another number than p - q, which is the same where |v| < 1/2: where q < 3p.
+    """
     near, v, log_r = _contrast_and_log_ratio(p, q, d)
-    far = p * jnp.maximum(log_r, jnp.finfo(p.dtype).min) - d  # at p = 0 the logarithm is -∞, and 0 · min = 0
+    log_r = jnp.maximum(log_r, jnp.finfo(p.dtype).min)  # at p = 0 the logarithm is -∞, and 0 · min = 0
+    far = p * log_r - (d if left_out is None else left_out)
     return jnp.where(near, d * v * (1 + v * (1 + v) * atanh_tail(v)), far)
 
 

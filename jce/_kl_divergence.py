@@ -26,6 +26,7 @@ from jce._deviance import deviance, deviance_from_log, log_ratio
 from jce._elementary import raised, two_sum, unless_negative
 from jce._mul0 import mul0
 from jce._platforms import per_platform
+from jce._row_sum import row_sum
 from jce._softmax import FINE, centered, softmax
 
 
@@ -81,7 +82,10 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @per_platform
 def _kl(p, q, classes):
-    deviances = unless_negative(jnp.minimum(p, q), deviance(p, q, p - q))
+    # p - q would round away p log p/q where q is far above p. There -3p is left out and added instead: without a jump,
+    # since two passes may see p and q rounded otherwise, and said in two ways, or a CPU would store what both share.
+    deviances = unless_negative(jnp.minimum(p, q), deviance(p, q, p - q, jnp.maximum(p - q, -3 * p)))
+    q = jnp.minimum(q, 4 * p)
     if classes.masks:
         return _sum_of_differences(p, q, classes, deviances)
     return classes.sum(deviances) + _sum_of_differences(p, q, classes)
@@ -175,7 +179,10 @@ def _sum_of_differences(p, q, classes, also: Array | float = 0.0):
     if not classes.masks and p.dtype == jnp.float32 and not classes.are_few(p):
         with jax.enable_x64(True):
             difference = p.astype(jnp.float64) - q.astype(jnp.float64)
-            return (classes.reduce(jnp.sum, difference) + also).astype(p.dtype)
+            if classes.blocks == 1:  # as float32 they may have been short enough
+                classes = classes.folding(difference)
+                difference = classes.fold(difference)
+            return (classes.reduce(row_sum, difference) + also).astype(p.dtype)
     high, low = two_sum(p, -q)
     zero = jnp.zeros((), p.dtype)
     high, low = classes.reduce(

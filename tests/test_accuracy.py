@@ -179,6 +179,30 @@ def test_half_precision(kernel, dtype, rng):
         np.testing.assert_array_less(np.abs(g - e), 0.51 * spacing(e, dtype))
 
 
+OF_PROBABILITIES = [kernel for kernel in WITH_CLASSES if LOGIT not in kernel.domains]
+
+
+@each_dtype
+@pytest.mark.parametrize("kernel", OF_PROBABILITIES, ids=label)
+def test_parts_of_a_distribution(kernel, dtype, rng):
+    """Of p and q of every size, one class and some, which `where` keeps: relative to what each contributes alone."""
+    rows, n = 400, 6
+    p, q = 10 ** rng.uniform(-12, 0, (2, rows, n))
+    q = np.where(np.arange(rows)[:, None] % 4, q, p * 10 ** rng.uniform(-1, 1, (rows, n)))
+    p, q = p.astype(dtype), q.astype(dtype)
+    kept = rng.permuted(np.arange(n) <= np.arange(rows)[:, None] % n, axis=1)
+    arguments = [np.where(kept, x, np.nan) for x in (p, q)[: len(kernel.arguments)]]
+    with jax.enable_x64(dtype == np.float64):
+        value = np.asarray(kernel.function(*arguments, where=kept))
+    judge = Judge(dtype)
+    for i, got in enumerate(value):
+        row = to_mp([x[i, kept[i]] for x in arguments])
+        with mp.workprec(300):
+            each = [kernel.formula(*([x] for x in of_class)) for of_class in zip(*row, strict=True)]
+            judge(got, sum(each), sum(map(abs, each)), kernel.value_bar, row)
+    judge.finish()
+
+
 FUSED = ("entropy", "cross_entropy", "cross_entropy_with_logits")  # into the sum, with all that is summed
 
 

@@ -384,6 +384,21 @@ def test_products_that_round_to_1(rng):
         np.testing.assert_array_equal(jax.jit(function)(u, v), 0 * one)
 
 
+def test_a_divergence_of_every_quotient(platform, rng):
+    """Of parts of a distribution too: what its sum leaves out of a term it adds again, whatever q/p is in each pass."""
+    ratios = np.concatenate([k + k * 2.0**-23 * np.arange(-50, 50) for k in (0.5, 1, 2, 3, 4, 8)])
+    z = rng.uniform(1e-6, 1e-2, (100, ratios.size)).astype(np.float32)
+    one = np.float32(1) + np.float32(2.0**-23)
+
+    def made(z, one):
+        return z * one, z * one * ratios.astype(z.dtype)[None] * one
+
+    got = jax.jit(lambda *x: jce.kl_divergence(*made(*x)))(z, one)
+    p, q = made(np.float64(z), np.float64(one))
+    exact, scale = (p * np.log(p / q)).sum(-1), (p * (1 + np.abs(np.log(p / q)))).sum(-1)
+    np.testing.assert_array_less(np.abs(got - exact), 8 * np.finfo(np.float32).eps * scale)
+
+
 @pytest.fixture
 def other_rounding_in_later_passes(monkeypatch):
     """Every later pass takes another m, as if it saw logits of another rounding."""

@@ -66,7 +66,8 @@ def compare(x, y, classes):
     p, q, difference = _probabilities_and_difference(x, y, nx, ny, 0 * nx.s, 0.25, classes)
     surplus = classes.sum(difference_from_log(p, q, difference - classes.column(log_z_y_x)))
     p, q, difference = _probabilities_and_difference(x, y, nx, ny, surplus * surplus, 0.5, classes)
-    return p, q, difference - classes.column(log_z_y_x + log1p(surplus))
+    # log(1 + S) of so small a number, said as an odd function, so that log p/q is -δ to the bit.
+    return p, q, difference - classes.column(log_z_y_x + jnp.copysign(log1p(jnp.abs(surplus)), surplus))
 
 
 def _probabilities_and_difference(x, y, nx, ny, s, k, classes):

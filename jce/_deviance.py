@@ -60,5 +60,9 @@ def deviance_from_log(p: Array, q: Array, delta: Array) -> Array:
 
 
 def difference_from_log(p: Array, q: Array, delta: Array) -> Array:
-    """q - p, for δ = log q/p: where |δ| < 3/2 it is p (e^δ - 1). Not differentiable."""
-    return jnp.where(jnp.abs(delta) < 1.5, p * exponential_minus_1(delta), q - p)
+    """q - p, for δ = log q/p: where |δ| < 3/2 it is ±min(p, q) (e^|δ| - 1). Not differentiable.
+
+    Of q and p, for -δ, it is the same to the bit but for its sign.
+    """
+    size = jnp.abs(delta)
+    return jnp.where(size < 1.5, jnp.copysign(jnp.minimum(p, q) * exponential_minus_1(size), delta), q - p)

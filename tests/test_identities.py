@@ -162,3 +162,43 @@ def test_the_entropy_of_near_certainty():
     """Where all of it is one unlikely class's, it has that class's logarithm."""
     p = np.array([2.0**-120, 1.0], np.float32)
     np.testing.assert_allclose(jce.entropy(p), 120 * np.log(2) * 2.0**-120, rtol=1e-6)
+
+
+def value_and_gradient(function):
+    return jax.jit(lambda *x: (function(*x), *jax.grad(lambda *x: function(*x).sum(), tuple(range(len(x))))(*x)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
+def test_jensen_shannon_is_symmetric_to_the_bit(platform, dtype, rng):
+    """Far apart, near, and with a class that one of them or both haven't; and so are its derivatives."""
+    x = np.tile(3 * rng.standard_normal((40, 8)), (4, 1))
+    y = x + np.repeat([1e-5, 1e-2, 1, 10], 40)[:, None] * rng.standard_normal(x.shape)
+    x[::3, 1] = y[::4, 1] = x[::5, 2] = -np.inf
+    distributions = [np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (x, y)]
+    with jax.enable_x64(dtype == np.float64):
+        for function, pair in (
+            (jce.jensen_shannon_divergence, distributions),
+            (jce.jensen_shannon_divergence_with_logits, (x, y)),
+        ):
+            p, q = (z.astype(dtype) for z in pair)
+            value, in_p, in_q = value_and_gradient(function)(p, q)
+            for got, exchanged in zip(value_and_gradient(function)(q, p), (value, in_q, in_p), strict=True):
+                np.testing.assert_array_equal(got, exchanged)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
+def test_the_other_outcome_to_the_bit(dtype, rng):
+    """Where 1-α is exact, α and 1-α are one distribution and logits x and -x; derivatives change their signs."""
+    a, b = (rng.integers(0, 2**12 + 1, (2, 2000)) / 2**12).astype(dtype)
+    x, y = (5 * rng.standard_normal((2, 2000))).astype(dtype)
+    y[::2] = x[::2] + y[::2] / dtype(1000)
+    with jax.enable_x64(dtype == np.float64):
+        for function, one, other in (
+            (jce.binary_kl_divergence, (a, b), (1 - a, 1 - b)),
+            (jce.binary_entropy_with_logits, (x,), (-x,)),
+            (jce.binary_cross_entropy_with_logits, (a, x), (1 - a, -x)),
+            (jce.binary_kl_divergence_with_logits, (x, y), (-x, -y)),
+        ):
+            (value, *slopes), (same, *opposite) = (value_and_gradient(function)(*z) for z in (one, other))
+            np.testing.assert_array_equal(value, same)
+            jax.tree.map(lambda s, o: np.testing.assert_array_equal(s, -o), slopes, opposite)

@@ -1,45 +1,89 @@
-"""Two rows of logits compared: p, q, log q/p and q - p, relatively accurate also where the two are nearly the same."""
+"""Two rows of logits compared: p, q, log q/p and q - p, relatively accurate also where the two are nearly the same.
+
+Logits that are divided by a temperature are rounded each by itself, and what they are apart is lost. So d = y - x may
+be an argument of its own, which knows it better than x and y do, or None. If it is differentiated too, as along the
+temperature, a derivative along both rows at once is made of their small difference, by
+
+    d log pᵢ = dxᵢ - Σ p dx        d log qᵢ/pᵢ = ddᵢ - Σ p dd - Σ (q - p) dy
+"""
 
 from __future__ import annotations
 
 import functools
 
 import jax.numpy as jnp
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jce._calculus import custom_jvp
-from jce._deviance import difference_from_log
+from jce._classes import Classes, like
+from jce._deviance import deviance_from_log, difference_from_log
 from jce._elementary import exp, log1p, two_sum
+from jce._mul0 import mul0, over
 from jce._platforms import Way, except_on_tpu, per_platform
-from jce._softmax import another, centered, normalizer, softmax_tangent
+from jce._softmax import another, centered, normalizer, softmax, softmax_tangent
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(2,))
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
 @per_platform
-def q_minus_p(x, y, classes):
-    return difference_from_log(*compare(x, y, classes))
+def q_minus_p(x, y, d, classes):
+    return difference_from_log(*compare(x, y, d, classes))
 
 
-# d (qᵢ - pᵢ) = qᵢ (dyᵢ - Σ q dy) - pᵢ (dxᵢ - Σ p dx)
+# d (qᵢ - pᵢ) = qᵢ (dyᵢ - Σ q dy) - pᵢ (dxᵢ - Σ p dx) = (qᵢ - pᵢ) d log pᵢ + qᵢ d log qᵢ/pᵢ
 def _q_minus_p_rule(classes, primals, tangents):
-    return q_minus_p(*primals, classes), _difference_of_tangents(_softmax_tangent, primals, tangents, classes)
+    r = q_minus_p(*primals, classes)
+    if one_at_a_time(tangents):
+        return r, _difference_of_tangents(_softmax_tangent, primals, tangents, classes)
+    d_log_p, d_delta = _tangents_of_logarithms(primals, tangents, classes)
+    return r, mul0(r, d_log_p) + mul0(softmax(primals[1], classes), d_delta)
 
 
 q_minus_p.defjvp(_q_minus_p_rule, symbolic_zeros=True)
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(2,))
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
 @per_platform
-def log_q_over_p(x, y, classes):
-    return compare(x, y, classes)[2]
+def log_q_over_p(x, y, d, classes):
+    return compare(x, y, d, classes)[2]
 
 
 # d log qᵢ/pᵢ = (dyᵢ - Σ q dy) - (dxᵢ - Σ p dx)
 def _log_q_over_p_rule(classes, primals, tangents):
-    return log_q_over_p(*primals, classes), _difference_of_tangents(centered, primals, tangents, classes)
+    if one_at_a_time(tangents):
+        tangent = _difference_of_tangents(centered, primals, tangents, classes)
+    else:
+        _, tangent = _tangents_of_logarithms(primals, tangents, classes)
+    return log_q_over_p(*primals, classes), tangent
 
 
 log_q_over_p.defjvp(_log_q_over_p_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@per_platform
+def deviances(x, y, d, classes):
+    """qᵢ - pᵢ - pᵢ log qᵢ/pᵢ ≥ 0, of which KL(p‖q) is the sum; differentiated along both rows at once."""
+    return deviance_from_log(*compare(x, y, d, classes))
+
+
+# d (qᵢ - pᵢ - pᵢδᵢ) = (qᵢ - pᵢ - pᵢδᵢ) d log pᵢ + (qᵢ - pᵢ) dδᵢ
+@deviances.defjvp
+def _deviances_rule(classes, primals, tangents):
+    terms, (d_log_p, d_delta) = deviances(*primals, classes), _tangents_of_logarithms(primals, tangents, classes)
+    return terms, mul0(terms, d_log_p) + mul0(q_minus_p(*primals, classes), d_delta)
+
+
+def one_at_a_time(tangents) -> bool:
+    """Whether a derivative is along one row alone, or along rows of which nothing knows better how they move apart."""
+    return any(t is None or isinstance(t, SymbolicZero) for t in tangents)
+
+
+def _tangents_of_logarithms(primals, tangents, classes):
+    """d log p, and d log q/p."""
+    (x, _, _), (dx, dy, dd) = primals, tangents
+    mean = classes.sum(mul0(q_minus_p(*primals, classes), dy))
+    return centered(dx, x, classes), centered(dd, x, classes) - classes.column(mean)
 
 
 def _softmax_tangent(t, x, classes):
@@ -47,7 +91,7 @@ def _softmax_tangent(t, x, classes):
 
 
 def _difference_of_tangents(tangent, primals, tangents, classes):
-    (x, y), (dx, dy) = primals, tangents
+    (x, y, _), (dx, dy, _) = primals, tangents
     if isinstance(dx, SymbolicZero):
         return tangent(dy, y, classes)
     if isinstance(dy, SymbolicZero):
@@ -55,7 +99,31 @@ def _difference_of_tangents(tangent, primals, tangents, classes):
     return tangent(dy, y, classes) - tangent(dx, x, classes)
 
 
-def compare(x, y, classes):
+def divided(x: Array, y: Array, t: Array, classes: Classes) -> tuple[Array, Array, Array]:
+    """Each row's logits counted from its maximum, and their difference, exact but for a rounding, all divided by t."""
+    m, n = (classes.max(lax.stop_gradient(z)) for z in (x, y))
+    t = like(t.astype(x.dtype), x)
+
+    def over_t(z, *rows):
+        possible = functools.reduce(jnp.minimum, map(lax.stop_gradient, rows)) > -jnp.inf  # else z is, whatever t
+        return over(z, jnp.where(possible, t, lax.stop_gradient(t)))
+
+    difference = _difference_of_rows(x, y, m, n, classes)
+    return over_t(x - classes.column(m), x), over_t(y - classes.column(n), y), over_t(difference, x, y)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+def _difference_of_rows(x, y, m, n, classes):
+    return _difference(x, y, m, n, classes, 0.25)
+
+
+@_difference_of_rows.defjvp
+def _difference_of_rows_rule(classes, primals, tangents):
+    dx, dy, *_ = tangents
+    return _difference_of_rows(*primals, classes), dy - dx
+
+
+def compare(x, y, d, classes):
     """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q."""
     # As a chain it would have to take y - n and x - m apart, each with its rounding.
     sums = classes._replace(way=Way.REDUCTION) if classes.way is Way.CHAIN else classes
@@ -63,14 +131,14 @@ def compare(x, y, classes):
     log_z_y_x = ny.log_z - nx.log_z
     # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x up to a number a row, by the rounding of the last. That number is
     # Σ p (e^δ - 1) = Σ (q - p), which ought to be 0.
-    p, q, difference = _probabilities_and_difference(x, y, nx, ny, 0 * nx.s, 0.25, classes)
+    p, q, difference = _probabilities_and_difference(x, y, d, nx, ny, 0 * nx.s, 0.25, classes)
     surplus = classes.sum(difference_from_log(p, q, difference - classes.column(log_z_y_x)))
-    p, q, difference = _probabilities_and_difference(x, y, nx, ny, surplus * surplus, 0.5, classes)
+    p, q, difference = _probabilities_and_difference(x, y, d, nx, ny, surplus * surplus, 0.5, classes)
     # log(1 + S) of so small a number, said as an odd function, so that log p/q is -δ to the bit.
     return p, q, difference - classes.column(log_z_y_x + jnp.copysign(log1p(jnp.abs(surplus)), surplus))
 
 
-def _probabilities_and_difference(x, y, nx, ny, s, k, classes):
+def _probabilities_and_difference(x, y, d, nx, ny, s, k, classes):
     # A TPU's passes share these, for then two sums of it are one pass.
     m, n = (except_on_tpu(another, sums.m, s) for sums in (nx, ny))
     d_x, dominant_x = nx.depth_and_dominant(x, m, classes)
@@ -78,7 +146,8 @@ def _probabilities_and_difference(x, y, nx, ny, s, k, classes):
     p, q = exp(d_x) / classes.column(nx.z), exp(d_y) / classes.column(ny.z)
     # Of a class that dominates both, what it is apart is the rounding of x and y, and 0 by definition.
     both = dominant_x & dominant_y
-    return p, q, jnp.where(both, jnp.zeros_like(x), _difference(x, y, m, n, classes, k))
+    d = _difference(x, y, m, n, classes, k) if d is None else d
+    return p, q, jnp.where(both, jnp.zeros_like(x), d)
 
 
 def _difference(x, y, m, n, classes, k):

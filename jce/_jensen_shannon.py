@@ -252,7 +252,7 @@ def _divergence_of_softmax(x, y, b, c, classes):
 
 
 def _p_q_and_difference(x, y, classes):
-    p, q, delta = compare(x, y, classes)
+    p, q, delta = compare(x, y, None, classes)
     return p, q, -difference_from_log(p, q, delta)
 
 
@@ -303,7 +303,7 @@ def _log_p_over_m_of_softmax_rule(classes, primals, tangents):
     if not isinstance(dy, SymbolicZero):
         terms.append(-mul0(c * ratio(q, m), centered(dy, y, classes)))
     if not isinstance(db, SymbolicZero):
-        terms.append(mul0(ratio(q_minus_p(x, y, classes), m), db * jnp.ones_like(m)))
+        terms.append(mul0(ratio(q_minus_p(x, y, None, classes), m), db * jnp.ones_like(m)))
     return _log_p_over_m_of_softmax(*primals, classes), functools.reduce(jnp.add, terms)
 
 
@@ -320,7 +320,7 @@ def _imbalance_of_softmax(x, y, b, c, classes):
 # d Σ (D(p, m) - D(q, m)), by the partials of each term, with dpᵢ = pᵢ d log pᵢ
 def _imbalance_of_softmax_rule(classes, primals, tangents):
     (x, y, b, c), (dx, dy, db, _) = primals, tangents
-    p, q, d = softmax(x, classes), softmax(y, classes), -q_minus_p(x, y, classes)
+    p, q, d = softmax(x, classes), softmax(y, classes), -q_minus_p(x, y, None, classes)
     relative, terms = ratio(d, b * p + c * q), []
     if not isinstance(dx, SymbolicZero):
         slope = _where_possible(p, _log_p_over_m_of_softmax(x, y, b, c, classes)) - b * relative

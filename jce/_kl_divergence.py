@@ -18,10 +18,11 @@ from jce._calculus import (
     def_partials_of_sum,
     def_tangents,
     def_twin,
+    directional_derivative,
     over_if_present,
     ratio,
 )
-from jce._compare import compare, log_q_over_p, q_minus_p
+from jce._compare import compare, deviances, log_q_over_p, one_at_a_time, q_minus_p
 from jce._deviance import deviance, deviance_from_log, log_ratio
 from jce._elementary import raised, two_sum, unless_negative
 from jce._mul0 import mul0
@@ -248,29 +249,47 @@ def kl_divergence_with_logits(
     (x, y), classes = distributions(
         "kl_divergence_with_logits", axis, where, axis_name, in_logits=names, p_logits=p_logits, q_logits=q_logits
     )
-    return _kl_of_softmax(x, y, classes)
+    return kl_of_softmax(x, y, None, classes)
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(2,))
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
 @per_platform
-def _kl_of_softmax(x, y, classes):
-    p, q, delta = compare(x, y, classes)
+def kl_of_softmax(x, y, d, classes):
+    """Of logits x and y, and d as `_compare.py` says, or None."""
+    p, q, delta = compare(x, y, d, classes)
     return classes.sum(deviance_from_log(p, q, delta))
 
 
 # ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂yᵢ = qᵢ - pᵢ
-def_partials_of_sum(
-    _kl_of_softmax,
-    lambda x, y, classes: _weighted_excess(x, y, classes),
-    lambda x, y, classes: q_minus_p(x, y, classes),
-)
+def _kl_rule(classes, primals, tangents):
+    x, y, d = primals
+    if one_at_a_time(tangents):
+        partials = [lambda x, y, f=f: f(x, y, d, classes) for f in (_weighted_excess, q_minus_p)]
+        terms = directional_derivative((x, y), tangents[:2], *partials)
+    else:
+        terms = _along_both(primals, tangents, classes)
+    return kl_of_softmax(*primals, classes), classes.sum(terms)
 
 
-def _weighted_excess(x, y, classes):
+kl_of_softmax.defjvp(_kl_rule, symbolic_zeros=True)
+
+
+# (qᵢ - pᵢ - pᵢδᵢ - pᵢ KL) dxᵢ + (qᵢ - pᵢ) ddᵢ, in which nothing of the first order in δ cancels
+def _along_both(primals, tangents, classes):
+    (x, y, d), (dx, dy, dd) = primals, tangents
+    rows = x, y, d, classes
+    in_x, in_y, kl = _weighted_excess(*rows), q_minus_p(*rows), classes.column(kl_of_softmax(*rows))
+    in_both = deviances(*rows) - mul0(jnp.broadcast_to(kl, x.shape), softmax(x, classes))
+    # Where q is far above p, that would leave none of ∂KL/∂x's digits.
+    near = jnp.abs(lax.stop_gradient(log_q_over_p(*rows))) < 1.5
+    return mul0(jnp.where(near, in_both, in_x), dx) + jnp.where(near, mul0(in_y, dd), mul0(in_y, dy))
+
+
+def _weighted_excess(x, y, d, classes):
     """pᵢ (log pᵢ/qᵢ - KL)"""
-    p, log_p_q = softmax(x, classes), -log_q_over_p(x, y, classes)
+    p, log_p_q = softmax(x, classes), -log_q_over_p(x, y, d, classes)
     impossible = log_p_q == jnp.inf
-    infinite = classes.column(_kl_of_softmax(x, y, classes)) == jnp.inf
+    infinite = classes.column(kl_of_softmax(x, y, d, classes)) == jnp.inf
     scale = 2.0 ** -classes.count(x).bit_length() / FINE  # that no sum over classes leaves the float range
     excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, classes) / scale
     excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)

@@ -456,6 +456,84 @@ def test_second_derivatives_in_half_precision(name, platform, rng):
         assert np.linalg.norm(np.float32(g) - e) <= 2**-6 * np.linalg.norm(e)
 
 
+def divergence_at(temperature, x, y):
+    """KL(p‖q) of each two rows, as it is written."""
+    log_p, log_q = (jax.nn.log_softmax(z / temperature) for z in (x, y))
+    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def value_and_derivatives(function, static):
+    """Of a function of T and two rows: its values and gradients, and what a direction makes of these; or, where T is
+    traced, what T makes of both, and of the values' slope."""
+
+    def gradient(t, *rows):
+        return jax.grad(lambda *rows: function(static or t, *rows).sum(), (0, 1))(*rows)
+
+    def along(f):
+        return lambda t, *rows: jax.jvp(lambda t: f(t, *rows), (t,), (jnp.ones_like(t),))[1]
+
+    def run(t, rows, directions):
+        if static:
+            return function(static, *rows), *jax.jvp(lambda *rows: gradient(t, *rows), rows, directions)
+        slope = along(function)
+        return [f(t, *rows) for f in (function, gradient, slope, along(slope), along(gradient))]
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "traced"),
+    [
+        pytest.param(t, traced, marks=[] if (t, traced) in ((3.0, False), (0.7, True)) else [pytest.mark.slow])
+        for t in (0.7, 1.3, 3.0)
+        for traced in (False, True)
+    ],
+)
+def test_a_temperature_divides_what_the_logits_are_apart(temperature, traced, rng):
+    """Of two heads from an ulp to a lot apart, and with what all logits have in common: relative to a token's largest
+    entry. That float64 is right it shows where the two are well apart, beside the divergence as it is written."""
+    apart = np.repeat(np.float64([0, 1e-3, 1, 5]), 6)[:, None]
+    x = (3 * rng.standard_normal((24, 12)) + np.resize(np.float64([0, 20, 1000]), (24, 1))).astype(np.float32)
+    y = (x + apart * rng.standard_normal(x.shape)).astype(np.float32)
+    y[:6] = np.nextafter(x[:6], rng.choice(np.float32([-np.inf, np.inf]), x[:6].shape))
+    directions = tuple(rng.standard_normal((2, *x.shape)).astype(np.float32))
+
+    def of_heads(t, x, y):
+        hidden = jnp.eye(len(x), dtype=x.dtype)
+        p, q = (Linear(hidden, z.T) for z in (x, y))
+        return jce.linear_kl_divergence(p, q, temperature=t, reduction="none", chunk_size=24, precision="highest")
+
+    t, static = np.float32(temperature), None if traced else float(np.float32(temperature))
+    got = value_and_derivatives(of_heads, static)(t, (x, y), directions)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(np.float64, (t, (x, y), directions))
+        exact, written = (value_and_derivatives(f, static)(*wide) for f in (of_heads, divergence_at))
+    arrays = (map(np.asarray, jax.tree.leaves(x)) for x in (got, exact, written))
+    for g, e, w in zip(*arrays, strict=True):
+        scale = np.maximum(np.abs(e), np.asarray(exact[0])) if e.ndim == 1 else np.abs(e).max(-1, keepdims=True)
+        assert (np.abs(g - e) <= 4e-6 * scale).all()
+        assert (np.abs(e - w)[12:] <= 1e-7 * scale[12:]).all()
+
+
+def test_a_traced_temperature_beside_forbidden_classes(rng):
+    """One that both forbid isn't there, and of one that p alone forbids p is 0, also in what T makes of a gradient."""
+    x, y = rng.standard_normal((2, 4, 6)).astype(np.float32)
+    forbidden = np.float32([0, 0, 0, 0, -np.inf, -np.inf])
+
+    @jax.jit
+    def run(t, x, y, of_q):
+        def loss(t, x, y):
+            p, q = (Linear(jnp.eye(4), z.T, bias) for z, bias in ((x, forbidden), (y, of_q)))
+            return jce.linear_kl_divergence(p, q, temperature=t)
+
+        gradient = jax.value_and_grad(loss, (0, 1, 2))
+        return jax.jvp(lambda t: gradient(t, x, y), (t,), (jnp.ones_like(t),))
+
+    got, low = (run(np.float32(0.7), x, y, bias) for bias in (forbidden, np.maximum(forbidden, np.float32(-300))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, low)
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(run(np.float32(0.7), x, y, 0 * x[0])))
+
+
 @pytest.mark.parametrize("which", ["by name", "map"])
 @pytest.mark.in_turn(2)
 def test_two_heads_are_their_logits_bit_for_bit(which, rng):

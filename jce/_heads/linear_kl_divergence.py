@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jce._arguments import described, is_array, positive, public
-from jce._classes import like
+from jce._classes import Classes, like
+from jce._compare import divided
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
-from jce._kl_divergence import kl_divergence_with_logits
+from jce._kl_divergence import kl_of_softmax
 from jce._mul0 import over
 
 
@@ -47,7 +50,9 @@ def linear_kl_divergence(
       weights: real, broadcasts to the token axes: w, each token's weight, as in `linear_cross_entropy`.
       where: bool, broadcasts to the token axes. A token where it is False takes no part, whatever it holds.
       reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, a number for each token.
-      temperature: T > 0, a number. Python's 1 costs nothing; a traced one isn't checked.
+      temperature: T > 0, a number. Python's 1 costs nothing; a traced one isn't checked. It divides what the logits are
+        apart, so that heads nearly the same are compared as exactly as at T = 1. Of log-probabilities that a program
+        divides itself each is rounded before `kl_divergence_with_logits` sees it, and what they are apart is lost.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`, by the
         logits of both.
       precision: of the matrix products, as in `linear_cross_entropy`.
@@ -93,15 +98,25 @@ def linear_kl_divergence(
         )
     t = positive(name, jnp.result_type(float), temperature=temperature)
     options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name)
-    shared = () if isinstance(t, float) and t == 1 else (t,)
-    return over_tokens(name, _of_chunk, {"p": p, "q": q}, options, shared)
+    traced, number = ((t,), None) if is_array(t) else ((), t)
+    make = functools.partial(_of_chunk, number)
+    return over_tokens(name, make, {"p": p, "q": q}, options, traced)
 
 
-def _of_chunk(one, _, class_axis):
-    def kl(chunk, shared, *_):
-        for t in shared:
-            chunk = [over(x, like(t.astype(x.dtype), x)) for x in chunk]
-        return [kl_divergence_with_logits(*chunk, axis_name=class_axis)]
+def _of_chunk(number, one, _, class_axis):
+    """KL of two rows of logits, for a number T, or None where it is traced and shared."""
+    classes = Classes(-1, class_axis)
+    exact = number is not None and math.frexp(number)[0] == 0.5  # a power of 2, by which nothing is rounded
+
+    def kl(chunk, traced, *_):
+        (x, y), d = chunk, None
+        t = traced[0] if number is None else jnp.asarray(number, x.dtype)
+        if not exact:
+            x, y, d = divided(x, y, t, classes)
+            d = d if number is None else lax.stop_gradient(d)
+        elif number != 1:
+            x, y = (over(z, like(t, z)) for z in (x, y))
+        return [kl_of_softmax(x, y, d, classes)]
 
     double = jnp.float64 in [x.dtype for x in one]
     return OfChunk(kl, jax.ShapeDtypeStruct((), jnp.float64 if double else jnp.float32))

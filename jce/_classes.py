@@ -6,6 +6,7 @@ than 32,768 float32 numbers 3 to 13 times as slowly as shorter ones (JAX 0.10 an
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ class Classes(NamedTuple):
         """reduction(x, axis), of blocks and then of what they gave."""
         first = jax.tree.leaves(x)[0]
         if self.way is None and first.shape[self.axis] > _longest_row(first):
-            return per_platform(lambda x, classes: classes.reduce(reduction, x))(x, self)
+            return per_platform(_Reduced(reduction))(x, self)
         x = reduction(x, self.axis)
         # Without the barrier XLA makes one reduction of the two again.
         return x if self.blocks == 1 else reduction(lax.optimization_barrier(x), self.axis)
@@ -178,6 +179,14 @@ class Classes(NamedTuple):
 
 def _longest_row(x: Array) -> int:
     return LONGEST_ROW // 2 if x.dtype == jnp.float64 else LONGEST_ROW
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reduced:
+    reduction: Callable
+
+    def __call__(self, x, classes: Classes):
+        return classes.reduce(self.reduction, x)
 
 
 def varying_alike(*arrays: Array) -> list[Array]:

@@ -1,11 +1,13 @@
 """What differs between a CPU and an accelerator: how rows are summed, and in which order and size a head is computed.
 
-The platform is known when a program is lowered, not when it is traced: it may be compiled for another machine, or
-exported for several. So both ways are traced, and each platform lowers its own.
+The platform is known when a program is lowered, not when it is traced. What is computed of rows, and a head's loss with
+its gradient, therefore waits (`_waiting.py`). Of other loops over tokens both ways are traced, and each platform lowers
+its own: waiting, a loop's value and its tangent would be two loops, which XLA doesn't merge.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jce._layout import auto_devices
+from jce._waiting import waiting
 
 if TYPE_CHECKING:
     from jce._classes import Classes
@@ -82,6 +85,11 @@ ACCELERATOR = Platform(False, 2**28, 2048)
 GPU = ACCELERATOR._replace(chains=True)
 
 
+def named(platform: str | None) -> Platform:
+    """By JAX's name."""
+    return CPU if platform == "cpu" else ACCELERATOR if platform == "tpu" else GPU
+
+
 def may_chain(classes: Classes, x) -> bool:
     return x.shape[classes.axis] <= LONGEST_CHAIN and classes.mesh_axis is None and not classes.are_split(x)
 
@@ -111,27 +119,28 @@ def per_platform(kernel: Callable, apart: bool = False) -> Callable:
     @functools.wraps(kernel)
     def on_each(*arguments):
         *arrays, classes = arguments
-        if classes.way is not None:
-            return kernel(*arguments)
-        x = max(jax.tree.leaves(arrays), key=jnp.ndim)
-
-        def on(platform):
-            def run(*arrays):
-                here = platform.classes(classes, x)
-                arrays = jax.tree.map(lambda a: here.fold(a) if a.ndim == x.ndim else a, arrays)
-                if here.way is Way.CHAIN:
-                    results = _in_chains(lambda *arrays: kernel(*arrays, here), arrays, x.ndim, apart)
-                else:
-                    results = kernel(*arrays, here)
-                return jax.tree.map(lambda r: here.unfold(r) if r.ndim >= x.ndim else r, results)
-
-            return run
-
-        chained = {"tpu": on(ACCELERATOR), "default": on(GPU)}
-        others = chained if may_chain(classes, x) else {"default": on(ACCELERATOR)}
-        return lax.platform_dependent(*arrays, cpu=on(CPU), **others)
+        return kernel(*arguments) if classes.way is not None else waiting(_OfRows(kernel, classes, apart), *arrays)
 
     return on_each
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfRows:
+    kernel: Callable
+    classes: Classes
+    apart: bool
+
+    def __call__(self, platform, *arrays):
+        x = max(jax.tree.leaves(arrays), key=jnp.ndim)
+        here = named(platform).classes(self.classes, x)
+        arrays = jax.tree.map(lambda a: here.fold(a) if a.ndim == x.ndim else a, arrays)
+
+        def function(*arrays):
+            return self.kernel(*arrays, here)
+
+        chain = here.way is Way.CHAIN
+        results = _in_chains(function, arrays, x.ndim, self.apart) if chain else function(*arrays)
+        return jax.tree.map(lambda r: here.unfold(r) if r.ndim >= x.ndim else r, results)
 
 
 def _in_chains(function, arrays, ndim, apart):

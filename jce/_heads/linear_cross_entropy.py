@@ -7,6 +7,7 @@ token has to wait for its cotangent, and computes x again: a fourth product.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Mapping
@@ -42,9 +43,10 @@ from jce._heads.together import together
 from jce._heads.tokens import of_tokens
 from jce._layout import over_devices
 from jce._mul0 import mul0
-from jce._platforms import Chunks, Platform, on_platform
+from jce._platforms import Chunks, Platform, named, on_platform
 from jce._soft_targets import scaled, smoothed
 from jce._softmax import logsumexp, off_label_sum, surprisal, surprisal_at_label
+from jce._waiting import waiting
 
 OPTIONS, NUMBERS = ("reduction", "chunk_size", "precision"), ("label_smoothing", "z_loss", "logit_soft_cap")
 
@@ -293,7 +295,16 @@ _losses_and_gradients.defjvp(_losses_and_gradients_rule, symbolic_zeros=True)
 
 def _loop(y, h, head, w, o, wanted, excess: Callable):
     y, h = together((y, h), head, w, o)
-    return on_platform(functools.partial(_loop_on, wanted, excess), y, h, head, w, o)
+    return waiting(_Loop(wanted, excess), y, h, head, w, o)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    wanted: tuple[bool, bool, bool]
+    excess: Callable
+
+    def __call__(self, platform, y, h, head, w, o):
+        return _loop_on(self.wanted, self.excess, named(platform), y, h, head, w, o)
 
 
 def _loop_on(wanted, excess, platform, y, h, head, w, o):

@@ -22,7 +22,7 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from bench import accelerators, accuracy, memory, peers, pictures, results, scale, speed, tables
+    from bench import accelerators, accuracy, first_call, memory, peers, pictures, results, scale, speed, tables
 except ModuleNotFoundError as error:
     print(f"{PROGRAM} needs {error.name}, which isn't installed: pip install -e '.[bench]'", file=sys.stderr)
     raise SystemExit(2) from None
@@ -30,6 +30,7 @@ except ModuleNotFoundError as error:
 BENCHES: dict[str, ModuleType] = {
     "accuracy": accuracy,
     "speed": speed,
+    "first-call": first_call,
     "memory": memory,
     "scale": scale,
     "accelerators": accelerators,

@@ -91,6 +91,8 @@ def figures(line: dict) -> dict[str, tuple[float, float, float]]:
     if "roofline_over_floor" in line:
         names = {"roofline / floor": "roofline_over_floor", "bytes": "bytes", "cycles": "cycles", "kernels": "kernels"}
         found = {name: [line[key]] * 3 for name, key in names.items() if line[key]}
+    if "jaxpr_lines" in line:
+        found = {"first call / peer": [line["jce_over_it"]] * 3, "jaxpr lines": [line["jaxpr_lines"]] * 3}
     if line.get("temporaries") is not None:
         found["temporaries"] = [line["temporaries"]] * 3
     return found

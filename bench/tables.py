@@ -75,6 +75,19 @@ def speed(lines: list[dict]) -> Iterable[Table]:
     yield table("An eager call on 8 × 10 numbers, µs", ["", *names], rows)
 
 
+def first_call(lines: list[dict]) -> Iterable[Table]:
+    """jce's steps in milliseconds, and its whole over the peers'."""
+    names = [name for name in libraries(lines) if name != "jce"]
+    rows = []
+    for keys, found in grouped(lines, "function", "mode").items():
+        ours = found["jce"]
+        cells = [f"{1e3 * ours[step]:.0f}" for step in ("trace", "lower", "compile")]
+        ratios = [f"{found[name]['jce_over_it']:.2f}" if name in found else "–" for name in names]
+        rows.append([", ".join(keys), *cells, str(ours["jaxpr_lines"]), *ratios])
+    columns = ["", "trace, ms", "lower", "compile", "jaxpr, lines", *(f"jce / {name}" for name in names)]
+    yield table("A first call, without running it", columns, rows)
+
+
 def megabytes(x: float | None) -> str:
     return "can't" if x is None else f"{x / 1e6:,.1f}"
 
@@ -144,4 +157,11 @@ def moved(changes: list[tuple[dict, str, float, float]]) -> Table:
     return table("Moved beyond the noise", ["", "figure", "before", "now", "ratio"], rows)
 
 
-TABLES = {"accuracy": accuracy, "speed": speed, "memory": memory, "scale": growth, "accelerators": accelerators}
+TABLES = {
+    "accuracy": accuracy,
+    "speed": speed,
+    "first-call": first_call,
+    "memory": memory,
+    "scale": growth,
+    "accelerators": accelerators,
+}

@@ -11,7 +11,20 @@ import numpy as np
 import pytest
 
 import jce
-from bench import accelerators, accuracy, children, memory, peers, pictures, readme, results, scale, speed, tables
+from bench import (
+    accelerators,
+    accuracy,
+    children,
+    first_call,
+    memory,
+    peers,
+    pictures,
+    readme,
+    results,
+    scale,
+    speed,
+    tables,
+)
 from bench.__main__ import main
 from bench.engines import ALONE, GRADIENT, HVP, MODES, VALUE
 from bench.models import MODELS
@@ -144,6 +157,19 @@ def test_lines_of_growth():
     assert slopes["jax", VALUE] > 0.9
     scale_lines = scale.measure(t, "classes", [10, 100, 1000], 3)
     assert {"jce", "jax"} <= {x["library"] for x in scale_lines}
+
+
+@pytest.mark.needs_jit
+def test_lines_of_a_first_call():
+    (t,) = [t for t in TASKS if t.label == "entropy_with_logits"]
+    lines = first_call.measured(t, GRADIENT, 1)
+    first_call.check(lines)
+    assert {"jce", "jax"} <= {line["library"] for line in lines}
+    for line in lines:
+        assert line["first_call"] == pytest.approx(sum(line[step] for step in first_call.STEPS))
+        assert line["jce_over_it"] == pytest.approx(lines[0]["first_call"] / line["first_call"])
+    (line,) = [line for line in first_call.measured(first_call.POLICY, VALUE, 1) if line["library"] == "jce"]
+    assert all(line[step] > 0 for step in first_call.STEPS)
 
 
 # Accelerators
@@ -314,7 +340,7 @@ def test_a_run_writes_a_table_lines_and_a_picture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["velocity"], "BENCH must be one of accuracy, speed, memory, scale, accelerators, not 'velocity'"),
+        (["velocity"], "BENCH must be one of accuracy, speed, first-call, memory, scale, accelerators, not 'velocity'"),
         (["--only", "softplus"], "must be part of a function's name, not 'softplus'"),
         (["--compare", "no.jsonl"], "can't read 'no.jsonl': No such file"),
         (["--compare", __file__], "line 1, isn't a line of results"),
@@ -333,7 +359,8 @@ def test_wrong_input_is_one_line(argv, message, capsys):
 
 def test_help():
     result = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True, check=True)
-    assert all(name in result.stdout for name in ("accuracy", "speed", "memory", "scale", "accelerators", "--compare"))
+    names = ("accuracy", "speed", "first-call", "memory", "scale", "accelerators", "--compare")
+    assert all(name in result.stdout for name in names)
 
 
 # The README

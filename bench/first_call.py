@@ -1,0 +1,100 @@
+"""What a first call takes: a function's program traced, lowered and compiled, apart, and how many lines its jaxpr has.
+
+Nothing runs, and shapes hardly matter. Each is made anew, with what JAX keeps of others thrown away, in turn with the
+peers' in one process: so where the machine is busy, all are slow, and of some rounds the least of each step is told.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+import jce
+from bench.engines import GRADIENT, HVP, MODES
+from bench.peers import JAX, LIBRARIES, TASKS, Task, surprisal
+
+ROUNDS = 5
+TOKENS, CLASSES, WIDTH = 128, 1000, 16
+STEPS = ("trace", "lower", "compile")
+QUICK = ("cross_entropy_with_integer_labels", "kl_divergence_with_logits", "linear_cross_entropy")
+
+
+def policy(reference, x):
+    """A clipped ratio at label 0, and a divergence from a reference: what a policy gradient asks of two heads."""
+    ratio = jnp.exp(-jce.cross_entropy_with_integer_labels(0, x) + 1)
+    return -jnp.minimum(ratio, jnp.clip(ratio, 0.8, 1.2)) + jce.kl_divergence_with_logits(x, reference)
+
+
+def plain_policy(hp, wp, h, w):
+    log_p, log_q = -surprisal(hp @ wp.T), -surprisal(h @ w.T)
+    ratio = jnp.exp(log_q[:, 0] + 1)
+    return (-jnp.minimum(ratio, jnp.clip(ratio, 0.8, 1.2)) + (jnp.exp(log_q) * (log_q - log_p)).sum(-1)).sum()
+
+
+POLICY = Task(
+    "linear_map",
+    "kl_divergence_with_logits",
+    {
+        "jce": lambda hp, wp, h, w: jce.linear_map(policy, jce.Linear(hp, wp), jce.Linear(h, w), reduction="sum"),
+        "jax": plain_policy,
+    },
+    kind="two heads",
+    note="policy",
+)
+
+
+def steps(program: Callable, shapes: list[tuple]) -> tuple[list[float], int]:
+    """Seconds of each, and lines of the jaxpr."""
+    jax.clear_caches()
+    arguments = [jax.ShapeDtypeStruct(*s) for s in shapes]
+    times = [time.perf_counter()]
+    traced = program.trace(*arguments)
+    times.append(time.perf_counter())
+    lowered = traced.lower()
+    times.append(time.perf_counter())
+    lowered.compile()
+    times.append(time.perf_counter())
+    return [b - a for a, b in itertools.pairwise(times)], len(str(traced.jaxpr).splitlines())
+
+
+def measured(task: Task, mode: str, rounds: int) -> list[dict]:
+    """A line for each library that has the mode."""
+    shapes = task.shapes(TOKENS, CLASSES, WIDTH)
+    shapes += [shapes[i] for i in task.trained] if mode == HVP else []
+    found: dict[str, list] = {}
+    for k in range(rounds + 1):
+        for library in task.contenders(jax.default_backend()):
+            if LIBRARIES[library][1] is JAX and (k == 0 or library in found):
+                try:
+                    one = steps(JAX.program(task.functions[library], mode, task.trained), shapes)
+                except (TypeError, ValueError, NotImplementedError):
+                    continue
+                found.setdefault(library, []).append(one)
+    lines = []
+    for library, (_, *some) in found.items():  # what the first imports is its own
+        seconds = {step: min(times[k] for times, _ in some) for k, step in enumerate(STEPS)}
+        line = {"function": task.label, "library": library, "mode": mode, "shape": [TOKENS, CLASSES]}
+        lines.append(line | seconds | {"first_call": sum(seconds.values()), "jaxpr_lines": some[0][1]})
+    ours = lines[0]["first_call"]
+    return [line | {"jce_over_it": ours / line["first_call"]} for line in lines]
+
+
+def check(lines: list[dict]) -> None:
+    """What doesn't depend on the machine: of a function of rows nothing is traced before its platform is known."""
+    for line in lines:
+        if line["library"] == "jce" and not line["function"].startswith("linear"):
+            assert line["jaxpr_lines"] < 400, line
+
+
+def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
+    """A label of what was measured, and its lines; at first the number of them all as a label."""
+    tasks = [task for task in [*TASKS, POLICY] if only in task.label and (not quick or task.name in QUICK)]
+    modes = (GRADIENT,) if quick else MODES
+    yield str(len(tasks) * len(modes)), []
+    for task in tasks:
+        for mode in modes:
+            yield f"{task.label}, {mode}", measured(task, mode, 1 if quick else ROUNDS)

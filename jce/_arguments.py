@@ -343,7 +343,7 @@ def is_real(x) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool
 
 
-def as_array(function: str, name: str, x: ArrayLike) -> Array:
+def as_array(function: str, name: str, x: ArrayLike | None) -> Array:
     try:
         if x is None:
             raise TypeError

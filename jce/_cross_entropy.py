@@ -182,15 +182,16 @@ def cross_entropy_with_integer_labels(
       with probability 0, it contributes 0. A logit of -∞ is a class of probability 0, with derivative 0; at the label,
       or with label smoothing, it makes the loss +∞. A NaN, a +∞ or nothing but -∞ makes a row NaN. n = 0 gives 0. A
       traced ε of 0 is none: a logit of -∞ costs nothing.
-      A tail of no class is 0: all that `where` keeps have a label. One of classes that are all at -∞ is +∞; but 0, with
-      derivative 0, if Σp is 1 up to a rounding: 4 eps of the dtype of label_probs, which is therefore to be the one in
-      which they were rounded. Where Σp is above 1 by no more than that, the rest counts as 0 in the value, while its
-      derivative in p is the formula's.
+      A tail of no class is 0: all that `where` keeps have a label. One of classes that are all at -∞ is 1-Σp times +∞;
+      but 0, with derivative 0, if Σp is 1 up to a rounding: 4 eps of the dtype of label_probs, which is therefore to be
+      the one in which they were rounded. Where Σp is above 1 by no more than that, the rest counts as 0 in the value,
+      while its derivative in p is the formula's.
 
     Derivative:
       ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n, in logits' dtype; at ε = 0 relatively accurate for every i. In a traced ε it is
       1/n Σᵢ log 1/qᵢ - log 1/q_y. With label_probs, which smoothing makes (1-ε)p + εΣp/n, it is qᵢ Σp - pᵢ at ε = 0,
-      and in pⱼ log 1/q_yⱼ; a tail adds (1-Σp)(qᵢ - [no label is i] qᵢ/(1-Σq)), and to the latter -log 1/(1-Σq).
+      and in pⱼ the loss of its label alone; a tail adds (1-Σp)(qᵢ - [no label is i] qᵢ/(1-Σq)), and to the latter
+      -log 1/(1-Σq).
 
     Raises:
       TypeError: labels are not integers, logits or label_probs not real, or `where` not boolean.

@@ -57,16 +57,17 @@ def sparse_cross_entropy(
         # In p the derivative stays, since Σp may grow: so it is the value that is lifted.
         rest += lax.stop_gradient(jnp.where(nothing, jnp.maximum(-rest, 0), jnp.zeros_like(rest)))
         loss += mul0(_log_over_others(y, is_class, x, kept, nothing, classes), rest)
-    return loss + jnp.where(wrong, mul0(jnp.full_like(p, jnp.nan), p), jnp.zeros_like(p)).sum(-1)
+    nan = jnp.where(wrong, jnp.nan, 0).astype(p.dtype)  # there alone, for jax_debug_nans
+    return loss + jnp.where(wrong, mul0(nan, p), jnp.zeros_like(p)).sum(-1)
 
 
 def _rest(p):
     """1 - Σp, with its digits where little is left: what each addition loses is added in the end."""
-    terms = jnp.concatenate([jnp.ones_like(p[..., :1]), -p], -1)
+    terms = jnp.concatenate([jnp.ones_like(p.sum(-1, keepdims=True)), -p], -1)
     lost = jnp.zeros_like(terms)
     while terms.shape[-1] > 1:
         odd = [(0, 0)] * (terms.ndim - 1) + [(0, terms.shape[-1] % 2)]
-        pairs = [jnp.pad(a, odd).reshape(*a.shape[:-1], -1, 2) for a in (terms, lost)]
+        pairs = [jnp.pad(a, odd).reshape(*a.shape[:-1], (a.shape[-1] + 1) // 2, 2) for a in (terms, lost)]
         (terms, more), lost = two_sum(pairs[0][..., 0], pairs[0][..., 1]), pairs[1].sum(-1)
         lost += lax.stop_gradient(more)
     return (terms + lost)[..., 0]
@@ -107,5 +108,5 @@ def _compared(y, a, zeros, classes):
 def _scattered(y, a, zeros, classes):
     rows, n = math.prod(zeros.shape[:-1]), zeros.shape[-1]
     y = jnp.where(classes.has(zeros, y), y, jnp.full_like(y, n))  # a negative index would count
-    y, a = (b.reshape(rows, -1) for b in (y, a))
+    y, a = (b.reshape(rows, b.shape[-1]) for b in (y, a))
     return zeros.reshape(rows, n).at[jnp.arange(rows)[:, None], y].add(a, mode="drop").reshape(zeros.shape)

@@ -97,6 +97,27 @@ def test_a_gradient_in_a_loop_differentiated_again(name):
     assert elements(compiled.as_text()) <= 2 * CHUNK * CLASSES
 
 
+OF_EACH = {
+    "none": lambda y, h, w: jce.linear_cross_entropy(y, h, w, reduction="none", chunk_size=CHUNK),
+    "log-probabilities": lambda y, h, w: jce.linear_log_probs(y, h, w, chunk_size=CHUNK).log_prob,
+    "map": lambda y, h, w: jce.linear_map(lambda x: jnp.sin(x).sum(), jce.Linear(h, w), chunk_size=CHUNK),
+    "lists": lambda y, h, w: jce.linear_cross_entropy(
+        y[:, None], h, w, label_probs=jnp.full((TOKENS, 1), 0.5), reduction="none", chunk_size=CHUNK
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+@pytest.mark.in_turn(4)
+def test_cotangents_that_depend_on_each_loss(name):
+    """Of the squares of each token's, in reverse mode over reverse mode."""
+    y = jnp.zeros(TOKENS, int)
+    gradient = jax.grad(lambda *a: jnp.square(OF_EACH[name](y, *a)).sum(), (0, 1))
+    twice = jax.grad(lambda *a: sum(jnp.square(g).sum() for g in gradient(*a)), (0, 1))
+    compiled = jax.jit(twice).lower(H, W).compile()
+    assert elements(compiled.as_text()) <= 2 * CHUNK * CLASSES
+
+
 @pytest.mark.parametrize("frozen", ["teacher", "all"])
 def test_products_of_constants_are_not_computed_by_the_compiler(frozen):
     """A teacher that a program closes over, of no more tokens than a chunk: there is no loop, but XLA folds nothing."""

@@ -48,10 +48,12 @@ def test_no_mode_has_the_logits_of_all_tokens(mode, reduction):
 
 def products(function, *arguments, platform: str = "cpu") -> float:
     """How many products of the size of hidden · headᵀ a program's results need, each loop's as often as it runs."""
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     (tokens, d), (n, _) = (x.shape for x in arguments[:2])
-    return multiplications(jaxpr, platform) / (tokens * d * n)
+    return needed(jax.make_jaxpr(function)(*arguments).jaxpr, platform) / (tokens * d * n)
+
+
+def needed(jaxpr, platform) -> int:
+    return multiplications(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], platform)
 
 
 def multiplications(jaxpr, platform) -> int:

@@ -12,7 +12,7 @@ import pytest
 import jce
 from jce import Linear
 from tests.kernels import modes
-from tests.test_linear_cost import multiplications
+from tests.test_linear_cost import needed
 
 TOKENS, CLASSES, CHUNK = 11, 7, 4
 WIDTHS = {"teacher": 3, "student": 2}
@@ -239,9 +239,16 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.in_turn(5)
+QUICK = ("a number and a bool", "mean"), ("two reals and an integer", "sum"), ("integers", "none")
+
+
+@pytest.mark.parametrize(
+    ("tree", "reduction"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow])
+        for case in itertools.product(TREES, ["mean", "sum", "none"])
+    ],
+)
 def test_every_result_has_its_derivative_in_the_weights(tree, reduction, arrays):
     """Of sums, of means and of each, forward and reverse, whatever else has a derivative."""
     of_tokens, heads = arrays
@@ -383,8 +390,12 @@ def test_half_precision_is_summed_in_float32():
             lambda x, s: s.astype(np.float32) * x[0], x, shared=scale, reduction=reduction, chunk_size=1
         ).sum()
 
+    def closing_over_it(scale, reduction):
+        return jce.linear_map(lambda x: scale * x[0].astype(jnp.bfloat16), x, reduction=reduction, chunk_size=1).sum()
+
     for reduction in ("sum", "none"):
-        assert jax.grad(loss)(jnp.ones((), jnp.bfloat16), reduction) == 4096
+        for f in (loss, closing_over_it):
+            assert jax.grad(f)(jnp.ones((), jnp.bfloat16), reduction) == 4096
 
 
 @pytest.mark.parametrize("of_head", [jnp.bfloat16, jnp.float32])
@@ -599,7 +610,7 @@ def test_products(name, platform):
     )
 
     def products(f):
-        return multiplications(jax.make_jaxpr(f)(teacher, student).jaxpr, platform) / (64 * 8 * 40)
+        return needed(jax.make_jaxpr(f)(teacher, student).jaxpr, platform) / (64 * 8 * 40)
 
     assert products(loss) == of_value
     assert products(jax.value_and_grad(loss, 1)) == of_gradient
@@ -671,6 +682,14 @@ def ones(*shape, dtype=np.float32):
         ((sum, Linear(ones(4, 3), ones(5, 3), None, 0)), {}, ValueError, r"logit_soft_cap must be"),
         ((sum, Linear(ones(4, 3, dtype=complex), ones(5, 3))), {}, TypeError, r"must be real"),
         ((sum, Linear("hidden", ones(5, 3))), {}, TypeError, r"arguments\[0\].hidden must be an array"),
+        ((sum, Linear(ones(4, 3), None)), {}, TypeError, r"arguments\[0\].head must be an array.*NoneType"),
+        (
+            (sum, "x"),
+            {"shared": {"a": object()}},
+            TypeError,
+            r"shared\['a'\] must be an array.*got shared\['a'\]: object",
+        ),
+        ((sum, "x"), {"shared": "scale"}, TypeError, r"shared must be an array"),
         ((sum, "x"), {"where": ones(3, dtype=bool)}, ValueError, r"where must broadcast.*\(4,\)"),
         ((sum, "x"), {"where": ones(4)}, TypeError, r"where must be boolean"),
         ((sum, "x"), {"weights": ones(3)}, ValueError, r"weights must broadcast"),

@@ -263,6 +263,23 @@ def test_a_weight_of_0_leaves_out_a_label_that_is_no_class():
     assert np.isfinite(gradients[1]).all()
 
 
+@with_tail
+def test_no_tokens_no_labels_and_no_nan_beside_a_class(tail):
+    def of_head(tokens, k, **options):
+        y, p = jnp.zeros((*tokens, k), int), jnp.ones((*tokens, k))
+        h, w = jnp.ones((*tokens, 4)), jnp.ones((5, 4))
+        return jce.linear_cross_entropy(y, h, w, label_probs=p, tail=tail, **options)
+
+    assert of_head((0,), 2) == 0
+    assert of_head((2, 0), 2, reduction="none").shape == (2, 0)
+    assert (of_head((3,), 0, reduction="none") == 0).all()  # all are in the tail, which is certain
+    assert (loss(jnp.zeros((2, 0), int), jnp.ones((2, 4)), label_probs=jnp.ones((2, 0)), tail=tail) == 0).all()
+    x, y, p = jnp.array([0.0, 1.0, -INF, 2.0]), jnp.array([0, 1]), jnp.array([0.5, 0.25])
+    with jax.debug_nans(True):
+        for position in (0, 1):
+            assert np.isfinite(jax.grad(lambda p, x: loss(y, x, label_probs=p, tail=tail), position)(p, x)).all()
+
+
 def test_more_labels_than_classes(rng):
     """A list that repeats and is padded: as the dense target."""
     y = np.array([[0, 2, 0, 1, 2, 7, -1]] * 2)
@@ -393,3 +410,8 @@ def test_errors():
         loss(1, x[0], label_probs=np.float32(0.5))
     with pytest.raises(TypeError, match=r"labels must be integers"):
         loss(p, x, label_probs=p)
+    with pytest.raises(TypeError, match=r"linear_cross_entropy: labels must be integers.*labels: float32\[4,2\]"):
+        jce.linear_cross_entropy(p, h, w, label_probs=p)
+    for shape in ((4, 4, 2), (4, 1, 2), (4, 2, 1), (4,), (3, 2)):
+        with pytest.raises(ValueError, match=r"linear_cross_entropy: labels and label_probs must both.*\(4,\) and k"):
+            jce.linear_cross_entropy(np.zeros(shape, int), h, w, label_probs=np.zeros(shape, np.float32))

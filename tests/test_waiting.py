@@ -81,6 +81,20 @@ def test_every_nesting_is_the_plain_functions(rng):
     assert jax.jit(jax.hessian(lambda x: ours(x, x)["product"].sum()))(jnp.ones(3)).shape == (3, 3)
 
 
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """Linear in the first and in the last of its arguments."""
+
+    def __call__(self, platform, s, x, t):
+        return s * jnp.exp(x) + x * t
+
+
+def test_a_program_is_transposed_in_the_places_where_it_is_linear(rng):
+    s, x, t, ct = rng.standard_normal((4, 3)).astype(np.float32)
+    got = jax.jit(jax.linear_transpose(lambda s, t: waiting(Weighted(), s, x, t), s, t))(ct)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), list(got), [ct * np.exp(x), ct * x])
+
+
 def test_settings_are_those_of_the_call():
     """Where it is lowered JAX may have others."""
     with jax.enable_x64(True):

@@ -45,7 +45,10 @@ class Linear:
     def checked(self, function: str, name: str) -> LinearArrays:
         given = {f"{name}.{field.name}": getattr(self, field.name) for field in dataclasses.fields(self)}
         cap = given.pop(f"{name}.logit_soft_cap")
-        got = {field: as_array(function, field, x) for field, x in given.items() if x is not None}
+        got: dict[str, Array] = {}
+        for field, x in given.items():
+            if x is not None or not field.endswith(".bias"):
+                got[field] = as_array(function, field, x)
         dtype, (h, w, *b) = float_dtype(function, got), got.values()
         if h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
             transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]

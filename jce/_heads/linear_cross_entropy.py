@@ -227,7 +227,22 @@ def _some(number) -> bool:
     return is_array(number) or number != 0
 
 
+# JAX's own custom_jvp, here and below: ours would keep the residuals of a loop, which are the logits of all tokens.
+@jax.custom_jvp
 def _losses(y, h, head, o):
+    return _losses_in_a_loop(y, h, head, o)
+
+
+# The plain derivative, but the value from another call: of one loop for both, reverse mode over reverse mode forgets
+# the checkpoint, and would keep the logits of all tokens.
+def _losses_rule(primals, tangents):
+    return _losses(*primals), live_jvp(_losses_in_a_loop, primals, tangents)[1]
+
+
+_losses.defjvp(_losses_rule, symbolic_zeros=True)
+
+
+def _losses_in_a_loop(y, h, head, o):
     def losses(platform, y, h, head, o):
         o, chunks = o.on(platform, h, head)
         return each_token(lambda y, h: _loss(y, o.logits.of(h, head), o), chunks, y, h)
@@ -250,7 +265,6 @@ def _weighted_losses(y, h, w, head, o):
     return mul0(_losses(y, h, head, o), w)
 
 
-# JAX's own custom_jvp, here and below: ours would keep the residuals of a loop, which are the logits of all tokens.
 @jax.custom_jvp
 def _weighted_sum(y, h, w, head, o):
     return _weighted_losses(y, h, w, head, o).sum()
@@ -281,8 +295,7 @@ def _losses_and_gradients(y, h, head, w, o, wanted):
     return _loop(y, h, head, w, o, wanted, _unnormalized_excess)
 
 
-# The derivative of another expression for the excess, whose own derivative is accurate. The value is from another call:
-# of a loop in a rule, reverse mode over reverse mode forgets the checkpoint, and would keep the logits of all tokens.
+# The derivative of another expression for the excess, whose own derivative is accurate; and the value as above.
 def _losses_and_gradients_rule(wanted, primals, tangents):
     def twin(y, h, head, w, o):
         return _loop(y, h, head, w, o, wanted, _excess)

@@ -74,7 +74,7 @@ def linear_map(
     At the boundary:
       A class with bias -∞ has a logit of -∞. What fills up a chunk, and tokens that are left out, reach no derivative,
       even where function is infinite or NaN there. No tokens make a sum or a mean of 0; a head of no classes makes
-      every result 0.
+      every result 0, of the shape that one class gives.
 
     Derivative:
       That of function, to hidden states, heads, biases and soft caps, the other arrays, weights, shared and what

@@ -68,7 +68,8 @@ def over_tokens(
     linear = {key: x.checked(name, key) for key, x in arguments.items() if isinstance(x, Linear)}
     others = {key: as_array(name, key, x) for key, x in arguments.items() if key not in linear}
     batch = _checked_batch(name, linear, others)
-    shared = jax.tree.map(jnp.asarray, shared)
+    paths, tree = jax.tree.flatten_with_path(shared)
+    shared = tree.unflatten([as_array(name, f"shared{jax.tree_util.keystr(path[1:])}", x) for path, x in paths])
     parts = Arguments(
         {"hidden": [x.hidden for x in linear.values()], "others": list(others.values())}
         | _checked_choice(name, batch, options),
@@ -84,18 +85,18 @@ def over_tokens(
         return [next(logits if is_one else others) for is_one in are_logits]
 
     def as_given(wide):
-        return jax.tree.map(lambda x, dtype: x if x.dtype == dtype else x.astype(dtype), wide, dtypes)
+        return _of_dtypes(wide, dtypes)
 
     def of_part(parts, token_axes, class_axis):
         part = _Part.of(name, parts, class_axis, is_defined)
         of_chunk = make(in_order(*part.examples()), as_given(part.inputs.shared["given"]), class_axis)
-        part = part.closing_over(of_chunk.closed_over)
+        part, dtypes_closed_over = part.closing_over(of_chunk.closed_over)
         ones, structure = jax.tree.flatten(of_chunk.one)
         if reduction != "none" or options.weights is not None:
             _require_real(name, ones)
         trained = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
         number = reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
-        function = _of_hidden(of_chunk.function, in_order, as_given, options.precision)
+        function = _of_hidden(of_chunk.function, in_order, as_given, dtypes_closed_over, options.precision)
         loop = Loop(function, chunk, part.logits, class_axis, trained[0] if number else 0)
         w = part.weights_of(reduction, token_axes, jnp.float64 in [ones[i].dtype for i in trained])
         results = part.results(loop, w, total=number)
@@ -147,8 +148,10 @@ class _Part(NamedTuple):
         w = None if w is None else vary_over(axes - frozenset(mesh_names(class_axis)), w)[0]
         return cls(batch, inputs.varying_over(axes, class_axis), w, kept is None)
 
-    def closing_over(self, arrays: Any) -> _Part:
-        return self._replace(inputs=self.inputs._replace(shared=self.inputs.shared | {"closed over": arrays}))
+    def closing_over(self, arrays: Any) -> tuple[_Part, Any]:
+        """And the arrays' dtypes, as which they come back."""
+        shared = self.inputs.shared | {"closed over": jax.tree.map(_wide, arrays)}
+        return self._replace(inputs=self.inputs._replace(shared=shared)), jax.tree.map(lambda x: x.dtype, arrays)
 
     def examples(self) -> tuple[list[Array], list[Array]]:
         """A token's logits under each head, and its other arguments: arrays of their types, to trace with."""
@@ -194,7 +197,9 @@ class _Part(NamedTuple):
         return of_tokens(weighted_of_each, (w, *hidden, *tokens), tuple(whole), total=sums if total else None)
 
 
-def _of_hidden(function: Callable, in_order: Callable, as_given: Callable, precision: Any) -> Callable:
+def _of_hidden(
+    function: Callable, in_order: Callable, as_given: Callable, closed_over: Any, precision: Any
+) -> Callable:
     """A chunk's function of logits as one of hidden states and heads: 0 for a token that isn't kept."""
 
     def of_hidden(platform, inputs: Inputs) -> list[Array]:
@@ -207,7 +212,7 @@ def _of_hidden(function: Callable, in_order: Callable, as_given: Callable, preci
         for h, head, cap in zip(cleaned(inputs.hidden, shared["first"][0]), inputs.heads, shared["caps"], strict=True):
             logits.append(Logits(cap, platform.products(Products(precision), h, head.weight)).of(h, head))
         chunk = in_order(logits, cleaned(others, shared["first"][1]))
-        results = function(chunk, as_given(shared["given"]), shared["closed over"])
+        results = function(chunk, as_given(shared["given"]), _of_dtypes(shared["closed over"], closed_over))
         return [jnp.where(_column(kept, r), r, jnp.zeros_like(r)) for r in results]
 
     return of_hidden
@@ -244,6 +249,10 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
 
 
+def _of_dtypes(wide: Any, dtypes: Any) -> Any:
+    return jax.tree.map(lambda x, dtype: x if x.dtype == dtype else x.astype(dtype), wide, dtypes)
+
+
 # Arguments
 
 
@@ -272,7 +281,7 @@ def _require_real(name: str, results: list) -> None:
         got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in odd)
         raise TypeError(
             f"{name}: what is summed or weighted must be real (floating-point, integer or bool); function gives {got}"
-            f' for a token. Give real and imaginary part, or ask for each with reduction="none" and no weights.'
+            f' for a token. Make real numbers of it, or ask for each with reduction="none" and no weights.'
         )
 
 

@@ -27,11 +27,14 @@ def linear_sparse_cross_entropy(
 ) -> Array:
     """Of k labels a token, with their probabilities."""
     y, p = as_array(name, "labels", labels), as_array(name, "label_probs", label_probs)
-    got = {"labels": y, "label_probs": p}
-    if not jnp.issubdtype(y.dtype, jnp.integer) or y.ndim == 0 or p.shape != y.shape:
+    got, batch = {"labels": y, "label_probs": p, "hidden": linear.hidden}, jnp.shape(linear.hidden)[:-1]
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise TypeError(f"{name}: labels must be integers, k class indices for each token; got {described(got)}.")
+    if y.ndim == 0 or y.shape[:-1] != batch or p.shape != y.shape:
         raise ValueError(
-            f"{name}: labels must be integers [..., k], k classes a token, and label_probs their probabilities; got"
-            f" {described(got)}. Without label_probs there is one label a token."
+            f"{name}: labels and label_probs must both have the shape of hidden without its last axis, and an axis for"
+            f" the labels of each token last, {batch} and k; got {described(got)}. Without label_probs there is one"
+            f" label a token."
         )
     numbers = {
         "smoothing": fraction(name, jnp.result_type(float), label_smoothing=label_smoothing),

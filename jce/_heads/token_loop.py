@@ -64,9 +64,23 @@ class Loop(NamedTuple):
     trained: int = 0  # which result has a derivative where they are summed
 
 
+# JAX's own custom_jvp, here and below: ours would keep the residuals of a loop, which are the logits of all tokens.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def each(loop: Loop, inputs: Inputs) -> list[Array]:
     """The results of all tokens."""
+    return _each(loop, inputs)
 
+
+# The plain derivative, but the value from another call: of one loop for both, reverse mode over reverse mode forgets
+# the checkpoint, and would keep the logits of all tokens.
+def _each_rule(loop, primals, tangents):
+    return each(loop, *primals), live_jvp(functools.partial(_each, loop), primals, tangents)[1]
+
+
+each.defjvp(_each_rule, symbolic_zeros=True)
+
+
+def _each(loop, inputs):
     def on(platform, inputs):
         def of_chunk(hidden, tokens):
             return loop.of_chunk(platform, inputs._replace(hidden=hidden, tokens=tokens))
@@ -81,7 +95,6 @@ def weighted(result, w):
     return mul0(result.astype(w.dtype), jnp.broadcast_to(column, result.shape))
 
 
-# JAX's own custom_jvp: ours would keep the residuals of a loop, which are the logits of all tokens.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def weighted_sums(loop: Loop, w: Array, inputs: Inputs) -> list[Array]:
     """Σ wr of each result r. One of them has a derivative, and is a number for each token."""
@@ -144,8 +157,7 @@ def _results_and_gradients(loop, live, w, inputs):
     return _in_one_loop(loop, live, w, inputs)
 
 
-# The plain derivative, but in a rule, and the value from another call: of a loop within a rule, reverse mode over
-# reverse mode forgets the checkpoint, and would keep the logits of all tokens.
+# As above.
 def _results_and_gradients_rule(loop, live, primals, tangents):
     def in_one_loop(w, inputs):
         return _in_one_loop(loop, live, w, inputs)

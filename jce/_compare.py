@@ -35,8 +35,9 @@ def _q_minus_p_rule(classes, primals, tangents):
     r = q_minus_p(*primals, classes)
     if one_at_a_time(tangents):
         return r, _difference_of_tangents(_softmax_tangent, primals, tangents, classes)
-    d_log_p, d_delta = _tangents_of_logarithms(primals, tangents, classes)
-    return r, mul0(r, d_log_p) + mul0(softmax(primals[1], classes), d_delta)
+    p, q = (softmax(z, classes) for z in primals[:2])
+    near, d_log_p, d_log_q, d_delta = _tangents_of_logarithms(primals, tangents, classes)
+    return r, jnp.where(near, mul0(r, d_log_p) + mul0(q, d_delta), mul0(q, d_log_q) - mul0(p, d_log_p))
 
 
 q_minus_p.defjvp(_q_minus_p_rule, symbolic_zeros=True)
@@ -53,7 +54,8 @@ def _log_q_over_p_rule(classes, primals, tangents):
     if one_at_a_time(tangents):
         tangent = _difference_of_tangents(centered, primals, tangents, classes)
     else:
-        _, tangent = _tangents_of_logarithms(primals, tangents, classes)
+        near, d_log_p, d_log_q, d_delta = _tangents_of_logarithms(primals, tangents, classes)
+        tangent = jnp.where(near, d_delta, d_log_q - d_log_p)
     return log_q_over_p(*primals, classes), tangent
 
 
@@ -67,11 +69,14 @@ def deviances(x, y, d, classes):
     return deviance_from_log(*compare(x, y, d, classes))
 
 
-# d (qᵢ - pᵢ - pᵢδᵢ) = (qᵢ - pᵢ - pᵢδᵢ) d log pᵢ + (qᵢ - pᵢ) dδᵢ
+# d (qᵢ - pᵢ - pᵢδᵢ) = (qᵢ - pᵢ - pᵢδᵢ) d log pᵢ + (qᵢ - pᵢ) dδᵢ = (qᵢ - pᵢ) d log qᵢ - pᵢδᵢ d log pᵢ
 @deviances.defjvp
 def _deviances_rule(classes, primals, tangents):
-    terms, (d_log_p, d_delta) = deviances(*primals, classes), _tangents_of_logarithms(primals, tangents, classes)
-    return terms, mul0(terms, d_log_p) + mul0(q_minus_p(*primals, classes), d_delta)
+    terms, difference = deviances(*primals, classes), q_minus_p(*primals, classes)
+    near, d_log_p, d_log_q, d_delta = _tangents_of_logarithms(primals, tangents, classes)
+    weighted = mul0(log_q_over_p(*primals, classes), softmax(primals[0], classes))
+    apart = mul0(difference, d_log_q) - mul0(weighted, d_log_p)
+    return terms, jnp.where(near, mul0(terms, d_log_p) + mul0(difference, d_delta), apart)
 
 
 def one_at_a_time(tangents) -> bool:
@@ -80,10 +85,12 @@ def one_at_a_time(tangents) -> bool:
 
 
 def _tangents_of_logarithms(primals, tangents, classes):
-    """d log p, and d log q/p."""
-    (x, _, _), (dx, dy, dd) = primals, tangents
+    """Where p and q are near, d log p, d log q, and d log q/p there; elsewhere it is the difference of those."""
+    (x, y, _), (dx, dy, dd) = primals, tangents
+    near = jnp.abs(lax.stop_gradient(log_q_over_p(*primals, classes))) < 1.5
     mean = classes.sum(mul0(q_minus_p(*primals, classes), dy))
-    return centered(dx, x, classes), centered(dd, x, classes) - classes.column(mean)
+    d_delta = centered(dd, x, classes) - classes.column(mean)
+    return near, centered(dx, x, classes), centered(dy, y, classes), d_delta
 
 
 def _softmax_tangent(t, x, classes):

@@ -18,7 +18,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._arguments import distributions, fraction, public
+from jce._arguments import distributions, fraction, is_array, public
 from jce._calculus import custom_jvp, over_if_present, ratio
 from jce._compare import compare, q_minus_p
 from jce._deviance import deviance, difference_from_log, log_ratio
@@ -78,17 +78,18 @@ def jensen_shannon_divergence(
     """
     name = "jensen_shannon_divergence"
     (p, q), classes = distributions(name, axis, where, p=p, q=q)
-    b = _weight(name, p.dtype, beta) * jnp.ones_like(p)
-    return classes.sum(_divergence(p, q, b, one_minus(b)))
+    b, c = (weight * jnp.ones_like(p) for weight in _weights(name, p.dtype, beta))
+    return classes.sum(_divergence(p, q, b, c))
 
 
-def _weight(function, dtype, beta):
-    """A Python number for which neither β nor 1-β is 0 in the dtype, or a traced one."""
+def _weights(function, dtype, beta):
+    """β and 1-β: of a Python number, where neither is 0 in the dtype, as exact as both can be; or of a traced one."""
     advice = (
         "At 0 and 1 the divergence is 0, whatever p and q are; divided by β, and by 1-β, it becomes KL(p‖q) and KL(q‖p)"
         " there: use kl_divergence, or kl_divergence_with_logits."
     )
-    return fraction(function, dtype, ends=False, advice=advice, beta=beta)
+    b = fraction(function, dtype, ends=False, advice=advice, beta=beta)
+    return b, one_minus(b) if is_array(b) else 1 - b
 
 
 # β and 1-β are two arguments, since neither is known well enough from the other where that is near 1. Derivatives are
@@ -240,8 +241,8 @@ def jensen_shannon_divergence_with_logits(
     (x, y), classes = distributions(
         name, axis, where, axis_name, in_logits=("p_logits", "q_logits"), p_logits=p_logits, q_logits=q_logits
     )
-    b = jnp.asarray(_weight(name, x.dtype, beta), x.dtype)
-    return _divergence_of_softmax(x, y, b, one_minus(b), classes)
+    b, c = (jnp.asarray(weight, x.dtype) for weight in _weights(name, x.dtype, beta))
+    return _divergence_of_softmax(x, y, b, c, classes)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))

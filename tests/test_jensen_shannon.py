@@ -174,3 +174,14 @@ def test_derivatives_where_the_two_are_apart(platform, rng):
         exact = gradients(np.float64(x), np.float64(y))
     for got, truth in zip(gradients(x, y), exact, strict=True):
         np.testing.assert_allclose(got, truth, rtol=1e-4, atol=1e-32)
+
+
+@pytest.mark.parametrize("form", ["probabilities", "logits"])
+def test_a_python_beta_near_1_is_1_less_the_other(form, rng):
+    """Exchanging p and q exchanges β and 1-β, which double precision knows of both."""
+    x, y = rng.standard_normal((2, 20, 5)).astype(np.float32)
+    function = jce.jensen_shannon_divergence_with_logits
+    if form == "probabilities":
+        function, x, y = jce.jensen_shannon_divergence, jax.nn.softmax(x), jax.nn.softmax(y)
+    for beta in (0.999, 1 - 1e-6, 1 - 1e-7):
+        np.testing.assert_allclose(function(x, y, beta=beta), function(y, x, beta=1 - beta), rtol=2e-6)

@@ -545,6 +545,30 @@ def test_a_traced_temperature_beside_forbidden_classes(rng):
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(run(np.float32(0.7), x, y, 0 * x[0])))
 
 
+def test_second_derivatives_in_a_temperature_beside_what_p_alone_forbids():
+    """Or thinks next to impossible: the Hessian in T and q's biases is symmetric, and a float64 formula's."""
+    cases = list(itertools.product([-np.inf, -1e30, -200, -30, -3], [-4, -1, 1], [0.7, 1, 2]))
+    x, y, t = (np.array(a, np.float32) for a in zip(*cases, strict=True))
+    x, y = (np.stack([a, 0 * y, r + 0 * y], 1) for a, r in ((x, np.float32(1)), (y, np.float32(0))))
+
+    def ours(y, t, x):
+        p, q = (Linear(jnp.ones((1, 1), z.dtype), jnp.zeros((3, 1), z.dtype), z) for z in (x, y))
+        return jce.linear_kl_divergence(p, q, temperature=t, reduction="sum")
+
+    def plain(y, t, x):
+        log_p, log_q = (jax.nn.log_softmax(z / t) for z in (jnp.maximum(x, -400), y))
+        return (jnp.exp(log_p) * (log_p - log_q)).sum()
+
+    def hessians(f, *arguments):
+        return jax.jit(jax.vmap(jax.hessian(f, (0, 1))))(*arguments)
+
+    got = hessians(ours, y, t, x)
+    with jax.enable_x64(True):
+        expected = hessians(plain, *(np.float64(a) for a in (y, t, x)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, expected)
+    np.testing.assert_allclose(got[0][1], got[1][0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("which", ["by name", "map"])
 @pytest.mark.in_turn(2)
 def test_two_heads_are_their_logits_bit_for_bit(which, rng):

@@ -63,8 +63,9 @@ def linear_kl_divergence(
       where student and teacher are nearly the same.
 
     At the boundary:
-      A class that p forbids, by a bias of -∞, contributes 0; one that q alone forbids makes the token's loss +∞. No
-      tokens, or no weight, make a mean or a sum of 0; no classes make every loss 0.
+      A class that p forbids, by a bias of -∞, contributes 0; one that q alone forbids makes the token's loss +∞, and
+      its derivative in a traced temperature NaN. No tokens, or no weight, make a mean or a sum of 0; no classes make
+      every loss 0.
 
     Derivative:
       ∂KL/∂yᵢ = (qᵢ - pᵢ)/T in q's logits, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T in p's, and on to hidden states, heads and

@@ -18,7 +18,7 @@ ce = jce.cross_entropy_with_integer_labels
 def losses(tokens: int, chunk: int) -> dict:
     """By name, of hidden states, a head and a number t above 0, which some of them take too."""
     y, k = jnp.arange(tokens) % 3, {"chunk_size": chunk}
-    lists = {"label_probs": jnp.full((tokens, 2), 0.4), "tail": True}
+    lists = {"label_probs": jnp.full((tokens, 2), 0.4, np.float32), "tail": True}
     keys = jax.random.split(jax.random.key(0), tokens)
     constant = np.float32([0.5, 2.0])
 

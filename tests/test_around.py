@@ -20,7 +20,7 @@ pytestmark = pytest.mark.needs_jit
 TOKENS, CLASSES, WIDTH, CHUNK = 512, 1024, 4, 32
 LOSSES = losses(TOKENS, CHUNK)
 each_loss = pytest.mark.parametrize("name", LOSSES)
-H, W = jnp.ones((TOKENS, WIDTH)), jnp.ones((CLASSES, WIDTH))
+H, W, STEPS = (jnp.ones(shape, np.float32) for shape in ((TOKENS, WIDTH), (CLASSES, WIDTH), 3))
 
 # What changes from step to step, by which of a loss's arguments are constants
 FIXED = {
@@ -77,7 +77,7 @@ def test_no_loop_has_the_logits_of_all_tokens(name, fixed):
             results += [jax.value_and_grad(f, (0, 1, 3))(a, w, h, ts), jax.jvp(f, primals, tangents)]
         return results
 
-    arguments = jnp.ones((WIDTH, WIDTH)), W, H, jnp.ones(3)
+    arguments = jnp.eye(WIDTH, dtype=np.float32), W, H, STEPS
     compiled = jax.jit(program).lower(*arguments).compile()
     assert elements(compiled.as_text()) <= max(CHUNK * CLASSES, 4 * TOKENS * WIDTH) * 2
 
@@ -93,7 +93,7 @@ def test_a_gradient_in_a_loop_differentiated_again(name):
 
         return lax.scan(step, w, ts)[0].sum()
 
-    compiled = jax.jit(jax.grad(after_steps, (0, 1))).lower(W, H, jnp.ones(3)).compile()
+    compiled = jax.jit(jax.grad(after_steps, (0, 1))).lower(W, H, STEPS).compile()
     assert elements(compiled.as_text()) <= 2 * CHUNK * CLASSES
 
 
@@ -102,7 +102,7 @@ OF_EACH = {
     "log-probabilities": lambda y, h, w: jce.linear_log_probs(y, h, w, chunk_size=CHUNK).log_prob,
     "map": lambda y, h, w: jce.linear_map(lambda x: jnp.sin(x).sum(), jce.Linear(h, w), chunk_size=CHUNK),
     "lists": lambda y, h, w: jce.linear_cross_entropy(
-        y[:, None], h, w, label_probs=jnp.full((TOKENS, 1), 0.5), reduction="none", chunk_size=CHUNK
+        y[:, None], h, w, label_probs=jnp.full((TOKENS, 1), 0.5, np.float32), reduction="none", chunk_size=CHUNK
     ),
 }
 

@@ -289,11 +289,12 @@ def test_rules_that_close_over_a_traced_value():
 
     def loss(limit, h):
         return jce.linear_map(
-            lambda x: limited(limit)(x) @ jnp.arange(3.0), Linear(h, w), reduction="sum", chunk_size=2
+            lambda x: limited(limit)(x) @ jnp.arange(3, dtype=np.float32), Linear(h, w), reduction="sum", chunk_size=2
         )
 
     gradient = jax.grad(loss, 1)
-    for got in (jax.jit(gradient)(1.5, h), jax.vmap(gradient, (0, None))(jnp.array([1.5]), h)[0]):
+    limit = np.float32(1.5)
+    for got in (jax.jit(gradient)(limit, h), jax.vmap(gradient, (0, None))(limit[None], h)[0]):
         np.testing.assert_allclose(got, np.full((5, 2), 2.5), rtol=1e-6)
 
 

@@ -21,10 +21,15 @@ N = 33_000  # 40 blocks of 825
 )
 def test_blocks(n, blocks):
     """Many, a power of two if it can be, of 512 classes and more; a prime number of classes stays whole."""
-    x = jnp.zeros((1, n))
+    x = jnp.zeros((1, n), np.float32)
     classes = Classes(-1).folding(x)
     assert classes.blocks == blocks
     assert classes.unfold(classes.fold(x)).shape == x.shape
+
+
+def test_float64_rows_are_folded_at_half_as_many():
+    with jax.enable_x64(True):
+        assert [Classes(-1).folding(jnp.zeros((1, n), np.float64)).blocks for n in (16_384, 32_768)] == [1, 64]
 
 
 def derivatives(function, positions):

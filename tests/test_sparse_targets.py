@@ -190,7 +190,7 @@ def test_a_tail_over_nothing_is_nothing(way, dtype, rng):
         jax.jit(jax.value_and_grad(of, (1, 2)), static_argnums=0)(f, p, x) for f in (WAYS_OF_EXCLUDING[way], plain)
     )
     digits = float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(np.float32(got[1][0]), np.float32(expected[1][0]), rtol=digits, atol=digits)
+    np.testing.assert_allclose(np.float32(got[1][0]), np.float32(expected[1][0]), rtol=4 * digits, atol=digits)
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
     np.testing.assert_allclose(got[1][1], expected[1][1], atol=1e-6)
 
@@ -198,12 +198,12 @@ def test_a_tail_over_nothing_is_nothing(way, dtype, rng):
 @pytest.mark.holds_nan
 def test_a_tail_of_impossible_classes_is_infinite_unless_nothing_is_left():
     """And where Σp is above 1 by a rounding, it is no reward."""
-    x, y = jnp.array([0.0, 1.0, 2.0, -INF]), jnp.arange(3)
+    x, y = jnp.array([0.0, 1.0, 2.0, -INF], np.float32), jnp.arange(3)
 
     def of(p, x=x, **options):
         return loss(y, x, label_probs=jnp.asarray(p), tail=True, **options)
 
-    exact = jnp.array([0.5, 0.25, 0.25])
+    exact = jnp.array([0.5, 0.25, 0.25], np.float32)
     eps = np.finfo(np.float32).eps
     plain = loss(y, x, label_probs=exact)
     for ulps in (-4, -1, 1, 4):

@@ -209,6 +209,8 @@ def test_a_tail_of_impossible_classes_is_infinite_unless_nothing_is_left():
     for ulps in (-4, -1, 1, 4):
         assert of(exact.at[0].add(ulps * eps)) == pytest.approx(float(plain), rel=1e-5)
     assert of(exact.at[0].add(-8 * eps)) == INF
+    # But of no class at all it is 0, however much is left of the target.
+    assert of(exact / 2, where=np.arange(4) < 3) == pytest.approx(float(plain / 2), rel=1e-6)
     # With another class, by value; and the derivative in p is the formula's on both sides of 1.
     low = x.at[3].set(-50.0)
     for ulps, tail in ((-4, 4 * eps), (0, 0), (4, 0)):

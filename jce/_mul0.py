@@ -16,8 +16,8 @@ from jax.lax import mul_p
 
 from jce._classes import varying_alike
 from jce._layout import split_alike
+from jce._waiting import Primitive
 
-Primitive = type(mul_p)  # `jax.extend.core.Primitive`, without the import of Pallas that comes with it
 _mul0_p, _over_p = Primitive("mul0"), Primitive("over")
 
 

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.interpreters import ad, batching, mlir
 
 from jce._classes import varying_alike
-from jce._mul0 import Primitive
+from jce._waiting import Primitive
 
 
 class Head(NamedTuple):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.interpreters import ad, batching, mlir
 
-from jce._mul0 import Primitive
+from jce._waiting import Primitive
 
 T = TypeVar("T")
 _together_p = Primitive("together")

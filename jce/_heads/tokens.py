@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import ad, batching, mlir
 
-from jce._mul0 import Primitive
+from jce._waiting import Primitive
 
 _of_tokens_p = Primitive("of_tokens")
 _of_tokens_p.multiple_results = True

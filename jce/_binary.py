@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._arguments import elementwise, public
+from jce._arguments import elementwise
 from jce._calculus import both_zero, custom_jvp, def_partials, def_tangents, def_twin, over_if_present, ratio
 from jce._deviance import deviance, log_ratio
 from jce._elementary import log, log1p, log_complement, one_minus, raised, unless_negative
+from jce._public import public
 
 
 @public()

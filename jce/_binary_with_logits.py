@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._arguments import elementwise, public
+from jce._arguments import elementwise
 from jce._calculus import custom_jvp, def_partials
 from jce._deviance import deviance_from_log
 from jce._elementary import exp, expm1, exponential_minus_1, log1p_unit, log_complement, one_minus, reused, tanh
 from jce._mul0 import mul0
+from jce._public import public
 
 
 @public()

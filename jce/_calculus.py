@@ -43,14 +43,15 @@ class custom_jvp:
         return self._kernel(*arguments)
 
 
+def along(tangents, *terms: Callable[[Array], Array]) -> Array:
+    """The sum of terms, each linear in its tangent, of the arguments that are differentiated: the others add nothing."""
+    live = [term(t) for term, t in zip(terms, tangents, strict=True) if not isinstance(t, SymbolicZero)]
+    return functools.reduce(jnp.add, live)
+
+
 def directional_derivative(primals, tangents, *partials: Callable[..., Array], static=()) -> Array:
-    """Σᵢ ∂ᵢf · tᵢ, elementwise, over the arguments that are differentiated: the others add nothing."""
-    terms = [
-        mul0(partial(*primals, *static), t)
-        for partial, t in zip(partials, tangents, strict=True)
-        if not isinstance(t, SymbolicZero)
-    ]
-    return functools.reduce(jnp.add, terms)
+    """Σᵢ ∂ᵢf · tᵢ, elementwise."""
+    return along(tangents, *(lambda t, f=f: mul0(f(*primals, *static), t) for f in partials))
 
 
 def def_partials(kernel: custom_jvp, *partials: Callable[..., Array]) -> None:
@@ -76,10 +77,7 @@ def def_tangents(kernel: custom_jvp, *tangents_of: Callable[..., Array]) -> None
     """The same, each partial as a linear function of its argument's tangent and all arguments."""
 
     def rule(primals, tangents):
-        pairs = zip(tangents_of, tangents, strict=True)
-        return kernel(*primals), functools.reduce(
-            jnp.add, [f(t, *primals) for f, t in pairs if not isinstance(t, SymbolicZero)]
-        )
+        return kernel(*primals), along(tangents, *(lambda t, f=f: f(t, *primals) for f in tangents_of))
 
     kernel.defjvp(rule, symbolic_zeros=True)
 

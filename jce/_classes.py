@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,17 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from jce._layout import Layout, mesh_names, over_devices, told_axes
-from jce._platforms import Way, per_platform
+from jce._platforms import named
 from jce._row_sum import row_sum
+from jce._waiting import waiting
 
 LONGEST_ROW = 32_768  # classes in float32, and half as many in float64; longer ones are folded
 LONG_ROW = 128  # fewer classes are few
 SHORTEST_BLOCK = 512
 
 
-class Classes(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Classes:
     """The n classes along `axis` < 0 of each array; with a mesh axis, each of its devices holds some of them.
 
     Static, and the only thing that knows whether a sum over classes is one over devices or blocks too.
@@ -33,12 +34,6 @@ class Classes(NamedTuple):
     axis: int
     mesh_axis: Hashable | None = None
     blocks: int = 1  # folded, their axis is the one before
-    way: Way | None = None  # of the platform, once it is known
-
-    @property
-    def masks(self) -> bool:
-        """Whether a select in a sum costs nothing."""
-        return self.way in (Way.REDUCTION, Way.CHAIN)
 
     def folding(self, x: Array) -> Classes:
         """These classes on a CPU, with as many blocks as suit arrays like x, which aren't folded yet.
@@ -46,11 +41,11 @@ class Classes(NamedTuple):
         A sharded row stays where it is if the number of devices divides that of blocks: hence many, in powers of 2. JAX
         admits no reshape of an axis whose type says that it is sharded.
         """
-        n, known = x.shape[self.axis], self._replace(way=Way.PASSES)
+        n = x.shape[self.axis]
         if n <= _longest_row(x) or self.are_split(x):
-            return known
+            return self
         fit = [k for k in range(2, n // SHORTEST_BLOCK + 1) if n % k == 0 and n // k <= _longest_row(x)]
-        return known._replace(blocks=max(fit, key=lambda k: (k & -k, k), default=1))
+        return Classes(self.axis, self.mesh_axis, max(fit, key=lambda k: (k & -k, k), default=1))
 
     def fold(self, x: Array) -> Array:
         """[..., n, ...] as [..., blocks, n/blocks, ...]"""
@@ -66,10 +61,14 @@ class Classes(NamedTuple):
         return jax.typeof(x).sharding.spec[x.ndim + self.axis] is not None
 
     def reduce(self, reduction: Callable, x):
-        """reduction(x, axis), of blocks and then of what they gave."""
+        """reduction(x, axis), of long rows as suits the platform."""
         first = jax.tree.leaves(x)[0]
-        if self.way is None and first.shape[self.axis] > _longest_row(first):
-            return per_platform(_Reduced(reduction))(x, self)
+        if first.shape[self.axis] > _longest_row(first):
+            return waiting(_Reduced(reduction, self), x)
+        return reduction(x, self.axis)
+
+    def of_blocks(self, reduction: Callable, x):
+        """The same of blocks, and then of what they gave."""
         x = reduction(x, self.axis)
         # Without the barrier XLA makes one reduction of the two again.
         return x if self.blocks == 1 else reduction(lax.optimization_barrier(x), self.axis)
@@ -112,13 +111,22 @@ class Classes(NamedTuple):
         return self.blocks * x.shape[self.axis]
 
     def are_few(self, x: Array) -> bool:
-        """Whether rows are so short that on a CPU other operations are cheap, as `_softmax.py` says."""
+        """Whether rows are so short that on a CPU other operations are cheap (`_ways/passes.py`)."""
         return self.count_here(x) < LONG_ROW
+
+    # In a sum on a CPU a select would cost a pass. So 0 · ∞ is 0 there by numbers that the infinite one is limited to.
 
     def lowest(self, x: Array) -> Array:
         """The lowest number; of few classes made of x, for where it meets a result."""
         least = jnp.finfo(x.dtype).min
         return jnp.minimum(x, least) if self.are_few(x) else jnp.full((), least, x.dtype)
+
+    def bound(self, p: Array, sign: int) -> Array:
+        """A number at p = 0, and ±∞ at any normal p: what is within may be multiplied with p."""
+        info = jnp.finfo(p.dtype)
+        if self.are_few(p):
+            return sign * jnp.abs((p * info.max) * self.lowest(p))
+        return sign * info.max * (0.5 + jnp.abs(p) * (1.5 / info.tiny))
 
     def local(self, labels: Array, x: Array) -> Array:
         """Labels as counted from this device's first class."""
@@ -137,10 +145,6 @@ class Classes(NamedTuple):
             return there
         return self.over_devices(jnp.where(self.has(x, y), there, jnp.zeros_like(there)))
 
-    def at_by_mask(self, x: Array, y: Array) -> Array:
-        """The same as a sum, which reads all of x."""
-        return self.sum(jnp.where(self.is_at(x, y), x, jnp.zeros_like(x)))
-
     def _at_of_split(self, x: Array, y: Array) -> Array:
         """The same where types say that the classes are split: JAX looks nothing up along such an axis."""
         layout = Layout.of(x.shape, [x])
@@ -152,13 +156,6 @@ class Classes(NamedTuple):
             out_specs=P(*rows.spec),
             axis_names=told_axes(layout.mesh),
         )(x, rows.place(y))
-
-    def put(self, x: Array, y: Array, r: Array) -> Array:
-        """x, not folded, with a number a row in the place of a local label's."""
-        if self.masks:
-            return jnp.where(self.is_at(x, y), self.column(r), x)
-        y = jnp.where(self.has(x, y), y, jnp.full_like(y, x.shape[-1]))  # a negative index would count
-        return x.at[jnp.arange(y.size), y].set(r, mode="drop")
 
     def each(self, r: Array, x: Array) -> Array:
         """A number a row, for each class of x, and split as x is."""
@@ -184,9 +181,11 @@ def _longest_row(x: Array) -> int:
 @dataclasses.dataclass(frozen=True)
 class _Reduced:
     reduction: Callable
+    classes: Classes
 
-    def __call__(self, x, classes: Classes):
-        return classes.reduce(self.reduction, x)
+    def __call__(self, platform, x):
+        here = self.classes.folding(jax.tree.leaves(x)[0]) if named(platform).is_cpu else self.classes
+        return here.of_blocks(self.reduction, jax.tree.map(here.fold, x))
 
 
 def varying_alike(*arrays: Array) -> list[Array]:

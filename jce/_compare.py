@@ -20,12 +20,12 @@ from jce._classes import Classes, like
 from jce._deviance import deviance_from_log, difference_from_log
 from jce._elementary import exp, log1p, two_sum
 from jce._mul0 import mul0, over
-from jce._platforms import Way, except_on_tpu, per_platform
-from jce._softmax import another, centered, normalizer, softmax, softmax_tangent
+from jce._softmax import centered, softmax, softmax_tangent
+from jce._ways.kernel import kernel
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
-@per_platform
+@kernel
 def q_minus_p(x, y, d, classes):
     return difference_from_log(*compare(x, y, d, classes))
 
@@ -44,7 +44,7 @@ q_minus_p.defjvp(_q_minus_p_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
-@per_platform
+@kernel
 def log_q_over_p(x, y, d, classes):
     return compare(x, y, d, classes)[2]
 
@@ -63,7 +63,7 @@ log_q_over_p.defjvp(_log_q_over_p_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
-@per_platform
+@kernel
 def deviances(x, y, d, classes):
     """qᵢ - pᵢ - pᵢ log qᵢ/pᵢ ≥ 0, of which KL(p‖q) is the sum; differentiated along both rows at once."""
     return deviance_from_log(*compare(x, y, d, classes))
@@ -132,9 +132,7 @@ def _difference_of_rows_rule(classes, primals, tangents):
 
 def compare(x, y, d, classes):
     """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q."""
-    # As a chain it would have to take y - n and x - m apart, each with its rounding.
-    sums = classes._replace(way=Way.REDUCTION) if classes.way is Way.CHAIN else classes
-    nx, ny = normalizer(x, sums), normalizer(y, sums)
+    nx, ny = classes.normalizers(x, y)
     log_z_y_x = ny.log_z - nx.log_z
     # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x up to a number a row, by the rounding of the last. That number is
     # Σ p (e^δ - 1) = Σ (q - p), which ought to be 0.
@@ -146,8 +144,7 @@ def compare(x, y, d, classes):
 
 
 def _probabilities_and_difference(x, y, d, nx, ny, s, k, classes):
-    # A TPU's passes share these, for then two sums of it are one pass.
-    m, n = (except_on_tpu(another, sums.m, s) for sums in (nx, ny))
+    m, n = (classes.again_of_two(sums.m, s) for sums in (nx, ny))
     d_x, dominant_x = nx.depth_and_dominant(x, m, classes)
     d_y, dominant_y = ny.depth_and_dominant(y, n, classes)
     p, q = exp(d_x) / classes.column(nx.z), exp(d_y) / classes.column(ny.z)
@@ -160,7 +157,7 @@ def _probabilities_and_difference(x, y, d, nx, ny, s, k, classes):
 def _difference(x, y, m, n, classes, k):
     """(y - n) - (x - m) with a single rounding where it is small; -∞ where only y is, and a number where x is -∞.
 
-    k < 1 differs between the calls, as their m and n do: a constant that two passes share is stored N × n times too.
+    k < 1 differs between the calls, as their m and n do, so that two passes share nothing (`_ways/passes.py`).
     """
     least = jnp.finfo(x.dtype).min
     # Logits far below the maximum, of probability 0.

@@ -7,17 +7,26 @@ from collections.abc import Hashable
 
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._arguments import distributions, fraction, is_array, labelled, labelled_with_probs, public, require_no_tail
-from jce._calculus import both_zero, custom_jvp, def_partials_of_sum, def_tangents, negative, over_if_present, ratio
+from jce._arguments import distributions, fraction, is_array, labelled, labelled_with_probs, require_no_tail
+from jce._calculus import (
+    along,
+    both_zero,
+    custom_jvp,
+    def_partials_of_sum,
+    def_tangents,
+    negative,
+    over_if_present,
+    ratio,
+)
 from jce._elementary import exp, log
 from jce._mul0 import mul0
-from jce._platforms import Way, per_platform
-from jce._soft_targets import bound, scaled, smoothed, soft, soft_excess
-from jce._softmax import Normalizer, another, normalizer, off_label_sum, softmax_tangent, surprisal_at_label
+from jce._public import public
+from jce._soft_targets import scaled, smoothed, soft, soft_excess
+from jce._softmax import softmax_tangent, surprisal_at_label
 from jce._sparse_targets import rounding, sparse_cross_entropy
+from jce._ways.kernel import kernel
 
 
 @public("axis")
@@ -65,7 +74,7 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _sum_p_log_q(p, q, classes):
-    return classes.sum(p * jnp.maximum(log(q), bound(p, -1, classes)))
+    return classes.sum(p * jnp.maximum(log(q), classes.bound(p, -1)))
 
 
 @custom_jvp
@@ -240,17 +249,13 @@ def _label_surprisal_rule(classes, primals, tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
-@per_platform
+@kernel
 def _label_surprisal_and_excess(y, x, classes):
-    # Both in one function, since XLA can't see that two off-label sums, behind their barriers, are the same.
-    m, s, d = off_label_sum(y, x, classes)
-    z = s + exp(-d)
-    # The excess is written over e, but where rows are folded: there each pass computes its own.
-    depth = x - classes.column(m if classes.blocks == 1 else another(m, s))
-    if classes.way is Way.REDUCTION:  # in whose sum a class that dominates is exactly 1
-        depth = Normalizer(m, z - 1).depth_and_dominant(x, m, classes)[0]
-    excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-s), exp(depth)) / classes.column(z)
-    return surprisal_at_label(d, s), excess
+    # Both in one function, since XLA can't see that the sums of two are the same.
+    off = classes.off_label(y, x)
+    e = exp(classes.depth_off_label(x, off))
+    excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-off.s), e) / classes.column(off.z)
+    return surprisal_at_label(off), excess
 
 
 @_label_surprisal_and_excess.defjvp
@@ -268,40 +273,37 @@ def _smoothed_surprisal(y, share, x, smoothing, classes):
 
 # ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - εuᵢ, ∂/∂ε = Σᵢ uᵢ log 1/qᵢ - log 1/q_y
 def _smoothed_surprisal_rule(classes, primals, tangents):
-    (y, share, x, _), (_, _, dx, d_smoothing) = primals, tangents
+    y, share, x, _ = primals
     surprisal, excess = _smoothed_surprisal_and_excess(*primals, classes)
-    terms = []
-    if not isinstance(dx, SymbolicZero):
-        terms.append(classes.sum(mul0(excess, dx)))
-    if not isinstance(d_smoothing, SymbolicZero):
-        terms.append(scaled(-d_smoothing, label_surprisal(y, x, classes)))
-        terms.append(scaled(d_smoothing, soft(_of_each(share, x), x, classes)))
-    return surprisal, functools.reduce(jnp.add, terms)
+    return surprisal, along(
+        tangents[2:],
+        lambda dx: classes.sum(mul0(excess, dx)),
+        lambda t: scaled(-t, label_surprisal(y, x, classes)) + scaled(t, soft(_of_each(share, x), x, classes)),
+    )
 
 
 _smoothed_surprisal.defjvp(_smoothed_surprisal_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
-@per_platform
+@kernel
 def _smoothed_surprisal_and_excess(y, share, x, smoothing, classes):
     u = _of_each(share, x)
     surprisal, excess = _label_surprisal_and_excess(y, x, classes)
-    uniform = soft(u, x, classes) if share.ndim else classes.sum(share * normalizer(x, classes).surprisal(x, classes))
+    uniform = soft(u, x, classes) if share.ndim else classes.sum(share * classes.normalizer(x).surprisal(x, classes))
     return smoothed(surprisal, uniform, smoothing), smoothed(excess, soft_excess(u, x, classes), smoothing)
 
 
 # d (qᵢ - (1-ε) [i = y] - εuᵢ) = dqᵢ + ([i = y] - uᵢ) dε
 def _smoothed_surprisal_and_excess_rule(classes, primals, tangents):
-    (y, share, x, _), (_, _, dx, d_smoothing) = primals, tangents
-    terms = []
-    if not isinstance(dx, SymbolicZero):
-        terms.append(softmax_tangent(dx, x, None, classes))
-    if not isinstance(d_smoothing, SymbolicZero):
-        difference = soft_excess(_of_each(share, x), x, classes) - _label_surprisal_and_excess(y, x, classes)[1]
-        terms.append(scaled(d_smoothing, difference))
+    y, share, x, _ = primals
+
+    def along_smoothing(t):
+        return scaled(t, soft_excess(_of_each(share, x), x, classes) - _label_surprisal_and_excess(y, x, classes)[1])
+
+    d_excess = along(tangents[2:], lambda dx: softmax_tangent(dx, x, None, classes), along_smoothing)
     d_surprisal = _smoothed_surprisal_rule(classes, primals, tangents)[1]
-    return _smoothed_surprisal_and_excess(*primals, classes), (d_surprisal, functools.reduce(jnp.add, terms))
+    return _smoothed_surprisal_and_excess(*primals, classes), (d_surprisal, d_excess)
 
 
 _smoothed_surprisal_and_excess.defjvp(_smoothed_surprisal_and_excess_rule, symbolic_zeros=True)

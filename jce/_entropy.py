@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._arguments import distributions, public
+from jce._arguments import distributions
 from jce._calculus import custom_jvp, def_partials_of_sum, def_tangents, negative
-from jce._elementary import exp, log, log1p
+from jce._elementary import log, log1p
 from jce._mul0 import mul0, multiply, over
-from jce._platforms import per_platform, per_platform_apart
-from jce._softmax import another, deviation, normalizer, softmax, sums_in_one_pass, surprisal, unless_nan
+from jce._public import public
+from jce._softmax import softmax, surprisal, unless_nan
+from jce._ways.kernel import kernel, kernel_apart
 
 
 @public("axis")
@@ -60,8 +61,7 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 def _sum_p_log_p(p, classes):
-    # The lowest number for -∞, so that 0 log 0 = 0 without a select: inside a sum, a select would make XLA write the
-    # N × n terms to memory first, on a CPU. |p|, where p < 0 has no logarithm, is another result.
+    # The lowest number for -∞, so that 0 log 0 = 0. |p|, where p < 0 has no logarithm, is another result.
     return classes.sum(jnp.abs(p) * jnp.maximum(log(p), classes.lowest(p)))
 
 
@@ -125,23 +125,11 @@ def entropy_with_logits(
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@per_platform
+@kernel
 def entropy_of_softmax(x, classes):
     # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z, without a term below 0
-    if classes.masks:
-        _, s, t = sums_in_one_pass(x, classes)
-        return log1p(s) + t / (1 + s)
-    n = normalizer(x, classes)
-    if classes.mesh_axis is None:
-        d = x - classes.column(another(n.m, n.log_z))
-        e = exp(d)
-        # eᵢ, and 0 for a class that dominates, where xᵢ - m is 0
-        weight = jnp.minimum(jnp.floor(classes.column(another(1.75 + n.shared, n.log_z)) - e), e)
-    else:
-        d = n.depth(x, classes)
-        weight = exp(d)
-    # The lowest number for -∞, where eᵢ = 0 multiplies it.
-    return n.log_z - classes.sum(weight * jnp.maximum(d, jnp.finfo(x.dtype).min)) / n.z
+    _, s, t = classes.sums(x)
+    return log1p(s) + t / (1 + s)
 
 
 # ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)
@@ -152,7 +140,7 @@ def _entropy_of_softmax_rule(classes, primals, tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@per_platform_apart
+@kernel_apart
 def _weighted_excess(x, classes):
     return mul0(_surprisal_excess(x, classes), softmax(x, classes))
 
@@ -168,9 +156,9 @@ def _weighted_excess_rule(classes, primals, tangents):
     return _weighted_excess(*primals, classes), _tangent_of_weighted_excess(*tangents, *primals, classes)
 
 
-@per_platform_apart
+@kernel_apart
 def _tangent_of_weighted_excess(t, x, classes):
-    z, u, _, covariance = deviation(t, x, classes)
+    z, u, _, covariance = classes.deviation(t, x)
     excess = _surprisal_excess(x, classes)
     centered = multiply(excess - 1, u)
     tangent = mul0(softmax(x, classes), centered - classes.column(covariance(excess)))

@@ -18,14 +18,15 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._arguments import distributions, fraction, is_array, public
-from jce._calculus import custom_jvp, over_if_present, ratio
+from jce._arguments import distributions, fraction, is_array
+from jce._calculus import along, custom_jvp, over_if_present, ratio
 from jce._compare import compare, q_minus_p
 from jce._deviance import deviance, difference_from_log, log_ratio
 from jce._elementary import one_minus, raising, unless_negative
 from jce._mul0 import mul0
-from jce._platforms import per_platform
+from jce._public import public
 from jce._softmax import centered, softmax
+from jce._ways.kernel import kernel
 
 
 @public("axis", numbers=("beta",))
@@ -117,15 +118,13 @@ def _with_mixture(p, q, d, b, c):
 
 
 def _divergence_rule(primals, tangents):
-    (p, q, b, c), (dp, dq, db, _) = primals, tangents
-    terms = []
-    if not isinstance(dp, SymbolicZero):
-        terms.append(mul0(mul0(_log_p_over_m(p, q, b, c), b), dp))
-    if not isinstance(dq, SymbolicZero):
-        terms.append(mul0(mul0(_log_p_over_m(q, p, c, b), c), dq))
-    if not isinstance(db, SymbolicZero):
-        terms.append(mul0(_imbalance(p, q, b, c), db))
-    return _divergence(*primals), functools.reduce(jnp.add, terms)
+    p, q, b, c = primals
+    return _divergence(*primals), along(
+        tangents[:3],
+        lambda dp: mul0(mul0(_log_p_over_m(p, q, b, c), b), dp),
+        lambda dq: mul0(mul0(_log_p_over_m(q, p, c, b), c), dq),
+        lambda db: mul0(_imbalance(p, q, b, c), db),
+    )
 
 
 _divergence.defjvp(_divergence_rule, symbolic_zeros=True)
@@ -142,11 +141,9 @@ def _log_p_over_m(p, q, b, c):
 def _log_p_over_m_rule(primals, tangents):
     (p, q, b, c), (dp, dq, db, _) = primals, tangents
     m, terms = b * p + c * q, []
-    if not isinstance(dp, SymbolicZero):
-        terms.append(mul0(ratio(q, p), dp))
-    if not isinstance(dq, SymbolicZero):
-        terms.append(-dq)
-    terms = [mul0(c, over_if_present(functools.reduce(jnp.add, terms), p, m))] if terms else []
+    if not (isinstance(dp, SymbolicZero) and isinstance(dq, SymbolicZero)):
+        difference = along((dp, dq), lambda dp: mul0(ratio(q, p), dp), lambda dq: -dq)
+        terms.append(mul0(c, over_if_present(difference, p, m)))
     if not isinstance(db, SymbolicZero):
         terms.append(mul0(-ratio(p - q, m), db))
     return _log_p_over_m(*primals), functools.reduce(jnp.add, terms)
@@ -171,15 +168,14 @@ def imbalance(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
 
 # ∂/∂p = log p/m - β (p - q)/m, ∂/∂q = -log q/m - (1-β) (p - q)/m, ∂/∂β = -(p - q)²/m
 def _imbalance_rule(primals, tangents):
-    (p, q, b, c), (dp, dq, db, _) = primals, tangents
-    relative, terms = ratio(p - q, b * p + c * q), []
-    if not isinstance(dp, SymbolicZero):
-        terms.append(mul0(_log_p_over_m(p, q, b, c) - b * relative, dp))
-    if not isinstance(dq, SymbolicZero):
-        terms.append(mul0(-_log_p_over_m(q, p, c, b) - c * relative, dq))
-    if not isinstance(db, SymbolicZero):
-        terms.append(mul0(-(p - q) * relative, db))
-    return _imbalance(*primals), functools.reduce(jnp.add, terms)
+    p, q, b, c = primals
+    relative = ratio(p - q, b * p + c * q)
+    return _imbalance(*primals), along(
+        tangents[:3],
+        lambda dp: mul0(_log_p_over_m(p, q, b, c) - b * relative, dp),
+        lambda dq: mul0(-_log_p_over_m(q, p, c, b) - c * relative, dq),
+        lambda db: mul0(-(p - q) * relative, db),
+    )
 
 
 _imbalance.defjvp(_imbalance_rule, symbolic_zeros=True)
@@ -246,7 +242,7 @@ def jensen_shannon_divergence_with_logits(
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
-@per_platform
+@kernel
 def _divergence_of_softmax(x, y, b, c, classes):
     p, q, d = _p_q_and_difference(x, y, classes)
     return classes.sum(divergence(p, q, d, b, c))
@@ -259,16 +255,13 @@ def _p_q_and_difference(x, y, classes):
 
 # ∂/∂xᵢ = β pᵢ (log pᵢ/mᵢ - Σ p log p/m), ∂/∂yᵢ = (1-β) qᵢ (log qᵢ/mᵢ - Σ q log q/m), ∂/∂β = Σ (D(p, m) - D(q, m))
 def _divergence_of_softmax_rule(classes, primals, tangents):
-    (x, y, b, c), (dx, dy, db, _) = primals, tangents
-    terms = []
-    if not isinstance(dx, SymbolicZero):
-        terms.append(classes.sum(mul0(_weighted_excess(x, y, b, c, classes), dx)))
-    if not isinstance(dy, SymbolicZero):
-        terms.append(classes.sum(mul0(_weighted_excess(y, x, c, b, classes), dy)))
-    if not isinstance(db, SymbolicZero):
-        g = _imbalance_of_softmax(x, y, b, c, classes)
-        terms.append(mul0(g, db * jnp.ones_like(g)))
-    return _divergence_of_softmax(*primals, classes), functools.reduce(jnp.add, terms)
+    x, y, b, c = primals
+    return _divergence_of_softmax(*primals, classes), along(
+        tangents[:3],
+        lambda dx: classes.sum(mul0(_weighted_excess(x, y, b, c, classes), dx)),
+        lambda dy: classes.sum(mul0(_weighted_excess(y, x, c, b, classes), dy)),
+        lambda db: _times(_imbalance_of_softmax(x, y, b, c, classes), db),
+    )
 
 
 _divergence_of_softmax.defjvp(_divergence_of_softmax_rule, symbolic_zeros=True)
@@ -282,12 +275,11 @@ def _weighted_excess(x, y, b, c, classes):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
-@per_platform
+@kernel
 def _log_p_over_m_of_softmax(x, y, b, c, classes):
     """log p/m up to a number a row: where q has little of what p has, log βp/m, whose deviations are small there."""
     p, q, d = _p_q_and_difference(x, y, classes)
-    # On an accelerator by the plain probabilities, which are known one pass over both earlier.
-    p_, q_ = (softmax(x, classes), softmax(y, classes)) if classes.masks else (p, q)
+    p_, q_ = classes.as_known_first(p, x), classes.as_known_first(q, y)
     apart = classes.column(classes.sum(jnp.where(q_ < p_ / 2, p_, jnp.zeros_like(p_))) > 0.5)
     _, p, q, d, m = _with_mixture(p, q, d, b, c)
     share = jnp.maximum(b * p, jnp.finfo(p.dtype).tiny)
@@ -296,23 +288,22 @@ def _log_p_over_m_of_softmax(x, y, b, c, classes):
 
 # d log p/m = (1-β) q/m (d log p - d log q) - (p - q)/m dβ
 def _log_p_over_m_of_softmax_rule(classes, primals, tangents):
-    (x, y, b, c), (dx, dy, db, _) = primals, tangents
+    x, y, b, c = primals
     p, q = softmax(x, classes), softmax(y, classes)
-    m, terms = b * p + c * q, []
-    if not isinstance(dx, SymbolicZero):
-        terms.append(mul0(c * ratio(q, m), centered(dx, x, classes)))
-    if not isinstance(dy, SymbolicZero):
-        terms.append(-mul0(c * ratio(q, m), centered(dy, y, classes)))
-    if not isinstance(db, SymbolicZero):
-        terms.append(mul0(ratio(q_minus_p(x, y, None, classes), m), db * jnp.ones_like(m)))
-    return _log_p_over_m_of_softmax(*primals, classes), functools.reduce(jnp.add, terms)
+    m = b * p + c * q
+    return _log_p_over_m_of_softmax(*primals, classes), along(
+        tangents[:3],
+        lambda dx: mul0(c * ratio(q, m), centered(dx, x, classes)),
+        lambda dy: -mul0(c * ratio(q, m), centered(dy, y, classes)),
+        lambda db: _times(ratio(q_minus_p(x, y, None, classes), m), db),
+    )
 
 
 _log_p_over_m_of_softmax.defjvp(_log_p_over_m_of_softmax_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
-@per_platform
+@kernel
 def _imbalance_of_softmax(x, y, b, c, classes):
     p, q, d = _p_q_and_difference(x, y, classes)
     return classes.sum(imbalance(p, q, d, b, c))
@@ -320,21 +311,26 @@ def _imbalance_of_softmax(x, y, b, c, classes):
 
 # d Σ (D(p, m) - D(q, m)), by the partials of each term, with dpᵢ = pᵢ d log pᵢ
 def _imbalance_of_softmax_rule(classes, primals, tangents):
-    (x, y, b, c), (dx, dy, db, _) = primals, tangents
+    x, y, b, c = primals
     p, q, d = softmax(x, classes), softmax(y, classes), -q_minus_p(x, y, None, classes)
-    relative, terms = ratio(d, b * p + c * q), []
-    if not isinstance(dx, SymbolicZero):
-        slope = _where_possible(p, _log_p_over_m_of_softmax(x, y, b, c, classes)) - b * relative
-        terms.append(mul0(p * slope, centered(dx, x, classes)))
-    if not isinstance(dy, SymbolicZero):
-        slope = -_where_possible(q, _log_p_over_m_of_softmax(y, x, c, b, classes)) - c * relative
-        terms.append(mul0(q * slope, centered(dy, y, classes)))
-    if not isinstance(db, SymbolicZero):
-        terms.append(mul0(-d * relative, db * jnp.ones_like(d)))
-    return _imbalance_of_softmax(*primals, classes), classes.sum(functools.reduce(jnp.add, terms))
+    relative = ratio(d, b * p + c * q)
+    slope_p = _where_possible(p, _log_p_over_m_of_softmax(x, y, b, c, classes)) - b * relative
+    slope_q = -_where_possible(q, _log_p_over_m_of_softmax(y, x, c, b, classes)) - c * relative
+    terms = along(
+        tangents[:3],
+        lambda dx: mul0(p * slope_p, centered(dx, x, classes)),
+        lambda dy: mul0(q * slope_q, centered(dy, y, classes)),
+        lambda db: _times(-d * relative, db),
+    )
+    return _imbalance_of_softmax(*primals, classes), classes.sum(terms)
 
 
 _imbalance_of_softmax.defjvp(_imbalance_of_softmax_rule, symbolic_zeros=True)
+
+
+def _times(g, db):
+    """Of a number for all."""
+    return mul0(g, db * jnp.ones_like(g))
 
 
 def _where_possible(p, log_p_m):

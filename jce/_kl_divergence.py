@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jce._arguments import distributions, public
+from jce._arguments import distributions
 from jce._calculus import (
     both_zero,
     custom_jvp,
@@ -24,11 +23,11 @@ from jce._calculus import (
 )
 from jce._compare import compare, deviances, log_q_over_p, one_at_a_time, q_minus_p
 from jce._deviance import deviance, deviance_from_log, log_ratio
-from jce._elementary import raised, two_sum, unless_negative
+from jce._elementary import raised, unless_negative
 from jce._mul0 import mul0
-from jce._platforms import per_platform
-from jce._row_sum import row_sum
-from jce._softmax import FINE, centered, softmax
+from jce._public import public
+from jce._softmax import centered, softmax
+from jce._ways.kernel import kernel
 
 
 @public("axis")
@@ -81,15 +80,12 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
-@per_platform
+@kernel
 def _kl(p, q, classes):
     # p - q would round away p log p/q where q is far above p. There -3p is left out and added instead: without a jump,
-    # since two passes may see p and q rounded otherwise, and said in two ways, or a CPU would store what both share.
+    # since two passes may see p and q rounded otherwise, and said in two ways, so that they share nothing.
     deviances = unless_negative(jnp.minimum(p, q), deviance(p, q, p - q, jnp.maximum(p - q, -3 * p)))
-    q = jnp.minimum(q, 4 * p)
-    if classes.masks:
-        return _sum_of_differences(p, q, classes, deviances)
-    return classes.sum(deviances) + _sum_of_differences(p, q, classes)
+    return classes.sum_with_differences(deviances, p, jnp.minimum(q, 4 * p))
 
 
 # ∂/∂p p log p/q = log p/q + 1, ∂/∂q p log p/q = -p/q
@@ -174,29 +170,6 @@ def _relative_excess(p, q):
 def_twin(_relative_excess, lambda p, q: -ratio(p, q))
 
 
-def _sum_of_differences(p, q, classes, also: Array | float = 0.0):
-    """Σ (p - q), to an ulp even where it is the little that rounding left of 1 - 1: in float64 where a CPU sums
-    float32, fast for many classes, and elsewhere a sum of two-float numbers, whose lower parts other terms join."""
-    if not classes.masks and p.dtype == jnp.float32 and not classes.are_few(p):
-        with jax.enable_x64(True):
-            difference = p.astype(jnp.float64) - q.astype(jnp.float64)
-            if classes.blocks == 1:  # as float32 they may have been short enough
-                classes = classes.folding(difference)
-                difference = classes.fold(difference)
-            return (classes.reduce(row_sum, difference) + also).astype(p.dtype)
-    high, low = two_sum(p, -q)
-    zero = jnp.zeros((), p.dtype)
-    high, low = classes.reduce(
-        lambda x, axis: lax.reduce(x, (zero, zero), _add, (x[0].ndim + axis,)), (high, low + also)
-    )
-    return high + low
-
-
-def _add(a, b):
-    high, low = two_sum(a[0], b[0])
-    return high, low + (a[1] + b[1])
-
-
 @public("axis", "axis_name")
 def kl_divergence_with_logits(
     p_logits: ArrayLike,
@@ -253,7 +226,7 @@ def kl_divergence_with_logits(
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
-@per_platform
+@kernel
 def kl_of_softmax(x, y, d, classes):
     """Of logits x and y, and d as `_compare.py` says, or None."""
     p, q, delta = compare(x, y, d, classes)
@@ -290,7 +263,7 @@ def _weighted_excess(x, y, d, classes):
     p, log_p_q = softmax(x, classes), -log_q_over_p(x, y, d, classes)
     impossible = log_p_q == jnp.inf
     infinite = classes.column(kl_of_softmax(x, y, d, classes)) == jnp.inf
-    scale = 2.0 ** -classes.count(x).bit_length() / FINE  # that no sum over classes leaves the float range
+    scale = 2.0 ** -(classes.count(x).bit_length() + 12)  # that no sum over classes leaves the float range
     excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, classes) / scale
     excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)
     return mul0(excess, p)

@@ -10,9 +10,6 @@ that grows without bound, it would be everything: so within the rounding of p it
 
 from __future__ import annotations
 
-import functools
-import math
-
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -20,11 +17,10 @@ from jce._binary_with_logits import binary_cross_entropy_with_logits
 from jce._classes import Classes
 from jce._elementary import two_sum
 from jce._mul0 import mul0
-from jce._platforms import on_cpu
 from jce._soft_targets import smoothed, soft
 from jce._softmax import logsumexp
+from jce._ways.over_classes import over_classes
 
-FEW = 16  # labels, which an accelerator compares with each class; more are scattered
 ROUNDINGS = 4  # that leave Σp off 1: of softmaxes of up to 10,000 classes it was at most 3.3 eps
 
 
@@ -47,7 +43,7 @@ def sparse_cross_entropy(
     x += classes.column(jnp.where(wrong.any(-1), jnp.nan, 0).astype(x.dtype))
     used = jnp.where(is_class, p, jnp.zeros_like(p))
     total = used.sum(-1)
-    loss = soft(_over_classes(y, used, x, classes), x, classes)
+    loss = soft(over_classes(y, used, x, classes), x, classes)
     if not isinstance(smoothing, float) or smoothing:
         uniform = kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
         loss = smoothed(loss, mul0(soft(uniform, x, classes), total), smoothing)
@@ -75,7 +71,7 @@ def _rest(p):
 
 def _log_over_others(y, is_class, x, kept, nothing, classes):
     """log 1/(1 - Σq), and 0 where every class has a label, or every possible one and nothing of the target is left."""
-    listed = _over_classes(y, is_class.astype(x.dtype), x, classes) > 0
+    listed = over_classes(y, is_class.astype(x.dtype), x, classes) > 0
     x = x - classes.column(lax.stop_gradient(classes.max(x)))  # so that sums are as exact as differences
     s, some = _log_sum(x, listed, classes)
     r, others = _log_sum(x, ~listed, classes)
@@ -89,24 +85,3 @@ def _log_sum(x, there, classes):
     possible = classes.any(there & (x > -jnp.inf))
     x = jnp.where(there, x, jnp.full_like(x, -jnp.inf))
     return logsumexp(jnp.where(classes.column(possible), x, jnp.zeros_like(x)), classes), possible
-
-
-def _over_classes(y, a, x, classes):
-    """Σⱼ aⱼ [i = yⱼ] for each class i of x."""
-    compared, scattered = (functools.partial(f, classes=classes) for f in (_compared, _scattered))
-    any_way = scattered if y.shape[-1] > FEW else on_cpu(scattered, compared)
-    function = compared if classes.are_split(x) else any_way
-    return function(classes.local(y, x), a, jnp.zeros_like(x))
-
-
-def _compared(y, a, zeros, classes):
-    for j in range(y.shape[-1]):
-        zeros += jnp.where(classes.is_at(zeros, y[..., j]), classes.column(a[..., j]), jnp.zeros_like(zeros))
-    return zeros
-
-
-def _scattered(y, a, zeros, classes):
-    rows, n = math.prod(zeros.shape[:-1]), zeros.shape[-1]
-    y = jnp.where(classes.has(zeros, y), y, jnp.full_like(y, n))  # a negative index would count
-    y, a = (b.reshape(rows, b.shape[-1]) for b in (y, a))
-    return zeros.reshape(rows, n).at[jnp.arange(rows)[:, None], y].add(a, mode="drop").reshape(zeros.shape)

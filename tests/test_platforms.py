@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jce
-from jce import _platforms, _softmax
-from jce._classes import Classes
-from jce._softmax import off_label_sum, sums_in_one_pass, surprisal_at_label
+from jce import _platforms
+from jce._softmax import surprisal_at_label
+from jce._ways.chain import Chain
+from jce._ways.reduction import Reduction
 from tests import test_accuracy
 from tests import test_corners as corners
 from tests.kernels import OF_LOGITS, WITH_CLASSES, label, modes
@@ -20,7 +21,7 @@ from tests.kernels import OF_LOGITS, WITH_CLASSES, label, modes
 pytestmark = pytest.mark.needs_jit
 
 TOKENS, WIDTH, CLASSES = 61, 16, 40
-MASKS = Classes(-1, way=_platforms.Way.REDUCTION)
+REDUCTION = Reduction(-1)
 
 
 @pytest.fixture
@@ -395,12 +396,12 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("way", [_platforms.Way.REDUCTION, _platforms.Way.CHAIN])
+@pytest.mark.parametrize("way", [REDUCTION, Chain(-1)], ids=lambda way: type(way).__name__)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_sums_in_one_pass(row, way):
     """m, and to a few ulps what is of all but one maximal class, in several orders of the classes."""
     x = np.array([np.roll(row, k) for k in range(len(row))], np.float32)
-    m, s, t = jax.jit(sums_in_one_pass, static_argnums=1)(x, Classes(-1, way=way))
+    m, s, t = jax.jit(way.sums)(x)
     below = np.sort(np.float64(x[0]))[::-1]
     depth = np.minimum(below[0] - below[1:], 1e4)
     np.testing.assert_array_equal(m, np.float32(below[0]))
@@ -421,26 +422,26 @@ def test_sums_in_one_pass_over_devices(accelerator, rng):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_sums_of_no_distribution(bad):
     row = np.float32([bad] * 5 if bad == -np.inf else [0, 1, bad, 2, bad])
-    assert np.isnan(sums_in_one_pass(jnp.asarray(row), MASKS).s)
+    assert np.isnan(REDUCTION.sums(jnp.asarray(row)).s)
 
 
 def test_labels_by_a_mask_or_a_gather(rng):
     """The same numbers, also of a forbidden class, whichever an accelerator takes."""
     y, x = jnp.array([0, 2, 6, 3]), rng.standard_normal((4, 7)).astype(np.float32)
     x[1, 2] = -np.inf
-    np.testing.assert_array_equal(MASKS.at_by_mask(jnp.asarray(x), y), MASKS.at(jnp.asarray(x), y))
+    np.testing.assert_array_equal(REDUCTION.at_by_mask(jnp.asarray(x), y), REDUCTION.at(jnp.asarray(x), y))
 
 
 def test_a_labels_logit_of_another_rounding(monkeypatch):
     """As of a program that makes the logits anew for it: losses keep their digits, and none is below 0."""
     for error in (-3e-7, 3e-7):
-        monkeypatch.setattr(_softmax, "at_label", lambda x, y, classes, error=error: classes.at(x * (1 + error), y))
+        monkeypatch.setattr(Reduction, "at_label", lambda way, x, y, error=error: way.at(x * (1 + error), y))
         x = np.float32([[30, 0, 1], [-20, 3, -30], [1, 0.5, 0.2], [2, 2, -1]])
         y = jnp.array([0, 1, 0, 1])
-        _, s, d = jax.jit(lambda y, x: off_label_sum(y, x, MASKS))(y, x)
+        off = jax.jit(REDUCTION.off_label)(y, x)
         with jax.enable_x64(True):
             exact = np.float64(jce.cross_entropy_with_integer_labels(y, np.float64(x)))
-        np.testing.assert_allclose(surprisal_at_label(d, s), exact, rtol=3e-6)
+        np.testing.assert_allclose(surprisal_at_label(off), exact, rtol=3e-6)
 
 
 def test_the_sums_in_one_pass_have_a_rule(rng):
@@ -450,9 +451,10 @@ def test_the_sums_in_one_pass_have_a_rule(rng):
 
         @jax.jit
         def plain(x):
-            _, s_y, d = off_label_sum(y, x, MASKS)
-            _, s, t = sums_in_one_pass(x, MASKS)
-            return jnp.sin(surprisal_at_label(d, s_y)).sum() + jnp.sin(jnp.log1p(s) + t / (1 + s)).sum()
+            _, s, t = REDUCTION.sums(x)
+            return (
+                jnp.sin(surprisal_at_label(REDUCTION.off_label(y, x))).sum() + jnp.sin(jnp.log1p(s) + t / (1 + s)).sum()
+            )
 
         def loss(x):
             surprisals = jce.cross_entropy_with_integer_labels(y, x)

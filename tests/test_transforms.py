@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jce
-from jce._arguments import Public
+from jce._public import Public
 from tests.kernels import KERNELS, each_function, each_kernel, easy, gradient, op_by_op, total
 
 close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)

@@ -19,7 +19,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._arguments import choice, fraction, is_array, positive, public, require_no_tail
+from jce._arguments import choice, fraction, is_array, positive, require_no_tail
 from jce._calculus import live_jvp
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal
@@ -44,9 +44,11 @@ from jce._heads.tokens import of_tokens
 from jce._layout import over_devices
 from jce._mul0 import mul0
 from jce._platforms import Chunks, Platform, named, on_platform
+from jce._public import public
 from jce._soft_targets import scaled, smoothed
-from jce._softmax import logsumexp, off_label_sum, surprisal, surprisal_at_label
+from jce._softmax import logsumexp, surprisal, surprisal_at_label
 from jce._waiting import waiting
+from jce._ways.kernel import way_of
 
 OPTIONS, NUMBERS = ("reduction", "chunk_size", "precision"), ("label_smoothing", "z_loss", "logit_soft_cap")
 
@@ -184,8 +186,8 @@ class Options(NamedTuple):
     z_loss: float | Array
 
     def on(self, platform: Platform, h: Array, head: Head) -> tuple[Options, Chunks]:
-        logits = self.logits._replace(products=platform.products(self.logits.products, h, head.weight))
-        o = self._replace(logits=logits, classes=platform.classes(self.classes, head.bias))
+        logits = self.logits._replace(products=self.logits.products.on(platform, h, head.weight))
+        o = self._replace(logits=logits, classes=way_of(self.classes, platform, head.bias))
         return o, platform.chunks(self.chunk, head.bias)
 
     def numbers(self):
@@ -363,10 +365,11 @@ def _unnormalized_excess(y, u, w, o):
     column = o.classes.column
     x = o.classes.fold(o.logits.capped(u))
     n = o.classes.count(x)
-    m, s, d = off_label_sum(y, x, o.classes)
+    off = o.classes.off_label(y, x)
+    m, s, d = off
     e, e_y = exp(x - column(m)), exp(-d)
     z, log_z = s + e_y, log1p(s - (1 - e_y))
-    losses, at_label = surprisal_at_label(d, s), -s
+    losses, at_label = surprisal_at_label(off), -s
     if _some(o.smoothing):
         losses = smoothed(losses, log_z + o.classes.sum(column(m) - x) / n, o.smoothing)
         at_label += o.smoothing * (z - z / n)

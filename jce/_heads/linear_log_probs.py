@@ -11,7 +11,7 @@ from jax import Array
 from jax.export import register_namedtuple_serialization
 from jax.typing import ArrayLike
 
-from jce._arguments import public, wide_enough
+from jce._arguments import wide_enough
 from jce._calculus import negative
 from jce._classes import Classes
 from jce._cross_entropy import label_surprisal
@@ -19,6 +19,7 @@ from jce._entropy import entropy_of_softmax
 from jce._heads.chunks import checked
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
+from jce._public import public
 
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbs")

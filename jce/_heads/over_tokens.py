@@ -210,7 +210,7 @@ def _of_hidden(
 
         logits = []
         for h, head, cap in zip(cleaned(inputs.hidden, shared["first"][0]), inputs.heads, shared["caps"], strict=True):
-            logits.append(Logits(cap, platform.products(Products(precision), h, head.weight)).of(h, head))
+            logits.append(Logits(cap, Products(precision).on(platform, h, head.weight)).of(h, head))
         chunk = in_order(logits, cleaned(others, shared["first"][1]))
         results = function(chunk, as_given(shared["given"]), _of_dtypes(shared["closed over"], closed_over))
         return [jnp.where(_column(kept, r), r, jnp.zeros_like(r)) for r in results]

@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.interpreters import ad, batching, mlir
 
 from jce._classes import varying_alike
+from jce._platforms import Platform
 from jce._waiting import Primitive
 
 
@@ -35,6 +36,12 @@ class Products(NamedTuple):
 
     precision: Any
     narrow: bool = False
+
+    def on(self, platform: Platform, hidden: Array, weight: Array) -> Products:
+        """Narrow where all is bfloat16 and no precision is asked for. float16 has too small a range for it."""
+        setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+        asked = self.precision is not None or setting is not None
+        return self._replace(narrow=not platform.is_cpu and not asked and hidden.dtype == weight.dtype == jnp.bfloat16)
 
     def dot(self, a: Array, b: Array, axis_a: int, axis_b: int, dtype) -> Array:
         """Over one axis each, accumulated and returned in `dtype`, to which unlike ones go."""

@@ -14,10 +14,10 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jce._arguments import public
 from jce._heads.chunks import checked
 from jce._heads.linear_cross_entropy import NUMBERS, OPTIONS, in_parts, loss_of_part
 from jce._heads.places import on_axes, on_each_device
+from jce._public import public
 
 
 @public(*OPTIONS, "mesh", "token_axis", "class_axis", numbers=NUMBERS)

@@ -1,0 +1,89 @@
+"""How a public function is called: under `jax.jit`, with the errors of a call that isn't one of its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar, cast
+
+import jax
+
+from jce._arguments import is_array
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# What does that which others call so: by function and argument
+INSTEAD = {
+    ("cross_entropy_with_integer_labels", "ignore_index"): " Leave rows out with where=(labels != index)[..., None].",
+    ("linear_cross_entropy", "ignore_index"): " Leave tokens out with where=labels != index.",
+    ("sharded_linear_cross_entropy", "ignore_index"): " Leave tokens out with where=labels != index.",
+    ("linear_log_probs", "ignore_index"): " Leave tokens out with where=labels != index.",
+}
+
+
+def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """`jax.jit` with these arguments static, keeping the signature that editors and type checkers see.
+
+    The numbers are static where they are Python's, and arguments like any other where they are traced, or arrays.
+    """
+    return lambda function: cast(F, Public(function, static, numbers))
+
+
+class Public:
+    """A jitted function, which says by name what it doesn't take.
+
+    A class for the sake of `lower`. In a function's `__dict__` it would be handed on by `functools.wraps`, of which
+    `jax.grad` and its like make theirs: to lower the gradient would lower the function. What a type has stays here, as
+    does what is in slots.
+    """
+
+    __slots__ = ("__dict__", "__weakref__", "_jitted", "_numbers", "_parameters", "_static")
+    __name__: str
+    __qualname__: str
+
+    def __init__(self, function: Callable, static: tuple[str, ...], numbers: tuple[str, ...]):
+        functools.update_wrapper(self, function)
+
+        @functools.cache
+        def jitted(*traced: str):
+            names = [name for name in static + numbers if name not in traced]
+            return jax.jit(function, static_argnames=names)
+
+        self._jitted, self._static, self._numbers = jitted, static, numbers
+        self._parameters = inspect.signature(function).parameters
+
+    def __call__(self, *args, **options):
+        return self._program(options)(*args, **options)
+
+    def lower(self, *args, **options):
+        """As `jax.jit` has it: the program, to be compiled ahead of time, for arrays or `jax.ShapeDtypeStruct`s."""
+        return self._program(options).lower(*args, **options)
+
+    def __get__(self, instance, owner=None):  # as an attribute of a class it is a method, as a function would be
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __reduce__(self):  # pickled and copied by name
+        return self.__qualname__
+
+    def __repr__(self):
+        return f"<function {self.__module__}.{self.__qualname__}>"
+
+    def _program(self, options: Mapping[str, Any]):
+        traced = []
+        for option, value in options.items():
+            if option in self._numbers:
+                traced += [option] if is_array(value) else []
+            elif option not in self._parameters:
+                raise TypeError(
+                    f"{self.__name__}: no argument {option!r}; it takes {', '.join(self._parameters)}."
+                    f"{INSTEAD.get((self.__name__, option), '')}"
+                )
+            elif option in self._static and not isinstance(value, Hashable):
+                raise ValueError(
+                    f"{self.__name__}: {option} must be static and hashable, since the program depends on it; got"
+                    f" {option}: {type(value).__name__}. Pass a tuple for a list, and for an array a Python number, as"
+                    f" by float(x) or int(x) outside jax.jit."
+                )
+        return self._jitted(*traced)

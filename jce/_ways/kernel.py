@@ -1,0 +1,57 @@
+"""A kernel: a function of rows, traced where it is lowered, and summed there in a way that is chosen here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jce._classes import Classes
+from jce._platforms import Platform, named
+from jce._waiting import waiting
+from jce._ways.chain import Chain
+from jce._ways.passes import Passes
+from jce._ways.reduction import Reduction
+from jce._ways.way import Way
+
+
+def way_of(classes: Classes, platform: Platform, x: Array) -> Way:
+    """How a platform sums classes of arrays like x."""
+    if platform.is_cpu:
+        return Passes.of(classes, x)
+    return (Chain if platform.chains and Chain.may_be(classes, x) else Reduction).of(classes, x)
+
+
+def kernel(function: Callable, apart: bool = False) -> Callable:
+    """A function of arrays, numbers a row and, last, the arrays' classes: of how they are summed where it is lowered.
+
+    Apart, it shares nothing with another of the same arrays, where they would be worse off as one with two results.
+    """
+
+    @functools.wraps(function)
+    def on_each(*arguments):
+        *arrays, classes = arguments
+        return function(*arguments) if isinstance(classes, Way) else waiting(_OfRows(function, classes, apart), *arrays)
+
+    return on_each
+
+
+kernel_apart = functools.partial(kernel, apart=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfRows:
+    function: Callable
+    classes: Classes
+    apart: bool
+
+    def __call__(self, platform, *arrays):
+        x = max(jax.tree.leaves(arrays), key=jnp.ndim)
+        way = way_of(self.classes, named(platform), x)
+        arrays = jax.tree.map(lambda a: way.fold(a) if a.ndim == x.ndim else a, arrays)
+        results = way.results(lambda *arrays: self.function(*arrays, way), arrays, x.ndim, self.apart)
+        return jax.tree.map(lambda r: way.unfold(r) if r.ndim >= x.ndim else r, results)

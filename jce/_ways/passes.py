@@ -1,0 +1,172 @@
+"""A CPU's way: each sum is a pass over the row, and selects nothing.
+
+XLA gives a reduction to a library with a fixed set of operations: a compare, a select or an iota inside one, or in what
+is made of one for the next, is first written to memory, N × n numbers of it, and so is a constant that two passes
+share. So masks are said in arithmetic here: min(eᵢ, 2|i - y|) leaves out class y, since eᵢ ≤ 1, and eᵢ ⌊7/4 - eᵢ⌋ those
+of eᵢ > 3/4. Where rows are short, the library is slow at two more things: an argument that meets a result, and a
+constant that doesn't meet an argument. At a long formula the library is slow too: that had better end in a select, so
+that one loop stores it for the sum.
+
+What two passes share, N × n numbers, XLA stores unless it fuses both. So m is said again for each as max(m, m - s),
+which XLA can't see through, and the pass computes its own; of logits made in the same program it may see another
+rounding.
+
+Long rows are folded (`_classes.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jce._calculus import ratio
+from jce._classes import Classes
+from jce._elementary import exp, two_sum
+from jce._mul0 import multiply
+from jce._row_sum import row_sum
+from jce._ways.way import (
+    Deviation,
+    Normalizer,
+    OffLabel,
+    Sums,
+    Way,
+    exponential,
+    off_maximum,
+    said_again,
+    unless_no_class,
+    with_derivative_of,
+)
+
+FINE = 2.0**12  # how finely a weight is rounded that only centers a tangent
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes(Way):
+    masks = False
+
+    @classmethod
+    def of(cls, classes: Classes, x: Array) -> Self:
+        return super().of(classes.folding(x), x)
+
+    def maximum(self, x):
+        m = self.max(x)
+        return jnp.where(m == jnp.inf, m - m, m)
+
+    def again(self, m, s):
+        return said_again(m, s)
+
+    again_of_two = again
+
+    def again_unless_few(self, m, s, x):
+        return m if self.are_few(x) else self.again(m, s)
+
+    def maximum_of_pass(self, x, k):
+        m = self.maximum(x)
+        return self.again_unless_few(m, k * self.sum(exp(x - self.column(m))), x) if k else m
+
+    def normalizer(self, x):
+        m = self.maximum(x)
+        z = self.sum(exp(x - self.column(m)))
+        e = exp(x - self.column(self.again_unless_few(m, z, x)))
+        most = jnp.maximum(1.75, -z)  # 7/4: a number a row, since a constant would be shared with another array's sum
+        s = self.sum(e * jnp.floor(self.column(most) - e))
+        s = jnp.maximum(s, off_maximum(z))
+        return Normalizer(m, s if self.mesh_axis is None else with_derivative_of(s, z))
+
+    def sums(self, x):
+        n = self.normalizer(x)
+        if self.mesh_axis is None:
+            d = x - self.column(self.again(n.m, n.log_z))
+            e = exp(d)
+            # eᵢ, and 0 for a class that dominates, where xᵢ - m is 0
+            weight = jnp.minimum(jnp.floor(self.column(self.again(1.75 + n.shared, n.log_z)) - e), e)
+        else:
+            d = self.depth(x, n)
+            weight = exp(d)
+        # The lowest number for -∞, where eᵢ = 0 multiplies it.
+        return Sums(*n, -self.sum(weight * jnp.maximum(d, jnp.finfo(x.dtype).min)))
+
+    def exponentials(self, x):
+        return exponential(x, 4, self), self.sum(exponential(x, 0, self))
+
+    def sum_with_differences(self, terms, p, q):
+        """In float64 where numbers are float32, which is fast for many classes."""
+        total = self.sum(terms)
+        if p.dtype != jnp.float32 or self.are_few(p):
+            return total + self.sum_of_two_floats(*two_sum(p, -q))
+        with jax.enable_x64(True):
+            difference = p.astype(jnp.float64) - q.astype(jnp.float64)
+            here = self
+            if self.blocks == 1:  # as float32 they may have been short enough
+                here = Passes.of(self, difference)
+                difference = here.fold(difference)
+            return total + here.reduce(row_sum, difference).astype(p.dtype)
+
+    def off_label(self, labels, x):
+        y, m = self.local(labels, x), self.maximum(x)
+        s = self.sum(jnp.minimum(exp(x - self.column(m)), self._distance(y, x)))
+        m = unless_no_class(m, labels, x, self)
+        return OffLabel(m, s, m - self.at(x, y))
+
+    def _distance(self, y, x):
+        """2|i - y|, exactly: 0 at the label, and elsewhere above every eᵢ ≤ 1."""
+        exact = self.count(x) <= 2 ** jnp.finfo(x.dtype).nmant
+        # Behind the barrier the class index is an array in memory; without, an iota in the sum.
+        index = lax.optimization_barrier(2 * jnp.arange(self.count_here(x), dtype=x.dtype if exact else y.dtype))
+        index = self.fold(jnp.expand_dims(index, range(1, -self.axis)))
+        index = jnp.expand_dims(index, range(x.ndim - index.ndim))
+        return jnp.abs(index - self.column(2 * y).astype(index.dtype)).astype(x.dtype)
+
+    def depth_off_label(self, x, off):
+        # What is made of it is written over eᵢ, but where rows are folded: there each pass computes its own.
+        return x - self.column(off.m if self.blocks == 1 else self.again(off.m, off.s))
+
+    def as_known_first(self, q, x):
+        return q
+
+    def put(self, x, y, r):
+        y = jnp.where(self.has(x, y), y, jnp.full_like(y, x.shape[-1]))  # a negative index would count
+        return x.at[jnp.arange(y.size), y].set(r, mode="drop")
+
+    def deviation(self, t, x):
+        z = self.sum(exponential(x, 0, self))
+        shared = jnp.minimum(jnp.floor(z - 0.5), 1)
+
+        # A factor a row is cheap where it meets an argument, if classes are few, and otherwise their sum.
+        few = self.are_few(x)
+
+        def early(r, a):
+            return multiply(jnp.broadcast_to(self.column(r), a.shape), a) if few else a
+
+        def late(r, total):
+            return total if few else multiply(r, total)
+
+        # t is taken from a number a row, any: the dominating class's, or a mean with weights of 12 bits. So next to
+        # nothing is left of what Σ q is off 1, where two passes round x otherwise.
+        weight = jnp.floor(self.column(1.25 + FINE * shared) * exponential(x, 2, self))
+        scale = 1 / jnp.maximum(1, FINE * shared * lax.stop_gradient(z))
+        center = late(scale, self.sum(multiply(weight, early(scale, t))))
+
+        # 0 at a class that dominates, with eᵢ = 1 or qᵢ > 2/3, and eᵢ or qᵢ at any other
+        over_z = ratio(jnp.ones_like(z), z)
+        e = early(over_z, exponential(x, 3, self))
+        others = jnp.minimum(jnp.floor(self.column(1.6 + 2 * shared) - e), e)
+
+        def sum_of_others(a):
+            return late(over_z, self.sum(multiply(a, t - self.column(center))))
+
+        mean_from_center = sum_of_others(others)
+        # Behind the barrier it is the last pass's own; elementwise, that pass may select.
+        from_center = t - self.column(lax.optimization_barrier(center))
+        mean = self.column(mean_from_center)
+        each = jnp.where(self._dominant(x, z), -mean, from_center - mean)
+        return Deviation(z, each, center + mean_from_center, lambda a: sum_of_others(multiply(others, a)))
+
+    def _dominant(self, x, z):
+        still = lax.stop_gradient(x)
+        above = 1e30 * jnp.maximum(lax.stop_gradient(z) - 1.5, 0)
+        return still > self.column(self.max(still) - 0.3 + above)

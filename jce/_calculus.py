@@ -44,7 +44,7 @@ class custom_jvp:
 
 
 def along(tangents, *terms: Callable[[Array], Array]) -> Array:
-    """The sum of terms, each linear in its tangent, of the arguments that are differentiated: the others add nothing."""
+    """The sum of terms, each linear in its tangent, of what is differentiated: other arguments add nothing."""
     live = [term(t) for term, t in zip(terms, tangents, strict=True) if not isinstance(t, SymbolicZero)]
     return functools.reduce(jnp.add, live)
 
@@ -85,6 +85,18 @@ def def_tangents(kernel: custom_jvp, *tangents_of: Callable[..., Array]) -> None
 def def_twin(kernel: custom_jvp, twin: Callable[..., Array]) -> None:
     """Gives an elementwise kernel the derivative of another expression for it, accurate in the derivative."""
     kernel.defjvp(lambda primals, tangents: (kernel(*primals), jax.jvp(twin, primals, tangents)[1]))
+
+
+def def_at_once(at_once: custom_jvp, *functions: Callable) -> None:
+    """Gives a kernel that computes several functions of rows the derivatives of each, which have rules of their own."""
+
+    def rule(classes, primals, tangents):
+        def apart(*arguments):
+            return tuple(f(*arguments, classes) for f in functions)
+
+        return at_once(*primals, classes), live_jvp(apart, primals, tangents)[1]
+
+    at_once.defjvp(rule, symbolic_zeros=True)
 
 
 def live_jvp(function: Callable, primals, tangents):

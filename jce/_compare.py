@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
@@ -18,10 +19,11 @@ from jax.custom_derivatives import SymbolicZero
 from jce._calculus import custom_jvp
 from jce._classes import Classes, like
 from jce._deviance import deviance_from_log, difference_from_log
-from jce._elementary import exp, log1p, two_sum
+from jce._elementary import log1p, two_sum
 from jce._mul0 import mul0, over
 from jce._softmax import centered, softmax, softmax_tangent
 from jce._ways.kernel import kernel
+from jce._ways.way import Way
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
@@ -130,28 +132,29 @@ def _difference_of_rows_rule(classes, primals, tangents):
     return _difference_of_rows(*primals, classes), dy - dx
 
 
-def compare(x, y, d, classes):
-    """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q."""
-    nx, ny = classes.normalizers(x, y)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def compare(x: Array, y: Array, d: Array | None, classes: Way, stored: bool = False) -> tuple[Array, Array, Array]:
+    """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q.
+
+    Stored, for a kernel that reads them several times.
+    """
+    (nx, of_x), (ny, of_y) = (classes.comparison(z, stored) for z in (x, y))
     log_z_y_x = ny.log_z - nx.log_z
+
+    def of_pass(s, k):
+        (m, p, dominant_x), (n, q, dominant_y) = of_x(s), of_y(s)
+        apart = _difference(x, y, m, n, classes, k) if d is None else d
+        # Of a class that dominates both, what it is apart is the rounding of x and y, and 0 by definition.
+        return p, q, jnp.where(dominant_x & dominant_y, jnp.zeros_like(x), apart)
+
     # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x up to a number a row, by the rounding of the last. That number is
     # Σ p (e^δ - 1) = Σ (q - p), which ought to be 0.
-    p, q, difference = _probabilities_and_difference(x, y, d, nx, ny, 0 * nx.s, 0.25, classes)
+    p, q, difference = of_pass(0 * nx.s, 0.25)
     surplus = classes.sum(difference_from_log(p, q, difference - classes.column(log_z_y_x)))
-    p, q, difference = _probabilities_and_difference(x, y, d, nx, ny, surplus * surplus, 0.5, classes)
+    p, q, difference = of_pass(surplus * surplus, 0.5)
     # log(1 + S) of so small a number, said as an odd function, so that log p/q is -δ to the bit.
-    return p, q, difference - classes.column(log_z_y_x + jnp.copysign(log1p(jnp.abs(surplus)), surplus))
-
-
-def _probabilities_and_difference(x, y, d, nx, ny, s, k, classes):
-    m, n = (classes.again_of_two(sums.m, s) for sums in (nx, ny))
-    d_x, dominant_x = nx.depth_and_dominant(x, m, classes)
-    d_y, dominant_y = ny.depth_and_dominant(y, n, classes)
-    p, q = exp(d_x) / classes.column(nx.z), exp(d_y) / classes.column(ny.z)
-    # Of a class that dominates both, what it is apart is the rounding of x and y, and 0 by definition.
-    both = dominant_x & dominant_y
-    d = _difference(x, y, m, n, classes, k) if d is None else d
-    return p, q, jnp.where(both, jnp.zeros_like(x), d)
+    delta = difference - classes.column(log_z_y_x + jnp.copysign(log1p(jnp.abs(surplus)), surplus))
+    return (p, q, classes.stored(delta)) if stored else (p, q, delta)
 
 
 def _difference(x, y, m, n, classes, k):

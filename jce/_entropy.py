@@ -158,7 +158,7 @@ def _weighted_excess_rule(classes, primals, tangents):
 
 @kernel_apart
 def _tangent_of_weighted_excess(t, x, classes):
-    z, u, _, covariance = classes.deviation(t, x)
+    _, z, u, _, covariance = classes.deviation(t, x)
     excess = _surprisal_excess(x, classes)
     centered = multiply(excess - 1, u)
     tangent = mul0(softmax(x, classes), centered - classes.column(covariance(excess)))

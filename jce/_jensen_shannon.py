@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions, fraction, is_array
-from jce._calculus import along, custom_jvp, over_if_present, ratio
+from jce._calculus import along, custom_jvp, def_at_once, over_if_present, ratio
 from jce._compare import compare, q_minus_p
 from jce._deviance import deviance, difference_from_log, log_ratio
 from jce._elementary import one_minus, raising, unless_negative
@@ -244,41 +244,66 @@ def jensen_shannon_divergence_with_logits(
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel
 def _divergence_of_softmax(x, y, b, c, classes):
-    p, q, d = _p_q_and_difference(x, y, classes)
-    return classes.sum(divergence(p, q, d, b, c))
+    return classes.sum(divergence(*_p_q_and_difference(x, y, classes), b, c))
 
 
-def _p_q_and_difference(x, y, classes):
-    p, q, delta = compare(x, y, None, classes)
+def _p_q_and_difference(x, y, classes, stored=False):
+    p, q, delta = compare(x, y, None, classes, stored)
     return p, q, -difference_from_log(p, q, delta)
 
 
 # ∂/∂xᵢ = β pᵢ (log pᵢ/mᵢ - Σ p log p/m), ∂/∂yᵢ = (1-β) qᵢ (log qᵢ/mᵢ - Σ q log q/m), ∂/∂β = Σ (D(p, m) - D(q, m))
 def _divergence_of_softmax_rule(classes, primals, tangents):
-    x, y, b, c = primals
-    return _divergence_of_softmax(*primals, classes), along(
+    jsd, in_x, in_y = _divergence_and_partials(*primals, classes)
+    return jsd, along(
         tangents[:3],
-        lambda dx: classes.sum(mul0(_weighted_excess(x, y, b, c, classes), dx)),
-        lambda dy: classes.sum(mul0(_weighted_excess(y, x, c, b, classes), dy)),
-        lambda db: _times(_imbalance_of_softmax(x, y, b, c, classes), db),
+        lambda dx: classes.sum(mul0(in_x, dx)),
+        lambda dy: classes.sum(mul0(in_y, dy)),
+        lambda db: _times(_imbalance_of_softmax(*primals, classes), db),
     )
 
 
 _divergence_of_softmax.defjvp(_divergence_of_softmax_rule, symbolic_zeros=True)
 
 
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+@kernel
+def _divergence_and_partials(x, y, b, c, classes):
+    # All at once, since each compares x and y.
+    p, q, d = _p_q_and_difference(x, y, classes, stored=True)
+    in_x = _weighted_excess_of(p, _log_p_over_m_up_to(p, q, d, x, y, b, c, classes), b, x, classes)
+    in_y = _weighted_excess_of(q, _log_p_over_m_up_to(q, p, -d, y, x, c, b, classes), c, y, classes)
+    return classes.sum(divergence(p, q, d, b, c)), in_x, in_y
+
+
 def _weighted_excess(x, y, b, c, classes):
     """β pᵢ (log pᵢ/mᵢ - Σ p log p/m)"""
-    p, log_p_m = softmax(x, classes), _log_p_over_m_of_softmax(x, y, b, c, classes)
+    log_p_m = _log_p_over_m_of_softmax(x, y, b, c, classes)
+    return _weighted_excess_of(softmax(x, classes), log_p_m, b, x, classes)
+
+
+def _weighted_excess_of(p, log_p_m, b, x, classes):
     excess = centered(mul0(_where_possible(p, log_p_m), b * jnp.ones_like(p)), x, classes)
     return mul0(excess, p)
+
+
+def_at_once(
+    _divergence_and_partials,
+    _divergence_of_softmax,
+    _weighted_excess,
+    lambda x, y, b, c, classes: _weighted_excess(y, x, c, b, classes),
+)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel
 def _log_p_over_m_of_softmax(x, y, b, c, classes):
     """log p/m up to a number a row: where q has little of what p has, log βp/m, whose deviations are small there."""
-    p, q, d = _p_q_and_difference(x, y, classes)
+    p, q, d = _p_q_and_difference(x, y, classes, stored=True)
+    return _log_p_over_m_up_to(p, q, d, x, y, b, c, classes)
+
+
+def _log_p_over_m_up_to(p, q, d, x, y, b, c, classes):
     p_, q_ = classes.as_known_first(p, x), classes.as_known_first(q, y)
     apart = classes.column(classes.sum(jnp.where(q_ < p_ / 2, p_, jnp.zeros_like(p_))) > 0.5)
     _, p, q, d, m = _with_mixture(p, q, d, b, c)

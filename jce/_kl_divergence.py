@@ -7,22 +7,24 @@ from collections.abc import Hashable
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jce._arguments import distributions
 from jce._calculus import (
+    along,
     both_zero,
     custom_jvp,
+    def_at_once,
     def_partials,
     def_partials_of_sum,
     def_tangents,
     def_twin,
-    directional_derivative,
     over_if_present,
     ratio,
 )
 from jce._compare import compare, deviances, log_q_over_p, one_at_a_time, q_minus_p
-from jce._deviance import deviance, deviance_from_log, log_ratio
+from jce._deviance import deviance, deviance_from_log, difference_from_log, log_ratio
 from jce._elementary import raised, unless_negative
 from jce._mul0 import mul0
 from jce._public import public
@@ -229,22 +231,29 @@ def kl_divergence_with_logits(
 @kernel
 def kl_of_softmax(x, y, d, classes):
     """Of logits x and y, and d as `_compare.py` says, or None."""
-    p, q, delta = compare(x, y, d, classes)
-    return classes.sum(deviance_from_log(p, q, delta))
+    return classes.sum(deviance_from_log(*compare(x, y, d, classes)))
 
 
 # ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂yᵢ = qᵢ - pᵢ
 def _kl_rule(classes, primals, tangents):
-    x, y, d = primals
-    if one_at_a_time(tangents):
-        partials = [lambda x, y, f=f: f(x, y, d, classes) for f in (_weighted_excess, q_minus_p)]
-        terms = directional_derivative((x, y), tangents[:2], *partials)
-    else:
-        terms = _along_both(primals, tangents, classes)
-    return kl_of_softmax(*primals, classes), classes.sum(terms)
+    if not one_at_a_time(tangents):
+        return kl_of_softmax(*primals, classes), classes.sum(_along_both(primals, tangents, classes))
+    if isinstance(tangents[0], SymbolicZero):  # then nothing is stored
+        return kl_of_softmax(*primals, classes), classes.sum(mul0(q_minus_p(*primals, classes), tangents[1]))
+    kl, in_x, in_y = _kl_and_partials(*primals, classes)
+    return kl, classes.sum(along(tangents[:2], lambda t: mul0(in_x, t), lambda t: mul0(in_y, t)))
 
 
 kl_of_softmax.defjvp(_kl_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@kernel
+def _kl_and_partials(x, y, d, classes):
+    # All at once, since each compares x and y.
+    p, q, delta = compare(x, y, d, classes, stored=True)
+    kl = classes.sum(deviance_from_log(p, q, delta))
+    return kl, _weighted_excess_of(p, -delta, kl, x, classes), difference_from_log(p, q, delta)
 
 
 # (qᵢ - pᵢ - pᵢδᵢ - pᵢ KL) dxᵢ + (qᵢ - pᵢ) ddᵢ, in which nothing of the first order in δ cancels
@@ -260,10 +269,17 @@ def _along_both(primals, tangents, classes):
 
 def _weighted_excess(x, y, d, classes):
     """pᵢ (log pᵢ/qᵢ - KL)"""
-    p, log_p_q = softmax(x, classes), -log_q_over_p(x, y, d, classes)
+    kl, log_p_q = kl_of_softmax(x, y, d, classes), -log_q_over_p(x, y, d, classes)
+    return _weighted_excess_of(softmax(x, classes), log_p_q, kl, x, classes)
+
+
+def _weighted_excess_of(p, log_p_q, kl, x, classes):
     impossible = log_p_q == jnp.inf
-    infinite = classes.column(kl_of_softmax(x, y, d, classes)) == jnp.inf
+    infinite = classes.column(kl) == jnp.inf
     scale = 2.0 ** -(classes.count(x).bit_length() + 12)  # that no sum over classes leaves the float range
     excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, classes) / scale
     excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)
     return mul0(excess, p)
+
+
+def_at_once(_kl_and_partials, kl_of_softmax, _weighted_excess, q_minus_p)

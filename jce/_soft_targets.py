@@ -7,8 +7,7 @@ import functools
 import jax.numpy as jnp
 
 from jce._arguments import is_array
-from jce._calculus import along, custom_jvp, def_partials_of_sum
-from jce._elementary import exp
+from jce._calculus import along, custom_jvp, def_at_once
 from jce._mul0 import mul0
 from jce._softmax import complement, softmax, softmax_tangent, surprisal
 from jce._ways.kernel import kernel, kernel_apart
@@ -17,22 +16,42 @@ from jce._ways.kernel import kernel, kernel_apart
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
 def soft(p, x, classes):
-    return classes.sum(p * jnp.minimum(classes.normalizer(x).surprisal(x, classes), classes.bound(p, 1)))
+    return classes.sum(_terms(p, classes.normalizer(x).surprisal(x, classes), classes))
 
 
 # ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
-def_partials_of_sum(soft, lambda p, x, classes: surprisal(x, classes), lambda p, x, classes: soft_excess(p, x, classes))
+def _soft_rule(classes, primals, tangents):
+    h, *partials = _soft_and_partials(*primals, classes)
+    return h, classes.sum(along(tangents, *(lambda t, f=f: mul0(f, t) for f in partials)))
+
+
+soft.defjvp(_soft_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
+@kernel
+def _soft_and_partials(p, x, classes):
+    # All at once, of the same exponentials.
+    of_x = classes.exponentials(x)
+    surprisals = of_x.of_row.surprisal(x, classes)
+    return classes.sum(_terms(p, surprisals, classes)), surprisals, _excess(p, of_x, classes)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel_apart
 def soft_excess(p, x, classes):
-    n = classes.normalizer(x)
-    total = classes.sum(p)
-    d = x - classes.column(classes.again(n.m, n.s))
+    return _excess(p, classes.exponentials(x), classes)
+
+
+def _terms(p, surprisals, classes):
+    return p * jnp.minimum(surprisals, classes.bound(p, 1))
+
+
+def _excess(p, of_x, classes):
+    (e, _, n), total = of_x, classes.sum(p)
     # Of a class that dominates q = 1 - s/Z, and Σp - p is exact.
     dominant = (classes.column(total) - p) - classes.column(total * (n.s / n.z))
-    return jnp.where(n.dominates(d, classes), dominant, exp(d) * classes.column(total / n.z) - p)
+    return jnp.where(e > classes.column(0.6 + n.shared), dominant, e * classes.column(total / n.z) - p)
 
 
 def _excess_rule(classes, primals, tangents):
@@ -50,6 +69,7 @@ def _excess_rule(classes, primals, tangents):
 
 
 soft_excess.defjvp(_excess_rule, symbolic_zeros=True)
+def_at_once(_soft_and_partials, soft, lambda p, x, classes: surprisal(x, classes), soft_excess)
 
 
 def smoothed(loss, uniform_loss, smoothing):

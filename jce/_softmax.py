@@ -27,7 +27,7 @@ from jce._calculus import custom_jvp, ratio
 from jce._elementary import exp, log1p
 from jce._mul0 import mul0
 from jce._ways.kernel import kernel, kernel_apart
-from jce._ways.way import OffLabel, Way, exponential
+from jce._ways.way import OffLabel, Way
 
 
 def surprisal_at_label(off: OffLabel) -> Array:
@@ -46,7 +46,7 @@ def surprisal_at_label(off: OffLabel) -> Array:
 @kernel_apart
 def softmax(x: Array, classes: Way) -> Array:
     """qᵢ = eᵢ/Z."""
-    e, z = classes.exponentials(x)
+    e, z, _ = classes.exponentials(x)
     return e / classes.column(z)
 
 
@@ -59,16 +59,15 @@ def _softmax_rule(classes, primals, tangents):
 @kernel_apart
 def softmax_tangent(t: Array, x: Array, scale: Array | None, classes: Way) -> Array:
     """dqᵢ along t, or that times a number a row."""
-    z, u, *_ = classes.deviation(t, x)
-    r = ratio(jnp.ones_like(z) if scale is None else scale, z)
-    q = exponential(x, 4, classes) * classes.column(r)
+    e, z, u, *_ = classes.deviation(t, x)
+    q = e * classes.column(ratio(jnp.ones_like(z) if scale is None else scale, z))
     return unless_nan(z, mul0(q, u), t, classes)
 
 
 @kernel_apart
 def centered(t: Array, x: Array, classes: Way) -> Array:
     """tᵢ - Σⱼ qⱼtⱼ, linear in t."""
-    z, u, *_ = classes.deviation(t, x)
+    _, z, u, *_ = classes.deviation(t, x)
     return unless_nan(z, u, t, classes)
 
 
@@ -84,7 +83,7 @@ def unless_nan(z, tangent, t, classes):
 @kernel_apart
 def complement(x: Array, classes: Way) -> Array:
     """1 - qᵢ = (s + (1 - eᵢ))/Z."""
-    n = classes.normalizer(x)
+    n = classes.exponentials(x).of_row
     return (classes.column(n.s) + (1 - exp(classes.depth(x, n)))) / classes.column(n.z)
 
 
@@ -99,7 +98,7 @@ def _complement_rule(classes, primals, tangents):
 @kernel_apart
 def surprisal(x: Array, classes: Way) -> Array:
     """log 1/qᵢ = log Z - (xᵢ - m) ≥ 0, and +∞ at a class of probability 0."""
-    return classes.normalizer(x).surprisal(x, classes)
+    return classes.exponentials(x).of_row.surprisal(x, classes)
 
 
 # d log 1/qᵢ = -(tᵢ - Σⱼ qⱼtⱼ)
@@ -125,7 +124,7 @@ def _logsumexp_rule(classes, primals, tangents):
 
 @kernel
 def _mean(t, x, classes):
-    z, _, mean, _ = classes.deviation(t, x)
+    _, z, _, mean, _ = classes.deviation(t, x)
     # Not Σ qᵢtᵢ, for Σ qᵢ is 1 here to the last digit, whatever two passes make of x.
     nan = classes.sum(mul0(jnp.broadcast_to(classes.column(lax.stop_gradient(z - z)), t.shape), t))
     return jnp.where(jnp.isfinite(z), mean, nan)

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jce._classes import Classes
 from jce._elementary import exp
 from jce._ways.reduction import FAR, Reduction
-from jce._ways.way import Normalizer, OffLabel, Sums, Way, off_maximum, said_again, unless_no_class
+from jce._ways.way import Normalizer, OffLabel, Sums, Way, off_maximum, unless_no_class
 
 LONGEST_CHAIN = 16_384  # classes, of which XLA makes one kernel
 
@@ -45,12 +45,9 @@ class Chain(Way):
         n = Normalizer(m, jnp.maximum(s, off_maximum(self.sum(e))))
         return Sums(*n, -self.sum(e * jnp.maximum(self.depth(x, n), -FAR)))
 
-    def normalizers(self, x, y):
+    def comparison(self, x, stored):
         # As a chain it would have to take y - n and x - m apart, each with its rounding.
-        return Reduction.of(self, x).normalizers(x, y)
-
-    def again_of_two(self, m, s):
-        return said_again(m, s)
+        return Reduction.of(self, x).comparison(x, stored)
 
     def depth(self, x, n):
         return n.depth_and_dominant(x, n.m, self)[0]

@@ -25,18 +25,19 @@ from jax import Array, lax
 
 from jce._calculus import ratio
 from jce._classes import Classes
-from jce._elementary import exp, two_sum
+from jce._elementary import exp, reused, two_sum
 from jce._mul0 import multiply
 from jce._row_sum import row_sum
 from jce._ways.way import (
+    Compared,
     Deviation,
+    Exponentials,
     Normalizer,
     OffLabel,
     Sums,
     Way,
     exponential,
     off_maximum,
-    said_again,
     unless_no_class,
     with_derivative_of,
 )
@@ -56,22 +57,15 @@ class Passes(Way):
         m = self.max(x)
         return jnp.where(m == jnp.inf, m - m, m)
 
-    def again(self, m, s):
-        return said_again(m, s)
-
-    again_of_two = again
-
-    def again_unless_few(self, m, s, x):
-        return m if self.are_few(x) else self.again(m, s)
-
-    def maximum_of_pass(self, x, k):
-        m = self.maximum(x)
-        return self.again_unless_few(m, k * self.sum(exp(x - self.column(m))), x) if k else m
+    def stored(self, e):
+        return lax.optimization_barrier(e)
 
     def normalizer(self, x):
         m = self.maximum(x)
         z = self.sum(exp(x - self.column(m)))
-        e = exp(x - self.column(self.again_unless_few(m, z, x)))
+        return self._normalizer(m, exp(x - self.column(m if self.are_few(x) else self.again(m, z))), z)
+
+    def _normalizer(self, m, e, z):
         most = jnp.maximum(1.75, -z)  # 7/4: a number a row, since a constant would be shared with another array's sum
         s = self.sum(e * jnp.floor(self.column(most) - e))
         s = jnp.maximum(s, off_maximum(z))
@@ -91,7 +85,18 @@ class Passes(Way):
         return Sums(*n, -self.sum(weight * jnp.maximum(d, jnp.finfo(x.dtype).min)))
 
     def exponentials(self, x):
-        return exponential(x, 4, self), self.sum(exponential(x, 0, self))
+        m, e = self.maximum(x), exponential(x, self)
+        z = self.sum(e)
+        return Exponentials(e, z, self._normalizer(m, e, z))
+
+    def comparison(self, x, stored):
+        if not stored:
+            return super().comparison(x, stored)
+        e, _, n = self.exponentials(x)
+        dominant = e > self.column(0.6 + n.shared)
+        # Not fused with a difference: q - p is p - q but for its sign.
+        q = reused(jnp.where(dominant, jnp.ones_like(e), e) / self.column(n.z))
+        return n, lambda s: Compared(self.again(n.m, s), q, dominant)
 
     def sum_with_differences(self, terms, p, q):
         """In float64 where numbers are float32, which is fast for many classes."""
@@ -133,7 +138,8 @@ class Passes(Way):
         return x.at[jnp.arange(y.size), y].set(r, mode="drop")
 
     def deviation(self, t, x):
-        z = self.sum(exponential(x, 0, self))
+        e = exponential(x, self)
+        z = self.sum(e)
         shared = jnp.minimum(jnp.floor(z - 0.5), 1)
 
         # A factor a row is cheap where it meets an argument, if classes are few, and otherwise their sum.
@@ -145,16 +151,15 @@ class Passes(Way):
         def late(r, total):
             return total if few else multiply(r, total)
 
-        # t is taken from a number a row, any: the dominating class's, or a mean with weights of 12 bits. So next to
-        # nothing is left of what Σ q is off 1, where two passes round x otherwise.
-        weight = jnp.floor(self.column(1.25 + FINE * shared) * exponential(x, 2, self))
+        # t is taken from a number a row, any: the dominating class's, or a mean with weights of 12 bits.
+        weight = jnp.floor(self.column(1.25 + FINE * shared) * e)
         scale = 1 / jnp.maximum(1, FINE * shared * lax.stop_gradient(z))
         center = late(scale, self.sum(multiply(weight, early(scale, t))))
 
         # 0 at a class that dominates, with eᵢ = 1 or qᵢ > 2/3, and eᵢ or qᵢ at any other
         over_z = ratio(jnp.ones_like(z), z)
-        e = early(over_z, exponential(x, 3, self))
-        others = jnp.minimum(jnp.floor(self.column(1.6 + 2 * shared) - e), e)
+        part = early(over_z, e)
+        others = jnp.minimum(jnp.floor(self.column(1.6 + 2 * shared) - part), part)
 
         def sum_of_others(a):
             return late(over_z, self.sum(multiply(a, t - self.column(center))))
@@ -163,10 +168,6 @@ class Passes(Way):
         # Behind the barrier it is the last pass's own; elementwise, that pass may select.
         from_center = t - self.column(lax.optimization_barrier(center))
         mean = self.column(mean_from_center)
-        each = jnp.where(self._dominant(x, z), -mean, from_center - mean)
-        return Deviation(z, each, center + mean_from_center, lambda a: sum_of_others(multiply(others, a)))
-
-    def _dominant(self, x, z):
-        still = lax.stop_gradient(x)
-        above = 1e30 * jnp.maximum(lax.stop_gradient(z) - 1.5, 0)
-        return still > self.column(self.max(still) - 0.3 + above)
+        dominant = lax.stop_gradient(e) > self.column(0.6 + shared)
+        each = jnp.where(dominant, -mean, from_center - mean)
+        return Deviation(e, z, each, center + mean_from_center, lambda a: sum_of_others(multiply(others, a)))

@@ -64,20 +64,33 @@ class Normalizer(NamedTuple):
         """log 1/qᵢ = log Z - (xᵢ - m)"""
         return way.column(self.log_z) - way.depth(x, self)
 
-    def dominates(self, d: Array, way: Way) -> Array:
-        """Which class does, by xᵢ - m."""
-        return d > way.column(self.shared - 0.5)
-
     def depth_and_dominant(self, x: Array, m: Array, way: Way) -> tuple[Array, Array]:
         """`Way.depth` for an elementwise pass, which may select, and with its own m; and where the class dominates."""
         d = x - way.column(m)
-        dominant = self.dominates(d, way)
+        dominant = d > way.column(self.shared - 0.5)
         return jnp.where(dominant, jnp.zeros_like(d), d), dominant
 
 
-class Deviation(NamedTuple):
-    """Z, tᵢ - Σⱼ qⱼtⱼ, Σⱼ qⱼtⱼ, and Σᵢ aᵢqᵢ (tᵢ - Σⱼ qⱼtⱼ) as a function of any a with Σᵢ aᵢqᵢ = 0."""
+class Exponentials(NamedTuple):
+    """eᵢ and Z, for a kernel that makes an array of them; and the normalizer."""
 
+    e: Array
+    z: Array
+    of_row: Normalizer
+
+
+class Compared(NamedTuple):
+    """Of a row that is compared with another, in a pass: m, qᵢ, and which class dominates."""
+
+    m: Array
+    q: Array
+    dominant: Array
+
+
+class Deviation(NamedTuple):
+    """eᵢ, Z, tᵢ - Σⱼ qⱼtⱼ, Σⱼ qⱼtⱼ, and Σᵢ aᵢqᵢ (tᵢ - Σⱼ qⱼtⱼ) as a function of any a with Σᵢ aᵢqᵢ = 0."""
+
+    e: Array
     z: Array
     each: Array
     mean: Array
@@ -117,14 +130,9 @@ class Way(Classes, ABC):
     def normalizer(self, x: Array) -> Normalizer:
         return Normalizer(*self.sums(x)[:2])
 
-    def normalizers(self, x: Array, y: Array) -> tuple[Normalizer, Normalizer]:
-        """Of two rows that are to be compared."""
-        return self.normalizer(x), self.normalizer(y)
-
-    def exponentials(self, x: Array) -> tuple[Array, Array]:
-        """eᵢ and Z."""
+    def exponentials(self, x: Array) -> Exponentials:
         n = self.normalizer(x)
-        return exp(x - self.column(n.m)), n.z
+        return Exponentials(exp(x - self.column(n.m)), n.z, n)
 
     def sum_with_differences(self, terms: Array, p: Array, q: Array) -> Array:
         """Σ terms + Σ (p - q), the latter to an ulp, even where it is the little that rounding left of 1 - 1: a sum of
@@ -139,17 +147,27 @@ class Way(Classes, ABC):
 
     # Elementwise, of sums
 
+    def comparison(self, x: Array, stored: bool) -> tuple[Normalizer, Callable[[Array], Compared]]:
+        """The normalizer, and what a pass over both rows reads of x, given s ≥ 0, a result of the pass before.
+
+        Stored, for a kernel that reads it several times.
+        """
+        n = self.normalizer(x)
+
+        def compared(s):
+            m = self.again(n.m, s)
+            depth, dominant = n.depth_and_dominant(x, m, self)
+            return Compared(m, exp(depth) / self.column(n.z), dominant)
+
+        return n, compared
+
     def again(self, m: Array, s: Array) -> Array:
-        """The number m for another pass over the logits; s ≥ 0 is a result of the pass before."""
-        return m
+        """m, as XLA can't see, for another pass over the logits; s ≥ 0 is a result of the pass before."""
+        return jnp.maximum(m, m - s)
 
-    @abstractmethod
-    def again_of_two(self, m: Array, s: Array) -> Array:
-        """The same where two rows are compared."""
-
-    def maximum_of_pass(self, x: Array, k: int) -> Array:
-        """m for the pass number k over x."""
-        return self.maximum(x)
+    def stored(self, e: Array) -> Array:
+        """An array that several passes read, where that is better than to compute it in each."""
+        return e
 
     def depth(self, x: Array, n: Normalizer) -> Array:
         """xᵢ - m ≤ 0, and exactly 0 at a class that dominates."""
@@ -166,7 +184,7 @@ class Way(Classes, ABC):
 
     def as_known_first(self, q: Array, x: Array) -> Array:
         """q = softmax(x), by the fewest passes: it is known as q, which waited for another row's."""
-        e, z = self.exponentials(x)
+        e, z, _ = self.exponentials(x)
         return e / self.column(z)
 
     def put(self, x: Array, y: Array, r: Array) -> Array:
@@ -184,7 +202,7 @@ class Way(Classes, ABC):
         still = lax.stop_gradient(x)
         n = self.normalizer(still)
         dominant = n.depth_and_dominant(still, n.m, self)[1]
-        e, zero = exponential(x, 0, self), jnp.zeros_like(t)
+        e, zero = exponential(x, self), jnp.zeros_like(t)
         others, center = jnp.where(dominant, zero, e), self.sum(jnp.where(dominant, t, zero))
         z = self.sum(e)
         over_z = ratio(jnp.ones_like(z), z)
@@ -196,7 +214,7 @@ class Way(Classes, ABC):
 
         column = self.column(from_center)
         each = jnp.where(dominant, -column, (t - self.column(center)) - column)
-        return Deviation(z, each, center + from_center, lambda a: sum_of_others(multiply(others, a)))
+        return Deviation(e, z, each, center + from_center, lambda a: sum_of_others(multiply(others, a)))
 
 
 def _add(a, b):
@@ -204,22 +222,17 @@ def _add(a, b):
     return high, low + (a[1] + b[1])
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(1, 2))
-def exponential(x: Array, k: int, way: Way) -> Array:
-    """eᵢ = exp(xᵢ - m), for a constant m, in the pass number k over x."""
-    return exp(x - way.column(way.maximum_of_pass(x, k)))
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+def exponential(x: Array, way: Way) -> Array:
+    """eᵢ = exp(xᵢ - m), for a constant m."""
+    return way.stored(exp(x - way.column(way.maximum(x))))
 
 
 # deᵢ = eᵢtᵢ
 @exponential.defjvp
-def _exponential_rule(k, way, primals, tangents):
-    e = exponential(*primals, k, way)
+def _exponential_rule(way, primals, tangents):
+    e = exponential(*primals, way)
     return e, mul0(e, tangents[0])
-
-
-def said_again(m: Array, s: Array) -> Array:
-    """m, as XLA can't see."""
-    return jnp.maximum(m, m - s)
 
 
 def off_maximum(z: Array) -> Array:

@@ -1,12 +1,14 @@
 """What a first call takes: a function's program traced, lowered and compiled, apart, and how many lines its jaxpr has.
 
 Nothing runs, and shapes hardly matter. Each is made anew, with what JAX keeps of others thrown away, in turn with the
-peers' in one process: so where the machine is busy, all are slow, and of some rounds the least of each step is told.
+peers' in one process, and timed by the processor's time of all threads: so a busy machine moves no ratio far, and of
+some rounds the least of each step is told. Here, and where their compilers are installed for an H100 and a TPU v5e.
 """
 
 from __future__ import annotations
 
 import itertools
+import resource
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,12 +16,15 @@ import jax
 import jax.numpy as jnp
 
 import jce
+from bench import children, compilers
 from bench.engines import GRADIENT, HVP, MODES
 from bench.peers import JAX, LIBRARIES, TASKS, Task, surprisal
 
 ROUNDS = 5
 TOKENS, CLASSES, WIDTH = 128, 1000, 16
+HERE = "here"
 STEPS = ("trace", "lower", "compile")
+DEVICES = ("h100", "v5e")
 QUICK = ("cross_entropy_with_integer_labels", "kl_divergence_with_logits", "linear_cross_entropy")
 
 
@@ -47,21 +52,31 @@ POLICY = Task(
 )
 
 
-def steps(program: Callable, shapes: list[tuple]) -> tuple[list[float], int]:
+ALL = [*TASKS, POLICY]
+
+
+def spent() -> float:
+    """Seconds of the processor's, by all threads of this process and by the compilers that it has called."""
+    called = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + called.ru_utime + called.ru_stime
+
+
+def steps(program: Callable, shapes: list[tuple], device: str) -> tuple[list[float], int]:
     """Seconds of each, and lines of the jaxpr."""
     jax.clear_caches()
-    arguments = [jax.ShapeDtypeStruct(*s) for s in shapes]
-    times = [time.perf_counter()]
+    place = None if device == HERE else jax.sharding.SingleDeviceSharding(compilers.devices(device)[0])
+    arguments = [jax.ShapeDtypeStruct(*s, sharding=place) for s in shapes]
+    times = [spent()]
     traced = program.trace(*arguments)
-    times.append(time.perf_counter())
+    times.append(spent())
     lowered = traced.lower()
-    times.append(time.perf_counter())
+    times.append(spent())
     lowered.compile()
-    times.append(time.perf_counter())
+    times.append(spent())
     return [b - a for a, b in itertools.pairwise(times)], len(str(traced.jaxpr).splitlines())
 
 
-def measured(task: Task, mode: str, rounds: int) -> list[dict]:
+def measured(task: Task, mode: str, rounds: int, device: str = HERE) -> list[dict]:
     """A line for each library that has the mode."""
     shapes = task.shapes(TOKENS, CLASSES, WIDTH)
     shapes += [shapes[i] for i in task.trained] if mode == HVP else []
@@ -70,14 +85,14 @@ def measured(task: Task, mode: str, rounds: int) -> list[dict]:
         for library in task.contenders(jax.default_backend()):
             if LIBRARIES[library][1] is JAX and (k == 0 or library in found):
                 try:
-                    one = steps(JAX.program(task.functions[library], mode, task.trained), shapes)
+                    one = steps(JAX.program(task.functions[library], mode, task.trained), shapes, device)
                 except (TypeError, ValueError, NotImplementedError):
                     continue
                 found.setdefault(library, []).append(one)
     lines = []
     for library, (_, *some) in found.items():  # what the first imports is its own
         seconds = {step: min(times[k] for times, _ in some) for k, step in enumerate(STEPS)}
-        line = {"function": task.label, "library": library, "mode": mode, "shape": [TOKENS, CLASSES]}
+        line = {"function": task.label, "library": library, "mode": mode, "shape": [TOKENS, CLASSES], "device": device}
         lines.append(line | seconds | {"first_call": sum(seconds.values()), "jaxpr_lines": some[0][1]})
     ours = lines[0]["first_call"]
     return [line | {"jce_over_it": ours / line["first_call"]} for line in lines]
@@ -92,9 +107,22 @@ def check(lines: list[dict]) -> None:
 
 def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
     """A label of what was measured, and its lines; at first the number of them all as a label."""
-    tasks = [task for task in [*TASKS, POLICY] if only in task.label and (not quick or task.name in QUICK)]
+    tasks = [task for task in ALL if only in task.label and (not quick or task.name in QUICK)]
     modes = (GRADIENT,) if quick else MODES
-    yield str(len(tasks) * len(modes)), []
+    there = [] if quick or compilers.missing() else [(device, task.label) for device in DEVICES for task in tasks]
+    yield str(len(tasks) * len(modes) + len(there)), []
     for task in tasks:
         for mode in modes:
             yield f"{task.label}, {mode}", measured(task, mode, 1 if quick else ROUNDS)
+    yield from children.lines("bench.first_call", there, compilers.environment(), quiet=True) if there else ()
+
+
+def main() -> None:
+    """The child, which compiles for devices: its lines of value and gradient."""
+    for device, label in children.todo():
+        task = next(task for task in ALL if task.label == label)
+        children.tell(f"{device}, {label}", measured(task, GRADIENT, 1, device))
+
+
+if __name__ == "__main__":
+    main()

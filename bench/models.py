@@ -9,9 +9,12 @@ class Model(NamedTuple):
     name: str
     classes: int
     width: int
+    rows: int | None = None  # as many as are asked for
 
     def tokens(self, numbers: float, multiplications: float | None = None) -> int:
         """As many as make logits of so many numbers, or a head's product of so many multiplications; at most 65,536."""
+        if self.rows:
+            return self.rows
         most = numbers / self.classes
         if multiplications:
             most = min(most, multiplications / self.classes / self.width)
@@ -24,4 +27,10 @@ MODELS = [
     Model("GPT-2", 50_257, 768),
     Model("Llama 3.2 1B", 128_256, 2048),
     Model("Qwen3 0.6B", 151_936, 1024),
+]
+
+# Batches that fit a CPU's caches, of losses without a head
+BATCHES = [
+    Model(f"{rows:,} rows of {n:,}", n, 64, rows)
+    for rows, n in ((128, 1000), (1024, 1000), (128, 10_000), (10_000, 10))
 ]

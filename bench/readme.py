@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from bench import results
 from bench.accelerators import HEAD, HEAD_FUNCTIONS, TWO_HEADS
 from bench.engines import GRADIENT, MODES, VALUE
+from bench.models import MODELS
 from bench.peers import TASKS, Task
 from bench.results import grouped
 
@@ -33,7 +34,8 @@ def markdown(columns: list[str], rows: Iterable[list[str]]) -> str:
 
 def functions() -> str:
     """jce's largest errors, float32 / float64, and its time over the fastest peer's at each number of classes."""
-    timed = [x for x in lines("speed") if x["malloc"] == "pinned" and "over_floor" in x]
+    models = [model.name for model in MODELS]
+    timed = [x for x in lines("speed") if x["malloc"] == "pinned" and "over_floor" in x and x["model"] in models]
     times = grouped(timed, "function", "model", "mode")
     classes = {line["model"]: line["shape"][-1] for line in timed}
     rows = []

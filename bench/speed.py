@@ -24,7 +24,7 @@ import numpy as np
 
 from bench import children
 from bench.engines import GRADIENT, HVP, MODES, VALUE, fetched
-from bench.models import MODELS, Model
+from bench.models import BATCHES, MODELS, Model
 from bench.peers import JAX, LIBRARIES, TASKS, Task
 
 FLOOR, EAGER = "floor", "eager call"
@@ -51,7 +51,7 @@ class Settings(NamedTuple):
         if quick:
             return cls(only or "linear_cross_entropy", names[1:2], 2**18, 2**26, 15, 1e-4)
         if on_cpu:
-            return cls(only, names[:4], 2**23, 1e10, 15, 2e-3)
+            return cls(only, (*names[:4], *(b.name for b in BATCHES)), 2**23, 1e10, 15, 2e-3)
         return cls(only, names, 2**28, 1e12, 15, 2e-3)
 
 
@@ -177,11 +177,12 @@ def eager(task: Task, settings: Settings) -> list[dict]:
 
 def cases(settings: Settings) -> list[tuple[Task, Model | None, str]]:
     tasks = [task for task in TASKS if settings.only in task.label]
-    models = [model for model in MODELS if model.name in settings.models]
+    models = [model for model in MODELS + BATCHES if model.name in settings.models]
     timed = [
         (task, model, mode)
         for task, model, mode in itertools.product(tasks, models, MODES)
-        if task.kernel.has_classes or model in MODELS[:2]  # the size is all that matters to elementwise functions
+        # the size is all that matters to elementwise functions
+        if model in MODELS[:2] or (task.kernel.has_classes and not (model.rows and task.has_heads))
     ]
     return timed + [(task, None, EAGER) for task in tasks]
 

@@ -78,14 +78,15 @@ def speed(lines: list[dict]) -> Iterable[Table]:
 def first_call(lines: list[dict]) -> Iterable[Table]:
     """jce's steps in milliseconds, and its whole over the peers'."""
     names = [name for name in libraries(lines) if name != "jce"]
-    rows = []
-    for keys, found in grouped(lines, "function", "mode").items():
-        ours = found["jce"]
-        cells = [f"{1e3 * ours[step]:.0f}" for step in ("trace", "lower", "compile")]
-        ratios = [f"{found[name]['jce_over_it']:.2f}" if name in found else "–" for name in names]
-        rows.append([", ".join(keys), *cells, str(ours["jaxpr_lines"]), *ratios])
     columns = ["", "trace, ms", "lower", "compile", "jaxpr, lines", *(f"jce / {name}" for name in names)]
-    yield table("A first call, without running it", columns, rows)
+    for device in dict.fromkeys(line["device"] for line in lines):
+        rows = []
+        for keys, found in grouped([x for x in lines if x["device"] == device], "function", "mode").items():
+            ours = found["jce"]
+            cells = [f"{1e3 * ours[step]:.0f}" for step in ("trace", "lower", "compile")]
+            ratios = [f"{found[name]['jce_over_it']:.2f}" if name in found else "–" for name in names]
+            rows.append([", ".join(keys), *cells, str(ours["jaxpr_lines"]), *ratios])
+        yield table(f"A first call {'here' if device == 'here' else f'for a {device}'}, not run", columns, rows)
 
 
 def megabytes(x: float | None) -> str:

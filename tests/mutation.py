@@ -62,7 +62,7 @@ LIMIT = 600  # seconds, after which a fault that makes a test run forever counts
 EQUIVALENT = {
     "x[ -1].ndim": "both have the same rank",
     "more * 2.0 ** -(k // 3)": "a quotient of 2^-105 is well within the float range, scaled or not",
-    "jnp.floor(exponential(x, 3, self))": "how a pass says m is for XLA, that it stores no exponentials",
+    "m if self.are_few(x) else m)": "how a pass says m is for XLA, that it stores no exponentials",
     "sum(i <= first_of_heads": "the leaf behind the tokens' is a head's weight, in which nothing is differentiated",
     "zip(live, gradients, strict=False)": "each live leaf has a gradient",
     "self.sum(exp( (-self.column(m))))": "so it says it with any number that is not negative",

@@ -165,6 +165,9 @@ class Way(Classes, ABC):
         """m, as XLA can't see, for another pass over the logits; s ≥ 0 is a result of the pass before."""
         return jnp.maximum(m, m - s)
 
+    def exponential_of_pass(self, x: Array, k: int) -> Array:
+        return exp(x - self.column(self.maximum(x)))
+
     def stored(self, e: Array) -> Array:
         """An array that several passes read, where that is better than to compute it in each."""
         return e
@@ -202,7 +205,7 @@ class Way(Classes, ABC):
         still = lax.stop_gradient(x)
         n = self.normalizer(still)
         dominant = n.depth_and_dominant(still, n.m, self)[1]
-        e, zero = exponential(x, self), jnp.zeros_like(t)
+        e, zero = exponential(x, 0, self), jnp.zeros_like(t)
         others, center = jnp.where(dominant, zero, e), self.sum(jnp.where(dominant, t, zero))
         z = self.sum(e)
         over_z = ratio(jnp.ones_like(z), z)
@@ -222,16 +225,16 @@ def _add(a, b):
     return high, low + (a[1] + b[1])
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(1,))
-def exponential(x: Array, way: Way) -> Array:
-    """eᵢ = exp(xᵢ - m), for a constant m."""
-    return way.stored(exp(x - way.column(way.maximum(x))))
+@functools.partial(custom_jvp, nondiff_argnums=(1, 2))
+def exponential(x: Array, k: int, way: Way) -> Array:
+    """eᵢ = exp(xᵢ - m), for a constant m, in the pass number k over x."""
+    return way.exponential_of_pass(x, k)
 
 
 # deᵢ = eᵢtᵢ
 @exponential.defjvp
-def _exponential_rule(way, primals, tangents):
-    e = exponential(*primals, way)
+def _exponential_rule(k, way, primals, tangents):
+    e = exponential(*primals, k, way)
     return e, mul0(e, tangents[0])
 
 

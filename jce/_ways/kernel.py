@@ -26,21 +26,25 @@ def way_of(classes: Classes, platform: Platform, x: Array) -> Way:
     return (Chain if platform.chains and Chain.may_be(classes, x) else Reduction).of(classes, x)
 
 
-def kernel(function: Callable, apart: bool = False) -> Callable:
+def kernel(function: Callable, apart: bool = False, compares: bool = False) -> Callable:
     """A function of arrays, numbers a row and, last, the arrays' classes: of how they are summed where it is lowered.
 
-    Apart, it shares nothing with another of the same arrays, where they would be worse off as one with two results.
+    Apart, it shares nothing with another of the same arrays, where they would be worse off as one with two results. If
+    it compares two rows, its results share what they can.
     """
 
     @functools.wraps(function)
     def on_each(*arguments):
         *arrays, classes = arguments
-        return function(*arguments) if isinstance(classes, Way) else waiting(_OfRows(function, classes, apart), *arrays)
+        if isinstance(classes, Way):
+            return function(*arguments)
+        return waiting(_OfRows(function, classes, apart, compares), *arrays)
 
     return on_each
 
 
 kernel_apart = functools.partial(kernel, apart=True)
+kernel_of_two = functools.partial(kernel, compares=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +52,15 @@ class _OfRows:
     function: Callable
     classes: Classes
     apart: bool
+    compares: bool
 
     def __call__(self, platform, *arrays):
         x = max(jax.tree.leaves(arrays), key=jnp.ndim)
         way = way_of(self.classes, named(platform), x)
         arrays = jax.tree.map(lambda a: way.fold(a) if a.ndim == x.ndim else a, arrays)
-        results = way.results(lambda *arrays: self.function(*arrays, way), arrays, x.ndim, self.apart)
+
+        def function(*arrays):
+            return self.function(*arrays, way)
+
+        results = function(*arrays) if self.compares else way.results(function, arrays, x.ndim, self.apart)
         return jax.tree.map(lambda r: way.unfold(r) if r.ndim >= x.ndim else r, results)

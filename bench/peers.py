@@ -385,6 +385,16 @@ TASKS = [
         },
     ),
     Task(
+        "sampled_kl_divergence",
+        "sampled_kl_divergence",
+        {
+            "jce": jce.sampled_kl_divergence,
+            "jax": lambda a, b: jnp.exp(b - a) - (b - a) - 1,
+            "torch": lambda a, b: torch.exp(b - a) - (b - a) - 1,
+            "scipy": lambda a, b: special.expm1(b - a) - (b - a),
+        },
+    ),
+    Task(
         "linear_cross_entropy",
         "cross_entropy_with_integer_labels",
         {

@@ -173,6 +173,18 @@ def binary_logit_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.nd
     return {name: tuple(y.astype(dtype) for y in pair) for name, pair in regimes.items()}
 
 
+def log_prob_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Two log-probabilities: of every size, alike and apart, on both sides of where the series ends."""
+    a = -rng.exponential(3, shape)
+    sign = rng.choice([-1, 1], shape)
+    deltas = {f"near {e:g}": e * rng.standard_normal(shape) for e in (1, 1e-1, 1e-2, 1e-3, 1e-5, 1e-7)}
+    deltas |= {f"apart by {d:g}": sign * d for d in (1.5, 4, 20, 40, 80)}
+    deltas["around the series' end"] = sign * (1.5 + 0.01 * rng.standard_normal(shape))
+    regimes = {name: (a, a + d) for name, d in deltas.items()}
+    regimes |= {"certain": (0 * a, -(10 ** rng.uniform(-15, 0, shape))), "unlikely": (30 * a, 30 * rng.permutation(a))}
+    return {name: tuple(x.astype(dtype) for x in pair) for name, pair in regimes.items()}
+
+
 def binary_soft_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """A probability against a logit."""
     logits = binary_logit_regimes(rng, shape, dtype)
@@ -347,6 +359,10 @@ def binary_cross_entropy_with_logits(a, x):
 
 def binary_kl_divergence_with_logits(x, y):
     return kl_divergence_with_logits(both_outcomes(x), both_outcomes(y))
+
+
+def sampled_kl_divergence(a, b):
+    return mp.exp(b - a) - 1 - (b - a)
 
 
 # The label functions as functions of the logits alone, with label 0
@@ -910,6 +926,32 @@ TABLE = [
             Corner((0.0, -INF), INF, (INF, -0.5)),
             Corner((NAN, 0.0), NAN, (NAN, NAN)),
             Corner((0.0, NAN), NAN, (NAN, NAN)),
+        ],
+    ),
+    Kernel(
+        function=jce.sampled_kl_divergence,
+        arguments=("log_p", "log_q"),
+        has_classes=False,
+        regimes=log_prob_regimes,
+        domains=(LOGIT, LOGIT),
+        formula=sampled_kl_divergence,
+        value_bar=4,
+        gradient_bar=(4, 4),
+        hvp_bar=4,
+        never_negative=True,
+        corners=[
+            Corner((0.0, 0.0), 0.0, (0.0, 0.0)),
+            Corner((-5.0, -5.0), 0.0, (0.0, 0.0)),
+            Corner((-INF, -INF), 0.0, (0.0, 0.0)),
+            Corner((LOWEST, LOWEST), 0.0, (0.0, 0.0)),
+            Corner((-1.0, -INF), INF, (1.0, -1.0)),
+            Corner((-INF, -1.0), INF, (-INF, INF)),
+            Corner((-1e4, -1.0), INF, (-INF, INF)),
+            Corner((-1.0, -100.0), 98.0, (1.0, -1.0)),
+            Corner((0.0, LOWEST), -LOWEST, (1.0, -1.0), False),
+            Corner((-1.0, -1.0 - 2.0**-20), 2.0**-41, (2.0**-20, -(2.0**-20))),
+            Corner((NAN, -1.0), NAN, (NAN, NAN)),
+            Corner((-1.0, NAN), NAN, (NAN, NAN)),
         ],
     ),
 ]

@@ -218,6 +218,17 @@ def test_finite_second_derivatives():
         agrees(second(np.float32([0, 1, 0, 1]), np.float32([0, 1, 0.5, 0.5])), [1, 1, 4, 4])
 
 
+def test_the_exponential_of_a_sampled_divergence():
+    """Its derivatives are ±q/p from the second on, which of two impossible outcomes is 1, as of any two alike."""
+    log_p, log_q = np.float32([-1, -3, -1, -np.inf]), np.float32([-3, -1, -1, -np.inf])
+    q_over_p, signs = np.exp([-2.0, 2.0, 0.0, 0.0]), np.array([-1, 1])
+    second = jax.hessian(lambda x: jce.sampled_kl_divergence(*x))
+    of_second = np.outer(signs, signs)
+    for derivative, of_each in ((second, of_second), (jax.jacfwd(second), np.multiply.outer(signs, of_second))):
+        got = jax.jit(jax.vmap(derivative))(np.stack([log_p, log_q], -1))
+        np.testing.assert_allclose(got, np.multiply.outer(q_over_p, of_each), rtol=1e-6)
+
+
 @each_with_classes
 @pytest.mark.in_turn(12)
 def test_absent_classes(kernel, rng):

@@ -31,6 +31,7 @@ STORED = {
     jce.binary_entropy: (0, 1),
     jce.binary_cross_entropy: (0, 1),
     jce.binary_kl_divergence: (0, 2),
+    jce.sampled_kl_divergence: (0, 1),
     jce.binary_entropy_with_logits: (0, 1),
     jce.binary_cross_entropy_with_logits: (0, 1),
     jce.binary_kl_divergence_with_logits: (0, 1),

@@ -84,6 +84,7 @@ def values(kernel, row) -> dict:
     if "m = βp + (1-β)q" in summary(kernel):
         letters["β"] = mp.mpf(BETA)
         letters["m"] = [BETA * a + (1 - BETA) * b for a, b in zip(letters["p"], letters["q"], strict=True)]
+    letters |= {name[-1]: mp.exp(x) for name, x in named.items() if name.startswith("log_")}
     smoothing = mp.mpf(SMOOTHING if kernel.note else 0)
     n = len(row[0]) if kernel.has_classes else 1
     return {"log": mp.log, "sigmoid": sigmoid, "KL": kl_divergence, "n": n, "ε": smoothing, "y": 0} | letters

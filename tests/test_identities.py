@@ -75,6 +75,36 @@ def test_generalized_form_is_never_negative(rng):
     np.testing.assert_allclose(log_ratio[ordinary], exact[ordinary], rtol=4 * EPS)
 
 
+def test_a_sampled_divergence_is_a_divergence_over_what_is_drawn(rng):
+    """Its mean under p is KL(p‖q), and the gradients are what the docstring says of each argument."""
+    x, y = rng.standard_normal((2, 3))
+
+    def drawn(x, y, once=True):
+        """Over all outcomes, of which p says only how often each is drawn."""
+        log_p, log_q = jax.nn.log_softmax(x), jax.nn.log_softmax(y)
+        each = jce.sampled_kl_divergence(log_p, log_q)
+        still = jax.lax.stop_gradient(log_p)
+        return (jnp.exp(still) * each * (1 if once else jnp.exp(log_p - still))).sum()
+
+    with jax.enable_x64(True):
+        kl, both = jce.kl_divergence_with_logits, (0, 1)
+        np.testing.assert_allclose(drawn(x, y), kl(x, y), rtol=1e-12)
+        in_p, in_q = jax.grad(drawn, both)(x, y)
+        np.testing.assert_allclose(in_q, jax.grad(kl, 1)(x, y), rtol=1e-10)
+        np.testing.assert_allclose(in_p, jax.grad(kl, 1)(y, x), rtol=1e-10)
+        weighted = jax.grad(drawn)(x, y, once=False)
+        np.testing.assert_allclose(weighted, jax.grad(kl)(x, y), rtol=1e-10)
+        assert np.abs(weighted - in_p).max() > 0.01
+
+
+def test_a_sampled_divergence_is_0_only_at_equality(rng):
+    """Down to one ulp, on either side."""
+    a = -rng.exponential(3, 100_000).astype(np.float32)
+    np.testing.assert_array_equal(jce.sampled_kl_divergence(a, a), 0 * a)
+    for b in (np.nextafter(a, np.float32(1)), np.nextafter(a, np.float32(-1e9))):
+        assert (jce.sampled_kl_divergence(a, b) > 0).all()
+
+
 def test_neither_is_symmetric():
     p, q = np.float32([0.5, 0.25, 0.25]), np.float32([0.125, 0.125, 0.75])
     for f in (jce.cross_entropy, jce.kl_divergence, jce.generalized_kl_divergence):

@@ -85,8 +85,11 @@ PROBABILITIES = {
 
 def made(kernel: Kernel, makers, z, w):
     """Arguments, directions and a cotangent a row."""
+    # Log-probabilities no further apart than their quotient is a number.
+    size = 5 if kernel.function is jce.sampled_kl_divergence else 1
     arguments = tuple(
-        maker(x if domain == LOGIT else x / 20, w) for maker, domain, x in zip(makers, kernel.domains, z, strict=False)
+        maker(x / (size if domain == LOGIT else 20), w)
+        for maker, domain, x in zip(makers, kernel.domains, z, strict=False)
     )
     directions = tuple(x / 3 for x in z[::-1][: len(arguments)])
     return arguments, directions, z[0][..., 0] * w if kernel.has_classes else z[0] * w

@@ -196,12 +196,12 @@ each_public = pytest.mark.parametrize("name", [n for n in jce.__all__ if isinsta
 
 def one(name):
     """Arguments of a public function: of a number, a distribution or a token."""
-    row = np.float32([0.5, 0.25, 0.25])
+    row, elementwise = np.float32([0.5, 0.25, 0.25]), "binary" in name or "sampled" in name
     if name == "linear_kl_divergence":
         return [jce.Linear(row, head) for head in np.float32([np.eye(3), 2 * np.eye(3)])]
     given = {"labels": np.int32(1), "head": np.eye(3, dtype=np.float32)}
     required = [k for k, v in inspect.signature(getattr(jce, name)).parameters.items() if v.default is v.empty]
-    return [given.get(k, row[0] if "binary" in name else row) for k in required if "_axis" not in k and k != "mesh"]
+    return [given.get(k, row[0] if elementwise else row) for k in required if "_axis" not in k and k != "mesh"]
 
 
 @pytest.mark.needs_jit

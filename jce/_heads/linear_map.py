@@ -39,6 +39,11 @@ def linear_map(
         linear_map(lambda y, x: x.argmax() == y, labels, Linear(hidden, head), reduction="mean")
         linear_map(jax.random.categorical, keys, Linear(hidden, head))
 
+    Of the classes that a sampler kept, ids [..., k] that are padded with n, the log-probability renormalised over them:
+
+        def kept(y, ids, x):
+            return -ce(y, x, where=jnp.zeros(x.shape, bool).at[ids].set(True, mode="drop"))
+
     Call it under `jax.jit`, as `jax.lax.map`: it is no jitted function itself, so that none that has changed is taken
     for what it was, and alone it is compiled anew at each call, and keeps nothing.
 
@@ -87,7 +92,9 @@ def linear_map(
         `jax.vmap`, or the classes are split and a result still differs between their devices.
 
     Not checked:
-      Values.
+      Values, nor where function looks up a token's logits. JAX counts an id of -1 from the end, whatever the mode: it
+      is the last class. And where the classes are split, ids are to be made the device's own, and those below 0 moved
+      out of range: i = ids - jax.lax.axis_index(axis_name) * x.size, and jnp.where(i < 0, x.size, i).
 
     Example:
       >>> labels, x = jnp.array([0, 2]), jce.Linear(jnp.eye(2), 20 * jnp.eye(3, 2))

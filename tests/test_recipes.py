@@ -1,0 +1,215 @@
+"""Lines that users write of a head's tokens, each beside its formula of whole logits: value, gradient, and no N × n.
+
+The lines are the README's and `linear_map`'s; what each needs of jce is here, so that none stops working unseen.
+"""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jce
+from jce import Linear
+from tests.test_devices import make_mesh
+
+N, WIDTH, KEPT, CHUNK = 12, 3, 4, 5  # tokens, also of classes, as of the other's features
+AHEAD = (1, 2)  # tokens, which a head each predicts
+TEMPERATURE, GAMMA, EPSILON, SHARPNESS, BIAS = 0.5, 2.0, 1.5, 3.0, -1.25
+ce, bce = jce.cross_entropy_with_integer_labels, jce.binary_cross_entropy_with_logits
+
+
+def kept_by_the_sampler(y, ids, x):
+    return ce(y, x, where=jnp.zeros(x.shape, bool).at[ids].set(True, mode="drop"))
+
+
+def dynamic_fine_tuning(y, x):
+    loss = ce(y, x)
+    return loss * jax.lax.stop_gradient(jnp.exp(-loss))
+
+
+def focal(y, x):
+    loss = ce(y, x)
+    return (-jnp.expm1(-loss)) ** GAMMA * loss
+
+
+def poly_1(y, x):
+    loss = ce(y, x)
+    return loss - EPSILON * jnp.expm1(-loss)
+
+
+def several_ahead(labels, logits):
+    return sum(ce(y, x, where=y >= 0) for y, x in zip(labels, logits, strict=True))
+
+
+def mapped(function, *others, h, w, **options):
+    return jce.linear_map(function, *others, Linear(h, w), reduction="mean", **options)
+
+
+def clip(h, w, **options):
+    pairs = jnp.arange(len(h))
+    one, other = (jce.linear_cross_entropy(pairs, a / TEMPERATURE, b, **options) for a, b in ((h, w), (w, h)))
+    return (one + other) / 2
+
+
+def siglip(h, w, **options):
+    pairs = jnp.arange(len(h))
+    logits = Linear(SHARPNESS * h, w, jnp.full(len(w), BIAS, h.dtype))
+    return jce.linear_map(
+        lambda i, x: bce(jnp.arange(x.size) == i, x).sum(), pairs, logits, reduction="mean", **options
+    )
+
+
+def ahead(labels):
+    """Of each number of tokens ahead; -1 where the text ends."""
+    return [jnp.pad(labels[k:], (0, k), constant_values=-1) for k in AHEAD]
+
+
+# By name the line, of labels, kept ids, hidden states and a head; and the same of whole logits
+LINES = {
+    "the sampler's kept set": lambda y, ids, h, w, **k: mapped(kept_by_the_sampler, y, ids, h=h, w=w, **k),
+    "DFT": lambda y, ids, h, w, **k: mapped(dynamic_fine_tuning, y, h=h, w=w, **k),
+    "focal": lambda y, ids, h, w, **k: mapped(focal, y, h=h, w=w, **k),
+    "poly-1": lambda y, ids, h, w, **k: mapped(poly_1, y, h=h, w=w, **k),
+    "CLIP": lambda y, ids, h, w, **k: clip(h, w, **k),
+    "SigLIP": lambda y, ids, h, w, **k: siglip(h, w, **k),
+    "several tokens ahead": lambda y, ids, h, w, **k: jce.linear_map(
+        several_ahead, ahead(y), [Linear(h, w), Linear(jnp.sin(h), w)], reduction="mean", **k
+    ),
+}
+
+
+def log_q(x):
+    return x - jax.scipy.special.logsumexp(x, -1, keepdims=True)
+
+
+def at(log_q, y):
+    return log_q[jnp.arange(len(y)), y]
+
+
+def whole_kept(y, ids, h, w):
+    x = h @ w.T
+    there = (ids[:, :, None] == jnp.arange(len(w))[None, None]).any(1)
+    return -at(log_q(jnp.where(there, x, -jnp.inf)), y).mean()
+
+
+def whole_ahead(y, ids, h, w):
+    total = 0.0
+    for k, states in zip(AHEAD, (h, jnp.sin(h)), strict=True):
+        total -= at(log_q(states[:-k] @ w.T), y[k:]).sum()
+    return total / len(h)
+
+
+def whole_clip(y, ids, h, w):
+    x = h @ w.T / TEMPERATURE
+    return -(jnp.diagonal(log_q(x)) + jnp.diagonal(log_q(x.T))).mean() / 2
+
+
+def whole_siglip(y, ids, h, w):
+    sign = 2 * jnp.eye(len(h)) - 1
+    return jnp.log1p(jnp.exp(-sign * (SHARPNESS * h @ w.T + BIAS))).sum() / len(h)
+
+
+def of_each(formula):
+    """A mean over tokens, of q at the label."""
+    return lambda y, ids, h, w: formula(jnp.exp(at(log_q(h @ w.T), y))).mean()
+
+
+WHOLE = {
+    "the sampler's kept set": whole_kept,
+    "DFT": of_each(lambda q: -jax.lax.stop_gradient(q) * jnp.log(q)),
+    "focal": of_each(lambda q: -((1 - q) ** GAMMA) * jnp.log(q)),
+    "poly-1": of_each(lambda q: EPSILON * (1 - q) - jnp.log(q)),
+    "CLIP": whole_clip,
+    "SigLIP": whole_siglip,
+    "several tokens ahead": whole_ahead,
+}
+
+
+@pytest.fixture
+def sample(rng):
+    """Labels, kept ids with the label among them, and padded with n, hidden states, and a head."""
+    y = rng.integers(0, N, N)
+    ids = np.concatenate([y[:, None], rng.integers(0, N, (N, KEPT - 1))], 1)
+    ids[::2, -2:] = N
+    return y, ids, *rng.standard_normal((2, N, WIDTH))
+
+
+def test_each_line_is_its_formula(sample):
+    """In value and in both gradients, in float64; all in one program."""
+
+    def results(y, ids, h, w):
+        return [
+            {name: jax.value_and_grad(f, (2, 3))(y, ids, h, w, **options) for name, f in functions.items()}
+            for functions, options in ((LINES, {"chunk_size": CHUNK}), (WHOLE, {}))
+        ]
+
+    with jax.enable_x64(True):
+        got, expected = jax.jit(results)(*sample)
+    for name, numbers in expected.items():
+        for g, e in zip(jax.tree.leaves(got[name]), jax.tree.leaves(numbers), strict=True):
+            np.testing.assert_allclose(g, e, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.needs_jit
+def test_no_line_has_the_logits_of_all_tokens():
+    """With its gradients: no array of N × n in the program, and in all some chunks, heads and hidden states."""
+    n, d, chunk = 1024, 8, 16
+    integers, numbers = jax.ShapeDtypeStruct((n,), np.int32), jax.ShapeDtypeStruct((n, d), np.float32)
+    ids = jax.ShapeDtypeStruct((n, KEPT), np.int32)
+
+    def largest_and_all(functions, **options):
+        def every(*arguments):
+            return {name: jax.value_and_grad(f, (2, 3))(*arguments, **options) for name, f in functions.items()}
+
+        compiled = jax.jit(every).lower(integers, ids, numbers, numbers).compile()
+        shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"\[(\d+(?:,\d+)+)\]", compiled.as_text())}
+        return max(map(math.prod, shapes)), compiled.memory_analysis().temp_size_in_bytes / 4
+
+    largest, temporaries = largest_and_all(LINES, chunk_size=chunk)
+    assert largest < n * n / 8
+    assert temporaries < n * n / 2  # of all seven together
+    assert min(largest_and_all({"focal": WHOLE["focal"]})) >= n * n  # which is found where it is
+
+
+def test_ids_that_wrap_round(sample):
+    """Of -1 JAX makes the last class, whatever the mode, so that it counts as kept: lists are padded with n."""
+    y, _, h, w = (x.astype(np.float32 if x.dtype == np.float64 else np.int32) for x in sample)
+    w[-1] = 20 * h[0]  # a class that all but one of these tokens rule out
+    line = functools.partial(LINES["the sampler's kept set"], y[:1], h=h[:1], w=w)
+    assert y[0] != N - 1
+    padded, wrapped = (line(np.array([[y[0], y[0], pad, pad]])) for pad in (N, -1))
+    assert padded == 0
+    assert wrapped > 10
+
+
+def kept_here(y, ids, x):
+    """Of a device's part of the classes: its local ids, with those of other devices out of range on both sides."""
+    local = ids - jax.lax.axis_index("classes").astype(ids.dtype) * x.size
+    here = jnp.zeros(x.shape, bool).at[jnp.where(local < 0, x.size, local)].set(True, mode="drop")
+    return ce(y, x, where=here, axis_name="classes")
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="this JAX has no vmap of a psum in a shard_map")
+def test_the_kept_set_where_the_classes_are_split(sample):
+    y, ids, h, w = sample
+    split = jce.on_mesh(jce.linear_map, mesh=make_mesh((2, 4)), token_axis="tokens", class_axis="classes")
+
+    def line(h, w):
+        return split(kept_here, y, ids, Linear(h, w), reduction="mean", chunk_size=CHUNK)
+
+    with jax.enable_x64(True):
+        got = jax.jit(jax.value_and_grad(line, (0, 1)))(h, w)
+        expected = jax.value_and_grad(functools.partial(whole_kept, y, ids), (0, 1))(h, w)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, expected)
+
+
+def test_what_is_made_of_a_sure_tokens_loss_has_its_digits():
+    """1 - q of a class that has all but 2e^-25, in float32."""
+    x, s = np.float32([25.0, 0.0, 0.0]), 2 * np.exp(-25.0)
+    np.testing.assert_allclose([focal(0, x), poly_1(0, x)], [s**3, (1 + EPSILON) * s], rtol=1e-5)
+    in_x, _, _ = jax.grad(focal, 1)(0, x)
+    np.testing.assert_allclose(in_x, -3 * s**3, rtol=1e-5)

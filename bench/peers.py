@@ -154,6 +154,11 @@ def of_label(surprisals, y):
     return jnp.take_along_axis(surprisals, y[..., None], -1)[..., 0]
 
 
+def several(y, x):
+    """Eight labels, each row's first."""
+    return (y[..., None] + np.arange(8, dtype=y.dtype)) % x.shape[-1]
+
+
 def smoothed_labels(y, x):
     return optax.smooth_labels(jax.nn.one_hot(y, x.shape[-1], dtype=x.dtype), SMOOTHING)
 
@@ -321,6 +326,27 @@ TASKS = [
         },
         kind="labels",
         note="smoothed",
+    ),
+    Task(
+        "log_probs_with_integer_labels",
+        "log_probs_with_integer_labels-of k labels",
+        {
+            "jce": lambda y, x: jce.log_probs_with_integer_labels(several(y, x), x)[..., 0],
+            "jax": lambda y, x: jnp.take_along_axis(-surprisal(x), several(y, x), -1)[..., 0],
+            "scipy": lambda y, x: np.take_along_axis(-scipy_surprisal(x), several(y, x), -1)[..., 0],
+        },
+        kind="labels",
+    ),
+    Task(
+        "log_probs_with_integer_labels",
+        "log_probs_with_integer_labels-tail",
+        {
+            "jce": lambda y, x: jce.log_probs_with_integer_labels(y[..., None], x, tail=True)[..., -1],
+            "jax": lambda y, x: jnp.log1p(-jnp.exp(-of_label(surprisal(x), y))),
+            "scipy": lambda y, x: np.log1p(-np.exp(-np.take_along_axis(scipy_surprisal(x), y[..., None], -1)[..., 0])),
+        },
+        kind="labels",
+        note="tail",
     ),
     Task(
         "kl_divergence_with_logits",

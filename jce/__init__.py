@@ -58,6 +58,7 @@ from jce._heads.on_mesh import on_mesh
 from jce._heads.sharded_linear_cross_entropy import sharded_linear_cross_entropy
 from jce._jensen_shannon import jensen_shannon_divergence, jensen_shannon_divergence_with_logits
 from jce._kl_divergence import generalized_kl_divergence, kl_divergence, kl_divergence_with_logits
+from jce._log_probs import log_probs_with_integer_labels
 from jce._sampled_kl_divergence import sampled_kl_divergence
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "linear_kl_divergence",
     "linear_log_probs",
     "linear_map",
+    "log_probs_with_integer_labels",
     "on_mesh",
     "sampled_kl_divergence",
     "sharded_linear_cross_entropy",

@@ -95,7 +95,13 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 
 def labelled(
-    function: str, axis: int, where: ArrayLike | None, axis_name: Hashable | None, labels: ArrayLike, logits: ArrayLike
+    function: str,
+    axis: int,
+    where: ArrayLike | None,
+    axis_name: Hashable | None,
+    labels: ArrayLike,
+    logits: ArrayLike,
+    several: str = "label_probs",
 ) -> tuple[Array, Array, Array, Classes]:
     """Labels of the batch's shape, the logits and classes as in `distributions`, and 1 for each class kept."""
     got = {"labels": labels, "logits": logits}
@@ -105,7 +111,7 @@ def labelled(
         raise ValueError(
             f"{function}: labels must have the shape of logits without the class axis, {rows.shape}; got"
             f" {described(got)}. The target comes first, the model second; for one label against a batch of logits use"
-            f" jax.vmap, for several of each distribution label_probs."
+            f" jax.vmap, for several of each distribution {several}."
         )
     y = rows.place(y)
     if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
@@ -139,6 +145,26 @@ def labelled_with_probs(
         p = jnp.where(jnp.expand_dims(classes.any(kept != 0), -1), p, jnp.zeros_like(p))
     x, kept = (jnp.moveaxis(a, classes.axis, -1) for a in (x, kept))
     return y, p, x, kept, Classes(-1, classes.mesh_axis)
+
+
+def labelled_several(
+    function: str, axis: int, where: ArrayLike | None, axis_name: Hashable | None, labels: ArrayLike, logits: ArrayLike
+) -> tuple[Array, Array, Array | None, Classes]:
+    """Labels, a last axis of some for each row, the logits with the classes' axis last, and which rows have a class;
+    None where all have."""
+    got = {"labels": labels, "logits": logits}
+    y = _integer_labels(function, got)
+    x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
+    if y.ndim == 0 or y.shape[:-1] != rows.shape:
+        raise ValueError(
+            f"{function}: labels must have the shape of logits without the class axis, {rows.shape}, or that and an"
+            f" axis for k labels of each distribution last, as they must with a tail; got {described(got)}. One label"
+            f" is k = 1: labels[..., None]."
+        )
+    y = Layout(y.shape, rows.mesh, (*rows.spec, None)).place(y)
+    all_kept = where is None and jnp.asarray(logits).shape[classes.axis] > 0
+    some = None if all_kept else jnp.expand_dims(classes.any(kept != 0), -1)
+    return y, jnp.moveaxis(x, classes.axis, -1), some, Classes(-1, classes.mesh_axis)
 
 
 def _integer_labels(function: str, got: Mapping[str, ArrayLike]) -> Array:

@@ -17,6 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # What does that which others call so: by function and argument
 INSTEAD = {
     ("cross_entropy_with_integer_labels", "ignore_index"): " Leave rows out with where=(labels != index)[..., None].",
+    ("log_probs_with_integer_labels", "ignore_index"): " Leave rows out with where=(labels != index)[..., None].",
     ("linear_cross_entropy", "ignore_index"): " Leave tokens out with where=labels != index.",
     ("sharded_linear_cross_entropy", "ignore_index"): " Leave tokens out with where=labels != index.",
     ("linear_log_probs", "ignore_index"): " Leave tokens out with where=labels != index.",

@@ -237,6 +237,7 @@ class Kernel:
     regimes: Callable = probability_regimes
     domains: tuple[tuple[float, float], ...] = ()
     absent: tuple[float | None, ...] = (0.0, 0.0)
+    listed: tuple[int, ...] = ()  # classes whose probability a value is made of, however small
     note: str = ""
 
     def __post_init__(self):
@@ -330,6 +331,15 @@ def cross_entropy_with_label_0(x):
     return surprisals(x)[0]
 
 
+def log_prob_of_label_0(x):
+    return -surprisals(x)[0]
+
+
+def log_prob_of_other_labels(x):
+    """log(1 - q) of label 0, by the others' surprisals, which have all digits."""
+    return mp.log(sum(mp.exp(-s) for s in surprisals(x)[1:])) if any(mp.isfinite(xi) for xi in x[1:]) else -mp.inf
+
+
 def smoothed(x):
     s = surprisals(x)
     return mp.mpf(1 - SMOOTHING) * s[0] + mp.mpf(SMOOTHING) * sum(s) / len(s)
@@ -380,6 +390,20 @@ def label_0(**options):
     return function
 
 
+def log_prob(entry, *labels, **options):
+    """An entry of the log-probabilities of these labels, in every distribution."""
+
+    @functools.wraps(jce.log_probs_with_integer_labels)
+    def function(logits, *, axis=-1, **others):
+        shape = list(np.shape(logits))
+        if isinstance(axis, int) and -len(shape) <= axis < len(shape):
+            del shape[axis]
+        of_each = jnp.broadcast_to(jnp.array(labels), (*shape, len(labels)))
+        return jce.log_probs_with_integer_labels(of_each, logits, axis=axis, **options, **others)[..., entry]
+
+    return function
+
+
 def at_beta(function):
     """The function with unlike weights of p and q."""
 
@@ -420,6 +444,7 @@ def mapped(function, **options):
 
 
 SMOOTHING, BETA = 0.125, 0.125
+TAIL = "tail"
 
 
 def sigmoid(x):
@@ -952,6 +977,40 @@ TABLE = [
             Corner((-1.0, -1.0 - 2.0**-20), 2.0**-41, (2.0**-20, -(2.0**-20))),
             Corner((NAN, -1.0), NAN, (NAN, NAN)),
             Corner((-1.0, NAN), NAN, (NAN, NAN)),
+        ],
+    ),
+]
+
+
+# A log-probability is minus a loss; the row of k labels has one that is no class, too, where there is one class.
+LABEL = next(kernel for kernel in TABLE if kernel.name == "cross_entropy_with_integer_labels")
+TABLE += [
+    dataclasses.replace(
+        LABEL,
+        function=log_prob(0, 0, 1),
+        note="of k labels",
+        formula=log_prob_of_label_0,
+        value_bar=6,
+        gradient_bar=(5,),
+        corners=[Corner(c.arguments, -c.value, tuple(-np.array(g) for g in c.gradient)) for c in LABEL.corners],
+    ),
+    dataclasses.replace(
+        LABEL,
+        function=log_prob(-1, 0, tail=True),
+        note=TAIL,
+        listed=(0,),
+        formula=log_prob_of_other_labels,
+        value_bar=6,
+        gradient_bar=(5,),
+        corners=[
+            Corner(([0.0] * 4,), np.log(3 / 4), ([-1 / 4, 1 / 12, 1 / 12, 1 / 12],)),
+            Corner(([1.0, -INF, -INF, -INF],), -INF, ([-1.0, 0.0, 0.0, 0.0],)),
+            Corner(([-INF, 0.0, 0.0, -INF],), 0.0, ([0.0] * 4,)),
+            Corner(([20.0, 0.0, 0.0, -INF],), LOG2 - 20, ([-1.0, 0.5, 0.5, 0.0],)),
+            Corner(([200.0, 0.0, 0.0, 0.0],), np.log(3) - 200, ([-1.0, 1 / 3, 1 / 3, 1 / 3],)),
+            Corner(([-20.0, 0.0, -INF, -INF],), -2.0611536e-9, ([-2.0611536e-9, 2.0611536e-9, 0.0, 0.0],)),
+            Corner(([-200.0, 0.0, -INF, -INF],), 0.0, ([0.0] * 4,)),
+            *[Corner((x,), NAN, ([NAN] * 4,)) for x in IMPOSSIBLE],
         ],
     ),
 ]

@@ -85,13 +85,15 @@ def distributions(kernel: Kernel, *arrays) -> list[tuple]:
 def conditioning(kernel: Kernel, row, dtype, j: int | None = None) -> float:
     """What the rounding of xᵢ - max x, half an ulp of it, does to exp(xᵢ - max x), in ulps: added to every bar.
 
-    Of the terms that matter: the largest but one, of which the off-maximum sum consists, and a derivative's own.
+    Of the terms that matter: the largest but one, of which the off-maximum sum consists, a derivative's own, and what
+    the table lists.
     """
     worst = 0.0
     for x, domain in zip(row, kernel.domains, strict=True):
         if domain == LOGIT and kernel.has_classes:
             ordered = sorted(x)
-            depths = [ordered[-1] - y for y in ordered[-2:-1] + ([] if j is None else [x[j]])]
+            own = [x[i] for i in (*kernel.listed, *([] if j is None else [j]))]
+            depths = [ordered[-1] - y for y in ordered[-2:-1] + own]
             lost = sum(spacing(float(d), dtype) for d in depths if d and mp.isfinite(d))
             with np.errstate(over="ignore"):
                 worst = max(worst, lost / np.finfo(dtype).eps)

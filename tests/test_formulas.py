@@ -5,11 +5,16 @@ import re
 
 import mpmath as mp
 
-from tests.kernels import BETA, SMOOTHING, each_function, easy, kl_divergence, sigmoid, softmax
+from tests.kernels import BETA, SMOOTHING, TAIL, each_function, easy, kl_divergence, sigmoid, softmax
 from tests.oracle import entries, partial, to_mp
 
 LETTERS = {"alpha": "α", "beta": "β", "logits": "x", "alpha_logits": "x", "beta_logits": "y"}
-TOKEN = re.compile(r"\s+|\d+|Σ[ᵢp]|KL\(\w‖\w\)|(?:p_logits|q_logits|log|KL|[a-zα-ωH])(?:_y|ᵢ)?|\[i = y\]|.")
+TOKEN = re.compile(
+    r"\s+|\d+|Σ[ᵢpq]|KL\(\w‖\w\)|(?:p_logits|q_logits|log|KL|[a-zα-ωH])(?:_y|ᵢ)?|\[i = y\]|\[no label is i\]|."
+)
+# Where a function's first line is of another row: what its docstring says of this one
+VALUES = {"smoothed": r"the loss is\s+(.*?)\. No", TAIL: r"an entry\s+more is (.*?), of all"}
+DERIVATIVES = {TAIL: r"of the tail (.*?)\."}
 
 
 class Formula:
@@ -72,7 +77,8 @@ class Formula:
             return f"{'sigmoid' if token == 'σ' else ''}({inside})"
         if token.startswith("KL("):
             return f"KL({token[3]}, {token[5]})"
-        return {"Σp": "sum(p)", "[i = y]": "(i == y)"}.get(token, token.replace("ᵢ", "[i]").replace("q_y", "q[y]"))
+        words = {"Σp": "sum(p)", "Σq": "q[y]", "[i = y]": "(i == y)", "[no label is i]": "(i != y)"}
+        return words.get(token, token.replace("ᵢ", "[i]").replace("q_y", "q[y]"))
 
 
 def values(kernel, row) -> dict:
@@ -85,7 +91,7 @@ def values(kernel, row) -> dict:
         letters["β"] = mp.mpf(BETA)
         letters["m"] = [BETA * a + (1 - BETA) * b for a, b in zip(letters["p"], letters["q"], strict=True)]
     letters |= {name[-1]: mp.exp(x) for name, x in named.items() if name.startswith("log_")}
-    smoothing = mp.mpf(SMOOTHING if kernel.note else 0)
+    smoothing = mp.mpf(SMOOTHING if kernel.note == "smoothed" else 0)
     n = len(row[0]) if kernel.has_classes else 1
     return {"log": mp.log, "sigmoid": sigmoid, "KL": kl_divergence, "n": n, "ε": smoothing, "y": 0} | letters
 
@@ -109,8 +115,8 @@ def test_value(kernel, rng):
     row = to_mp([x[0] if kernel.has_classes else x[0, 0] for x in easy(kernel, rng, (1, 5))])
     _, formula = definition(kernel)
     with mp.workprec(450):
-        if kernel.note:  # label smoothing is the second sentence's
-            (formula,) = re.findall(r"the loss is\s+(.*?)\. No", inspect.getdoc(kernel.function))
+        if kernel.note in VALUES:
+            (formula,) = re.findall(VALUES[kernel.note], inspect.getdoc(kernel.function))
             formula = Formula(formula).python
         assert close(eval(formula, values(kernel, row)), kernel.formula(*row)), formula
 
@@ -121,6 +127,8 @@ def test_derivatives(kernel, rng):
     text = re.search(r"Derivative:\n(.*?)\n\n", inspect.getdoc(kernel.function), re.DOTALL).group(1)
     found = re.findall(r"[∂d]\w*/[∂d](\S+) = (.+?)(?:, (?=[∂d]|each|in |with)|;)", " ".join(text.split()))
     assert len(found) == len(kernel.arguments)
+    if kernel.note in DERIVATIVES:
+        found = [(found[0][0], *re.findall(DERIVATIVES[kernel.note], text))]
     name, _ = definition(kernel)
     with mp.workprec(450):
         letters = values(kernel, row)

@@ -1,4 +1,4 @@
-"""Numbers of a few classes, each in its class's place.
+"""Numbers of a few classes, each in its class's place; or -∞ in all those places.
 
 Scattered on a CPU, which is slow at comparing each class with each label; compared on an accelerator, which is slow at
 scattering.
@@ -20,20 +20,45 @@ FEW = 16  # labels, which an accelerator compares with each class; more are scat
 
 def over_classes(y: Array, a: Array, x: Array, classes: Classes) -> Array:
     """Σⱼ aⱼ [i = yⱼ] for each class i of x."""
-    compared, scattered = (functools.partial(f, classes=classes) for f in (_compared, _scattered))
-    any_way = scattered if y.shape[-1] > FEW else on_cpu(scattered, compared)
-    function = compared if classes.are_split(x) else any_way
+    function = _one_of(_added, _scattered, y, x, classes)
     return function(classes.local(y, x), a, jnp.zeros_like(x))
 
 
-def _compared(y, a, zeros, classes):
+def without_classes(y: Array, x: Array, classes: Classes) -> Array:
+    """x, and -∞ at the labels [..., k]."""
+    return _one_of(_masked, _struck, y, x, classes)(classes.local(y, x), x)
+
+
+def _one_of(compared, scattered, y, x, classes):
+    compared, scattered = (functools.partial(f, classes=classes) for f in (compared, scattered))
+    any_way = scattered if y.shape[-1] > FEW else on_cpu(scattered, compared)
+    return compared if classes.are_split(x) else any_way
+
+
+def _added(y, a, zeros, classes):
     for j in range(y.shape[-1]):
         zeros += jnp.where(classes.is_at(zeros, y[..., j]), classes.column(a[..., j]), jnp.zeros_like(zeros))
     return zeros
 
 
+def _masked(y, x, classes):
+    for j in range(y.shape[-1]):
+        x = jnp.where(classes.is_at(x, y[..., j]), jnp.full_like(x, -jnp.inf), x)
+    return x
+
+
 def _scattered(y, a, zeros, classes):
-    rows, n = math.prod(zeros.shape[:-1]), zeros.shape[-1]
-    y = jnp.where(classes.has(zeros, y), y, jnp.full_like(y, n))  # a negative index would count
-    y, a = (b.reshape(rows, b.shape[-1]) for b in (y, a))
-    return zeros.reshape(rows, n).at[jnp.arange(rows)[:, None], y].add(a, mode="drop").reshape(zeros.shape)
+    (x, y, rows), shape = _in_rows(zeros, y, classes), zeros.shape
+    return x.at[rows, y].add(a.reshape(y.shape), mode="drop").reshape(shape)
+
+
+def _struck(y, x, classes):
+    (x, y, rows), shape = _in_rows(x, y, classes), x.shape
+    return x.at[rows, y].set(-jnp.inf, mode="drop").reshape(shape)
+
+
+def _in_rows(x, y, classes):
+    """[rows, n], [rows, k], where a label of no class is n, for a negative index would count; and each row's number."""
+    rows, n = math.prod(x.shape[:-1]), x.shape[-1]
+    y = jnp.where(classes.has(x, y), y, jnp.full_like(y, n))
+    return x.reshape(rows, n), y.reshape(rows, y.shape[-1]), jnp.arange(rows)[:, None]

@@ -105,6 +105,10 @@ class Passes(Way):
         q = reused(jnp.where(dominant, jnp.ones_like(e), e) / self.column(n.z))
         return n, lambda s: Compared(self.again(n.m, s), q, dominant)
 
+    def max_and_sum(self, x):
+        m = self.maximum(x)
+        return m, self.sum(exp(x - self.column(jnp.maximum(m, jnp.finfo(m.dtype).min))))
+
     def sum_with_differences(self, terms, p, q):
         """In float64 where numbers are float32, which is fast for many classes."""
         total = self.sum(terms)

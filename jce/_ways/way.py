@@ -134,6 +134,11 @@ class Way(Classes, ABC):
         n = self.normalizer(x)
         return Exponentials(exp(x - self.column(n.m)), n.z, n)
 
+    def max_and_sum(self, x: Array) -> tuple[Array, Array]:
+        """m and Z, which is 0 where all classes are impossible."""
+        n = self.normalizer(x)
+        return n.m, jnp.where(n.m == -jnp.inf, jnp.zeros_like(n.z), n.z)
+
     def sum_with_differences(self, terms: Array, p: Array, q: Array) -> Array:
         """Σ terms + Σ (p - q), the latter to an ulp, even where it is the little that rounding left of 1 - 1: a sum of
         two-float numbers, whose lower parts the terms join."""

@@ -29,6 +29,10 @@ def log_probs(y, h, w):
     return sum(jnp.square(x).mean() for x in jce.linear_log_probs(y, h, w))
 
 
+def of_some(y, h, w):
+    return jce.linear_cross_entropy(y, h, w, where=y >= 0)
+
+
 LOSSES = {"mean": mean, "none": each, "log-probabilities": log_probs}
 
 
@@ -64,11 +68,12 @@ def main() -> None:
     tell("sharded", sharded(device))
     tell("a part alone", compilers.compiled(gradient(mean), device, list(zip(LOCAL, DTYPES, strict=True))))
     tell("alone", compilers.compiled(gradient(mean), device, list(shapes(TOKENS))))
+    tell("of some alone", compilers.compiled(gradient(of_some), device, list(shapes(TOKENS))))
     mesh = Mesh(np.array(compilers.devices(device, DEVICES)), ("data",), axis_types=(AxisType.Auto,))
     places = [NamedSharding(mesh, P(*spec)) for spec in (("data",), ("data",), ())]
     split = [jax.ShapeDtypeStruct(*s, sharding=p) for s, p in zip(shapes(DEVICES * TOKENS), places, strict=True)]
     with jax.set_mesh(mesh):
-        for name, loss in LOSSES.items():
+        for name, loss in {**LOSSES, "of some": of_some}.items():
             tell(name, jax.jit(gradient(loss), out_shardings=(None, tuple(places[1:]))).lower(*split).compile())
 
 

@@ -31,17 +31,24 @@ def losses(tokens: int, chunk: int) -> dict:
     return {
         "mean": lambda h, w, t: jce.linear_cross_entropy(y, h, w, **k),
         "smoothed": lambda h, w, t: jce.linear_cross_entropy(y, h, w, label_smoothing=0.1, z_loss=0.1, **k),
+        "some": lambda h, w, t: jce.linear_cross_entropy(y, h, w, where=y.astype(t.dtype) < t, **k),
         "none": lambda h, w, t: jce.linear_cross_entropy(y, h, w, reduction="none", logit_soft_cap=t, **k).sum(),
         "lists": lambda h, w, t: jce.linear_cross_entropy(jnp.stack([y, y + 1], 1), h, w, **lists, **k),
         "log-probabilities": lambda h, w, t: total(jce.linear_log_probs(y, h, w, logit_soft_cap=t, **k)),
         "divergence": lambda h, w, t: jce.linear_kl_divergence(
             Linear(2 * h, w), Linear(h, w), temperature=t, reduction="none", **k
         ).sum(),
+        "divergence of some": lambda h, w, t: jce.linear_kl_divergence(
+            Linear(2 * h, w), Linear(h, w), temperature=t, where=y.astype(t.dtype) < t, **k
+        ),
         "map of one number": lambda h, w, t: jce.linear_map(ce, y, Linear(h, w), reduction="sum", **k),
         "map of each": lambda h, w, t: jce.linear_map(lambda y, x: ce(y, x / t), y, Linear(h, w), **k).sum(),
         "a number and a bool": lambda h, w, t: total(
             jce.linear_map(lambda y, x: (ce(y, x), x.argmax() == y), y, Linear(h, w), reduction="mean", **k)
         ),
+        "map of some": lambda h, w, t: jce.linear_map(
+            lambda y, x: ce(y, x / t), y, Linear(h, w), where=y.astype(t.dtype) < t, **k
+        ).sum(),
         "integers": lambda h, w, t: jce.linear_map(jnp.argmax, Linear(h, w), reduction="sum", **k),
         "reals and a sample": lambda h, w, t: total(
             jce.linear_map(reals_and_a_sample, keys, Linear(h, w), reduction="sum", **k)

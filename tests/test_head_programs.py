@@ -4,6 +4,7 @@ Neither the machine nor the day changes a figure here.
 """
 
 import functools
+import re
 
 import pytest
 
@@ -52,6 +53,19 @@ def test_an_auto_mesh_keeps_the_tokens_and_sums_the_heads_gradient_once(device, 
     assert not any(x.in_loop for x in sent)
     first = [1, WIDTH] if len(sent) > 2 and loss == "log-probabilities" else []  # token's label and state
     assert sorted(x.size for x in sent) == [1, *first, CLASSES * WIDTH]
+
+
+@each_device
+def test_a_loop_over_the_tokens_that_are_kept(device):
+    """It holds what one over all does, and copies no gradient of the head; on a mesh no step of it sends anything."""
+    text, temporaries = compiled(device)["of some alone"]
+    assert temporaries < 1.05 * compiled(device)["alone"][1]
+    assert not re.search(rf"f32\[{CLASSES},{WIDTH}\]\S* copy(-start)?\(", text)
+    sent = collectives(compiled(device)["of some"][0])
+    assert {x.kind for x in sent} == {"all-reduce"}
+    assert not any(x.in_loop for x in sent)
+    assert max(x.size for x in sent) == CLASSES * WIDTH
+    assert sum(x.size == CLASSES * WIDTH for x in sent) == 1
 
 
 @each_device

@@ -56,7 +56,8 @@ def needed(jaxpr, platform) -> int:
     return multiplications(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], platform)
 
 
-def multiplications(jaxpr, platform) -> int:
+def multiplications(jaxpr, platform, chunks: int | None = None) -> int:
+    """With as many chunks of those that hold a token that is kept, or all."""
     count = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -65,7 +66,9 @@ def multiplications(jaxpr, platform) -> int:
                 equation.invars[0].aval.shape[i] for i in contracted
             )
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        count += times * sum(multiplications(j, platform) for j in inner(equation, platform))
+        if equation.primitive.name == "first_chunks":
+            times = equation.invars[1].aval.shape[0] if chunks is None else chunks
+        count += times * sum(multiplications(j, platform, chunks) for j in inner(equation, platform))
     return count
 
 
@@ -86,6 +89,34 @@ def test_matrix_products(reduction, gradient, of_hidden, of_head, hvp, with_grad
     assert count(lambda *a: jax.jvp(jax.grad(loss, (0, 1)), a, a), *a) == with_gradient
     assert count(lambda h, w: jax.jvp(lambda h: jax.grad(loss)(h, w), (h,), (h,))[1], *a) == hvp_of_one
     assert count(lambda h, w: jax.jvp(lambda w: jax.grad(loss, 1)(h, w), (w,), (w,))[1], *a) == hvp_of_one
+
+
+HEADS_LOSSES = {
+    "losses": lambda h, w, **o: jce.linear_cross_entropy(np.zeros(64, int), h, w, **o),
+    "log-probabilities": lambda h, w, **o: sum(x.sum() for x in jce.linear_log_probs(np.zeros(64, int), h, w, **o)),
+    "divergence": lambda h, w, **o: jce.linear_kl_divergence(jce.Linear(2 * h, w), jce.Linear(h, w), **o),
+    "map of each": lambda h, w, **o: jce.linear_map(lambda x: jnp.sin(x).sum(), jce.Linear(h, w), **o).sum(),
+}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "other"])
+@pytest.mark.parametrize("name", HEADS_LOSSES)
+@pytest.mark.in_turn(4)
+def test_products_of_tokens_of_which_some_are_left_out(name, platform):
+    """As many as of all, in every mode, and each in a loop over the chunks of those that are kept."""
+    a = matrices(64, 8, 40)
+
+    def program(mode, some):
+        def loss(h, w):
+            return HEADS_LOSSES[name](h, w, chunk_size=16, where=h[:, 0] > 0 if some else None)
+
+        jaxpr = jax.make_jaxpr(modes(loss, (0, 1))[mode])(a, a).jaxpr
+        return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+    for mode in HEADS:
+        some = program(mode, True)
+        assert multiplications(some, platform) == multiplications(program(mode, False), platform)
+        assert not multiplications(some, platform, chunks=0)
 
 
 def test_traced_numbers_cost_no_product():

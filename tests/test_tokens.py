@@ -16,11 +16,11 @@ BATCH, TOKENS, WIDTH, CLASSES = 2, 7, 3, 11
 
 
 def mean(y, h, w, b, a):
-    return jce.linear_cross_entropy(y, h, w, b, weights=a, label_smoothing=0.1, chunk_size=4)
+    return jce.linear_cross_entropy(y, h, w, b, weights=a, where=y > 2, label_smoothing=0.1, chunk_size=4)
 
 
 def total(y, h, w, b, a):
-    return jce.linear_cross_entropy(y, h, w, b, weights=a, reduction="sum", logit_soft_cap=a.sum() + 3, chunk_size=4)
+    return jce.linear_cross_entropy(y, h, w, b, reduction="sum", logit_soft_cap=a.sum() + 3, chunk_size=4)
 
 
 def each(y, h, w, b, a):
@@ -31,7 +31,12 @@ def log_probs(y, h, w, b, a):
     return sum(jnp.sin(x) for x in jce.linear_log_probs(y, h, w, b, logit_soft_cap=a.sum() + 3, chunk_size=4))
 
 
-FUNCTIONS = {"mean": mean, "sum": total, "none": each, "log-probabilities": log_probs}
+def divergence(y, h, w, b, a):
+    p, q = jce.Linear(jnp.sin(h), w), jce.Linear(h, w, b)
+    return jce.linear_kl_divergence(p, q, weights=a, where=y > 2, chunk_size=4)
+
+
+FUNCTIONS = {"mean": mean, "sum": total, "none": each, "log-probabilities": log_probs, "divergence": divergence}
 # Which of labels, hidden states, head, bias and weights the batch has, and where
 AXES = {
     "tokens": (0, 0, None, None, 0),

@@ -28,6 +28,7 @@ from jce._arguments import (
 from jce._calculus import custom_jvp, def_partials
 from jce._classes import Classes, like, vary_over, varying
 from jce._elementary import exp, tanh
+from jce._heads.kept import filled, over_kept
 from jce._heads.products import Head, Products
 from jce._layout import over_devices
 from jce._mul0 import mul0
@@ -108,8 +109,10 @@ def_partials(_slope_in_cap, lambda v: 2 * tanh(v) * mul0(v, _slope(v)))
 # Chunks
 
 
-def over_chunks(step: Callable, chunked: Chunks, carry, tokens):
+def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | None = None):
     """`lax.scan` of a step over chunks of some size or a few tokens less, filled up with zeros.
+
+    Where tokens are left out, over chunks of those that are kept, each from a carry of None.
 
     Apart, a chunk has every k-th token: where XLA splits the tokens over devices, each of which has neighbours, all
     have as many of each chunk, and none is sent. For GPUs and TPUs it then sums the carry over devices after the loop.
@@ -124,12 +127,11 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens):
     else:
         chunks = -(-count // size)  # of a symbolic number of tokens, which is at least 1, as symbolic
     size = -(-count // chunks)
+    if kept is not None and not (isinstance(count, int) and count == 0):
+        return over_kept(step, kept, chunks, devices, tokens)
 
     def split(x):
-        if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys, of which there is no 0
-            x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (chunks * size - count, *x.shape[1:]))])
-        else:
-            x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
+        x = filled(x, chunks * size)
         return x.reshape(size, chunks, *x.shape[1:]).swapaxes(0, 1) if apart else x.reshape(chunks, size, *x.shape[1:])
 
     def join(x):
@@ -160,21 +162,25 @@ def _all_at_once(tree):
     return jax.tree.unflatten(structure, arrays)
 
 
-def each_token(function: Callable, chunked: Chunks, *tokens: Array):
+def each_token(function: Callable, chunked: Chunks, *tokens: Array, kept: Array | None = None):
     """The function of chunks of tokens, with nothing kept of a chunk but its results, whatever is differentiated."""
     step = jax.checkpoint(lambda carry, chunk: (carry, function(*chunk)), prevent_cse=False)
-    return over_chunks(step, chunked._replace(peeled=False), None, tokens)[1]
+    return over_chunks(step, chunked._replace(peeled=False), None, tokens, kept)[1]
 
 
 # Arguments
 
 
 class Tokens(NamedTuple):
-    """Labels [N], hidden states [N, d] and weights [N]: where a token is left out 0, 0 and 0."""
+    """Labels [N], hidden states [N, d] and weights [N]: where a token is left out 0, 0 and 0.
+
+    And which are kept [N], or None for all.
+    """
 
     labels: Array
     hidden: Array
     weights: Array
+    kept: Array | None
 
 
 def tokens_and_head(function: str, got: Mapping[str, Array], classes: Classes) -> tuple[Tokens, Head]:
@@ -193,6 +199,7 @@ def tokens_and_head(function: str, got: Mapping[str, Array], classes: Classes) -
     a = flat(got["weights"].astype(dtype) if "weights" in got else jnp.ones((), dtype))
     if n == 0:  # no class is one, and no token has it
         w, b = jnp.zeros((1, w.shape[1]), w.dtype), jnp.zeros(1, dtype)
+    kept = None
     if n == 0 or "weights" in got or "where" in got:
         kept = flat(got.get("where", True)) & (n > 0)
         if "weights" in got:
@@ -204,7 +211,9 @@ def tokens_and_head(function: str, got: Mapping[str, Array], classes: Classes) -
     axes = frozenset().union(*map(varying, (y, h, a, w, b)))
     y, h, a = vary_over(axes - classes.mesh_axes, y, h, a)
     w, b = vary_over(axes | classes.mesh_axes, w, b)
-    return Tokens(y, h, a), Head(w, w.astype(dtype), b)
+    if kept is not None:
+        (kept,) = vary_over(axes - classes.mesh_axes, kept)
+    return Tokens(y, h, a, kept), Head(w, w.astype(dtype), b)
 
 
 def head_of(function: str, h: Array, w: Array, b: Array | None) -> tuple[Array, Head]:

@@ -90,7 +90,8 @@ def linear_cross_entropy(
       tail: whether all classes without a label count as one more outcome, of what is left of the target: a static bool.
       weights: real, broadcasts to the shape of labels: w, each token's weight. A mean divides by Σ w: advantages,
         which may sum to 0, would then train nothing, silently, so give them reduction="sum" and divide by a count.
-      where: bool, broadcasts to the shape of labels. A token where it is False takes no part, whatever it holds.
+      where: bool, broadcasts to the shape of labels. A token where it is False takes no part, whatever it holds, and
+        costs no product in any derivative: those that are kept are put together, and only their chunks are computed.
       reduction: "mean" for Σ wℓ / Σ w, "sum" for Σ wℓ, "none" for wℓ, a number for each token. Without weights w is 1,
         and 0 where `where` is False; if Σ w = 0, the mean is 0.
       label_smoothing: ε, a number from 0 to 1. Python's 0 costs nothing. A traced number, as of a schedule, isn't
@@ -166,12 +167,13 @@ def loss_of_part(
 
     def loss(arguments, token_axes, class_axis):
         got, classes = arguments.tokens | arguments.rows, Classes(-1, class_axis)
-        (y, h, w), head = tokens_and_head(name, got, classes)
+        tokens, head = tokens_and_head(name, got, classes)
         options = checked_options(name, classes, head, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
         if reduction == "none":
-            return of_tokens(_weighted_losses, (y, h, w), (head, options)).reshape(got["labels"].shape)
-        w = shares(w, token_axes) if reduction == "mean" else w
-        return over_devices(of_tokens(_weighted_losses, (y, h, w), (head, options), total=_weighted_sum), token_axes)
+            return of_tokens(_weighted_losses, tokens, (head, options)).reshape(got["labels"].shape)
+        if reduction == "mean":
+            tokens = tokens._replace(weights=shares(tokens.weights, token_axes))
+        return over_devices(of_tokens(_weighted_losses, tokens, (head, options), total=_weighted_sum), token_axes)
 
     return loss
 
@@ -231,8 +233,8 @@ def _some(number) -> bool:
 
 # JAX's own custom_jvp, here and below: ours would keep the residuals of a loop, which are the logits of all tokens.
 @jax.custom_jvp
-def _losses(y, h, head, o):
-    return _losses_in_a_loop(y, h, head, o)
+def _losses(y, h, kept, head, o):
+    return _losses_in_a_loop(y, h, kept, head, o)
 
 
 # The plain derivative, but the value from another call: of one loop for both, reverse mode over reverse mode forgets
@@ -244,12 +246,12 @@ def _losses_rule(primals, tangents):
 _losses.defjvp(_losses_rule, symbolic_zeros=True)
 
 
-def _losses_in_a_loop(y, h, head, o):
-    def losses(platform, y, h, head, o):
+def _losses_in_a_loop(y, h, kept, head, o):
+    def losses(platform, y, h, kept, head, o):
         o, chunks = o.on(platform, h, head)
-        return each_token(lambda y, h: _loss(y, o.logits.of(h, head), o), chunks, y, h)
+        return each_token(lambda y, h: _loss(y, o.logits.of(h, head), o), chunks, y, h, kept=kept)
 
-    return on_platform(losses, *together((y, h), head, o), head, o)
+    return on_platform(losses, *together((y, h), head, o), kept, head, o)
 
 
 def _loss(y, x, o):
@@ -263,44 +265,45 @@ def _loss(y, x, o):
     return loss
 
 
-def _weighted_losses(y, h, w, head, o):
-    return mul0(_losses(y, h, head, o), w)
+def _weighted_losses(y, h, w, kept, head, o):
+    return mul0(_losses(y, h, kept, head, o), w)
 
 
 @jax.custom_jvp
-def _weighted_sum(y, h, w, head, o):
-    return _weighted_losses(y, h, w, head, o).sum()
+def _weighted_sum(y, h, w, kept, head, o):
+    return _weighted_losses(y, h, w, kept, head, o).sum()
 
 
 # d Σ wℓ = Σ w (∂ℓ/∂h · dh + ∂ℓ/∂W · dW + ∂ℓ/∂b · db) + Σ ℓ dw, and along a traced number, rare as it is, by a pass more
 def _weighted_sum_rule(primals, tangents):
-    y, h, w, head, o = primals
-    _, dh, dw, dhead, do = tangents
+    y, h, w, kept, head, o = primals
+    _, dh, dw, _, dhead, do = tangents
     steps = (dh, dhead.wide, dhead.bias)
-    losses, gradients = _losses_and_gradients(y, h, head, w, o, tuple(not isinstance(t, SymbolicZero) for t in steps))
+    wanted = tuple(not isinstance(t, SymbolicZero) for t in steps)
+    losses, gradients = _losses_and_gradients(y, h, w, kept, head, o, wanted)
     # Each device has its own classes' part of each gradient.
     parts = [mul0(g, t.astype(g.dtype)).sum() for g, t in zip(gradients, steps, strict=True) if g is not None]
     terms = [o.classes.over_devices(functools.reduce(jnp.add, parts))] if parts else []
     if not isinstance(dw, SymbolicZero):
         terms.append(mul0(losses, dw).sum())
     if not all(isinstance(t, SymbolicZero) for t in jax.tree.leaves(do)):
-        terms.append(live_jvp(lambda o: _weighted_losses(y, h, w, head, o).sum(), (o,), (do,))[1])
+        terms.append(live_jvp(lambda o: _weighted_losses(y, h, w, kept, head, o).sum(), (o,), (do,))[1])
     return mul0(losses, w).sum(), functools.reduce(jnp.add, terms)
 
 
 _weighted_sum.defjvp(_weighted_sum_rule, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _losses_and_gradients(y, h, head, w, o, wanted):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(6,))
+def _losses_and_gradients(y, h, w, kept, head, o, wanted):
     """ℓ, and Σ wℓ's derivatives in h, W and b, or None for those that aren't wanted."""
-    return _loop(y, h, head, w, o, wanted, _unnormalized_excess)
+    return _loop(y, h, w, kept, head, o, wanted, _unnormalized_excess)
 
 
 # The derivative of another expression for the excess, whose own derivative is accurate; and the value as above.
 def _losses_and_gradients_rule(wanted, primals, tangents):
-    def twin(y, h, head, w, o):
-        return _loop(y, h, head, w, o, wanted, _excess)
+    def twin(y, h, w, kept, head, o):
+        return _loop(y, h, w, kept, head, o, wanted, _excess)
 
     return _losses_and_gradients(*primals, wanted), live_jvp(twin, primals, tangents)[1]
 
@@ -308,9 +311,9 @@ def _losses_and_gradients_rule(wanted, primals, tangents):
 _losses_and_gradients.defjvp(_losses_and_gradients_rule, symbolic_zeros=True)
 
 
-def _loop(y, h, head, w, o, wanted, excess: Callable):
+def _loop(y, h, w, kept, head, o, wanted, excess: Callable):
     y, h = together((y, h), head, w, o)
-    return waiting(_Loop(wanted, excess), y, h, head, w, o)
+    return waiting(_Loop(wanted, excess), y, h, w, kept, head, o)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,11 +321,11 @@ class _Loop:
     wanted: tuple[bool, bool, bool]
     excess: Callable
 
-    def __call__(self, platform, y, h, head, w, o):
-        return _loop_on(self.wanted, self.excess, named(platform), y, h, head, w, o)
+    def __call__(self, platform, y, h, w, kept, head, o):
+        return _loop_on(self.wanted, self.excess, named(platform), y, h, w, kept, head, o)
 
 
-def _loop_on(wanted, excess, platform, y, h, head, w, o):
+def _loop_on(wanted, excess, platform, y, h, w, kept, head, o):
     in_h, in_weight, in_bias = wanted
     o, chunks = o.on(platform, h, head)
     products = o.logits.products
@@ -342,7 +345,7 @@ def _loop_on(wanted, excess, platform, y, h, head, w, o):
         return (sum_weight, sum_bias), (losses, r * products.with_head(e, head, 0) if in_h else None)
 
     zeros = jnp.zeros_like(head.wide) if in_weight else None, jnp.zeros_like(head.bias) if in_bias else None
-    sums, (losses, by_token) = over_chunks(step, chunks, zeros, (y, h, w))
+    sums, (losses, by_token) = over_chunks(step, chunks, zeros, (y, h, w), kept)
     return losses, (by_token, *sums)
 
 

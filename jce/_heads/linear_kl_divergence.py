@@ -49,7 +49,8 @@ def linear_kl_divergence(
       p: the target, the teacher: `jce.Linear(hidden, head)`, hidden states [..., d] and a head [n, d].
       q: the model, the student, of the same n classes: `jce.Linear(hidden, head)`, with its own width.
       weights: real, broadcasts to the token axes: w, each token's weight, as in `linear_cross_entropy`.
-      where: bool, broadcasts to the token axes. A token where it is False takes no part, whatever it holds.
+      where: bool, broadcasts to the token axes. A token where it is False takes no part, whatever it holds, and costs
+        no product, as in `linear_cross_entropy`.
       reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, a number for each token.
       temperature: T > 0, a number. Python's 1 costs nothing; a traced one isn't checked. It divides what the logits are
         apart, so that heads nearly the same are compared as exactly as at T = 1. Of log-probabilities that a program

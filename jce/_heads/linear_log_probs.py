@@ -55,7 +55,7 @@ def linear_log_probs(
       head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T.
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
       where: bool, broadcasts to the shape of labels. Where it is False, both are 0, with derivative 0, whatever label
-        and hidden hold.
+        and hidden hold; and such tokens cost no product, as in `linear_cross_entropy`.
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none. A traced one isn't
         checked.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.

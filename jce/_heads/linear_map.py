@@ -56,7 +56,9 @@ def linear_map(
       *arguments: `jce.Linear(hidden, head)`, at least one, and arrays with the same leading token axes [...], such as
         labels, advantages, masks or random keys; or trees of them.
       where: bool, broadcasts to the token axes. A token where it is False takes no part, whatever it holds and whatever
-        function makes of it: its result is 0 (False), with derivative 0.
+        function makes of it: its result is 0 (False), with derivative 0. It costs no product, and function doesn't run
+        on it, but on what fills up the last chunk: so it is in each device's part of a mesh, where devices whose
+        derivatives meet in each chunk, as of a traced value that function closes over, take as many as the fullest.
       weights: real, broadcasts to the token axes: w, by which each result is multiplied. A token of weight 0 whose
         hidden state isn't finite is left out as by `where`.
       reduction: "none" for each token's result r (or wr), "sum" for Σ wr, "mean" for Σ wr / Σ w, which is 0 if Σ w is;

@@ -97,7 +97,7 @@ def over_tokens(
         trained = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
         number = reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
         function = _of_hidden(of_chunk.function, in_order, as_given, dtypes_closed_over, options.precision)
-        loop = Loop(function, chunk, part.logits, class_axis, trained[0] if number else 0)
+        loop = Loop(function, chunk, part.logits, class_axis, trained[0] if number else 0, not part.all_kept)
         w = part.weights_of(reduction, token_axes, jnp.float64 in [ones[i].dtype for i in trained])
         results = part.results(loop, w, total=number)
         if reduction == "none":

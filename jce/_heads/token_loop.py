@@ -62,6 +62,10 @@ class Loop(NamedTuple):
     logits: jax.ShapeDtypeStruct  # a token's, under all heads
     class_axis: Hashable | None
     trained: int = 0  # which result has a derivative where they are summed
+    some: bool = False  # whether the first array of the tokens says which of them are kept
+
+    def kept(self, inputs: Inputs) -> Array | None:
+        return inputs.tokens[0] if self.some else None
 
 
 # JAX's own custom_jvp, here and below: ours would keep the residuals of a loop, which are the logits of all tokens.
@@ -85,7 +89,8 @@ def _each(loop, inputs):
         def of_chunk(hidden, tokens):
             return loop.of_chunk(platform, inputs._replace(hidden=hidden, tokens=tokens))
 
-        return each_token(of_chunk, platform.chunks(loop.chunk, loop.logits), inputs.hidden, inputs.tokens)
+        chunks = platform.chunks(loop.chunk, loop.logits)
+        return each_token(of_chunk, chunks, inputs.hidden, inputs.tokens, kept=loop.kept(inputs))
 
     return on_platform(on, inputs.together())
 
@@ -194,7 +199,8 @@ def _in_one_loop(loop, live, w, inputs):
         leaves = jax.tree.leaves(inputs)
         zeros = [jnp.zeros_like(leaves[i]) for i in live[of_tokens:]]
         chunks = platform.chunks(loop.chunk, loop.logits)
-        sums, (results, by_token) = over_chunks(step, chunks, zeros, (w, inputs.hidden, inputs.tokens))
+        tokens = w, inputs.hidden, inputs.tokens
+        sums, (results, by_token) = over_chunks(step, chunks, zeros, tokens, loop.kept(inputs))
         return results, [*by_token, *sums]
 
     return on_platform(on, w, inputs.together(w))

@@ -21,18 +21,19 @@ _of_tokens_p = Primitive("of_tokens")
 _of_tokens_p.multiple_results = True
 
 
-def of_tokens(each: Callable, tokens: tuple[Array, ...], shared: tuple, total: Callable | None = None):
+def of_tokens(each: Callable, tokens: tuple[Array | None, ...], shared: tuple, total: Callable | None = None):
     """each(*tokens, *shared), some numbers a token; or the total, which is their sum, in one loop with its gradient.
 
     Neither function may close over what is traced.
     """
-    leaves, tree = jax.tree.flatten(shared)
+    leaves, tree = jax.tree.flatten((tokens, shared))
 
     def flat(*leaves):
-        return (total or each)(*leaves[: len(tokens)], *tree.unflatten(leaves[len(tokens) :]))
+        tokens, shared = tree.unflatten(leaves)
+        return (total or each)(*tokens, *shared)
 
-    jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*tokens, *leaves)
-    results = _of_tokens_p.bind(*tokens, *leaves, jaxpr=jaxpr, each=each, total=total, tree=tree)
+    jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+    results = _of_tokens_p.bind(*leaves, jaxpr=jaxpr, each=each, total=total, tree=tree)
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
@@ -46,8 +47,8 @@ def _run(*arguments, jaxpr, **_):
 
 
 def _batch(arguments, axes, *, jaxpr, each, total, tree):
-    count = len(arguments) - tree.num_leaves
-    tokens, shared = arguments[:count], arguments[count:]
+    count = tree.children()[0].num_leaves
+    tokens = arguments[:count]
     largest = max(range(count), key=lambda i: tokens[i].ndim - (axes[i] is not None))  # the hidden states
     if axes[largest] is None or any(axis is not None for axis in axes[count:]):
         results = jax.vmap(lambda *a: _inlined(*a, jaxpr=jaxpr), axes)(*arguments)
@@ -58,8 +59,8 @@ def _batch(arguments, axes, *, jaxpr, each, total, tree):
         x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         return x.reshape(size * x.shape[1], *x.shape[2:])
 
-    more = tuple(map(merged, tokens, axes[:count]))
-    results = jax.tree.leaves(of_tokens(each, more, tree.unflatten(shared)))
+    more, shared = tree.unflatten([*map(merged, tokens, axes[:count]), *arguments[count:]])
+    results = jax.tree.leaves(of_tokens(each, more, shared))
     results = [x.reshape(size, -1, *x.shape[1:]) for x in results]
     return [x.sum(1) for x in results] if total else results, (0,) * len(results)
 

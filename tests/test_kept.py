@@ -7,7 +7,8 @@ import pytest
 
 import jce
 from jce import Linear
-from jce._heads.kept import over_kept
+from jce._heads import chunks
+from jce._heads.kept import counts, over_kept
 from tests.kernels import modes
 from tests.test_devices import close
 
@@ -219,3 +220,64 @@ def test_devices_that_meet_in_each_step_take_as_many(typed, rng):
     p = jax.sharding.PartitionSpec("tokens")
     split = jax.shard_map(each, mesh=make_mesh((4, 1)), in_specs=(p, p, p), out_specs=p, check_vma=typed)
     close(jax.jit(split)(h, kept, np.arange(4.0)), np.where(kept, 6 * (h @ w.T).sum(1), 0), rtol=1e-5)
+
+
+# Weights of 0
+
+
+def test_a_weight_counts_that_is_not_0_or_has_a_derivative():
+    w = jnp.array([0.0, -1.0, jnp.nan, 0.0])
+
+    def in_a_loop(w):
+        return jax.lax.scan(lambda c, w: (c, counts(w)), 0, w)[1]
+
+    for f in (counts, jax.jit(counts), jax.vmap(counts), in_a_loop, jax.checkpoint(counts)):
+        np.testing.assert_array_equal(f(w), [False, True, True, False])
+        value, _ = jax.jvp(lambda w, f=f: (f(w), w), (w,), (w,))
+        np.testing.assert_array_equal(value[0], True)
+
+    def hessian_of_another(w):
+        return jax.jvp(jax.grad(lambda x: jnp.where(counts(w), x * x * w, 0).sum()), (1 + w,), (1 - w,))[1]
+
+    zeros = jnp.zeros(2)
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.where(counts(zeros), x, 0).sum())(zeros), 0)
+    np.testing.assert_array_equal(jax.grad(lambda w: jnp.where(counts(w), 3 * w, 0).sum())(zeros), 3)
+    np.testing.assert_array_equal(jax.grad(lambda w: hessian_of_another(w).sum())(zeros), 2)
+
+
+@pytest.mark.needs_jit
+@pytest.mark.parametrize("name", ["losses", "map of a number"])
+@pytest.mark.in_turn(2)
+def test_of_weights_without_a_derivative_zeros_cost_nothing(name, rng, monkeypatch):
+    """Nor does a mask of the same tokens; where weights have a derivative, a token of weight 0 has one too."""
+    steps = []
+
+    def counted(step):
+        def counting(*arguments):
+            jax.debug.callback(lambda: steps.append(1))
+            return step(*arguments)
+
+        return counting
+
+    over = chunks.over_kept
+    monkeypatch.setattr(chunks, "over_kept", lambda step, *rest: over(counted(step), *rest))
+    y, x = rng.integers(0, CLASSES, TOKENS), [a.astype(np.float32) for a in numbers(rng)]
+
+    def loss(h, kept, a, t):
+        return FUNCTIONS[name](lambda f: f, y, None, Linear(h, x[1]), a, t, where=kept, reduction="sum", chunk_size=2)
+
+    def taken(program, *arguments):
+        jax.block_until_ready(program(x[0], *arguments, x[-1]))
+        jax.effects_barrier()
+        taken = len(steps)
+        steps.clear()
+        return taken
+
+    jax.clear_caches()
+    few = (np.arange(TOKENS) % 4 == 1).astype(np.float32)
+    for program in (jax.jit(loss), jax.jit(jax.grad(loss))):
+        assert taken(program, few > 0, None) == taken(program, None, few) == 2
+        assert taken(program, few < 2, None) == taken(program, None, 1 + few) == 6
+        assert taken(program, few < 0, None) == taken(program, None, 0 * few) == 0
+    assert taken(jax.jit(jax.grad(loss, 2)), None, few) == 6
+    jax.clear_caches()

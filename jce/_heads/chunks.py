@@ -28,7 +28,7 @@ from jce._arguments import (
 from jce._calculus import custom_jvp, def_partials
 from jce._classes import Classes, like, vary_over, varying
 from jce._elementary import exp, tanh
-from jce._heads.kept import filled, over_kept
+from jce._heads.kept import counts, filled, over_kept
 from jce._heads.products import Head, Products
 from jce._layout import over_devices
 from jce._mul0 import mul0
@@ -204,7 +204,7 @@ def tokens_and_head(function: str, got: Mapping[str, Array], classes: Classes) -
         kept = flat(got.get("where", True)) & (n > 0)
         if "weights" in got:
             # A token of weight 0 still has a derivative in its weight, unless it holds what is no number or no class.
-            kept &= (a != 0) | (jnp.isfinite(h).all(-1) & (y >= 0) & (y < classes.count(b)))
+            kept &= counts(a) & ((a != 0) | (jnp.isfinite(h).all(-1) & (y >= 0) & (y < classes.count(b))))
         y, a = (jnp.where(kept, x, jnp.zeros_like(x)) for x in (y, a))
         h = jnp.where(kept[:, None], h, jnp.zeros_like(h))
     # A loop carries what varies alike. Tokens don't vary over the classes' mesh axis, nor do their losses.

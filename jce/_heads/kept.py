@@ -120,3 +120,28 @@ ad.primitive_jvps[_taken_p] = _taken_rule
 ad.primitive_transposes[_taken_p] = lambda ct, x, there, back: [_taken(ct, back, there), None, None]
 batching.primitive_batchers[_taken_p] = _taken_batch
 mlir.register_lowering(_taken_p, mlir.lower_fun(_take, multiple_results=False))
+
+
+# Weights
+
+_counts_p = Primitive("counts")
+
+
+def counts(w: Array) -> Array:
+    """Whether a token of this weight leaves anything: w ≠ 0, but all do where a weight has a derivative.
+
+    That is the token's loss, also at 0. Who differentiates shows when they do: hence a primitive, whose rule this is.
+    """
+    return _counts_p.bind(w)
+
+
+def _counts_rule(primals, _):
+    every = counts(*primals) | True
+    return every, ad.Zero(jax.typeof(every).to_tangent_aval())
+
+
+_counts_p.def_impl(lambda w: w != 0)
+_counts_p.def_abstract_eval(lambda w: jax.make_jaxpr(lambda w: w != 0)(w).out_avals[0])
+ad.primitive_jvps[_counts_p] = _counts_rule
+batching.primitive_batchers[_counts_p] = lambda w, axes: (counts(*w), *axes)
+mlir.register_lowering(_counts_p, mlir.lower_fun(lambda w: w != 0, multiple_results=False))

@@ -92,6 +92,7 @@ def linear_cross_entropy(
         which may sum to 0, would then train nothing, silently, so give them reduction="sum" and divide by a count.
       where: bool, broadcasts to the shape of labels. A token where it is False takes no part, whatever it holds, and
         costs no product in any derivative: those that are kept are put together, and only their chunks are computed.
+        So it is of a weight of 0 where nobody differentiates the weights.
       reduction: "mean" for Σ wℓ / Σ w, "sum" for Σ wℓ, "none" for wℓ, a number for each token. Without weights w is 1,
         and 0 where `where` is False; if Σ w = 0, the mean is 0.
       label_smoothing: ε, a number from 0 to 1. Python's 0 costs nothing. A traced number, as of a schedule, isn't

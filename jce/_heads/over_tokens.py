@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from jce._arguments import as_array, broadcasts_to, choice, described, float_dtype, is_real, require_boolean
 from jce._classes import Classes, vary_over, varying
 from jce._heads.chunks import REDUCTIONS, Logits, checked_chunk, head_of, shares
+from jce._heads.kept import counts
 from jce._heads.linear import Linear, LinearArrays
 from jce._heads.places import Arguments, on_each_device
 from jce._heads.products import Products
@@ -136,7 +137,7 @@ class _Part(NamedTuple):
             defined = jnp.stack([jnp.isfinite(h).all(-1) for h in tokens["hidden"]]).all(0)
             if is_defined is not None:
                 defined &= is_defined(tokens["others"], Classes(-2, class_axis).count(rows[0][0]))
-            kept = ((w != 0) | defined) & (True if kept is None else kept)
+            kept = counts(w) & ((w != 0) | defined) & (True if kept is None else kept)
             w = jnp.where(kept, w, jnp.zeros_like(w))
         if any(head.shape[0] == 0 for head, _ in rows):  # no class is one, and no token has it
             kept = jnp.zeros(count, bool)

@@ -55,11 +55,12 @@ def test_an_auto_mesh_keeps_the_tokens_and_sums_the_heads_gradient_once(device, 
     assert sorted(x.size for x in sent) == [1, *first, CLASSES * WIDTH]
 
 
-@each_device
-def test_a_loop_over_the_tokens_that_are_kept(device):
-    """It holds what one over all does, and copies no gradient of the head; on a mesh no step of it sends anything."""
+@pytest.mark.parametrize(("device", "more"), [("h100", 0), ("v5e", 1)])
+def test_a_loop_over_the_tokens_that_are_kept(device, more):
+    """It holds what one over all does, on a TPU one more gradient of the head, and copies none; on a mesh no step of it
+    sends anything."""
     text, temporaries = compiled(device)["of some alone"]
-    assert temporaries < 1.05 * compiled(device)["alone"][1]
+    assert temporaries < 1.05 * (compiled(device)["alone"][1] + more * 4 * CLASSES * WIDTH)
     assert not re.search(rf"f32\[{CLASSES},{WIDTH}\]\S* copy(-start)?\(", text)
     sent = collectives(compiled(device)["of some"][0])
     assert {x.kind for x in sent} == {"all-reduce"}

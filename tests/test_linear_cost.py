@@ -142,6 +142,20 @@ def test_log_probs_are_one_pass():
     assert products(jax.value_and_grad(statistics, (0, 1)), *a) == 4
 
 
+def test_metrics_beside_a_loss_cost_no_product():
+    """Three of value and gradient, where two real numbers of each token cost four."""
+
+    def loss(hidden, head, **options):
+        def both(x):
+            return jce.entropy_with_logits(x), jnp.max(x)
+
+        return jce.linear_map(both, jce.Linear(hidden, head), reduction="mean", chunk_size=16, **options)
+
+    a = matrices(64, 8, 40)
+    assert products(jax.value_and_grad(functools.partial(loss, has_aux=True), (0, 1), has_aux=True), *a) == 3
+    assert products(jax.value_and_grad(lambda *a: sum(loss(*a)), (0, 1)), *a) == 4
+
+
 @pytest.mark.parametrize(
     ("tokens", "n", "chunks"),
     [(2048, 32768, 4), (8192, 131072, 16), (100_000, 10, 1), (10_000, 1000, 2), (513, 50_000, 2)],

@@ -759,3 +759,72 @@ def test_errors_of_a_divergence():
         jce.linear_kl_divergence(x, Linear(ones(4, 3), ones(6, 3)))
     with pytest.raises(ValueError, match=r"linear_kl_divergence: temperature must be a number.*got temperature=0"):
         jce.linear_kl_divergence(x, x, temperature=0)
+
+
+# Metrics beside what is trained
+
+
+def loss_and_metrics(y, x):
+    return ce(y, x), {"entropy": jce.entropy_with_logits(x), "right": x.argmax() == y, "top": jax.lax.top_k(x, 2)[0]}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_metrics_beside_a_loss(reduction, rng):
+    """The loss' derivatives as alone; the metrics' only in the weights, and there exact; both to the second order."""
+    y, a = rng.integers(0, CLASSES, 20), rng.uniform(0.5, 2, 20)
+    h, w = rng.standard_normal((20, 3)), rng.standard_normal((CLASSES, 3))
+
+    def both(h, w, a):
+        loss, metrics = jce.linear_map(
+            loss_and_metrics, y, Linear(h, w), weights=a, reduction=reduction, has_aux=True, chunk_size=8
+        )
+        return loss.sum(), jax.tree.map(lambda x: x.sum(0) if reduction == "none" else x, metrics)
+
+    def alone(h, w, a, still=False):
+        x = h @ w.T
+        x = jax.lax.stop_gradient(x) if still else x
+        share = a / a.sum() if reduction == "mean" else a
+        of_each = {
+            "loss": ce(y, x),
+            "entropy": jce.entropy_with_logits(x),
+            "right": (x.argmax(-1) == y).astype(x.dtype),
+            "top": jax.lax.top_k(x, 2)[0],
+        }
+        return jax.tree.map(lambda r: jnp.tensordot(share, r, 1), of_each)
+
+    def pull(f):  # a number that all have a share in
+        return lambda *a: sum(jnp.sin(x).sum() for x in jax.tree.leaves(f(*a)))
+
+    def expected(*a):
+        metrics = alone(*a, still=True)
+        return {k: metrics[k] for k in ("entropy", "right", "top")} | {"loss": alone(*a)["loss"]}
+
+    def second(f):
+        return lambda *a: jax.jvp(jax.grad(f, (0, 1, 2)), a, a)[1]
+
+    with jax.enable_x64(True):
+        (loss, metrics), got = jax.jit(jax.value_and_grad(both, (0, 1, 2), has_aux=True))(h, w, a)
+        right = alone(h, w, a)
+        np.testing.assert_allclose(loss, right["loss"], rtol=1e-12)
+        for name, metric in metrics.items():
+            np.testing.assert_allclose(metric, right[name], rtol=1e-12)
+        of_loss = jax.grad(lambda *a: alone(*a)["loss"], (0, 1, 2))(h, w, a)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12), got, of_loss)
+        for mode in (lambda f: jax.grad(f, (0, 1, 2)), second):
+            jax.tree.map(
+                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-11),
+                jax.jit(mode(pull(both)))(h, w, a),
+                jax.jit(mode(pull(expected)))(h, w, a),
+            )
+
+
+@pytest.mark.parametrize("result", ["alone", "three", "vector", "integer"])
+def test_what_is_no_pair_of_a_loss_and_metrics(result):
+    results = {
+        "alone": lambda x: x.sum(),
+        "three": lambda x: (x.sum(), 1, 2),
+        "vector": lambda x: (x, 1),
+        "integer": lambda x: (x.argmax(), x),
+    }
+    with pytest.raises(TypeError, match="with has_aux, function must give a pair"):
+        jce.linear_map(results[result], Linear(jnp.ones((2, 1)), jnp.ones((3, 1))), has_aux=True)

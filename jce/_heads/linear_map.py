@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jce._classes import varying_type
@@ -22,6 +23,7 @@ def linear_map(
     weights: ArrayLike | None = None,
     reduction: str = "none",
     shared: Any = None,
+    has_aux: bool = False,
     chunk_size: int | None = None,
     precision: Any = None,
     axis_name: Hashable | None = None,
@@ -32,12 +34,15 @@ def linear_map(
     than a chunk of tokens, in any derivative of any order. A sum or a mean of one real number a token costs a matrix
     product a head, and with its gradient three, in one loop, whatever the function is: the logits' share of it is
     differentiated while they are there. Results for each token, or several real numbers of each, cost four with a
-    gradient. A head that isn't differentiated costs its one.
+    gradient; metrics beside the one that is trained cost nothing, with `has_aux`. A head that isn't differentiated
+    costs its one.
 
         linear_map(jce.kl_divergence_with_logits, Linear(teacher, its_head), Linear(hidden, head), reduction="mean")
         linear_map(lambda y, x: (-ce(y, x), jce.entropy_with_logits(x)), labels, Linear(hidden, head))
         linear_map(lambda y, x: x.argmax() == y, labels, Linear(hidden, head), reduction="mean")
         linear_map(jax.random.categorical, keys, Linear(hidden, head))
+        linear_map(lambda y, x: (ce(y, x), {"entropy": jce.entropy_with_logits(x), "right": x.argmax() == y}),
+                   labels, Linear(hidden, head), reduction="mean", has_aux=True)
 
     Of the classes that a sampler kept, ids [..., k] that are padded with n, the log-probability renormalised over them:
 
@@ -65,6 +70,9 @@ def linear_map(
         of each array in the tree, over all token axes. Without weights w is 1, and 0 where `where` is False.
       shared: what all tokens share, a tree of arrays, such as parameters that are trained. Over devices its gradient is
         summed once, after the loop; that of what function closes over takes another pass on a mesh.
+      has_aux: function gives a pair, of a real number and of metrics, a tree of anything. The number alone is trained:
+        metrics have no derivative in hidden states, heads or any other argument, but in weights, exactly. They are
+        weighted and reduced as it is.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`, by the
         logits of all heads.
       precision: of the matrix products, as in `linear_cross_entropy`.
@@ -89,7 +97,7 @@ def linear_map(
 
     Raises:
       TypeError: function isn't callable, an argument is no array, hidden, head or bias is not real, `where` not
-        boolean, or a result that is summed or weighted not real.
+        boolean, a result that is summed or weighted not real, or with `has_aux` not a pair that begins with a number.
       ValueError: there is no Linear, shapes disagree, an option is none of those above, function names the axis of a
         `jax.vmap`, or the classes are split and a result still differs between their devices.
 
@@ -116,6 +124,8 @@ def linear_map(
 
         closed, results = jax.make_jaxpr(of_one, return_shape=True)(one, shared)
         _require_mesh_axes(name, closed.effects)
+        if has_aux:
+            _require_pair(name, results)
         still = {axis for aval in closed.out_avals for axis in varying_type(aval)} & {*mesh_names(class_axis)}
         if still:
             raise ValueError(
@@ -128,13 +138,25 @@ def linear_map(
 
         def of_chunk(chunk, shared, closed_over):
             shared = jax.tree.leaves(shared)
-            return jax.vmap(lambda *one: jax.core.eval_jaxpr(jaxpr, closed_over, *one, *shared))(*chunk)
+            results = jax.vmap(lambda *one: jax.core.eval_jaxpr(jaxpr, closed_over, *one, *shared))(*chunk)
+            return [results[0], *jax.lax.stop_gradient(results[1:])] if has_aux else results
 
-        return OfChunk(of_chunk, results, closed.consts)
+        return OfChunk(of_chunk, results, closed.consts, has_aux)
 
     named = {f"arguments{jax.tree_util.keystr(path)}": x for path, x in paths}
     options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name)
     return over_tokens(name, make, named, options, () if shared is None else (shared,), named_classes=True)
+
+
+def _require_pair(name: str, results: Any) -> None:
+    """Of a token: what is trained, and what is measured beside it."""
+    loss = results[0] if isinstance(results, tuple | list) and len(results) == 2 else None
+    if not (isinstance(loss, jax.ShapeDtypeStruct) and loss.shape == () and jnp.issubdtype(loss.dtype, jnp.floating)):
+        got = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", results)
+        raise TypeError(
+            f"{name}: with has_aux, function must give a pair for a token, the number that is trained, floating-point"
+            f" and of shape (), and a tree of metrics; it gives {got}. Put all but the loss into one tree."
+        )
 
 
 def _require_mesh_axes(name: str, effects) -> None:

@@ -48,6 +48,7 @@ class OfChunk(NamedTuple):
     function: Callable[[list[Array], Any, Any], list[Array]]
     one: Any
     closed_over: Any = ()
+    has_aux: bool = False  # the first result alone is differentiated, a number; the function stops the others
 
 
 def over_tokens(
@@ -95,11 +96,12 @@ def over_tokens(
         ones, structure = jax.tree.flatten(of_chunk.one)
         if reduction != "none" or options.weights is not None:
             _require_real(name, ones)
-        trained = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        inexact = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        trained = [0] if of_chunk.has_aux else inexact
         number = reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
         function = _of_hidden(of_chunk.function, in_order, as_given, dtypes_closed_over, options.precision)
         loop = Loop(function, chunk, part.logits, class_axis, trained[0] if number else 0, not part.all_kept)
-        w = part.weights_of(reduction, token_axes, jnp.float64 in [ones[i].dtype for i in trained])
+        w = part.weights_of(reduction, token_axes, jnp.float64 in [ones[i].dtype for i in inexact])
         results = part.results(loop, w, total=number)
         if reduction == "none":
             results = [x.reshape(*part.batch, *x.shape[1:]) for x in results]

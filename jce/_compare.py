@@ -108,17 +108,28 @@ def _difference_of_tangents(tangent, primals, tangents, classes):
     return tangent(dy, y, classes) - tangent(dx, x, classes)
 
 
+def tempered(x: Array, t: Array, classes: Classes) -> Array:
+    """Logits counted from their maximum and divided by t, which suits them: of x/t the rounding would be that of all
+    that they have in common."""
+    x = x - classes.column(classes.max(lax.stop_gradient(x)))
+    return _over_where_possible(x, t, x)
+
+
+def _over_where_possible(z, t, *rows):
+    """z/t; and where one of some rows is -∞ no derivative in t, of what z is whatever t."""
+    possible = functools.reduce(jnp.minimum, map(lax.stop_gradient, rows)) > -jnp.inf
+    return over(z, jnp.where(possible, t, lax.stop_gradient(t)))
+
+
 def divided(x: Array, y: Array, t: Array, classes: Classes) -> tuple[Array, Array, Array]:
     """Each row's logits counted from its maximum, and their difference, exact but for a rounding, all divided by t."""
     m, n = (classes.max(lax.stop_gradient(z)) for z in (x, y))
-    t = like(t.astype(x.dtype), x)
-
-    def over_t(z, *rows):
-        possible = functools.reduce(jnp.minimum, map(lax.stop_gradient, rows)) > -jnp.inf  # else z is, whatever t
-        return over(z, jnp.where(possible, t, lax.stop_gradient(t)))
-
-    difference = _difference_of_rows(x, y, m, n, classes)
-    return over_t(x - classes.column(m), x), over_t(y - classes.column(n), y), over_t(difference, x, y)
+    t, difference = like(t.astype(x.dtype), x), _difference_of_rows(x, y, m, n, classes)
+    return (
+        _over_where_possible(x - classes.column(m), t, x),
+        _over_where_possible(y - classes.column(n), t, y),
+        _over_where_possible(difference, t, x, y),
+    )
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))

@@ -232,9 +232,17 @@ def _stored(x: Array, dtype) -> Array:
 
 
 def checked(
-    function: str, labels: ArrayLike, hidden: ArrayLike, head: ArrayLike, **optional: ArrayLike | None
+    function: str,
+    labels: ArrayLike,
+    hidden: ArrayLike,
+    head: ArrayLike,
+    several: bool = False,
+    **optional: ArrayLike | None,
 ) -> dict[str, Array]:
-    """The arguments that are given, as arrays whose shapes agree; optional are bias, weights and where."""
+    """The arguments that are given, as arrays whose shapes agree; optional are bias, weights, where and temperature.
+
+    Of several labels a token, theirs is a last axis.
+    """
     given = {"labels": labels, "hidden": hidden, "head": head}
     given |= {name: x for name, x in optional.items() if x is not None}
     got = {name: as_array(function, name, x) for name, x in given.items()}
@@ -251,16 +259,17 @@ def checked(
             f" {'Transpose the head.' if transposed else 'The order is labels, hidden, head.'}"
         )
     batch, n = h.shape[:-1], w.shape[0]
-    if y.shape != batch:
+    if y.shape != batch and not (several and y.ndim == h.ndim and y.shape[:-1] == batch):
+        or_more = ", or that and an axis for k labels of each token last" if several else ""
         raise ValueError(
-            f"{function}: labels must have the shape of hidden without its last axis, {batch}; got {described(got)}."
-            f" The target comes first, then hidden and head."
+            f"{function}: labels must have the shape of hidden without its last axis, {batch}{or_more}; got"
+            f" {described(got)}. The target comes first, then hidden and head."
         )
     if "bias" in got and got["bias"].shape != (n,):
         raise ValueError(
             f"{function}: bias must have the shape ({n},), a number for each row of head; got {described(got)}."
         )
-    for name in ("weights", "where"):
+    for name in ("weights", "where", "temperature"):
         if name in got and not broadcasts_to(batch, got[name].shape):
             raise ValueError(
                 f"{function}: {name} must broadcast to the shape of labels, {batch}; got {described(got)}."

@@ -1,4 +1,4 @@
-"""The log-probability of each token's label, and the entropy of its distribution, at logits = hidden · headᵀ."""
+"""The log-probability of each token's label or labels, and the entropy of its distribution, at hidden · headᵀ."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from jax import Array
 from jax.export import register_namedtuple_serialization
 from jax.typing import ArrayLike
 
-from jce._arguments import wide_enough
+from jce._arguments import described, float_dtype, is_array, positive, wide_enough
 from jce._calculus import negative
-from jce._classes import Classes
+from jce._classes import Classes, like, vary_over, varying
+from jce._compare import tempered
 from jce._cross_entropy import label_surprisal
 from jce._entropy import entropy_of_softmax
 from jce._heads.chunks import checked
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
+from jce._label_log_probs import log_probs_and_tail, log_probs_of
 from jce._public import public
 
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbs")
 class LogProbs(NamedTuple):
-    """log q_y and H(q), a number for each token."""
+    """log q_y and H(q) of each token."""
 
     log_prob: Array
     entropy: Array
 
 
-@public("chunk_size", "precision", "axis_name", numbers=("logit_soft_cap",))
+@public("tail", "chunk_size", "precision", "axis_name", numbers=("temperature", "logit_soft_cap"))
 def linear_log_probs(
     labels: ArrayLike,
     hidden: ArrayLike,
@@ -38,6 +40,8 @@ def linear_log_probs(
     bias: ArrayLike | None = None,
     *,
     where: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    tail: bool = False,
     logit_soft_cap: ArrayLike | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
@@ -50,12 +54,20 @@ def linear_log_probs(
     where the policy is sure.
 
     Args:
-      labels: integer, [...], class indices y, the actions: the shape of hidden without its last axis.
+      labels: integer, [...], class indices y, the actions: the shape of hidden without its last axis. Or [..., k] for k
+        labels of each token, such as a teacher's likeliest classes; [B, S, 1] is k = 1.
       hidden: real, [..., d], a state for each token.
       head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T.
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
       where: bool, broadcasts to the shape of labels. Where it is False, both are 0, with derivative 0, whatever label
         and hidden hold; and such tokens cost no product, as in `linear_cross_entropy`.
+      temperature: T > 0: q is softmax(x/T). A number, or real, an array of one for each token, which broadcasts to the
+        token axes. It divides float32 logits counted from their maximum, after bias and soft cap, so that nothing is
+        lost of what they have in common; dividing hidden would round them again. One that is traced, or in an array,
+        isn't checked: 0 is the limit, greedy. Python's 1 costs nothing.
+      tail: True gives log(1-Σq) of all other classes as a last entry of k+1 log-probabilities, exact where 1-Σ cancels;
+        of k labels, which must be distinct. With it `kl_divergence_with_logits` of a teacher's and a student's is the
+        KL divergence of k+1 outcomes, as `log_probs_with_integer_labels` says. It costs another pass over logits.
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none. A traced one isn't
         checked.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
@@ -63,20 +75,21 @@ def linear_log_probs(
       axis_name: as in `linear_cross_entropy`.
 
     Returns:
-      A named tuple: log_prob ≤ 0 and entropy ≥ 0, each of the shape of labels; float32, or float64 if an argument is.
+      A named tuple: log_prob ≤ 0, of the shape of labels (with a tail [..., k+1]), and entropy ≥ 0, [...]; float32, or
+      float64 if hidden, head or bias is. What isn't used of the two costs nothing under `jax.jit`.
 
     At the boundary:
       A label outside [0, n) makes its log_prob NaN, in value and gradient; the entropy doesn't depend on it. A
-      forbidden class contributes 0 to the entropy, with derivative 0; at the label it makes log_prob -∞. No classes
-      make both 0.
+      forbidden class contributes 0 to the entropy, with derivative 0; at the label it makes log_prob -∞, as a tail does
+      of which no class is possible. No classes make all 0.
 
     Derivative:
-      ∂ log q_y/∂xᵢ = [i = y] - qᵢ, ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H), and on to hidden, head and bias, each in its own dtype.
-      Forward and reverse mode, any order; the gradient costs four matrix products.
+      ∂ log q_y/∂xᵢ = ([i = y] - qᵢ)/T, ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)/T, and on to hidden, head and bias, each in its own
+      dtype, and in T. Forward and reverse mode, any order; the gradient costs four matrix products.
 
     Raises:
-      TypeError: labels are not integers, hidden, head or bias not real, or `where` not boolean.
-      ValueError: shapes disagree, or an option is none of those above.
+      TypeError: labels are not integers, hidden, head, bias or temperature not real, or `where` not boolean.
+      ValueError: shapes disagree, there is a tail without an axis of k labels, or an option is none of those above.
 
     Not checked:
       Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
@@ -87,16 +100,47 @@ def linear_log_probs(
       [-4.1223074e-09 -2.0000000e+01] [8.6568456e-08 8.6568456e-08]
     """
     name = "linear_log_probs"
-    got = checked(name, labels, hidden, head, bias=bias, where=where)
-    logits = Linear(got["hidden"], got["head"], got.get("bias"), logit_soft_cap)
+    of_tokens = {"temperature": temperature} if jnp.ndim(temperature) else {}
+    got = checked(name, labels, hidden, head, several=True, bias=bias, where=where, **of_tokens)
+    y, h = got["labels"], got["hidden"]
+    if tail and y.ndim != h.ndim:
+        raise ValueError(
+            f"{name}: with a tail, labels must have an axis for k labels of each token last, {(*h.shape[:-1], 'k')};"
+            f" got {described({'labels': y, 'hidden': h})}. One label is k = 1: labels[..., None]."
+        )
+    arguments = {"labels": wide_enough(y), "logits": Linear(h, got["head"], got.get("bias"), logit_soft_cap)}
+    number, shared = 1.0, ()
+    if of_tokens:
+        t = got["temperature"].astype(float_dtype(name, {"temperature": got["temperature"]}))
+        arguments["temperature"] = jnp.broadcast_to(t, h.shape[:-1])
+    elif is_array(t := positive(name, jnp.result_type(float), temperature=temperature)):
+        shared = (t,)
+    else:
+        number = t
+    make = functools.partial(_of_chunk, number, tail)
     options = TokenOptions(where=where, chunk_size=chunk_size, precision=precision, axis_name=axis_name)
-    return over_tokens(name, _of_chunk, {"labels": wide_enough(got["labels"]), "logits": logits}, options)
+    return over_tokens(name, make, arguments, options, shared)
 
 
-def _of_chunk(one, _, class_axis):
-    classes, number = Classes(-1, class_axis), jnp.zeros((), one[1].dtype)
+def _of_chunk(number, tail, example, _, class_axis):
+    """At a temperature that is the number, a token's own argument, or shared."""
+    classes, (k, dtype) = Classes(-1, class_axis), (example[0].shape, example[1].dtype)
+    at_labels = log_probs_and_tail if tail else log_probs_of if k else _log_prob
 
-    def log_prob_and_entropy(chunk, *_):
-        return [negative(label_surprisal(*chunk, classes)), entropy_of_softmax(chunk[1], classes)]
+    def log_probs_and_entropy(chunk, shared, _):
+        y, x, *of_tokens = chunk
+        for t in (*of_tokens, *shared, *(() if number == 1 else (jnp.asarray(number, dtype),))):
+            x = tempered(x, _of_each(t.astype(dtype), x), classes)
+        return [at_labels(y, x, classes), entropy_of_softmax(x, classes)]
 
-    return OfChunk(log_prob_and_entropy, LogProbs(number, number))
+    one = LogProbs(jnp.zeros([n + tail for n in k], dtype), jnp.zeros((), dtype))
+    return OfChunk(log_probs_and_entropy, one)
+
+
+def _log_prob(y, x, classes):
+    return negative(label_surprisal(y, x, classes))
+
+
+def _of_each(t, x):
+    """A number for each token [C], or for all of them, in an array of x's shape."""
+    return like(t, x) if t.ndim == 0 else jnp.broadcast_to(vary_over(varying(x), t)[0][:, None], x.shape)

@@ -1,0 +1,183 @@
+"""`linear_log_probs` at k labels, with a tail, and at a temperature: against float64, by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jce
+from tests.test_linear_cost import matrices
+
+TOKENS, WIDTH, CLASSES, K, CAP = 7, 4, 11, 3, 5.0
+INF = np.inf
+
+
+@pytest.fixture
+def problem(rng):
+    """k distinct labels, hidden states, a head and a bias that forbids a class, and a temperature for each token."""
+    labels = np.stack([rng.permutation(np.arange(1, CLASSES))[:K] for _ in range(TOKENS)])
+    h, w, b = (rng.standard_normal(shape) for shape in ((TOKENS, WIDTH), (CLASSES, WIDTH), CLASSES))
+    b[0] = -INF
+    return labels, h, w, b, rng.uniform(0.3, 2, TOKENS)
+
+
+def by_hand(labels, h, w, b, t, tail):
+    """In float64, where nothing of it cancels by much, of all classes but the forbidden one."""
+    x = CAP * jnp.tanh((h @ w[1:].T + b[None, 1:]) / CAP) / jnp.broadcast_to(t, (TOKENS,))[:, None]
+    log_q = jax.nn.log_softmax(x)
+    at = jnp.take_along_axis(log_q, labels.reshape(TOKENS, -1) - 1, 1)
+    if tail:
+        at = jnp.concatenate([at, jnp.log1p(-jnp.exp(at).sum(-1, keepdims=True))], 1)
+    return at if labels.ndim == 2 else at[:, 0], -(jnp.exp(log_q) * log_q).sum(-1)
+
+
+def scalar(results):
+    """A number that all results have a share in."""
+    return sum(jnp.sin(x).sum() for x in results)
+
+
+@pytest.mark.parametrize("of_each", [False, True], ids=["for all", "for each"])
+@pytest.mark.parametrize("of", ["one", "some", "and a tail"])
+@pytest.mark.in_turn(3)
+def test_values_and_derivatives(of, of_each, problem):
+    """In everything, the temperature too, and again along a direction; in chunks, the last of which is filled up."""
+    labels, h, w, b, t = problem
+    labels, t, tail = labels[:, 0] if of == "one" else labels, t if of_each else t[0], of == "and a tail"
+    with jax.enable_x64(True):
+
+        def ours(h, w, b, t):
+            return jce.linear_log_probs(labels, h, w, b, temperature=t, tail=tail, logit_soft_cap=CAP, chunk_size=3)
+
+        def expected(h, w, b, t):
+            return by_hand(labels, h, w, b, t, tail)
+
+        def everything(f):
+            def gradients(*a):
+                return jax.grad(lambda *a: scalar(f(*a)), (0, 1, 2, 3))(*a)
+
+            def run(*a):
+                still = jnp.zeros_like(a[2])
+                return f(*a), gradients(*a), jax.jvp(gradients, a, (a[0], a[1], still, jnp.ones_like(a[3])))[1]
+
+            return jax.jit(run)
+
+        a = tuple(map(jnp.asarray, (h, w, b, t)))
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11),
+            jax.tree.leaves(everything(ours)(*a)),
+            jax.tree.leaves(everything(expected)(*a)),
+        )
+
+
+@pytest.mark.parametrize("of_each", [False, True], ids=["for all", "for each"])
+def test_what_logits_have_in_common_costs_a_temperature_no_digits(of_each, problem):
+    """An offset of 100 at T = .7: of x/T the rounding would be some 60 ulps."""
+    labels, h, w, b, _ = problem
+    t = np.float32(0.7) * np.ones(TOKENS if of_each else (), np.float32)
+    h, w, b = (x.astype(np.float32) for x in (h, w, b))
+    b = np.where(np.isinf(b), 100, np.round(8 * b) / 8 + 100).astype(np.float32)
+    h = np.round(8 * h) / 8  # products and sums without a rounding
+    w = np.round(8 * w) / 8
+
+    def total(t):
+        return jce.linear_log_probs(labels, h, w, b, temperature=t).log_prob.sum()
+
+    log_prob, slope = jax.jit(
+        lambda t: (jce.linear_log_probs(labels, h, w, b, temperature=t).log_prob, jax.grad(total)(t))
+    )(t)
+    x = np.float64(h) @ np.float64(w).T + np.float64(b)
+    x -= x.max(-1, keepdims=True)
+    z = x / np.float64(np.float32(0.7))
+    log_q = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    exact = np.take_along_axis(log_q, labels, 1)
+    np.testing.assert_allclose(log_prob, exact, rtol=4e-7)
+    mean = (np.exp(log_q) * x).sum(-1)
+    of_tokens = -(np.take_along_axis(x, labels, 1) - mean[:, None]).sum(-1) / 0.7**2
+    np.testing.assert_allclose(slope, of_tokens if of_each else of_tokens.sum(), rtol=2e-6)
+
+
+def test_of_python_s_1_nothing_is_computed(problem):
+    labels, h, w, b, _ = problem
+
+    def text(**options):
+        return jce.linear_log_probs.lower(labels, h, w, b, **options).as_text()
+
+    assert text(temperature=1.0) == text(temperature=1) == text() != text(temperature=2.0)
+
+
+def test_a_temperature_of_what_is_left_out_may_be_0(problem):
+    """No derivative of it is anything but 0; and of a token that is kept T = 0 is greedy."""
+    labels, h, w, b, t = problem
+    kept = np.arange(TOKENS) % 2 == 0
+
+    def total(h, w, b, t):
+        return sum(x.sum() for x in jce.linear_log_probs(labels, h, w, b, temperature=t, where=kept, chunk_size=2))
+
+    a = h, w, b
+    got = jax.grad(total, (0, 1, 2, 3))(*a, np.where(kept, t, 0))
+    jax.tree.map(np.testing.assert_array_equal, got, jax.grad(total, (0, 1, 2, 3))(*a, np.where(kept, t, 1)))
+    assert np.isfinite(np.concatenate([x.ravel() for x in got])).all()
+    greedy = jce.linear_log_probs(np.argmax(h @ w.T + b, -1), h, w, b, temperature=np.zeros(TOKENS))
+    np.testing.assert_array_equal(np.stack(greedy), 0)
+
+
+@pytest.mark.holds_nan
+def test_a_label_of_no_class_is_nan_in_its_entry_alone(problem):
+    labels, h, w, b, _ = problem
+    labels[0, 1], labels[1, 0] = -1, CLASSES
+    log_prob, entropy = jce.linear_log_probs(labels, h, w, b)
+    wrong = np.zeros(labels.shape, bool)
+    wrong[0, 1] = wrong[1, 0] = True
+    np.testing.assert_array_equal(np.isnan(log_prob), wrong)
+    assert np.isfinite(entropy).all()
+
+
+def test_a_divergence_of_the_likeliest_classes(problem):
+    """From a teacher that is stored as k + 1 log-probabilities: ≥ 0, 0 where the two agree, and as of whole logits."""
+    labels, h, w, b, t = problem
+
+    def log_probs(h):
+        return jce.linear_log_probs(labels, h, w, b, temperature=t, tail=True, chunk_size=3).log_prob
+
+    teacher = log_probs(h)
+    divergence = jax.jit(lambda h: jce.kl_divergence_with_logits(teacher, log_probs(h)))
+    np.testing.assert_array_equal(divergence(h), 0)
+    near = divergence(h + 1e-3 * h[::-1])
+    assert (near > 0).all()
+    p, q = (np.exp(np.float64(z)) for z in (teacher, log_probs(h + 1e-3 * h[::-1])))
+    np.testing.assert_allclose(near, (p * np.log(p / q) - p + q).sum(-1), rtol=2e-2)
+
+
+@pytest.mark.needs_jit
+def test_what_is_not_used_costs_nothing():
+    """Not one exponential for the other of the two, in the compiled program."""
+
+    def transcendentals(use):
+        program = jax.jit(lambda h, w: use(jce.linear_log_probs(np.zeros(64, int), h, w, chunk_size=64)))
+        return program.lower(*matrices(64, 8, 256)).compile().cost_analysis()["transcendentals"]
+
+    def alone(function):
+        program = jax.jit(lambda h, w: jce.linear_map(function, jce.Linear(h, w), chunk_size=64))
+        return program.lower(*matrices(64, 8, 256)).compile().cost_analysis()["transcendentals"]
+
+    def loss(x):
+        return -jce.cross_entropy_with_integer_labels(0, x)
+
+    assert transcendentals(lambda both: both.log_prob) == alone(loss) < transcendentals(tuple)
+    assert transcendentals(lambda both: both.entropy) == alone(jce.entropy_with_logits) < transcendentals(tuple)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"temperature": np.ones(3)}, ValueError, "temperature must broadcast to the shape of labels"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a number from"),
+        ({"temperature": np.ones(TOKENS, complex)}, TypeError, "temperature"),
+        ({"tail": True, "labels": np.zeros(TOKENS, int)}, ValueError, r"labels must have an axis for k labels"),
+        ({"labels": np.zeros((TOKENS, 2, 1), int)}, ValueError, r"or that and an axis for k labels"),
+    ],
+)
+def test_wrong_arguments(options, error, says, problem):
+    labels, h, w, b, _ = problem
+    with pytest.raises(error, match=says):
+        jce.linear_log_probs(**{"labels": labels, "hidden": h, "head": w, "bias": b} | options)

@@ -338,17 +338,6 @@ TASKS = [
         kind="labels",
     ),
     Task(
-        "log_probs_with_integer_labels",
-        "log_probs_with_integer_labels-tail",
-        {
-            "jce": lambda y, x: jce.log_probs_with_integer_labels(y[..., None], x, tail=True)[..., -1],
-            "jax": lambda y, x: jnp.log1p(-jnp.exp(-of_label(surprisal(x), y))),
-            "scipy": lambda y, x: np.log1p(-np.exp(-np.take_along_axis(scipy_surprisal(x), y[..., None], -1)[..., 0])),
-        },
-        kind="labels",
-        note="tail",
-    ),
-    Task(
         "kl_divergence_with_logits",
         "kl_divergence_with_logits",
         {

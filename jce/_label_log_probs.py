@@ -35,16 +35,16 @@ def log_probs_of(y: Array, x: Array, classes: Classes) -> Array:
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 def _log_probs(y, x, m, s, classes):
     n = Normalizer(m[..., None], s[..., None])
-    d = n.m - _at(x, y, classes)
+    d = n.m - at_labels(x, y, classes)
     d = jnp.where(d < 0.5 - n.shared, jnp.zeros_like(d), d)
-    return jnp.where(_is_class(y, x, classes), 0 - (n.log_z + d), jnp.full_like(d, jnp.nan))
+    return jnp.where(is_class(y, x, classes), 0 - (n.log_z + d), jnp.full_like(d, jnp.nan))
 
 
 # d log q_j = t_j - Σᵢ qᵢtᵢ
 @_log_probs.defjvp
 def _log_probs_rule(classes, primals, tangents):
     y, x, *_ = primals
-    each = _at(centered(tangents[1], x, classes), y, classes)
+    each = at_labels(centered(tangents[1], x, classes), y, classes)
     return _log_probs(*primals, classes), _unless_no_class(y, x, each, classes)
 
 
@@ -55,7 +55,7 @@ def _sums(x, classes):
 
 def log_probs_and_tail(y: Array, x: Array, classes: Classes) -> Array:
     """The same, and log(1 - Σq) of all classes without a label behind: of k + 1 outcomes."""
-    listed = jnp.where(_is_class(y, x, classes), _at(x, y, classes), -jnp.inf)
+    listed = jnp.where(is_class(y, x, classes), at_labels(x, y, classes), -jnp.inf)
     m, z, log_z = _sum_of_exponentials(without_classes(y, x, classes), classes)
     m = lax.stop_gradient(m)
     most = jnp.maximum(m, lax.stop_gradient(listed).max(-1, initial=-jnp.inf))
@@ -153,16 +153,15 @@ def _zero_rule(classes, primals, tangents):
 # Labels of a row: where they are, and where they are not
 
 
-def _is_class(y, x, classes):
+def is_class(y, x, classes):
     return (y >= 0) & (y < classes.count(x))
 
 
 def _unless_no_class(y, x, r, classes):
     """A number a label, and NaN times it where the label is no class."""
-    is_class = _is_class(y, x, classes)
-    return mul0(jnp.where(is_class, jnp.ones_like(r), jnp.full_like(r, jnp.nan)), r)
+    return mul0(jnp.where(is_class(y, x, classes), jnp.ones_like(r), jnp.full_like(r, jnp.nan)), r)
 
 
-def _at(x, y, classes):
+def at_labels(x, y, classes):
     """x [..., n] at labels [..., k] of all devices' classes; where one is none, at any."""
     return jax.vmap(classes.at, (None, -1), -1)(x, classes.local(y, x))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -48,17 +49,16 @@ def _masked(y, x, classes):
 
 
 def _scattered(y, a, zeros, classes):
-    (x, y, rows), shape = _in_rows(zeros, y, classes), zeros.shape
-    return x.at[rows, y].add(a.reshape(y.shape), mode="drop").reshape(shape)
+    rows, n = math.prod(zeros.shape[:-1]), zeros.shape[-1]
+    y, a = (b.reshape(rows, b.shape[-1]) for b in (_none_below(y, zeros, classes), a))
+    return zeros.reshape(rows, n).at[jnp.arange(rows)[:, None], y].add(a, mode="drop").reshape(zeros.shape)
 
 
 def _struck(y, x, classes):
-    (x, y, rows), shape = _in_rows(x, y, classes), x.shape
-    return x.at[rows, y].set(-jnp.inf, mode="drop").reshape(shape)
+    put = functools.reduce(lambda f, _: jax.vmap(f), x.shape[:-1], lambda x, y: x.at[y].set(-jnp.inf, mode="drop"))
+    return put(x, _none_below(y, x, classes))
 
 
-def _in_rows(x, y, classes):
-    """[rows, n], [rows, k], where a label of no class is n, for a negative index would count; and each row's number."""
-    rows, n = math.prod(x.shape[:-1]), x.shape[-1]
-    y = jnp.where(classes.has(x, y), y, jnp.full_like(y, n))
-    return x.reshape(rows, n), y.reshape(rows, y.shape[-1]), jnp.arange(rows)[:, None]
+def _none_below(y, x, classes):
+    """Labels, of which those of no class are n: a negative index would count."""
+    return jnp.where(classes.has(x, y), y, jnp.full_like(y, x.shape[-1]))

@@ -164,4 +164,8 @@ def _unless_no_class(y, x, r, classes):
 
 def at_labels(x, y, classes):
     """x [..., n] at labels [..., k] of all devices' classes; where one is none, at any."""
-    return jax.vmap(classes.at, (None, -1), -1)(x, classes.local(y, x))
+    y = classes.local(y, x)
+    there = jax.vmap(Classes(classes.axis).at, (None, -1), -1)(x, y)
+    if classes.mesh_axis is None:
+        return there
+    return classes.over_devices(jnp.where(classes.has(x, y), there, jnp.zeros_like(there)))

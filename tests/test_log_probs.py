@@ -204,6 +204,7 @@ def test_split_classes_are_whole_ones(tail, k, rng):
 
 
 @pytest.mark.needs_jit
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
 def test_k_labels_cost_no_array_of_classes_in_the_value():
     """Nothing of N × n but, with a tail, the logits of the others."""
     shapes = jax.ShapeDtypeStruct((64, 20), np.int32), jax.ShapeDtypeStruct((64, 30_000), np.float32)

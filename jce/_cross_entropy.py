@@ -217,7 +217,7 @@ def cross_entropy_with_integer_labels(
       [4.1223074e-09 1.4076060e+00]
       >>> top, probs = jnp.array([0, 2]), jnp.array([0.7, 0.2])  # of a teacher of three classes
       >>> print(jce.cross_entropy_with_integer_labels(top, logits[1], label_probs=probs, tail=True))
-      1.9076059
+      1.9076061
     """
     name = "cross_entropy_with_integer_labels"
     if label_probs is not None:

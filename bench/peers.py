@@ -156,7 +156,7 @@ def of_label(surprisals, y):
 
 def several(y, x):
     """Eight labels, each row's first."""
-    return (y[..., None] + np.arange(8, dtype=y.dtype)) % x.shape[-1]
+    return (y[..., None] + np.arange(8, dtype=y.dtype)[None]) % x.shape[-1]
 
 
 def smoothed_labels(y, x):

@@ -296,3 +296,62 @@ def test_the_mixed_derivative_of_soft_targets_at_a_class_that_is_nearly_certain(
     gradient = jax.grad(jce.cross_entropy_with_logits, 1)
     mixed = jax.jvp(lambda p: gradient(p, x), (p,), (jnp.array([1.0, 0.0, 0.0]),))[1]
     np.testing.assert_allclose(mixed, [-4.1223072e-9, 2.0611536e-9, 2.0611536e-9], rtol=1e-6)
+
+
+@pytest.mark.parametrize("margin", [6, 12, 16])
+def test_derivatives_keep_their_digits_where_a_class_dominates(margin, rng):
+    """Where 1 - q is e^-margin: of targets that are sure too, and the second ones, as float64 has them."""
+    x, y, t, u = 0.5 * rng.standard_normal((4, 6, 8))
+    x[:, 3] += margin
+    y[:, 3] += margin
+    sure, labels = np.eye(8)[np.full(6, 3)], np.full(6, 3)
+
+    def losses(ce_of_soft, ce_of_labels, entropy, kl, jsd):
+        return {
+            "soft": lambda x, y: ce_of_soft(jnp.asarray(sure, x.dtype), x),
+            "labels": lambda x, y: ce_of_labels(labels, x),
+            "entropy": lambda x, y: entropy(x),
+            "divergence": kl,
+            "of both": jsd,
+        }
+
+    def log_q(x):
+        return jax.nn.log_softmax(x)
+
+    def mixture(x, y):
+        p, q = jnp.exp(log_q(x)), jnp.exp(log_q(y))
+        m = jnp.log((p + q) / 2)
+        return (p * (log_q(x) - m) + q * (log_q(y) - m)).sum(-1) / 2
+
+    plain = losses(
+        lambda p, x: -(p * log_q(x)).sum(-1),
+        lambda y, x: -log_q(x)[:, 3],
+        lambda x: -(jnp.exp(log_q(x)) * log_q(x)).sum(-1),
+        lambda x, y: (jnp.exp(log_q(x)) * (log_q(x) - log_q(y))).sum(-1),
+        mixture,
+    )
+    ours = losses(
+        jce.cross_entropy_with_logits,
+        jce.cross_entropy_with_integer_labels,
+        jce.entropy_with_logits,
+        jce.kl_divergence_with_logits,
+        jce.jensen_shannon_divergence_with_logits,
+    )
+
+    def derivatives(functions):
+        def run(x, y, t, u):
+            def gradients(f):
+                return lambda x, y: jax.grad(lambda x, y: f(x, y).sum(), (0, 1))(x, y)
+
+            return {
+                name: (gradients(f)(x, y), jax.jvp(gradients(f), (x, y), (t, u))[1]) for name, f in functions.items()
+            }
+
+        return jax.jit(run)
+
+    single = [z.astype(np.float32) for z in (x, y, t, u)]
+    got = derivatives(ours)(*single)
+    with jax.enable_x64(True):
+        exact = derivatives(plain)(*(z.astype(np.float64) for z in single))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5 * np.abs(b).max())

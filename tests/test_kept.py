@@ -225,6 +225,7 @@ def test_devices_that_meet_in_each_step_take_as_many(typed, rng):
 # Weights of 0
 
 
+@pytest.mark.holds_nan
 def test_a_weight_counts_that_is_not_0_or_has_a_derivative():
     w = jnp.array([0.0, -1.0, jnp.nan, 0.0])
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import jce
 from tests.test_linear_cost import matrices
@@ -181,3 +182,22 @@ def test_wrong_arguments(options, error, says, problem):
     labels, h, w, b, _ = problem
     with pytest.raises(error, match=says):
         jce.linear_log_probs(**{"labels": labels, "hidden": h, "head": w, "bias": b} | options)
+
+
+@pytest.mark.parametrize("of_each", [False, True], ids=["for all", "for each"])
+def test_on_a_mesh(of_each, rng):
+    """Tokens and classes split over two devices each: k labels, a tail and a temperature as on one, and derivatives."""
+    mesh = jax.make_mesh((2, 2), ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    h, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, WIDTH), (12, WIDTH)))
+    labels = np.stack([rng.permutation(12)[:K] for _ in range(8)])
+    t = np.linspace(0.5, 2, 8, dtype=np.float32) if of_each else np.float32(0.7)
+
+    def run(function):
+        def results(h, w, t):
+            return function(labels, h, w, temperature=t, tail=True, chunk_size=2)
+
+        return jax.jit(lambda *a: (results(*a), jax.grad(lambda *a: scalar(results(*a)), (0, 1, 2))(*a)))(h, w, t)
+
+    split = jce.on_mesh(jce.linear_log_probs, mesh=mesh, token_axis="tokens", class_axis="classes")
+    for x, y in zip(*(jax.tree.leaves(run(f)) for f in (split, jce.linear_log_probs)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)

@@ -183,7 +183,9 @@ def test_numbers_of_one_device(name, rng):
             if kind == AxisType.Explicit and context:  # a derivative is split as its argument is
                 for (mode, *places), derivatives in zip(group, got, strict=True):
                     if mode == "reverse over reverse":
-                        jax.tree.map(same_type, derivatives, placed(*places)[1])
+                        for x, y in zip(derivatives, placed(*places)[1], strict=True):
+                            if not isinstance(y, np.ndarray):  # of which no type says anything
+                                same_type(x, y)
 
 
 def on(mesh, x, *axes):

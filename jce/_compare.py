@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jce._calculus import custom_jvp
-from jce._classes import Classes, like
+from jce._classes import Classes, like, vary_over, varying
 from jce._deviance import deviance_from_log, difference_from_log
 from jce._elementary import log1p, two_sum
 from jce._mul0 import mul0, over
@@ -109,8 +109,9 @@ def _difference_of_tangents(tangent, primals, tangents, classes):
 
 
 def tempered(x: Array, t: Array, classes: Classes) -> Array:
-    """Logits counted from their maximum and divided by t, which suits them: of x/t the rounding would be that of all
-    that they have in common."""
+    """Logits counted from their maximum and divided by t, a number a row: of x/t the rounding would be that of all that
+    they have in common."""
+    t = jnp.broadcast_to(vary_over(varying(x), classes.column(t))[0], x.shape)
     x = x - classes.column(classes.max(lax.stop_gradient(x)))
     return _over_where_possible(x, t, x)
 

@@ -30,6 +30,7 @@ from jce._classes import Classes, like, vary_over, varying
 from jce._elementary import exp, tanh
 from jce._heads.kept import counts, filled, over_kept
 from jce._heads.products import Head, Products
+from jce._heads.temperature import Temperatures, checked_temperature
 from jce._layout import over_devices
 from jce._mul0 import mul0
 from jce._platforms import Chunks
@@ -171,13 +172,23 @@ def each_token(function: Callable, chunked: Chunks, *tokens: Array, kept: Array 
 # Arguments
 
 
+class Targets(NamedTuple):
+    """Labels [N], and temperatures, or None where all are 1."""
+
+    labels: Array
+    temperatures: Temperatures | None
+
+    def temperature(self) -> Array | None:
+        return None if self.temperatures is None else self.temperatures()
+
+
 class Tokens(NamedTuple):
-    """Labels [N], hidden states [N, d] and weights [N]: where a token is left out 0, 0 and 0.
+    """Targets, hidden states [N, d] and weights [N]: where a token is left out 0.
 
     And which are kept [N], or None for all.
     """
 
-    labels: Array
+    targets: Targets
     hidden: Array
     weights: Array
     kept: Array | None
@@ -187,7 +198,7 @@ def tokens_and_head(function: str, got: Mapping[str, Array], classes: Classes) -
     """The arguments, which are checked, of one device; the weights are 1 or 0 where none are given."""
     y, h, w = got["labels"], got["hidden"], got["head"]
     batch, n = y.shape, w.shape[0]
-    numbers = {name: x for name, x in got.items() if name not in ("labels", "where")}
+    numbers = {name: x for name, x in got.items() if name not in ("labels", "where", "temperature")}
     dtype = float_dtype(function, numbers)
 
     def flat(x):
@@ -197,6 +208,7 @@ def tokens_and_head(function: str, got: Mapping[str, Array], classes: Classes) -
     h, w = _stored(h, dtype).reshape(y.size, h.shape[-1]), _stored(w, dtype)
     b = got["bias"].astype(dtype) if "bias" in got else jnp.zeros(n, dtype)
     a = flat(got["weights"].astype(dtype) if "weights" in got else jnp.ones((), dtype))
+    t = Temperatures.of(flat(got["temperature"].astype(dtype))) if "temperature" in got else None
     if n == 0:  # no class is one, and no token has it
         w, b = jnp.zeros((1, w.shape[1]), w.dtype), jnp.zeros(1, dtype)
     kept = None
@@ -205,15 +217,15 @@ def tokens_and_head(function: str, got: Mapping[str, Array], classes: Classes) -
         if "weights" in got:
             # A token of weight 0 still has a derivative in its weight, unless it holds what is no number or no class.
             kept &= counts(a) & ((a != 0) | (jnp.isfinite(h).all(-1) & (y >= 0) & (y < classes.count(b))))
-        y, a = (jnp.where(kept, x, jnp.zeros_like(x)) for x in (y, a))
+        y, a, t = jax.tree.map(lambda x: jnp.where(kept, x, jnp.zeros_like(x)), (y, a, t))
         h = jnp.where(kept[:, None], h, jnp.zeros_like(h))
+    tokens = Tokens(Targets(y, t), h, a, kept)
     # A loop carries what varies alike. Tokens don't vary over the classes' mesh axis, nor do their losses.
-    axes = frozenset().union(*map(varying, (y, h, a, w, b)))
-    y, h, a = vary_over(axes - classes.mesh_axes, y, h, a)
+    leaves, tree = jax.tree.flatten(tokens)
+    axes = frozenset().union(*map(varying, (*leaves, w, b)))
+    tokens = tree.unflatten(vary_over(axes - classes.mesh_axes, *leaves))
     w, b = vary_over(axes | classes.mesh_axes, w, b)
-    if kept is not None:
-        (kept,) = vary_over(axes - classes.mesh_axes, kept)
-    return Tokens(y, h, a, kept), Head(w, w.astype(dtype), b)
+    return tokens, Head(w, w.astype(dtype), b)
 
 
 def head_of(function: str, h: Array, w: Array, b: Array | None) -> tuple[Array, Head]:
@@ -237,9 +249,10 @@ def checked(
     hidden: ArrayLike,
     head: ArrayLike,
     several: bool = False,
+    temperature: ArrayLike = 1.0,
     **optional: ArrayLike | None,
 ) -> dict[str, Array]:
-    """The arguments that are given, as arrays whose shapes agree; optional are bias, weights, where and temperature.
+    """The arguments that are given, as arrays whose shapes agree; optional are bias, weights and where.
 
     Of several labels a token, theirs is a last axis.
     """
@@ -269,7 +282,7 @@ def checked(
         raise ValueError(
             f"{function}: bias must have the shape ({n},), a number for each row of head; got {described(got)}."
         )
-    for name in ("weights", "where", "temperature"):
+    for name in ("weights", "where"):
         if name in got and not broadcasts_to(batch, got[name].shape):
             raise ValueError(
                 f"{function}: {name} must broadcast to the shape of labels, {batch}; got {described(got)}."
@@ -277,7 +290,7 @@ def checked(
             )
     if "where" in got:
         require_boolean(function, got["where"], got)
-    return got
+    return got | checked_temperature(function, temperature, batch)
 
 
 def checked_chunk(function: str, chunk_size: int | None) -> int | None:

@@ -38,11 +38,12 @@ from jce._heads.linear import Linear
 from jce._heads.over_tokens import TokenOptions
 from jce._heads.places import Arguments, on_each_device
 from jce._heads.products import Head
-from jce._heads.sparse_targets import linear_sparse_cross_entropy
+from jce._heads.sparse_targets import Numbers, linear_sparse_cross_entropy
+from jce._heads.temperature import at_temperature, whole_log_sum
 from jce._heads.together import together
 from jce._heads.tokens import of_tokens
 from jce._layout import over_devices
-from jce._mul0 import mul0
+from jce._mul0 import mul0, over
 from jce._platforms import Chunks, Platform, named, on_platform
 from jce._public import public
 from jce._soft_targets import scaled, smoothed
@@ -50,7 +51,10 @@ from jce._softmax import logsumexp, surprisal, surprisal_at_label
 from jce._waiting import waiting
 from jce._ways.kernel import way_of
 
-OPTIONS, NUMBERS = ("reduction", "chunk_size", "precision"), ("label_smoothing", "z_loss", "logit_soft_cap")
+OPTIONS, NUMBERS = (
+    ("reduction", "chunk_size", "precision"),
+    ("label_smoothing", "z_loss", "temperature", "logit_soft_cap"),
+)
 
 
 @public(*OPTIONS, "tail", "axis_name", numbers=NUMBERS)
@@ -67,6 +71,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
     logit_soft_cap: ArrayLike | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
@@ -98,6 +103,8 @@ def linear_cross_entropy(
       label_smoothing: ε, a number from 0 to 1. Python's 0 costs nothing. A traced number, as of a schedule, isn't
         checked, in this and the next two.
       z_loss: ζ, a number ≥ 0. Python's 0 costs nothing.
+      temperature: T > 0: x is then divided by T, everywhere above, after bias and soft cap. A number, or real, an array
+        of one for each token, which broadcasts to the shape of labels; as in `linear_log_probs`.
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c), everywhere above. None: none.
       chunk_size: the number of tokens in a chunk, a static int. None for a rule. On a CPU: as many as fill 32 MiB with
         logits, but at least 512 (256 MiB at 131,072 classes). On an accelerator: 256 MiB, but at least 2048 (1 GiB), so
@@ -129,11 +136,11 @@ def linear_cross_entropy(
 
     Derivative:
       ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and on to hidden, head, bias and weights, each in its own
-      dtype: argnums 1, 2 and 3 for `jax.grad`. In a traced number too, by another pass. Forward and reverse mode, any
-      order.
+      dtype: argnums 1, 2 and 3 for `jax.grad`. In a traced number and in temperatures too, by another pass. Forward and
+      reverse mode, any order.
 
     Raises:
-      TypeError: labels are not integers, hidden, head, bias or weights not real, or `where` not boolean.
+      TypeError: labels are not integers, hidden, head, bias, weights or temperature not real, or `where` not boolean.
       ValueError: shapes disagree, or an option is none of those above.
 
     Not checked:
@@ -148,9 +155,10 @@ def linear_cross_entropy(
     if label_probs is not None:
         linear = Linear(hidden, head, bias, logit_soft_cap)
         options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name)
-        return linear_sparse_cross_entropy(name, labels, label_probs, linear, tail, label_smoothing, z_loss, options)
+        numbers = Numbers(label_smoothing, z_loss, temperature)
+        return linear_sparse_cross_entropy(name, labels, label_probs, linear, tail, numbers, options)
     require_no_tail(name, tail)
-    got = checked(name, labels, hidden, head, bias=bias, weights=weights, where=where)
+    got = checked(name, labels, hidden, head, temperature=temperature, bias=bias, weights=weights, where=where)
     loss = loss_of_part(name, reduction, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
     return on_each_device(name, loss, got["labels"].shape, in_parts(got), axis_name, whole=reduction != "none")
 
@@ -255,14 +263,15 @@ def _losses_in_a_loop(y, h, kept, head, o):
     return on_platform(losses, *together((y, h), head, o), kept, head, o)
 
 
-def _loss(y, x, o):
+def _loss(target, x, o):
     """Of tokens' labels [C] and logits [C, n]."""
-    x = o.classes.fold(x)
+    y, t, of_head = target.labels, target.temperature(), o.classes.fold(x)
+    x = at_temperature(of_head, t, o.classes)
     loss = label_surprisal(y, x, o.classes)
     if _some(o.smoothing):
         loss = smoothed(loss, o.classes.sum(surprisal(x, o.classes)) / o.classes.count(x), o.smoothing)
     if _some(o.z_loss):
-        loss += scaled(o.z_loss, jnp.square(logsumexp(x, o.classes)))
+        loss += scaled(o.z_loss, jnp.square(whole_log_sum(logsumexp(x, o.classes), of_head, t, o.classes)))
     return loss
 
 
@@ -275,10 +284,11 @@ def _weighted_sum(y, h, w, kept, head, o):
     return _weighted_losses(y, h, w, kept, head, o).sum()
 
 
-# d Σ wℓ = Σ w (∂ℓ/∂h · dh + ∂ℓ/∂W · dW + ∂ℓ/∂b · db) + Σ ℓ dw, and along a traced number, rare as it is, by a pass more
+# d Σ wℓ = Σ w (∂ℓ/∂h · dh + ∂ℓ/∂W · dW + ∂ℓ/∂b · db) + Σ ℓ dw, and along numbers and temperatures, rare as it is, by a
+# pass more
 def _weighted_sum_rule(primals, tangents):
     y, h, w, kept, head, o = primals
-    _, dh, dw, _, dhead, do = tangents
+    dy, dh, dw, _, dhead, do = tangents
     steps = (dh, dhead.wide, dhead.bias)
     wanted = tuple(not isinstance(t, SymbolicZero) for t in steps)
     losses, gradients = _losses_and_gradients(y, h, w, kept, head, o, wanted)
@@ -287,8 +297,12 @@ def _weighted_sum_rule(primals, tangents):
     terms = [o.classes.over_devices(functools.reduce(jnp.add, parts))] if parts else []
     if not isinstance(dw, SymbolicZero):
         terms.append(mul0(losses, dw).sum())
-    if not all(isinstance(t, SymbolicZero) for t in jax.tree.leaves(do)):
-        terms.append(live_jvp(lambda o: _weighted_losses(y, h, w, kept, head, o).sum(), (o,), (do,))[1])
+    if not all(isinstance(t, SymbolicZero) for t in jax.tree.leaves((dy.temperatures, do))):
+
+        def along_numbers(t, o):
+            return _weighted_losses(y._replace(temperatures=t), h, w, kept, head, o).sum()
+
+        terms.append(live_jvp(along_numbers, (y.temperatures, o), (dy.temperatures, do))[1])
     return mul0(losses, w).sum(), functools.reduce(jnp.add, terms)
 
 
@@ -354,20 +368,21 @@ def plus(total: Array | None, part: Array) -> Array:
     return part if total is None else total + part
 
 
-def _excess(y, u, w, o):
+def _excess(target, u, w, o):
     """ℓ, e [C, n] and r [C] with w ∂ℓ/∂u = r e, of the logits before the cap."""
-    losses, pull_back = jax.vjp(lambda u: _loss(y, o.logits.capped(u), o), u)
+    losses, pull_back = jax.vjp(lambda u: _loss(target, o.logits.capped(u), o), u)
     return losses, *pull_back(w), jnp.ones_like(w)
 
 
-def _unnormalized_excess(y, u, w, o):
-    """The same numbers in fewer passes over them: with r = w/Z, e is exp(x - m), but for the label's.
+def _unnormalized_excess(target, u, w, o):
+    """The same numbers in fewer passes over them: with r = w/ZT, e is exp(x - m), but for the label's.
 
     q_y - 1 = -s/Z; so Z ∂ℓ/∂x_y = -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x, and elsewhere eᵢ (1 + 2ζ log Σ exp x) - ε Z/n.
     Where e may be rounded, it is divided by s, so that the label's entry is exactly -1 and cancels as the sum does.
     """
     column = o.classes.column
-    x = o.classes.fold(o.logits.capped(u))
+    y, t, of_head = target.labels, target.temperature(), o.classes.fold(o.logits.capped(u))
+    x = at_temperature(of_head, t, o.classes)
     n = o.classes.count(x)
     off = o.classes.off_label(y, x)
     m, s, d = off
@@ -378,15 +393,20 @@ def _unnormalized_excess(y, u, w, o):
         losses = smoothed(losses, log_z + o.classes.sum(column(m) - x) / n, o.smoothing)
         at_label += o.smoothing * (z - z / n)
     if _some(o.z_loss):
-        losses += scaled(o.z_loss, jnp.square(m + log_z))
-        at_label += 2 * o.z_loss * (m + log_z) * e_y
-        e *= column(1 + 2 * o.z_loss * (m + log_z))
+        log_sum = whole_log_sum(m + log_z, of_head, t, o.classes)
+        losses += scaled(o.z_loss, jnp.square(log_sum))
+        at_label += 2 * o.z_loss * log_sum * e_y
+        e *= column(1 + 2 * o.z_loss * log_sum)
     if _some(o.smoothing):
         e -= column(o.smoothing * (z / n))
     if o.classes.masks:
         others = jnp.maximum(s, jnp.finfo(s.dtype).tiny)
         e, at_label, z = e * column(1 / others), at_label / others, z / others
     e = o.classes.put(o.classes.unfold(e), o.classes.local(y, x), at_label)
+    if t is not None:
+        z *= jnp.where(t == 0, jnp.ones_like(t), t)
+        # At a temperature of 0 the derivative is ±∞ where it isn't 0.
+        e = jnp.where((t == 0)[:, None], over(e, jnp.zeros_like(e)), e)
     if o.logits.soft_cap is not None:
         e *= o.logits.slope(u)
     return losses, e, w / z

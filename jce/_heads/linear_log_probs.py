@@ -11,15 +11,15 @@ from jax import Array
 from jax.export import register_namedtuple_serialization
 from jax.typing import ArrayLike
 
-from jce._arguments import described, float_dtype, is_array, positive, wide_enough
+from jce._arguments import described, wide_enough
 from jce._calculus import negative
-from jce._classes import Classes, like, vary_over, varying
-from jce._compare import tempered
+from jce._classes import Classes
 from jce._cross_entropy import label_surprisal
 from jce._entropy import entropy_of_softmax
 from jce._heads.chunks import checked
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
+from jce._heads.temperature import at_temperature
 from jce._label_log_probs import log_probs_and_tail, log_probs_of
 from jce._public import public
 
@@ -100,8 +100,7 @@ def linear_log_probs(
       [-4.1223074e-09 -2.0000000e+01] [8.6568456e-08 8.6568456e-08]
     """
     name = "linear_log_probs"
-    of_tokens = {"temperature": temperature} if jnp.ndim(temperature) else {}
-    got = checked(name, labels, hidden, head, several=True, bias=bias, where=where, **of_tokens)
+    got = checked(name, labels, hidden, head, several=True, temperature=temperature, bias=bias, where=where)
     y, h = got["labels"], got["hidden"]
     if tail and y.ndim != h.ndim:
         raise ValueError(
@@ -109,28 +108,19 @@ def linear_log_probs(
             f" got {described({'labels': y, 'hidden': h})}. One label is k = 1: labels[..., None]."
         )
     arguments = {"labels": wide_enough(y), "logits": Linear(h, got["head"], got.get("bias"), logit_soft_cap)}
-    number, shared = 1.0, ()
-    if of_tokens:
-        t = got["temperature"].astype(float_dtype(name, {"temperature": got["temperature"]}))
-        arguments["temperature"] = jnp.broadcast_to(t, h.shape[:-1])
-    elif is_array(t := positive(name, jnp.result_type(float), temperature=temperature)):
-        shared = (t,)
-    else:
-        number = t
-    make = functools.partial(_of_chunk, number, tail)
+    if "temperature" in got:
+        arguments["temperature"] = jnp.broadcast_to(got["temperature"], h.shape[:-1])
     options = TokenOptions(where=where, chunk_size=chunk_size, precision=precision, axis_name=axis_name)
-    return over_tokens(name, make, arguments, options, shared)
+    return over_tokens(name, functools.partial(_of_chunk, tail), arguments, options)
 
 
-def _of_chunk(number, tail, example, _, class_axis):
-    """At a temperature that is the number, a token's own argument, or shared."""
+def _of_chunk(tail, example, _, class_axis):
     classes, (k, dtype) = Classes(-1, class_axis), (example[0].shape, example[1].dtype)
     at_labels = log_probs_and_tail if tail else log_probs_of if k else _log_prob
 
-    def log_probs_and_entropy(chunk, shared, _):
-        y, x, *of_tokens = chunk
-        for t in (*of_tokens, *shared, *(() if number == 1 else (jnp.asarray(number, dtype),))):
-            x = tempered(x, _of_each(t.astype(dtype), x), classes)
+    def log_probs_and_entropy(chunk, *_):
+        y, x, *temperature = chunk
+        x = at_temperature(x, temperature[0] if temperature else None, classes)
         return [at_labels(y, x, classes), entropy_of_softmax(x, classes)]
 
     one = LogProbs(jnp.zeros([n + tail for n in k], dtype), jnp.zeros((), dtype))
@@ -139,8 +129,3 @@ def _of_chunk(number, tail, example, _, class_axis):
 
 def _log_prob(y, x, classes):
     return negative(label_surprisal(y, x, classes))
-
-
-def _of_each(t, x):
-    """A number for each token [C], or for all of them, in an array of x's shape."""
-    return like(t, x) if t.ndim == 0 else jnp.broadcast_to(vary_over(varying(x), t)[0][:, None], x.shape)

@@ -35,6 +35,7 @@ def sharded_linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
     logit_soft_cap: ArrayLike | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
@@ -60,6 +61,7 @@ def sharded_linear_cross_entropy(
       reduction: "mean" for Σ wℓ / Σ w over all devices' tokens, "sum" or "none", as in `linear_cross_entropy`.
       label_smoothing: as there.
       z_loss: as there.
+      temperature: as there.
       logit_soft_cap: as there.
       chunk_size: of a device's tokens, a static int. None for the rule there, by the number of a device's classes.
       precision: as there.
@@ -90,7 +92,7 @@ def sharded_linear_cross_entropy(
       4.1223074e-09
     """
     name = "sharded_linear_cross_entropy"
-    got = checked(name, labels, hidden, head, bias=bias, weights=weights, where=where)
+    got = checked(name, labels, hidden, head, temperature=temperature, bias=bias, weights=weights, where=where)
     places = on_axes(name, mesh, token_axis, class_axis)
     loss = loss_of_part(name, reduction, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
     return on_each_device(name, loss, got["labels"].shape, in_parts(got), places, whole=reduction != "none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -10,9 +12,18 @@ from jce._arguments import as_array, described, float_dtype, fraction, is_array,
 from jce._classes import Classes
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
+from jce._heads.temperature import at_temperature, checked_temperature, whole_log_sum
 from jce._soft_targets import scaled
 from jce._softmax import logsumexp
 from jce._sparse_targets import rounding, sparse_cross_entropy
+
+
+class Numbers(NamedTuple):
+    """As `linear_cross_entropy` documents them."""
+
+    label_smoothing: ArrayLike
+    z_loss: ArrayLike
+    temperature: ArrayLike
 
 
 def linear_sparse_cross_entropy(
@@ -21,8 +32,7 @@ def linear_sparse_cross_entropy(
     label_probs: ArrayLike,
     linear: Linear,
     tail: bool,
-    label_smoothing: ArrayLike,
-    z_loss: ArrayLike,
+    given: Numbers,
     options: TokenOptions,
 ) -> Array:
     """Of k labels a token, with their probabilities."""
@@ -37,8 +47,8 @@ def linear_sparse_cross_entropy(
             f" label a token."
         )
     numbers = {
-        "smoothing": fraction(name, jnp.result_type(float), label_smoothing=label_smoothing),
-        "z_loss": positive(name, jnp.result_type(float), z_loss=z_loss, or_zero=True),
+        "smoothing": fraction(name, jnp.result_type(float), label_smoothing=given.label_smoothing),
+        "z_loss": positive(name, jnp.result_type(float), z_loss=given.z_loss, or_zero=True),
     }
     traced = {key: x for key, x in numbers.items() if is_array(x)}
     known = {key: x for key, x in numbers.items() if key not in traced}
@@ -49,21 +59,25 @@ def linear_sparse_cross_entropy(
         rounded = rounding(one[1], dtype) if tail else None
 
         def loss(chunk, shared, *_):
-            y, p, x = chunk
-            p, x = p.astype(dtype), x.astype(dtype)
+            y, p, of_head, *temperature = chunk
+            p, of_head = p.astype(dtype), of_head.astype(dtype)
+            t = temperature[0] if temperature else None
+            x = at_temperature(of_head, t, classes)
             smoothing, z_loss = ((known | shared)[key] for key in ("smoothing", "z_loss"))
             smoothing, z_loss = (a.astype(dtype) if is_array(a) else a for a in (smoothing, z_loss))
             total = sparse_cross_entropy(y, p, x, jnp.ones_like(x), smoothing, rounded, classes)
             if is_array(z_loss) or z_loss:
-                total += scaled(z_loss, jnp.square(logsumexp(x, classes)))
+                total += scaled(z_loss, jnp.square(whole_log_sum(logsumexp(x, classes), of_head, t, classes)))
             return [total]
 
         return OfChunk(loss, jnp.zeros((), dtype))
 
     arguments = {"labels": wide_enough(y), "label_probs": p, "logits": linear}
+    for key, t in checked_temperature(name, given.temperature, batch).items():
+        arguments[key] = jnp.broadcast_to(t, batch)
     return over_tokens(name, make, arguments, options, traced, is_defined=_are_classes)
 
 
 def _are_classes(targets: list[Array], n: int) -> Array:
-    y, p = targets
+    y, p, *_ = targets
     return (((y >= 0) & (y < n)) | (p == 0)).all(-1)

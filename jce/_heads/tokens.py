@@ -8,11 +8,11 @@ tokens, but not over the head, it is the same function of more tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax import Array
 from jax.interpreters import ad, batching, mlir
 
 from jce._waiting import Primitive
@@ -21,7 +21,7 @@ _of_tokens_p = Primitive("of_tokens")
 _of_tokens_p.multiple_results = True
 
 
-def of_tokens(each: Callable, tokens: tuple[Array | None, ...], shared: tuple, total: Callable | None = None):
+def of_tokens(each: Callable, tokens: tuple[Any, ...], shared: tuple, total: Callable | None = None):
     """each(*tokens, *shared), some numbers a token; or the total, which is their sum, in one loop with its gradient.
 
     Neither function may close over what is traced.

@@ -1,0 +1,53 @@
+"""What a head's logits are divided by: a number, or one for each token; Python's 1 is none, and costs nothing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jce._arguments import as_array, broadcasts_to, described, float_dtype, is_array, positive
+from jce._classes import Classes
+from jce._compare import tempered
+from jce._mul0 import over
+
+
+class Temperatures(NamedTuple):
+    """Of tokens [N], and 1 for each: what is none of them, filled up with zeros, has a temperature of 1."""
+
+    given: Array
+    is_token: Array
+
+    @classmethod
+    def of(cls, t: Array) -> Temperatures:
+        return cls(t, jnp.ones_like(t))
+
+    def __call__(self) -> Array:
+        return self.given + (1 - self.is_token)
+
+
+def checked_temperature(function: str, temperature: ArrayLike, batch: tuple[int, ...]) -> dict[str, Array]:
+    """By its name, if it is one: real, and broadcasts to the token axes."""
+    if jnp.ndim(temperature) == 0:
+        number = positive(function, jnp.result_type(float), temperature=temperature)
+        return {"temperature": jnp.asarray(number)} if is_array(number) or number != 1 else {}
+    got = {"temperature": as_array(function, "temperature", temperature)}
+    float_dtype(function, got)
+    if not broadcasts_to(batch, got["temperature"].shape):
+        raise ValueError(
+            f"{function}: temperature must broadcast to the token axes, {batch}; got {described(got)}. It is of tokens,"
+            f" so give it no axis for classes."
+        )
+    return got
+
+
+def at_temperature(x: Array, t: Array | None, classes: Classes) -> Array:
+    """x/t but for a number a row, of tokens' logits x."""
+    return x if t is None else tempered(x, t.astype(x.dtype), classes)
+
+
+def whole_log_sum(log_sum: Array, x: Array, t: Array | None, classes: Classes) -> Array:
+    """log Σ exp x/t, from that of the logits `at_temperature`."""
+    return log_sum if t is None else log_sum + over(classes.max(lax.stop_gradient(x)), t.astype(x.dtype))

@@ -1,0 +1,201 @@
+"""What heads' logits are divided by, in losses and log-probabilities: against float64, by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import jce
+
+TOKENS, WIDTH, CLASSES, CAP = 7, 4, 11, 5.0
+OF_EACH = pytest.mark.parametrize("of_each", [False, True], ids=["for all", "for each"])
+LOSSES = {
+    "mean": {},
+    "sum": {"reduction": "sum", "z_loss": 0.3},
+    "none": {"reduction": "none", "z_loss": 0.3},
+    "smoothed": {"label_smoothing": 0.2, "z_loss": 0.3},
+    "smoothed, none": {"label_smoothing": 0.2, "reduction": "none"},
+    "list": {"z_loss": 0.3},
+    "list and tail": {"tail": True, "reduction": "none"},
+}
+
+
+@pytest.fixture
+def problem(rng):
+    """Labels, hidden states, a head and a bias that forbids a class, a temperature and a weight for each token."""
+    labels = rng.integers(1, CLASSES, TOKENS)
+    h, w, b = (rng.standard_normal(shape) for shape in ((TOKENS, WIDTH), (CLASSES, WIDTH), CLASSES))
+    b[0] = -np.inf
+    return labels, h, w, b, rng.uniform(0.3, 2, TOKENS), rng.uniform(-1, 2, TOKENS)
+
+
+def by_hand(labels, h, w, b, t, a, probs, tail=False, label_smoothing=0.0, z_loss=0.0, reduction="mean"):
+    """In float64, where nothing of it cancels by much; without label smoothing the first class is forbidden."""
+    if not label_smoothing:
+        labels, w, b = labels - 1, w[1:], b[1:]
+    x = CAP * jnp.tanh((h @ w.T + b[None]) / CAP) / jnp.broadcast_to(t, (TOKENS,))[:, None]
+    log_z = jax.nn.logsumexp(x, -1)
+    log_q = jnp.take_along_axis(x, labels.reshape(TOKENS, -1), 1) - log_z[:, None]
+    loss = -(log_q * probs).sum(-1)
+    if tail:
+        loss -= (1 - probs.sum(-1)) * jnp.log1p(-jnp.exp(log_q).sum(-1))
+    loss = (1 - label_smoothing) * loss + label_smoothing * (log_z - x.mean(-1)) + z_loss * log_z**2
+    return loss * a if reduction == "none" else (loss * a).sum() / (a.sum() if reduction == "mean" else 1)
+
+
+@OF_EACH
+@pytest.mark.parametrize("of", LOSSES)
+@pytest.mark.in_turn(3)
+def test_losses_and_their_derivatives(of, of_each, problem):
+    """In everything, the temperature too, and again along a direction; in chunks, the last of which is filled up."""
+    labels, h, w, b, t, a = problem
+    options, lists = LOSSES[of], of.startswith("list")
+    if "smoothed" in of:
+        b[0] = 0
+    if lists:
+        labels = np.stack([labels, labels % (CLASSES - 1) + 1], 1)
+    probs = np.full(labels.shape, 0.4) if lists else np.ones((TOKENS, 1))
+    with jax.enable_x64(True):
+
+        def ours(*args):
+            *args, a = args
+            h, w, b, t = args
+            given = {"label_probs": probs} if lists else {}
+            loss = jce.linear_cross_entropy(
+                labels, h, w, b, temperature=t, weights=a, logit_soft_cap=CAP, chunk_size=3, **given, **options
+            )
+            return jnp.sin(loss).sum()
+
+        def expected(h, w, b, t, a):
+            return jnp.sin(by_hand(labels, h, w, b, t, a, probs, **options)).sum()
+
+        def everything(f):
+            gradients, still = jax.grad(f, (0, 1, 2, 3, 4)), jnp.zeros(CLASSES)
+            directions = lambda h, w, b, t, a: (h, w, still, jnp.ones_like(t), a)  # noqa: E731
+            return jax.jit(lambda *x: (f(*x), gradients(*x), jax.jvp(gradients, x, directions(*x))[1]))
+
+        x = tuple(map(jnp.asarray, (h, w, b, t if of_each else t[0], a)))
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11),
+            everything(ours)(*x),
+            everything(expected)(*x),
+        )
+
+
+@OF_EACH
+def test_what_logits_have_in_common_costs_no_digits(of_each, problem):
+    """An offset of 100 at T = .7: of x/T the rounding would be some 60 ulps."""
+    labels, h, w, b, *_ = problem
+    t = np.float32(0.7) * np.ones(TOKENS if of_each else (), np.float32)
+    b = np.float32(np.where(np.isinf(b), 100, np.round(8 * b) / 8 + 100))
+    h, w = (np.float32(np.round(8 * x) / 8) for x in (h, w))  # products and sums without a rounding
+
+    def log_prob(t, h):
+        return jce.linear_log_probs(labels, h, w, b, temperature=t).log_prob
+
+    def surprisals(t, h):
+        return jce.linear_cross_entropy(labels, h, w, b, temperature=t, reduction="none")
+
+    def total(t, h):
+        return jce.linear_cross_entropy(labels, h, w, b, temperature=t, reduction="sum")
+
+    x = np.float64(h) @ np.float64(w).T + np.float64(b)
+    x -= x.max(-1, keepdims=True)
+    exact_t = np.float64(np.float32(0.7))
+    q = np.exp(x / exact_t) / np.exp(x / exact_t).sum(-1, keepdims=True)
+    exact = -np.log(np.take_along_axis(q, labels[:, None], 1))[:, 0]
+    along_t = (np.take_along_axis(x, labels[:, None], 1)[:, 0] - (q * x).sum(-1)) / exact_t**2
+    along_h = (q - np.eye(CLASSES)[labels]) @ np.float64(w) / exact_t
+
+    def gradients(f, sign):
+        return [sign * x for x in jax.grad(lambda *a: f(*a).sum(), (0, 1))(t, h)]
+
+    functions = (log_prob, -1), (surprisals, 1), (total, 1)
+    run = jax.jit(lambda: [(sign * f(t, h), gradients(f, sign)) for f, sign in functions])
+    for (value, (of_t, of_h)), (f, _) in zip(run(), functions, strict=True):
+        np.testing.assert_allclose(value, exact.sum() if f is total else exact, rtol=4e-7)
+        np.testing.assert_allclose(of_t, along_t if of_each else along_t.sum(), rtol=2e-6)
+        np.testing.assert_allclose(of_h, along_h, rtol=2e-6, atol=1e-7)
+
+
+def test_of_python_s_1_nothing_is_computed(problem):
+    labels, h, w, b, *_ = problem
+    for function in (jce.linear_log_probs, jce.linear_cross_entropy):
+
+        def text(function=function, **options):
+            return function.lower(labels, h, w, b, **options).as_text()
+
+        assert text(temperature=1.0) == text(temperature=1) == text() != text(temperature=2.0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "log-probabilities"])
+def test_a_temperature_of_what_is_left_out_may_be_0(reduction, problem):
+    """No derivative of it is anything but 0; and of a token that is kept T = 0 is greedy."""
+    labels, h, w, b, t, _ = problem
+    kept = np.arange(TOKENS) % 2 == 0
+
+    def results(labels, h, w, b, t, z_loss=0.0, **options):
+        if reduction == "log-probabilities":
+            return jce.linear_log_probs(labels, h, w, b, temperature=t, chunk_size=2, **options)
+        return jce.linear_cross_entropy(
+            labels,
+            h,
+            w,
+            b,
+            temperature=t,
+            z_loss=z_loss,
+            reduction=reduction,
+            chunk_size=2,
+            **options,
+        )
+
+    def total(*args):
+        return sum(x.sum() for x in jax.tree.leaves(results(labels, *args, z_loss=0.1, where=kept)))
+
+    with jax.debug_nans(False):  # which raises where a NaN is computed, though it is selected away
+        got, expected = (jax.grad(total, (0, 1, 2, 3))(h, w, b, np.where(kept, t, x)) for x in (0, 1))
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert np.isfinite(np.concatenate([x.ravel() for x in got])).all()
+    greedy = np.argmax(h @ w.T + b, -1)
+    of_greedy, gradient = jax.value_and_grad(
+        lambda h: sum(x.sum() for x in jax.tree.leaves(results(greedy, h, w, b, np.zeros(TOKENS)))),
+    )(h)
+    assert of_greedy == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_wrong_arguments(problem):
+    labels, h, w, b, *_ = problem
+    lists = {"labels": labels[:, None], "label_probs": np.ones((TOKENS, 1))}
+    for given in ({"labels": labels}, lists):
+        for wrong, error, says in (
+            (np.ones(3), ValueError, r"temperature must broadcast to the token axes, \(7,\); got temperature: float"),
+            (0.0, ValueError, "temperature must be a number from"),
+            (np.ones(TOKENS, complex), TypeError, "temperature"),
+        ):
+            with pytest.raises(error, match=f"linear_cross_entropy: .*{says}"):
+                jce.linear_cross_entropy(hidden=h, head=w, bias=b, temperature=wrong, **given)
+
+
+@OF_EACH
+@pytest.mark.parametrize("of", ["mean", "none", "list"])
+@pytest.mark.in_turn(2)
+def test_on_a_mesh(of, of_each, rng):
+    """Tokens and classes split over two devices each, as on one; with tokens left out, and z-loss."""
+    mesh = jax.make_mesh((2, 2), ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    h, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, WIDTH), (12, WIDTH)))
+    labels, t = rng.integers(0, 12, 8), np.linspace(0.5, 2, 8, dtype=np.float32) if of_each else np.float32(0.7)
+    options = {"reduction": "none" if of == "none" else "mean", "z_loss": 0.1, "where": np.arange(8) != 2}
+    if of == "list":
+        labels, options = labels[:, None], options | {"label_probs": np.full((8, 1), 0.9, np.float32)}
+
+    def run(function):
+        def total(h, w, t):
+            return jnp.sin(function(labels, h, w, temperature=t, chunk_size=2, **options)).sum()
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(h, w, t)
+
+    split = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
+    for x, y in zip(*(jax.tree.leaves(run(f)) for f in (split, jce.linear_cross_entropy)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)

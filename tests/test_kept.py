@@ -106,7 +106,8 @@ FUNCTIONS = {
 WEIGHTED = ("losses", "divergence", "map of a number")
 FIRST, SECOND = ("gradient",), ("forward over reverse", "reverse over reverse")
 modes_in_turn = pytest.mark.parametrize(
-    "wanted", [pytest.param(FIRST, id="first"), pytest.param(SECOND, id="second", marks=pytest.mark.slow)]
+    "wanted",
+    [pytest.param(FIRST, id="first"), pytest.param(SECOND, id="second", marks=(pytest.mark.slow, pytest.mark.long))],
 )
 CASES = [(name, how) for how in ("mean", "none", "sum") for name in FUNCTIONS if name[:3] != "log" or how == "none"]
 

@@ -49,6 +49,7 @@ def test_functions_of_rows_keep_no_array(kernel, rng):
 @pytest.mark.needs_jit
 @each_loss
 @pytest.mark.in_turn(12)
+@pytest.mark.long
 def test_no_tracer_is_kept(name):
     """Under jit, grad and vmap, each with the hidden states traced, the head, and the number."""
     h, w, t = arguments()
@@ -61,6 +62,7 @@ def test_no_tracer_is_kept(name):
 @pytest.mark.needs_jit
 @each_function
 @pytest.mark.in_turn(16)
+@pytest.mark.long
 def test_no_tracer_is_kept_of_rows(kernel, rng):
     with jax.checking_leaks():
         jax.jit(lambda *x: (kernel.function(*x), jax.grad(total(kernel))(*x)))(*easy(kernel, rng, (2, 5)))

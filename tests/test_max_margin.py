@@ -65,6 +65,7 @@ def test_all_agree_at_the_start():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ours_goes_to_the_largest_margin_in_float32():
     snapshots = history("jce, float32", 100_000)
     margins = np.array([s.margin for s in snapshots])
@@ -76,6 +77,7 @@ def test_ours_goes_to_the_largest_margin_in_float32():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_textbook_loses_its_way_in_float32():
     snapshots = history("textbook, float32", 60_000)
     best = max(snapshots, key=lambda s: s.margin)

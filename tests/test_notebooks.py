@@ -20,7 +20,9 @@ def test_every_notebook_is_here():
 
 
 @pytest.mark.needs_jit  # trainings, and what compiled programs need
-@each_notebook
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name == "6_distillation" else []) for name in NAMES]
+)
 @pytest.mark.slow
 def test_runs(name):
     """The last cell asserts what the first line claims."""

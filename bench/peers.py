@@ -19,7 +19,7 @@ from jax.scipy.special import entr, kl_div, rel_entr, xlog1py, xlogy
 
 import jce
 from bench.engines import Jax, NumPy, Torch, optional, torch
-from tests.kernels import BETA, LOGIT, ROWS, SMOOTHING, Kernel, at_beta
+from tests.kernels import BETA, LOGIT, ROWS, SMOOTHING, Z_LOSS, Kernel, at_beta
 
 optax, distrax, tokamax = optional("optax"), optional("distrax"), optional("tokamax")
 jax_cce, special = optional("jax_cce"), optional("scipy.special")
@@ -326,6 +326,19 @@ TASKS = [
         },
         kind="labels",
         note="smoothed",
+    ),
+    Task(
+        "cross_entropy_with_integer_labels",
+        "cross_entropy_with_integer_labels-z-loss",
+        {
+            "jce": label_with(z_loss=Z_LOSS),
+            "jax": lambda y, x: of_label(surprisal(x), y) + Z_LOSS * jnp.square(jax.nn.logsumexp(x, -1)),
+            "optax": lambda y, x: (
+                optax.softmax_cross_entropy_with_integer_labels(x, y) + Z_LOSS * jnp.square(jax.nn.logsumexp(x, -1))
+            ),
+        },
+        kind="labels",
+        note="z-loss",
     ),
     Task(
         "log_probs_with_integer_labels",

@@ -9,24 +9,22 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._arguments import distributions, fraction, is_array, labelled, labelled_with_probs, require_no_tail
-from jce._calculus import (
-    along,
-    both_zero,
-    custom_jvp,
-    def_partials_of_sum,
-    def_tangents,
-    negative,
-    over_if_present,
-    ratio,
+from jce._arguments import (
+    distributions,
+    fraction,
+    is_array,
+    labelled,
+    labelled_with_probs,
+    positive,
+    require_no_tail,
 )
-from jce._elementary import exp, log
-from jce._mul0 import mul0
+from jce._calculus import both_zero, custom_jvp, def_partials_of_sum, def_tangents, negative, over_if_present, ratio
+from jce._elementary import log
+from jce._label_surprisal import label_surprisal, smoothed_surprisal
 from jce._public import public
-from jce._soft_targets import scaled, smoothed, soft, soft_excess
-from jce._softmax import softmax_tangent, surprisal_at_label
+from jce._soft_targets import scaled, soft
 from jce._sparse_targets import rounding, sparse_cross_entropy
-from jce._ways.kernel import kernel
+from jce._z_loss import penalized_label_surprisal, squared_log_sum
 
 
 @public("axis")
@@ -146,7 +144,7 @@ def cross_entropy_with_logits(
     return soft(p, x, classes)
 
 
-@public("axis", "axis_name", "tail", numbers=("label_smoothing",))
+@public("axis", "axis_name", "tail", numbers=("label_smoothing", "z_loss"))
 def cross_entropy_with_integer_labels(
     labels: ArrayLike,
     logits: ArrayLike,
@@ -154,15 +152,17 @@ def cross_entropy_with_integer_labels(
     label_probs: ArrayLike | None = None,
     tail: bool = False,
     label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
     axis: int = -1,
     where: ArrayLike | None = None,
     axis_name: Hashable | None = None,
 ) -> Array:
     """log 1/q_y at q = softmax(logits), in nats: the cross-entropy of one-hot targets, given as labels y, and logits.
 
-    With label_smoothing ε the target is (1-ε) one-hot + ε/n over all n classes, the label's included: the loss is
-    (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ. No one-hot array is built. Relatively accurate where the model is sure and right:
-    a loss of 1e-30 is 1e-30, and its gradient points the right way.
+    With label_smoothing ε the target is (1-ε) one-hot + ε/n over all n classes, the label's included; with z_loss ζ
+    there is ζL² more, of L = log Σ exp logits: the loss is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζL². No one-hot array is
+    built. Relatively accurate where the model is sure and right: a loss of 1e-30 is 1e-30, and its gradient points the
+    right way.
 
     With label_probs a target has k labels, each with its probability, as of a teacher whose likeliest classes are kept.
     The loss is Σⱼ pⱼ log 1/q_yⱼ, and with `tail` (1-Σp) log 1/(1-Σq) more, where Σq is over the classes with a label.
@@ -173,7 +173,8 @@ def cross_entropy_with_integer_labels(
       label_probs: real, the shape of labels, [..., k], or None. Σp is not made 1. Of a label that repeats the
         probabilities add up; pad a list with probability 0, whatever the label.
       tail: whether all classes without a label count as one more outcome, of what is left of the target: a static bool.
-      label_smoothing: ε, a number from 0 to 1. One that is traced, as of a schedule, isn't checked.
+      label_smoothing: ε, a number from 0 to 1. One that is traced, as of a schedule, isn't checked, as ζ isn't.
+      z_loss: ζ, a number ≥ 0; it draws L towards 0. Python's 0 costs nothing.
       axis: the axis of the n classes: a static int.
       where: bool, broadcasts to the shape of logits. A class where it is False has probability 0, whatever it holds,
         and n counts the others; a distribution with nothing left is 0, with gradient 0, whatever its label. So
@@ -197,16 +198,16 @@ def cross_entropy_with_integer_labels(
       while its derivative in p is the formula's.
 
     Derivative:
-      ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n, in logits' dtype; at ε = 0 relatively accurate for every i. In a traced ε it is
-      1/n Σᵢ log 1/qᵢ - log 1/q_y. With label_probs, which smoothing makes (1-ε)p + εΣp/n, it is qᵢ Σp - pᵢ at ε = 0,
-      and in pⱼ the loss of its label alone; a tail adds (1-Σp)(qᵢ - [no label is i] qᵢ/(1-Σq)), and to the latter
-      -log 1/(1-Σq).
+      ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype; at ε = ζ = 0 relatively accurate for every i. In a
+      traced ε it is 1/n Σᵢ log 1/qᵢ - log 1/q_y, in a traced ζ L². With label_probs, which smoothing makes (1-ε)p +
+      εΣp/n, it is qᵢ Σp - pᵢ at ε = ζ = 0, and in pⱼ the loss of its label alone; a tail adds
+      (1-Σp)(qᵢ - [no label is i] qᵢ/(1-Σq)), and to the latter -log 1/(1-Σq).
 
     Raises:
       TypeError: labels are not integers, logits or label_probs not real, or `where` not boolean.
       ValueError: labels don't have the shape of logits without the class axis (with label_probs and one axis more, as
-        these do), label_smoothing is not in [0, 1], there is a tail without label_probs or no class axis, `axis` is not
-        an int in range, or `where` doesn't broadcast.
+        these do), label_smoothing is not in [0, 1] or z_loss below 0, there is a tail without label_probs or no class
+        axis, `axis` is not an int in range, or `where` doesn't broadcast.
 
     Not checked:
       Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
@@ -222,92 +223,26 @@ def cross_entropy_with_integer_labels(
     name = "cross_entropy_with_integer_labels"
     if label_probs is not None:
         y, p, x, kept, classes = labelled_with_probs(name, axis, where, axis_name, labels, label_probs, logits)
-        smoothing = fraction(name, x.dtype, label_smoothing=label_smoothing)
+        smoothing, z_loss = _numbers(name, x, label_smoothing, z_loss)
         rounded = rounding(jnp.asarray(label_probs), p.dtype) if tail else None
-        return sparse_cross_entropy(y, p, x, kept, smoothing, rounded, classes)
+        return _with_z_loss(z_loss, sparse_cross_entropy(y, p, x, kept, smoothing, rounded, classes), x, classes)
     require_no_tail(name, tail)
     y, x, kept, classes = labelled(name, axis, where, axis_name, labels, logits)
+    smoothing, z_loss = _numbers(name, x, label_smoothing, z_loss)
+    if is_array(smoothing) or smoothing:
+        all_kept = where is None and jnp.asarray(logits).shape[classes.axis] > 0
+        share = 1 / classes.count(x) if all_kept else kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
+        loss = smoothed_surprisal(y, *(jnp.asarray(a, x.dtype) for a in (share, x, smoothing)), classes)
+        return _with_z_loss(z_loss, loss, x, classes)
+    if is_array(z_loss) or z_loss:
+        return penalized_label_surprisal(y, x, jnp.asarray(z_loss, x.dtype), classes)
+    return label_surprisal(y, x, classes)
+
+
+def _numbers(name, x, label_smoothing, z_loss):
     smoothing = fraction(name, x.dtype, label_smoothing=label_smoothing)
-    if not is_array(smoothing) and smoothing == 0:
-        return label_surprisal(y, x, classes)
-    all_kept = where is None and jnp.asarray(logits).shape[classes.axis] > 0
-    share = 1 / classes.count(x) if all_kept else kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
-    return _smoothed_surprisal(y, *(jnp.asarray(a, x.dtype) for a in (share, x, smoothing)), classes)
+    return smoothing, positive(name, x.dtype, z_loss=z_loss, or_zero=True)
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(2,))
-def label_surprisal(y, x, classes):
-    """log 1/q_y"""
-    return _label_surprisal_and_excess(y, x, classes)[0]
-
-
-# ∂/∂xᵢ log 1/q_y = qᵢ - [i = y]
-@label_surprisal.defjvp
-def _label_surprisal_rule(classes, primals, tangents):
-    surprisal, excess = _label_surprisal_and_excess(*primals, classes)
-    return surprisal, classes.sum(mul0(excess, tangents[1]))
-
-
-@functools.partial(custom_jvp, nondiff_argnums=(2,))
-@kernel
-def _label_surprisal_and_excess(y, x, classes):
-    # Both in one function, since XLA can't see that the sums of two are the same.
-    off = classes.off_label(y, x)
-    e = exp(classes.depth_off_label(x, off))
-    excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-off.s), e) / classes.column(off.z)
-    return surprisal_at_label(off), excess
-
-
-@_label_surprisal_and_excess.defjvp
-def _label_surprisal_and_excess_rule(classes, primals, tangents):
-    x, t = primals[1], tangents[1]
-    surprisal, excess = _label_surprisal_and_excess(*primals, classes)
-    return (surprisal, excess), (classes.sum(mul0(excess, t)), softmax_tangent(t, x, None, classes))
-
-
-@functools.partial(custom_jvp, nondiff_argnums=(4,))
-def _smoothed_surprisal(y, share, x, smoothing, classes):
-    """(1-ε) log 1/q_y + ε Σᵢ uᵢ log 1/qᵢ, for each class's share u, or one number for all, which costs no reading."""
-    return _smoothed_surprisal_and_excess(y, share, x, smoothing, classes)[0]
-
-
-# ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - εuᵢ, ∂/∂ε = Σᵢ uᵢ log 1/qᵢ - log 1/q_y
-def _smoothed_surprisal_rule(classes, primals, tangents):
-    y, share, x, _ = primals
-    surprisal, excess = _smoothed_surprisal_and_excess(*primals, classes)
-    return surprisal, along(
-        tangents[2:],
-        lambda dx: classes.sum(mul0(excess, dx)),
-        lambda t: scaled(-t, label_surprisal(y, x, classes)) + scaled(t, soft(_of_each(share, x), x, classes)),
-    )
-
-
-_smoothed_surprisal.defjvp(_smoothed_surprisal_rule, symbolic_zeros=True)
-
-
-@functools.partial(custom_jvp, nondiff_argnums=(4,))
-@kernel
-def _smoothed_surprisal_and_excess(y, share, x, smoothing, classes):
-    u = _of_each(share, x)
-    surprisal, excess = _label_surprisal_and_excess(y, x, classes)
-    uniform = soft(u, x, classes) if share.ndim else classes.sum(share * classes.normalizer(x).surprisal(x, classes))
-    return smoothed(surprisal, uniform, smoothing), smoothed(excess, soft_excess(u, x, classes), smoothing)
-
-
-# d (qᵢ - (1-ε) [i = y] - εuᵢ) = dqᵢ + ([i = y] - uᵢ) dε
-def _smoothed_surprisal_and_excess_rule(classes, primals, tangents):
-    y, share, x, _ = primals
-
-    def along_smoothing(t):
-        return scaled(t, soft_excess(_of_each(share, x), x, classes) - _label_surprisal_and_excess(y, x, classes)[1])
-
-    d_excess = along(tangents[2:], lambda dx: softmax_tangent(dx, x, None, classes), along_smoothing)
-    d_surprisal = _smoothed_surprisal_rule(classes, primals, tangents)[1]
-    return _smoothed_surprisal_and_excess(*primals, classes), (d_surprisal, d_excess)
-
-
-_smoothed_surprisal_and_excess.defjvp(_smoothed_surprisal_and_excess_rule, symbolic_zeros=True)
-
-
-def _of_each(share, x):
-    return share + jnp.zeros_like(x)
+def _with_z_loss(z_loss, loss, x, classes):
+    return loss + scaled(z_loss, squared_log_sum(x, classes)) if is_array(z_loss) or z_loss else loss

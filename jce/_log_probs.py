@@ -10,8 +10,8 @@ from jax.typing import ArrayLike
 
 from jce._arguments import as_array, labelled, labelled_several
 from jce._calculus import negative
-from jce._cross_entropy import label_surprisal
 from jce._label_log_probs import log_probs_and_tail, log_probs_of
+from jce._label_surprisal import label_surprisal
 from jce._public import public
 
 

@@ -24,7 +24,7 @@ from jce.next_word import read
 plt.rcParams.update({"font.size": 12, "figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 BLUE, RED, GREEN = "#0072B2", "#D55E00", "#009E73"
 CONTEXT, LENGTH, WIDTH = 3, 6, 32  # words, words, and the size of an embedding
-PROMPTS, GROUP, CHUNK = 16, 8, 128
+PROMPTS, GROUP, CHUNK = 16, 8, 64
 
 # %% [markdown]
 # ## The game

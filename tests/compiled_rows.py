@@ -10,6 +10,7 @@ from bench.peers import JAX, TASKS
 FUNCTIONS = [
     "cross_entropy_with_integer_labels",
     "cross_entropy_with_integer_labels, smoothed",
+    "cross_entropy_with_integer_labels, z-loss",
     "cross_entropy_with_logits",
     "entropy_with_logits",
     "kl_divergence_with_logits",

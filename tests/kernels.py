@@ -345,6 +345,12 @@ def smoothed(x):
     return mp.mpf(1 - SMOOTHING) * s[0] + mp.mpf(SMOOTHING) * sum(s) / len(s)
 
 
+def with_z_loss(x):
+    m = max(x)
+    log_sum = m + mp.log(sum(mp.exp(xi - m) for xi in x))
+    return surprisals(x)[0] + Z_LOSS * log_sum**2
+
+
 def kl_divergence_with_logits(x, y):
     rows = zip(softmax(x), surprisals(x), surprisals(y), strict=True)
     return sum(p * (b - a) for p, a, b in rows if p)
@@ -444,6 +450,7 @@ def mapped(function, **options):
 
 
 SMOOTHING, BETA = 0.125, 0.125
+Z_LOSS = 0.25
 TAIL = "tail"
 
 
@@ -806,6 +813,31 @@ TABLE = [
             Corner(([0.0, 0.0, -INF, -INF],), INF, ([-0.40625, 0.46875, -0.03125, -0.03125],)),
             Corner(([-INF, 0.0, 0.0, -INF],), INF, ([-0.90625, 0.46875, 0.46875, -0.03125],)),
             Corner(([200.0, 0.0, 0.0, 0.0],), 18.75, ([0.09375, -0.03125, -0.03125, -0.03125],)),
+            *[Corner((x,), NAN, ([NAN] * 4,)) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=label_0(z_loss=Z_LOSS),
+        note="z-loss",
+        arguments=("logits",),
+        regimes=one_row_regimes,
+        domains=(LOGIT,),
+        absent=(-INF,),
+        formula=with_z_loss,
+        value_bar=4,
+        gradient_bar=(8,),
+        gradient_scale=(
+            lambda x: [
+                q * (1 + 2 * Z_LOSS * (max(map(abs, x)) + mp.log(len(x)))) + (i == 0) for i, q in enumerate(softmax(x))
+            ],
+        ),
+        hvp_bar=10,
+        corners=[
+            Corner(([0.0] * 4,), 2 * LOG2 + LOG2**2, ([0.25 * (1 + LOG2) - 1, *[0.25 * (1 + LOG2)] * 3],)),
+            Corner(([1.0, -INF, -INF, -INF],), 0.25, ([0.5, 0.0, 0.0, 0.0],)),
+            Corner(([0.0, 0.0, -INF, -INF],), LOG2 + LOG2**2 / 4, ([LOG2 / 4 - 0.5, LOG2 / 4 + 0.5, 0.0, 0.0],)),
+            Corner(([-INF, 0.0, 0.0, -INF],), INF, ([-1.0, LOG2 / 4 + 0.5, LOG2 / 4 + 0.5, 0.0],)),
+            Corner(([200.0, 0.0, 0.0, 0.0],), 10_000.0, ([100.0, 0.0, 0.0, 0.0],)),
             *[Corner((x,), NAN, ([NAN] * 4,)) for x in IMPOSSIBLE],
         ],
     ),

@@ -5,15 +5,17 @@ import re
 
 import mpmath as mp
 
-from tests.kernels import BETA, SMOOTHING, TAIL, each_function, easy, kl_divergence, sigmoid, softmax
+from tests.kernels import BETA, SMOOTHING, TAIL, Z_LOSS, each_function, easy, kl_divergence, sigmoid, softmax
 from tests.oracle import entries, partial, to_mp
 
 LETTERS = {"alpha": "α", "beta": "β", "logits": "x", "alpha_logits": "x", "beta_logits": "y"}
 TOKEN = re.compile(
-    r"\s+|\d+|Σ[ᵢpq]|KL\(\w‖\w\)|(?:p_logits|q_logits|log|KL|[a-zα-ωH])(?:_y|ᵢ)?|\[i = y\]|\[no label is i\]|."
+    r"\s+|\d+|Σ[ᵢpq]|KL\(\w‖\w\)|(?:p_logits|q_logits|log|KL|[a-zα-ωH])(?:_y|ᵢ)?|\[i = y\]|\[no label is i\]|L²|."
 )
 # Where a function's first line is of another row: what its docstring says of this one
-VALUES = {"smoothed": r"the loss is\s+(.*?)\. No", TAIL: r"an entry\s+more is (.*?), of all"}
+OF_NUMBERS = r"the loss is\s+(.*?)\. No"
+VALUES = {"smoothed": OF_NUMBERS, "z-loss": OF_NUMBERS, TAIL: r"an entry\s+more is (.*?), of all"}
+NUMBERS = [("ε", "smoothed", SMOOTHING), ("ζ", "z-loss", Z_LOSS)]
 DERIVATIVES = {TAIL: r"of the tail (.*?)\."}
 
 
@@ -77,7 +79,7 @@ class Formula:
             return f"{'sigmoid' if token == 'σ' else ''}({inside})"
         if token.startswith("KL("):
             return f"KL({token[3]}, {token[5]})"
-        words = {"Σp": "sum(p)", "Σq": "q[y]", "[i = y]": "(i == y)", "[no label is i]": "(i != y)"}
+        words = {"Σp": "sum(p)", "Σq": "q[y]", "[i = y]": "(i == y)", "[no label is i]": "(i != y)", "L²": "L**2"}
         return words.get(token, token.replace("ᵢ", "[i]").replace("q_y", "q[y]"))
 
 
@@ -91,9 +93,14 @@ def values(kernel, row) -> dict:
         letters["β"] = mp.mpf(BETA)
         letters["m"] = [BETA * a + (1 - BETA) * b for a, b in zip(letters["p"], letters["q"], strict=True)]
     letters |= {name[-1]: mp.exp(x) for name, x in named.items() if name.startswith("log_")}
-    smoothing = mp.mpf(SMOOTHING if kernel.note == "smoothed" else 0)
+    numbers = {
+        "ε": mp.mpf(SMOOTHING if kernel.note == "smoothed" else 0),
+        "ζ": Z_LOSS if kernel.note == "z-loss" else 0,
+    }
+    if "L = log Σ exp logits" in inspect.getdoc(kernel.function):
+        letters["L"] = mp.log(sum(map(mp.exp, row[0])))
     n = len(row[0]) if kernel.has_classes else 1
-    return {"log": mp.log, "sigmoid": sigmoid, "KL": kl_divergence, "n": n, "ε": smoothing, "y": 0} | letters
+    return {"log": mp.log, "sigmoid": sigmoid, "KL": kl_divergence, "n": n, "y": 0} | numbers | letters
 
 
 def summary(kernel) -> str:

@@ -22,7 +22,6 @@ from jax.typing import ArrayLike
 from jce._arguments import choice, fraction, is_array, positive, require_no_tail
 from jce._calculus import live_jvp
 from jce._classes import Classes
-from jce._cross_entropy import label_surprisal
 from jce._elementary import exp, log1p
 from jce._heads.chunks import (
     REDUCTIONS,
@@ -42,6 +41,7 @@ from jce._heads.sparse_targets import Numbers, linear_sparse_cross_entropy
 from jce._heads.temperature import at_temperature, whole_log_sum
 from jce._heads.together import together
 from jce._heads.tokens import of_tokens
+from jce._label_surprisal import label_surprisal
 from jce._layout import over_devices
 from jce._mul0 import mul0, over
 from jce._platforms import Chunks, Platform, named, on_platform

@@ -14,13 +14,13 @@ from jax.typing import ArrayLike
 from jce._arguments import described, wide_enough
 from jce._calculus import negative
 from jce._classes import Classes
-from jce._cross_entropy import label_surprisal
 from jce._entropy import entropy_of_softmax
 from jce._heads.chunks import checked
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._heads.temperature import at_temperature
 from jce._label_log_probs import log_probs_and_tail, log_probs_of
+from jce._label_surprisal import label_surprisal
 from jce._public import public
 
 

@@ -1,0 +1,92 @@
+"""log 1/q_y, a label's cross-entropy at logits, alone or smoothed over all classes: value and excess in one kernel."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+
+from jce._calculus import along, custom_jvp
+from jce._elementary import exp
+from jce._mul0 import mul0
+from jce._soft_targets import scaled, smoothed, soft, soft_excess
+from jce._softmax import softmax_tangent, surprisal_at_label
+from jce._ways.kernel import kernel
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
+def label_surprisal(y, x, classes):
+    """log 1/q_y"""
+    return label_surprisal_and_excess(y, x, classes)[0]
+
+
+# ∂/∂xᵢ log 1/q_y = qᵢ - [i = y]
+@label_surprisal.defjvp
+def _label_surprisal_rule(classes, primals, tangents):
+    surprisal, excess = label_surprisal_and_excess(*primals, classes)
+    return surprisal, classes.sum(mul0(excess, tangents[1]))
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
+@kernel
+def label_surprisal_and_excess(y, x, classes):
+    # Both in one function, since XLA can't see that the sums of two are the same.
+    off = classes.off_label(y, x)
+    e = exp(classes.depth_off_label(x, off))
+    excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-off.s), e) / classes.column(off.z)
+    return surprisal_at_label(off), excess
+
+
+@label_surprisal_and_excess.defjvp
+def _label_surprisal_and_excess_rule(classes, primals, tangents):
+    x, t = primals[1], tangents[1]
+    surprisal, excess = label_surprisal_and_excess(*primals, classes)
+    return (surprisal, excess), (classes.sum(mul0(excess, t)), softmax_tangent(t, x, None, classes))
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+def smoothed_surprisal(y, share, x, smoothing, classes):
+    """(1-ε) log 1/q_y + ε Σᵢ uᵢ log 1/qᵢ, for each class's share u, or one number for all, which costs no reading."""
+    return _smoothed_surprisal_and_excess(y, share, x, smoothing, classes)[0]
+
+
+# ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - εuᵢ, ∂/∂ε = Σᵢ uᵢ log 1/qᵢ - log 1/q_y
+def _smoothed_surprisal_rule(classes, primals, tangents):
+    y, share, x, _ = primals
+    surprisal, excess = _smoothed_surprisal_and_excess(*primals, classes)
+    return surprisal, along(
+        tangents[2:],
+        lambda dx: classes.sum(mul0(excess, dx)),
+        lambda t: scaled(-t, label_surprisal(y, x, classes)) + scaled(t, soft(_of_each(share, x), x, classes)),
+    )
+
+
+smoothed_surprisal.defjvp(_smoothed_surprisal_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+@kernel
+def _smoothed_surprisal_and_excess(y, share, x, smoothing, classes):
+    u = _of_each(share, x)
+    surprisal, excess = label_surprisal_and_excess(y, x, classes)
+    uniform = soft(u, x, classes) if share.ndim else classes.sum(share * classes.normalizer(x).surprisal(x, classes))
+    return smoothed(surprisal, uniform, smoothing), smoothed(excess, soft_excess(u, x, classes), smoothing)
+
+
+# d (qᵢ - (1-ε) [i = y] - εuᵢ) = dqᵢ + ([i = y] - uᵢ) dε
+def _smoothed_surprisal_and_excess_rule(classes, primals, tangents):
+    y, share, x, _ = primals
+
+    def along_smoothing(t):
+        return scaled(t, soft_excess(_of_each(share, x), x, classes) - label_surprisal_and_excess(y, x, classes)[1])
+
+    d_excess = along(tangents[2:], lambda dx: softmax_tangent(dx, x, None, classes), along_smoothing)
+    d_surprisal = _smoothed_surprisal_rule(classes, primals, tangents)[1]
+    return _smoothed_surprisal_and_excess(*primals, classes), (d_surprisal, d_excess)
+
+
+_smoothed_surprisal_and_excess.defjvp(_smoothed_surprisal_and_excess_rule, symbolic_zeros=True)
+
+
+def _of_each(share, x):
+    return share + jnp.zeros_like(x)

@@ -1,0 +1,88 @@
+"""ζ (log Σ exp x)², the z-loss of logits x, beside a cross-entropy, which is blind to what they have in common."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+
+from jce._calculus import along, custom_jvp, live_jvp
+from jce._elementary import exp, log1p
+from jce._label_surprisal import label_surprisal_and_excess
+from jce._mul0 import mul0
+from jce._soft_targets import scaled
+from jce._softmax import logsumexp, softmax, surprisal_at_label
+from jce._ways.kernel import kernel
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+def squared_log_sum(x, classes):
+    """(log Σ exp xᵢ)²"""
+    return _squared_log_sum_and_slope(x, classes)[0]
+
+
+# ∂/∂xᵢ (log Σ exp x)² = 2qᵢ log Σ exp x
+@squared_log_sum.defjvp
+def _squared_log_sum_rule(classes, primals, tangents):
+    square, slope = _squared_log_sum_and_slope(*primals, classes)
+    return square, classes.sum(mul0(slope, *tangents))
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+@kernel
+def _squared_log_sum_and_slope(x, classes):
+    e, z, n = classes.exponentials(x)
+    log_sum = n.m + n.log_z
+    return jnp.square(log_sum), e * classes.column(2 * log_sum / z)
+
+
+@_squared_log_sum_and_slope.defjvp
+def _squared_log_sum_and_slope_rule(classes, primals, tangents):
+    def apart(x):
+        return squared_log_sum(x, classes), mul0(softmax(x, classes), classes.each(2 * logsumexp(x, classes), x))
+
+    return _squared_log_sum_and_slope(*primals, classes), live_jvp(apart, primals, tangents)[1]
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+def penalized_label_surprisal(y, x, z_loss, classes):
+    """log 1/q_y + ζ (log Σ exp x)²"""
+    return _penalized_and_excess(y, x, z_loss, classes)[0]
+
+
+# ∂/∂xᵢ = qᵢ - [i = y] + 2ζqᵢ log Σ exp x, ∂/∂ζ = (log Σ exp x)²
+def _penalized_rule(classes, primals, tangents):
+    loss, excess = _penalized_and_excess(*primals, classes)
+    return loss, along(
+        tangents[1:],
+        lambda dx: classes.sum(mul0(excess, dx)),
+        lambda t: scaled(t, squared_log_sum(primals[1], classes)),
+    )
+
+
+penalized_label_surprisal.defjvp(_penalized_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@kernel
+def _penalized_and_excess(y, x, z_loss, classes):
+    off = classes.off_label(y, x)
+    e, e_y = exp(classes.depth_off_label(x, off)), exp(-off.d)
+    log_sum = off.m + log1p(off.s - (1 - e_y))
+    pull = 2 * z_loss * log_sum
+    # q_y - 1 + q_y pull = (e_y pull - s)/Z
+    at_label, others = map(classes.column, (pull * e_y - off.s, 1 + pull))
+    excess = jnp.where(classes.is_at(x, classes.local(y, x)), at_label, e * others) / classes.column(off.z)
+    return surprisal_at_label(off) + scaled(z_loss, jnp.square(log_sum)), excess
+
+
+def _penalized_and_excess_rule(classes, primals, tangents):
+    def apart(y, x, z_loss):
+        loss, excess = label_surprisal_and_excess(y, x, classes)
+        square, slope = _squared_log_sum_and_slope(x, classes)
+        return loss + scaled(z_loss, square), excess + scaled(z_loss, slope)
+
+    return _penalized_and_excess(*primals, classes), live_jvp(apart, primals, tangents)[1]
+
+
+_penalized_and_excess.defjvp(_penalized_and_excess_rule, symbolic_zeros=True)

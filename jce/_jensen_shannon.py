@@ -26,7 +26,7 @@ from jce._elementary import one_minus, raising, unless_negative
 from jce._mul0 import mul0
 from jce._public import public
 from jce._softmax import centered, softmax
-from jce._ways.kernel import kernel, kernel_of_two
+from jce._ways.kernel import kernel, kernel_sharing
 
 
 @public("axis", numbers=("beta",))
@@ -267,7 +267,7 @@ _divergence_of_softmax.defjvp(_divergence_of_softmax_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
-@kernel_of_two
+@kernel_sharing
 def _divergence_and_partials(x, y, b, c, classes):
     # All at once, since each compares x and y.
     p, q, d = _p_q_and_difference(x, y, classes, stored=True)

@@ -29,7 +29,7 @@ from jce._elementary import raised, unless_negative
 from jce._mul0 import mul0
 from jce._public import public
 from jce._softmax import centered, softmax
-from jce._ways.kernel import kernel, kernel_of_two
+from jce._ways.kernel import kernel, kernel_sharing
 
 
 @public("axis")
@@ -248,7 +248,7 @@ kl_of_softmax.defjvp(_kl_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
-@kernel_of_two
+@kernel_sharing
 def _kl_and_partials(x, y, d, classes):
     # All at once, since each compares x and y.
     p, q, delta = compare(x, y, d, classes, stored=True)

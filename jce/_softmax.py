@@ -112,7 +112,7 @@ def _surprisal_rule(classes, primals, tangents):
 @kernel
 def logsumexp(x: Array, classes: Way) -> Array:
     """log Σ exp xᵢ = m + log(1 + s)."""
-    n = classes.normalizer(x)
+    n = classes.for_log_sum(x).normalizer(x)
     return n.m + n.log_z
 
 

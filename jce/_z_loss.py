@@ -12,7 +12,7 @@ from jce._label_surprisal import label_surprisal_and_excess
 from jce._mul0 import mul0
 from jce._soft_targets import scaled
 from jce._softmax import logsumexp, softmax, surprisal_at_label
-from jce._ways.kernel import kernel
+from jce._ways.kernel import kernel_sharing
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
@@ -29,8 +29,9 @@ def _squared_log_sum_rule(classes, primals, tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@kernel
+@kernel_sharing
 def _squared_log_sum_and_slope(x, classes):
+    classes = classes.for_log_sum(x)
     e, z, n = classes.exponentials(x)
     log_sum = n.m + n.log_z
     return jnp.square(log_sum), e * classes.column(2 * log_sum / z)
@@ -64,8 +65,9 @@ penalized_label_surprisal.defjvp(_penalized_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
-@kernel
+@kernel_sharing
 def _penalized_and_excess(y, x, z_loss, classes):
+    classes = classes.for_log_sum(x)
     off = classes.off_label(y, x)
     e, e_y = exp(classes.depth_off_label(x, off)), exp(-off.d)
     log_sum = off.m + log1p(off.s - (1 - e_y))

@@ -22,6 +22,7 @@ PASSES = {
     ("h100", 1024): {
         "cross_entropy_with_integer_labels": (1, 2, 3, 3),
         "cross_entropy_with_integer_labels, smoothed": (1, 2, 3, 3),
+        "cross_entropy_with_integer_labels, z-loss": (1, 3, 3, 7),
         "cross_entropy_with_logits": (2, 3, 5, 4),
         "entropy_with_logits": (1, 2, 3, 3),
         "kl_divergence_with_logits": (6, 7, 7, 3),
@@ -31,6 +32,7 @@ PASSES = {
     ("v5e", 1024): {
         "cross_entropy_with_integer_labels": (2, 4, 4, 6),
         "cross_entropy_with_integer_labels, smoothed": (2, 4, 4, 6),
+        "cross_entropy_with_integer_labels, z-loss": (2, 4, 4, 7),
         "cross_entropy_with_logits": (3, 5, 6, 7),
         "entropy_with_logits": (1, 3, 3, 6),
         "kl_divergence_with_logits": (6, 7, 7, 6),

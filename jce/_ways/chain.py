@@ -45,6 +45,9 @@ class Chain(Way):
         n = Normalizer(m, jnp.maximum(s, off_maximum(self.sum(e))))
         return Sums(*n, -self.sum(e * jnp.maximum(self.depth(x, n), -FAR)))
 
+    def for_log_sum(self, x):
+        return Reduction.of(self, x)
+
     def comparison(self, x, stored):
         # As a chain it would have to take y - n and x - m apart, each with its rounding.
         return Reduction.of(self, x).comparison(x, stored)

@@ -26,11 +26,11 @@ def way_of(classes: Classes, platform: Platform, x: Array) -> Way:
     return (Chain if platform.chains and Chain.may_be(classes, x) else Reduction).of(classes, x)
 
 
-def kernel(function: Callable, apart: bool = False, compares: bool = False) -> Callable:
+def kernel(function: Callable, apart: bool = False, shares: bool = False) -> Callable:
     """A function of arrays, numbers a row and, last, the arrays' classes: of how they are summed where it is lowered.
 
     Apart, it shares nothing with another of the same arrays, where they would be worse off as one with two results. If
-    it compares two rows, its results share what they can.
+    it shares, as one that compares two rows, its own results have in common what they can.
     """
 
     @functools.wraps(function)
@@ -38,13 +38,13 @@ def kernel(function: Callable, apart: bool = False, compares: bool = False) -> C
         *arrays, classes = arguments
         if isinstance(classes, Way):
             return function(*arguments)
-        return waiting(_OfRows(function, classes, apart, compares), *arrays)
+        return waiting(_OfRows(function, classes, apart, shares), *arrays)
 
     return on_each
 
 
 kernel_apart = functools.partial(kernel, apart=True)
-kernel_of_two = functools.partial(kernel, compares=True)
+kernel_sharing = functools.partial(kernel, shares=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _OfRows:
     function: Callable
     classes: Classes
     apart: bool
-    compares: bool
+    shares: bool
 
     def __call__(self, platform, *arrays):
         x = max(jax.tree.leaves(arrays), key=jnp.ndim)
@@ -62,5 +62,5 @@ class _OfRows:
         def function(*arrays):
             return self.function(*arrays, way)
 
-        results = function(*arrays) if self.compares else way.results(function, arrays, x.ndim, self.apart)
+        results = function(*arrays) if self.shares else way.results(function, arrays, x.ndim, self.apart)
         return jax.tree.map(lambda r: way.unfold(r) if r.ndim >= x.ndim else r, results)

@@ -117,6 +117,10 @@ class Way(Classes, ABC):
 
     # Sums over classes
 
+    def for_log_sum(self, x: Array) -> Way:
+        """The way of a formula that takes m itself, and not only in x - m."""
+        return self
+
     @abstractmethod
     def maximum(self, x: Array) -> Array:
         """m = max x, and NaN where it is +∞."""

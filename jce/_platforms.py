@@ -16,13 +16,23 @@ from jax import lax
 from jce._layout import auto_devices
 
 
+class ChunkSize(NamedTuple):
+    """What a caller says of a loop's chunks: of how many tokens, or None for the rule; and whether each is filled up to
+    just as many, however few tokens there are."""
+
+    tokens: int | None
+    filled: bool = False
+
+
 class Chunks(NamedTuple):
-    """A loop's: of how many tokens, on how many devices, which, and whether the first comes before the loop."""
+    """A loop's: of how many tokens, on how many devices, which, whether the first comes before the loop, and
+    whether each has just so many."""
 
     size: int
     devices: int
     apart: bool
     peeled: bool
+    filled: bool
 
 
 class Platform(NamedTuple):
@@ -38,13 +48,14 @@ class Platform(NamedTuple):
     least_tokens: int
     chains: bool = False
 
-    def chunks(self, size: int | None, bias) -> Chunks:
+    def chunks(self, given: ChunkSize, bias) -> Chunks:
         """Of the size given, or by the rule."""
-        devices = auto_devices()
+        devices, (size, filled) = auto_devices(), given
         if size is None:
             size = devices * max(self.least_tokens, self.chunk_bytes // (bias.dtype.itemsize * bias.size))
         # Tokens that lie apart cost a CPU a copy of all, and a step of its own is one more sum over devices.
-        return Chunks(size, devices, apart=not self.is_cpu or devices > 1, peeled=not self.is_cpu and devices == 1)
+        peeled = not self.is_cpu and devices == 1
+        return Chunks(size, devices, apart=not self.is_cpu or devices > 1, peeled=peeled, filled=filled)
 
 
 CPU = Platform(True, 2**25, 512)

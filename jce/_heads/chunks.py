@@ -33,7 +33,7 @@ from jce._heads.products import Head, Products
 from jce._heads.temperature import Temperatures, checked_temperature
 from jce._layout import over_devices
 from jce._mul0 import mul0
-from jce._platforms import Chunks
+from jce._platforms import Chunks, ChunkSize
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -113,14 +113,19 @@ def_partials(_slope_in_cap, lambda v: 2 * tanh(v) * mul0(v, _slope(v)))
 def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | None = None):
     """`lax.scan` of a step over chunks of some size or a few tokens less, filled up with zeros.
 
-    Where tokens are left out, over chunks of those that are kept, each from a carry of None.
+    Where tokens are left out, over chunks of those that are kept, each from a carry of None; and so where chunks are to
+    be of just that size, whose products then are the same in any number of them.
 
     Apart, a chunk has every k-th token: where XLA splits the tokens over devices, each of which has neighbours, all
     have as many of each chunk, and none is sent. For GPUs and TPUs it then sums the carry over devices after the loop.
     Peeled, the first step, whose carry is None, comes before the loop, so that no zeros are written to begin with.
     """
-    size, devices, apart, peeled = chunked
+    size, devices, apart, peeled, whole = chunked
     count = jax.tree.leaves(tokens)[0].shape[0]
+    if whole:
+        (first, *_), ones = jax.tree.leaves(tokens), jnp.ones(count, bool)
+        kept = vary_over(varying(first), ones)[0] if kept is None else kept
+        return over_kept(step, kept, -(-count // size), devices, tokens, -(-size // devices))
     if isinstance(count, int):
         chunks = max(1, -(-count // size))
         # Chunks that need no filling save a copy of all hidden states; a few more are worth it.
@@ -293,15 +298,20 @@ def checked(
     return got | checked_temperature(function, temperature, batch)
 
 
-def checked_chunk(function: str, chunk_size: int | None) -> int | None:
+def checked_chunk(function: str, chunk_size: int | None, batch_invariant: bool) -> ChunkSize:
+    if not isinstance(batch_invariant, bool) or (batch_invariant and chunk_size is None):
+        raise ValueError(
+            f"{function}: batch_invariant must be a static bool, and True only with a chunk_size, to which each chunk"
+            f" is then filled up; got batch_invariant={batch_invariant!r}, chunk_size={chunk_size!r}."
+        )
     if chunk_size is None:
-        return None
+        return ChunkSize(None)
     if isinstance(chunk_size, bool) or not hasattr(chunk_size, "__index__") or chunk_size < 1:
         raise ValueError(
             f"{function}: chunk_size must be a static int, the number of tokens in a chunk, at least 1;"
             f" got chunk_size={chunk_size!r}. Leave it out for a size that suits the head."
         )
-    return int(chunk_size)
+    return ChunkSize(int(chunk_size), batch_invariant)
 
 
 def shares(w: Array, token_axes: tuple) -> Array:

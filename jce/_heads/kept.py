@@ -14,14 +14,15 @@ from jce._heads.first_chunks import first_chunks
 from jce._waiting import Primitive
 
 
-def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: Any) -> Any:
+def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: Any, size: int | None = None) -> Any:
     """The sums of step(None, a chunk) and each token's results, which are 0 for one that isn't kept.
 
     Those that are kept come first, and then zeros. Where XLA splits the tokens over devices, so it is in each one's
-    share, and a chunk has some of each, so that none is sent.
+    share, and a chunk has some of each, so that none is sent. Of a size that is said, that of such a part, all chunks
+    are alike: XLA doesn't see how many there are, and compiles one like many.
     """
-    (count, *_), n = kept.shape, -(-kept.shape[0] // devices)
-    size = -(-n // chunks)
+    (count, *_), n, alike = kept.shape, -(-kept.shape[0] // devices), size is not None
+    size = -(-n // chunks) if size is None else size
 
     def shares(x):
         return filled(x, devices * n).reshape(devices, n, *x.shape[1:])
@@ -39,6 +40,8 @@ def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: An
         return x.reshape(devices * n, *x.shape[2:])[:count]
 
     needed = -(-kept.sum(1, dtype=jnp.int32).max() // size)
+    if alike:
+        needed = lax.optimization_barrier(needed)
     sums, results = first_chunks(step, needed, jax.tree.map(split, tokens))
     return sums, jax.tree.map(join, results)
 

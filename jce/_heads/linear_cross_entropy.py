@@ -44,7 +44,7 @@ from jce._heads.tokens import of_tokens
 from jce._label_surprisal import label_surprisal
 from jce._layout import over_devices
 from jce._mul0 import mul0, over
-from jce._platforms import Chunks, Platform, named, on_platform
+from jce._platforms import Chunks, ChunkSize, Platform, named, on_platform
 from jce._public import public
 from jce._soft_targets import scaled, smoothed
 from jce._softmax import logsumexp, surprisal, surprisal_at_label
@@ -52,7 +52,7 @@ from jce._waiting import waiting
 from jce._ways.kernel import way_of
 
 OPTIONS, NUMBERS = (
-    ("reduction", "chunk_size", "precision"),
+    ("reduction", "chunk_size", "batch_invariant", "precision"),
     ("label_smoothing", "z_loss", "temperature", "logit_soft_cap"),
 )
 
@@ -74,6 +74,7 @@ def linear_cross_entropy(
     temperature: ArrayLike = 1.0,
     logit_soft_cap: ArrayLike | None = None,
     chunk_size: int | None = None,
+    batch_invariant: bool = False,
     precision: Any = None,
     axis_name: Hashable | None = None,
 ) -> Array:
@@ -110,6 +111,10 @@ def linear_cross_entropy(
         logits, but at least 512 (256 MiB at 131,072 classes). On an accelerator: 256 MiB, but at least 2048 (1 GiB), so
         that multiplying hides the reading of the head and the sum of its gradient. Fewer need less memory. Of a mesh
         with Auto axes that `jax.set_mesh` has set, times its number of devices, over which XLA may split the tokens.
+      batch_invariant: whether a token's result, and its hidden state's gradient, have the same bits alone and among any
+        others, however many: a static bool. Each chunk is then filled up to chunk_size, which must be given, so that a
+        token alone costs as much as a chunk. It isn't so of the gradient of what tokens share, a sum over them, nor of
+        a mean's.
       precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting. Where that is none either,
         an accelerator rounds each token's derivative in the logits to bfloat16, if hidden and head both are, scaled so
         that the label's entry is exact; "default", as any other, keeps it in float32.
@@ -154,12 +159,13 @@ def linear_cross_entropy(
     name = "linear_cross_entropy"
     if label_probs is not None:
         linear = Linear(hidden, head, bias, logit_soft_cap)
-        options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name)
+        options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
         numbers = Numbers(label_smoothing, z_loss, temperature)
         return linear_sparse_cross_entropy(name, labels, label_probs, linear, tail, numbers, options)
     require_no_tail(name, tail)
     got = checked(name, labels, hidden, head, temperature=temperature, bias=bias, weights=weights, where=where)
-    loss = loss_of_part(name, reduction, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
+    chunk = checked_chunk(name, chunk_size, batch_invariant)
+    loss = loss_of_part(name, reduction, label_smoothing, z_loss, logit_soft_cap, chunk, precision)
     return on_each_device(name, loss, got["labels"].shape, in_parts(got), axis_name, whole=reduction != "none")
 
 
@@ -169,7 +175,7 @@ def in_parts(got: Mapping[str, Array]) -> Arguments:
 
 
 def loss_of_part(
-    name: str, reduction, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision
+    name: str, reduction, label_smoothing, z_loss, logit_soft_cap, chunk, precision
 ) -> Callable[[Arguments, tuple, Hashable | None], Array]:
     """The loss of checked arguments that are a device's part, split over these mesh axes of tokens and of classes."""
     reduction = choice(name, reduction=reduction, choices=REDUCTIONS)
@@ -177,7 +183,7 @@ def loss_of_part(
     def loss(arguments, token_axes, class_axis):
         got, classes = arguments.tokens | arguments.rows, Classes(-1, class_axis)
         tokens, head = tokens_and_head(name, got, classes)
-        options = checked_options(name, classes, head, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
+        options = checked_options(name, classes, head, label_smoothing, z_loss, logit_soft_cap, chunk, precision)
         if reduction == "none":
             return of_tokens(_weighted_losses, tokens, (head, options)).reshape(got["labels"].shape)
         if reduction == "mean":
@@ -192,7 +198,7 @@ class Options(NamedTuple):
 
     logits: Logits
     classes: Classes
-    chunk: int | None
+    chunk: ChunkSize
     smoothing: float | Array
     z_loss: float | Array
 
@@ -223,13 +229,13 @@ jax.tree_util.register_pytree_node(Options, _flatten, _unflatten)
 
 
 def checked_options(
-    name: str, classes: Classes, head: Head, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision
+    name: str, classes: Classes, head: Head, label_smoothing, z_loss, logit_soft_cap, chunk, precision
 ) -> Options:
     dtype = head.bias.dtype
     return Options(
         Logits.checked(name, head, logit_soft_cap, precision),
         classes,
-        checked_chunk(name, chunk_size),
+        chunk,
         fraction(name, dtype, label_smoothing=label_smoothing),
         positive(name, dtype, z_loss=z_loss, or_zero=True),
     )

@@ -22,7 +22,7 @@ from jce._mul0 import over
 from jce._public import public
 
 
-@public("reduction", "chunk_size", "precision", "axis_name", numbers=("temperature",))
+@public("reduction", "chunk_size", "batch_invariant", "precision", "axis_name", numbers=("temperature",))
 def linear_kl_divergence(
     p: Linear,
     q: Linear,
@@ -32,6 +32,7 @@ def linear_kl_divergence(
     reduction: str = "mean",
     temperature: ArrayLike = 1.0,
     chunk_size: int | None = None,
+    batch_invariant: bool = False,
     precision: Any = None,
     axis_name: Hashable | None = None,
 ) -> Array:
@@ -57,6 +58,7 @@ def linear_kl_divergence(
         divides itself each is rounded before `kl_divergence_with_logits` sees it, and what they are apart is lost.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`, by the
         logits of both.
+      batch_invariant: a static bool, as in `linear_cross_entropy`.
       precision: of the matrix products, as in `linear_cross_entropy`.
       axis_name: as in `linear_cross_entropy`: the mesh axis over which the classes of both are split.
 
@@ -100,7 +102,7 @@ def linear_kl_divergence(
             f" both to the classes that they share: head[:n]."
         )
     t = positive(name, jnp.result_type(float), temperature=temperature)
-    options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name)
+    options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
     traced, number = ((t,), None) if is_array(t) else ((), t)
     make = functools.partial(_of_chunk, number)
     return over_tokens(name, make, {"p": p, "q": q}, options, traced)

@@ -32,7 +32,7 @@ class LogProbs(NamedTuple):
     entropy: Array
 
 
-@public("tail", "chunk_size", "precision", "axis_name", numbers=("temperature", "logit_soft_cap"))
+@public("tail", "chunk_size", "batch_invariant", "precision", "axis_name", numbers=("temperature", "logit_soft_cap"))
 def linear_log_probs(
     labels: ArrayLike,
     hidden: ArrayLike,
@@ -44,6 +44,7 @@ def linear_log_probs(
     tail: bool = False,
     logit_soft_cap: ArrayLike | None = None,
     chunk_size: int | None = None,
+    batch_invariant: bool = False,
     precision: Any = None,
     axis_name: Hashable | None = None,
 ) -> LogProbs:
@@ -71,6 +72,7 @@ def linear_log_probs(
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none. A traced one isn't
         checked.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
+      batch_invariant: a static bool, as in `linear_cross_entropy`.
       precision: of the matrix products, as in `linear_cross_entropy`.
       axis_name: as in `linear_cross_entropy`.
 
@@ -110,7 +112,7 @@ def linear_log_probs(
     arguments = {"labels": wide_enough(y), "logits": Linear(h, got["head"], got.get("bias"), logit_soft_cap)}
     if "temperature" in got:
         arguments["temperature"] = jnp.broadcast_to(got["temperature"], h.shape[:-1])
-    options = TokenOptions(where=where, chunk_size=chunk_size, precision=precision, axis_name=axis_name)
+    options = TokenOptions(where, None, "none", chunk_size, precision, axis_name, batch_invariant)
     return over_tokens(name, functools.partial(_of_chunk, tail), arguments, options)
 
 

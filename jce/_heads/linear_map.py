@@ -25,6 +25,7 @@ def linear_map(
     shared: Any = None,
     has_aux: bool = False,
     chunk_size: int | None = None,
+    batch_invariant: bool = False,
     precision: Any = None,
     axis_name: Hashable | None = None,
 ) -> Any:
@@ -75,6 +76,7 @@ def linear_map(
         weighted and reduced as it is.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`, by the
         logits of all heads.
+      batch_invariant: a static bool, as in `linear_cross_entropy`.
       precision: of the matrix products, as in `linear_cross_entropy`.
       axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes of all heads are
         split: a token's logits are then the device's part of them, and function's results must be the same on all of
@@ -144,7 +146,7 @@ def linear_map(
         return OfChunk(of_chunk, results, closed.consts, has_aux)
 
     named = {f"arguments{jax.tree_util.keystr(path)}": x for path, x in paths}
-    options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name)
+    options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
     return over_tokens(name, make, named, options, () if shared is None else (shared,), named_classes=True)
 
 

@@ -37,6 +37,7 @@ class TokenOptions(NamedTuple):
     chunk_size: int | None = None
     precision: Any = None
     axis_name: Hashable | None = None
+    batch_invariant: bool = False
 
 
 class OfChunk(NamedTuple):
@@ -66,7 +67,7 @@ def over_tokens(
     Of tokens where it isn't defined, by all but the logits and the number of classes, a weight of 0 leaves nothing.
     """
     reduction = choice(name, reduction=options.reduction, choices=REDUCTIONS)
-    chunk = checked_chunk(name, options.chunk_size)
+    chunk = checked_chunk(name, options.chunk_size, options.batch_invariant)
     linear = {key: x.checked(name, key) for key, x in arguments.items() if isinstance(x, Linear)}
     others = {key: as_array(name, key, x) for key, x in arguments.items() if key not in linear}
     batch = _checked_batch(name, linear, others)

@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jce._heads.chunks import checked
+from jce._heads.chunks import checked, checked_chunk
 from jce._heads.linear_cross_entropy import NUMBERS, OPTIONS, in_parts, loss_of_part
 from jce._heads.places import on_axes, on_each_device
 from jce._public import public
@@ -38,6 +38,7 @@ def sharded_linear_cross_entropy(
     temperature: ArrayLike = 1.0,
     logit_soft_cap: ArrayLike | None = None,
     chunk_size: int | None = None,
+    batch_invariant: bool = False,
     precision: Any = None,
 ) -> Array:
     """`linear_cross_entropy`, in nats, on a mesh of devices: the same number, with nothing gathered.
@@ -64,6 +65,7 @@ def sharded_linear_cross_entropy(
       temperature: as there.
       logit_soft_cap: as there.
       chunk_size: of a device's tokens, a static int. None for the rule there, by the number of a device's classes.
+      batch_invariant: a static bool, as in `linear_cross_entropy`.
       precision: as there.
 
     Returns:
@@ -94,5 +96,6 @@ def sharded_linear_cross_entropy(
     name = "sharded_linear_cross_entropy"
     got = checked(name, labels, hidden, head, temperature=temperature, bias=bias, weights=weights, where=where)
     places = on_axes(name, mesh, token_axis, class_axis)
-    loss = loss_of_part(name, reduction, label_smoothing, z_loss, logit_soft_cap, chunk_size, precision)
+    chunk = checked_chunk(name, chunk_size, batch_invariant)
+    loss = loss_of_part(name, reduction, label_smoothing, z_loss, logit_soft_cap, chunk, precision)
     return on_each_device(name, loss, got["labels"].shape, in_parts(got), places, whole=reduction != "none")

@@ -23,7 +23,7 @@ from jce._heads.products import Head
 from jce._heads.together import together
 from jce._layout import mesh_names, over_devices
 from jce._mul0 import mul0
-from jce._platforms import on_platform
+from jce._platforms import ChunkSize, on_platform
 
 
 class Inputs(NamedTuple):
@@ -58,7 +58,7 @@ class Loop(NamedTuple):
     """What is computed of a chunk, and of how many tokens: static."""
 
     of_chunk: Callable  # (platform, inputs) -> arrays whose first axis is that of the chunk's tokens
-    chunk: int | None
+    chunk: ChunkSize
     logits: jax.ShapeDtypeStruct  # a token's, under all heads
     class_axis: Hashable | None
     trained: int = 0  # which result has a derivative where they are summed

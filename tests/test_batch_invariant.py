@@ -1,0 +1,77 @@
+"""With batch_invariant=True a token has the same bits alone, among others, and at any number of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jce
+from jce import Linear
+
+TOKENS, CHUNK, TOKEN = 150, 32, 7
+ce = jce.cross_entropy_with_integer_labels
+# Results of labels, hidden states [N, d], a head, and options; with a number for each token, or their sum.
+FUNCTIONS = {
+    "losses": lambda y, h, w, **o: jce.linear_cross_entropy(y, h, w, reduction="none", z_loss=0.1, **o),
+    "sum of losses": lambda y, h, w, **o: jce.linear_cross_entropy(y, h, w, reduction="sum", **o),
+    "list": lambda y, h, w, **o: jce.linear_cross_entropy(
+        y[:, None], h, w, label_probs=jnp.full((len(y), 1), 0.9, np.float32), reduction="none", **o
+    ),
+    "log-probabilities": lambda y, h, w, **o: jce.linear_log_probs(y, h, w, temperature=0.7, **o),
+    "map": lambda y, h, w, **o: jce.linear_map(ce, y, Linear(h, w), **o),
+    "sum of a map": lambda y, h, w, **o: jce.linear_map(ce, y, Linear(h, w), reduction="sum", **o),
+    "divergence": lambda y, h, w, **o: jce.linear_kl_divergence(Linear(h, w), Linear(2 * h, w), reduction="none", **o),
+}
+SHAPES = [(17, 150, np.float32), (64, 300, np.float32), (33, 257, jnp.bfloat16)]
+
+
+@pytest.mark.needs_jit
+@pytest.mark.parametrize(("width", "classes", "dtype"), SHAPES, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.in_turn(9)
+def test_bits(name, width, classes, dtype, rng):
+    """Results and hidden states' gradients: alone, first, last, in another chunk, with a mask that is traced."""
+    h, w = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((TOKENS, width), (classes, width)))
+    y = jnp.asarray(rng.integers(0, classes, TOKENS))
+
+    @jax.jit
+    def run(y, h, kept=None):
+        def results(h):
+            return FUNCTIONS[name](y, h, w, where=kept, chunk_size=CHUNK, batch_invariant=True)
+
+        gradient = jax.grad(lambda h: sum(x.sum() for x in jax.tree.leaves(results(h))))(h)
+        return [x for x in (*jax.tree.leaves(results(h)), gradient) if x.ndim]
+
+    def bits(results, at):
+        return [np.asarray(x[at]).tobytes() for x in results]
+
+    expected = bits(run(y, h), TOKEN)
+    everywhere = [*range(TOKENS)]
+    for places in ([TOKEN], [TOKEN, 1, 2], [2, 1, TOKEN], everywhere[TOKEN : TOKEN + CHUNK], everywhere[::-1]):
+        at, some = places.index(TOKEN), jnp.asarray(places)
+        assert bits(run(y[some], h[some]), at) == expected, places
+        assert bits(run(y[some], h[some], jnp.arange(len(places)) % 2 == at % 2), at) == expected, places
+
+
+@pytest.mark.needs_jit
+def test_it_asks_for_a_chunk_of_just_that_size(rng):
+    """Without it a chunk is of as many tokens as there are; and the option's default is no other program."""
+    h, w, y = jnp.ones((3, 4)), jnp.ones((5, 4)), jnp.zeros(3, int)
+
+    def text(**options):
+        return jce.linear_cross_entropy.lower(y, h, w, chunk_size=16, **options).as_text()
+
+    assert text() == text(batch_invariant=False)
+    assert "tensor<16x5xf32>" in text(batch_invariant=True)
+    assert "tensor<16x5xf32>" not in text()
+
+
+def test_wrong_arguments():
+    h, w, y = np.ones((3, 4), np.float32), np.ones((5, 4), np.float32), np.zeros(3, int)
+    for options in ({"batch_invariant": True}, {"batch_invariant": 1, "chunk_size": 2}):
+        with pytest.raises(
+            ValueError, match="linear_cross_entropy: batch_invariant must be a static bool, and True only"
+        ):
+            jce.linear_cross_entropy(y, h, w, **options)
+        with pytest.raises(ValueError, match="linear_map: batch_invariant must be a static bool, and True only"):
+            jce.linear_map(ce, y, Linear(h, w), **options)

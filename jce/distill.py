@@ -3,8 +3,9 @@
 The teacher is `jce.next_word`'s model. Students of a quarter of its width see the same batches, and learn
 
     from every word: KL(teacher‖student), of all words that could follow, by `jce.linear_kl_divergence`;
-    from 16 words and the text: half from the teacher's likeliest, kept once for each place, half from the word that
-        follows, and all others are one more outcome, by `jce.linear_cross_entropy` with `label_probs` and `tail`;
+    from 16 words and the text: half KL of 17 outcomes, the teacher's likeliest words and the rest, of which
+        log-probabilities are kept once for each place, half the word that follows, by `jce.linear_map` of
+        `jce.log_probs_with_integer_labels` with `tail`;
     from the text: the word that follows, as the teacher did.
 
 The logits of a batch never exist at once, neither the teacher's nor the student's; what that saves is measured beside
@@ -72,25 +73,25 @@ def every_word_whole(student: Model, text: Array, places: Array, teacher: Model)
     return optax.losses.kl_divergence_with_log_targets(log_q, log_p).mean()
 
 
-def listed(text: Array, places: Array, words: Array, probs: Array) -> tuple[Array, Array]:
-    """[tokens, 1 + KEPT]: the word that follows and the teacher's, which may be the same, with what each is worth."""
-    labels = jnp.concatenate([text[places][:, None], words[places]], 1)
-    return labels, jnp.insert(probs[places], 0, 1, axis=1) / 2
+def kept_words(student: Model, text: Array, places: Array, words: Array, log_p: Array) -> Array:
+    x = linear(student, text, places)
+    return jce.linear_map(of_word, text[places], words[places], log_p[places], x, reduction="mean", chunk_size=CHUNK)
 
 
-def kept_words(student: Model, text: Array, places: Array, words: Array, probs: Array) -> Array:
-    labels, p = listed(text, places, words, probs)
-    hidden = hidden_states(student, text, places)
-    return jce.linear_cross_entropy(
-        labels, hidden, student.head, student.bias, label_probs=p, tail=True, chunk_size=CHUNK
-    )
+def of_word(y: Array, words: Array, log_p: Array, x: Array) -> Array:
+    """Half the loss of the word that follows, half KL of the outcomes of which the teacher's log-probabilities are
+    kept: some words, and all others."""
+    log_q = jce.log_probs_with_integer_labels(words, x, tail=True)
+    return (jce.cross_entropy_with_integer_labels(y, x) + jce.kl_divergence_with_logits(log_p, log_q)) / 2
 
 
-def kept_words_whole(student: Model, text: Array, places: Array, words: Array, probs: Array) -> Array:
-    (labels, p), log_q = listed(text, places, words, probs), whole(student, text, places)
-    is_listed = jnp.zeros(log_q.shape, bool).at[jnp.arange(len(labels))[:, None], labels].set(True)
-    log_rest = jax.nn.logsumexp(jnp.where(is_listed, -jnp.inf, log_q), 1)
-    return -((p * jnp.take_along_axis(log_q, labels, 1)).sum(1) + (1 - p.sum(1)) * log_rest).mean()
+def kept_words_whole(student: Model, text: Array, places: Array, words: Array, log_p: Array) -> Array:
+    words, log_p, log_q = words[places], log_p[places], whole(student, text, places)
+    of_text = -jnp.take_along_axis(log_q, text[places][:, None], 1).mean()
+    is_kept = jnp.zeros(log_q.shape, bool).at[jnp.arange(len(words))[:, None], words].set(True)
+    log_rest = jax.nn.logsumexp(jnp.where(is_kept, -jnp.inf, log_q), 1, keepdims=True)
+    log_q = jnp.concatenate([jnp.take_along_axis(log_q, words, 1), log_rest], 1)
+    return (of_text + optax.losses.kl_divergence_with_log_targets(log_q, log_p).mean()) / 2
 
 
 def text_whole(student: Model, text: Array, places: Array) -> Array:
@@ -99,10 +100,14 @@ def text_whole(student: Model, text: Array, places: Array) -> Array:
 
 @jax.jit
 def likeliest(teacher: Model, text: Array) -> tuple[Array, Array]:
-    """The teacher's likeliest words at each place of the text and their probabilities, [length, KEPT] each."""
-    top = lambda x: lax.top_k(jax.nn.softmax(x), KEPT)  # noqa: E731
-    probs, words = jce.linear_map(top, linear(teacher, text, jnp.arange(text.size)), chunk_size=CHUNK)
-    return words, probs
+    """The teacher's likeliest words at each place of the text, [length, KEPT], and log-probabilities of these and of
+    all others together, [length, KEPT + 1]."""
+
+    def kept(x):
+        words = lax.top_k(x, KEPT)[1]
+        return words, jce.log_probs_with_integer_labels(words, x, tail=True)
+
+    return jce.linear_map(kept, linear(teacher, text, jnp.arange(text.size)), chunk_size=CHUNK)
 
 
 class Lesson(NamedTuple):
@@ -186,7 +191,11 @@ def picture(
             colours = [LESSONS[name].colour for name in spent]
             axes.bar_label(axes.bar(at, heights, 0.38, color=colours, edgecolor="black", **look), fmt="{:,.0f}")
             axes.bar(0, 0, color="0.5", label=label, edgecolor="black", **look)
-        axes.set(title=f"{title}, value and gradient", xticks=range(len(spent)), xticklabels=map(_in_lines, spent))
+        axes.set(
+            title=f"{title}, value and gradient",
+            xticks=range(len(spent)),
+            xticklabels=[name.replace(" and ", "\nand ") for name in spent],
+        )
     right[0].legend(loc="upper right")
     right[0].margins(y=0.25)
     for axes in (left, *right):
@@ -194,10 +203,6 @@ def picture(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _in_lines(name: str) -> str:
-    return name.replace(" and ", "\nand ")
 
 
 # The command line
@@ -234,7 +239,7 @@ def _run(corpus: Corpus, steps: int, seed: int, out: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains teacher and students, prints a table and writes the picture; the status is 2 for wrong input, 130 for
     Ctrl-C."""
-    claim = "Teach a next-word model to a narrower one: from every word, from 16 and the rest, or from the text alone."
+    claim = "Teach a next-word model to a narrower one: from every word, from 16 and the text, or from the text."
     parser = training_parser(PROGRAM, claim)
     parser.add_argument("--out", type=png, default="distill.png", help="The picture (default: %(default)s).")
     args = parser.parse_args(argv)

@@ -35,19 +35,21 @@ print(f"perplexity of the words held out: {unigram:.1f} by frequency alone, {tau
 # %% [markdown]
 # ## What is kept of a teacher
 #
-# Where a teacher is too large to run beside its student, its likeliest classes are kept: here 16 words a place, with
-# their probabilities, found by `linear_map` of `lax.top_k`. They are targets as they are: `linear_cross_entropy` takes
-# $k$ labels a token with `label_probs`. A label that occurs twice adds up, so the word of the text can be one more of
-# them; and with `tail=True` all other words are one more outcome, which has what is left of the target,
+# Where a teacher is too large to run beside its student, its likeliest classes are kept: here 16 words a place, found by
+# `linear_map` of `lax.top_k`, with the log-probability of each and of all other words together. These are 17 outcomes,
+# and so are the student's, by `log_probs_with_integer_labels(words, x, tail=True)`. So
 #
-# $$\Big(1 - \sum_k p_k\Big) \log \frac{1}{1 - \sum_k q_k}$$
+# $$\mathrm{KL} = \sum_k p_k \log \frac{p_k}{q_k} +
+# \Big(1 - \sum_k p_k\Big) \log \frac{1 - \sum_k p_k}{1 - \sum_k q_k}$$
+#
+# is a divergence: never below 0, and 0 where the two agree. What is often written, the sum over $k$ alone, is neither.
 
 # %%
-words, probs = distill.likeliest(teacher, corpus.text)
+words, log_p = distill.likeliest(teacher, corpus.text)
 place = int(corpus.held_out[40])
 print("after “" + " ".join(corpus.words[corpus.text[place - next_word.CONTEXT : place]]) + "”:")
-print(", ".join(f"{corpus.words[w]} {p:.3f}" for w, p in zip(words[place][:8], probs[place], strict=False)))
-print(f"the 16 likeliest words have {probs[corpus.held_out].sum(1).mean():.2f} of the probability, in the mean")
+print(", ".join(f"{corpus.words[w]} {np.exp(p):.3f}" for w, p in zip(words[place][:8], log_p[place][:8], strict=True)))
+print(f"all but 16 words have {np.exp(log_p[corpus.held_out, -1]).mean():.2f} of the probability, in the mean")
 
 # %% [markdown]
 # ## Three lessons

@@ -13,6 +13,7 @@ import jax
 from jce._arguments import is_array
 
 F = TypeVar("F", bound=Callable[..., Any])
+Kind = inspect.Parameter
 
 # What does that which others call so: by function and argument
 INSTEAD = {
@@ -40,7 +41,7 @@ class Public:
     does what is in slots.
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_jitted", "_numbers", "_parameters", "_static")
+    __slots__ = ("__dict__", "__weakref__", "_jitted", "_numbers", "_parameters", "_positional", "_static")
     __name__: str
     __qualname__: str
 
@@ -53,14 +54,25 @@ class Public:
             return jax.jit(function, static_argnames=names)
 
         self._jitted, self._static, self._numbers = jitted, static, numbers
-        self._parameters = inspect.signature(function).parameters
+        self._parameters = parameters = inspect.signature(function).parameters
+        kinds = [p.kind for p in parameters.values()]
+        self._positional = None if Kind.VAR_POSITIONAL in kinds else kinds.count(Kind.POSITIONAL_OR_KEYWORD)
 
     def __call__(self, *args, **options):
-        return self._program(options)(*args, **options)
+        return self._program(args, options)(*args, **options)
 
     def lower(self, *args, **options):
         """As `jax.jit` has it: the program, to be compiled ahead of time, for arrays or `jax.ShapeDtypeStruct`s."""
-        return self._program(options).lower(*args, **options)
+        return self._program(args, options).lower(*args, **options)
+
+    @property
+    def __class__(self):  # pyright: ignore[reportIncompatibleMethodOverride]  # what help() and documentation ask for
+        return types.FunctionType
+
+    def __getattr__(self, name):  # and what they read of a function: its code, defaults, annotations
+        if name == "__wrapped__":
+            raise AttributeError(name)
+        return getattr(self.__wrapped__, name)
 
     def __get__(self, instance, owner=None):  # as an attribute of a class it is a method, as a function would be
         return self if instance is None else types.MethodType(self, instance)
@@ -71,7 +83,14 @@ class Public:
     def __repr__(self):
         return f"<function {self.__module__}.{self.__qualname__}>"
 
-    def _program(self, options: Mapping[str, Any]):
+    def _program(self, args: tuple, options: Mapping[str, Any]):
+        if self._positional is not None and len(args) > self._positional:
+            names = list(self._parameters)
+            by_keyword = ", ".join(f"{name}=" for name in names[self._positional :])
+            raise TypeError(
+                f"{self.__name__}: by position it takes {', '.join(names[: self._positional])}"
+                f"{f', and by keyword {by_keyword}' if by_keyword else ''}; got {len(args)} arguments by position."
+            )
         traced = []
         for option, value in options.items():
             if option in self._numbers:

@@ -310,6 +310,23 @@ def test_what_others_call_ignore_index():
             function(*arguments, ignore_index=-100)
 
 
+def test_what_is_given_by_position_but_is_a_keyword():
+    message = r"entropy: by position it takes p, and by keyword axis=, where=; got 2 arguments by position\."
+    with pytest.raises(TypeError, match=message):
+        jce.entropy(ones(3), 0)
+    with pytest.raises(TypeError, match=r"by position it takes alpha; got 2 arguments by position\."):
+        jce.binary_entropy(0.5, 0.5)
+    with pytest.raises(
+        TypeError, match=r"by position it takes labels, hidden, head, bias, and by keyword label_probs=, "
+    ):
+        jce.linear_cross_entropy(np.zeros(2, int), ones(2, 4), ones(3, 4), ones(3), ones(2))
+
+
+def test_what_a_linear_says_of_itself():
+    x = jce.Linear(ones(2, 4), jax.ShapeDtypeStruct((3, 4), jnp.bfloat16), logit_soft_cap=30.0)
+    assert repr(x) == "Linear(hidden=float32[2, 4], head=bfloat16[3, 4], bias=None, logit_soft_cap=30.0)"
+
+
 def test_the_axis_of_a_vmap_splits_no_classes():
     """Of its size times the gradient, silently, if it did."""
     for kernel in OF_LOGITS:

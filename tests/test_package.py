@@ -64,6 +64,18 @@ def test_the_readmes_table_is_what_there_is():
         assert "..." in listed or set(parameters) - set(names) <= {"axis", "where", "axis_name"}, name
 
 
+@each_public
+def test_a_functions_own_page(name):
+    """`help(function)`, and what documentation and editors ask: a function, its signature and its docstring."""
+    title, _, signature, *text = pydoc.plain(pydoc.render_doc(PUBLIC[name])).splitlines()
+    kind = "class" if name == "Linear" else "function"
+    assert title.startswith(f"Python Library Documentation: {kind} {name} in module jce.")
+    assert signature.startswith(f"{name}(" if kind == "function" else "class Linear(")
+    assert any(inspect.getdoc(PUBLIC[name]).splitlines()[0] in line for line in text)
+    assert inspect.isfunction(PUBLIC[name]) == (kind == "function")
+    assert inspect.getsourcefile(inspect.unwrap(PUBLIC[name])).endswith(".py")
+
+
 @pytest.mark.usefixtures("float32_by_default")
 def test_the_modules_page():
     """`help(jce)`: the mathematics, then each function's own page, and examples that run."""

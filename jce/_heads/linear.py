@@ -42,6 +42,11 @@ class Linear:
     bias: ArrayLike | None = None
     logit_soft_cap: ArrayLike | None = None
 
+    def __repr__(self) -> str:
+        """With shapes and dtypes for arrays."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return f"Linear({', '.join(f'{name}={_brief(x)}' for name, x in fields.items())})"
+
     def checked(self, function: str, name: str) -> LinearArrays:
         given = {f"{name}.{field.name}": getattr(self, field.name) for field in dataclasses.fields(self)}
         cap = given.pop(f"{name}.logit_soft_cap")
@@ -63,6 +68,10 @@ class Linear:
             )
         cap = None if cap is None else jnp.asarray(positive(function, dtype, logit_soft_cap=cap), dtype)
         return LinearArrays(h, w, b[0] if b else None, cap)
+
+
+def _brief(x) -> str:
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") and hasattr(x, "dtype") else repr(x)
 
 
 class LinearArrays(NamedTuple):

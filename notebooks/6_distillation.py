@@ -119,6 +119,6 @@ for found in (perplexity, divergence):
 assert taught.perplexity < min(perplexity["every word"]) < max(perplexity["the text"]) < unigram
 less = min(logits.megabytes / chunks.megabytes for chunks, logits in spent.values())
 print(
-    f"the three losses are those of whole logits, in at least {less:.0f} times less memory; each of three times a student"
-    " learns more from the teacher's probabilities, of all words or of 16 beside the text, than from the text alone"
+    f"the three losses are those of whole logits, in at least {less:.0f} times less memory; each of three times a"
+    " student learns more from the teacher's probabilities, of all words or of 16, than from the text alone"
 )

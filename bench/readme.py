@@ -1,4 +1,4 @@
-"""The README's figures, from the files of results: `python -m bench.readme` writes them into it.
+"""The figures of bench/README.md, from the files of results: `python -m bench.readme` writes them into it.
 
 Each table stands between the comments `<!-- bench: name -->` and `<!-- bench -->`.
 """
@@ -16,7 +16,7 @@ from bench.models import MODELS
 from bench.peers import TASKS, Task
 from bench.results import grouped
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+README = pathlib.Path(__file__).parent / "README.md"
 DENSE = ("optax, bfloat16 logits", "jax, bfloat16 logits")  # the first that there is
 BIG = "Llama 3.2 1B"  # where there are two heads
 NOTES = {HEAD: "", "linear_map": ", with entropies", TWO_HEADS: ", KL of two"}
@@ -130,11 +130,53 @@ def accelerators() -> str:
     return markdown(["width, classes", *names], rows)
 
 
-TABLES = {"accelerators": accelerators, "functions": functions, "floor": floor, "memory": memory}
+def rows() -> str:
+    """How many arrays of logits losses of rows move on accelerators, in each mode; and the least of their peers'."""
+    lines_of_rows = [x for x in lines("accelerators", "compiled") if x["function"] not in NOTES]
+    groups = grouped(lines_of_rows, "function", "device", "model", "mode")
+    places = [(device, model) for device in ("h100", "v5e") for model in ("ResNet-50", BIG)]
+    shapes = {x["model"]: x["shape"][-1] for x in lines_of_rows}
+    table = []
+    for function in dict.fromkeys(group[0] for group in groups):
+        cells = [f"`{function}`"]
+        for place in places:
+            found = [groups[function, *place, mode] for mode in MODES if (function, *place, mode) in groups]
+            ours = " / ".join(f"{of['jce']['passes']:.0f}" for of in found)
+            least = " / ".join(
+                f"{min(x['passes'] for library, x in of.items() if library != 'jce'):.0f}" for of in found
+            )
+            cells.append(f"{ours} ({least})" if found else "")
+        if any(cells[1:]):
+            table.append(cells)
+    names = {"h100": "H100", "v5e": "TPU v5e"}
+    return markdown(["", *(f"{names[device]}, {shapes[model]:,} classes" for device, model in places)], table)
+
+
+def first_call() -> str:
+    """Of value and gradient: seconds of the processor, and how many times the quickest peer's."""
+    groups = grouped([x for x in lines("first-call") if x["mode"] == GRADIENT], "function")
+    table = []
+    for (function,), found in groups.items():
+        peers = {library: x for library, x in found.items() if library != "jce"}
+        best = min(peers, key=lambda library: peers[library]["first_call"])
+        ours = found["jce"]
+        quickest = f"{peers[best]['jce_over_it']:.1f} ({best})"
+        table.append([f"`{function}`", f"{ours['first_call']:.2f}", quickest, f"{ours['jaxpr_lines']:,}"])
+    return markdown(["", "seconds", "over the quickest peer", "lines of its jaxpr"], table)
+
+
+TABLES = {
+    "accelerators": accelerators,
+    "functions": functions,
+    "floor": floor,
+    "memory": memory,
+    "rows": rows,
+    "first_call": first_call,
+}
 
 
 def rendered(text: str) -> str:
-    """The README with its tables as the results have them."""
+    """The text with its tables as the results have them."""
     return BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 

@@ -1,6 +1,7 @@
 """The head inside train steps of Flax and Equinox: bfloat16, tied embeddings, micro-batches, checkpointed layers."""
 
 import math
+import pathlib
 import re
 
 import jax
@@ -191,3 +192,20 @@ def test_training(framework, ours, data):
     assert largest(program) < LOGITS / 4
     assert losses[-1] < losses[0] / 2
     assert {x.dtype for x in jax.tree.leaves(framework.split(model, ours)[0])} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_readmes_train_step(optax_promotes):
+    """It runs as it stands; and its loss is optax's, of logits that are there."""
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import flax.*?)```", text, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    hidden, head = names["Model"]().apply(names["params"], names["words"])
+    labels, x = names["labels"], hidden @ head.T
+    kept = (labels >= 0).astype(x.dtype)
+    losses = optax.softmax_cross_entropy_with_integer_labels(x, jnp.maximum(labels, 0))
+    losses += 1e-4 * jnp.square(jax.nn.logsumexp(x, -1))
+    expected = (losses * kept).sum() / kept.sum()
+    np.testing.assert_allclose(names["loss"](names["params"], names["words"], labels), expected, rtol=1e-5)
+    assert float(names["value"]) > float(expected)  # of the parameters before the step

@@ -17,6 +17,7 @@ import jce
 from tests.kernels import HEADS, TABLE
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
+READMES = [README, *sorted(README.parent.glob("[a-z]*/README.md"))]
 PUBLIC = {name: getattr(jce, name) for name in jce.__all__}
 SECTIONS = ("Args:", "Returns:", "Raises:", "Example:")
 KERNEL_SECTIONS = ("At the boundary:", "Derivative:", "Not checked:")
@@ -53,15 +54,20 @@ def test_docstring_examples(name):
 
 
 def test_the_readmes_table_is_what_there_is():
-    """Every name, and its arguments in their order."""
-    table = README.read_text().split("## Functions")[1].split("\n- ")[0]
-    calls = re.findall(r"`(\w+)\(([^)]*)\)`", table)
-    assert {name for name, _ in calls} == set(PUBLIC)
-    for name, listed in calls:
-        names = [argument.split("=")[0] for argument in listed.split(", ") if argument != "..."]
-        parameters = list(inspect.signature(PUBLIC[name]).parameters)
-        assert names == [x for x in parameters if x in names], name
-        assert "..." in listed or set(parameters) - set(names) <= {"axis", "where", "axis_name"}, name
+    """Every name, and of those with arguments how many are given by position, and which by keyword."""
+    table = README.read_text(encoding="utf-8").split("## Functions")[1].split("\nAny loss")[0]
+    assert set(PUBLIC) <= set(re.findall(r"`(\w+)[(`]", table))
+    for name, listed in re.findall(rf"`({'|'.join(PUBLIC)})\(([^)]*)\)", table):
+        parameters = inspect.signature(PUBLIC[name]).parameters.values()
+        by_position, _, by_keyword = (part.strip(", ") for part in listed.partition("*"))
+        positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        if name != "Linear":
+            assert len(by_position.split(", ")) == len(positional), name
+        if by_keyword != "..." and name != "Linear":
+            named = by_keyword.split(", ") if by_keyword else []
+            assert named == [x for x in keywords if x in named], name
+            assert set(keywords) - set(named) <= {"axis", "where", "axis_name"}, name
 
 
 @each_public
@@ -87,13 +93,28 @@ def test_the_modules_page():
     assert results.failed == 0
 
 
+each_readme = pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+
+
 @pytest.mark.holds_nan
 @pytest.mark.usefixtures("float32_by_default")
-def test_readme_examples():
-    assert len(README.read_text().splitlines()) <= 392
-    results = doctest.testfile(str(README), module_relative=False, globs={})
-    assert results.attempted > 5
+@each_readme
+def test_readme_examples(path):
+    """The README's train step of Flax is test_frameworks.py's."""
+    results = doctest.testfile(str(path), module_relative=False, globs={}, encoding="utf-8")
     assert results.failed == 0
+
+
+@each_readme
+def test_readme_links(path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert all((path.parent / link).exists() for link in links if "://" not in link), links
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 130
+    assert README.stat().st_size <= 9000
 
 
 def test_import_starts_no_backend_and_needs_only_jax(tmp_path):

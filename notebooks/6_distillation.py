@@ -78,7 +78,7 @@ for name in LESSONS:
     )
 distill.picture(histories[0], taught.perplexity, unigram, spent).savefig(png := io.BytesIO(), dpi=60)
 png.seek(0)
-plt.figure(figsize=(13.5, 6), layout="constrained")
+plt.figure(figsize=(13.5, 6), dpi=80, layout="constrained")
 plt.imshow(plt.imread(png))
 plt.axis("off")
 plt.show()

@@ -9,7 +9,16 @@ import jupytext
 import pytest
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
-NAMES = ["1_conventions", "2_simplex", "3_confidence", "4_big_vocabulary", "5_devices", "6_distillation", "7_policy"]
+NAMES = [
+    "0_switch",
+    "1_conventions",
+    "2_simplex",
+    "3_confidence",
+    "4_big_vocabulary",
+    "5_devices",
+    "6_distillation",
+    "7_policy",
+]
 
 each_notebook = pytest.mark.parametrize("name", NAMES)
 

@@ -1,0 +1,38 @@
+"""The documentation as pages: `python -m bench.site [FOLDER]`, by extra `docs`.
+
+Every public function with its signature and docstring, by pdoc, and the notebooks as they were rendered, by nbconvert.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import nbconvert
+import pdoc
+import pdoc.render
+
+ROOT = pathlib.Path(__file__).parents[1]
+INDEX = """<!doctype html><html lang="en"><meta charset="utf-8"><title>jce</title>
+<body style="font-family: sans-serif; max-width: 40rem; margin: 2rem auto">
+<h1>jce</h1><p><a href="jce.html">Functions</a></p><h2>Notebooks</h2><ul>{items}</ul></body></html>
+"""
+
+
+def build(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the pages, and gives their paths."""
+    pdoc.render.configure(docformat="google", math=True, show_source=False)
+    pdoc.pdoc("jce", output_directory=folder)
+    exporter, names = nbconvert.HTMLExporter(), []
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        text, _ = exporter.from_filename(str(notebook))
+        (folder / f"{notebook.stem}.html").write_text(text, encoding="utf-8")
+        names.append(notebook.stem)
+    items = "".join(f'<li><a href="{name}.html">{name}</a></li>' for name in names)
+    (folder / "index.html").write_text(INDEX.format(items=items), encoding="utf-8")
+    return [folder / f"{name}.html" for name in ("index", "jce", *names)]
+
+
+if __name__ == "__main__":
+    for page in build(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "site")):
+        print(page)

@@ -36,7 +36,7 @@ def linear_map(
     product a head, and with its gradient three, in one loop, whatever the function is: the logits' share of it is
     differentiated while they are there. Results for each token, or several real numbers of each, cost four with a
     gradient; metrics beside the one that is trained cost nothing, with `has_aux`. A head that isn't differentiated
-    costs its one.
+    costs its one. Call it under `jax.jit`: outside, each call compiles it anew.
 
         linear_map(jce.kl_divergence_with_logits, Linear(teacher, its_head), Linear(hidden, head), reduction="mean")
         linear_map(lambda y, x: (-ce(y, x), jce.entropy_with_logits(x)), labels, Linear(hidden, head))

@@ -11,8 +11,8 @@ from bench.pictures import written
 from bench.results import best_peer, grouped, worst
 
 
-def table(title: str, columns: list[str], rows: Iterable[list[str]]) -> Table:
-    made = Table(title=title, title_justify="left", title_style="bold")
+def table(title: str, columns: list[str], rows: Iterable[list[str]], legend: str) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold", caption=legend, caption_justify="left")
     for i, column in enumerate(columns):
         made.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
@@ -24,6 +24,10 @@ def libraries(lines: list[dict]) -> list[str]:
     return list(dict.fromkeys(line["library"] for line in lines))
 
 
+FAILURES = {"nan": "NaN", "wrong sign": "of the wrong sign", "zero": "0"}  # what is counted, and how it is said
+ALLOCATORS = {"pinned": "where freed memory is kept", "default": "with the C library's allocator as it is"}
+
+
 def accuracy(lines: list[dict]) -> Iterable[Table]:
     names = libraries(lines)
 
@@ -31,9 +35,10 @@ def accuracy(lines: list[dict]) -> Iterable[Table]:
         if line is None:
             return "–"
         regimes = line["regimes"].values()
-        counts = {name: sum(x.get(name, 0) for x in regimes) for name in ("nan", "wrong sign", "zero")}
-        told = "".join(f" {n} {name}" for name, n in counts.items() if n)
-        return written(max(worst(x, "beyond") for x in regimes)) + told + ("" if line["agrees"] else " (disagrees)")
+        counts = {said: sum(x.get(name, 0) for x in regimes) for name, said in FAILURES.items()}
+        told = [f"{n} {said}" for said, n in counts.items() if n] + ([] if line["agrees"] else ["another formula"])
+        largest = written(max(worst(x, "beyond") for x in regimes))
+        return f"{largest}: {', '.join(told)}" if told else largest
 
     for dtype in dict.fromkeys(line["dtype"] for line in lines):
         some = [line for line in lines if line["dtype"] == dtype]
@@ -41,7 +46,11 @@ def accuracy(lines: list[dict]) -> Iterable[Table]:
             [f"{function}: {quantity}", *(cell(found.get(name)) for name in names)]
             for (function, quantity), found in grouped(some, "function", "quantity").items()
         ]
-        yield table(f"Largest error over all regimes, in ulps, {dtype}", ["", *names], rows)
+        legend = (
+            "Beyond what rounding x - max x does, where there are several logits. Behind a colon how many entries are"
+            " NaN, of the wrong sign, or 0 where the truth isn't."
+        )
+        yield table(f"Largest error over all kinds of input, in ulps, {dtype}", ["", *names], rows, legend)
 
 
 def speed(lines: list[dict]) -> Iterable[Table]:
@@ -63,16 +72,20 @@ def speed(lines: list[dict]) -> Iterable[Table]:
     compiled = [line for line in lines if "over_floor" in line or "shape" in line]
     for malloc in dict.fromkeys(line["malloc"] for line in lines):
         groups = grouped([x for x in compiled if x["malloc"] == malloc], "function", "model", "mode")
-        columns = ["", "jce, ms", "/ floor", "compile, s", "best peer", "jce / it", "compile, s", "who can't"]
+        columns = ["", "jce, ms", "/ floor", "compile, s", "best peer", "jce / it", "compile, s", "other peers"]
         rows = [row(", ".join(keys), found) for keys, found in groups.items()]
-        yield table(f"Time, malloc {malloc}", columns, rows)
+        legend = (
+            "Medians. Floor: a copy of the arrays, or a head's matrix products alone. Of other peers is said what they"
+            " can't, or that they compute something else."
+        )
+        yield table(f"Time, {ALLOCATORS[malloc]}", columns, rows, legend)
     eager = [x for x in lines if "shape" not in x and x["malloc"] == lines[0]["malloc"]]
     names = libraries(eager)
     rows = [
         [function, *(f"{1e6 * found[name]['seconds'][1]:.0f}" if name in found else "–" for name in names)]
         for (function,), found in grouped(eager, "function").items()
     ]
-    yield table("An eager call on 8 × 10 numbers, µs", ["", *names], rows)
+    yield table("An eager call on 8 × 10 numbers, µs", ["", *names], rows, "Medians, outside of jit.")
 
 
 def first_call(lines: list[dict]) -> Iterable[Table]:
@@ -86,7 +99,11 @@ def first_call(lines: list[dict]) -> Iterable[Table]:
             cells = [f"{1e3 * ours[step]:.0f}" for step in ("trace", "lower", "compile")]
             ratios = [f"{found[name]['jce_over_it']:.2f}" if name in found else "–" for name in names]
             rows.append([", ".join(keys), *cells, str(ours["jaxpr_lines"]), *ratios])
-        yield table(f"A first call {'here' if device == 'here' else f'for a {device}'}, not run", columns, rows)
+        legend = (
+            "Processor time of all threads, the least of some rounds; jce over a peer in the whole of the three steps."
+        )
+        where = "here" if device == "here" else f"for a {device}"
+        yield table(f"A first call {where}, not run", columns, rows, legend)
 
 
 def megabytes(x: float | None) -> str:
@@ -101,7 +118,9 @@ def memory(lines: list[dict]) -> Iterable[Table]:
             [", ".join(keys), *(megabytes(found[name]["temporaries"]) if name in found else "–" for name in names)]
             for keys, found in at_models.items()
         ]
-        yield table("Temporaries at 8192 tokens, MB", ["", *names], rows)
+        yield table(
+            "Temporaries at 8192 tokens, MB", ["", *names], rows, "Beside arguments and results; – has no such loss."
+        )
     yield from growth(lines)
 
 
@@ -117,7 +136,8 @@ def growth(lines: list[dict]) -> Iterable[Table]:
             for (function, mode, along), found in grouped(some, "function", "mode", "along").items()
         ]
         if rows:
-            yield table(f"{what} ~ size^exponent", ["", *names], rows)
+            legend = "1 grows as the size does, 0 not at all; of the larger half of the sizes."
+            yield table(f"{what} ~ size^exponent", ["", *names], rows, legend)
 
 
 def accelerators(lines: list[dict]) -> Iterable[Table]:
@@ -126,7 +146,11 @@ def accelerators(lines: list[dict]) -> Iterable[Table]:
     for device in dict.fromkeys(line["device"] for line in lines):
         groups = grouped([x for x in lines if x["device"] == device], "function", "model", "mode")
         rows = [accelerators_row(", ".join(keys), found) for keys, found in groups.items()]
-        yield table(f"Compiled for {device}, not timed", [*columns, "temporaries, MB", "its", "who can't"], rows)
+        legend = (
+            "Passes: arrays of logits read and written. Roofline / floor: the least time that the device's speeds"
+            " allow, over that of the bare products, or of reading arguments and writing results. Its: the best peer's."
+        )
+        yield table(f"Compiled for {device}, not timed", [*columns, "temporaries, MB", "its", "can't"], rows, legend)
 
 
 def accelerators_row(label: str, found: dict[str, dict]) -> list[str]:
@@ -155,7 +179,8 @@ def moved(changes: list[tuple[dict, str, float, float]]) -> Table:
         [label(line), name, f"{old:.3g}", f"{new:.3g}", f"{new / old:.2f}" if old and math.isfinite(new / old) else "–"]
         for line, name, old, new in changes
     ]
-    return table("Moved beyond the noise", ["", "figure", "before", "now", "ratio"], rows)
+    legend = "Now over before; figures that don't depend on the machine by 1 %, times by more than they scatter."
+    return table("Moved beyond the noise", ["", "figure", "before", "now", "ratio"], rows, legend)
 
 
 TABLES = {

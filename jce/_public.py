@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 
 from jce._arguments import is_array
 
@@ -59,10 +60,12 @@ class Public:
         self._positional = None if Kind.VAR_POSITIONAL in kinds else kinds.count(Kind.POSITIONAL_OR_KEYWORD)
 
     def __call__(self, *args, **options):
+        options = self._of_arrays(options)
         return self._program(args, options)(*args, **options)
 
     def lower(self, *args, **options):
         """As `jax.jit` has it: the program, to be compiled ahead of time, for arrays or `jax.ShapeDtypeStruct`s."""
+        options = self._of_arrays(options)
         return self._program(args, options).lower(*args, **options)
 
     @property
@@ -82,6 +85,11 @@ class Public:
 
     def __repr__(self):
         return f"<function {self.__module__}.{self.__qualname__}>"
+
+    def _of_arrays(self, options: dict[str, Any]) -> dict[str, Any]:
+        """With an array for a list of numbers, or a tuple, which else would be part of the program."""
+        lists = [name for name in self._numbers if isinstance(options.get(name), (list, tuple))]
+        return options | {name: jnp.asarray(options[name]) for name in lists} if lists else options
 
     def _program(self, args: tuple, options: Mapping[str, Any]):
         if self._positional is not None and len(args) > self._positional:

@@ -35,7 +35,7 @@ def sampled_kl_divergence(log_p: ArrayLike, log_q: ArrayLike) -> Array:
 
     At the boundary:
       Where only q = 0 it is +∞, with ∂/∂log_p = 1 and ∂/∂log_q = -1; where only p = 0, or q/p is beyond the largest
-      number, +∞ with the infinite derivatives of the formulas. Where both are 0 it is 0, with derivatives 0. An
+      number, +∞ with the infinite derivatives of the formulas. Where both are 0 it is 0, with first derivatives 0. An
       infinite derivative times a tangent or a cotangent that is exactly 0 is 0; a ratio of 0 times an infinite value is
       the caller's. A NaN is NaN.
 

@@ -828,3 +828,16 @@ def test_what_is_no_pair_of_a_loss_and_metrics(result):
     }
     with pytest.raises(TypeError, match="with has_aux, function must give a pair"):
         jce.linear_map(results[result], Linear(jnp.ones((2, 1)), jnp.ones((3, 1))), has_aux=True)
+
+
+def test_keys_among_the_results(rng):
+    """They have no 0, for a token that is left out."""
+    x, keys = jce.Linear(ones(4, 3), ones(5, 3)), jax.random.split(jax.random.key(0), 4)
+
+    def drawn(**options):
+        return jce.linear_map(lambda key, x: jax.random.fold_in(key, x.size), keys, x, **options)
+
+    assert drawn().shape == (4,)
+    for options in ({"where": np.ones(4, bool)}, {"batch_invariant": True, "chunk_size": 2}):
+        with pytest.raises(TypeError, match=r"linear_map: .*may not give random keys.*Give jax.random.key_data"):
+            drawn(**options)

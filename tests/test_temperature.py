@@ -165,6 +165,16 @@ def test_a_temperature_of_what_is_left_out_may_be_0(reduction, problem):
     np.testing.assert_array_equal(gradient, 0)
 
 
+def test_a_list_is_an_array(problem):
+    """No part of the program, which would be compiled anew for each."""
+    labels, h, w, b, t, _ = problem
+    expected = jce.linear_cross_entropy(labels, h, w, b, temperature=np.float32(t))
+    for temperature in (list(map(float, t)), tuple(map(float, t))):
+        assert jce.linear_cross_entropy(labels, h, w, b, temperature=temperature) == expected
+    with pytest.raises(ValueError, match=r"z_loss must be a real number.*got z_loss: float32\[2\]"):
+        jce.linear_cross_entropy(labels, h, w, b, z_loss=[0.1, 0.2])
+
+
 def test_wrong_arguments(problem):
     labels, h, w, b, *_ = problem
     lists = {"labels": labels[:, None], "label_probs": np.ones((TOKENS, 1))}
@@ -172,7 +182,8 @@ def test_wrong_arguments(problem):
         for wrong, error, says in (
             (np.ones(3), ValueError, r"temperature must broadcast to the token axes, \(7,\); got temperature: float"),
             (0.0, ValueError, "temperature must be a number from"),
-            (np.ones(TOKENS, complex), TypeError, "temperature"),
+            (np.ones(TOKENS, complex), TypeError, "temperature must be real"),
+            (np.ones((), complex), TypeError, "temperature must be real"),
         ):
             with pytest.raises(error, match=f"linear_cross_entropy: .*{says}"):
                 jce.linear_cross_entropy(hidden=h, head=w, bias=b, temperature=wrong, **given)

@@ -290,7 +290,7 @@ def checked(
     for name in ("weights", "where"):
         if name in got and not broadcasts_to(batch, got[name].shape):
             raise ValueError(
-                f"{function}: {name} must broadcast to the shape of labels, {batch}; got {described(got)}."
+                f"{function}: {name} must broadcast to the token axes, {batch}; got {described(got)}."
                 f" It is of tokens, so give it no axis for classes; those are excluded by a bias of -inf."
             )
     if "where" in got:

@@ -94,9 +94,9 @@ def linear_cross_entropy(
       label_probs: real, [..., k], the shape of labels, or None: probabilities p of k labels a token, as of a teacher
         whose likeliest classes are kept. As in `cross_entropy_with_integer_labels`, as is `tail`.
       tail: whether all classes without a label count as one more outcome, of what is left of the target: a static bool.
-      weights: real, broadcasts to the shape of labels: w, each token's weight. A mean divides by Σ w: advantages,
+      weights: real, broadcasts to the token axes: w, each token's weight. A mean divides by Σ w: advantages,
         which may sum to 0, would then train nothing, silently, so give them reduction="sum" and divide by a count.
-      where: bool, broadcasts to the shape of labels. A token where it is False takes no part, whatever it holds, and
+      where: bool, broadcasts to the token axes. A token where it is False takes no part, whatever it holds, and
         costs no product in any derivative: those that are kept are put together, and only their chunks are computed.
         So it is of a weight of 0 where nobody differentiates the weights.
       reduction: "mean" for Σ wℓ / Σ w, "sum" for Σ wℓ, "none" for wℓ, a number for each token. Without weights w is 1,
@@ -105,7 +105,7 @@ def linear_cross_entropy(
         checked, in this and the next two.
       z_loss: ζ, a number ≥ 0. Python's 0 costs nothing.
       temperature: T > 0: x is then divided by T, everywhere above, after bias and soft cap. A number, or real, an array
-        of one for each token, which broadcasts to the shape of labels; as in `linear_log_probs`.
+        of one for each token, which broadcasts to the token axes; as in `linear_log_probs`.
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c), everywhere above. None: none.
       chunk_size: the number of tokens in a chunk, a static int. None for a rule. On a CPU: as many as fill 32 MiB with
         logits, but at least 512 (256 MiB at 131,072 classes). On an accelerator: 256 MiB, but at least 2048 (1 GiB), so
@@ -125,10 +125,10 @@ def linear_cross_entropy(
         part, and under Auto axes `sharded_linear_cross_entropy` sees to it.
 
     Returns:
-      A number, or [...] for "none"; float32, or float64 if an argument is. Beyond arguments and results it needs a few
-      arrays of chunk × n, in reverse mode one or two of the head's shape, and some of [..., d]. Products of bfloat16 or
-      float16 arrays are accumulated in float32, and so is the sum of the head's gradient over the chunks; derivatives
-      in the logits are float32, but as `precision` says.
+      A number, or [...] for "none"; float32, or float64 if hidden, head, bias, weights or label_probs is. Beyond
+      arguments and results it needs a few arrays of chunk × n, in reverse mode one or two of the head's shape, and some
+      of [..., d]. Products of bfloat16 or float16 arrays are accumulated in float32, and so is the sum of the head's
+      gradient over the chunks; derivatives in the logits are float32, but as `precision` says.
 
     At the boundary:
       A label outside [0, n) makes its token NaN, in value and gradient, and with it a mean or a sum: mask such labels,

@@ -53,7 +53,8 @@ def linear_kl_divergence(
       where: bool, broadcasts to the token axes. A token where it is False takes no part, whatever it holds, and costs
         no product, as in `linear_cross_entropy`.
       reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, a number for each token.
-      temperature: T > 0, a number. Python's 1 costs nothing; a traced one isn't checked. It divides what the logits are
+      temperature: T > 0, a number. Python's 1 costs nothing; a traced one isn't checked,
+        and is no part of the program: give a schedule's so. It divides what the logits are
         apart, so that heads nearly the same are compared as exactly as at T = 1. Of log-probabilities that a program
         divides itself each is rounded before `kl_divergence_with_logits` sees it, and what they are apart is lost.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`, by the
@@ -63,8 +64,8 @@ def linear_kl_divergence(
       axis_name: as in `linear_cross_entropy`: the mesh axis over which the classes of both are split.
 
     Returns:
-      A number, or [...] for "none"; float32, or float64 if an argument is. ≥ 0 to the last bit, and relatively accurate
-      where student and teacher are nearly the same.
+      A number, or [...] for "none"; float32, or float64 if states, heads, biases or weights are. ≥ 0 to the last bit,
+      and relatively accurate where student and teacher are nearly the same.
 
     At the boundary:
       A class that p forbids, by a bias of -∞, contributes 0; one that q alone forbids makes the token's loss +∞, and

@@ -60,12 +60,13 @@ def linear_log_probs(
       hidden: real, [..., d], a state for each token.
       head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T.
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
-      where: bool, broadcasts to the shape of labels. Where it is False, both are 0, with derivative 0, whatever label
+      where: bool, broadcasts to the token axes. Where it is False, both are 0, with derivative 0, whatever label
         and hidden hold; and such tokens cost no product, as in `linear_cross_entropy`.
       temperature: T > 0: q is softmax(x/T). A number, or real, an array of one for each token, which broadcasts to the
         token axes. It divides float32 logits counted from their maximum, after bias and soft cap, so that nothing is
         lost of what they have in common; dividing hidden would round them again. One that is traced, or in an array,
-        isn't checked: 0 is the limit, greedy. Python's 1 costs nothing.
+        isn't checked: 0 is the limit, greedy. A Python number is part of the program, so give a schedule's as an
+        array; 1 costs nothing.
       tail: True gives log(1-Σq) of all other classes as a last entry of k+1 log-probabilities, exact where 1-Σ cancels;
         of k labels, which must be distinct. With it `kl_divergence_with_logits` of a teacher's and a student's is the
         KL divergence of k+1 outcomes, as `log_probs_with_integer_labels` says. It costs another pass over logits.

@@ -97,6 +97,8 @@ def over_tokens(
         ones, structure = jax.tree.flatten(of_chunk.one)
         if reduction != "none" or options.weights is not None:
             _require_real(name, ones)
+        if chunk.filled or not part.all_kept:
+            _require_zeros(name, ones)
         inexact = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
         trained = [0] if of_chunk.has_aux else inexact
         number = reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
@@ -286,6 +288,15 @@ def _require_real(name: str, results: list) -> None:
         raise TypeError(
             f"{name}: what is summed or weighted must be real (floating-point, integer or bool); function gives {got}"
             f' for a token. Make real numbers of it, or ask for each with reduction="none" and no weights.'
+        )
+
+
+def _require_zeros(name: str, results: list) -> None:
+    """Of a token's results, which are 0 for one that is left out."""
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in results):
+        raise TypeError(
+            f"{name}: with `where`, weights or batch_invariant function may not give random keys, of which there is"
+            f" no 0 for a token that is left out. Give jax.random.key_data of them."
         )
 
 

@@ -57,8 +57,8 @@ def sharded_linear_cross_entropy(
         none.
       class_axis: the mesh axis, or a tuple of them, over which the classes are split, none of those of token_axis. None
         or () for none.
-      weights: real, broadcasts to the shape of labels; of both signs, see there.
-      where: bool, broadcasts to the shape of labels. Each device computes the chunks that its own tokens need.
+      weights: real, broadcasts to the token axes; of both signs, see there.
+      where: bool, broadcasts to the token axes. Each device computes the chunks that its own tokens need.
       reduction: "mean" for Σ wℓ / Σ w over all devices' tokens, "sum" or "none", as in `linear_cross_entropy`.
       label_smoothing: as there.
       z_loss: as there.

@@ -78,9 +78,9 @@ for name in LESSONS:
     )
 distill.picture(histories[0], taught.perplexity, unigram, spent).savefig(png := io.BytesIO(), dpi=60)
 png.seek(0)
-plt.figure(figsize=(13.5, 6), dpi=80, layout="constrained")
-plt.imshow(plt.imread(png))
-plt.axis("off")
+axes = plt.figure(figsize=(13.5, 6), dpi=80).add_axes((0, 0, 1, 1))
+axes.imshow(plt.imread(png), interpolation="none", aspect="auto")
+axes.axis("off")
 plt.show()
 
 # %% [markdown]

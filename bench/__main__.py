@@ -45,7 +45,8 @@ def measured(name: str, quick: bool, only: str, path: pathlib.Path) -> list[dict
     around = results.environment({"quick": quick, "only": only})
     kept, lines, cases = results.read(path) if path.exists() else [], [], BENCHES[name].run(quick, only)
     columns = TextColumn(f"{name} {{task.description}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=int(next(cases)[0]))
         for label, found in cases:
             lines += [results.complete(line, name, around) for line in found]

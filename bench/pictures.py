@@ -23,7 +23,6 @@ PANELS = [
     ("kl_divergence_with_logits", "value", "KL divergence of two rows of logits"),
     ("binary_kl_divergence", "value", "KL divergence of two probabilities"),
 ]
-ROW = ("function", "model", "mode")
 COLOURS = ["#2c7fb8", "#a6d9e4", "#fed98e", "#fe9929", "#cc4c02"]
 
 
@@ -125,36 +124,48 @@ def growth(lines: list[dict], path: pathlib.Path) -> None:
 
 
 def accelerators(lines: list[dict], path: pathlib.Path) -> None:
-    """For each device the roofline over the floor's, jce's and the best peer's, of each function, shape and mode."""
+    """Value and gradient on each device, over the least time that its speeds allow: of heads, and of losses of rows."""
+    lines = [line for line in lines if line["mode"] == GRADIENT]
+    for kind, some in (
+        ("heads", [line for line in lines if len(line["shape"]) == 3]),
+        ("losses", [line for line in lines if len(line["shape"]) == 2 and line["shape"][1] >= 1000]),
+    ):
+        if some:
+            beside_the_best_peer(some, path.with_stem(f"{path.stem}-{kind}"), f"Value and gradient of {kind}")
+
+
+def beside_the_best_peer(lines: list[dict], path: pathlib.Path, title: str) -> None:
+    """The roofline over the floor, jce's and the best peer's: devices as panels, functions and sizes as rows."""
     devices = list(dict.fromkeys(line["device"] for line in lines))
-    groups = {device: grouped([x for x in lines if x["device"] == device], *ROW) for device in devices}
-    rows = list(dict.fromkeys(tuple(line[key] for key in ROW) for line in lines))
+    sizes = {line["model"]: " × ".join(f"{n:,}" for n in line["shape"][1:]) for line in lines}
+    rows = list(dict.fromkeys((line["function"], line["model"]) for line in lines))
     figure, axes = pyplot.subplots(
         1,
         len(devices),
-        figsize=(5 + 3 * len(devices), 1.5 + 0.17 * len(rows)),
+        figsize=(4 + 2.4 * len(devices), 1.2 + 0.24 * len(rows)),
         sharex=True,
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
     for ax, device in zip(axes[0], devices, strict=True):
+        groups = grouped([x for x in lines if x["device"] == device], "function", "model")
         for y, row in enumerate(rows):
-            found = groups[device].get(row, {})
+            found = groups.get(row, {})
             shown = [found.get("jce", {}), found.get(best_peer(found), {})]
             points = [line["roofline_over_floor"] for line in shown if "roofline" in line]
             ax.plot(points, [y] * len(points), color="lightgrey", zorder=0)
             for line, marker, colour in zip(shown, "o|", (COLOURS[0], COLOURS[-1]), strict=True):
-                ax.plot(line.get("roofline_over_floor", math.nan), y, marker, color=colour)
+                ax.plot(line.get("roofline_over_floor", math.nan), y, marker, color=colour, markersize=8)
         ax.set_xscale("log")
-        ax.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        ax.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
         ax.minorticks_off()
         ax.axvline(1, color="black", linewidth=0.5)
-        ax.set_title(device, loc="left", fontsize=10, fontweight="bold")
-        ax.set_yticks(range(len(rows)), [", ".join(row) for row in rows], fontsize=6)
+        ax.set_title(device, loc="left", fontsize=11, fontweight="bold")
+        ax.set_yticks(range(len(rows)), [f"{function}, {sizes[model]}" for function, model in rows], fontsize=9)
         ax.set_ylim(len(rows), -1)
         ax.grid(alpha=0.3)
-    figure.suptitle("Roofline over the floor's, of compiled programs: ● jce, | the best peer", fontsize=10)
+    figure.suptitle(f"{title}, compiled, not timed: roofline over the floor's; ● jce, | the best peer", fontsize=11)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

@@ -322,7 +322,7 @@ def _row(s: Snapshot) -> str:
 def _watch(p: Array, name: str, rate: float, steps: int, seed: int, rows: Container[int] = ()) -> list[Snapshot]:
     """The history of a fit, shown as it happens: a progress bar, and a line of the table at each of these steps."""
     history = []
-    with tqdm(total=steps, desc=f"{name:8}", unit=" steps", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=steps, desc=f"{name:8}", unit=" steps", leave=False, disable=None, dynamic_ncols=True) as bar:
         for s in fit(p, make_optimizer(name, rate), steps, seed=seed):
             bar.set_postfix_str(f"H(p,q) {s.cross_entropy:.6f}, H(p) {s.entropy:.6f}, gap {s.kl:.1e}", refresh=False)
             bar.update(s.step - bar.n)

@@ -136,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     histories = {}
     for name, (loss, dtype, *_) in CURVES.items():
         snapshots, blocks = train(loss, dtype, args.steps), len(_marks(args.steps))
-        histories[name] = list(tqdm(snapshots, name, blocks, leave=False, unit=" blocks", dynamic_ncols=True))
+        histories[name] = list(
+            tqdm(snapshots, name, blocks, leave=False, disable=None, unit=" blocks", dynamic_ncols=True)
+        )
     print(f"{'':8}" + "".join(f"{name:>24}" for name in histories))
     print(f"{'step':>8}" + f"{'margin':>13}{'loss':>11}" * len(histories))
     for row in zip(*histories.values(), strict=True):

@@ -372,9 +372,8 @@ row(
 #
 # The error of a value or a gradient is the largest of its entries', over the largest entry.
 
+
 # %%
-
-
 def results(function, arrays, dtype):
     """Value, and the gradient of a weighted sum of it, compiled."""
     arrays = [jnp.asarray(a, dtype) for a in arrays]

@@ -244,8 +244,10 @@ def test_jce_is_beside_the_peer_of_the_shortest_roofline(tmp_path):
     assert cells[:7] == ["f, digits, value", "2", "optax, float32 logits", "2", "2.00", "1.00", "2.00"]
     assert cells[-1] == "tokamax"
     assert [next(iter(column.cells)) for column in v5e.columns][2:4] == ["–", "–"]
-    pictures.PICTURES["accelerators"](lines, tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    for kind, shape in (("heads", [8, 4, 5]), ("losses", [8, 1000])):
+        shown = [line | {"mode": GRADIENT, "shape": shape} for line in lines]
+        pictures.PICTURES["accelerators"](shown, tmp_path / "x.png")
+        assert (tmp_path / f"x-{kind}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_compiled_has_no_noise_and_belongs_to_a_device():

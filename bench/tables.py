@@ -136,7 +136,7 @@ def growth(lines: list[dict]) -> Iterable[Table]:
             for (function, mode, along), found in grouped(some, "function", "mode", "along").items()
         ]
         if rows:
-            legend = "1 grows as the size does, 0 not at all; of the larger half of the sizes."
+            legend = "1 grows as the size does, 0 not at all; fitted to the last three sizes."
             yield table(f"{what} ~ size^exponent", ["", *names], rows, legend)
 
 

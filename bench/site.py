@@ -6,6 +6,7 @@ Every public function with its signature and docstring, by pdoc, and the noteboo
 from __future__ import annotations
 
 import pathlib
+import re
 import sys
 
 import nbconvert
@@ -23,6 +24,8 @@ def build(folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes the pages, and gives their paths."""
     pdoc.render.configure(docformat="google", math=True, show_source=False)
     pdoc.pdoc("jce", output_directory=folder)
+    functions = folder / "jce.html"
+    functions.write_text(_shorter(functions.read_text(encoding="utf-8")), encoding="utf-8")
     exporter, names = nbconvert.HTMLExporter(), []
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         text, _ = exporter.from_filename(str(notebook))
@@ -31,6 +34,13 @@ def build(folder: pathlib.Path) -> list[pathlib.Path]:
     items = "".join(f'<li><a href="{name}.html">{name}</a></li>' for name in names)
     (folder / "index.html").write_text(INDEX.format(items=items), encoding="utf-8")
     return [folder / f"{name}.html" for name in ("index", "jce", *names)]
+
+
+def _shorter(text: str) -> str:
+    """Signatures with the type's name for what it stands for, and without our decorator."""
+    text = re.sub(r'<div class="decorator decorator-public">.*?</div>', "", text, flags=re.DOTALL)
+    first, last = (r'<span class="n">Union</span>', r'<span class="nb">complex</span><span class="p">\]</span>')
+    return re.sub(f"{first}.*?{last}", '<span class="n">ArrayLike</span>', text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -47,28 +47,6 @@ class Linear:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return f"Linear({', '.join(f'{name}={_brief(x)}' for name, x in fields.items())})"
 
-    def checked(self, function: str, name: str) -> LinearArrays:
-        given = {f"{name}.{field.name}": getattr(self, field.name) for field in dataclasses.fields(self)}
-        cap = given.pop(f"{name}.logit_soft_cap")
-        got: dict[str, Array] = {}
-        for field, x in given.items():
-            if x is not None or not field.endswith(".bias"):
-                got[field] = as_array(function, field, x)
-        dtype, (h, w, *b) = float_dtype(function, got), got.values()
-        if h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
-            transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]
-            raise ValueError(
-                f"{function}: of a Linear, hidden must be [..., d] and head [n, d], a row for each class; got"
-                f" {described(got)}. {'Transpose the head.' if transposed else 'The order is hidden, head.'}"
-            )
-        if b and b[0].shape != w.shape[:1]:
-            raise ValueError(
-                f"{function}: of a Linear, bias must have the shape ({w.shape[0]},), a number for each row of head; got"
-                f" {described(got)}."
-            )
-        cap = None if cap is None else jnp.asarray(positive(function, dtype, logit_soft_cap=cap), dtype)
-        return LinearArrays(h, w, b[0] if b else None, cap)
-
 
 def _brief(x) -> str:
     return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") and hasattr(x, "dtype") else repr(x)
@@ -81,6 +59,29 @@ class LinearArrays(NamedTuple):
     head: Array
     bias: Array | None
     logit_soft_cap: Array | None
+
+
+def checked_linear(x: Linear, function: str, name: str) -> LinearArrays:
+    given = {f"{name}.{field.name}": getattr(x, field.name) for field in dataclasses.fields(x)}
+    cap = given.pop(f"{name}.logit_soft_cap")
+    got: dict[str, Array] = {}
+    for field, array in given.items():
+        if array is not None or not field.endswith(".bias"):
+            got[field] = as_array(function, field, array)
+    dtype, (h, w, *b) = float_dtype(function, got), got.values()
+    if h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
+        transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]
+        raise ValueError(
+            f"{function}: of a Linear, hidden must be [..., d] and head [n, d], a row for each class; got"
+            f" {described(got)}. {'Transpose the head.' if transposed else 'The order is hidden, head.'}"
+        )
+    if b and b[0].shape != w.shape[:1]:
+        raise ValueError(
+            f"{function}: of a Linear, bias must have the shape ({w.shape[0]},), a number for each row of head; got"
+            f" {described(got)}."
+        )
+    cap = None if cap is None else jnp.asarray(positive(function, dtype, logit_soft_cap=cap), dtype)
+    return LinearArrays(h, w, b[0] if b else None, cap)
 
 
 def _flatten(x: Linear):

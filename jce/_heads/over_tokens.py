@@ -20,7 +20,7 @@ from jce._arguments import as_array, broadcasts_to, choice, described, float_dty
 from jce._classes import Classes, vary_over, varying
 from jce._heads.chunks import REDUCTIONS, Logits, checked_chunk, head_of, shares
 from jce._heads.kept import counts
-from jce._heads.linear import Linear, LinearArrays
+from jce._heads.linear import Linear, LinearArrays, checked_linear
 from jce._heads.places import Arguments, on_each_device
 from jce._heads.products import Products
 from jce._heads.token_loop import Inputs, Loop, each, weighted, weighted_sums
@@ -68,7 +68,7 @@ def over_tokens(
     """
     reduction = choice(name, reduction=options.reduction, choices=REDUCTIONS)
     chunk = checked_chunk(name, options.chunk_size, options.batch_invariant)
-    linear = {key: x.checked(name, key) for key, x in arguments.items() if isinstance(x, Linear)}
+    linear = {key: checked_linear(x, name, key) for key, x in arguments.items() if isinstance(x, Linear)}
     others = {key: as_array(name, key, x) for key, x in arguments.items() if key not in linear}
     batch = _checked_batch(name, linear, others)
     paths, tree = jax.tree.flatten_with_path(shared)

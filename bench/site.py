@@ -39,8 +39,9 @@ def build(folder: pathlib.Path) -> list[pathlib.Path]:
 def _shorter(text: str) -> str:
     """Signatures with the type's name for what it stands for, and without our decorator."""
     text = re.sub(r'<div class="decorator decorator-public">.*?</div>', "", text, flags=re.DOTALL)
-    first, last = (r'<span class="n">Union</span>', r'<span class="nb">complex</span><span class="p">\]</span>')
-    return re.sub(f"{first}.*?{last}", '<span class="n">ArrayLike</span>', text, flags=re.DOTALL)
+    none = r'(<span class="p">,</span> <span class="n">NoneType</span>)?'
+    union = rf'<span class="n">Union</span>(?:(?!</?div).)*?complex</span>{none}<span class="p">\]</span>'
+    return re.sub(union, lambda found: "ArrayLike | None" if found[1] else "ArrayLike", text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

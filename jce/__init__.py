@@ -19,7 +19,7 @@ With two outcomes, p = {α, 1-α} and q = {β, 1-β}:
 Zeros are limits from inside: 0 log 0 = 0; what p excludes costs nothing, whatever q is; what q excludes and p doesn't
 costs +∞; and an infinite derivative times an exact 0 is 0. Each docstring says what is where.
 
-Names are <quantity>[_with_<form>]: `cross_entropy(p, q)` of probabilities, `cross_entropy_with_logits(p, logits)` of
+Names are `<quantity>[_with_<form>]`: `cross_entropy(p, q)` of probabilities, `cross_entropy_with_logits(p, logits)` of
 the model's logits (or log-probabilities), `cross_entropy_with_integer_labels(labels, logits)` of one-hot targets;
 `binary_...` of one probability or logit, elementwise; `linear_...` of the hidden states before a head of many classes,
 whose logits are never there all at once. The target comes first and the model second, as in H(p, q). Use the forms with

@@ -1,0 +1,77 @@
+"""The z-loss of dense logits, beside labels, smoothed ones and lists: against float64, by hand, in every mode."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jce
+
+ROWS, CLASSES = 5, 7
+TARGETS = {"labels": {}, "smoothed": {"label_smoothing": 0.1}, "list": {}, "list and tail": {"tail": True}}
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["a number", "traced"])
+@pytest.mark.parametrize("of", TARGETS)
+@pytest.mark.in_turn(3)
+def test_values_and_derivatives(of, traced, rng):
+    """In the logits and in ζ, to the third order; of classes that `where` keeps, along an axis that isn't the last."""
+    x, direction = (3 * rng.standard_normal((CLASSES, ROWS)) for _ in range(2))
+    y, weights = rng.integers(1, CLASSES - 1, ROWS), rng.standard_normal(ROWS)
+    labels = np.stack([y, y - 1], 1) if "list" in of else y
+    probs = np.full((ROWS, 2), 0.4) if "list" in of else np.ones((ROWS, 1))
+    kept = (np.arange(CLASSES) < CLASSES - 1)[:, None]
+    lists = {"label_probs": probs} if "list" in of else {}
+    smoothing = TARGETS[of].get("label_smoothing", 0.0)
+
+    def ours(x, z_loss):
+        losses = jce.cross_entropy_with_integer_labels(
+            labels, x, axis=0, where=kept, z_loss=z_loss, **lists, **TARGETS[of]
+        )
+        return (weights * losses).sum()
+
+    def by_hand(x, z_loss):
+        x = x[:-1]
+        log_z = jax.nn.logsumexp(x, 0)
+        surprisals = log_z[None] - x
+        at = jnp.take_along_axis(surprisals.T, labels.reshape(ROWS, -1), 1)
+        losses = (1 - smoothing) * (at * probs).sum(1) + smoothing * surprisals.mean(0)
+        if of == "list and tail":
+            losses -= (1 - probs.sum(1)) * jnp.log1p(-jnp.exp(-at).sum(1))
+        return (weights * (losses + z_loss * log_z**2)).sum()
+
+    def everything(f):
+        f = f if traced else (lambda x, _, f=f: f(x, 0.3))
+        gradient, along = jax.grad(f, (0, 1)), (direction, 0.7)
+
+        def tangent(*a):
+            return jax.jvp(gradient, a, along)[1]
+
+        def pulled(*a):
+            return sum(jnp.vdot(g, t) for g, t in zip(gradient(*a), along, strict=True))
+
+        run = jax.jit(
+            lambda *a: (f(*a), gradient(*a), tangent(*a), jax.jvp(tangent, a, along)[1], jax.grad(pulled)(*a))
+        )
+        return run(jnp.asarray(x), jnp.asarray(0.3))
+
+    with jax.enable_x64(True):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), everything(ours), everything(by_hand)
+        )
+
+
+def test_nothing_and_0():
+    """A row with nothing left is 0; a traced ζ of 0 is none, whatever L is; Python's 0 costs nothing."""
+    x, y = jnp.asarray([[1.0, 2.0], [3.0, -jnp.inf]]), jnp.asarray([0, 0])
+    loss = jce.cross_entropy_with_integer_labels
+    np.testing.assert_array_equal(loss(y, x, z_loss=0.5, where=jnp.asarray([[False], [True]])), [0, 4.5])
+    np.testing.assert_array_equal(loss(y, x, z_loss=jnp.zeros(())), loss(y, x))
+    plain, zero = loss.lower(y, x).as_text(), loss.lower(y, x, z_loss=0.0).as_text()
+    assert plain == zero != loss.lower(y, x, z_loss=0.1).as_text()
+
+
+def test_wrong_arguments():
+    for wrong in (-1.0, np.ones(2)):
+        with pytest.raises(ValueError, match=r"cross_entropy_with_integer_labels: z_loss must be a"):
+            jce.cross_entropy_with_integer_labels(0, np.ones(3), z_loss=wrong)

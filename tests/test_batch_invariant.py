@@ -54,6 +54,19 @@ def test_bits(name, width, classes, dtype, rng):
 
 
 @pytest.mark.needs_jit
+def test_a_loop_of_one_step_stays_a_loop():
+    """XLA would write it out, and fuse it otherwise than one of many."""
+    y, h, w = jnp.zeros(1, int), jnp.ones((1, 4)), jnp.ones((5, 4))
+
+    def loops(**options):
+        log_probs = jax.jit(lambda y, h, w: jce.linear_log_probs(y, h, w, chunk_size=8, **options))
+        return log_probs.lower(y, h, w).compile().as_text().count(" while(")
+
+    assert loops() == 0
+    assert loops(batch_invariant=True) == 1
+
+
+@pytest.mark.needs_jit
 def test_it_asks_for_a_chunk_of_just_that_size(rng):
     """Without it a chunk is of as many tokens as there are; and the option's default is no other program."""
     h, w, y = jnp.ones((3, 4)), jnp.ones((5, 4)), jnp.zeros(3, int)

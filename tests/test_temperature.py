@@ -165,6 +165,19 @@ def test_a_temperature_of_what_is_left_out_may_be_0(reduction, problem):
     np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_at_a_temperature_of_0_a_derivative_is_0_or_infinite(reduction):
+    """Of a label that isn't greedy: in its own logit, and in the greedy class's."""
+    h, w, t = np.ones((1, 1), np.float32), np.zeros((3, 1), np.float32), np.zeros(1, np.float32)
+
+    def loss(b):
+        return jce.linear_cross_entropy(np.zeros(1, int), h, w, b, temperature=t, reduction=reduction).sum()
+
+    value, gradient = jax.value_and_grad(loss)(np.float32([0, 2, 1]))
+    assert value == np.inf
+    np.testing.assert_array_equal(gradient, [-np.inf, np.inf, 0])
+
+
 def test_a_list_is_an_array(problem):
     """No part of the program, which would be compiled anew for each."""
     labels, h, w, b, t, _ = problem

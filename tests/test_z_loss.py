@@ -13,7 +13,6 @@ TARGETS = {"labels": {}, "smoothed": {"label_smoothing": 0.1}, "list": {}, "list
 
 @pytest.mark.parametrize("traced", [False, True], ids=["a number", "traced"])
 @pytest.mark.parametrize("of", TARGETS)
-@pytest.mark.in_turn(3)
 def test_values_and_derivatives(of, traced, rng):
     """In the logits and in ζ, to the third order; of classes that `where` keeps, along an axis that isn't the last."""
     x, direction = (3 * rng.standard_normal((CLASSES, ROWS)) for _ in range(2))

@@ -66,8 +66,10 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
         an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). A negative pᵢ or qᵢ is NaN, as its logarithm is. Subnormal numbers
-      count as 0 where XLA flushes them, as it does on a CPU.
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). The sum is of the numbers as stored: where rounding left Σ pᵢ 1e-7
+      below Σ qᵢ, KL of p ≈ q is as far below 0. There use `kl_divergence_with_logits`, or `generalized_kl_divergence`,
+      which never is, with ∂/∂qᵢ = 1 - pᵢ/qᵢ. A negative pᵢ or qᵢ is NaN, as its logarithm is. Subnormal numbers count
+      as 0 where XLA flushes them, as it does on a CPU.
 
     Source:
       S. Kullback and R. A. Leibler, On Information and Sufficiency (1951).

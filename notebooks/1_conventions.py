@@ -157,8 +157,8 @@ print("\nwrong in value or derivative:", wrong, "of", len(CASES))
 # but its terms $p_i \log p_i/q_i$ only with the distance: of their sum rounding leaves noise, half of it negative.
 # $\sum (p_i \log p_i/q_i - p_i + q_i)$ is the same where $\sum p_i = \sum q_i$, a sum of terms that are $\ge 0$, but
 # each a difference: written out it is noise too, in jce it has all its digits, however near $p$ and $q$ are. Rounded
-# $p$ and $q$ don't sum to the same number, so `jce.kl_divergence`, the plain sum of what is stored, is negative as often
-# as plain JAX's.
+# $p$ and $q$ don't sum to the same number, so `jce.kl_divergence`, the plain sum of what is stored, is negative as
+# often as plain JAX's.
 
 # %%
 distances = np.geomspace(1e-6, 1e-1, 60)

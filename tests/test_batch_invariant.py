@@ -75,8 +75,8 @@ def test_it_asks_for_a_chunk_of_just_that_size(rng):
         return jce.linear_cross_entropy.lower(y, h, w, chunk_size=16, **options).as_text()
 
     assert text() == text(batch_invariant=False)
-    assert "tensor<16x5xf32>" in text(batch_invariant=True)
-    assert "tensor<16x5xf32>" not in text()
+    assert "tensor<16x5x" in text(batch_invariant=True)
+    assert "tensor<16x5x" not in text()
 
 
 def test_wrong_arguments():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import jce
 from jce import Linear
@@ -77,6 +78,34 @@ def test_it_asks_for_a_chunk_of_just_that_size(rng):
     assert text() == text(batch_invariant=False)
     assert "tensor<16x5x" in text(batch_invariant=True)
     assert "tensor<16x5x" not in text()
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_on_a_mesh(kind, rng):
+    """Each device fills up its own chunks: the numbers of one device, with a mask, and the gradients."""
+    mesh = jax.make_mesh((2, 2), ("tokens", "classes"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
+    h, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((10, 4), (6, 4)))
+    y, kept = rng.integers(0, 6, 10), np.arange(10) % 4 != 1
+
+    def run(function, **options):
+        def total(h, w):
+            return jnp.sin(function(y, h, w, where=kept, reduction="none", chunk_size=4, **options)).sum()
+
+        return jax.jit(jax.value_and_grad(total, (0, 1)))(h, w)
+
+    split = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
+    got, expected = run(split, batch_invariant=True), run(jce.linear_cross_entropy)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, expected)
+
+
+def test_no_tokens():
+    y, h, w = jnp.zeros(0, int), jnp.ones((0, 4)), jnp.ones((5, 4))
+    options = {"chunk_size": 4, "batch_invariant": True}
+    value, gradient = jax.value_and_grad(lambda w: jce.linear_cross_entropy(y, h, w, **options))(w)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+    assert jce.linear_log_probs(y, h, w, **options).log_prob.shape == (0,)
+    assert jce.linear_map(jnp.argmax, Linear(h, w), **options).shape == (0,)
 
 
 def test_wrong_arguments():

@@ -122,7 +122,8 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | No
     """
     size, devices, apart, peeled, whole = chunked
     count = jax.tree.leaves(tokens)[0].shape[0]
-    if whole:
+    empty = isinstance(count, int) and count == 0
+    if whole and not empty:
         (first, *_), ones = jax.tree.leaves(tokens), jnp.ones(count, bool)
         kept = vary_over(varying(first), ones)[0] if kept is None else kept
         return over_kept(step, kept, -(-count // size), devices, tokens, -(-size // devices))
@@ -133,7 +134,7 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | No
     else:
         chunks = -(-count // size)  # of a symbolic number of tokens, which is at least 1, as symbolic
     size = -(-count // chunks)
-    if kept is not None and not (isinstance(count, int) and count == 0):
+    if kept is not None and not empty:
         return over_kept(step, kept, chunks, devices, tokens)
 
     def split(x):

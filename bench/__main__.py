@@ -78,6 +78,9 @@ def _run(args: argparse.Namespace) -> None:
         platform = "compiled" if name == "accelerators" else jax.default_backend()
         path = args.out / f"{name}-{platform}{'-quick' if args.quick else ''}.jsonl"
         lines = measured(name, args.quick, args.only, path)
+        if not lines:
+            console.print(f"{name}: nothing that it measures has {args.only!r} in its name\n", markup=False)
+            continue
         report(name, lines, path, args.compare, console)
         console.print(f"{len(lines)} lines: {path}\n")
         BENCHES[name].check(lines)

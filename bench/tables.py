@@ -24,7 +24,7 @@ def libraries(lines: list[dict]) -> list[str]:
     return list(dict.fromkeys(line["library"] for line in lines))
 
 
-FAILURES = {"nan": "NaN", "wrong sign": "of the wrong sign", "zero": "0"}  # what is counted, and how it is said
+FAILURES = {"nan": "NaN", "wrong sign": "of the wrong sign", "zero": "lost to 0"}  # what is counted, and how it is said
 ALLOCATORS = {"pinned": "where freed memory is kept", "default": "with the C library's allocator as it is"}
 
 

@@ -359,6 +359,11 @@ def test_wrong_input_is_one_line(argv, message, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_name_that_a_benchmark_has_not(tmp_path, capsys):
+    assert main(["memory", "--quick", "--only", "binary_entropy", "--out", str(tmp_path)]) == 0
+    assert "memory: nothing that it measures has 'binary_entropy' in its name" in capsys.readouterr().out
+
+
 def test_help():
     result = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True, check=True)
     names = ("accuracy", "speed", "first-call", "memory", "scale", "accelerators", "--compare")

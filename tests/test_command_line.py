@@ -16,7 +16,7 @@ CASES = {
     "while it imports": ("jce.demo", [], "matplotlib", "importing"),
     "while it imports, bench": ("bench", [], "rich", "importing"),
     "within a compiled loop of a minute": ("jce.next_word", ["TEXT", "--steps", "100000"], None, "\n        0"),
-    "between steps": ("jce.max_margin", ["--steps", "1000000"], None, "textbook"),
+    "between steps": ("jce.max_margin", ["--steps", "1000000"], None, "Normalized gradient"),
     "while it compiles": ("jce.demo", ["--optimizer", "sgd"], None, "perplexity: exp"),
 }
 

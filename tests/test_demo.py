@@ -148,6 +148,7 @@ def test_chain_rule_agrees(rng):
 @pytest.mark.slow
 def test_defaults_get_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # in a log there is no bar
     assert demo.main([]) == 0
     out, err = capsys.readouterr()
     lines = table(out)

@@ -353,6 +353,7 @@ def test_gradients_of_bfloat16(accelerator, rng):
 
 @pytest.mark.parametrize("name", OF_HEADS)
 @pytest.mark.slow
+@pytest.mark.long
 def test_hessian_vector_products_of_bfloat16(accelerator, rng, name):
     """In every nesting, third order, batched by head, and split over a mesh: float64's, to what the rounding does."""
     y, *numbers = arguments(rng, jnp.bfloat16)

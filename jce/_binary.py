@@ -167,8 +167,9 @@ def_twin(_score, lambda a, b: ratio(one_minus(a), one_minus(b)) - ratio(a, b))
 def _log_odds_against(a, b):
     # |1 - 2β| is exact where it is small, and log1p of a positive number keeps its digits.
     smaller = jnp.minimum(b, one_minus(b))
+    log_odds = log1p(jnp.abs(1 - 2 * b) / jnp.where(smaller == 0, jnp.ones_like(b), smaller))
     at_end = jnp.where(a == b, jnp.zeros_like(b), jnp.inf)  # β = 0 or 1
-    log_odds = log1p(jnp.where(smaller == 0, at_end, jnp.abs(1 - 2 * b) / smaller))
+    log_odds = jnp.where(smaller == 0, at_end, log_odds)
     return jnp.where(b < 0.5, log_odds, 0 - log_odds)
 
 

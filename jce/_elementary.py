@@ -96,8 +96,10 @@ def unless_negative(x, result):
 
 
 def raising(p, q):
-    """A power of 2 by which p and q may be multiplied where they are below 1."""
-    return jnp.where(jnp.maximum(p, q) < 1, 2.0 ** (jnp.finfo(p.dtype).nmant + 1), 1.0).astype(p.dtype)
+    """A power of 2 by which p and q may be multiplied where they are below 1: the largest that leaves room above it for
+    as large a factor as there are digits, and below the smallest number times it for products with small weights."""
+    info = jnp.finfo(p.dtype)
+    return jnp.where(jnp.maximum(p, q) < 1, 2.0 ** (info.maxexp - info.nmant - 3), 1.0).astype(p.dtype)
 
 
 def raised(p, q):

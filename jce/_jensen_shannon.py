@@ -117,6 +117,19 @@ def _with_mixture(p, q, d, b, c):
     return scale, p, q, d, jnp.maximum(b * p + c * q, jnp.finfo(p.dtype).tiny)
 
 
+def _is_empty(p, q, b, c):
+    """Where the mixture has nothing: of a class that both lack, or, at β of 0 or 1, the one that counts. Its product
+    with β may underflow where this is not so."""
+    return ((b == 0) | (p == 0)) & ((c == 0) | (q == 0))
+
+
+def _relative_difference(p, q, d, b, c):
+    """(p - q)/m, which is ±∞ where the mixture lacks what one of them has."""
+    empty = _is_empty(p, q, b, c)
+    _, _, _, d, m = _with_mixture(p, q, d, b, c)
+    return ratio(d, jnp.where(empty, jnp.zeros_like(m), m))
+
+
 def _divergence_rule(primals, tangents):
     p, q, b, c = primals
     return _divergence(*primals), along(
@@ -132,9 +145,9 @@ _divergence.defjvp(_divergence_rule, symbolic_zeros=True)
 
 @custom_jvp
 def _log_p_over_m(p, q, b, c):
-    lowest = jnp.minimum(p, q)
-    _, p, q, d, m = _with_mixture(p, q, p - q, b, c)
-    return unless_negative(lowest, log_ratio(p, m, c * d))
+    _, sp, _, sd, m = _with_mixture(p, q, p - q, b, c)
+    log_p_m = jnp.where((p > 0) & _is_empty(p, q, b, c), jnp.full_like(p, jnp.inf), log_ratio(sp, m, c * sd))
+    return unless_negative(jnp.minimum(p, q), log_p_m)
 
 
 # d log p/m = ((1-β) (q/p dp - dq) - (p - q) dβ) / m. The small factor last, or a direction of p's size would underflow.
@@ -162,18 +175,18 @@ def imbalance(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
     """The same for d = p - q; ±∞ where one has what the mixture hasn't, at β of 0 or 1. Not differentiable."""
     scale, sp, sq, sd, m = _with_mixture(p, q, d, b, c)
     difference = (deviance(sp, m, c * sd) - deviance(sq, m, -b * sd)) / scale
-    unmixed = (b * sp + c * sq == 0) & (sp != sq)
-    return unless_negative(jnp.minimum(p, q), jnp.where(unmixed, jnp.copysign(jnp.inf, sp - sq), difference))
+    lacking = _is_empty(p, q, b, c) & (p != q)
+    return unless_negative(jnp.minimum(p, q), jnp.where(lacking, jnp.copysign(jnp.inf, p - q), difference))
 
 
 # ∂/∂p = log p/m - β (p - q)/m, ∂/∂q = -log q/m - (1-β) (p - q)/m, ∂/∂β = -(p - q)²/m
 def _imbalance_rule(primals, tangents):
     p, q, b, c = primals
-    relative = ratio(p - q, b * p + c * q)
+    relative = _relative_difference(p, q, p - q, b, c)
     return _imbalance(*primals), along(
         tangents[:3],
-        lambda dp: mul0(_log_p_over_m(p, q, b, c) - b * relative, dp),
-        lambda dq: mul0(-_log_p_over_m(q, p, c, b) - c * relative, dq),
+        lambda dp: mul0(_log_p_over_m(p, q, b, c) - mul0(relative, b), dp),
+        lambda dq: mul0(-_log_p_over_m(q, p, c, b) - mul0(relative, c), dq),
         lambda db: mul0(-(p - q) * relative, db),
     )
 
@@ -244,12 +257,15 @@ def jensen_shannon_divergence_with_logits(
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel
 def _divergence_of_softmax(x, y, b, c, classes):
-    return classes.sum(divergence(*_p_q_and_difference(x, y, classes), b, c))
+    return classes.sum(divergence(*_consistent(*compare(x, y, None, classes)), b, c))
 
 
-def _p_q_and_difference(x, y, classes, stored=False):
-    p, q, delta = compare(x, y, None, classes, stored)
-    return p, q, -difference_from_log(p, q, delta)
+def _consistent(p, q, delta):
+    """p, q and p - q, for δ = log q/p: where they are near, the greater is the lesser and the difference, so that what
+    is made of all three has nothing of how p and q were rounded, which is squared there."""
+    d = -difference_from_log(p, q, delta)
+    near = jnp.abs(delta) < 1.5
+    return jnp.where(near & (d > 0), q + d, p), jnp.where(near & (d < 0), p - d, q), d
 
 
 # ∂/∂xᵢ = β pᵢ (log pᵢ/mᵢ - Σ p log p/m), ∂/∂yᵢ = (1-β) qᵢ (log qᵢ/mᵢ - Σ q log q/m), ∂/∂β = Σ (D(p, m) - D(q, m))
@@ -270,10 +286,10 @@ _divergence_of_softmax.defjvp(_divergence_of_softmax_rule, symbolic_zeros=True)
 @kernel_sharing
 def _divergence_and_partials(x, y, b, c, classes):
     # All at once, since each compares x and y.
-    p, q, d = _p_q_and_difference(x, y, classes, stored=True)
-    in_x = _weighted_excess_of(p, _log_p_over_m_up_to(p, q, d, x, y, b, c, classes), b, x, classes)
-    in_y = _weighted_excess_of(q, _log_p_over_m_up_to(q, p, -d, y, x, c, b, classes), c, y, classes)
-    return classes.sum(divergence(p, q, d, b, c)), in_x, in_y
+    p, q, delta = compare(x, y, None, classes, stored=True)
+    in_x = _weighted_excess_of(p, _log_p_over_m_up_to(p, q, delta, x, y, b, c, classes), b, x, classes)
+    in_y = _weighted_excess_of(q, _log_p_over_m_up_to(q, p, -delta, y, x, c, b, classes), c, y, classes)
+    return classes.sum(divergence(*_consistent(p, q, delta), b, c)), in_x, in_y
 
 
 def _weighted_excess(x, y, b, c, classes):
@@ -298,15 +314,18 @@ def_at_once(
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel
 def _log_p_over_m_of_softmax(x, y, b, c, classes):
-    """log p/m up to a number a row: where q has little of what p has, log βp/m, whose deviations are small there."""
-    p, q, d = _p_q_and_difference(x, y, classes, stored=True)
-    return _log_p_over_m_up_to(p, q, d, x, y, b, c, classes)
+    """log p/m up to a number a row: where q has little of what p has, log βp/m, which is nearer to 0 there."""
+    p, q, delta = compare(x, y, None, classes, stored=True)
+    return _log_p_over_m_up_to(p, q, delta, x, y, b, c, classes)
 
 
-def _log_p_over_m_up_to(p, q, d, x, y, b, c, classes):
+def _log_p_over_m_up_to(p, q, delta, x, y, b, c, classes):
     p_, q_ = classes.as_known_first(p, x), classes.as_known_first(q, y)
-    apart = classes.column(classes.sum(jnp.where(q_ < p_ / 2, p_, jnp.zeros_like(p_))) > 0.5)
-    _, p, q, d, m = _with_mixture(p, q, d, b, c)
+    # The smaller one in the mean, since a centered number has the rounding of what it is centered from. Where
+    # q/p = √β/(1 + √β) they are the same but for their signs.
+    k = 1 + 1 / jnp.sqrt(jnp.maximum(b, jnp.finfo(b.dtype).tiny))
+    apart = classes.column(classes.sum(jnp.maximum(p_ - k * q_, -p_)) > 0)
+    _, p, q, d, m = _with_mixture(p, q, -difference_from_log(p, q, delta), b, c)
     share = jnp.maximum(b * p, jnp.finfo(p.dtype).tiny)
     return log_ratio(jnp.where(apart, share, p), m, jnp.where(apart, -c * q, c * d))
 
@@ -330,17 +349,17 @@ _log_p_over_m_of_softmax.defjvp(_log_p_over_m_of_softmax_rule, symbolic_zeros=Tr
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel
 def _imbalance_of_softmax(x, y, b, c, classes):
-    p, q, d = _p_q_and_difference(x, y, classes)
-    return classes.sum(imbalance(p, q, d, b, c))
+    return classes.sum(imbalance(*_consistent(*compare(x, y, None, classes)), b, c))
 
 
 # d Σ (D(p, m) - D(q, m)), by the partials of each term, with dpᵢ = pᵢ d log pᵢ
 def _imbalance_of_softmax_rule(classes, primals, tangents):
     x, y, b, c = primals
     p, q, d = softmax(x, classes), softmax(y, classes), -q_minus_p(x, y, None, classes)
-    relative = ratio(d, b * p + c * q)
-    slope_p = _where_possible(p, _log_p_over_m_of_softmax(x, y, b, c, classes)) - b * relative
-    slope_q = -_where_possible(q, _log_p_over_m_of_softmax(y, x, c, b, classes)) - c * relative
+    b_, c_ = (weight * jnp.ones_like(p) for weight in (b, c))
+    relative = _relative_difference(p, q, d, b_, c_)
+    slope_p = _where_possible(p, _log_p_over_m_of_softmax(x, y, b, c, classes)) - mul0(relative, b_)
+    slope_q = -_where_possible(q, _log_p_over_m_of_softmax(y, x, c, b, classes)) - mul0(relative, c_)
     terms = along(
         tangents[:3],
         lambda dx: mul0(p * slope_p, centered(dx, x, classes)),

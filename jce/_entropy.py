@@ -14,7 +14,7 @@ from jce._calculus import custom_jvp, def_partials_of_sum, def_tangents, negativ
 from jce._elementary import log, log1p
 from jce._mul0 import mul0, multiply, over
 from jce._public import public
-from jce._softmax import softmax, surprisal, unless_nan
+from jce._softmax import centered, softmax, unless_nan
 from jce._ways.kernel import kernel, kernel_apart
 
 
@@ -142,12 +142,27 @@ def _entropy_of_softmax_rule(classes, primals, tangents):
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel_apart
 def _weighted_excess(x, classes):
-    return mul0(_surprisal_excess(x, classes), softmax(x, classes))
+    e, z, _ = classes.exponentials(x)
+    # Behind the barrier, since else XLA on a CPU makes Z and q in one operation, and stores q beside eᵢ.
+    return mul0(_surprisal_excess(x, classes), e / classes.column(classes.stored(z)))
 
 
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+@kernel_apart
 def _surprisal_excess(x, classes):
+    """log 1/qᵢ - H, as (m - xᵢ) - Σ q (m - x): near the uniform distribution the former are both near log n, and their
+    difference has no digit."""
+    n, t = classes.exponentials(x).of_row, classes.sums(x).t
     # q is 0 long before log 1/q is 10⁴. A number there, not +∞, is one that 0 can be multiplied with at every order.
-    return jnp.minimum(surprisal(x, classes), 1e4) - classes.column(entropy_of_softmax(x, classes))
+    return jnp.minimum(-classes.depth(x, n), 1e4) - classes.column(t / n.z)
+
+
+# d (log 1/qᵢ - H) = -(tᵢ - Σ q t) - dH
+@_surprisal_excess.defjvp
+def _surprisal_excess_rule(classes, primals, tangents):
+    (x,), (t,) = primals, tangents
+    dh = classes.sum(mul0(_weighted_excess(x, classes), t))
+    return _surprisal_excess(x, classes), -centered(t, x, classes) - classes.each(dh, t)
 
 
 # d qᵢ (log 1/qᵢ - H) = qᵢ ((tᵢ - Σ q t)(log 1/qᵢ - H - 1) - dH), with dH = Σ qᵢ (log 1/qᵢ - H) tᵢ

@@ -22,9 +22,9 @@ from jce._calculus import both_zero, custom_jvp, def_partials_of_sum, def_tangen
 from jce._elementary import log
 from jce._label_surprisal import label_surprisal, smoothed_surprisal
 from jce._public import public
-from jce._soft_targets import scaled, soft
+from jce._soft_targets import soft
 from jce._sparse_targets import rounding, sparse_cross_entropy
-from jce._z_loss import penalized_label_surprisal, squared_log_sum
+from jce._z_loss import log_sum_penalty, penalized_label_surprisal
 
 
 @public("axis")
@@ -245,4 +245,4 @@ def _numbers(name, x, label_smoothing, z_loss):
 
 
 def _with_z_loss(z_loss, loss, x, classes):
-    return loss + scaled(z_loss, squared_log_sum(x, classes)) if is_array(z_loss) or z_loss else loss
+    return loss + log_sum_penalty(x, jnp.asarray(z_loss, x.dtype), classes) if is_array(z_loss) or z_loss else loss

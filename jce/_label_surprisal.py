@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jce._calculus import along, custom_jvp
 from jce._elementary import exp
 from jce._mul0 import mul0
-from jce._soft_targets import scaled, smoothed, soft, soft_excess
+from jce._soft_targets import scaled, smoothed, soft, soft_excess, terms
 from jce._softmax import softmax_tangent, surprisal_at_label
 from jce._ways.kernel import kernel
 
@@ -57,11 +57,32 @@ def _smoothed_surprisal_rule(classes, primals, tangents):
     return surprisal, along(
         tangents[2:],
         lambda dx: classes.sum(mul0(excess, dx)),
-        lambda t: scaled(-t, label_surprisal(y, x, classes)) + scaled(t, soft(_of_each(share, x), x, classes)),
+        lambda t: scaled(t, mean_excess(y, share, x, classes)),
     )
 
 
 smoothed_surprisal.defjvp(_smoothed_surprisal_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@kernel
+def mean_excess(y, share, x, classes):
+    """Σᵢ uᵢ log 1/qᵢ - log 1/q_y for Σu = 1, as Σᵢ uᵢ (m - xᵢ) - (m - x_y): both of the former hold log Z, beside which
+    near the uniform distribution nothing is left of their difference."""
+    m, _, d = classes.off_label(y, x)
+    depth = classes.column(m) - x
+    mean = classes.sum(terms(share, depth, classes) if share.ndim else share * depth)
+    return jnp.where(jnp.isnan(d), d, mean - d)  # a mean of +∞ would hide a NaN
+
+
+# Along t it is t_y - Σᵢ uᵢtᵢ, and NaN times t of a row that is NaN.
+@mean_excess.defjvp
+def _mean_excess_rule(classes, primals, tangents):
+    (y, share, _), (*_, t) = primals, tangents
+    excess = mean_excess(*primals, classes)
+    nan = classes.each(jnp.where(jnp.isnan(excess), excess, jnp.zeros_like(excess)), t)
+    weighted = classes.sum(mul0(nan - share, t))
+    return excess, classes.at(t, classes.local(y, t)) + weighted
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))

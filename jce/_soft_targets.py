@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 
 from jce._arguments import is_array
@@ -16,7 +17,7 @@ from jce._ways.kernel import kernel, kernel_apart
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
 def soft(p, x, classes):
-    return classes.sum(_terms(p, classes.normalizer(x).surprisal(x, classes), classes))
+    return classes.sum(terms(p, classes.normalizer(x).surprisal(x, classes), classes))
 
 
 # ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
@@ -34,7 +35,7 @@ def _soft_and_partials(p, x, classes):
     # All at once, of the same exponentials.
     of_x = classes.exponentials(x)
     surprisals = of_x.of_row.surprisal(x, classes)
-    return classes.sum(_terms(p, surprisals, classes)), surprisals, _excess(p, of_x, classes)
+    return classes.sum(terms(p, surprisals, classes)), surprisals, _excess(p, of_x, classes)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
@@ -43,7 +44,7 @@ def soft_excess(p, x, classes):
     return _excess(p, classes.exponentials(x), classes)
 
 
-def _terms(p, surprisals, classes):
+def terms(p, surprisals, classes):
     return p * jnp.minimum(surprisals, classes.bound(p, 1))
 
 
@@ -81,6 +82,25 @@ def smoothed(loss, uniform_loss, smoothing):
     return (1 - smoothing) * loss + smoothing * uniform_loss
 
 
+@jax.custom_jvp
+def smoothed_by(loss, uniform_loss, difference, smoothing):
+    """The same for a traced ε, along which the derivative is the difference, uniform_loss - loss, as known better."""
+    return smoothed(loss, uniform_loss, smoothing)
+
+
+@smoothed_by.defjvp
+def _smoothed_by_rule(primals, tangents):
+    _, _, difference, smoothing = primals
+    d_loss, d_uniform_loss, _, d_smoothing = tangents
+    in_losses = scaled(1 - smoothing, d_loss) + scaled(smoothing, d_uniform_loss)
+    return smoothed_by(*primals), in_losses + mul0(difference, d_smoothing * jnp.ones_like(difference))
+
+
 def scaled(number, x):
     """The number times x, and 0 for a traced 0, whatever x is; Python's 0 costs nothing at all, so isn't asked here."""
     return mul0(x, number * jnp.ones_like(x)) if is_array(number) else number * x
+
+
+def scaled_square(number, x):
+    """The number times x², and 0 alike; x² alone would overflow where this doesn't."""
+    return mul0(x, scaled(number, x)) if is_array(number) else number * x * x

@@ -10,14 +10,17 @@ that grows without bound, it would be everything: so within the rounding of p it
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jce._arguments import is_array
 from jce._classes import Classes
 from jce._elementary import two_sum
 from jce._label_log_probs import at_labels, is_class, log_probs_and_tail
+from jce._label_surprisal import mean_excess
 from jce._mul0 import mul0
-from jce._soft_targets import smoothed, soft
+from jce._soft_targets import smoothed, smoothed_by, soft
 from jce._ways.over_classes import over_classes
 
 ROUNDINGS = 4  # that leave Σp off 1: of softmaxes of up to 10,000 classes it was at most 3.3 eps
@@ -47,17 +50,24 @@ def sparse_cross_entropy(
         loss, of_tail = _with_tail(y, used, x, kept, tail, classes)
     if not isinstance(smoothing, float) or smoothing:
         uniform = kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
-        loss = smoothed(loss, mul0(soft(uniform, x, classes), used.sum(-1)), smoothing)
+        loss = _smoothed(loss, mul0(soft(uniform, x, classes), used.sum(-1)), smoothing, y, used, uniform, x, classes)
     loss += of_tail
     nan = jnp.where(wrong, jnp.nan, 0).astype(p.dtype)  # there alone, for jax_debug_nans
     return loss + jnp.where(wrong, mul0(nan, p), jnp.zeros_like(p)).sum(-1)
+
+
+def _smoothed(loss, uniform_loss, smoothing, y, p, uniform, x, classes):
+    if not is_array(smoothing):
+        return smoothed(loss, uniform_loss, smoothing)
+    excesses = jax.vmap(lambda label: mean_excess(label, uniform, x, classes), -1, -1)(y)
+    return smoothed_by(loss, uniform_loss, mul0(excesses, p).sum(-1), smoothing)
 
 
 def _with_tail(y, p, x, kept, tail, classes):
     """What the labels cost, and what all other classes."""
     once, weights = _without_repetition(y, p, classes.count(x))
     log_q = log_probs_and_tail(once, x, classes)
-    rest = _rest(p)
+    rest = rest_of(p)
     nothing = jnp.abs(rest) <= tail
     # In p the derivative stays, since Σp may grow: so it is the value that is lifted.
     rest += lax.stop_gradient(jnp.where(nothing, jnp.maximum(-rest, 0), jnp.zeros_like(rest)))
@@ -66,7 +76,7 @@ def _with_tail(y, p, x, kept, tail, classes):
     return 0 - mul0(log_q[..., :-1], weights).sum(-1), mul0(surprisal, rest)
 
 
-def _rest(p):
+def rest_of(p):
     """1 - Σp, with its digits where little is left: what each addition loses is added in the end."""
     terms = jnp.concatenate([jnp.ones_like(p.sum(-1, keepdims=True)), -p], -1)
     lost = jnp.zeros_like(terms)

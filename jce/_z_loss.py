@@ -10,39 +10,48 @@ from jce._calculus import along, custom_jvp, live_jvp
 from jce._elementary import exp, log1p
 from jce._label_surprisal import label_surprisal_and_excess
 from jce._mul0 import mul0
-from jce._soft_targets import scaled
+from jce._soft_targets import scaled, scaled_square
 from jce._softmax import logsumexp, softmax, surprisal_at_label
 from jce._ways.kernel import kernel_sharing
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(1,))
-def squared_log_sum(x, classes):
-    """(log Σ exp xᵢ)²"""
-    return _squared_log_sum_and_slope(x, classes)[0]
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
+def log_sum_penalty(x, z_loss, classes):
+    """ζ (log Σ exp xᵢ)²"""
+    return _penalty_and_slope(x, z_loss, classes)[0]
 
 
-# ∂/∂xᵢ (log Σ exp x)² = 2qᵢ log Σ exp x
-@squared_log_sum.defjvp
-def _squared_log_sum_rule(classes, primals, tangents):
-    square, slope = _squared_log_sum_and_slope(*primals, classes)
-    return square, classes.sum(mul0(slope, *tangents))
+# ∂/∂xᵢ ζ (log Σ exp x)² = 2ζqᵢ log Σ exp x, ∂/∂ζ = (log Σ exp x)²
+def _penalty_rule(classes, primals, tangents):
+    penalty, slope = _penalty_and_slope(*primals, classes)
+    return penalty, along(
+        tangents,
+        lambda dx: classes.sum(mul0(slope, dx)),
+        lambda t: scaled_square(t, logsumexp(primals[0], classes)),
+    )
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(1,))
+log_sum_penalty.defjvp(_penalty_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel_sharing
-def _squared_log_sum_and_slope(x, classes):
+def _penalty_and_slope(x, z_loss, classes):
     classes = classes.for_log_sum(x)
     e, z, n = classes.exponentials(x)
     log_sum = n.m + n.log_z
-    return jnp.square(log_sum), e * classes.column(2 * log_sum / z)
+    return scaled_square(z_loss, log_sum), e * classes.column(scaled(2 * z_loss, log_sum) / z)
 
 
-@_squared_log_sum_and_slope.defjvp
-def _squared_log_sum_and_slope_rule(classes, primals, tangents):
-    def apart(x):
-        return squared_log_sum(x, classes), mul0(softmax(x, classes), classes.each(2 * logsumexp(x, classes), x))
+def _penalty_and_slope_rule(classes, primals, tangents):
+    def apart(x, z_loss):
+        slope = scaled(2 * z_loss, logsumexp(x, classes))
+        return log_sum_penalty(x, z_loss, classes), mul0(softmax(x, classes), classes.each(slope, x))
 
-    return _squared_log_sum_and_slope(*primals, classes), live_jvp(apart, primals, tangents)[1]
+    return _penalty_and_slope(*primals, classes), live_jvp(apart, primals, tangents)[1]
+
+
+_penalty_and_slope.defjvp(_penalty_and_slope_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
@@ -57,7 +66,7 @@ def _penalized_rule(classes, primals, tangents):
     return loss, along(
         tangents[1:],
         lambda dx: classes.sum(mul0(excess, dx)),
-        lambda t: scaled(t, squared_log_sum(primals[1], classes)),
+        lambda t: scaled_square(t, logsumexp(primals[1], classes)),
     )
 
 
@@ -75,14 +84,14 @@ def _penalized_and_excess(y, x, z_loss, classes):
     # q_y - 1 + q_y pull = (e_y pull - s)/Z
     at_label, others = map(classes.column, (pull * e_y - off.s, 1 + pull))
     excess = jnp.where(classes.is_at(x, classes.local(y, x)), at_label, e * others) / classes.column(off.z)
-    return surprisal_at_label(off) + scaled(z_loss, jnp.square(log_sum)), excess
+    return surprisal_at_label(off) + scaled_square(z_loss, log_sum), excess
 
 
 def _penalized_and_excess_rule(classes, primals, tangents):
     def apart(y, x, z_loss):
         loss, excess = label_surprisal_and_excess(y, x, classes)
-        square, slope = _squared_log_sum_and_slope(x, classes)
-        return loss + scaled(z_loss, square), excess + scaled(z_loss, slope)
+        penalty, slope = _penalty_and_slope(x, z_loss, classes)
+        return loss + penalty, excess + slope
 
     return _penalized_and_excess(*primals, classes), live_jvp(apart, primals, tangents)[1]
 

@@ -41,12 +41,12 @@ from jce._heads.sparse_targets import Numbers, linear_sparse_cross_entropy
 from jce._heads.temperature import at_temperature, whole_log_sum
 from jce._heads.together import together
 from jce._heads.tokens import of_tokens
-from jce._label_surprisal import label_surprisal
+from jce._label_surprisal import label_surprisal, smoothed_surprisal
 from jce._layout import over_devices
 from jce._mul0 import mul0, over
 from jce._platforms import Chunks, ChunkSize, Platform, named, on_platform
 from jce._public import public
-from jce._soft_targets import scaled, smoothed
+from jce._soft_targets import scaled_square, smoothed
 from jce._softmax import logsumexp, surprisal, surprisal_at_label
 from jce._waiting import waiting
 from jce._ways.kernel import way_of
@@ -273,11 +273,15 @@ def _loss(target, x, o):
     """Of tokens' labels [C] and logits [C, n]."""
     y, t, of_head = target.labels, target.temperature(), o.classes.fold(x)
     x = at_temperature(of_head, t, o.classes)
-    loss = label_surprisal(y, x, o.classes)
-    if _some(o.smoothing):
+    if is_array(o.smoothing):
+        share = jnp.asarray(1 / o.classes.count(x), x.dtype)
+        loss = smoothed_surprisal(y, share, x, o.smoothing, o.classes)
+    else:
+        loss = label_surprisal(y, x, o.classes)
+    if not is_array(o.smoothing) and o.smoothing:
         loss = smoothed(loss, o.classes.sum(surprisal(x, o.classes)) / o.classes.count(x), o.smoothing)
     if _some(o.z_loss):
-        loss += scaled(o.z_loss, jnp.square(whole_log_sum(logsumexp(x, o.classes), of_head, t, o.classes)))
+        loss += scaled_square(o.z_loss, whole_log_sum(logsumexp(x, o.classes), of_head, t, o.classes))
     return loss
 
 
@@ -400,7 +404,7 @@ def _unnormalized_excess(target, u, w, o):
         at_label += o.smoothing * (z - z / n)
     if _some(o.z_loss):
         log_sum = whole_log_sum(m + log_z, of_head, t, o.classes)
-        losses += scaled(o.z_loss, jnp.square(log_sum))
+        losses += scaled_square(o.z_loss, log_sum)
         at_label += 2 * o.z_loss * log_sum * e_y
         e *= column(1 + 2 * o.z_loss * log_sum)
     if _some(o.smoothing):

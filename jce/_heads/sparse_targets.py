@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jce._arguments import as_array, described, float_dtype, fraction, is_array, positive, wide_enough
@@ -13,9 +13,11 @@ from jce._classes import Classes
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._heads.temperature import at_temperature, checked_temperature, whole_log_sum
-from jce._soft_targets import scaled
+from jce._mul0 import mul0, over
+from jce._soft_targets import scaled_square
 from jce._softmax import logsumexp
-from jce._sparse_targets import rounding, sparse_cross_entropy
+from jce._sparse_targets import rest_of, rounding, sparse_cross_entropy
+from jce._ways.over_classes import without_classes
 
 
 class Numbers(NamedTuple):
@@ -66,8 +68,10 @@ def linear_sparse_cross_entropy(
             smoothing, z_loss = ((known | shared)[key] for key in ("smoothing", "z_loss"))
             smoothing, z_loss = (a.astype(dtype) if is_array(a) else a for a in (smoothing, z_loss))
             total = sparse_cross_entropy(y, p, x, jnp.ones_like(x), smoothing, rounded, classes)
+            if tail and t is not None:
+                total += _greedy_tail(y, p, of_head, t, rounded, classes)
             if is_array(z_loss) or z_loss:
-                total += scaled(z_loss, jnp.square(whole_log_sum(logsumexp(x, classes), of_head, t, classes)))
+                total += scaled_square(z_loss, whole_log_sum(logsumexp(x, classes), of_head, t, classes))
             return [total]
 
         return OfChunk(loss, jnp.zeros((), dtype))
@@ -76,6 +80,17 @@ def linear_sparse_cross_entropy(
     for key, t in checked_temperature(name, given.temperature, batch).items():
         arguments[key] = jnp.broadcast_to(t, batch)
     return over_tokens(name, make, arguments, options, traced, is_defined=_are_classes)
+
+
+def _greedy_tail(y, p, x, t, rounded, classes):
+    """(1-Σp)(m - m')/T at T = 0, m' the maximum over the classes without a label, and 0 at any other T.
+
+    By a temperature of 0 alone they are impossible if they lack m, and the logarithm of nothing has no derivative. The
+    loss, which is infinite, has one: it falls without bound as T grows.
+    """
+    m, m_rest = (lax.stop_gradient(classes.max(z)) for z in (x, without_classes(y, x, classes)))
+    costs = (t == 0) & (m_rest > -jnp.inf) & (jnp.abs(rest_of(p)) > rounded)
+    return mul0(over(jnp.where(costs, m - m_rest, jnp.zeros_like(m)), t.astype(m.dtype)), rest_of(p))
 
 
 def _are_classes(targets: list[Array], n: int) -> Array:

@@ -38,7 +38,7 @@ tangent_solve of a `jax.lax.custom_root` around their gradients takes `jax.jacfw
 [-2. -1. -0.]
 """
 
-from importlib.metadata import version as _version
+import importlib.metadata as _metadata
 
 from jce._binary import binary_cross_entropy, binary_entropy, binary_kl_divergence
 from jce._binary_with_logits import (
@@ -89,4 +89,7 @@ __all__ = [
     "sampled_kl_divergence",
     "sharded_linear_cross_entropy",
 ]
-__version__ = _version("jce")
+try:
+    __version__ = _metadata.version("jce")
+except _metadata.PackageNotFoundError:  # the folder alone, copied into another project or built without pip
+    __version__ = "0+unknown"

@@ -140,3 +140,19 @@ print(of_both / of_jax)
         return float(subprocess.run(command, check=True, capture_output=True, text=True, env=as_installed).stdout)
 
     assert any(ratio() <= 1.12 for _ in range(5))  # the first writes the bytecode, and the machine may be busy
+
+
+def test_import_where_no_metadata_is():
+    """As of a folder copied into another project: a version that tools can parse, and that says it isn't known."""
+    script = """
+import importlib.metadata as metadata
+def version(name, known=metadata.version):
+    if name == "jce":
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+metadata.version = version
+import jce
+print(jce.__version__)
+"""
+    result = subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, capture_output=True, text=True)
+    assert result.stdout == "0+unknown\n"

@@ -207,7 +207,7 @@ def fraction(function: str, dtype, *, ends: bool = True, advice: str = SHARE, **
     ((name, value),) = option.items()
     if is_array(value):
         return _traced(function, dtype, name, value)
-    if _is_number(value) and 0 <= value <= 1 and (ends or np.finfo(dtype).tiny <= np.asarray(value, dtype) < 1):
+    if is_number(value) and 0 <= value <= 1 and (ends or np.finfo(dtype).tiny <= np.asarray(value, dtype) < 1):
         return float(value)
     range_ = "from 0 to 1" if ends else f"above 0 and below 1 in {np.dtype(dtype)}"
     raise ValueError(f"{function}: {name} must be a number {range_}; got {name}={value!r}. {advice}")
@@ -219,7 +219,7 @@ def positive(function: str, dtype, *, or_zero: bool = False, **option: Any) -> f
     if is_array(value):
         return _traced(function, dtype, name, value)
     least, most = map(float, (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-    if not _is_number(value) or not (least <= value <= most or (or_zero and value == 0)):
+    if not is_number(value) or not (least <= value <= most or (or_zero and value == 0)):
         raise ValueError(
             f"{function}: {name} must be a number from {least:.2g} to {most:.2g}{' or 0' if or_zero else ''};"
             f" got {name}={value!r}. Leave it out for none."
@@ -242,17 +242,39 @@ def _traced(function: str, dtype, name: str, value: Array) -> Array:
     return jnp.asarray(value, dtype)
 
 
+def as_number(function: str, name: str, value: Any) -> Any:
+    """An array for a list of numbers, and for what is an array to JAX, such as a parameter of flax; else as it is."""
+    is_one = isinstance(value, list | tuple) or (hasattr(value, "__jax_array__") and not is_array(value))
+    return as_array(function, name, value) if is_one else value
+
+
+def integer(value: Any) -> int | None:
+    """A static int, of Python or of NumPy; None for what is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def require_bool(function: str, **option: Any) -> None:
+    """Static, since the program depends on it; and no 0, 1 or word that Python would take for one."""
+    ((name, value),) = option.items()
+    if not isinstance(value, bool):
+        raise ValueError(f"{function}: {name} must be a static bool; got {name}={value!r}. Pass True or False.")
+
+
 def choice(function: str, *, choices: tuple[str, ...], **option: str) -> str:
     """One of a few words."""
     ((name, value),) = option.items()
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         words = " or ".join(f'"{word}"' for word in choices)
         raise ValueError(f"{function}: {name} must be {words}; got {name}={value!r}.")
     return value
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+def is_number(value) -> TypeGuard[float]:
+    """A real one, of Python or of NumPy."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def _broadcast_shape(function: str, what: str, arguments: Mapping[str, ArrayLike], arrays: list[Array]):
@@ -289,7 +311,7 @@ def is_real(x) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool
 
 
-def as_array(function: str, name: str, x: ArrayLike | None) -> Array:
+def as_array(function: str, name: str, x: Any) -> Array:
     try:
         if x is None:
             raise TypeError
@@ -310,18 +332,18 @@ def _class_axis(function: str, axis: int, arguments: Mapping[str, ArrayLike], ar
             f" are the binary functions."
         )
     ndim = max(x.ndim for x in arrays)
-    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
+    given, at = axis, integer(axis)
+    if at is None:
         raise ValueError(
             f"{function}: axis must be one int; got axis={axis!r}. Name the axis that holds the classes; of several,"
             f" make one with reshape first."
         )
-    given, axis = axis, operator.index(axis)
-    if not -ndim <= axis < ndim:
+    if not -ndim <= at < ndim:
         raise ValueError(
-            f"{function}: axis must be from {-ndim} to {ndim - 1}; got axis={axis} with {described(arguments)}."
+            f"{function}: axis must be from {-ndim} to {ndim - 1}; got axis={at} with {described(arguments)}."
             f" Name the axis that holds the classes."
         )
-    axis = axis - ndim if axis >= 0 else axis
+    axis = at - ndim if at >= 0 else at
     if min(x.ndim for x in arrays) < -axis:
         raise ValueError(
             f"{function}: {_and(arguments)} must each have the class axis, which is never broadcast; got axis={given}"

@@ -8,7 +8,7 @@ from jax.core import Tracer
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jce._arguments import distributions
+from jce._arguments import distributions, is_array, is_number
 
 
 def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = None) -> None:
@@ -28,7 +28,7 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
 
     Raises:
       ValueError: where a distribution is violated, naming the worst one, its sum and its smallest entry (a NaN is the
-        worst of all); if `p` has no class axis; if `axis` is not an int in range; if `atol` < 0.
+        worst of all); if `p` has no class axis; if `axis` is not an int in range; if `atol` is no number ≥ 0.
       TypeError: if `p` is not real.
 
     Example:
@@ -37,8 +37,11 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
     (x,), classes = distributions("check_distribution", axis, None, p=p)
     dtype = jnp.asarray(p).dtype
     eps = float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.floating) else x.dtype).eps)
-    if atol is not None and not atol >= 0:
-        raise ValueError(f"check_distribution: atol must be ≥ 0; got atol={atol}. Leave it out for the dtype's own.")
+    is_known = is_number(atol) or (is_array(atol) and atol.ndim == 0 and not isinstance(atol, Tracer))
+    if atol is not None and not (is_known and atol >= 0):
+        raise ValueError(
+            f"check_distribution: atol must be a number ≥ 0; got atol={atol!r}. Leave it out for the dtype's own."
+        )
     tolerance = eps**0.5 if atol is None else float(atol)
     sums = classes.sum(x)
     smallest = classes.reduce(jnp.min, x)

@@ -206,8 +206,8 @@ def cross_entropy_with_integer_labels(
     Raises:
       TypeError: labels are not integers, logits or label_probs not real, or `where` not boolean.
       ValueError: labels don't have the shape of logits without the class axis (with label_probs and one axis more, as
-        these do), label_smoothing is not in [0, 1] or z_loss below 0, there is a tail without label_probs or no class
-        axis, `axis` is not an int in range, or `where` doesn't broadcast.
+        these do), label_smoothing is not in [0, 1] or z_loss below 0, tail is no bool or True without label_probs,
+        there is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
 
     Not checked:
       Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.

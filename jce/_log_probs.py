@@ -67,8 +67,8 @@ def log_probs_with_integer_labels(
 
     Raises:
       TypeError: labels are not integers, logits not real, or `where` not boolean.
-      ValueError: labels don't have the shape of logits without the class axis, or one axis more, there is a tail
-        without that one, or no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+      ValueError: labels don't have the shape of logits without the class axis, or one axis more, tail is no bool, or
+        True without that one, there is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
 
     Not checked:
       Values, nor that labels are distinct: with a tail one that repeats counts twice. Results below the smallest normal

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 
-from jce._arguments import is_array
+from jce._arguments import as_number, is_array, require_bool
 
 F = TypeVar("F", bound=Callable[..., Any])
 Kind = inspect.Parameter
@@ -87,9 +86,11 @@ class Public:
         return f"<function {self.__module__}.{self.__qualname__}>"
 
     def _of_arrays(self, options: dict[str, Any]) -> dict[str, Any]:
-        """With an array for a list of numbers, or a tuple, which else would be part of the program."""
-        lists = [name for name in self._numbers if isinstance(options.get(name), (list, tuple))]
-        return options | {name: jnp.asarray(options[name]) for name in lists} if lists else options
+        """With arrays for numbers that are some but in their type, and else would be part of the program."""
+        return {
+            name: as_number(self.__name__, name, value) if name in self._numbers else value
+            for name, value in options.items()
+        }
 
     def _program(self, args: tuple, options: Mapping[str, Any]):
         if self._positional is not None and len(args) > self._positional:
@@ -103,15 +104,31 @@ class Public:
         for option, value in options.items():
             if option in self._numbers:
                 traced += [option] if is_array(value) else []
+                if not is_array(value) and not _is_hashable(value):
+                    raise ValueError(
+                        f"{self.__name__}: {option} must be a number, or a real array of one; got {option}:"
+                        f" {type(value).__name__}. Pass what jnp.asarray takes."
+                    )
             elif option not in self._parameters:
                 raise TypeError(
                     f"{self.__name__}: no argument {option!r}; it takes {', '.join(self._parameters)}."
                     f"{INSTEAD.get((self.__name__, option), '')}"
                 )
-            elif option in self._static and not isinstance(value, Hashable):
+            elif option in self._static and not _is_hashable(value):
                 raise ValueError(
                     f"{self.__name__}: {option} must be static and hashable, since the program depends on it; got"
                     f" {option}: {type(value).__name__}. Pass a tuple for a list, and for an array a Python number, as"
                     f" by float(x) or int(x) outside jax.jit."
                 )
+            elif isinstance(self._parameters[option].default, bool):
+                require_bool(self.__name__, **{option: value})
         return self._jitted(*traced)
+
+
+def _is_hashable(value) -> bool:
+    """To the last of what it holds: a tuple of lists isn't."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True

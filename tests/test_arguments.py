@@ -426,3 +426,79 @@ def test_label_smoothing():
             got=f"got label_smoothing={wrong!r}",
             do="such as 0.1",
         )
+
+
+# Options: what of them is static, and numbers
+
+H, W, LOGITS, LABELS = ones(2, 4), ones(3, 4), ones(2, 3), jnp.array([0, 1])
+X = jce.Linear(H, W)
+OF_LABELS = (jce.cross_entropy_with_integer_labels, LABELS, LOGITS), (jce.log_probs_with_integer_labels, LABELS, LOGITS)
+OF_HEADS = (jce.linear_cross_entropy, LABELS, H, W), (jce.linear_log_probs, LABELS, H, W)
+OF_LINEARS = (jce.linear_kl_divergence, X, X), (jce.linear_map, jnp.max, X)
+BOOL, SIZE = "must be a static bool", "chunk_size must be"
+OPTIONS = {
+    "tail": ((*OF_LABELS, *OF_HEADS), (1, 0, "yes", None), BOOL),
+    "has_aux": (OF_LINEARS[1:], (1, {}, None, np.ones(2)), BOOL),
+    "batch_invariant": ((*OF_HEADS, *OF_LINEARS), (0, "no", None), BOOL),
+    "chunk_size": ((*OF_HEADS, *OF_LINEARS), (True, "8", 8.0, [8], np.ones(2)), SIZE),
+    "reduction": ((OF_HEADS[0], *OF_LINEARS), (["mean"], None, 0), "reduction must be"),
+    "precision": ((*OF_HEADS, *OF_LINEARS), ("hihgest", 32, False, ("default", None, 1)), "precision must be"),
+    "axis_name": ((*OF_HEADS, *OF_LINEARS), (["data"], (["data"],), 0, "nowhere"), "axis_name must"),
+    "axis": (((jce.check_distribution, LOGITS),), (np.ones(2, int), jnp.float32(1), "0", None), "axis must be one int"),
+    "atol": (((jce.check_distribution, LOGITS / 3),), ("x", [0.1], True, np.ones(2), 1j), "atol must be a number"),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_static_options(option):
+    calls, values, wants = OPTIONS[option]
+    for function, *arguments in calls:
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{function.__name__}: .*{wants}.*got {option}[=:]"):
+                function(*arguments, **{option: value})
+
+
+class Parameter:
+    """What is an array to JAX, and can't be hashed: as flax's parameters are."""
+
+    __hash__ = None
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return self.value == other.value
+
+    def __jax_array__(self):
+        return self.value
+
+
+NUMBERS = {
+    "label_smoothing": (OF_LABELS[0], OF_HEADS[0]),
+    "z_loss": (OF_LABELS[0], OF_HEADS[0]),
+    "temperature": (*OF_HEADS, OF_LINEARS[0]),
+    "logit_soft_cap": OF_HEADS,
+    "beta": ((jce.jensen_shannon_divergence, LOGITS / 3, LOGITS / 3),),
+}
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+def test_numbers_that_are_parameters(option):
+    """They are arrays, differentiated too; and what is no number is said to be none."""
+    for function, *arguments in NUMBERS[option]:
+
+        def of(number, function=function, arguments=arguments):
+            return sum(x.sum() for x in jax.tree.leaves(function(*arguments, **{option: number})))
+
+        number = jnp.float32(0.5)
+        assert jax.value_and_grad(lambda t, of=of: of(Parameter(t)))(number) == jax.value_and_grad(of)(number)
+        for wrong in ({}, object(), ["half"]):
+            with pytest.raises((TypeError, ValueError), match=f"^{function.__name__}: {option} must be "):
+                of(wrong)
+
+
+def test_a_soft_cap_that_is_a_parameter():
+    def of(cap):
+        return jce.linear_map(jnp.sum, jce.Linear(H, W, logit_soft_cap=cap), reduction="sum")
+
+    assert jax.jit(of)(jnp.float32(0.5)) == jax.jit(lambda t: of(Parameter(t)))(jnp.float32(0.5))

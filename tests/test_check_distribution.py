@@ -59,7 +59,7 @@ def test_default_atol_is_the_root_of_epsilon():
 
 @pytest.mark.parametrize("atol", [-1, float("nan")])
 def test_wrong_atol(atol):
-    with pytest.raises(ValueError, match=r"^check_distribution: atol must be ≥ 0; got atol="):
+    with pytest.raises(ValueError, match=r"^check_distribution: atol must be a number ≥ 0; got atol="):
         jce.check_distribution([0.5, 0.5], atol=atol)
 
 

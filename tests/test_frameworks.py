@@ -209,3 +209,20 @@ def test_the_readmes_train_step(optax_promotes):
     expected = (losses * kept).sum() / kept.sum()
     np.testing.assert_allclose(names["loss"](names["params"], names["words"], labels), expected, rtol=1e-5)
     assert float(names["value"]) > float(expected)  # of the parameters before the step
+
+
+def test_numbers_that_are_parameters_of_flax(rng):
+    """A temperature and a soft cap of a module, trained beside the head, which is one too."""
+    shapes = (8, WIDTH), (CLASSES, WIDTH)
+    hidden, head = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    labels = np.arange(8)
+
+    def loss(head, temperature, cap):
+        return jce.linear_cross_entropy(labels, hidden, head, temperature=temperature, logit_soft_cap=cap)
+
+    def of_parameters(*arrays):
+        return loss(*map(nnx.Param, arrays))
+
+    arguments = head, jnp.float32(0.7), jnp.float32(5)
+    got, expected = (jax.grad(f, (0, 1, 2))(*arguments) for f in (of_parameters, loss))
+    jax.tree.map(np.testing.assert_array_equal, got, expected)

@@ -186,6 +186,10 @@ def test_errors():
         jce.on_mesh(jce.entropy, mesh=mesh, **AXES)
     with pytest.raises(ValueError, match=r"on_mesh: mesh must be a mesh.*got mesh=None"):
         jce.on_mesh(jce.linear_map, mesh=None, **AXES)
+    for wrong in (["classes"], np.ones(2), {}, ("nowhere",)):
+        for axis in AXES:
+            with pytest.raises(ValueError, match=rf"on_mesh: {axis} must name axes of the mesh.*got {axis}="):
+                jce.on_mesh(jce.linear_map, mesh=mesh, **(AXES | {axis: wrong}))
     with pytest.raises(ValueError, match=r"linear_map: the number of classes.*multiple of the 4 devices.*got 6"):
         jce.on_mesh(jce.linear_map, mesh=mesh, **AXES)(jnp.max, Linear(x.hidden, x.head[:6]))
     with pytest.raises(

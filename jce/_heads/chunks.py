@@ -20,8 +20,10 @@ from jce._arguments import (
     broadcasts_to,
     described,
     float_dtype,
+    integer,
     is_array,
     positive,
+    require_bool,
     require_boolean,
     wide_enough,
 )
@@ -48,7 +50,7 @@ class Logits(NamedTuple):
     def checked(cls, function: str, head: Head, logit_soft_cap: ArrayLike | None, precision) -> Logits:
         cap = logit_soft_cap
         cap = None if cap is None else positive(function, head.bias.dtype, logit_soft_cap=cap)
-        return cls(cap, Products(precision))
+        return cls(cap, Products.checked(function, precision))
 
     def of(self, h: Array, head: Head) -> Array:
         return self.capped(self.uncapped(h, head))
@@ -300,19 +302,21 @@ def checked(
 
 
 def checked_chunk(function: str, chunk_size: int | None, batch_invariant: bool) -> ChunkSize:
-    if not isinstance(batch_invariant, bool) or (batch_invariant and chunk_size is None):
+    require_bool(function, batch_invariant=batch_invariant)
+    if batch_invariant and chunk_size is None:
         raise ValueError(
-            f"{function}: batch_invariant must be a static bool, and True only with a chunk_size, to which each chunk"
-            f" is then filled up; got batch_invariant={batch_invariant!r}, chunk_size={chunk_size!r}."
+            f"{function}: batch_invariant must come with a chunk_size, to which each chunk is then filled up; got"
+            f" batch_invariant={batch_invariant!r}, chunk_size={chunk_size!r}."
         )
     if chunk_size is None:
         return ChunkSize(None)
-    if isinstance(chunk_size, bool) or not hasattr(chunk_size, "__index__") or chunk_size < 1:
+    size = integer(chunk_size)
+    if size is None or size < 1:
         raise ValueError(
             f"{function}: chunk_size must be a static int, the number of tokens in a chunk, at least 1;"
             f" got chunk_size={chunk_size!r}. Leave it out for a size that suits the head."
         )
-    return ChunkSize(int(chunk_size), batch_invariant)
+    return ChunkSize(size, batch_invariant)
 
 
 def shares(w: Array, token_axes: tuple) -> Array:

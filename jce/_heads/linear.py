@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._arguments import as_array, described, float_dtype, positive
+from jce._arguments import as_array, as_number, described, float_dtype, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,9 @@ def checked_linear(x: Linear, function: str, name: str) -> LinearArrays:
             f"{function}: of a Linear, bias must have the shape ({w.shape[0]},), a number for each row of head; got"
             f" {described(got)}."
         )
-    cap = None if cap is None else jnp.asarray(positive(function, dtype, logit_soft_cap=cap), dtype)
+    if cap is not None:
+        cap = as_number(function, "logit_soft_cap", cap)
+        cap = jnp.asarray(positive(function, dtype, logit_soft_cap=cap), dtype)
     return LinearArrays(h, w, b[0] if b else None, cap)
 
 

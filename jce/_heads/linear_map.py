@@ -10,6 +10,7 @@ import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jce._arguments import require_bool
 from jce._classes import varying_type
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
@@ -118,6 +119,7 @@ def linear_map(
         raise TypeError(
             f"{name}: function must be callable; got {type(function).__name__}. It comes first, then its arguments."
         )
+    require_bool(name, has_aux=has_aux)
     paths, structure = jax.tree.flatten_with_path(arguments, is_leaf=lambda x: isinstance(x, Linear))
 
     def make(one, shared, class_axis):

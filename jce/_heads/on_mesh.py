@@ -58,7 +58,7 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
       >>> print(log_probs(jnp.array([0, 2]), jnp.eye(2), 20 * jnp.eye(3, 2)).log_prob)
       [-4.1223074e-09 -2.0000000e+01]
     """
-    if function not in FUNCTIONS:
+    if not any(function is f for f in FUNCTIONS):
         names = ", ".join(f"jce.{f.__name__}" for f in FUNCTIONS)
         raise TypeError(
             f"on_mesh: function must be one of {names}; got {function!r}. Other functions of jce take arrays"

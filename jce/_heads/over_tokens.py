@@ -68,6 +68,7 @@ def over_tokens(
     """
     reduction = choice(name, reduction=options.reduction, choices=REDUCTIONS)
     chunk = checked_chunk(name, options.chunk_size, options.batch_invariant)
+    products = Products.checked(name, options.precision)
     linear = {key: checked_linear(x, name, key) for key, x in arguments.items() if isinstance(x, Linear)}
     others = {key: as_array(name, key, x) for key, x in arguments.items() if key not in linear}
     batch = _checked_batch(name, linear, others)
@@ -102,7 +103,7 @@ def over_tokens(
         inexact = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
         trained = [0] if of_chunk.has_aux else inexact
         number = reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
-        function = _of_hidden(of_chunk.function, in_order, as_given, dtypes_closed_over, options.precision)
+        function = _of_hidden(of_chunk.function, in_order, as_given, dtypes_closed_over, products)
         loop = Loop(function, chunk, part.logits, class_axis, trained[0] if number else 0, not part.all_kept)
         w = part.weights_of(reduction, token_axes, jnp.float64 in [ones[i].dtype for i in inexact])
         results = part.results(loop, w, total=number)
@@ -204,7 +205,7 @@ class _Part(NamedTuple):
 
 
 def _of_hidden(
-    function: Callable, in_order: Callable, as_given: Callable, closed_over: Any, precision: Any
+    function: Callable, in_order: Callable, as_given: Callable, closed_over: Any, products: Products
 ) -> Callable:
     """A chunk's function of logits as one of hidden states and heads: 0 for a token that isn't kept."""
 
@@ -216,7 +217,7 @@ def _of_hidden(
 
         logits = []
         for h, head, cap in zip(cleaned(inputs.hidden, shared["first"][0]), inputs.heads, shared["caps"], strict=True):
-            logits.append(Logits(cap, Products(precision).on(platform, h, head.weight)).of(h, head))
+            logits.append(Logits(cap, products.on(platform, h, head.weight)).of(h, head))
         chunk = in_order(logits, cleaned(others, shared["first"][1]))
         results = function(chunk, as_given(shared["given"]), _of_dtypes(shared["closed over"], closed_over))
         return [jnp.where(_column(kept, r), r, jnp.zeros_like(r)) for r in results]

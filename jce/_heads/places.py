@@ -103,10 +103,10 @@ def on_axes(name: str, mesh: Mesh, token_axis: Hashable | None, class_axis: Hash
             f" function as it is."
         )
     for argument, axis in (("token_axis", token_axis), ("class_axis", class_axis)):
-        if not set(mesh_names(axis)) <= set(mesh.axis_names):
+        if not all(isinstance(n, Hashable) and n in mesh.axis_names for n in mesh_names(axis)):
             raise ValueError(
-                f"{name}: {argument} must name axes of the mesh, {mesh.axis_names}, or be None; got"
-                f" {argument}={axis!r}."
+                f"{name}: {argument} must name axes of the mesh, {mesh.axis_names}, one or a tuple of"
+                f" them, or be None; got {argument}={axis!r}."
             )
     tokens, classes = mesh_names(token_axis), mesh_names(class_axis)
     if set(tokens) & set(classes):

@@ -37,6 +37,20 @@ class Products(NamedTuple):
     precision: Any
     narrow: bool = False
 
+    @classmethod
+    def checked(cls, function: str, precision: Any) -> Products:
+        known = lax.Precision | lax.DotAlgorithm | lax.DotAlgorithmPreset
+        if precision is not None and not isinstance(precision, known):
+            number = jax.ShapeDtypeStruct((), jnp.float32)
+            try:  # what names there are, JAX alone knows
+                jax.eval_shape(functools.partial(jnp.dot, precision=precision), number, number)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{function}: precision must be None, a jax.lax.Precision or DotAlgorithmPreset, or its name, such"
+                    f' as "default" or "highest"; got precision={precision!r}. Leave it out for JAX\'s setting.'
+                ) from None
+        return cls(precision)
+
     def on(self, platform: Platform, hidden: Array, weight: Array) -> Products:
         """Narrow where all is bfloat16 and no precision is asked for. float16 has too small a range for it."""
         setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]

@@ -30,7 +30,7 @@ class Temperatures(NamedTuple):
 
 def checked_temperature(function: str, temperature: ArrayLike, batch: tuple[int, ...]) -> dict[str, Array]:
     """By its name, if it is one: real, and broadcasts to the token axes."""
-    if jnp.ndim(temperature) == 0:
+    if not is_array(temperature) or temperature.ndim == 0:
         if is_array(temperature):
             float_dtype(function, {"temperature": temperature})
         number = positive(function, jnp.result_type(float), temperature=temperature)

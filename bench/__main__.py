@@ -11,12 +11,10 @@ from types import ModuleType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's warnings of a constant that takes a second to fold
 
-from jce._command_line import Parser, end_when_interrupted
+from jce._command_line import Parser, run
 
 PROGRAM = "python -m bench"
 
-if __name__ == "__main__":
-    end_when_interrupted()
 try:
     import jax
     from rich.console import Console
@@ -131,4 +129,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -10,7 +10,6 @@ A ring sends and receives 2(p-1)/p of an all-reduced array over p devices. That 
 programs that XLA compiles for eight host devices. What devices and links can do is an assumption, to be given.
 """
 
-import argparse
 import math
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from bench.hlo import collectives
+from jce._command_line import Parser, run
 
 TOKENS, WIDTH, CLASSES, CHUNK = 4 * 2**20, 8192, 262_144, 2048
 NUMBERS_A_TOKEN = 3  # the maximum, the sum and the label's logit
@@ -108,9 +108,7 @@ def best(devices: int, **machine: float) -> Step:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.devices", description="A model of a step of the sharded head."
-    )
+    parser = Parser(prog="python -m bench.devices", description="A model of a step of the sharded head.")
     add = parser.add_argument
     add("--flops", type=float, default=4e14, help="Of a device, a second (default: %(default)g, an assumption).")
     add("--bandwidth", type=float, default=5e10, help="Bytes a second, each way (default: %(default)g, an assumption).")
@@ -131,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pathlib
 import re
-import sys
 
 import nbconvert
 import pdoc
 import pdoc.render
+
+from jce._command_line import Parser, run
 
 ROOT = pathlib.Path(__file__).parents[1]
 INDEX = """<!doctype html><html lang="en"><meta charset="utf-8"><title>jce</title>
@@ -44,6 +45,12 @@ def _shorter(text: str) -> str:
     return re.sub(union, lambda found: "ArrayLike | None" if found[1] else "ArrayLike", text, flags=re.DOTALL)
 
 
-if __name__ == "__main__":
-    for page in build(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "site")):
+def main() -> None:
+    parser = Parser(prog="python -m bench.site", description="Write the documentation as pages.")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=pathlib.Path, default="site", help="Where to.")
+    for page in build(parser.parse_args().folder):
         print(page)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -40,6 +40,7 @@ tangent_solve of a `jax.lax.custom_root` around their gradients takes `jax.jacfw
 
 import importlib.metadata as _metadata
 
+from jce import _interrupts as _interrupts  # before JAX, whose import takes a second
 from jce._binary import binary_cross_entropy, binary_entropy, binary_kl_divergence
 from jce._binary_with_logits import (
     binary_cross_entropy_with_logits,

@@ -1,4 +1,4 @@
-"""What the programs' command lines share: errors and interrupts in one line, values checked, the extra needed."""
+"""What the programs' command lines share: how they end, errors in one line, values checked, the extra needed."""
 
 from __future__ import annotations
 
@@ -6,47 +6,27 @@ import argparse
 import contextlib
 import os
 import re
-import signal
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 
-def end_when_interrupted() -> None:
-    """From now on Ctrl-C ends the process at once, with one line and status 130, whatever it is doing.
-
-    A KeyboardInterrupt waits until the main thread is back in Python, which a compiled loop may keep for minutes, and
-    can strike within a callback, which prints a traceback and goes on. A thread of its own does neither.
-    """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in the background of a shell
-        return
-    wakes, woken = socket.socketpair()
-    woken.setblocking(False)
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.set_wakeup_fd(woken.fileno())
-
-    def wait():
-        while signal.SIGINT not in wakes.recv(1):
-            pass
-        with contextlib.suppress(OSError, ValueError):
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Ends with main's status; or, when nobody reads on, as behind `| head`, with that of other programs then."""
+    try:
+        try:
+            raise SystemExit(main())
+        finally:
             sys.stdout.flush()
-        os.write(2, b"\ninterrupted\n" if sys.stderr.isatty() else b"interrupted\n")  # below a progress bar
-        os._exit(130)
-
-    # The other end lives as long as the thread that keeps it.
-    threading.Thread(target=lambda _: wait(), args=(woken,), daemon=True).start()
+    except BrokenPipeError:
+        # Python flushes once more when it ends, which would be another traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13) from None  # as if by SIGPIPE
 
 
 @contextlib.contextmanager
 def demo_extra(program: str, module: str) -> Iterator[None]:
-    """Around the imports of a program's module: a package that isn't installed is one line, with what to do.
-
-    Run as a program, an interrupt is one line too, from here on.
-    """
-    if module == "__main__":
-        end_when_interrupted()
+    """Around the imports of a program's module: a package that isn't installed is one line, with what to do."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import jce
-from jce._command_line import demo_extra, png
+from jce._command_line import demo_extra, png, run
 
 PROGRAM = "python -m jce.distill"
 
@@ -248,4 +248,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

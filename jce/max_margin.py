@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array, lax
 
 import jce
-from jce._command_line import Parser, demo_extra, integer, png
+from jce._command_line import Parser, demo_extra, integer, png, run
 
 PROGRAM = "python -m jce.max_margin"
 
@@ -151,4 +151,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array, lax
 
 import jce
-from jce._command_line import Parser, demo_extra, integer, text_file
+from jce._command_line import Parser, demo_extra, integer, run, text_file
 
 PROGRAM = "python -m jce.next_word"
 
@@ -252,4 +252,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

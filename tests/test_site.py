@@ -33,3 +33,15 @@ def test_pages(tmp_path):
     for page in notebooks:
         assert "data:image/png;base64," in page.read_text(encoding="utf-8")
         assert f'href="{page.name}"' in index.read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_help_is_no_folder(tmp_path, monkeypatch, capsys):
+    from bench import site
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["bench.site", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        site.main()
+    assert capsys.readouterr().out.startswith("usage: python -m bench.site [-h] [FOLDER]")
+    assert list(tmp_path.iterdir()) == []

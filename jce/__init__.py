@@ -25,6 +25,9 @@ the model's logits (or log-probabilities), `cross_entropy_with_integer_labels(la
 whose logits are never there all at once. The target comes first and the model second, as in H(p, q). Use the forms with
 logits where probabilities would come from a softmax or a sigmoid: an underflow to 0 can't be undone.
 
+Where an argument is to be real, it is floating-point of at least 16 bits, integer or bool: in fewer, a gradient, which
+comes back in its argument's dtype, would be rounded to 0.
+
 All are pure, jitted functions of arrays, each with its closed-form derivative as a `custom_jvp` rule: they work under
 `jit`, `vmap`, `grad`, `jvp` and every nesting of them, to any order. `jax.export` takes them with a symbolic number of
 rows or tokens. Not under `jax.experimental.jet`, which knows no `custom_jvp` rule; and before JAX 0.12 the

@@ -14,7 +14,7 @@ the law.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Any, TypeGuard
 
 import jax.numpy as jnp
@@ -239,6 +239,7 @@ def _traced(function: str, dtype, name: str, value: Array) -> Array:
             f"{function}: {name} must be a real number, or a real array of shape (); got {described({name: value})}."
             f" For several at once use jax.vmap."
         )
+    _require_wide(function, {name: value})
     return jnp.asarray(value, dtype)
 
 
@@ -301,9 +302,26 @@ def float_dtype(function: str, arguments: Mapping[str, ArrayLike]):
             f"{function}: {_and(arguments)} must be real (floating-point, integer or bool);"
             f" got {described(arguments)}. Convert to real numbers first."
         )
+    _require_wide(function, arguments)
     strong = [x.dtype for x in arrays if not x.weak_type]
     double = jnp.float64 in (strong or [jnp.result_type(float)])
     return jnp.float64 if double else jnp.float32
+
+
+def _require_wide(function: str, arguments: Mapping[str, ArrayLike]) -> None:
+    """No float of 8 bits or fewer, of arguments that are arrays to JAX.
+
+    The value would be that of the same numbers in float32, but a gradient, which has its argument's dtype, mostly 0.
+    Integers have none, however few their bits.
+    """
+    dtypes = {name: jnp.asarray(x).dtype for name, x in arguments.items()}
+    narrow = [name for name, t in dtypes.items() if jnp.issubdtype(t, jnp.floating) and t.itemsize < 2]
+    if narrow:
+        raise TypeError(
+            f"{function}: {_and(narrow)} must have at least 16 bits where floating-point, since a gradient comes back"
+            f" in its argument's dtype, and would be rounded to 0 in fewer; got {described(arguments)}. Upcast first,"
+            f" and differentiate in what that gives, as by {narrow[0]}.astype(jnp.bfloat16)."
+        )
 
 
 def is_real(x) -> bool:
@@ -379,7 +397,7 @@ def broadcasts_to(shape: tuple[int, ...], given: tuple[int, ...]) -> bool:
         return False
 
 
-def _and(arguments: Mapping[str, ArrayLike]) -> str:
+def _and(arguments: Iterable[str]) -> str:
     return " and ".join(arguments)
 
 

@@ -50,9 +50,43 @@ def test_python_scalars_never_widen(x64):
         assert jce.binary_entropy(jnp.int32(1)).dtype == jnp.float32
 
 
-def test_float8():
-    p = np.array([0.5, 0.5], ml_dtypes.float8_e4m3fn)
-    assert jce.cross_entropy(p, p) == jce.cross_entropy(np.float32([0.5, 0.5]), np.float32([0.5, 0.5]))
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float4_e2m1fn])
+def test_narrow_floats(dtype):
+    """The value would be that of the upcast, but most of the gradient 0."""
+    wide, labels = np.ones((2, 3), np.float32), np.zeros(2, int)
+
+    def refuses(function, name, *arguments, **options):
+        wants = f"^{function.__name__}: .*{name}.* at least 16 bits.*{name}: {np.dtype(dtype)}.*{name}.astype"
+        with pytest.raises(TypeError, match=wants):
+            function(*arguments, **options)
+
+    for kernel in TABLE:
+        for i, name in enumerate(kernel.arguments):
+            arguments = [wide] * len(kernel.arguments)
+            arguments[i] = wide.astype(dtype)
+            refuses(kernel.function, name, *arguments)
+    refuses(jce.check_distribution, "p", wide.astype(dtype))
+    for function in (jce.linear_cross_entropy, jce.linear_log_probs):
+        for name, x in {"bias": [1], "temperature": [1, 1], "logit_soft_cap": 1}.items():
+            refuses(function, name, labels, wide, wide[:1], **{name: np.asarray(x, dtype)})
+        refuses(function, "hidden", labels, wide.astype(dtype), wide)
+        refuses(function, "head", labels, wide, wide.astype(dtype))
+    for name, x in {"weights": [1, 1], "z_loss": 1, "label_smoothing": 1}.items():
+        refuses(jce.linear_cross_entropy, name, labels, wide, wide, **{name: np.asarray(x, dtype)})
+    probs = np.ones((2, 1), dtype)
+    refuses(jce.linear_cross_entropy, "label_probs", labels[:, None], wide, wide, label_probs=probs)
+    refuses(jce.cross_entropy_with_integer_labels, "label_probs", labels[:, None], wide, label_probs=probs)
+    for of_linear in ({"hidden": wide.astype(dtype), "head": wide}, {"hidden": wide, "head": wide.astype(dtype)}):
+        with pytest.raises(TypeError, match=r"linear_map: arguments\[0\].h.* at least 16 bits"):
+            jce.linear_map(jnp.max, jce.Linear(**of_linear))
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int8"])
+def test_narrow_integers(dtype):
+    """They are exact, and have no gradient: labels, and what is quantized."""
+    labels, head = np.array([3, 0]), np.arange(12).reshape(4, 3) % 7
+    narrow = jce.linear_cross_entropy(jnp.asarray(labels, dtype), ones(2, 3), jnp.asarray(head, dtype))
+    assert narrow == jce.linear_cross_entropy(labels, ones(2, 3), head.astype(np.float32))
 
 
 @pytest.mark.parametrize("kernel", [k for k in TABLE if len(k.arguments) == 2], ids=lambda kernel: kernel.name)

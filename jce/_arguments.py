@@ -22,8 +22,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._classes import Classes
-from jce._layout import Layout, manual_axes, mesh_names
+from jce._classes import Classes, varying
+from jce._layout import Layout, manual_axes, mesh_names, split_batch_axes
 
 
 def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:
@@ -56,7 +56,7 @@ def distributions(
             f" probabilities with 0, logits with -inf."
         )
     shape = _broadcast_shape(function, "the batch axes", arguments, arrays)
-    classes = Classes(axis, mesh_axis(function, axis_name))
+    classes = Classes(axis, mesh_axis(function, axis_name, arrays))
     masks = [] if where is None else [_mask(function, where, shape, axis, arguments)]
     layout = Layout.of(shape, arrays + masks)
     arrays, masks = ([layout.place(x) for x in xs] for xs in (arrays, masks))
@@ -72,13 +72,24 @@ def distributions(
     return arrays, classes
 
 
-def mesh_axis(function: str, axis_name: Hashable | None) -> Hashable | None:
-    """The mesh axis, which is there. Of a `jax.vmap`'s a gradient within would be its size times too large."""
+def mesh_axis(function: str, axis_name: Hashable | None, arrays: Iterable[Array]) -> Hashable | None:
+    """The mesh axis, which is there. Of a `jax.vmap`'s a gradient within would be its size times too large.
+
+    Where a `jax.vmap` around splits its batch over another, what is batched varies over it, and what isn't doesn't: JAX
+    batches one operation after another, and each of the two fails its check of types.
+    """
     names = mesh_names(axis_name)
     if not all(isinstance(name, Hashable) and name in manual_axes() for name in names):
         raise ValueError(
             f"{function}: axis_name must name an axis of the mesh of a jax.shard_map around the call, over which"
             f" the classes are split; got axis_name={axis_name!r}. Leave it out where the classes are whole."
+        )
+    batch_axes = sorted(split_batch_axes(), key=str)
+    if names and batch_axes and any(map(varying, arrays)):
+        raise ValueError(
+            f"{function}: inside a jax.vmap with spmd_axis_name, axis_name must be of a jax.shard_map that has"
+            f" check_vma=False; got axis_name={axis_name!r}, and spmd_axis_name of {batch_axes}."
+            f" Pass check_vma=False to the jax.shard_map and differentiate outside of it, or leave out spmd_axis_name."
         )
     return axis_name
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax._src import core  # nothing public tells of spmd_axis_name (JAX 0.8 to 0.12)
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -92,6 +93,11 @@ def mesh_names(*spec) -> tuple:
 def manual_axes() -> tuple:
     """The mesh axes of the `jax.shard_map`s around, of whose arrays each device has its part."""
     return jax.sharding.get_abstract_mesh().manual_axes
+
+
+def split_batch_axes() -> frozenset:
+    """The mesh axes over which the `jax.vmap`s around split their batches, by spmd_axis_name."""
+    return core.get_axis_env().spmd_axis_names
 
 
 def auto_devices() -> int:

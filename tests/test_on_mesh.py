@@ -179,6 +179,73 @@ def test_by_the_types_of_explicit_axes(rng):
         close(jax.device_get(x), jax.device_get(expected), rtol=2e-5, atol=2e-5)
 
 
+# A batch that is split over another mesh axis, by jax.vmap: (a function of labels, states, head and a mask, what it is)
+
+
+def split_rows(check_vma):
+    def of_rows(y, x):
+        return jce.cross_entropy_with_integer_labels(y, x, axis_name="classes")
+
+    specs = {"in_specs": (P("tokens"), P("tokens", "classes")), "out_specs": P("tokens")}
+    return lambda mesh: jax.shard_map(of_rows, mesh=mesh, check_vma=check_vma, **specs)
+
+
+def mean(y, h, w, where):
+    return jce.linear_cross_entropy(y, h, w, where=where)
+
+
+SPLIT_BATCHES = {
+    "sharded": (
+        lambda mesh: lambda *a: jce.sharded_linear_cross_entropy(*a[:3], where=a[3], mesh=mesh, **AXES),
+        mean,
+    ),
+    "map": (
+        lambda mesh: (
+            lambda y, h, w, where: jce.on_mesh(jce.linear_map, mesh=mesh, **AXES)(
+                lambda y, x: ce(y, x, axis_name="classes"), y, Linear(h, w), where=where, reduction="mean"
+            )
+        ),
+        mean,
+    ),
+    "rows": (
+        lambda mesh: lambda y, h, w, where: split_rows(False)(mesh)(y, h @ w.T).sum(where=where),
+        lambda y, h, w, where: ce(y, h @ w.T).sum(where=where),
+    ),
+}
+
+
+@pytest.mark.parametrize("own_heads", [False, True], ids=["one head", "heads"])
+@pytest.mark.parametrize("name", SPLIT_BATCHES)
+@pytest.mark.in_turn(3)
+def test_a_batch_split_by_spmd_axis_name(name, own_heads, rng):
+    """Values, and gradients of the batch and of each in it, with one head for all, or one for each."""
+    mesh = jax.make_mesh((2, 2, 2), ("batch", "tokens", "classes"), axis_types=(AxisType.Auto,) * 3)
+    of_mesh, whole = SPLIT_BATCHES[name]
+    y, where = rng.integers(0, 8, (4, 6)), rng.random((4, 6)) < 0.7
+    h, w = (rng.standard_normal(s).astype(np.float32) for s in ((4, 6, 3), (4, 8, 3) if own_heads else (8, 3)))
+
+    def results(f, **split):
+        axes = (0, 0, 0 if own_heads else None, 0)
+
+        def total(h, w):
+            return jax.vmap(f, axes, **split)(y, h, w, where).sum()
+
+        values = jax.vmap(f, axes, **split)(y, h, w, where)
+        if jax.__version_info__ < (0, 10):  # batches no gradient without check_vma
+            return values
+        return values, jax.grad(total, (0, 1))(h, w), jax.vmap(jax.grad(f, (1, 2)), axes, **split)(y, h, w, where)
+
+    got, expected = jax.jit(lambda: results(of_mesh(mesh), spmd_axis_name="batch"))(), results(whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def test_a_batch_split_by_spmd_axis_name_over_a_checked_shard_map():
+    mesh = jax.make_mesh((2, 2, 2), ("batch", "tokens", "classes"), axis_types=(AxisType.Auto,) * 3)
+    of_rows = jax.vmap(split_rows(True)(mesh), spmd_axis_name="batch")
+    with pytest.raises(ValueError, match=r"integer_labels: .*got axis_name='classes'.*\['batch'\].* check_vma=False"):
+        of_rows(np.zeros((4, 6), int), np.zeros((4, 6, 8), np.float32))
+
+
 def test_errors():
     mesh = make_mesh((2, 4))
     x = Linear(np.ones((4, 2), np.float32), np.ones((8, 2), np.float32))

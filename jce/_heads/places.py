@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jce._arguments import mesh_axis
-from jce._layout import Layout, mesh_names, told_axes
+from jce._layout import Layout, mesh_names, split_batch_axes, told_axes
 
 
 class Places(NamedTuple):
@@ -70,7 +70,7 @@ def on_each_device(
         places, axis_name = axis_name, None
         _require_division(name, places, batch, arguments)
     else:
-        places, axis_name = by_type(batch, arguments), mesh_axis(name, axis_name)
+        places, axis_name = by_type(batch, arguments), mesh_axis(name, axis_name, jax.tree.leaves(arguments))
         if named_classes and places is not None and places.classes:
             raise ValueError(
                 f"{name}: the types of the heads say that their classes are split over {places.classes}, which function"
@@ -92,6 +92,8 @@ def on_each_device(
         in_specs=(specs,),
         out_specs=P() if whole else places.tokens,
         axis_names=places.mesh_axes,
+        # Of a batch that is split over a mesh axis too, JAX's types tell less than it checks them for.
+        check_vma=not split_batch_axes(),
     )(Arguments(placed(tokens, specs.tokens, batch), placed(rows, specs.rows), placed(shared, specs.shared)))
 
 

@@ -179,6 +179,29 @@ def test_by_the_types_of_explicit_axes(rng):
         close(jax.device_get(x), jax.device_get(expected), rtol=2e-5, atol=2e-5)
 
 
+OF_WIDTHS = {
+    "cross-entropy": jce.linear_cross_entropy,
+    "divergence": lambda y, h, w: jce.linear_kl_divergence(Linear(h, w), Linear(2 * h, w)),
+    "map": lambda y, h, w: jce.linear_map(ce, y, Linear(h, w), reduction="mean"),
+}
+
+
+@pytest.mark.parametrize("name", OF_WIDTHS)
+@pytest.mark.parametrize("head_is_split", [True, False])
+@pytest.mark.in_turn(2)
+def test_states_split_over_their_width_by_type(name, head_is_split, rng):
+    """The dense numbers, and gradients that lie as the arguments do, whether the head is so split or not."""
+    y, (h, w) = rng.integers(0, 8, 6), (rng.standard_normal(s).astype(np.float32) for s in ((6, 4), (8, 4)))
+    mesh = jax.make_mesh((2,), ("width",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    specs = P(None, "width"), P(None, "width" if head_is_split else None)
+    step = jax.jit(jax.value_and_grad(lambda h, w: OF_WIDTHS[name](y, h, w), (0, 1)))
+    expected = step(h, w)
+    with jax.set_mesh(mesh):
+        got = step(*(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip((h, w), specs, strict=True)))
+    assert tuple(jax.typeof(g).sharding.spec for g in got[1]) == specs
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
 # A batch that is split over another mesh axis, by jax.vmap: (a function of labels, states, head and a mask, what it is)
 
 

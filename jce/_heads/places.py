@@ -78,7 +78,10 @@ def on_each_device(
                 f" heads."
             )
     if places is None:
-        return function(arguments, (), axis_name)
+        # Whole tokens: split over d, hidden states are gathered, and a head may stay so. Of a product of two that are
+        # split over what it sums, JAX wants to be told how the result is split.
+        tokens = jax.tree.map(lambda x: Layout(x.shape, None, (None,) * x.ndim).place(x), arguments.tokens)
+        return function(arguments._replace(tokens=tokens), (), axis_name)
     classes = mesh_names(axis_name, places.classes) or None  # split by the caller, and what each has again
     specs = Arguments(places.tokens, P(places.classes), P())
 

@@ -90,23 +90,26 @@ def_partials_of_sum(
 def_tangents(_log_q, lambda t, p, q: jnp.zeros_like(t), over_if_present)
 
 
-@public("axis", "axis_name")
+@public("axis", "axis_name", numbers=("z_loss",))
 def cross_entropy_with_logits(
     p: ArrayLike,
     logits: ArrayLike,
     *,
+    z_loss: ArrayLike = 0.0,
     axis: int = -1,
     where: ArrayLike | None = None,
     axis_name: Hashable | None = None,
 ) -> Array:
     """H(p, q) = Σᵢ pᵢ log 1/qᵢ at q = softmax(logits), in nats: the cross-entropy of a target p and logits.
 
-    Relatively accurate where the model is sure and right: a loss of 1e-30 is 1e-30. Minimal over q at q = p.
+    Relatively accurate where the model is sure and right: a loss of 1e-30 is 1e-30. Minimal over q at q = p. With
+    z_loss ζ there is ζL² more, of L = log Σ exp logits: the loss is Σᵢ pᵢ log 1/qᵢ + ζL².
 
     Args:
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       logits: real, [..., n, ...], the model's logits (or log-probabilities). Batch axes broadcast, the class axis
         doesn't.
+      z_loss: ζ, a number ≥ 0; it draws L towards 0. Python's 0 costs nothing. One that is traced isn't checked.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcasts to the shape of p and logits. A class where it is False takes no part, whatever it holds;
         a distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
@@ -119,15 +122,16 @@ def cross_entropy_with_logits(
 
     At the boundary:
       A logit of -∞ is a class of probability 0: where pᵢ = 0 it contributes 0, with derivative 0; where pᵢ > 0 it makes
-      H = +∞. ∂H/∂pᵢ = +∞ there. A NaN, a +∞ or nothing but -∞ among the logits makes its row NaN. n = 0 gives 0.
+      H = +∞. ∂H/∂pᵢ = +∞ there. A NaN, a +∞ or nothing but -∞ among the logits makes its row NaN. n = 0 gives 0. A
+      traced ζ of 0 is none, whatever L is.
 
     Derivative:
-      ∂H/∂xᵢ = qᵢ Σp - pᵢ, ∂H/∂pᵢ = log 1/qᵢ, each in its argument's dtype.
+      ∂/∂xᵢ = qᵢ Σp - pᵢ + 2ζLqᵢ, ∂/∂pᵢ = log 1/qᵢ, each in its argument's dtype. In a traced ζ it is L².
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
-      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, `axis` is not
-        an int in range, or `where` doesn't broadcast.
+      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, z_loss is below
+        0, `axis` is not an int in range, or `where` doesn't broadcast.
 
     Not checked:
       pᵢ ≥ 0 and Σ pᵢ = 1 (see `check_distribution`): the formula is linear in p, also below 0. Results below the
@@ -138,10 +142,10 @@ def cross_entropy_with_logits(
       >>> print(jce.cross_entropy_with_logits(p, logits), jax.grad(jce.cross_entropy_with_logits, 1)(p, logits))
       4.1223074e-09 [-4.1223074e-09  2.0611537e-09  2.0611537e-09]
     """
-    (p, x), classes = distributions(
-        "cross_entropy_with_logits", axis, where, axis_name, in_logits=("logits",), p=p, logits=logits
-    )
-    return soft(p, x, classes)
+    name = "cross_entropy_with_logits"
+    (p, x), classes = distributions(name, axis, where, axis_name, in_logits=("logits",), p=p, logits=logits)
+    z_loss = positive(name, x.dtype, z_loss=z_loss, or_zero=True)
+    return _with_z_loss(z_loss, soft(p, x, classes), x, classes)
 
 
 @public("axis", "axis_name", "tail", numbers=("label_smoothing", "z_loss"))

@@ -345,10 +345,17 @@ def smoothed(x):
     return mp.mpf(1 - SMOOTHING) * s[0] + mp.mpf(SMOOTHING) * sum(s) / len(s)
 
 
-def with_z_loss(x):
+def z_loss(x):
     m = max(x)
-    log_sum = m + mp.log(sum(mp.exp(xi - m) for xi in x))
-    return surprisals(x)[0] + Z_LOSS * log_sum**2
+    return Z_LOSS * (m + mp.log(sum(mp.exp(xi - m) for xi in x))) ** 2
+
+
+def label_0_with_z_loss(x):
+    return surprisals(x)[0] + z_loss(x)
+
+
+def soft_with_z_loss(p, x):
+    return cross_entropy_with_logits(p, x) + z_loss(x)
 
 
 def kl_divergence_with_logits(x, y):
@@ -418,6 +425,16 @@ def at_beta(function):
         return function(p, q, beta=BETA, **options)
 
     return weighing
+
+
+def penalized(function):
+    """The function with a z-loss."""
+
+    @functools.wraps(function)
+    def with_penalty(p, logits, **options):
+        return function(p, logits, z_loss=Z_LOSS, **options)
+
+    return with_penalty
 
 
 # The head's functions as functions of the logits, which are the bias of a head of zeros
@@ -772,6 +789,38 @@ TABLE = [
         ],
     ),
     Kernel(
+        function=penalized(jce.cross_entropy_with_logits),
+        note="z-loss",
+        arguments=("p", "logits"),
+        regimes=soft_regimes,
+        domains=((0, INF), LOGIT),
+        absent=(0.0, -INF),
+        formula=soft_with_z_loss,
+        value_bar=4,
+        gradient_bar=(4, 8),
+        gradient_scale=(
+            None,
+            lambda p, x: [
+                q * (sum(p) + 2 * Z_LOSS * (max(map(abs, x)) + mp.log(len(x)))) + pi
+                for pi, q in zip(p, softmax(x), strict=True)
+            ],
+        ),
+        hvp_bar=10,
+        corners=[
+            Corner(([0.25] * 4, [0.0] * 4), 2 * LOG2 + LOG2**2, ([2 * LOG2] * 4, [LOG2 / 4] * 4)),
+            Corner(([1.0, 0.0, 0.0, 0.0], [1.0, -INF, -INF, -INF]), 0.25, ([0.0, INF, INF, INF], [0.5, 0.0, 0.0, 0.0])),
+            Corner(
+                ([0.0, 1.0, 0.0, 0.0], [0.0, -INF, 0.0, -INF]),
+                INF,
+                ([LOG2, INF, LOG2, INF], [LOG2 / 4 + 0.5, -1.0, LOG2 / 4 + 0.5, 0.0]),
+            ),
+            Corner(([0.0] * 4, [0.0] * 4), LOG2**2, ([2 * LOG2] * 4, [LOG2 / 4] * 4)),
+            Corner(([1.0, 0.0, 0.0, 0.0], [200.0, 0.0, 0.0, 0.0]), 1e4, ([0.0, 200, 200, 200], [100.0, 0.0, 0.0, 0.0])),
+            Corner(([NAN, 0.0, 0.0, 0.0], [0.0] * 4), NAN, ([2 * LOG2] * 4, [NAN] * 4)),
+            *[Corner(([0.25] * 4, x), NAN, ([NAN] * 4, [NAN] * 4)) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
         function=label_0(),
         arguments=("logits",),
         regimes=one_row_regimes,
@@ -823,7 +872,7 @@ TABLE = [
         regimes=one_row_regimes,
         domains=(LOGIT,),
         absent=(-INF,),
-        formula=with_z_loss,
+        formula=label_0_with_z_loss,
         value_bar=4,
         gradient_bar=(8,),
         gradient_scale=(

@@ -13,7 +13,7 @@ TOKEN = re.compile(
     r"\s+|\d+|Σ[ᵢpq]|KL\(\w‖\w\)|(?:p_logits|q_logits|log|KL|[a-zα-ωH])(?:_y|ᵢ)?|\[i = y\]|\[no label is i\]|L²|."
 )
 # Where a function's first line is of another row: what its docstring says of this one
-OF_NUMBERS = r"the loss is\s+(.*?)\. No"
+OF_NUMBERS = r"the loss is\s+(.*?)\.\s"
 VALUES = {"smoothed": OF_NUMBERS, "z-loss": OF_NUMBERS, TAIL: r"an entry\s+more is (.*?), of all"}
 NUMBERS = [("ε", "smoothed", SMOOTHING), ("ζ", "z-loss", Z_LOSS)]
 DERIVATIVES = {TAIL: r"of the tail (.*?)\."}
@@ -98,7 +98,7 @@ def values(kernel, row) -> dict:
         "ζ": Z_LOSS if kernel.note == "z-loss" else 0,
     }
     if "L = log Σ exp logits" in inspect.getdoc(kernel.function):
-        letters["L"] = mp.log(sum(map(mp.exp, row[0])))
+        letters["L"] = mp.log(sum(map(mp.exp, row[-1])))
     n = len(row[0]) if kernel.has_classes else 1
     return {"log": mp.log, "sigmoid": sigmoid, "KL": kl_divergence, "n": n, "y": 0} | numbers | letters
 

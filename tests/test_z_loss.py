@@ -1,4 +1,4 @@
-"""The z-loss of dense logits, beside labels, smoothed ones and lists: against float64, by hand, in every mode."""
+"""The z-loss of dense logits, beside targets of every kind: against float64, by hand, in every mode."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ import pytest
 import jce
 
 ROWS, CLASSES = 5, 7
-TARGETS = {"labels": {}, "smoothed": {"label_smoothing": 0.1}, "list": {}, "list and tail": {"tail": True}}
+TARGETS = {"labels": {}, "smoothed": {"label_smoothing": 0.1}, "list": {}, "list and tail": {"tail": True}, "soft": {}}
+LOSSES = (jce.cross_entropy_with_integer_labels, jce.cross_entropy_with_logits)
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["a number", "traced"])
@@ -21,9 +22,11 @@ def test_values_and_derivatives(of, traced, rng):
     probs = np.full((ROWS, 2), 0.4) if "list" in of else np.ones((ROWS, 1))
     kept = (np.arange(CLASSES) < CLASSES - 1)[:, None]
     lists = {"label_probs": probs} if "list" in of else {}
-    smoothing = TARGETS[of].get("label_smoothing", 0.0)
+    smoothing, p = TARGETS[of].get("label_smoothing", 0.0), rng.dirichlet(np.ones(CLASSES), ROWS).T
 
     def ours(x, z_loss):
+        if of == "soft":
+            return (weights * jce.cross_entropy_with_logits(p, x, axis=0, where=kept, z_loss=z_loss)).sum()
         losses = jce.cross_entropy_with_integer_labels(
             labels, x, axis=0, where=kept, z_loss=z_loss, **lists, **TARGETS[of]
         )
@@ -37,6 +40,8 @@ def test_values_and_derivatives(of, traced, rng):
         losses = (1 - smoothing) * (at * probs).sum(1) + smoothing * surprisals.mean(0)
         if of == "list and tail":
             losses -= (1 - probs.sum(1)) * jnp.log1p(-jnp.exp(-at).sum(1))
+        if of == "soft":
+            losses = (p[:-1] * surprisals).sum(0)
         return (weights * (losses + z_loss * log_z**2)).sum()
 
     def everything(f):
@@ -60,17 +65,21 @@ def test_values_and_derivatives(of, traced, rng):
         )
 
 
-def test_nothing_and_0():
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_nothing_and_0(loss):
     """A row with nothing left is 0; a traced ζ of 0 is none, whatever L is; Python's 0 costs nothing."""
     x, y = jnp.asarray([[1.0, 2.0], [3.0, -jnp.inf]]), jnp.asarray([0, 0])
-    loss = jce.cross_entropy_with_integer_labels
+    y = y if loss is LOSSES[0] else jax.nn.one_hot(y, 2)
     np.testing.assert_array_equal(loss(y, x, z_loss=0.5, where=jnp.asarray([[False], [True]])), [0, 4.5])
     np.testing.assert_array_equal(loss(y, x, z_loss=jnp.zeros(())), loss(y, x))
+    np.testing.assert_array_equal(loss(y, 1e20 * x, z_loss=jnp.zeros(())), loss(y, 1e20 * x))  # L² is +∞
     plain, zero = loss.lower(y, x).as_text(), loss.lower(y, x, z_loss=0.0).as_text()
     assert plain == zero != loss.lower(y, x, z_loss=0.1).as_text()
 
 
-def test_wrong_arguments():
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_wrong_arguments(loss):
+    y = 0 if loss is LOSSES[0] else np.ones(3)
     for wrong in (-1.0, np.ones(2)):
-        with pytest.raises(ValueError, match=r"cross_entropy_with_integer_labels: z_loss must be a"):
-            jce.cross_entropy_with_integer_labels(0, np.ones(3), z_loss=wrong)
+        with pytest.raises(ValueError, match=rf"{loss.__name__}: z_loss must be a"):
+            loss(y, np.ones(3), z_loss=wrong)

@@ -345,9 +345,13 @@ def smoothed(x):
     return mp.mpf(1 - SMOOTHING) * s[0] + mp.mpf(SMOOTHING) * sum(s) / len(s)
 
 
-def z_loss(x):
+def log_sum(x):
     m = max(x)
-    return Z_LOSS * (m + mp.log(sum(mp.exp(xi - m) for xi in x))) ** 2
+    return m + mp.log(sum(mp.exp(xi - m) for xi in x))
+
+
+def z_loss(x):
+    return Z_LOSS * log_sum(x) ** 2
 
 
 def label_0_with_z_loss(x):
@@ -468,7 +472,7 @@ def mapped(function, **options):
 
 SMOOTHING, BETA = 0.125, 0.125
 Z_LOSS = 0.25
-TAIL = "tail"
+TAIL, LOG_Z = "tail", "log Z"
 
 
 def sigmoid(x):
@@ -1111,6 +1115,24 @@ HEADS = [
     ),
     dataclasses.replace(
         ROWS["entropy_with_logits"], function=with_label_0(jce.linear_log_probs, lambda result: result.entropy)
+    ),
+    dataclasses.replace(
+        ROWS["entropy_with_logits"],
+        function=with_label_0(jce.linear_log_probs, lambda result: result.log_normalizer, log_normalizer=True),
+        note=LOG_Z,
+        formula=log_sum,
+        value_bar=2,
+        value_scale=lambda x: max(abs(xi) for xi in x if mp.isfinite(xi)) + mp.log(len(x)),
+        gradient_scale=(None,),
+        hvp_bar=8,
+        corners=[
+            Corner(([0.0] * 4,), 2 * LOG2, ([0.25] * 4,)),
+            Corner(([1.0, -INF, -INF, -INF],), 1.0, ([1.0, 0.0, 0.0, 0.0],)),
+            Corner(([0.0, -INF, -INF, 0.0],), LOG2, ([0.5, 0.0, 0.0, 0.5],)),
+            Corner(([200.0, 0.0, 0.0, -INF],), 200.0, ([1.0, 0.0, 0.0, 0.0],)),
+            Corner(([3e38, -3e38, 0.0, 0.0],), 3e38, ([1.0, 0.0, 0.0, 0.0],), False),
+            *[Corner((x,), NAN, ([NAN] * 4,)) for x in IMPOSSIBLE],
+        ],
     ),
     dataclasses.replace(
         ROWS["kl_divergence_with_logits"],

@@ -132,10 +132,11 @@ def test_traced_numbers_cost_no_product():
     assert products(jax.value_and_grad(loss, 2), *a, numbers) == 2
 
 
-def test_log_probs_are_one_pass():
+@pytest.mark.parametrize("log_normalizer", [False, True])
+def test_log_probs_are_one_pass(log_normalizer):
     def statistics(hidden, head):
-        both = jce.linear_log_probs(np.zeros(64, int), hidden, head, chunk_size=16)
-        return both.log_prob.sum() + both.entropy.sum()
+        of = jce.linear_log_probs(np.zeros(64, int), hidden, head, log_normalizer=log_normalizer, chunk_size=16)
+        return sum(x.sum() for x in of)
 
     a = matrices(64, 8, 40)
     assert products(statistics, *a) == 1

@@ -1,4 +1,4 @@
-"""`linear_log_probs` at k labels, with a tail, and at a temperature: against float64, by hand."""
+"""`linear_log_probs` at k labels, with a tail and log Z, and at a temperature: against float64, by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ def by_hand(labels, h, w, b, t, tail):
     at = jnp.take_along_axis(log_q, labels.reshape(TOKENS, -1) - 1, 1)
     if tail:
         at = jnp.concatenate([at, jnp.log1p(-jnp.exp(at).sum(-1, keepdims=True))], 1)
-    return at if labels.ndim == 2 else at[:, 0], -(jnp.exp(log_q) * log_q).sum(-1)
+    at = at if labels.ndim == 2 else at[:, 0]
+    return at, -(jnp.exp(log_q) * log_q).sum(-1), jax.nn.logsumexp(x, -1)
 
 
 def scalar(results):
@@ -45,9 +46,10 @@ def test_values_and_derivatives(of, of_each, problem):
     labels, h, w, b, t = problem
     labels, t, tail = labels[:, 0] if of == "one" else labels, t if of_each else t[0], of == "and a tail"
     with jax.enable_x64(True):
+        options = {"tail": tail, "log_normalizer": True, "logit_soft_cap": CAP, "chunk_size": 3}
 
         def ours(h, w, b, t):
-            return jce.linear_log_probs(labels, h, w, b, temperature=t, tail=tail, logit_soft_cap=CAP, chunk_size=3)
+            return jce.linear_log_probs(labels, h, w, b, temperature=t, **options)
 
         def expected(h, w, b, t):
             return by_hand(labels, h, w, b, t, tail)
@@ -99,11 +101,14 @@ def test_a_divergence_of_the_likeliest_classes(problem):
 
 @pytest.mark.needs_jit
 def test_what_is_not_used_costs_nothing():
-    """Not one exponential for the other of the two, in the compiled program."""
+    """Not one exponential for the others, in the compiled program; and log Z is made of those of the entropy."""
 
-    def transcendentals(use):
-        program = jax.jit(lambda h, w: use(jce.linear_log_probs(np.zeros(64, int), h, w, chunk_size=64)))
-        return program.lower(*matrices(64, 8, 256)).compile().cost_analysis()["transcendentals"]
+    def cost(use, **options):
+        program = jax.jit(lambda h, w: use(jce.linear_log_probs(np.zeros(64, int), h, w, chunk_size=64, **options)))
+        return program.lower(*matrices(64, 8, 256)).compile().cost_analysis()
+
+    def transcendentals(use, **options):
+        return cost(use, **options)["transcendentals"]
 
     def alone(function):
         program = jax.jit(lambda h, w: jce.linear_map(function, jce.Linear(h, w), chunk_size=64))
@@ -114,6 +119,32 @@ def test_what_is_not_used_costs_nothing():
 
     assert transcendentals(lambda both: both.log_prob) == alone(loss) < transcendentals(tuple)
     assert transcendentals(lambda both: both.entropy) == alone(jce.entropy_with_logits) < transcendentals(tuple)
+    assert transcendentals(tuple) == transcendentals(tuple, log_normalizer=True)
+    two, two_of_three = cost(tuple), cost(lambda r: (r.log_prob, r.entropy), log_normalizer=True)
+    for measure in ("transcendentals", "flops", "bytes accessed"):
+        assert two[measure] == two_of_three[measure]
+
+
+def test_log_z_is_there_where_it_is_asked_for(problem):
+    """Beside the same two numbers; a token that is left out has 0, with derivative 0, whatever it holds."""
+    labels, h, w, b, t = problem
+    two = jce.linear_log_probs(labels, h, w, b, temperature=t)
+    assert len(two) == 2
+    with pytest.raises(AttributeError, match="log_normalizer=True"):
+        _ = two.log_normalizer
+    three = jce.linear_log_probs(labels, h, w, b, temperature=t, log_normalizer=True)
+    assert three._fields == ("log_prob", "entropy", "log_normalizer")
+    np.testing.assert_array_equal(three.log_prob, two.log_prob)
+    np.testing.assert_array_equal(three.entropy, two.entropy)
+    h[2], kept = np.nan, np.arange(TOKENS) != 2
+
+    def log_z(h):
+        return jce.linear_log_probs(labels, h, w, b, where=kept, temperature=t, log_normalizer=True).log_normalizer
+
+    np.testing.assert_array_equal(log_z(h), np.where(kept, three.log_normalizer, 0))
+    gradient = jax.grad(lambda h: log_z(h).sum())(h)
+    assert (gradient[2] == 0).all()
+    assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +173,7 @@ def test_on_a_mesh(of_each, rng):
 
     def run(function):
         def results(h, w, t):
-            return function(labels, h, w, temperature=t, tail=True, chunk_size=2)
+            return function(labels, h, w, temperature=t, tail=True, log_normalizer=True, chunk_size=2)
 
         return jax.jit(lambda *a: (results(*a), jax.grad(lambda *a: scalar(results(*a)), (0, 1, 2))(*a)))(h, w, t)
 

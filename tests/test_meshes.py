@@ -102,7 +102,9 @@ def table():
         rows[f"head, {reduction}"] = Row(loss, tokens, arguments)
         rows[f"sharded head, {reduction}"] = Row(loss, tokens, arguments, on_mesh)
     rows["log-probs"] = Row(
-        lambda others, *x: functools.reduce(jnp.add, jce.linear_log_probs(others["labels"], *x, where=others["where"])),
+        lambda others, *x: functools.reduce(
+            jnp.add, jce.linear_log_probs(others["labels"], *x, where=others["where"], log_normalizer=True)
+        ),
         tokens,
         (hidden, head, bias),
     )

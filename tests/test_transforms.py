@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jce
 from jce._public import Public
-from tests.kernels import KERNELS, TAIL, Z_LOSS, each_function, each_kernel, easy, gradient, op_by_op, total
+from tests.kernels import KERNELS, LOG_Z, TAIL, Z_LOSS, each_function, each_kernel, easy, gradient, op_by_op, total
 
 close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
 
@@ -254,7 +254,7 @@ def test_shapes(kernel, rng):
         empty = [np.zeros((3, 0), np.float32) for _ in kernel.arguments]
         np.testing.assert_array_equal(kernel.function(*empty), np.zeros(3))
         certain = [np.ones((3, 1), np.float32) for _ in kernel.arguments]
-        expected = {TAIL: -np.inf, "z-loss": Z_LOSS}.get(kernel.note, 0)
+        expected = {TAIL: -np.inf, "z-loss": Z_LOSS, LOG_Z: 1}.get(kernel.note, 0)
         np.testing.assert_array_equal(kernel.function(*certain), np.full(3, expected))
 
 

@@ -1,10 +1,10 @@
-"""The log-probability of each token's label or labels, and the entropy of its distribution, at hidden · headᵀ."""
+"""Each token's log-probability of its label or labels, entropy, and log Z, at hidden · headᵀ."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,10 +18,11 @@ from jce._entropy import entropy_of_softmax
 from jce._heads.chunks import checked
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
-from jce._heads.temperature import at_temperature
+from jce._heads.temperature import at_temperature, whole_log_sum
 from jce._label_log_probs import log_probs_and_tail, log_probs_of
 from jce._label_surprisal import label_surprisal
 from jce._public import public
+from jce._softmax import logsumexp
 
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbs")
@@ -31,8 +32,29 @@ class LogProbs(NamedTuple):
     log_prob: Array
     entropy: Array
 
+    @property
+    def log_normalizer(self) -> Array:
+        raise AttributeError("linear_log_probs: log_normalizer is there where it is asked for: log_normalizer=True.")
 
-@public("tail", "chunk_size", "batch_invariant", "precision", "axis_name", numbers=("temperature", "logit_soft_cap"))
+
+@functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbsAndNormalizer")
+class LogProbsAndNormalizer(NamedTuple):
+    """And log Z. Another tuple, so that the one of two can be unpacked as such."""
+
+    log_prob: Array
+    entropy: Array
+    log_normalizer: Array
+
+
+@public(
+    "tail",
+    "log_normalizer",
+    "chunk_size",
+    "batch_invariant",
+    "precision",
+    "axis_name",
+    numbers=("temperature", "logit_soft_cap"),
+)
 def linear_log_probs(
     labels: ArrayLike,
     hidden: ArrayLike,
@@ -42,6 +64,7 @@ def linear_log_probs(
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     tail: bool = False,
+    log_normalizer: bool = False,
     logit_soft_cap: ArrayLike | None = None,
     chunk_size: int | None = None,
     batch_invariant: bool = False,
@@ -70,6 +93,8 @@ def linear_log_probs(
       tail: True gives log(1-Σq) of all other classes as a last entry of k+1 log-probabilities, exact where 1-Σ cancels;
         of k labels, which must be distinct. With it `kl_divergence_with_logits` of a teacher's and a student's is the
         KL divergence of k+1 outcomes, as `log_probs_with_integer_labels` says. It costs another pass over logits.
+      log_normalizer: True gives log Z = log Σ exp(xᵢ/T) too, as a third field of that name: a static bool. log Z +
+        log q_y is the label's logit x_y/T; times a number, log Z squared is a z-loss.
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none. A traced one isn't
         checked.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
@@ -78,17 +103,19 @@ def linear_log_probs(
       axis_name: as in `linear_cross_entropy`.
 
     Returns:
-      A named tuple: log_prob ≤ 0, of the shape of labels (with a tail [..., k+1]), and entropy ≥ 0, [...]; float32, or
-      float64 if hidden, head or bias is. What isn't used of the two costs nothing under `jax.jit`.
+      A named tuple: log_prob ≤ 0, of the shape of labels (with a tail [..., k+1]), entropy ≥ 0, [...], and where it is
+      asked for log_normalizer, [...]; float32, or float64 if hidden, head or bias is. What isn't used of them costs
+      nothing under `jax.jit`.
 
     At the boundary:
-      A label outside [0, n) makes its log_prob NaN, in value and gradient; the entropy doesn't depend on it. A
-      forbidden class contributes 0 to the entropy, with derivative 0; at the label it makes log_prob -∞, as a tail does
+      A label outside [0, n) makes its log_prob NaN, in value and gradient; the others don't depend on it. A forbidden
+      class contributes 0 to the entropy and to Z, with derivative 0; at the label it makes log_prob -∞, as a tail does
       of which no class is possible. No classes make all 0.
 
     Derivative:
-      ∂ log q_y/∂xᵢ = ([i = y] - qᵢ)/T, ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)/T, and on to hidden, head and bias, each in its own
-      dtype, and in T. Forward and reverse mode, any order; the gradient costs four matrix products.
+      ∂ log q_y/∂xᵢ = ([i = y] - qᵢ)/T, ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)/T, ∂ log Z/∂xᵢ = qᵢ/T, and on to hidden, head and
+      bias, each in its own dtype, and in T. Forward and reverse mode, any order; the gradient costs four matrix
+      products.
 
     Raises:
       TypeError: labels are not integers, hidden, head, bias or temperature not real, or `where` not boolean.
@@ -114,20 +141,24 @@ def linear_log_probs(
     if "temperature" in got:
         arguments["temperature"] = jnp.broadcast_to(got["temperature"], h.shape[:-1])
     options = TokenOptions(where, None, "none", chunk_size, precision, axis_name, batch_invariant)
-    return over_tokens(name, functools.partial(_of_chunk, tail), arguments, options)
+    results = over_tokens(name, functools.partial(_of_chunk, tail, log_normalizer), arguments, options)
+    return cast(LogProbs, results)  # for type checkers, which can't tell them apart by an option
 
 
-def _of_chunk(tail, example, _, class_axis):
+def _of_chunk(tail, log_normalizer, example, _, class_axis):
     classes, (k, dtype) = Classes(-1, class_axis), (example[0].shape, example[1].dtype)
     at_labels = log_probs_and_tail if tail else log_probs_of if k else _log_prob
 
-    def log_probs_and_entropy(chunk, *_):
+    def statistics(chunk, *_):
         y, x, *temperature = chunk
-        x = at_temperature(x, temperature[0] if temperature else None, classes)
-        return [at_labels(y, x, classes), entropy_of_softmax(x, classes)]
+        t = temperature[0] if temperature else None
+        z = at_temperature(x, t, classes)
+        both = [at_labels(y, z, classes), entropy_of_softmax(z, classes)]
+        return [*both, whole_log_sum(logsumexp(z, classes), x, t, classes)] if log_normalizer else both
 
-    one = LogProbs(jnp.zeros([n + tail for n in k], dtype), jnp.zeros((), dtype))
-    return OfChunk(log_probs_and_entropy, one)
+    log_prob, number = jnp.zeros([n + tail for n in k], dtype), jnp.zeros((), dtype)
+    one = LogProbsAndNormalizer(log_prob, number, number) if log_normalizer else LogProbs(log_prob, number)
+    return OfChunk(statistics, one)
 
 
 def _log_prob(y, x, classes):

@@ -11,7 +11,7 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
 import jce
-from jce._platforms import ACCELERATOR, CPU, ChunkSize
+from jce._platforms import ACCELERATOR, CPU
 from tests.jaxprs import inner
 from tests.kernels import modes
 from tests.test_package import README
@@ -183,14 +183,6 @@ def test_the_rule_is_what_is_said_of_it(text):
     assert [(int(least), 2 ** int(power.translate(powers))) for least, power in said] == rules
     filled = re.findall(r"(\d+) MiB or more", text)
     assert [int(size) * 2**20 for size in filled] in ([], [p.chunk_bytes for p in platforms])
-
-
-def test_the_readmes_example_of_the_rule():
-    example = re.search(r"on a CPU \((.*) tokens at (.*) classes, (.*)\s+from (.*) up\)", TEXTS["README"])
-    tokens, few, least, many = (int(number.replace(",", "")) for number in example.groups())
-    sizes = {n: CPU.chunks(ChunkSize(None), np.zeros(n, np.float32)).size for n in (few, many // 2, many, 2 * many)}
-    assert sizes == {few: tokens, many // 2: sizes[many // 2], many: least, 2 * many: least}
-    assert sizes[many // 2] > least
 
 
 def test_a_few_more_chunks_that_need_no_filling():

@@ -1,12 +1,16 @@
 """optax's own tests of its losses, which ship with it, hold with ours behind its names."""
 
+import operator
+import re
 import unittest
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jce
+from tests.test_package import README
 
 classification = pytest.importorskip("optax.losses._classification")
 suite = pytest.importorskip("optax.losses._classification_test")
@@ -54,3 +58,10 @@ def test_optax_own(name, monkeypatch):
     unittest.defaultTestLoader.loadTestsFromTestCase(getattr(suite, name)).run(result)
     assert result.testsRun > 0
     assert not result.errors + result.failures, "\n".join(text for _, text in result.errors + result.failures)
+
+
+def test_the_readmes_names_are_optaxs():
+    (table,) = re.findall(r"\| optax, of logits.*?\n\n", README.read_text(encoding="utf-8"), re.DOTALL)
+    names = re.findall(r"^\| `([\w.]+)\(", table, re.MULTILINE)
+    assert len(names) == 5
+    assert all(callable(operator.attrgetter(name)(optax)) for name in names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
@@ -15,14 +15,33 @@ from jce._arguments import as_number, is_array, require_bool
 F = TypeVar("F", bound=Callable[..., Any])
 Kind = inspect.Parameter
 
-# What does that which others call so: by function and argument
-INSTEAD = {
-    ("cross_entropy_with_integer_labels", "ignore_index"): " Leave rows out with where=(labels != index)[..., None].",
-    ("log_probs_with_integer_labels", "ignore_index"): " Leave rows out with where=(labels != index)[..., None].",
-    ("linear_cross_entropy", "ignore_index"): " Leave tokens out with where=labels != index.",
-    ("sharded_linear_cross_entropy", "ignore_index"): " Leave tokens out with where=labels != index.",
-    ("linear_log_probs", "ignore_index"): " Leave tokens out with where=labels != index.",
+# What to write for what others call so: in functions of rows of classes, in elementwise ones, and in those of tokens
+OF_EACH = {
+    "weights": " Multiply the result, which has a number for each, by them.",
+    "reduction": " The result has a number for each: take its .mean() or .sum().",
 }
+ROWS = OF_EACH | {
+    "mask": " Write where=mask[..., None] for a mask of rows, and where=mask for one of classes.",
+    "weight": " Multiply the result, which has a number for each, by weight[labels].",
+    "ignore_index": " Leave rows out with where=(labels != index)[..., None].",
+}
+ELEMENTWISE = OF_EACH | {
+    "mask": " Write jnp.where(mask, result, 0).",
+    "where": " Write jnp.where(where, result, 0).",
+}
+TOKENS = OF_EACH | {
+    "mask": " Leave tokens out with where=mask.",
+    "weight": " Write weights=weight[labels].",
+    "ignore_index": " Leave tokens out with where=labels != index.",
+}
+
+
+def instead(parameters: Collection[str], option: str) -> str:
+    """What to write, in a function of these parameters, for an option that isn't one of them."""
+    of_tokens = "hidden" in parameters or "chunk_size" in parameters
+    hint = (TOKENS if of_tokens else ROWS if "where" in parameters else ELEMENTWISE).get(option, "")
+    # Not what takes an argument that the function doesn't have either
+    return "" if any(name in hint and name not in parameters for name in ("labels", "weights")) else hint
 
 
 def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
@@ -112,7 +131,7 @@ class Public:
             elif option not in self._parameters:
                 raise TypeError(
                     f"{self.__name__}: no argument {option!r}; it takes {', '.join(self._parameters)}."
-                    f"{INSTEAD.get((self.__name__, option), '')}"
+                    f"{instead(self._parameters, option)}"
                 )
             elif option in self._static and not _is_hashable(value):
                 raise ValueError(

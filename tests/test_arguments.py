@@ -344,6 +344,37 @@ def test_what_others_call_ignore_index():
             function(*arguments, ignore_index=-100)
 
 
+def test_what_others_call_otherwise():
+    """What to write instead, where there is something; and nothing that it doesn't take either."""
+    of = {
+        jce.cross_entropy_with_integer_labels: (np.zeros(2, int), ones(2, 3)),
+        jce.kl_divergence: (ones(2, 3), ones(2, 3)),
+        jce.binary_entropy: (ones(2),),
+        jce.linear_cross_entropy: (np.zeros(2, int), ones(2, 4), ones(3, 4)),
+        jce.linear_log_probs: (np.zeros(2, int), ones(2, 4), ones(3, 4)),
+    }
+    for function, option, hint in (
+        (jce.cross_entropy_with_integer_labels, "mask", "where=mask[..., None]"),
+        (jce.cross_entropy_with_integer_labels, "weights", "Multiply the result"),
+        (jce.cross_entropy_with_integer_labels, "weight", "weight[labels]"),
+        (jce.cross_entropy_with_integer_labels, "reduction", ".mean()"),
+        (jce.kl_divergence, "mask", "where=mask[..., None]"),
+        (jce.kl_divergence, "weight", None),
+        (jce.kl_divergence, "ignore_index", None),
+        (jce.binary_entropy, "mask", "jnp.where(mask, "),
+        (jce.binary_entropy, "where", "jnp.where(where, "),
+        (jce.linear_cross_entropy, "mask", "where=mask."),
+        (jce.linear_cross_entropy, "weight", "weights=weight[labels]"),
+        (jce.linear_cross_entropy, "axis", None),
+        (jce.linear_log_probs, "weights", "Multiply the result"),
+        (jce.linear_log_probs, "weight", None),
+    ):
+        with pytest.raises(TypeError, match=f"^{function.__name__}: no argument '{option}'; it takes ") as raised:
+            function(*of[function], **{option: ones(2)})
+        _, _, says = str(raised.value).partition(". ")
+        assert (hint in says) if hint else not says
+
+
 def test_what_is_given_by_position_but_is_a_keyword():
     message = r"entropy: by position it takes p, and by keyword axis=, where=; got 2 arguments by position\."
     with pytest.raises(TypeError, match=message):

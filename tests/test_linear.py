@@ -770,6 +770,7 @@ def ones(*shape, dtype=np.float32):
         ({"hidden": ones(4, 3, dtype=np.complex64)}, TypeError, r"must be real.*hidden: complex64\[4,3\]"),
         ({"bias": ones(4)}, ValueError, r"bias must have the shape \(5,\).*bias: float32\[4\]"),
         ({"weights": ones(3)}, ValueError, r"weights must broadcast.*\(4,\).*weights: float32\[3\].*of tokens"),
+        ({"weights": ones(5)}, ValueError, r"weights must broadcast.*so look up.* weights=weights\[labels\]"),
         ({"where": ones(3, dtype=bool)}, ValueError, r"where must broadcast.*\(4,\).*where: bool\[3\]"),
         ({"where": ones(4)}, TypeError, r"where must be boolean.*where: float32\[4\].*where=mask != 0"),
         ({"reduction": "avg"}, ValueError, r'reduction must be "mean" or "sum" or "none"; got reduction=\'avg\''),

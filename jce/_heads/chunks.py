@@ -290,15 +290,23 @@ def checked(
         raise ValueError(
             f"{function}: bias must have the shape ({n},), a number for each row of head; got {described(got)}."
         )
+    require_choice_of_tokens(function, got, batch, n)
+    return got | checked_temperature(function, temperature, batch)
+
+
+def require_choice_of_tokens(function: str, got: Mapping[str, Array], batch: tuple[int, ...], n: int) -> None:
+    """That weights and `where`, as far as they are given, are of tokens, under a head of n classes."""
     for name in ("weights", "where"):
         if name in got and not broadcasts_to(batch, got[name].shape):
+            advice = "give it no axis for classes; those are excluded by a bias of -inf."
+            if name == "weights" and got[name].shape == (n,):
+                advice = "look up those of classes by the tokens' labels: weights=weights[labels]."
             raise ValueError(
-                f"{function}: {name} must broadcast to the token axes, {batch}; got {described(got)}."
-                f" It is of tokens, so give it no axis for classes; those are excluded by a bias of -inf."
+                f"{function}: {name} must broadcast to the token axes, {batch}; got {described(got)}. It is of tokens,"
+                f" so {advice}"
             )
     if "where" in got:
         require_boolean(function, got["where"], got)
-    return got | checked_temperature(function, temperature, batch)
 
 
 def checked_chunk(function: str, chunk_size: int | None, batch_invariant: bool) -> ChunkSize:

@@ -100,7 +100,8 @@ def linear_map(
 
     Raises:
       TypeError: function isn't callable, an argument is no array, hidden, head or bias is not real, `where` not
-        boolean, a result that is summed or weighted not real, or with `has_aux` not a pair that begins with a number.
+        boolean, a result that is summed or weighted not real, or with `has_aux` not a pair that begins with a number;
+        or one holds random keys where tokens may be left out or filled up: with `where`, weights or batch_invariant.
       ValueError: there is no Linear, shapes disagree, an option is none of those above, function names the axis of a
         `jax.vmap`, or the classes are split and a result still differs between their devices.
 

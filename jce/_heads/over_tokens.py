@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jce._arguments import as_array, broadcasts_to, choice, described, float_dtype, is_real, require_boolean
+from jce._arguments import as_array, choice, described, float_dtype, is_real
 from jce._classes import Classes, vary_over, varying
-from jce._heads.chunks import REDUCTIONS, Logits, checked_chunk, head_of, shares
+from jce._heads.chunks import REDUCTIONS, Logits, checked_chunk, head_of, require_choice_of_tokens, shares
 from jce._heads.kept import counts
 from jce._heads.linear import Linear, LinearArrays, checked_linear
 from jce._heads.places import Arguments, on_each_device
@@ -76,7 +76,7 @@ def over_tokens(
     shared = tree.unflatten([as_array(name, f"shared{jax.tree_util.keystr(path[1:])}", x) for path, x in paths])
     parts = Arguments(
         {"hidden": [x.hidden for x in linear.values()], "others": list(others.values())}
-        | _checked_choice(name, batch, options),
+        | _checked_choice(name, batch, next(iter(linear.values())).head.shape[0], options),
         [(x.head, x.bias) for x in linear.values()],
         {"caps": [x.logit_soft_cap for x in linear.values()], "given": jax.tree.map(_wide, shared)},
     )
@@ -301,18 +301,11 @@ def _require_zeros(name: str, results: list) -> None:
         )
 
 
-def _checked_choice(name: str, batch: tuple[int, ...], options: TokenOptions) -> dict[str, Array]:
+def _checked_choice(name: str, batch: tuple[int, ...], n: int, options: TokenOptions) -> dict[str, Array]:
     """Which tokens count, and how much."""
     given = {"weights": options.weights, "where": options.where}
     got = {key: as_array(name, key, x) for key, x in given.items() if x is not None}
-    for key, x in got.items():
-        if not broadcasts_to(batch, x.shape):
-            raise ValueError(
-                f"{name}: {key} must broadcast to the token axes, {batch}; got {described(got)}. It is of tokens, so"
-                f" give it no axis for classes."
-            )
-    if "where" in got:
-        require_boolean(name, got["where"], got)
+    require_choice_of_tokens(name, got, batch, n)
     if "weights" in got:
         got["weights"] = got["weights"].astype(float_dtype(name, {"weights": got["weights"]}))
     return got

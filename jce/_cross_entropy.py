@@ -189,7 +189,9 @@ def cross_entropy_with_integer_labels(
         outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
 
     Returns:
-      [..., ...], the shape of logits without `axis`; float32, or float64 if logits or label_probs is.
+      [..., ...], the shape of logits without `axis`; float32, or float64 if logits or label_probs is. Of one-hot
+      targets `cross_entropy_with_logits` rounds otherwise: in float32 on a CPU 3 to 26 % of its rows differ from these,
+      nearly all by an ulp, a few by up to 5.
 
     At the boundary:
       A label outside [0, n) makes its own row NaN, in value and gradient; it never counts from the end. In label_probs,

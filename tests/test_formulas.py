@@ -1,17 +1,21 @@
 """What a docstring states as mathematics, read as such, is what the table's oracle computes: value and derivatives."""
 
 import inspect
+import math
 import re
 
 import mpmath as mp
+import pytest
 
 from tests.kernels import BETA, SMOOTHING, TAIL, Z_LOSS, each_function, easy, kl_divergence, sigmoid, softmax
 from tests.oracle import entries, partial, to_mp
 
 LETTERS = {"alpha": "α", "beta": "β", "logits": "x", "alpha_logits": "x", "beta_logits": "y"}
 TOKEN = re.compile(
-    r"\s+|\d+|Σ[ᵢpq]|KL\(\w‖\w\)|(?:p_logits|q_logits|log|KL|[a-zα-ωH])(?:_y|ᵢ)?|\[i = y\]|\[no label is i\]|L²|."
+    r"\s+|\d+|Σ[ᵢⱼpq]|KL\(\w‖\w\)|(?:p_logits|q_logits|log|KL|[a-zα-ωHL])(?:_y|[ᵢⱼ])?|\[i = y\]|\[no label is i\]|."
 )
+WORDS = {"Σp": "sum(p)", "Σq": "q[y]", "q_y": "q[y]", "[i = y]": "(i == y)", "[no label is i]": "(i != y)"}
+NAME = re.compile(r"(\d+|p_logits|q_logits|KL|[a-zα-ωHL])([ᵢⱼ]?)")
 # Where a function's first line is of another row: what its docstring says of this one
 OF_NUMBERS = r"the loss is\s+(.*?)\.\s"
 VALUES = {"smoothed": OF_NUMBERS, "z-loss": OF_NUMBERS, TAIL: r"an entry\s+more is (.*?), of all"}
@@ -22,13 +26,21 @@ DERIVATIVES = {TAIL: r"of the tail (.*?)\."}
 class Formula:
     """A formula of the docstrings as a Python expression: juxtaposition multiplies, log takes the quotient behind it.
 
-    Without a space between them, as in α(1-β), factors bind tighter than a quotient does, and with one looser.
+    Without a space between them, as in α(1-β), factors bind tighter than a quotient does, and with one looser. Σᵢ and
+    Σⱼ sum the term behind them, and ² squares a letter, a number or a parenthesis.
     """
 
     def __init__(self, text: str):
         self.tokens = [t for t in TOKEN.findall(re.sub(r" ([-+]) ", r"\1", text.strip())) if t]
-        self.python = self.sum()
-        assert not self.tokens, f"{text!r}: can't read {''.join(self.tokens)!r}"
+        try:
+            self.python = self.sum()
+            assert not self.tokens
+        except (AssertionError, IndexError):
+            rest = "".join(self.tokens) or "its end"
+            raise AssertionError(
+                f"can't read {text!r} at {rest!r}: a formula has letters with ᵢ or ⱼ, numbers, + - / ( ) ², a space or"
+                f" nothing for a product, Σᵢ, Σⱼ and log with a space before and behind them, KL(p‖q), and {[*WORDS]}"
+            ) from None
 
     def next_is(self, *tokens: str) -> bool:
         return bool(self.tokens) and self.tokens[0] in tokens
@@ -48,9 +60,6 @@ class Formula:
         return " * ".join(factors)
 
     def factor(self) -> str:
-        if self.next_is("Σᵢ"):
-            del self.tokens[:2]
-            return f"sum({self.term()} for i in range(n))"
         if self.next_is("log"):
             del self.tokens[:2]
             return f"log({self.quotient()})"
@@ -70,7 +79,20 @@ class Formula:
         return f"({' * '.join(atoms)})"
 
     def atom(self) -> str:
-        token = self.tokens.pop(0)
+        atom = self.unsquared()
+        if self.next_is("²"):
+            self.tokens.pop(0)
+            atom += "**2"
+        return atom
+
+    def unsquared(self) -> str:
+        token = self.tokens[0]
+        name = NAME.fullmatch(token)
+        assert name or token in WORDS or token in ("(", "σ", "Σᵢ", "Σⱼ") or token.startswith("KL(")
+        self.tokens.pop(0)
+        if token in ("Σᵢ", "Σⱼ"):
+            assert self.tokens.pop(0) == " "
+            return f"sum({self.term()} for {'i' if token == 'Σᵢ' else 'j'} in range(n))"
         if token in ("(", "σ"):
             if token == "σ":
                 self.tokens.pop(0)
@@ -79,8 +101,7 @@ class Formula:
             return f"{'sigmoid' if token == 'σ' else ''}({inside})"
         if token.startswith("KL("):
             return f"KL({token[3]}, {token[5]})"
-        words = {"Σp": "sum(p)", "Σq": "q[y]", "[i = y]": "(i == y)", "[no label is i]": "(i != y)", "L²": "L**2"}
-        return words.get(token, token.replace("ᵢ", "[i]").replace("q_y", "q[y]"))
+        return WORDS.get(token) or name[1] + {"ᵢ": "[i]", "ⱼ": "[j]", "": ""}[name[2]]
 
 
 def values(kernel, row) -> dict:
@@ -109,12 +130,27 @@ def summary(kernel) -> str:
 
 def definition(kernel) -> tuple[str | None, str]:
     """Of "H(p, q) = Σᵢ …, in nats" H and the formula; of "log 1/q_y at …" no name."""
-    name, text = re.match(r"(?:(H|KL)\(.*?\) = )?(.*?)(?:, in nats| at | of | with )", summary(kernel)).groups()
+    line = re.match(r"(?:(\w+)\([^)]*\) = )?(.*?)(?:, in nats| at | of | with )", summary(kernel))
+    assert line, f"{summary(kernel)!r} must be a formula, 'name(...) = ' before it or not, and then ', in nats'"
+    name, text = line.groups()
     return name, Formula(text).python
 
 
 def close(a, b) -> bool:
     return abs(a - b) <= 1e-30 * (1 + abs(b))
+
+
+@pytest.mark.parametrize("text", ["p₃", "Σₖ pₖ", "2log p", "p^2", "(p", "pᵢ * qᵢ", "log", "√p"])
+def test_what_is_no_formula_is_said(text):
+    with pytest.raises(AssertionError, match=r"can't read .*: a formula has letters"):
+        Formula(text)
+
+
+def test_what_a_formula_is():
+    row = {"p": [2.0, 3.0], "q": [4.0, 5.0], "n": 2, "i": 1, "log": math.log}
+    formulas = {"-2pᵢ/Σⱼ pⱼ²": -6 / 13, "1/2 Σᵢ pᵢ(1 + qᵢ)² - n": 77, "log 1/qᵢ - 1": -math.log(5) - 1}
+    for text, expected in formulas.items():
+        assert eval(Formula(text).python, row) == pytest.approx(expected)
 
 
 @each_function
@@ -133,7 +169,10 @@ def test_derivatives(kernel, rng):
     row = to_mp([x[0] if kernel.has_classes else x[0, 0] for x in easy(kernel, rng, (1, 5))])
     text = re.search(r"Derivative:\n(.*?)\n\n", inspect.getdoc(kernel.function), re.DOTALL).group(1)
     found = re.findall(r"[∂d]\w*/[∂d](\S+) = (.+?)(?:, (?=[∂d]|each|in |with)|;)", " ".join(text.split()))
-    assert len(found) == len(kernel.arguments)
+    assert len(found) == len(kernel.arguments), (
+        f"{text.strip()!r} must have ∂/∂xᵢ = a formula for each of {kernel.arguments}, with a comma between them, and"
+        f' at the end ", in p\'s dtype"; found {found}'
+    )
     if kernel.note in DERIVATIVES:
         found = [(found[0][0], *re.findall(DERIVATIVES[kernel.note], text))]
     name, _ = definition(kernel)

@@ -20,13 +20,14 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from bench import accelerators, accuracy, first_call, memory, peers, pictures, results, scale, speed, tables
+    from bench import accelerators, accuracy, first_call, memory, peers, pictures, results, scale, search, speed, tables
 except ModuleNotFoundError as error:
     print(f"{PROGRAM} needs {error.name}, which isn't installed: pip install -e '.[bench]'", file=sys.stderr)
     raise SystemExit(2) from None
 
 BENCHES: dict[str, ModuleType] = {
     "accuracy": accuracy,
+    "search": search,
     "speed": speed,
     "first-call": first_call,
     "memory": memory,
@@ -35,13 +36,15 @@ BENCHES: dict[str, ModuleType] = {
 }
 
 
-def measured(name: str, quick: bool, only: str, path: pathlib.Path) -> list[dict]:
+def measured(name: str, quick: bool, only: str, path: pathlib.Path, options: dict) -> list[dict]:
     """The lines of one benchmark, with a progress bar while it runs; they take the place of those in the file.
 
     Where it didn't run to its end, or for some functions, the file's other lines stay.
     """
-    around = results.environment({"quick": quick, "only": only})
-    kept, lines, cases = results.read(path) if path.exists() else [], [], BENCHES[name].run(quick, only)
+    around = results.environment({"quick": quick, "only": only} | options)
+    if name == "search":
+        options = options | {"known": (str(path),)}
+    kept, lines, cases = results.read(path) if path.exists() else [], [], BENCHES[name].run(quick, only, **options)
     columns = TextColumn(f"{name} {{task.description}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -75,7 +78,8 @@ def _run(args: argparse.Namespace) -> None:
             continue
         platform = "compiled" if name == "accelerators" else jax.default_backend()
         path = args.out / f"{name}-{platform}{'-quick' if args.quick else ''}.jsonl"
-        lines = measured(name, args.quick, args.only, path)
+        options = {"seconds": args.seconds, "seed": args.seed} if name == "search" else {}
+        lines = measured(name, args.quick, args.only, path, options)
         if not lines:
             console.print(f"{name}: nothing that it measures has {args.only!r} in its name\n", markup=False)
             continue
@@ -103,7 +107,7 @@ def _folder(name: str) -> pathlib.Path:
 
 
 def _function(text: str) -> str:
-    labels = [task.label for task in peers.TASKS]
+    labels = list(dict.fromkeys([*(task.label for task in peers.TASKS), *search.NAMES]))
     if not any(text in label for label in labels):
         raise argparse.ArgumentTypeError(f"must be part of a function's name, not {text!r}: {'; '.join(labels)}")
     return text
@@ -113,14 +117,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints tables, writes lines and pictures; the exit status is 2 for wrong input, 130 if interrupted."""
     parser = Parser(
         prog=PROGRAM,
-        description="Measure jce beside its peers: accuracy, speed, memory, scale, and its cost on accelerators.",
+        description="Measure jce beside its peers: accuracy, speed, memory, scale, accelerators; search for errors.",
     )
     add = parser.add_argument
     add("benches", metavar="BENCH", nargs="*", help=f"Of {', '.join(BENCHES)}; all where none is given.")
     add("--quick", action="store_true", help="Small inputs, some functions: two minutes in all.")
-    add("--only", type=_function, default="", metavar="NAME", help="Functions with this in their name.")
+    add("--only", "--of", type=_function, default="", metavar="NAME", help="Functions with this in their name.")
     add("--out", type=_folder, default=str(results.FOLDER), metavar="DIR", help="Where lines and pictures go.")
     add("--compare", type=_results, default=[], metavar="OLD.jsonl", help="Print what moved beyond the noise since.")
+    add("--seconds", type=float, default=search.SECONDS, metavar="S", help="How long search tries each function.")
+    add("--seed", type=int, default=0, metavar="N", help="Of what search draws.")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.benches if name not in BENCHES]:
         parser.error(f"BENCH must be one of {', '.join(BENCHES)}, not {unknown[0]!r}")

@@ -15,11 +15,14 @@ from bench.engines import GRADIENT, MODES, VALUE
 from bench.models import MODELS
 from bench.peers import TASKS, Task
 from bench.results import grouped
+from bench.search.corpus import worst as largest
+from bench.tables import where
 
 README = pathlib.Path(__file__).parent / "README.md"
 DENSE = ("optax, bfloat16 logits", "jax, bfloat16 logits")  # the first that there is
 BIG = "Llama 3.2 1B"  # where there are two heads
 NOTES = {HEAD: "", "linear_map": ", with entropies", TWO_HEADS: ", KL of two"}
+SEARCHED = ("", "off the grid", "1,000 classes")  # kinds of arguments, at first all others
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- bench -->)", re.DOTALL)
 
 
@@ -165,6 +168,21 @@ def first_call() -> str:
     return markdown(["", "seconds", "over the quickest peer", "lines of its jaxpr"], table)
 
 
+def search() -> str:
+    """The largest known errors: of few classes or none, and beside the grid, and of many classes; and where."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for line in lines("search"):
+        column = line["arguments"] if line["arguments"] in SEARCHED[1:] else SEARCHED[0]
+        found = groups.setdefault((line["function"], line["quantity"]), {})
+        if line["worst"] and (column not in found or largest(line) > largest(found[column])):
+            found[column] = line
+    table = []
+    for (function, quantity), found in groups.items():
+        cells = [f"{largest(found[column]):.3g}" if column in found else "" for column in SEARCHED]
+        table.append([f"`{function}`", quantity, *cells, where(found[SEARCHED[0]]) if SEARCHED[0] in found else ""])
+    return markdown(["function", "quantity", "ulps", *SEARCHED[1:], "at"], table)
+
+
 TABLES = {
     "accelerators": accelerators,
     "functions": functions,
@@ -172,6 +190,7 @@ TABLES = {
     "memory": memory,
     "rows": rows,
     "first_call": first_call,
+    "search": search,
 }
 
 

@@ -16,7 +16,19 @@ from bench.peers import version
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 # What says which measurement a line is; the rest says what came out.
-IDENTITY = ("bench", "function", "library", "dtype", "quantity", "mode", "model", "along", "malloc", "device")
+IDENTITY = (
+    "bench",
+    "function",
+    "library",
+    "dtype",
+    "quantity",
+    "mode",
+    "model",
+    "along",
+    "arguments",
+    "malloc",
+    "device",
+)
 NOISE = 1.1  # two medians within this factor are the same, however close their quartiles
 COMPILED = 1.01  # nor does a compiled program's cost count as another, within this
 
@@ -86,6 +98,8 @@ def figures(line: dict) -> dict[str, tuple[float, float, float]]:
     found = {}
     if line["bench"] == "accuracy":
         found = {f"ulps, {regime}": [max(1.0, worst(x, "max"))] * 3 for regime, x in line["regimes"].items()}
+    if line["bench"] == "search":
+        found = {"largest ulps": [max([1.0, *(worst(x, "ulps") for x in line["worst"])])] * 3}
     if "over_floor" in line:
         found["time / floor"] = line["over_floor"]
     if "roofline_over_floor" in line:

@@ -53,6 +53,32 @@ def accuracy(lines: list[dict]) -> Iterable[Table]:
         yield table(f"Largest error over all kinds of input, in ulps, {dtype}", ["", *names], rows, legend)
 
 
+def search(lines: list[dict]) -> Iterable[Table]:
+    """For each kind of arguments, the largest error on any kind of device."""
+    for arguments in dict.fromkeys(line["arguments"] for line in lines):
+        groups: dict[tuple, list[dict]] = {}
+        for line in lines:
+            if line["arguments"] == arguments and line["worst"]:
+                groups.setdefault((line["function"], line["quantity"]), []).append(line)
+        rows = []
+        for keys, some in groups.items():
+            found = max(some, key=lambda line: worst(line["worst"][0], "ulps"))
+            rows.append([", ".join(keys), f"{worst(found['worst'][0], 'ulps'):.3g}", found["device"], where(found)])
+        legend = "Ulps of the result, or of the sum of its terms; as a CPU, an accelerator or a GPU sums rows."
+        yield table(f"The largest known error, float32, arguments {arguments}", ["", "ulps", "as", "at"], rows, legend)
+
+
+def where(line: dict) -> str:
+    """The worst argument, short."""
+
+    def short(x):
+        if not isinstance(x, list):
+            return f"{x:.7g}"
+        return f"[{', '.join(f'{y:.4g}' for y in x[:4])}{', …' if len(x) > 4 else ''}]"
+
+    return ", ".join(short(x) for name, x in line["worst"][0]["at"].items())
+
+
 def speed(lines: list[dict]) -> Iterable[Table]:
     def row(label, found):
         ours, peers = found["jce"], {k: x for k, x in found.items() if k != "jce" and "seconds" in x}
@@ -172,7 +198,7 @@ def accelerators_row(label: str, found: dict[str, dict]) -> list[str]:
 
 def moved(changes: list[tuple[dict, str, float, float]]) -> Table:
     def label(line):
-        keys = ("function", "library", "dtype", "quantity", "model", "mode", "along", "malloc", "device")
+        keys = ("function", "library", "dtype", "quantity", "model", "mode", "along", "arguments", "malloc", "device")
         return ", ".join(str(line[key]) for key in keys if line.get(key) is not None)
 
     rows = [
@@ -185,6 +211,7 @@ def moved(changes: list[tuple[dict, str, float, float]]) -> Table:
 
 TABLES = {
     "accuracy": accuracy,
+    "search": search,
     "speed": speed,
     "first-call": first_call,
     "memory": memory,

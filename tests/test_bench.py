@@ -25,7 +25,7 @@ from bench import (
     speed,
     tables,
 )
-from bench.__main__ import main
+from bench.__main__ import BENCHES, main
 from bench.engines import ALONE, GRADIENT, HVP, MODES, VALUE
 from bench.models import MODELS
 from bench.peers import TASKS, Task
@@ -342,7 +342,10 @@ def test_a_run_writes_a_table_lines_and_a_picture(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["velocity"], "BENCH must be one of accuracy, speed, first-call, memory, scale, accelerators, not 'velocity'"),
+        (
+            ["velocity"],
+            "BENCH must be one of accuracy, search, speed, first-call, memory, scale, accelerators, not 'velocity'",
+        ),
         (["--only", "softplus"], "must be part of a function's name, not 'softplus'"),
         (["--compare", "no.jsonl"], "can't read 'no.jsonl': No such file"),
         (["--compare", __file__], "line 1, isn't a line of results"),
@@ -366,8 +369,8 @@ def test_a_name_that_a_benchmark_has_not(tmp_path, capsys):
 
 def test_help():
     result = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True, check=True)
-    names = ("accuracy", "speed", "first-call", "memory", "scale", "accelerators", "--compare")
-    assert all(name in result.stdout for name in names)
+    options = ("--compare", "--seconds", "--seed")
+    assert all(name in result.stdout for name in (*BENCHES, *options))
 
 
 # The README

@@ -1,0 +1,60 @@
+"""Arguments as lines of results keep them, from which a later search goes on and which a test tries again."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from bench import results
+from bench.search.functions import HVP, Searched
+
+KEPT, KEPT_OF_MANY = 3, 1  # points of each quantity
+DIRECTION = "direction of "
+
+
+def stored(x: np.ndarray) -> float | list[float]:
+    """The shortest numbers that are these floats again."""
+
+    def number(value: np.float32) -> float:
+        short = float(str(value))
+        return short if np.float32(short) == value else float(value)
+
+    return [number(value) for value in x] if np.ndim(x) else number(np.float32(x))
+
+
+def names(searched: Searched) -> list[str]:
+    arguments = list(searched.kernel.arguments)
+    return arguments + [DIRECTION + name for name in arguments if searched.hvp]
+
+
+def told(searched: Searched, quantity: str, point: list[np.ndarray]) -> dict:
+    """By name; directions only where they count."""
+    pairs = zip(names(searched), point, strict=True)
+    return {name: stored(x) for name, x in pairs if quantity.startswith(HVP) or not name.startswith(DIRECTION)}
+
+
+def point(searched: Searched, at: dict) -> list[np.ndarray]:
+    """As it was told; a direction that was not is 0."""
+    first = np.array(at[searched.kernel.arguments[0]], np.float32)
+    return [np.array(at[name], np.float32) if name in at else np.zeros_like(first) for name in names(searched)]
+
+
+def points(searched: Searched, lines: Iterable[dict]) -> list[tuple[dict, list[np.ndarray]]]:
+    """Of each line of the function the stored points, and the line of each."""
+    lines = [line for line in lines if line["function"] == searched.label]
+    return [(line, point(searched, worst["at"])) for line in lines for worst in line["worst"]]
+
+
+def read(paths: Iterable[pathlib.Path]) -> list[dict]:
+    """The lines of the first file that there is."""
+    for path in paths:
+        if path.exists():
+            return [line for line in results.read(path) if line["bench"] == "search"]
+    return []
+
+
+def worst(line: dict) -> float:
+    """The largest error that is known."""
+    return max((results.worst(x, "ulps") for x in line["worst"]), default=0.0)

@@ -1,0 +1,98 @@
+"""Where there is one number to try, all of them are: functions of one number over every float32, and XLA's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.search.arguments import LARGEST_LOGIT
+from bench.search.climb import Worst
+from bench.search.functions import LEAST, Searched, judged
+from bench.search.scales import spacing
+
+CHUNK = 2**20
+STRIDE = 4099  # of a quick run
+# Below it, exp x is 1 and what is x to first order is x.
+SMALL = 2.0**-26
+
+
+def bits(x: float) -> int:
+    return int(np.float32(x).view(np.int32))
+
+
+def every_float(lowest: float, highest: float, stride: int) -> Iterator[np.ndarray]:
+    """In chunks of one size, the last with repetitions; both ends are of one sign."""
+    first, last = sorted((bits(abs(lowest)), bits(abs(highest))))
+    for start in range(first, last + 1, CHUNK * stride):
+        some = np.arange(start, min(start + CHUNK * stride, last + 1), stride, dtype=np.int64).astype(np.int32)
+        yield np.copysign(np.resize(some, CHUNK).view(np.float32), np.float32(lowest + highest))
+
+
+def domain(searched: Searched) -> list[tuple[float, float]]:
+    """The meaningful one, without what may meet subnormals."""
+    if searched.kernel.domains == ((0, 1),):
+        return [(LEAST, 1 - 2.0**-24)]
+    return [(LEAST, LARGEST_LOGIT), (-LARGEST_LOGIT, -LEAST)]
+
+
+def over_all(searched: Searched, stride: int, known: list[np.ndarray]) -> dict[str, Worst]:
+    """By quantity, the worst floats."""
+    worst = {quantity: Worst() for quantity in searched.quantities}
+    chunks = [np.resize(np.array(known, np.float32), CHUNK)] if known else []
+    for x in (*chunks, *(x for ends in domain(searched) for x in every_float(*ends, stride))):
+        found = judged(searched, [x], [])
+        for quantity, of in worst.items():
+            of.add(found[quantity].of_rows, [x])
+    return worst
+
+
+@dataclass(frozen=True)
+class Elementary:
+    """A function of XLA's over a range of one sign, and the same in float64."""
+
+    label: str
+    function: Callable
+    exact: Callable
+    lowest: float
+    highest: float
+
+
+LARGEST = 3.4e38
+ELEMENTARY = [
+    Elementary("exp, below 0", jnp.exp, np.exp, -LARGEST_LOGIT, -SMALL),
+    Elementary("exp, above 0", jnp.exp, np.exp, SMALL, 88.7),
+    Elementary("log", jnp.log, np.log, 2.0**-126, LARGEST),
+    Elementary("log1p, below 0", jnp.log1p, np.log1p, -(1 - 2.0**-24), -SMALL),
+    Elementary("log1p, above 0", jnp.log1p, np.log1p, SMALL, LARGEST),
+    Elementary("expm1, below 0", jnp.expm1, np.expm1, -LARGEST_LOGIT, -SMALL),
+    Elementary("expm1, above 0", jnp.expm1, np.expm1, SMALL, 88.7),
+    Elementary("tanh", jnp.tanh, np.tanh, SMALL, 20.0),
+]
+DIVISION = "division"
+
+
+def errors(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    counts = np.isfinite(exact) & (np.abs(exact) > 2.0**-125) & (np.abs(exact) < LARGEST)
+    return np.where(counts, np.abs(got.astype(np.float64) - exact) / spacing(np.where(counts, exact, 1)), 0)
+
+
+def of_elementary(elementary: Elementary, stride: int) -> Worst:
+    worst, function = Worst(), jax.jit(elementary.function)
+    for x in every_float(elementary.lowest, elementary.highest, stride):
+        with np.errstate(all="ignore"):
+            exact = elementary.exact(x.astype(np.float64))
+        worst.add(errors(np.asarray(function(x)), exact), [x])
+    return worst
+
+
+def of_division(chunks: int, seed: int) -> Worst:
+    """Of random significands: each quotient of two is met at every scale."""
+    worst, function, rng = Worst(), jax.jit(lambda a, b: a / b), np.random.default_rng(seed)
+    for _ in range(chunks):
+        a, b = (rng.integers(bits(1), bits(2), CHUNK, dtype=np.int32).view(np.float32) for _ in range(2))
+        worst.add(errors(np.asarray(function(a, b)), a.astype(np.float64) / b), [a, b])
+    return worst

@@ -1,0 +1,282 @@
+"""The search for the largest errors: that it finds a fault, and that what it once found stays within the bars."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import mpmath as mp
+import numpy as np
+import pytest
+
+import jce
+from bench import search
+from bench.search import arguments, child, climb, corpus, floats
+from bench.search.functions import ALL, LEAST, Searched, by_mpmath, judged
+from bench.search.scales import HVP, SCALES, conditioning, deviance, lost_of_differences
+from tests import oracle
+from tests.kernels import LOGIT, ROWS
+
+BY_LABEL = {searched.label: searched for searched in ALL}
+each_searched = pytest.mark.parametrize("searched", ALL, ids=lambda searched: searched.label)
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    """As the search has it, whose oracle is in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+def todo(**others):
+    return {"device": "CPU", "quick": True, "seconds": 60.0, "seed": 0} | others
+
+
+# What was found
+
+
+def stored() -> list:
+    """The searches of the stored arguments: one for each function, number of classes, and side of the grid."""
+    found = {}
+    for line in corpus.read([search.PUBLISHED]):
+        if line["library"] == "jce":
+            for _, point in corpus.points(BY_LABEL[line["function"]], [line]):
+                found.setdefault((line["function"], np.size(point[0]), line["arguments"] == child.OFF_GRID), None)
+    return list(found)
+
+
+@pytest.mark.parametrize(("label", "n", "off_grid"), stored())
+@pytest.mark.in_turn(6)
+def test_the_largest_known_errors_are_within_the_bars(label, n, off_grid):
+    """Today's, of all stored arguments in one batch of the size in which they were found."""
+    searched = BY_LABEL[label]
+    again = climb.Search(searched, n, off_grid, 0)
+    known = corpus.points(searched, corpus.read([search.PUBLISHED]))
+    known = [(line, point) for line, point in known if np.size(point[0]) == n]
+    known = [(line, point) for line, point in known if (line["arguments"] == child.OFF_GRID) == off_grid]
+    batch = [np.resize(np.stack(column), again.shape) for column in zip(*(point for _, point in known), strict=True)]
+    k = len(searched.kernel.arguments)
+    found = judged(searched, batch[:k], batch[k:], off_grid)
+    for i, (line, point) in enumerate(known):
+        error, bar = found[line["quantity"]].of_rows[i], searched.bar(line["quantity"], line["arguments"])
+        assert error <= bar, (line["quantity"], error, bar, corpus.told(searched, line["quantity"], point))
+
+
+def test_every_dense_function_is_searched():
+    of_heads = {"linear_kl_divergence", "linear_map", "sharded_linear_cross_entropy", "Linear", "on_mesh"}
+    assert {searched.kernel.name for searched in ALL} == set(jce.__all__) - of_heads - {"check_distribution"}
+    assert len(BY_LABEL) == len(ALL)
+
+
+def test_an_error_beyond_its_bar_is_said(monkeypatch):
+    point = {"ulps": 6.5, "at": {}, "by_mpmath": 6.5}
+    line = child.line(BY_LABEL["binary_entropy"], "value", child.ALL_FLOATS, "CPU", [point])
+    search.check([line])
+    with pytest.raises(AssertionError, match=r"binary_entropy.*∂alpha.*6\.5"):
+        search.check([line | {"quantity": "∂alpha"}])
+    with pytest.raises(AssertionError):
+        search.check([line | {"worst": [point | {"by_mpmath": 5.5}]}])
+
+
+# That a fault is found
+
+
+def textbook_loss(x):
+    return jax.nn.logsumexp(x, axis=-1) - x[..., 0]
+
+
+def log1p_by_atanh(x):
+    """log(1 + β) by atanh(β/(2 + β)) alone, which has its digits in the middle only."""
+    e = jnp.exp(-jnp.abs(x))
+    return jnp.maximum(-x, 0) + jnp.log((1 + e / (2 + e)) / (1 - e / (2 + e)))
+
+
+def largest(some: climb.Search) -> float:
+    return max(found[0] for found in some.worst["value"].ordered())
+
+
+@pytest.mark.parametrize(
+    ("row", "function", "classes", "ulps"),
+    [
+        ("cross_entropy_with_integer_labels", textbook_loss, 3, 1e6),
+        ("binary_entropy_with_logits", log1p_by_atanh, 1, 1e6),
+        ("sampled_kl_divergence", lambda a, b: jnp.exp(b - a) - 1 - (b - a), 1, 1e6),
+    ],
+)
+def test_a_bad_formula_is_found(row, function, classes, ulps):
+    bad = Searched(dataclasses.replace(ROWS[row], function=function))
+    some = climb.Search(bad, classes, False, 0)
+    climb.run([some], 60, 2)
+    assert largest(some) > ulps
+
+
+def test_climbing_finds_more_than_drawing():
+    searched = BY_LABEL["binary_kl_divergence_with_logits"]
+    climbing, drawing = (climb.Search(searched, 1, False, 0) for _ in range(2))
+    climb.run([climbing], 600, 6)
+    for _ in range(6):
+        drawing.try_(arguments.fresh(drawing.rng, drawing.numbers, drawing.shape))
+    assert climbing.tried == drawing.tried
+    assert largest(climbing) > 1.2 * largest(drawing)
+
+
+def test_a_run_is_the_same_again():
+    searched = BY_LABEL["sampled_kl_divergence"]
+    first, second = (climb.Search(searched, 1, False, 7) for _ in range(2))
+    for some in (first, second):
+        climb.run([some], 600, 2)
+    assert first.worst["value"].ordered()[0][0] == second.worst["value"].ordered()[0][0]
+
+
+# Arguments
+
+
+@each_searched
+@pytest.mark.parametrize("off_grid", [False, True])
+def test_arguments_stay_in_their_domains(searched, off_grid, rng):
+    of = arguments.kinds(searched, off_grid)
+    shape = (500, 5) if searched.kernel.has_classes else (500,)
+    points = arguments.fresh(rng, of, shape)
+    for _ in range(4):
+        points = arguments.neighbours(rng, of, points)
+        for numbers, x in zip(of, points, strict=True):
+            assert (x.shape, x.dtype) == (shape, np.float32)
+            assert np.all((x >= numbers.lowest) & (x <= numbers.highest))
+            assert np.all((x == 0) | (np.abs(x) >= LEAST))
+            assert not numbers.grid or np.all(x / numbers.grid == np.round(x / numbers.grid))
+
+
+def test_on_the_grid_differences_are_exact(rng):
+    x = arguments.GRID_OF_LOGITS.fresh(rng, (1000, 4))
+    differences = x[:, :2] - x[:, 2:]
+    np.testing.assert_array_equal(differences, x[:, :2].astype(np.float64) - x[:, 2:])
+    of_those = differences[:, 0] - differences[:, 1]
+    np.testing.assert_array_equal(of_those, differences[:, 0].astype(np.float64) - differences[:, 1])
+
+
+def test_steps_are_ulps_across_0():
+    numbers = arguments.Numbers(arguments.one_logit, -8, 8)
+    x = np.array([1, 1, -1, 2], np.float32)
+    expected = [np.nextafter(np.float32(1), np.float32(2)), 1, np.nextafter(np.float32(-1), np.float32(0)), 2 - 2**-22]
+    np.testing.assert_array_equal(numbers.moved(x, np.array([1, 0, 1, -2])), np.float32(expected))
+
+
+def test_every_float_is_every_float():
+    (chunk,) = floats.every_float(-1.5, -1.0, 1 << 12)
+    assert len(np.unique(chunk)) == 2**10 + 1
+    assert (chunk.min(), chunk.max()) == (-1.5, -1.0)
+    chunks = list(floats.every_float(1.0, 2.0, 1))
+    assert len(np.unique(np.concatenate(chunks))) == 2**23 + 1
+
+
+# What is kept
+
+
+def test_what_is_stored_is_the_same_float_again(rng):
+    x = rng.integers(0, 0x7F000000, 10_000).astype(np.int32).view(np.float32)
+    np.testing.assert_array_equal(np.array(corpus.stored(x), np.float32), x)
+    searched = BY_LABEL["kl_divergence_with_logits"]
+    points = arguments.fresh(rng, arguments.kinds(searched, True), (1, 3))
+    told = corpus.told(searched, f"{HVP}, p_logits", [x[0] for x in points])
+    assert all(np.array_equal(x, y[0]) for x, y in zip(corpus.point(searched, told), points, strict=True))
+    assert set(corpus.told(searched, "value", [x[0] for x in points])) == {"p_logits", "q_logits"}
+
+
+def test_a_known_argument_is_tried_again():
+    """Its error is today's, whatever the line says, and it stays where no larger one is found."""
+    searched = BY_LABEL["binary_kl_divergence_with_logits"]
+    at = {"alpha_logits": 14.066157341003418, "beta_logits": 14.056715965270996}
+    known = child.line(searched, "∂beta_logits", child.ANY, "CPU", [{"ulps": 1000.0, "at": at}])
+    lines = child.lines_of(searched, todo(quick=False, seconds=0.0), [known])
+    (line,) = [line for line in lines if line["quantity"] == "∂beta_logits"]
+    assert 0 < line["worst"][0]["ulps"] < 1000
+    assert len({str(x["at"]) for x in line["worst"]}) == corpus.KEPT
+    assert line["worst"][0]["by_mpmath"] == pytest.approx(line["worst"][0]["ulps"], abs=0.01)
+
+
+# The oracle and the scales
+
+
+def drawn(searched: Searched, rng, count: int, off_grid: bool = False):
+    shape = (count, 3) if searched.kernel.has_classes else (count,)
+    points = arguments.fresh(rng, arguments.kinds(searched, off_grid), shape)
+    k = len(searched.kernel.arguments)
+    return points[:k], points[k:]
+
+
+@each_searched
+@pytest.mark.in_turn(4)
+def test_the_oracle_is_right(searched, rng):
+    """The function in float64 is the formula in mpmath, to far less than an ulp of float32."""
+    first, directions = drawn(searched, rng, 8)
+    for quantity, found in judged(searched, first, directions).items():
+        for row, place in np.ndindex(8, found.errors[0].size):
+            exact, ulp, counts = (np.reshape(x, (8, -1))[row, place] for x in (found.exact, found.ulp, found.counts))
+            if counts:
+                truth = by_mpmath(searched, quantity, [x[row] for x in (*first, *directions)], place)
+                assert not mp.isfinite(truth) or abs(exact - truth) < 1e-5 * ulp, (quantity, row, place)
+
+
+@each_searched
+def test_scales_are_the_tables(searched, rng):
+    kernel, known = searched.kernel, SCALES.get(searched.key, {})
+    first, _ = drawn(searched, rng, 8)
+    of_table = [kernel.value_scale, *kernel.gradient_scale[: len(kernel.arguments)]]
+    of_table = dict(zip(["value", *(f"∂{name}" for name in kernel.arguments)], of_table, strict=True))
+    arrays = [x.astype(float) for x in first]
+    with np.errstate(all="ignore"):
+        found = {name: np.asarray(scale(*arrays)) for name, scale in known.items() if name != HVP}
+    assert set(found) == {name for name in of_table if of_table[name] and name in searched.quantities}
+    for row in range(8):
+        exact = oracle.to_mp([x[row] for x in first])
+        with oracle.precision(kernel, [x[row] for x in first]):
+            inside = all(x for _, _, x in oracle.entries(exact)) or LOGIT in kernel.domains
+            for name in found if inside else ():
+                np.testing.assert_allclose(found[name][row], np.array(of_table[name](*exact), float), rtol=1e-7)
+
+
+@pytest.mark.parametrize("searched", [x for x in ALL if x.hvp], ids=lambda x: x.label)
+def test_scales_of_second_order(searched, rng):
+    """The table's, or Σ |Hᵢⱼ vⱼ|; of the entropy, whose Hᵢⱼ are differences, at least that."""
+    kernel = searched.kernel
+    first, directions = drawn(searched, rng, 4)
+    arrays = [x.astype(float) for x in (*first, *directions)]
+    found = [np.reshape(x, (4, -1)) for x in SCALES[searched.key][HVP](*arrays)]
+    for row in range(4):
+        with oracle.precision(kernel, [x[row] for x in first]):
+            exact, along = (oracle.to_mp([x[row] for x in some]) for some in (first, directions))
+            entries = [(i, j, x or mp.mpf(1)) for i, j, x in oracle.entries(exact)]
+            by_entry = [found[i][row, j] for i, j, _ in entries]
+            if kernel.hvp_scale:
+                truth = [x for of in kernel.hvp_scale(*exact, *along) for x in of]
+            else:
+                tangents = [t for _, _, t in oracle.entries(along)]
+                rows = oracle.hessian(kernel.formula, exact, entries)
+                truth = [sum(abs(h * t) for h, t in zip(of, tangents, strict=True)) for of in rows]
+        truth = np.array([float(x) for x in truth])
+        assert np.all(truth * (1 - 1e-7) <= np.add(by_entry, 1e-100))
+        if kernel.name != "entropy_with_logits":
+            np.testing.assert_allclose(by_entry, truth, rtol=1e-7, atol=1e-100)
+
+
+@pytest.mark.parametrize("searched", [x for x in ALL if x.of_logits], ids=lambda x: x.label)
+def test_what_rounding_a_logit_does_is_the_tables(searched, rng):
+    """Of functions of one row; of two rows, both count."""
+    kernel = searched.kernel
+    first, _ = drawn(searched, rng, 8, off_grid=True)
+    arrays = [x.astype(float) for x in first]
+    with np.errstate(all="ignore"):
+        of_row, of_each = (conditioning(kernel, arrays, each) for each in (False, True))
+    for row in range(8):
+        exact = oracle.to_mp([x[row] for x in first])
+        truth = [oracle.conditioning(kernel, exact, np.float32, j) for j in (None, 0, 1, 2)]
+        found = [of_row[row], *of_each[row]]
+        assert np.all(np.array(found) >= np.array(truth) * (1 - 1e-6))
+        if [*kernel.domains].count(LOGIT) == 1:
+            np.testing.assert_allclose(found, truth)
+
+
+def test_equal_logits_lose_nothing():
+    x = np.array([[60.1, 58.2, 3.0]], np.float32).astype(float)
+    lost = lost_of_differences("kl_divergence_with_logits", [x, x], {"∂q_logits": np.zeros_like(x)})
+    assert all(np.all(amount == 0) for amount in lost.values())
+    assert deviance(np.array(0.25), np.array(0.5)) == pytest.approx(0.25 - 0.25 * np.log(2))

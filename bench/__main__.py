@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("benches", metavar="BENCH", nargs="*", help=f"Of {', '.join(BENCHES)}; all where none is given.")
-    add("--quick", action="store_true", help="Small inputs, some functions: two minutes in all.")
+    add("--quick", action="store_true", help="Small inputs, some functions: four minutes in all.")
     add("--only", "--of", type=_function, default="", metavar="NAME", help="Functions with this in their name.")
     add("--out", type=_folder, default=str(results.FOLDER), metavar="DIR", help="Where lines and pictures go.")
     add("--compare", type=_results, default=[], metavar="OLD.jsonl", help="Print what moved beyond the noise since.")

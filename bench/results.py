@@ -64,6 +64,8 @@ def write(lines: Iterable[dict], path: pathlib.Path) -> None:
     def finite(x):
         if isinstance(x, dict):
             return {k: finite(v) for k, v in x.items()}
+        if isinstance(x, list):
+            return [finite(v) for v in x]
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -298,6 +298,14 @@ def test_a_child_that_fails_is_an_error_that_says_why(capfd):
 LINE = {"bench": "speed", "function": "f", "library": "jce", "mode": "value", "over_floor": [1.0, 1.1, 1.2]}
 ULPS = {"bench": "accuracy", "function": "f", "library": "jce", "regimes": {"a": {"median": 0.1, "max": 1.5}}}
 
+SEARCH = {
+    "bench": "search",
+    "function": "f",
+    "library": "jce",
+    "arguments": "any",
+    "worst": [{"ulps": 4.0}, {"ulps": 3.0}],
+}
+
 
 def moved(old, new):
     return [(name, before, now) for _, name, before, now in results.moved([old], [new])]
@@ -308,15 +316,18 @@ def test_what_moved():
     assert moved(LINE, LINE | {"over_floor": [1.201, 1.205, 1.21]}) == []  # not a tenth
     assert moved(LINE, LINE | {"over_floor": [1.3, 1.4, 1.5]}) == [("time / floor", 1.1, 1.4)]
     assert moved(LINE, LINE | {"library": "other", "over_floor": [9.0] * 3}) == []
+    assert moved(SEARCH, SEARCH | {"worst": [{"ulps": 6.5}]}) == [("largest ulps", 4.0, 6.5)]
+    assert moved(SEARCH, SEARCH | {"worst": []}) == [("largest ulps", 4.0, 1.0)]
+    assert moved(SEARCH, SEARCH | {"arguments": "off the grid", "worst": [{"ulps": 9.0}]}) == []
     assert moved(ULPS, ULPS | {"regimes": {"a": {"median": 0.1, "max": None}}}) == [("ulps, a", 1.5, np.inf)]
 
 
 def test_lines_are_strict_json_and_come_back(tmp_path):
     path = tmp_path / "x.jsonl"
-    results.write([LINE | {"infinite": np.inf}], path)
+    results.write([LINE | {"infinite": np.inf, "worst": [{"ulps": np.inf}]}], path)
     (line,) = path.read_text().splitlines()
     json.loads(line, parse_constant=lambda constant: pytest.fail(constant))
-    assert results.read(path) == [LINE | {"infinite": None}]
+    assert results.read(path) == [LINE | {"infinite": None, "worst": [{"ulps": None}]}]
     assert results.merged([LINE], [LINE | {"over_floor": [2.0] * 3}]) == [LINE | {"over_floor": [2.0] * 3}]
 
 

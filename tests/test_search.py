@@ -11,7 +11,8 @@ import pytest
 import jce
 from bench import search
 from bench.search import arguments, child, climb, corpus, floats
-from bench.search.functions import ALL, LEAST, Searched, by_mpmath, judged
+from bench.search.functions import ALL, Searched
+from bench.search.judging import LEAST, by_mpmath, judged
 from bench.search.scales import HVP, SCALES, conditioning, deviance, lost_of_differences
 from tests import oracle
 from tests.kernels import LOGIT, ROWS

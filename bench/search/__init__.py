@@ -19,7 +19,7 @@ from bench.search.functions import ALL
 DEVICES = ("CPU", "ACCELERATOR", "GPU")
 QUICK_ON_OTHERS = ("cross_entropy_with_integer_labels", "entropy_with_logits")
 PUBLISHED = results.FOLDER / "search-cpu.jsonl"
-SECONDS = 60.0
+SECONDS = 30.0
 NAMES = [searched.label for searched in ALL] + [elementary.label for elementary in ELEMENTARY] + [DIVISION]
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.search.functions import LEAST, Searched
+from bench.search.functions import Searched
+from bench.search.judging import LEAST
 from tests.kernels import LOGIT
 
 GRID, WITHIN = 2.0**-12, 32.0  # differences of such logits are exact in float32, and differences of those

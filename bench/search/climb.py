@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bench.search import arguments
-from bench.search.functions import Searched, judged
+from bench.search.functions import Searched
+from bench.search.judging import judged
 
 NUMBERS = 2**17  # of each argument in a batch
 CANDIDATES = 256  # of each batch

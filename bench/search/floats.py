@@ -11,7 +11,8 @@ import numpy as np
 
 from bench.search.arguments import LARGEST_LOGIT
 from bench.search.climb import Worst
-from bench.search.functions import LEAST, Searched, judged
+from bench.search.functions import Searched
+from bench.search.judging import LEAST, judged
 from bench.search.scales import spacing
 
 CHUNK = 2**20

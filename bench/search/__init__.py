@@ -8,6 +8,7 @@ found once is tried again.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -54,6 +55,7 @@ def check(lines: list[dict]) -> None:
     ours = [line for line in lines if line["library"] == "jce"]
     for line in ours:
         for x in line["worst"]:
-            assert abs(x["ulps"] - x.get("by_mpmath", x["ulps"])) <= 0.01 * max(1, x["ulps"]), (line["function"], x)
+            same = math.isclose(x["ulps"], x.get("by_mpmath", x["ulps"]), rel_tol=0.01, abs_tol=0.01)
+            assert same, (line["function"], line["quantity"], x)
     missed = [x for x in ours if worst(x) > by_label[x["function"]].bar(x["quantity"], x["arguments"])]
     assert not missed, [(x["function"], x["quantity"], x["arguments"], x["device"], worst(x)) for x in missed]

@@ -41,12 +41,13 @@ def results(searched: Searched, arguments: list, directions: list, dtype) -> dic
 
 
 def scales(searched: Searched, arguments: list, directions: list, exact: dict) -> dict[str, np.ndarray]:
+    """The results themselves where there is no scale of terms that cancel."""
     known = SCALES.get(searched.key, {})
     found = {name: known[name](*arguments) if name in known else np.abs(x) for name, x in exact.items()}
     if searched.hvp:
         of_hvp = zip(searched.kernel.arguments, known[HVP](*arguments, *directions), strict=True)
         found |= {f"{HVP}, {name}": scale for name, scale in of_hvp}
-    return {name: np.maximum(scale, np.abs(exact[name])) for name, scale in found.items()}
+    return found
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,13 @@ def lines_of(searched: Searched, todo: dict, lines: list[dict]) -> list[dict]:
     return made
 
 
+def stride(todo: dict) -> int:
+    return floats.STRIDE if todo["quick"] or not todo["seconds"] else 1
+
+
 def lines_of_floats(searched: Searched, todo: dict, lines: list[dict]) -> list[dict]:
     known = [point[0] for _, point in corpus.points(searched, lines)]
-    worst, made = floats.over_all(searched, floats.STRIDE if todo["quick"] else 1, known), []
+    worst, made = floats.over_all(searched, stride(todo), known), []
     search = climb.Search(searched, 1, False, 0)
     for quantity, of in worst.items():
         some = [tried_again(search, quantity, point) for _, point in of.ordered()[: corpus.KEPT]]
@@ -120,13 +124,14 @@ def line(searched: Searched, quantity: str, arguments: str, device: str, worst: 
     }
 
 
-def lines_of_elementary(label: str, todo: dict) -> list[dict]:
+def lines_of_elementary(label: str, todo: dict, lines: list[dict]) -> list[dict]:
     """Of XLA's own functions."""
     if label == floats.DIVISION:
         names, worst = ["dividend", "divisor"], floats.of_division(1 if todo["quick"] else 200, todo["seed"])
     else:
         (elementary,) = (x for x in floats.ELEMENTARY if x.label == label)
-        names, worst = ["x"], floats.of_elementary(elementary, floats.STRIDE if todo["quick"] else 1)
+        known = [point["at"]["x"] for line in lines if line["function"] == label for point in line["worst"]]
+        names, worst = ["x"], floats.of_elementary(elementary, stride(todo), known)
     points = [
         {"ulps": rounded(error), "at": dict(zip(names, map(corpus.stored, point), strict=True))}
         for error, point in worst.ordered()[: corpus.KEPT]
@@ -144,7 +149,7 @@ def main() -> None:
     by_label = {searched.label: searched for searched in ALL}
     for label in todo["functions"]:
         searched = by_label.get(label)
-        lines = lines_of(searched, todo, known) if searched else lines_of_elementary(label, todo)
+        lines = lines_of(searched, todo, known) if searched else lines_of_elementary(label, todo, known)
         children.tell(f"{label}, {todo['device']}", lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def over_all(searched: Searched, stride: int, known: list[np.ndarray]) -> dict[s
     """By quantity, the worst floats."""
     worst = {quantity: Worst() for quantity in searched.quantities}
     chunks = [np.resize(np.array(known, np.float32), CHUNK)] if known else []
-    for x in (*chunks, *(x for ends in domain(searched) for x in every_float(*ends, stride))):
+    for x in itertools.chain(chunks, *(every_float(*ends, stride) for ends in domain(searched))):
         found = judged(searched, [x], [])
         for quantity, of in worst.items():
             of.add(found[quantity].of_rows, [x])
@@ -81,9 +82,10 @@ def errors(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
     return np.where(counts, np.abs(got.astype(np.float64) - exact) / spacing(np.where(counts, exact, 1)), 0)
 
 
-def of_elementary(elementary: Elementary, stride: int) -> Worst:
+def of_elementary(elementary: Elementary, stride: int, known: list[float]) -> Worst:
     worst, function = Worst(), jax.jit(elementary.function)
-    for x in every_float(elementary.lowest, elementary.highest, stride):
+    chunks = [np.resize(np.array(known, np.float32), CHUNK)] if known else []
+    for x in itertools.chain(chunks, every_float(elementary.lowest, elementary.highest, stride)):
         with np.errstate(all="ignore"):
             exact = elementary.exact(x.astype(np.float64))
         worst.add(errors(np.asarray(function(x)), exact), [x])

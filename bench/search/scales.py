@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.kernels import BETA, LOGIT, SMOOTHING, Z_LOSS, Kernel
 
-EPS = 2.0**-23
+EPS, TINY = 2.0**-23, 2.0**-1000
 
 
 class Softmax:
@@ -160,9 +160,10 @@ def spacing(x: np.ndarray) -> np.ndarray:
 
 
 def conditioning(kernel: Kernel, arguments: list[np.ndarray], each: bool) -> np.ndarray | float:
-    """What rounding xᵢ - max x does, in ulps, as `tests.oracle.conditioning` has it; for each class, or of the row.
+    """What rounding xᵢ - max x does, in ulps, to each class or to the row, as `tests.oracle.conditioning` has it.
 
-    Of two rows, what it does in both.
+    But of all that is summed beside the largest, not of its largest alone: others may be rounded by more. Of two rows,
+    what it does in both.
     """
     lost_in_all = 0.0
     for x, domain in zip(arguments, kernel.domains, strict=True):
@@ -170,7 +171,9 @@ def conditioning(kernel: Kernel, arguments: list[np.ndarray], each: bool) -> np.
             depth = x.max(-1, keepdims=True) - x
             lost = half_an_ulp(depth) / (EPS / 2)
             second = np.take_along_axis(lost, np.argsort(depth, axis=-1)[..., 1:2], -1)
-            of_row = second + lost[..., list(kernel.listed)].sum(-1, keepdims=True)
+            q = Softmax(x)
+            of_sum = q.but_the_largest(q.weights * lost) / np.maximum(q.but_the_largest(q.weights), TINY)
+            of_row = np.maximum(second, of_sum) + lost[..., list(kernel.listed)].sum(-1, keepdims=True)
             lost_in_all = lost_in_all + (of_row + lost if each else of_row[..., 0])
     return lost_in_all
 
@@ -196,8 +199,10 @@ def lost_of_differences(key: str, arguments: list[np.ndarray], exact: dict[str, 
     middle = b * p.p + c * q.p if c else q.p
     logs = [np.abs(np.log1p((middle - r.p) / r.p)) for r in (p, q)]
     terms = b * deviance(p.p, middle) * of_p + c * deviance(q.p, middle) * of_q
+    in_value = np.abs(exact["∂q_logits"]) * lost + terms
+    lost = lost + (np.abs(q.p - p.p) * (of_p + of_q)).sum(-1, keepdims=True)  # of log Σ p e^d, in every log q/p
     return {
-        "value": (np.abs(exact["∂q_logits"]) * lost + terms).sum(-1),
+        "value": in_value.sum(-1),
         "∂p_logits": b * p.p * (lost + p.mean(lost + logs[0] * of_p)),
         "∂q_logits": c * q.p * (lost + q.mean(lost + logs[1] * of_q)),
     }

@@ -96,10 +96,9 @@ def unless_negative(x, result):
 
 
 def raising(p, q):
-    """A power of 2 by which p and q may be multiplied where they are below 1: the largest that leaves room above it for
-    as large a factor as there are digits, and below the smallest number times it for products with small weights."""
-    info = jnp.finfo(p.dtype)
-    return jnp.where(jnp.maximum(p, q) < 1, 2.0 ** (info.maxexp - info.nmant - 3), 1.0).astype(p.dtype)
+    """A power of 2 by which p and q may be multiplied where they are below 1: so large that a product with a small
+    weight doesn't underflow, and small enough for one with a logarithm, of at most 2¹¹."""
+    return jnp.where(jnp.maximum(p, q) < 1, 2.0 ** (jnp.finfo(p.dtype).maxexp - 12), 1.0).astype(p.dtype)
 
 
 def raised(p, q):

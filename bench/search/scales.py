@@ -13,6 +13,7 @@ import numpy as np
 from tests.kernels import BETA, LOGIT, SMOOTHING, Z_LOSS, Kernel
 
 EPS, TINY = 2.0**-23, 2.0**-1000
+NEAR = 1.5  # |log q/p| up to which q - p is known better than from q and p (`jce/_deviance.py`)
 
 
 class Softmax:
@@ -183,9 +184,10 @@ def half_an_ulp(x: np.ndarray) -> np.ndarray:
 
 
 def of_difference(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """What is lost of log qᵢ/pᵢ when two logits' difference is rounded, or else what each lacks to its maximum."""
-    depths = [half_an_ulp(z.max(-1, keepdims=True) - z) for z in (x, y)]
-    return np.minimum(sum(depths), half_an_ulp(y - x))
+    """What is lost of log qᵢ/pᵢ when what each logit lacks to its maximum is rounded; but of near ones only what is lost
+    of the difference of the two, since that is what their q - p is made of."""
+    depths = sum(half_an_ulp(z.max(-1, keepdims=True) - z) for z in (x, y))
+    return np.where(np.abs(y - x) < NEAR, np.minimum(depths, half_an_ulp(y - x)), depths)
 
 
 def lost_of_differences(key: str, arguments: list[np.ndarray], exact: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

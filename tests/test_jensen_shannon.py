@@ -185,3 +185,47 @@ def test_a_python_beta_near_1_is_1_less_the_other(form, rng):
         function, x, y = jce.jensen_shannon_divergence, jax.nn.softmax(x), jax.nn.softmax(y)
     for beta in (0.999, 1 - 1e-6, 1 - 1e-7):
         np.testing.assert_allclose(function(x, y, beta=beta), function(y, x, beta=1 - beta), rtol=2e-6)
+
+
+LACKING = [  # logits of p, of q, which lacks a class, and β, whose product with p there underflows
+    ([0.0, -86.0], [0.0, -INF], 1e-8),
+    ([36.62, -46.83, 6.61, 18.02], [-0.0063, -INF, -0.00996, -0.0085], 5.4e-19),
+    ([0.0, -80.0], [0.0, -INF], 1e-37),
+]
+
+
+@pytest.mark.parametrize("case", LACKING, ids=str)
+def test_the_derivative_in_a_weight_whose_product_underflows(case):
+    """Finite, as it is in float64; also differentiated again in β, and of probabilities."""
+    *logits, beta = case
+    found = []
+    for dtype in (np.float32, np.float64):
+        with jax.enable_x64(dtype == np.float64):
+            x, y = (np.asarray(np.float32(z), dtype) for z in logits)
+            p, q = (jnp.asarray(np.float32(jax.nn.softmax(np.float64(z))), dtype) for z in logits)
+            found.append(
+                [
+                    jax.grad(lambda b, f=f, a=a: f(*a, beta=b))(jnp.asarray(np.float32(beta), dtype))
+                    for f, a in zip(reversed(DIVERGENCES), ((x, y), (p, q)), strict=True)
+                ]
+            )
+    np.testing.assert_allclose(*found, rtol=2e-6)
+
+
+def test_derivatives_in_both_at_a_weight_of_0_and_1():
+    """∂²/∂p∂β of probabilities, in either order and mode: ±∞ where the mixture lacks a class, or p is 0."""
+    p, q = np.float32([0.5, 0.5, 0, 0]), np.float32([0, 0.5, 0.5, 0])
+    expected = {  # log p/m - β (p - q)/m and -log q/m - (1-β) (p - q)/m
+        0.0: ([INF, 0, -INF, 0], [-INF, 0, 1, 0]),
+        1.0: ([-1, 0, INF, 0], [INF, 0, -INF, 0]),
+    }
+    for beta, both in expected.items():
+        for i, derivatives in enumerate(both):
+
+            def of(x, b, i=i):
+                return jce.jensen_shannon_divergence(*((x, q) if i == 0 else (p, x)), beta=b)
+
+            x, b = (p, q)[i], np.float32(beta)
+            for mode in (jax.jacfwd, jax.jacrev):
+                np.testing.assert_array_equal(mode(jax.grad(of, 1), 0)(x, b), derivatives)
+                np.testing.assert_array_equal(mode(jax.grad(of, 0), 1)(x, b), derivatives)

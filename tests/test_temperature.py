@@ -178,6 +178,25 @@ def test_at_a_temperature_of_0_a_derivative_is_0_or_infinite(reduction):
     np.testing.assert_array_equal(gradient, [-np.inf, np.inf, 0])
 
 
+def test_at_a_temperature_of_0_a_tail_is_infinite_with_its_derivative():
+    """Of which no class is the greedy one; but not of one that takes nothing, or of forbidden classes alone."""
+    x, labels = np.float32([[3, 1, 0, -1]]), np.array([[0]])
+
+    def loss(t, p, bias):
+        options = {"label_probs": np.float32([[p]]), "tail": True, "temperature": t, "reduction": "sum"}
+        return jce.linear_cross_entropy(labels, x, np.eye(4, dtype=np.float32), np.float32(bias), **options)
+
+    def in_both_modes(*others):
+        t = np.float32(0)
+        value, reverse = jax.value_and_grad(loss)(t, *others)
+        return value, reverse, jax.jvp(lambda t: loss(t, *others), (t,), (np.float32(1),))[1]
+
+    free, forbidden = [0] * 4, [0, -np.inf, -np.inf, -np.inf]
+    assert in_both_modes(0.6, free) == (np.inf, -np.inf, -np.inf)
+    assert in_both_modes(1.0, free) == (0, 0, 0)
+    assert in_both_modes(0.6, forbidden) == (np.inf, 0, 0)
+
+
 def test_a_list_is_an_array(problem):
     """No part of the program, which would be compiled anew for each."""
     labels, h, w, b, t, _ = problem

@@ -83,3 +83,19 @@ def test_wrong_arguments(loss):
     for wrong in (-1.0, np.ones(2)):
         with pytest.raises(ValueError, match=rf"{loss.__name__}: z_loss must be a"):
             loss(y, np.ones(3), z_loss=wrong)
+
+
+@pytest.mark.parametrize("of", ["labels", "smoothed", "soft targets", "a head", "a list under a head"])
+def test_the_square_alone_may_overflow(of):
+    """ζL² that is a number where L² is none, for a number ζ and a traced one."""
+    x, label = np.float32([[-3.22e19, 5.09e19]]), np.array([1])
+    head, probs = np.eye(2, dtype=np.float32), np.ones((1, 1), np.float32)
+    losses = {
+        "labels": lambda z: jce.cross_entropy_with_integer_labels(label, x, z_loss=z),
+        "smoothed": lambda z: jce.cross_entropy_with_integer_labels(label, x, z_loss=z, label_smoothing=1e-20),
+        "soft targets": lambda z: jce.cross_entropy_with_logits(np.float32([[0, 1]]), x, z_loss=z),
+        "a head": lambda z: jce.linear_cross_entropy(label, x, head, z_loss=z),
+        "a list under a head": lambda z: jce.linear_cross_entropy(label[None], x, head, label_probs=probs, z_loss=z),
+    }
+    for z_loss in (0.1, np.float32(0.1)):
+        np.testing.assert_allclose(losses[of](z_loss), 2.59081e38, rtol=1e-6)

@@ -1,0 +1,105 @@
+"""Near the uniform distribution, where entropy bonuses and label smoothing begin: log 1/qᵢ and H, and the losses of two
+targets, are all near log n, and derivatives are what is left of their differences. Against the same in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jce
+
+ROWS, CLASSES = 300, 8
+EPS = np.finfo(np.float32).eps
+SPREADS = [1e-5, 1e-2, 1.0]
+SMOOTHING = 0.1
+HEAD = np.eye(CLASSES, dtype=np.float32)
+LEGAL = np.arange(CLASSES) < CLASSES - 1
+LABELS = np.arange(ROWS, dtype=np.int32) % (CLASSES - 1)
+LISTS, PROBS = np.stack([LABELS, (LABELS + 2) % (CLASSES - 1)], 1), np.float32([0.6, 0.25])
+
+each_spread = pytest.mark.parametrize("spread", SPREADS)
+
+
+def in_both(function, *arrays):
+    """The function's results in float32 and, of the same numbers, in float64."""
+    for dtype in (np.float32, np.float64):
+        with jax.enable_x64(dtype == np.float64):
+            yield jax.tree.map(np.float64, jax.jit(function)(*(x.astype(dtype) for x in arrays)))
+
+
+def assert_near(found, unit, eps):
+    for got, exact, u in zip(*found, unit, strict=True):
+        assert (np.abs(got - exact) <= eps * EPS * u).all(), np.max(np.abs(got - exact) / u) / EPS
+
+
+def logits(rng, spread):
+    return np.float32(spread * rng.standard_normal((ROWS, CLASSES)))
+
+
+def largest(x):
+    return np.abs(x).max(-1, keepdims=True)
+
+
+@each_spread
+@pytest.mark.parametrize("of", ["logits", "a head"])
+def test_the_entropy_s_gradient(of, spread, rng):
+    """And its Hessian-vector product; of a head also the derivative in a temperature."""
+    x, t = logits(rng, spread), np.float32(rng.standard_normal((ROWS, CLASSES)))
+    kept = np.full(ROWS, 0.7, np.float32)
+
+    def total(x, temperature):
+        if of == "logits":
+            return jce.entropy_with_logits(x).sum()
+        return jce.linear_log_probs(LABELS, x, HEAD.astype(x.dtype), temperature=temperature).entropy.sum()
+
+    def derivatives(x, t, temperature):
+        gradient = jax.grad(total, (0, 1))
+        return *gradient(x, temperature), jax.jvp(lambda x: gradient(x, temperature)[0], (x,), (t,))[1]
+
+    got, exact = in_both(derivatives, x, t, kept)
+    in_x, in_temperature, hvp = exact
+    assert_near((got, exact), (largest(in_x), np.abs(in_temperature), largest(hvp)), 16)
+
+
+def losses(of, x, smoothing):
+    dtype, labels, options = x.dtype, LABELS, {}
+    if "list" in of:
+        labels, options = LISTS, {"label_probs": jnp.broadcast_to(PROBS.astype(dtype), LISTS.shape)}
+    if "head" in of:
+        return jce.linear_cross_entropy(
+            labels, x, HEAD.astype(dtype), label_smoothing=smoothing, reduction="none", **options
+        )
+    where = LEGAL if "legal" in of else None
+    return jce.cross_entropy_with_integer_labels(labels, x, label_smoothing=smoothing, where=where, **options)
+
+
+@each_spread
+@pytest.mark.parametrize("of", ["labels", "legal classes", "a list", "a head", "a head and a list"])
+def test_the_derivative_in_a_traced_smoothing(of, spread, rng):
+    """Of each row in units of its spread; in both modes, and differentiated again in the logits."""
+    x = logits(rng, spread)
+
+    def derivatives(x):
+        smoothing = jnp.asarray(SMOOTHING, x.dtype)
+        forward = jax.jvp(lambda s: losses(of, x, s), (smoothing,), (jnp.ones_like(smoothing),))[1]
+        reverse = jax.grad(lambda s: losses(of, x, s)[0])(smoothing)
+        in_x = jax.grad(lambda x: jax.grad(lambda s: losses(of, x, s).sum())(smoothing))(x)
+        return forward, reverse, in_x
+
+    found = tuple(in_both(derivatives, x))
+    spreads = np.ptp(x, axis=-1)
+    assert_near(found, (spreads, spreads[0], 1), 4)
+
+
+def test_the_derivative_in_a_smoothing_at_corners():
+    """A row that is no distribution is NaN, a class of probability 0 costs +∞, or, as the label, -∞."""
+    inf, nan = np.inf, np.nan
+    x = np.float32([[0, 0, 1], [nan, 0, 0], [inf, 0, 0], [-inf, -inf, -inf], [0, 0, -inf], [-inf, 0, 0], [0, 0, 0]])
+    labels = np.array([0, 0, 1, 0, 0, 0, 3])
+
+    def loss(s):
+        return jce.cross_entropy_with_integer_labels(labels, x, label_smoothing=s)
+
+    with jax.debug_nans(False):
+        found = jax.jvp(loss, (np.float32(SMOOTHING),), (np.float32(1),))[1]
+    np.testing.assert_allclose(found, [-1 / 3, nan, nan, nan, inf, nan, nan], rtol=1e-6)

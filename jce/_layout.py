@@ -13,9 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax._src import core  # nothing public tells of spmd_axis_name (JAX 0.8 to 0.12)
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+try:  # nothing public tells of spmd_axis_name (JAX 0.8 to 0.12)
+    from jax._src.core import get_axis_env
+except ImportError:  # then gradients under it end in JAX's own error
+    get_axis_env = None
 
 
 class Layout(NamedTuple):
@@ -97,7 +101,7 @@ def manual_axes() -> tuple:
 
 def split_batch_axes() -> frozenset:
     """The mesh axes over which the `jax.vmap`s around split their batches, by spmd_axis_name."""
-    return core.get_axis_env().spmd_axis_names
+    return frozenset() if get_axis_env is None else get_axis_env().spmd_axis_names
 
 
 def auto_devices() -> int:

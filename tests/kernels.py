@@ -801,6 +801,7 @@ TABLE = [
         absent=(0.0, -INF),
         formula=soft_with_z_loss,
         value_bar=4,
+        value_scale=lambda p, x: cross_entropy_with_logits(p, x) + Z_LOSS * (max(map(abs, x)) + mp.log(len(x))) ** 2,
         gradient_bar=(4, 8),
         gradient_scale=(
             None,

@@ -29,7 +29,7 @@ BARS = {
     "kl_divergence_with_logits": (10, 10, 12),
     "jensen_shannon_divergence": (12, 12, 12),
     "jensen_shannon_divergence_with_logits": (12, 12, 12),
-    "1,000 classes": (6, 8, 12),
+    "1,000 classes": (6, 12, 12),  # of a derivative 4 with sums in float64, which cost a CPU 1.2 times a loss's time
 }
 
 

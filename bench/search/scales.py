@@ -56,6 +56,11 @@ def is_label(x: np.ndarray) -> np.ndarray:
     return np.arange(x.shape[-1]) == 0
 
 
+def most_log_sum(x: np.ndarray) -> np.ndarray:
+    """max |x| + log n, of which log Σ exp x may be what is left."""
+    return np.abs(x).max(-1, keepdims=True) + np.log(x.shape[-1])
+
+
 def deviance(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """p log p/q - p + q"""
     log = np.where(p < q / 2, np.log(p / q), np.log1p((p - q) / q))
@@ -133,15 +138,17 @@ SCALES: dict[str, dict[str, Callable]] = {
         "∂logits": lambda p, x: p.sum(-1, keepdims=True) * Softmax(x).p + p,
         HVP: soft_target_hvp,
     },
+    "cross_entropy_with_logits-z-loss": {
+        "value": lambda p, x: np.sum(p * Softmax(x).surprisal, -1) + Z_LOSS * np.square(most_log_sum(x))[..., 0],
+        "∂logits": lambda p, x: (p.sum(-1, keepdims=True) + 2 * Z_LOSS * most_log_sum(x)) * Softmax(x).p + p,
+    },
     "cross_entropy_with_integer_labels": {HVP: lambda x, t: [Softmax(x).jacobian(t)]},
     "cross_entropy_with_integer_labels-smoothed": {
         "∂logits": lambda x: Softmax(x).p + SMOOTHING / x.shape[-1] + (1 - SMOOTHING) * is_label(x),
     },
     "cross_entropy_with_integer_labels-∂label_smoothing": {"value": lambda x: np.ptp(x, axis=-1)},
     "cross_entropy_with_integer_labels-z-loss": {
-        "∂logits": lambda x: (
-            Softmax(x).p * (1 + 2 * Z_LOSS * (np.abs(x).max(-1, keepdims=True) + np.log(x.shape[-1]))) + is_label(x)
-        ),
+        "∂logits": lambda x: Softmax(x).p * (1 + 2 * Z_LOSS * most_log_sum(x)) + is_label(x),
     },
     "kl_divergence_with_logits": {
         "∂p_logits": kl_gradient,
@@ -184,8 +191,8 @@ def half_an_ulp(x: np.ndarray) -> np.ndarray:
 
 
 def of_difference(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """What is lost of log qᵢ/pᵢ when what each logit lacks to its maximum is rounded; but of near ones only what is lost
-    of the difference of the two, since that is what their q - p is made of."""
+    """What is lost of log qᵢ/pᵢ when what each logit lacks to its maximum is rounded; but of near ones only what is
+    lost of the difference of the two, since that is what their q - p is made of."""
     depths = sum(half_an_ulp(z.max(-1, keepdims=True) - z) for z in (x, y))
     return np.where(np.abs(y - x) < NEAR, np.minimum(depths, half_an_ulp(y - x)), depths)
 
@@ -203,10 +210,11 @@ def lost_of_differences(key: str, arguments: list[np.ndarray], exact: dict[str, 
     terms = b * deviance(p.p, middle) * of_p + c * deviance(q.p, middle) * of_q
     in_value = np.abs(exact["∂q_logits"]) * lost + terms
     lost = lost + (np.abs(q.p - p.p) * (of_p + of_q)).sum(-1, keepdims=True)  # of log Σ p e^d, in every log q/p
+    of_p, of_q = (logs[0] * of_p, logs[1] * of_q) if c == 0 else (log * (of_p + of_q) for log in logs)  # of p and of m
     return {
         "value": in_value.sum(-1),
-        "∂p_logits": b * p.p * (lost + p.mean(lost + logs[0] * of_p)),
-        "∂q_logits": c * q.p * (lost + q.mean(lost + logs[1] * of_q)),
+        "∂p_logits": b * p.p * (lost + of_p + p.mean(lost + of_p)),
+        "∂q_logits": c * q.p * (lost + of_q + q.mean(lost + of_q)),
     }
 
 

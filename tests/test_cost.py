@@ -29,6 +29,7 @@ STORED = {
     jce.generalized_kl_divergence: (1, 1),
     # two of exponentials and two masks, or what is made of them
     jce.kl_divergence_with_logits: (1, 2.25 if jax.__version_info__ < (0, 12) else 3),
+    jce.entropy_with_logits: (0, 0),
     jce.binary_entropy: (0, 1),
     jce.binary_cross_entropy: (0, 1),
     jce.binary_kl_divergence: (0, 2),

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import jce
+from jce._binary_with_logits import FARTHEST, QUADRATURE
 from jce._calculus import ratio
 from jce._classes import Classes
-from jce._elementary import ATANH_TAIL, log1p_unit, log_complement
+from jce._elementary import ATANH_TAIL, log1p, log1p_unit, log_complement
 from jce._mul0 import mul0, mul00, multiply
 from jce._row_sum import row_sum
 from jce._ways.passes import Passes
+from tests.kernels import ROWS
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 28), ("float64", 53)])
@@ -64,6 +66,35 @@ def test_log1p_unit(dtype, rng):
         got = jax.jit(log1p_unit)(e)
         exact = [mp.log1p(mp.mpf(float(v))) for v in e]
     np.testing.assert_allclose(got, np.array(exact, float), rtol=2 * np.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.in_turn(2)
+def test_log1p(dtype, rng):
+    """From 0 to numbers beside which 1 is lost, and its derivative."""
+    s = np.concatenate([[0], 0.41421356 + 1e-3 * rng.standard_normal(500), 10 ** rng.uniform(-30, 30, 1000)])
+    s = s.astype(dtype)
+    with jax.enable_x64(dtype == np.float64), mp.workprec(300):
+        got, slope = jax.jit(jax.vmap(jax.value_and_grad(log1p)))(s)
+        exact = [mp.log1p(mp.mpf(float(v))) for v in s]
+    np.testing.assert_allclose(got, np.array(exact, float), rtol=1.7 * np.finfo(dtype).eps, atol=0)
+    np.testing.assert_allclose(slope, 1 / (1 + np.float64(s)), rtol=2 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_quadrature(dtype):
+    """∫ (1-s) sᵏ ds = 1/((k+1)(k+2)), exactly below twice as many powers as there are points; and as far as it is
+    used, of the divergence at logits that are the farthest apart."""
+    places, weights = np.array(QUADRATURE[np.dtype(dtype)]).T
+    k = np.arange(2 * len(places))
+    np.testing.assert_allclose((weights * places ** k[:, None]).sum(1), 1 / ((k + 1) * (k + 2)), rtol=1e-13)
+    x = np.linspace(-3, 1, 9).astype(dtype)
+    y = np.nextafter(x + dtype(FARTHEST), x)
+    kl = ROWS["binary_kl_divergence_with_logits"].formula
+    with jax.enable_x64(dtype == np.float64), mp.workprec(200):
+        got = jce.binary_kl_divergence_with_logits(x, y)
+        exact = [kl(mp.mpf(float(a)), mp.mpf(float(b))) for a, b in zip(x, y, strict=True)]
+    np.testing.assert_allclose(got, np.array(exact, float), rtol=4 * np.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -4,8 +4,8 @@ Of k labels log q_j = -(log(1 + s) + m - x_j), with m = max x and the off-maximu
 numbers of x that are looked up. Where a class dominates, its m - x_j is 0 by definition.
 
 With a tail there are k + 1 outcomes: the labels, and the classes without one, of which m and Z = Σ exp(xᵢ - m) are all
-that is needed. Nothing cancels there, whichever takes nearly everything: log q of an outcome of more than .7 is
-log 1/(1 + r), r the others' weights over its own, and that of any other a difference of more than .3 from log Σ w.
+that is needed. Nothing cancels there, whichever takes nearly everything: log q of an outcome of more than .55 is
+log 1/(1 + r), r the others' weights over its own, and that of any other a difference of more than .5 from log Σ w.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _sum_of_exponentials_rule(classes, primals, tangents):
 def _log_shares(logs, w):
     """log qᵢ."""
     total = w.sum(-1, keepdims=True)
-    most = _has(0.7, w)
+    most = _has(0.55, w)
     near = 0 - log1p(_sum_of_others(w, w) / jnp.where(most, w, jnp.ones_like(w)))
     return jnp.where(most, near, logs - log(total))
 
@@ -125,7 +125,7 @@ def _from_mean(t, logs, w):
     """tᵢ - Σⱼ qⱼtⱼ, linear in t, which counts from that of the outcome of more than a half, if there is one."""
     center = jnp.where(_has(0.5, w), t, jnp.zeros_like(t)).sum(-1, keepdims=True)
     mean = _sum_of_others(w, mul0(_shares(logs, w), t - center))
-    return jnp.where(_has(0.7, w), -mean, t - center - mean)
+    return jnp.where(_has(0.55, w), -mean, t - center - mean)
 
 
 def _sum_of_others(w, a):
@@ -134,7 +134,7 @@ def _sum_of_others(w, a):
 
 
 def _has(share, w):
-    """Which outcome has more of the sum: what is selected by .7 is left out by .5 too, whatever rounding each sees."""
+    """Which outcome has more of the sum: what is selected by .55 is left out by .5 too, whatever rounding each sees."""
     return w > share * w.sum(-1, keepdims=True)
 
 

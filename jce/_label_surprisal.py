@@ -72,7 +72,7 @@ def mean_excess(y, share, x, classes):
     m, _, d = classes.off_label(y, x)
     depth = classes.column(m) - x
     mean = classes.sum(terms(share, depth, classes) if share.ndim else share * depth)
-    return jnp.where(jnp.isnan(d), d, mean - d)  # a mean of +∞ would hide a NaN
+    return mean - d
 
 
 # Along t it is t_y - Σᵢ uᵢtᵢ, and NaN times t of a row that is NaN.

@@ -73,26 +73,36 @@ def losses(of, x, smoothing):
     return jce.cross_entropy_with_integer_labels(labels, x, label_smoothing=smoothing, where=where, **options)
 
 
+def difference_of_targets(of):
+    """The uniform target less the given one, of equal sums: what the derivative in the smoothing multiplies x by."""
+    taken = PROBS if "list" in of else np.float32([1])
+    given = (np.eye(CLASSES)[LISTS if "list" in of else LABELS[:, None]] * taken[:, None]).sum(1)
+    uniform = LEGAL / LEGAL.sum() if "legal" in of else np.full(CLASSES, 1 / CLASSES)
+    return np.float64(taken).sum() * uniform - given
+
+
 @each_spread
 @pytest.mark.parametrize("of", ["labels", "legal classes", "a list", "a head", "a head and a list"])
 def test_the_derivative_in_a_traced_smoothing(of, spread, rng):
-    """Of each row in units of its spread; in both modes, and differentiated again in the logits."""
-    x = logits(rng, spread)
+    """-Σ (uᵢ - pᵢ) xᵢ of each row, in units of its spread; in both modes, and differentiated again in the logits."""
+    x, smoothing = logits(rng, spread), np.float32(SMOOTHING)
 
     def derivatives(x):
-        smoothing = jnp.asarray(SMOOTHING, x.dtype)
-        forward = jax.jvp(lambda s: losses(of, x, s), (smoothing,), (jnp.ones_like(smoothing),))[1]
+        forward = jax.jvp(lambda s: losses(of, x, s), (smoothing,), (np.float32(1),))[1]
         reverse = jax.grad(lambda s: losses(of, x, s)[0])(smoothing)
         in_x = jax.grad(lambda x: jax.grad(lambda s: losses(of, x, s).sum())(smoothing))(x)
-        return forward, reverse, in_x
+        in_smoothing = jax.jvp(jax.grad(lambda x, s: losses(of, x, s).sum()), (x, smoothing), (0 * x, np.float32(1)))[1]
+        return forward, reverse, in_x, in_smoothing
 
-    found = tuple(in_both(derivatives, x))
+    mixed = -difference_of_targets(of)
+    exact = (mixed * np.float64(x)).sum(-1)
     spreads = np.ptp(x, axis=-1)
-    assert_near(found, (spreads, spreads[0], 1), 4)
+    found = jax.jit(derivatives)(x), (exact, exact[0], mixed, mixed)
+    assert_near(found, (spreads, spreads[0], 1, 1), 4)
 
 
 def test_the_derivative_in_a_smoothing_at_corners():
-    """A row that is no distribution is NaN, a class of probability 0 costs +∞, or, as the label, -∞."""
+    """A row that is no distribution is NaN, a class of probability 0 costs +∞, or, as the label, has no derivative."""
     inf, nan = np.inf, np.nan
     x = np.float32([[0, 0, 1], [nan, 0, 0], [inf, 0, 0], [-inf, -inf, -inf], [0, 0, -inf], [-inf, 0, 0], [0, 0, 0]])
     labels = np.array([0, 0, 1, 0, 0, 0, 3])
@@ -100,6 +110,14 @@ def test_the_derivative_in_a_smoothing_at_corners():
     def loss(s):
         return jce.cross_entropy_with_integer_labels(labels, x, label_smoothing=s)
 
+    def in_logits(x):
+        return jax.grad(lambda s: jce.cross_entropy_with_integer_labels(labels, x, label_smoothing=s).sum())(s)
+
+    s = np.float32(SMOOTHING)
     with jax.debug_nans(False):
-        found = jax.jvp(loss, (np.float32(SMOOTHING),), (np.float32(1),))[1]
+        found = jax.jvp(loss, (s,), (np.float32(1),))[1]
+        mixed = jax.grad(in_logits)(x)
     np.testing.assert_allclose(found, [-1 / 3, nan, nan, nan, inf, nan, nan], rtol=1e-6)
+    expected = np.float32([2, -1, -1]) / 3
+    np.testing.assert_allclose(mixed[np.array([0, 4])], [expected] * 2, rtol=1e-6)
+    assert np.isnan(mixed[np.array([1, 2, 3, 6])]).all()

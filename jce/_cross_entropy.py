@@ -197,7 +197,7 @@ def cross_entropy_with_integer_labels(
       A label outside [0, n) makes its own row NaN, in value and gradient; it never counts from the end. In label_probs,
       with probability 0, it contributes 0. A logit of -∞ is a class of probability 0, with derivative 0; at the label,
       or with label smoothing, it makes the loss +∞. A NaN, a +∞ or nothing but -∞ makes a row NaN. n = 0 gives 0. A
-      traced ε of 0 is none: a logit of -∞ costs nothing.
+      traced ε of 0 is none: a logit of -∞ costs nothing. A label there has no derivative in a traced ε: NaN.
       A tail of no class is 0: all that `where` keeps have a label. One of classes that are all at -∞ is 1-Σp times +∞;
       but 0, with derivative 0, if Σp is 1 up to a rounding: 4 eps of the dtype of label_probs, which is therefore to be
       the one in which they were rounded. Where Σp is above 1 by no more than that, the rest counts as 0 in the value,

@@ -226,7 +226,8 @@ def jensen_shannon_divergence_with_logits(
     At the boundary:
       A logit of -∞ is a class of probability 0, with derivative 0 in it; if it is -∞ in one alone, the other's still
       costs. A NaN, a +∞ or nothing but -∞ makes its row NaN. A traced β of 0 or 1 gives 0, the limit, with derivative
-      0 in the logits, and in β infinite where the mixture lacks a class that one of them has. n = 0 gives 0.
+      0 in the logits, and in β infinite where the mixture lacks a class that one of them has; of derivatives there in
+      both β and the logits nothing is said. n = 0 gives 0.
 
     Derivative:
       ∂/∂p_logitsᵢ = β pᵢ (log pᵢ/mᵢ - KL(p‖m)), ∂/∂q_logitsᵢ = (1-β) qᵢ (log qᵢ/mᵢ - KL(q‖m)), each in its argument's

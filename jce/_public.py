@@ -36,6 +36,11 @@ TOKENS = OF_EACH | {
 }
 
 
+# What to pass where what was passed can't be part of a program
+A_NUMBER = "Pass a Python value; of an array its number, by float(x) or int(x) outside jax.jit."
+STATIC = dict.fromkeys(("axis_name", "token_axis", "class_axis"), "Pass a name, or a tuple of names.")
+
+
 def instead(parameters: Collection[str], option: str) -> str:
     """What to write, in a function of these parameters, for an option that isn't one of them."""
     of_tokens = "hidden" in parameters or "chunk_size" in parameters
@@ -136,8 +141,7 @@ class Public:
             elif option in self._static and not _is_hashable(value):
                 raise ValueError(
                     f"{self.__name__}: {option} must be static and hashable, since the program depends on it; got"
-                    f" {option}: {type(value).__name__}. Pass a tuple for a list, and for an array a Python number, as"
-                    f" by float(x) or int(x) outside jax.jit."
+                    f" {option}: {type(value).__name__}. {STATIC.get(option, A_NUMBER)}"
                 )
             elif isinstance(self._parameters[option].default, bool):
                 require_bool(self.__name__, **{option: value})

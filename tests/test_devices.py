@@ -420,7 +420,7 @@ def test_no_classes_on_several_devices():
         ({"class_axis": ("tokens", "classes")}, r"unlike axes of the mesh.*class_axis=\('tokens', 'classes'\)"),
         ({"mesh": None}, r"mesh must be a mesh of devices.*got mesh=None.*On one device"),
         ({"labels": 0, "hidden": np.zeros(2)}, r"labels and hidden must have a first axis.*a single token"),
-        ({"token_axis": ["tokens"]}, r"token_axis must be static.*got token_axis: list.*Pass a tuple for a list"),
+        ({"token_axis": ["tokens"]}, r"token_axis must be static.*got token_axis: list.*a tuple of names"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

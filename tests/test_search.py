@@ -12,7 +12,7 @@ import jce
 from bench import results, search
 from bench.__main__ import main
 from bench.search import arguments, child, climb, corpus, floats
-from bench.search.functions import ALL, Searched
+from bench.search.functions import ALL, BARS, Searched
 from bench.search.judging import LEAST, by_mpmath, judged
 from bench.search.scales import HVP, SCALES, conditioning, deviance, lost_of_differences
 from tests import oracle
@@ -310,3 +310,24 @@ def test_equal_logits_lose_nothing():
     lost = lost_of_differences("kl_divergence_with_logits", [x, x], {"∂q_logits": np.zeros_like(x)})
     assert all(np.all(amount == 0) for amount in lost.values())
     assert deviance(np.array(0.25), np.array(0.5)) == pytest.approx(0.25 - 0.25 * np.log(2))
+
+
+def test_the_readme_says_the_bars():
+    """Of values and first derivatives: what they are but for some, and of those."""
+    most = {name: max(bars[:2]) for name, bars in BARS.items()}
+    kl, mixture, tail, many = (
+        most.pop(name)
+        for name in (
+            "kl_divergence",
+            "jensen_shannon_divergence",
+            "log_probs_with_integer_labels, tail",
+            "1,000 classes",
+        )
+    )
+    assert kl == most.pop("kl_divergence_with_logits") == most.pop("generalized_kl_divergence")
+    assert mixture == most.pop("jensen_shannon_divergence_with_logits")
+    said = (
+        f"more than {max(most.values())} ulps off, but of KL {kl}, of Jensen-Shannon {mixture}, of a tail {tail} and of"
+        f" 1,000 classes {many}"
+    )
+    assert said in " ".join((results.FOLDER.parents[1] / "README.md").read_text(encoding="utf-8").split())

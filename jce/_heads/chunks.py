@@ -291,6 +291,7 @@ def checked(
             f"{function}: bias must have the shape ({n},), a number for each row of head; got {described(got)}."
         )
     require_choice_of_tokens(function, got, batch, n)
+    float_dtype(function, {name: x for name, x in got.items() if name in ("hidden", "head", "bias", "weights")})
     return got | checked_temperature(function, temperature, batch)
 
 

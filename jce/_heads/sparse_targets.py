@@ -48,6 +48,7 @@ def linear_sparse_cross_entropy(
             f" the labels of each token last, {batch} and k; got {described(got)}. Without label_probs there is one"
             f" label a token."
         )
+    float_dtype(name, {"label_probs": p})
     numbers = {
         "smoothing": fraction(name, jnp.result_type(float), label_smoothing=given.label_smoothing),
         "z_loss": positive(name, jnp.result_type(float), z_loss=given.z_loss, or_zero=True),

@@ -138,7 +138,7 @@ def binary_kl_divergence_with_logits(alpha_logits: ArrayLike, beta_logits: Array
 
     Example:
       >>> print(jce.binary_kl_divergence_with_logits(jnp.array([1.0, 1.0]), jnp.array([1.0, 1.001])))
-      [0.000000e+00 9.830001e-08]
+      [0.0000000e+00 9.8300006e-08]
     """
     x, y = elementwise("binary_kl_divergence_with_logits", alpha_logits=alpha_logits, beta_logits=beta_logits)
     return _kl_of_sigmoid(x, y)

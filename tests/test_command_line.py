@@ -27,6 +27,7 @@ CASES |= {
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to another process")
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="ignored in the background of a shell")
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in CASES])
 def test_interrupt(case, tmp_path):
     program, arguments, package, says = CASES[case]

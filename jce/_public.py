@@ -38,7 +38,7 @@ TOKENS = OF_EACH | {
 
 # What to pass where what was passed can't be part of a program
 A_NUMBER = "Pass a Python value; of an array its number, by float(x) or int(x) outside jax.jit."
-STATIC = dict.fromkeys(("axis_name", "token_axis", "class_axis"), "Pass a name, or a tuple of names.")
+STATIC: dict[str, str] = dict.fromkeys(("axis_name", "token_axis", "class_axis"), "Pass a name, or a tuple of names.")
 
 
 def instead(parameters: Collection[str], option: str) -> str:

@@ -12,9 +12,10 @@ import jce
 from bench import results, search
 from bench.__main__ import main
 from bench.search import arguments, child, climb, corpus, floats
-from bench.search.functions import ALL, BARS, Searched
+from bench.search.functions import ALL, BARS, MANY, Searched
 from bench.search.judging import LEAST, by_mpmath, judged
 from bench.search.scales import HVP, SCALES, conditioning, deviance, lost_of_differences
+from jce import _platforms
 from tests import oracle
 from tests.kernels import LOGIT, ROWS
 
@@ -53,6 +54,8 @@ STORED = stored()
 @pytest.mark.in_turn(6)
 def test_the_largest_known_errors_are_within_the_bars(label, n):
     """Today's, of all stored arguments in batches of the size in which they were found."""
+    if n == MANY and not _platforms.CPU.is_cpu:
+        pytest.skip("many classes are summed one after another")
     searched = BY_LABEL[label]
     k = len(searched.kernel.arguments)
     for off_grid in (False, True):
@@ -63,7 +66,7 @@ def test_the_largest_known_errors_are_within_the_bars(label, n):
         found = judged(searched, batch[:k], batch[k:], off_grid) if known else {}
         for i, (line, point) in enumerate(known):
             quantity = line["quantity"]
-            error, bar = found[quantity].of_rows[i], searched.bar(quantity, line["arguments"])
+            error, bar = found[quantity].of_rows[i], searched.bar(quantity, line["arguments"], _platforms.CPU.is_cpu)
             assert error <= bar, (quantity, error, bar, corpus.told(searched, quantity, point))
 
 
@@ -326,6 +329,7 @@ def test_the_readme_says_the_bars():
     )
     assert kl == most.pop("kl_divergence_with_logits") == most.pop("generalized_kl_divergence")
     assert mixture == most.pop("jensen_shannon_divergence_with_logits")
+    most = {name: bar for name, bar in most.items() if not name.endswith(child.OFF_GRID)}
     said = (
         f"more than {max(most.values())} ulps off, but of KL {kl}, of Jensen-Shannon {mixture}, of a tail {tail} and of"
         f" 1,000 classes {many}"

@@ -18,14 +18,15 @@ ON_GRID, OFF_GRID, THOUSAND, ANY, ALL_FLOATS = "on the grid", "off the grid", "1
 QUICK_CLASSES, QUICK_BATCHES = (3,), 4
 
 
-def classes(searched: Searched, quick: bool, known: list) -> list[int]:
-    """Of how many classes rows are searched: also of those that were before."""
+def classes(searched: Searched, todo: dict, known: list) -> list[int]:
+    """Of how many classes rows are searched: also of those that were before. Many are summed as others do in parts, but
+    on this CPU one after another, of which nothing follows for them."""
     if not searched.kernel.has_classes:
         return [1]
-    if quick:
+    if todo["quick"]:
         return list(QUICK_CLASSES)
-    before = {len(point[0]) for _, point in known}
-    return sorted(before | set(FEW) | ({MANY} if searched.many else set()))
+    every = {len(point[0]) for _, point in known} | set(FEW) | ({MANY} if searched.many else set())
+    return sorted(every if todo["device"] == "CPU" else every - {MANY})
 
 
 def kind(search: climb.Search) -> str:
@@ -43,7 +44,7 @@ def fits(search: climb.Search, line: dict, point: list[np.ndarray]) -> bool:
 def climbed(searched: Searched, todo: dict, lines: list[dict]) -> list[climb.Search]:
     """Searches of rows of each number of classes, on the grid and off it, from where earlier ones ended."""
     known, done = corpus.points(searched, lines), []
-    every = classes(searched, todo["quick"], known)
+    every = classes(searched, todo, known)
     for n in every:
         off_grids = [False, True] if searched.of_logits and n != MANY else [False]
         some = [climb.Search(searched, n, off_grid, todo["seed"]) for off_grid in off_grids]

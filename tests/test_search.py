@@ -119,13 +119,13 @@ def test_a_bad_formula_is_found(row, function, classes, ulps):
 
 
 def test_climbing_finds_more_than_drawing():
-    searched = BY_LABEL["binary_kl_divergence_with_logits"]
+    searched = BY_LABEL["sampled_kl_divergence"]
     climbing, drawing = (climb.Search(searched, 1, False, 0) for _ in range(2))
     climb.run([climbing], 600, 6)
     for _ in range(6):
         drawing.try_(arguments.fresh(drawing.rng, drawing.numbers, drawing.shape))
     assert climbing.tried == drawing.tried
-    assert largest(climbing) > 1.2 * largest(drawing)
+    assert largest(climbing) > 1.05 * largest(drawing)
 
 
 def test_a_run_is_the_same_again():

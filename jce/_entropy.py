@@ -142,9 +142,7 @@ def _entropy_of_softmax_rule(classes, primals, tangents):
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel_apart
 def _weighted_excess(x, classes):
-    e, z, _ = classes.exponentials(x)
-    # Behind the barrier, since else XLA on a CPU makes Z and q in one operation, and stores q beside eᵢ.
-    return mul0(_surprisal_excess(x, classes), e / classes.column(classes.stored(z)))
+    return mul0(_surprisal_excess(x, classes), softmax(x, classes))
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))

@@ -31,6 +31,7 @@ UNLESS = {"holds_nan": "jax_debug_nans", "needs_jit": "jax_disable_jit"}
 
 def pytest_addoption(parser):
     parser.addoption("--as-on", choices=["ACCELERATOR", "GPU"], help="this CPU lowers what such a device would")
+    parser.addoption("--part", metavar="K/N", help="of the selected tests every N-th, beginning with the K-th, from 0")
 
 
 def pytest_configure(config):
@@ -38,8 +39,8 @@ def pytest_configure(config):
         _platforms.CPU = getattr(_platforms, config.option.as_on)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     cases = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("in_turn"):
@@ -54,6 +55,10 @@ def pytest_collection_modifyitems(items):
         if getattr(jax.config, setting):
             for item in filter(lambda item, mark=mark: item.get_closest_marker(mark), items):
                 item.add_marker(pytest.mark.skip(reason=f"{mark}, under {setting}"))
+    yield  # pytest leaves out what is slow
+    if config.option.part:
+        part, of = map(int, config.option.part.split("/"))
+        items[:] = [item for k, item in enumerate(items) if (k + k // of) % of == part % of]
 
 
 def pytest_terminal_summary(terminalreporter, config):

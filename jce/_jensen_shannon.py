@@ -123,11 +123,30 @@ def _is_empty(p, q, b, c):
     return ((b == 0) | (p == 0)) & ((c == 0) | (q == 0))
 
 
+@custom_jvp
 def _relative_difference(p, q, d, b, c):
-    """(p - q)/m, which is ±∞ where the mixture lacks what one of them has."""
+    """(p - q)/m for d = p - q, which is ±∞ where the mixture lacks what one of them has."""
     empty = _is_empty(p, q, b, c)
     _, _, _, d, m = _with_mixture(p, q, d, b, c)
     return ratio(d, jnp.where(empty, jnp.zeros_like(m), m))
+
+
+# d (p - q)/m = (d(p - q) - (p - q)/m dm) / m, of m as it is: a cotangent over a raised one would underflow.
+def _relative_difference_rule(primals, tangents):
+    p, q, d, b, c = primals
+    relative, m = _relative_difference(*primals), b * p + c * q
+    change = along(
+        tangents,
+        lambda dp: -mul0(mul0(relative, b), dp),
+        lambda dq: -mul0(mul0(relative, c), dq),
+        lambda dd: dd,
+        lambda db: -mul0(mul0(relative, p), db),
+        lambda dc: -mul0(mul0(relative, q), dc),
+    )
+    return relative, over_if_present(change, d, m)
+
+
+_relative_difference.defjvp(_relative_difference_rule, symbolic_zeros=True)
 
 
 def _divergence_rule(primals, tangents):

@@ -74,7 +74,8 @@ PLAIN = [plain, lambda x, y, beta: plain(jax.nn.softmax(x), jax.nn.softmax(y), b
 
 @each_divergence
 @pytest.mark.parametrize(
-    "mode", [x if x == "forward over reverse" else pytest.param(x, marks=pytest.mark.slow) for x in MODES]
+    "mode",
+    [x if x in ("forward over reverse", "third order") else pytest.param(x, marks=pytest.mark.slow) for x in MODES],
 )
 def test_a_traced_weight_has_derivatives(function, mode, rng):
     """Of every order, beside those of the formula as it is written, in float64; all made in the same program."""

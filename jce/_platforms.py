@@ -1,8 +1,8 @@
 """What differs between a CPU and an accelerator: how rows are summed, and in which order and size a head is computed.
 
-The platform is known when a program is lowered, not when it is traced. What is computed of rows, and a head's loss with
-its gradient, therefore waits (`_waiting.py`). Of other loops over tokens both ways are traced, and each platform lowers
-its own: waiting, a loop's value and its tangent would be two loops, which XLA doesn't merge.
+The platform is known when a program is lowered, not when it is traced. What is computed of rows therefore waits
+(`_waiting.py`). Of a loop over tokens both ways are traced, and each platform lowers its own: waiting, a loop's value
+and its tangent would be two loops, which XLA doesn't merge.
 """
 
 from __future__ import annotations

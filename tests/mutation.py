@@ -75,7 +75,6 @@ EQUIVALENT = {
     "zip(a[1:], b[1:], strict=False)": "both are of three numbers",
     "SHORTEST_BLOCK + 2": "how rows are cut is a matter of speed",
     "_excess.defjvp(_excess_rule, symbolic_zeros=False)": "the terms that it adds are 0: a matter of speed",
-    "if not is_array(self.soft_cap) else": "where a traced number's gradient is summed is a matter of speed",
     "unless_negative( ((q)), jnp.where(unmixed": "a negative p alone has no logarithm",
     "unless_negative( ((q)), deviance(p, q": "nor here",
     "/,": "what stands before is passed by its position, what behind by its name",

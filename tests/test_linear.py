@@ -812,3 +812,17 @@ def test_fewer_classes_than_the_width(rng):
 
     for got, expected in zip(jax.grad(ours, (0, 1, 2))(h, w, b), jax.grad(dense, (0, 1, 2))(h, w, b), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.holds_nan
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_label_out_of_range_under_a_head_of_few_classes(reduction):
+    """Where r meets e, since there are fewer classes than hidden states are wide."""
+
+    def loss(h, w):
+        return jce.linear_cross_entropy(np.array([1, 7]), h, w, reduction=reduction).sum()
+
+    of_hidden, of_head = jax.grad(loss, (0, 1))(np.ones((2, 8), np.float32), np.ones((3, 8), np.float32))
+    assert np.isfinite(of_hidden[0]).all()
+    assert np.isnan(of_hidden[1]).all()
+    assert np.isnan(of_head).all()

@@ -178,6 +178,33 @@ def test_at_a_temperature_of_0_a_derivative_is_0_or_infinite(reduction):
     np.testing.assert_array_equal(gradient, [-np.inf, np.inf, 0])
 
 
+@pytest.mark.holds_nan
+@pytest.mark.parametrize("wrong", ["greedy", "no class", "overflow"])
+def test_a_loss_that_is_left_out_afterwards_adds_nothing_to_the_head(wrong, problem):
+    """Its derivative is infinite, or no number, and its cotangent 0: in a product of matrices that would be NaN."""
+    labels, h, w, b, t, _ = problem
+    out = np.arange(TOKENS) % 2 == 0
+    h, w, b, t = map(np.float32, (h, 4 * w, b, t))
+    h = np.where(out[:, None] & (wrong == "overflow"), np.finfo(h.dtype).max * np.sign(w[1]), h)
+    labels, t = np.where(out & (wrong == "no class"), 99, labels), np.where(out, np.float32(0), t)
+
+    def loss(some):
+        options = {"temperature": t[some]} if wrong == "greedy" else {}
+
+        def total(h, w, b):
+            of_each = jce.linear_cross_entropy(labels[some], h, w, b, reduction="none", chunk_size=2, **options)
+            return jnp.where(out[some], 0, of_each).sum()
+
+        return jax.grad(total, (0, 1, 2))(h[some], w, b)
+
+    of_hidden, *of_head = loss(np.arange(TOKENS))
+    of_kept, *expected = loss(np.flatnonzero(~out))
+    np.testing.assert_array_equal(of_hidden[out], 0)
+    np.testing.assert_allclose(of_hidden[~out], of_kept, rtol=1e-6)
+    for got, wanted in zip(of_head, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_at_a_temperature_of_0_a_tail_is_infinite_with_its_derivative():
     """Of which no class is the greedy one; but not of one that takes nothing, or of forbidden classes alone."""
     x, labels = np.float32([[3, 1, 0, -1]]), np.array([[0]])

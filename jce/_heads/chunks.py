@@ -8,7 +8,6 @@ instead of keeping all: N × n numbers never exist, in any mode, to any order.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,92 +20,18 @@ from jce._arguments import (
     described,
     float_dtype,
     integer,
-    is_array,
-    positive,
     require_bool,
     require_boolean,
-    wide_enough,
 )
-from jce._calculus import custom_jvp, def_partials
-from jce._classes import Classes, like, vary_over, varying
-from jce._elementary import exp, tanh
-from jce._heads.kept import counts, filled, over_kept
-from jce._heads.products import Head, Products
-from jce._heads.temperature import Temperatures, checked_temperature
+from jce._classes import vary_over, varying
+from jce._heads.kept import filled, over_kept
+from jce._heads.products import Head
+from jce._heads.temperature import checked_temperature
 from jce._layout import over_devices
 from jce._mul0 import mul0
 from jce._platforms import Chunks, ChunkSize
 
 REDUCTIONS = ("mean", "sum", "none")
-
-
-class Logits(NamedTuple):
-    """How logits are made of hidden states and a head: static, but for a soft cap that is traced."""
-
-    soft_cap: float | Array | None
-    products: Products
-
-    @classmethod
-    def checked(cls, function: str, head: Head, logit_soft_cap: ArrayLike | None, precision) -> Logits:
-        cap = logit_soft_cap
-        cap = None if cap is None else positive(function, head.bias.dtype, logit_soft_cap=cap)
-        return cls(cap, Products.checked(function, precision))
-
-    def of(self, h: Array, head: Head) -> Array:
-        return self.capped(self.uncapped(h, head))
-
-    def uncapped(self, h: Array, head: Head) -> Array:
-        return self.products.with_head(h, head, 1) + head.bias[None]
-
-    def capped(self, u: Array) -> Array:
-        if self.soft_cap is None:
-            return u
-        allowed, u = _allowed(u)
-        return jnp.where(allowed, _soft_cap(u, self._cap(u)), jnp.full_like(u, -jnp.inf))
-
-    def slope(self, u: Array) -> Array:
-        """dx/du of the capped x, for a soft cap."""
-        allowed, u = _allowed(u)
-        return jnp.where(allowed, _slope(u / self._cap(u)), jnp.zeros_like(u))
-
-    def _cap(self, u):
-        assert self.soft_cap is not None
-        # split over a mesh as u is
-        return like(self.soft_cap, u) if is_array(self.soft_cap) else self.soft_cap * jnp.ones_like(u)
-
-
-def _allowed(u):
-    """Which classes no -∞ forbids, and their logits: a cap leaves -∞ as it is, constant."""
-    allowed = u != -jnp.inf
-    return allowed, jnp.where(allowed, u, jnp.zeros_like(u))
-
-
-@custom_jvp
-def _soft_cap(u, c):
-    """c tanh u/c; where tanh v rounds to v, u itself, since XLA takes a subnormal u/c for 0."""
-    v = u / c
-    return jnp.where(v * v < jnp.finfo(v.dtype).eps, u, c * tanh(v))
-
-
-@custom_jvp
-def _slope(v):
-    """1 - tanh² v, without the difference."""
-    e = exp(-jnp.abs(v))
-    sech = 2 * e / (1 + e * e)
-    return sech * sech
-
-
-@custom_jvp
-def _slope_in_cap(v):
-    """tanh v - v (1 - tanh² v)"""
-    return tanh(v) - mul0(v, _slope(v))
-
-
-# With v = u/c: ∂/∂u c tanh v = 1 - tanh² v, ∂/∂c c tanh v = tanh v - v (1 - tanh² v)
-def_partials(_soft_cap, lambda u, c: _slope(u / c), lambda u, c: _slope_in_cap(u / c))
-# d (1 - tanh² v)/dv = -2 tanh v (1 - tanh² v), d (tanh v - v (1 - tanh² v))/dv = 2v tanh v (1 - tanh² v)
-def_partials(_slope, lambda v: -2 * tanh(v) * _slope(v))
-def_partials(_slope_in_cap, lambda v: 2 * tanh(v) * mul0(v, _slope(v)))
 
 
 # Chunks
@@ -178,62 +103,6 @@ def each_token(function: Callable, chunked: Chunks, *tokens: Array, kept: Array 
 
 
 # Arguments
-
-
-class Targets(NamedTuple):
-    """Labels [N], and temperatures, or None where all are 1."""
-
-    labels: Array
-    temperatures: Temperatures | None
-
-    def temperature(self) -> Array | None:
-        return None if self.temperatures is None else self.temperatures()
-
-
-class Tokens(NamedTuple):
-    """Targets, hidden states [N, d] and weights [N]: where a token is left out 0.
-
-    And which are kept [N], or None for all.
-    """
-
-    targets: Targets
-    hidden: Array
-    weights: Array
-    kept: Array | None
-
-
-def tokens_and_head(function: str, got: Mapping[str, Array], classes: Classes) -> tuple[Tokens, Head]:
-    """The arguments, which are checked, of one device; the weights are 1 or 0 where none are given."""
-    y, h, w = got["labels"], got["hidden"], got["head"]
-    batch, n = y.shape, w.shape[0]
-    numbers = {name: x for name, x in got.items() if name not in ("labels", "where", "temperature")}
-    dtype = float_dtype(function, numbers)
-
-    def flat(x):
-        return jnp.broadcast_to(x, batch).ravel()
-
-    y = flat(wide_enough(y))
-    h, w = _stored(h, dtype).reshape(y.size, h.shape[-1]), _stored(w, dtype)
-    b = got["bias"].astype(dtype) if "bias" in got else jnp.zeros(n, dtype)
-    a = flat(got["weights"].astype(dtype) if "weights" in got else jnp.ones((), dtype))
-    t = Temperatures.of(flat(got["temperature"].astype(dtype))) if "temperature" in got else None
-    if n == 0:  # no class is one, and no token has it
-        w, b = jnp.zeros((1, w.shape[1]), w.dtype), jnp.zeros(1, dtype)
-    kept = None
-    if n == 0 or "weights" in got or "where" in got:
-        kept = flat(got.get("where", True)) & (n > 0)
-        if "weights" in got:
-            # A token of weight 0 still has a derivative in its weight, unless it holds what is no number or no class.
-            kept &= counts(a) & ((a != 0) | (jnp.isfinite(h).all(-1) & (y >= 0) & (y < classes.count(b))))
-        y, a, t = jax.tree.map(lambda x: jnp.where(kept, x, jnp.zeros_like(x)), (y, a, t))
-        h = jnp.where(kept[:, None], h, jnp.zeros_like(h))
-    tokens = Tokens(Targets(y, t), h, a, kept)
-    # A loop carries what varies alike. Tokens don't vary over the classes' mesh axis, nor do their losses.
-    leaves, tree = jax.tree.flatten(tokens)
-    axes = frozenset().union(*map(varying, (*leaves, w, b)))
-    tokens = tree.unflatten(vary_over(axes - classes.mesh_axes, *leaves))
-    w, b = vary_over(axes | classes.mesh_axes, w, b)
-    return tokens, Head(w, w.astype(dtype), b)
 
 
 def head_of(function: str, h: Array, w: Array, b: Array | None) -> tuple[Array, Head]:

@@ -1,8 +1,8 @@
 """What functions of tokens under heads share: arguments read, parts on devices, tokens left out, and a reduction.
 
 A token that is left out, or that only fills up a chunk, may reach no derivative, whatever it holds and whatever the
-function is. So it takes the place of one that is kept: the function is as finite there, and the 0 that its derivative
-is multiplied by leaves 0.
+function is. So it holds what one that is kept does, or what the function says that it is finite at: the 0 that its
+derivative is multiplied by then leaves 0.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from jax.typing import ArrayLike
 
 from jce._arguments import as_array, choice, described, float_dtype, is_real
 from jce._classes import Classes, vary_over, varying
-from jce._heads.chunks import REDUCTIONS, Logits, checked_chunk, head_of, require_choice_of_tokens, shares
+from jce._heads.chunks import REDUCTIONS, checked_chunk, head_of, require_choice_of_tokens, shares
 from jce._heads.kept import counts
 from jce._heads.linear import Linear, LinearArrays, checked_linear
+from jce._heads.logits import Logits
 from jce._heads.places import Arguments, on_each_device
 from jce._heads.products import Products
 from jce._heads.token_loop import Inputs, Loop, each, weighted, weighted_sums
@@ -50,6 +51,8 @@ class OfChunk(NamedTuple):
     one: Any
     closed_over: Any = ()
     has_aux: bool = False  # the first result alone is differentiated, a number; the function stops the others
+    multiplied: bool = True  # whether it takes logits as arrays, and not as `Logits`
+    filler: tuple[float, ...] | None = None  # of its other arguments, at which and at hidden states of 0 it is finite
 
 
 def over_tokens(
@@ -103,10 +106,10 @@ def over_tokens(
         inexact = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
         trained = [0] if of_chunk.has_aux else inexact
         number = reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
-        function = _of_hidden(of_chunk.function, in_order, as_given, dtypes_closed_over, products)
+        function = _of_hidden(of_chunk, in_order, as_given, dtypes_closed_over, products)
         loop = Loop(function, chunk, part.logits, class_axis, trained[0] if number else 0, not part.all_kept)
         w = part.weights_of(reduction, token_axes, jnp.float64 in [ones[i].dtype for i in inexact])
-        results = part.results(loop, w, total=number)
+        results = part.results(loop, w, total=number, filled=of_chunk.filler is not None)
         if reduction == "none":
             results = [x.reshape(*part.batch, *x.shape[1:]) for x in results]
         else:
@@ -181,14 +184,15 @@ class _Part(NamedTuple):
         w = (self.inputs.tokens[0] if w is None else w).astype(jnp.float64 if double else jnp.float32)
         return shares(w, token_axes) if reduction == "mean" else w
 
-    def results(self, loop: Loop, w: Array | None, total: bool) -> list[Array]:
+    def results(self, loop: Loop, w: Array | None, total: bool, filled: bool) -> list[Array]:
         """r of all tokens, wr where there are weights, or in total Σ wr, in one loop with its gradient."""
         hidden, tokens, *whole = self.inputs
         count, all_kept = len(hidden), self.all_kept
 
         def inputs(arguments) -> Inputs:
             *arrays, heads, shared = arguments
-            return _with_first(Inputs(arrays[:count], arrays[count:], heads, shared), all_kept)
+            inputs = Inputs(arrays[:count], arrays[count:], heads, shared)
+            return inputs if filled else _with_first(inputs, all_kept)
 
         def of_each(*arguments):
             return each(loop, inputs(arguments))
@@ -205,21 +209,30 @@ class _Part(NamedTuple):
 
 
 def _of_hidden(
-    function: Callable, in_order: Callable, as_given: Callable, closed_over: Any, products: Products
+    of_chunk: OfChunk, in_order: Callable, as_given: Callable, closed_over: Any, products: Products
 ) -> Callable:
     """A chunk's function of logits as one of hidden states and heads: 0 for a token that isn't kept."""
 
     def of_hidden(platform, inputs: Inputs) -> list[Array]:
-        (kept, *others), shared = inputs.tokens, inputs.shared
+        (kept, *others), hidden, shared = inputs.tokens, inputs.hidden, inputs.shared
 
         def cleaned(arrays, first):
             return [jnp.where(_column(kept, x), x, f[None]) for x, f in zip(arrays, first, strict=True)]
 
+        if of_chunk.filler is None:
+            hidden, others = map(cleaned, (hidden, others), shared["first"])
+        else:  # with which tokens came, but for what isn't 0
+            pairs = zip(others, of_chunk.filler, strict=False)
+            others = [jnp.where(_column(kept, x), x, jnp.full_like(x, f)) if f else x for x, f in pairs]
         logits = []
-        for h, head, cap in zip(cleaned(inputs.hidden, shared["first"][0]), inputs.heads, shared["caps"], strict=True):
-            logits.append(Logits(cap, products.on(platform, h, head.weight)).of(h, head))
-        chunk = in_order(logits, cleaned(others, shared["first"][1]))
-        results = function(chunk, as_given(shared["given"]), _of_dtypes(shared["closed over"], closed_over))
+        for h, head, cap in zip(hidden, inputs.heads, shared["caps"], strict=True):
+            x = Logits(h, head, cap, products.on(platform, h, head.weight))
+            logits.append(x.whole() if of_chunk.multiplied else x)
+        results = of_chunk.function(
+            in_order(logits, others), as_given(shared["given"]), _of_dtypes(shared["closed over"], closed_over)
+        )
+        if of_chunk.filler is not None:
+            return results
         return [jnp.where(_column(kept, r), r, jnp.zeros_like(r)) for r in results]
 
     return of_hidden

@@ -14,9 +14,11 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jce._heads.chunks import checked, checked_chunk
-from jce._heads.linear_cross_entropy import NUMBERS, OPTIONS, in_parts, loss_of_part
-from jce._heads.places import on_axes, on_each_device
+from jce._heads.linear import Linear
+from jce._heads.linear_cross_entropy import NUMBERS, OPTIONS, label_cross_entropy
+from jce._heads.numbers import Numbers
+from jce._heads.over_tokens import TokenOptions
+from jce._heads.places import on_axes
 from jce._public import public
 
 
@@ -94,8 +96,8 @@ def sharded_linear_cross_entropy(
       4.1223074e-09
     """
     name = "sharded_linear_cross_entropy"
-    got = checked(name, labels, hidden, head, temperature=temperature, bias=bias, weights=weights, where=where)
-    places = on_axes(name, mesh, token_axis, class_axis)
-    chunk = checked_chunk(name, chunk_size, batch_invariant)
-    loss = loss_of_part(name, reduction, label_smoothing, z_loss, logit_soft_cap, chunk, precision)
-    return on_each_device(name, loss, got["labels"].shape, in_parts(got), places, whole=reduction != "none")
+    options = TokenOptions(
+        where, weights, reduction, chunk_size, precision, on_axes(name, mesh, token_axis, class_axis), batch_invariant
+    )
+    numbers = Numbers(label_smoothing, z_loss, temperature)
+    return label_cross_entropy(name, labels, Linear(hidden, head, bias, logit_soft_cap), numbers, options)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jce._arguments import as_array, described, float_dtype, fraction, is_array, positive, wide_enough
+from jce._arguments import as_array, described, float_dtype, is_array, wide_enough
 from jce._classes import Classes
 from jce._heads.linear import Linear
+from jce._heads.numbers import Numbers
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._heads.temperature import at_temperature, checked_temperature, whole_log_sum
 from jce._mul0 import mul0, over
@@ -18,14 +17,6 @@ from jce._soft_targets import scaled_square
 from jce._softmax import logsumexp
 from jce._sparse_targets import rest_of, rounding, sparse_cross_entropy
 from jce._ways.over_classes import without_classes
-
-
-class Numbers(NamedTuple):
-    """As `linear_cross_entropy` documents them."""
-
-    label_smoothing: ArrayLike
-    z_loss: ArrayLike
-    temperature: ArrayLike
 
 
 def linear_sparse_cross_entropy(
@@ -49,12 +40,7 @@ def linear_sparse_cross_entropy(
             f" label a token."
         )
     float_dtype(name, {"label_probs": p})
-    numbers = {
-        "smoothing": fraction(name, jnp.result_type(float), label_smoothing=given.label_smoothing),
-        "z_loss": positive(name, jnp.result_type(float), z_loss=given.z_loss, or_zero=True),
-    }
-    traced = {key: x for key, x in numbers.items() if is_array(x)}
-    known = {key: x for key, x in numbers.items() if key not in traced}
+    known, traced = given.checked(name)
 
     def make(one, _, class_axis):
         classes = Classes(-1, class_axis)

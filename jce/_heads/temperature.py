@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -12,20 +10,6 @@ from jce._arguments import as_array, broadcasts_to, described, float_dtype, is_a
 from jce._classes import Classes
 from jce._compare import tempered
 from jce._mul0 import over
-
-
-class Temperatures(NamedTuple):
-    """Of tokens [N], and 1 for each: what is none of them, filled up with zeros, has a temperature of 1."""
-
-    given: Array
-    is_token: Array
-
-    @classmethod
-    def of(cls, t: Array) -> Temperatures:
-        return cls(t, jnp.ones_like(t))
-
-    def __call__(self) -> Array:
-        return self.given + (1 - self.is_token)
 
 
 def checked_temperature(function: str, temperature: ArrayLike, batch: tuple[int, ...]) -> dict[str, Array]:

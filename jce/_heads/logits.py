@@ -1,0 +1,77 @@
+"""Logits = soft_cap(hidden · headᵀ + bias) of a chunk of tokens, before they are multiplied out and after."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jce._calculus import custom_jvp, def_partials
+from jce._classes import like
+from jce._elementary import exp, tanh
+from jce._heads.products import Head, Products
+from jce._mul0 import mul0
+
+
+class Logits(NamedTuple):
+    """Of tokens' hidden states [C, d]."""
+
+    hidden: Array
+    head: Head
+    soft_cap: Array | None
+    products: Products
+
+    def whole(self) -> Array:
+        """[C, n]"""
+        return capped(self.uncapped(), self.soft_cap)
+
+    def uncapped(self) -> Array:
+        return self.products.with_head(self.hidden, self.head, 1) + self.head.bias[None]
+
+
+def capped(u: Array, soft_cap: Array | None) -> Array:
+    if soft_cap is None:
+        return u
+    allowed, u = _allowed(u)
+    return jnp.where(allowed, _soft_cap(u, like(soft_cap, u)), jnp.full_like(u, -jnp.inf))
+
+
+def slope(u: Array, soft_cap: Array) -> Array:
+    """dx/du of the capped x."""
+    allowed, u = _allowed(u)
+    return jnp.where(allowed, _slope(u / like(soft_cap, u)), jnp.zeros_like(u))
+
+
+def _allowed(u):
+    """Which classes no -∞ forbids, and their logits: a cap leaves -∞ as it is, constant."""
+    allowed = u != -jnp.inf
+    return allowed, jnp.where(allowed, u, jnp.zeros_like(u))
+
+
+@custom_jvp
+def _soft_cap(u, c):
+    """c tanh u/c; where tanh v rounds to v, u itself, since XLA takes a subnormal u/c for 0."""
+    v = u / c
+    return jnp.where(v * v < jnp.finfo(v.dtype).eps, u, c * tanh(v))
+
+
+@custom_jvp
+def _slope(v):
+    """1 - tanh² v, without the difference."""
+    e = exp(-jnp.abs(v))
+    sech = 2 * e / (1 + e * e)
+    return sech * sech
+
+
+@custom_jvp
+def _slope_in_cap(v):
+    """tanh v - v (1 - tanh² v)"""
+    return tanh(v) - mul0(v, _slope(v))
+
+
+# With v = u/c: ∂/∂u c tanh v = 1 - tanh² v, ∂/∂c c tanh v = tanh v - v (1 - tanh² v)
+def_partials(_soft_cap, lambda u, c: _slope(u / c), lambda u, c: _slope_in_cap(u / c))
+# d (1 - tanh² v)/dv = -2 tanh v (1 - tanh² v), d (tanh v - v (1 - tanh² v))/dv = 2v tanh v (1 - tanh² v)
+def_partials(_slope, lambda v: -2 * tanh(v) * _slope(v))
+def_partials(_slope_in_cap, lambda v: 2 * tanh(v) * mul0(v, _slope(v)))

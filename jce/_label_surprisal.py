@@ -15,9 +15,10 @@ from jce._ways.kernel import kernel
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
+@kernel
 def label_surprisal(y, x, classes):
     """log 1/q_y"""
-    return label_surprisal_and_excess(y, x, classes)[0]
+    return surprisal_at_label(classes.off_label_of_any_shift(y, x))
 
 
 # ∂/∂xᵢ log 1/q_y = qᵢ - [i = y]
@@ -31,10 +32,12 @@ def _label_surprisal_rule(classes, primals, tangents):
 @kernel
 def label_surprisal_and_excess(y, x, classes):
     # Both in one function, since XLA can't see that the sums of two are the same.
-    off = classes.off_label(y, x)
-    e = exp(classes.depth_off_label(x, off))
-    excess = jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-off.s), e) / classes.column(off.z)
-    return surprisal_at_label(off), excess
+    off, e = classes.exponentials_off_label(y, x)
+    return surprisal_at_label(off), _excess_of(y, x, off, e, classes)
+
+
+def _excess_of(y, x, off, e, classes):
+    return jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-off.s), e) / classes.column(off.z)
 
 
 @label_surprisal_and_excess.defjvp
@@ -88,8 +91,9 @@ def _mean_excess_rule(classes, primals, tangents):
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel
 def _smoothed_surprisal_and_excess(y, share, x, smoothing, classes):
-    u = _of_each(share, x)
-    surprisal, excess = label_surprisal_and_excess(y, x, classes)
+    # The mean surprisal needs the maximum, which the label's part shares.
+    u, off = _of_each(share, x), classes.off_label(y, x)
+    surprisal, excess = surprisal_at_label(off), _excess_of(y, x, off, exp(classes.depth_off_label(x, off)), classes)
     uniform = soft(u, x, classes) if share.ndim else classes.sum(share * classes.normalizer(x).surprisal(x, classes))
     return smoothed(surprisal, uniform, smoothing), smoothed(excess, soft_excess(u, x, classes), smoothing)
 

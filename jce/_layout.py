@@ -112,6 +112,13 @@ def auto_devices() -> int:
     )
 
 
+def may_be_split(x: Array) -> bool:
+    """Whether rows of x may lie on several devices, by types or as XLA chooses: a number of all rows is then sent."""
+    meshes = (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh)
+    kinds = [(m.shape[n], kind) for m in meshes for n, kind in zip(m.axis_names, m.axis_types, strict=True)]
+    return any(size > 1 and kind != AxisType.Manual for size, kind in kinds)
+
+
 def told_axes(mesh: Mesh | AbstractMesh | None) -> frozenset:
     """The axes of which types tell, for a `jax.shard_map`; empty for all, which there means all but a `jax.vmap`'s."""
     assert mesh is not None

@@ -31,12 +31,14 @@ from jce._ways.way import OffLabel, Way
 
 
 def surprisal_at_label(off: OffLabel) -> Array:
-    """log 1/q_y = d + log(e^-d + s), of d ≥ 0."""
+    """log 1/q_y = log(1 + s e^d) = d + log(e^-d + s)."""
     _, s, d = off
-    # With d = 1 at most taken into s, it is log(1 + s e^d) for a label near the maximum: the sum over the other classes
-    # relative to the label's, of which no rounding of x or m is more than a relative error.
-    rest = jnp.maximum(d - 1, 0)
-    return rest + log1p(s * exp(jnp.minimum(d, 1)) - (1 - exp(-rest)))
+    # With d = 1 at most taken into s, for a label near the maximum: the sum over the other classes relative to the
+    # label's, of which no rounding of x or m is more than a relative error. Where s < 1/2, m isn't the maximum of the
+    # others; then e^-d + s may be as small as it is, and d is below 16 (`_ways/known_label.py`).
+    near = jnp.where(s < 0.5, d, jnp.minimum(d, 1))
+    rest = d - near
+    return rest + log1p(s * exp(near) - (1 - exp(-rest)))
 
 
 # softmax and its logarithm, as functions of x to be differentiated

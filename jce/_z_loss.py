@@ -7,12 +7,12 @@ import functools
 import jax.numpy as jnp
 
 from jce._calculus import along, custom_jvp, live_jvp
-from jce._elementary import exp, log1p
+from jce._elementary import exp, log
 from jce._label_surprisal import label_surprisal_and_excess
 from jce._mul0 import mul0
 from jce._soft_targets import scaled, scaled_square
 from jce._softmax import logsumexp, softmax, surprisal_at_label
-from jce._ways.kernel import kernel_sharing
+from jce._ways.kernel import kernel, kernel_sharing
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
@@ -55,9 +55,18 @@ _penalty_and_slope.defjvp(_penalty_and_slope_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
+@kernel
 def penalized_label_surprisal(y, x, z_loss, classes):
     """log 1/q_y + ζ (log Σ exp x)²"""
-    return _penalized_and_excess(y, x, z_loss, classes)[0]
+    return _penalized(classes.for_log_sum(x).off_label_of_any_shift(y, x), z_loss)[0]
+
+
+def _penalized(off, z_loss):
+    """And log Σ exp x."""
+    (m, s, d), surprisal = off, surprisal_at_label(off)
+    # Of a label that outweighs the others x_y + log 1/q_y: for any m, Z = s + e^-d alone may round to 1.
+    log_sum = jnp.where(s < exp(-d), (m - d) + surprisal, m + log(off.z))
+    return surprisal + scaled_square(z_loss, log_sum), log_sum
 
 
 # ∂/∂xᵢ = qᵢ - [i = y] + 2ζqᵢ log Σ exp x, ∂/∂ζ = (log Σ exp x)²
@@ -77,14 +86,13 @@ penalized_label_surprisal.defjvp(_penalized_rule, symbolic_zeros=True)
 @kernel_sharing
 def _penalized_and_excess(y, x, z_loss, classes):
     classes = classes.for_log_sum(x)
-    off = classes.off_label(y, x)
-    e, e_y = exp(classes.depth_off_label(x, off)), exp(-off.d)
-    log_sum = off.m + log1p(off.s - (1 - e_y))
+    off, e = classes.exponentials_off_label(y, x)
+    loss, log_sum = _penalized(off, z_loss)
     pull = 2 * z_loss * log_sum
     # q_y - 1 + q_y pull = (e_y pull - s)/Z
-    at_label, others = map(classes.column, (pull * e_y - off.s, 1 + pull))
+    at_label, others = map(classes.column, (pull * exp(-off.d) - off.s, 1 + pull))
     excess = jnp.where(classes.is_at(x, classes.local(y, x)), at_label, e * others) / classes.column(off.z)
-    return surprisal_at_label(off) + scaled_square(z_loss, log_sum), excess
+    return loss, excess
 
 
 def _penalized_and_excess_rule(classes, primals, tangents):

@@ -102,8 +102,8 @@ def test_how_labels_and_one_hot_targets_round(n, rng):
     soft = jce.cross_entropy_with_logits(np.eye(n, dtype=np.float32)[labels], x)
     value = np.asarray(jce.cross_entropy_with_integer_labels(labels, x))
     apart = np.abs(value - soft) / np.spacing(value)
-    assert 0 < (apart > 0).mean() < 0.26
-    assert (apart > 1).mean() < 0.02
+    assert 0 < (apart > 0).mean() < 0.45
+    assert (apart > 1).mean() < 0.06
     assert apart.max() <= 5
 
 

@@ -136,4 +136,4 @@ def test_a_batch_costs_what_its_tokens_do(function):
     shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"f32\[(\d+(?:,\d+)+)\]", compiled.as_text())]
     assert max(map(math.prod, shapes)) == n * max(chunk, d)
     most = 3 if jax.__version_info__ >= (0, 10) else 4  # where XLA writes less over a chunk's exponentials
-    assert compiled.memory_analysis().temp_size_in_bytes / 4 < most * n * max(chunk, d) + 3 * batch * tokens * d
+    assert compiled.memory_analysis().temp_size_in_bytes / 4 < most * n * max(chunk, d) + 8 * n + 3 * batch * tokens * d

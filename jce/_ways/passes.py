@@ -2,10 +2,12 @@
 
 XLA gives a reduction to a library with a fixed set of operations: a compare, a select or an iota inside one, or in what
 is made of one for the next, is first written to memory, N × n numbers of it, and so is a constant that two passes
-share. So masks are said in arithmetic here: min(eᵢ, 2|i - y|) leaves out class y, since eᵢ ≤ 1, and eᵢ ⌊7/4 - eᵢ⌋ those
+share. So masks are said in arithmetic here: min(eᵢ, 2⁹⁶|i - y|) leaves out class y, and eᵢ ⌊7/4 - eᵢ⌋ those
 of eᵢ > 3/4. Where rows are short, the library is slow at two more things: an argument that meets a result, and a
 constant that doesn't meet an argument. At a long formula the library is slow too: that had better end in a select, so
 that one loop stores it for the sum.
+
+A label's row needs no maximum (`known_label.py`): one pass sums it, or, where an array is made of eᵢ, stores them.
 
 What two passes share, N × n numbers, XLA stores unless it fuses both. Where the result is a number a row, that would be
 memory for nothing: so m is said again for each pass as max(m, m - s), which XLA can't see through, and the pass
@@ -27,8 +29,10 @@ from jax import Array, lax
 from jce._calculus import ratio
 from jce._classes import Classes
 from jce._elementary import exp, reused, two_sum
+from jce._layout import may_be_split
 from jce._mul0 import multiply
 from jce._row_sum import row_sum
+from jce._ways.known_label import off_known_label
 from jce._ways.way import (
     Compared,
     Deviation,
@@ -123,19 +127,59 @@ class Passes(Way):
             return total + here.reduce(row_sum, difference).astype(p.dtype)
 
     def off_label(self, labels, x):
-        y, m = self.local(labels, x), self.maximum(x)
-        s = self.sum(jnp.minimum(exp(x - self.column(m)), self._distance(y, x)))
-        m = unless_no_class(m, labels, x, self)
-        return OffLabel(m, s, m - self.at(x, y))
+        m = self.maximum(x)
+        return self._off_label(labels, x, m, self._sum_off_label(labels, x)(m), self._at(labels, x))
 
-    def _distance(self, y, x):
-        """2|i - y|, exactly: 0 at the label, and elsewhere above every eᵢ ≤ 1."""
+    def off_label_of_any_shift(self, labels, x):
+        if self._may_be_split(x):
+            return self.off_label(labels, x)
+        at, sum_off_label = self._at(labels, x), self._sum_off_label(labels, x)
+        m, s = off_known_label(at, lambda m: [sum_off_label(m)], lambda: self.maximum(x), self._most(x))
+        return self._off_label(labels, x, m, s, at)
+
+    def exponentials_off_label(self, labels, x):
+        # The result can't be written over what is stored of folded rows (`exponential_of_pass`).
+        if self._may_be_split(x) or self.blocks > 1:
+            return super().exponentials_off_label(labels, x)
+
+        def others(m):
+            # The mask is made here: one that the two readings share would be stored.
+            is_label, e = self.is_at(x, self.local(labels, x)), exp(x - self.column(m))
+            e = self.stored(jnp.where(is_label, jnp.zeros_like(e), e))
+            return [self.sum(e), e]
+
+        at = self._at(labels, x)
+        m, s, e = off_known_label(at, others, lambda: self.maximum(x), self._most(x))
+        return self._off_label(labels, x, m, s, at), e
+
+    def _may_be_split(self, x):
+        return self.mesh_axis is not None or may_be_split(x)
+
+    def _most(self, x):
+        return 64.0 + 8 * self.count(x)
+
+    def _at(self, labels, x):
+        return self.at(x, self.local(labels, x))
+
+    def _off_label(self, labels, x, m, s, at):
+        return OffLabel(m, s, unless_no_class(m - at, labels, x, self))
+
+    def _sum_off_label(self, labels, x):
+        """s of an m, in which min(eᵢ, far |i - y|) leaves out the label."""
+        far = 2.0**800 if x.dtype == jnp.float64 else 2.0**96  # a power of 2: far y is exact where an FMA takes it too
         exact = self.count(x) <= 2 ** jnp.finfo(x.dtype).nmant
+        dtype, scale = (x.dtype, far) if exact else (labels.dtype, 1)
         # Behind the barrier the class index is an array in memory; without, an iota in the sum.
-        index = lax.optimization_barrier(2 * jnp.arange(self.count_here(x), dtype=x.dtype if exact else y.dtype))
-        index = self.fold(jnp.expand_dims(index, range(1, -self.axis)))
-        index = jnp.expand_dims(index, range(x.ndim - index.ndim))
-        return jnp.abs(index - self.column(2 * y).astype(index.dtype)).astype(x.dtype)
+        index = lax.optimization_barrier(scale * jnp.arange(self.count_here(x), dtype=dtype))
+        y = scale * self.local(labels, x).astype(dtype)
+
+        def total(m):
+            i = self.fold(jnp.expand_dims(index, range(1, -self.axis)))
+            distance = jnp.abs(jnp.expand_dims(i, range(x.ndim - i.ndim)) - self.column(y))
+            distance = distance if exact else far * distance.astype(x.dtype)
+            return self.sum(jnp.minimum(exp(x - self.column(m)), distance))
+
+        return total
 
     def depth_off_label(self, x, off):
         # What is made of it is written over eᵢ, but where rows are folded: there each pass computes its own.

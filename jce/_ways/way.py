@@ -30,7 +30,7 @@ class Sums(NamedTuple):
 
 
 class OffLabel(NamedTuple):
-    """m, s = Σ eᵢ over all classes but the label, and d = m - x at the label; NaN for a label out of range."""
+    """Some m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x at the label; NaN for no class."""
 
     m: Array
     s: Array
@@ -129,7 +129,18 @@ class Way(Classes, ABC):
     def sums(self, x: Array) -> Sums: ...
 
     @abstractmethod
-    def off_label(self, labels: Array, x: Array) -> OffLabel: ...
+    def off_label(self, labels: Array, x: Array) -> OffLabel:
+        """With m = max x."""
+
+    def off_label_of_any_shift(self, labels: Array, x: Array) -> OffLabel:
+        """With any m, of which no formula may ask more than that s and e^-d are in range."""
+        return self.off_label(labels, x)
+
+    def exponentials_off_label(self, labels: Array, x: Array) -> tuple[OffLabel, Array]:
+        """The same, and exp(xᵢ - m) of all classes but the label, whose is whatever: for a kernel that makes an array
+        of them."""
+        off = self.off_label_of_any_shift(labels, x)
+        return off, exp(self.depth_off_label(x, off))
 
     def normalizer(self, x: Array) -> Normalizer:
         return Normalizer(*self.sums(x)[:2])

@@ -99,6 +99,14 @@ def test_labels_beside_far_others():
         np.testing.assert_allclose(GRADIENT(y, x), excess, rtol=1e-13)
 
 
+def test_a_small_log_sum():
+    """Where the label outweighs all others L is its logit, with all its digits, though Z is rounded at 1."""
+    x, y = np.float32([[1e-4, -30], [-2e-3, -40]]), np.zeros(2, int)
+    value, excess, _ = exact(y, x, 0.1)
+    np.testing.assert_allclose(loss(y, x, z_loss=0.1), value, rtol=2e-6)
+    np.testing.assert_allclose(PENALIZED(y, x), excess, rtol=2e-6)
+
+
 # Which rows are read again
 
 

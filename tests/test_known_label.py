@@ -57,6 +57,8 @@ def within(found, true, ulps, scale=None):
 @pytest.mark.parametrize("n", [2, 1000])
 def test_every_offset(n, rng):
     """Beyond what half an ulp of each difference does, which a shift of 0 has not."""
+    if n == 1000 and not _platforms.CPU.is_cpu:
+        pytest.skip("many classes are summed one after another")
     for offset, depth in itertools.product(OFFSETS, (-80, -40, -20, -5, 0, 5, 20, 50, 80)):
         y, x = rows(rng, n, offset, depth)
         value, excess, _ = exact(y, x)
@@ -189,6 +191,7 @@ def on_devices(kind):
     return mesh, put(np.zeros(64, np.int32)), put(np.zeros((64, 40), np.float32))
 
 
+@of_a_cpu
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}], ids=["plain", "z-loss"])

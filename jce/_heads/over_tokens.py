@@ -195,7 +195,7 @@ class _Part(NamedTuple):
             return inputs if filled else _with_first(inputs, all_kept)
 
         def of_each(*arguments):
-            return each(loop, inputs(arguments))
+            return each(loop, inputs(arguments if all_kept else _without_nans(count, *arguments)))
 
         def weighted_of_each(w, *arguments):
             return [weighted(r, w) for r in of_each(*arguments)]
@@ -252,6 +252,16 @@ def _with_first(inputs: Inputs, all_kept: bool) -> Inputs:
         heads, shared = jax.tree.map(still, (inputs.heads, inputs.shared))
         inputs = inputs._replace(heads=heads, shared=shared)
     return inputs._replace(shared=inputs.shared | {"first": first})
+
+
+def _without_nans(count: int, *arguments):
+    """0 for what isn't kept: a derivative a token keeps its arguments, in which jax_debug_nans would find a NaN."""
+    kept = arguments[count]
+
+    def cleaned(x):
+        return jnp.where(_column(kept, x), x, jnp.zeros_like(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+    return *map(cleaned, arguments[:-2]), *arguments[-2:]
 
 
 def _first(x: Array, at: int | Array = 0) -> Array:

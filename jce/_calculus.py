@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jce._elementary import unless_negative
 from jce._mul0 import mul0, over
+from jce._primitives import live_jvp
 
 
 class custom_jvp:
@@ -97,21 +98,6 @@ def def_at_once(at_once: custom_jvp, *functions: Callable) -> None:
         return at_once(*primals, classes), live_jvp(apart, primals, tangents)[1]
 
     at_once.defjvp(rule, symbolic_zeros=True)
-
-
-def live_jvp(function: Callable, primals, tangents):
-    """`jax.jvp`, in the arguments that are differentiated, of tangents with symbolic zeros."""
-    leaves, tree = jax.tree.flatten(primals)
-    tangents = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
-    live = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
-
-    def of_live(*values):
-        all_leaves = list(leaves)
-        for i, x in zip(live, values, strict=True):
-            all_leaves[i] = x
-        return function(*tree.unflatten(all_leaves))
-
-    return jax.jvp(of_live, [leaves[i] for i in live], [tangents[i] for i in live])
 
 
 def both_zero(a: Array, b: Array) -> Array:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jce._layout import Layout, mesh_names, over_devices, told_axes
 from jce._platforms import named
 from jce._row_sum import row_sum
-from jce._waiting import waiting
+from jce._waiting import Program, waiting
 
 LONGEST_ROW = 32_768  # classes in float32, and half as many in float64; longer ones are folded
 LONG_ROW = 128  # fewer classes are few
@@ -64,7 +64,7 @@ class Classes:
         """reduction(x, axis), of long rows as suits the platform."""
         first = jax.tree.leaves(x)[0]
         if first.shape[self.axis] > _longest_row(first):
-            return waiting(_Reduced(reduction, self), x)
+            return waiting(Program(_reduced, (reduction, self)), x)
         return reduction(x, self.axis)
 
     def of_blocks(self, reduction: Callable, x):
@@ -178,14 +178,9 @@ def _longest_row(x: Array) -> int:
     return LONGEST_ROW // 2 if x.dtype == jnp.float64 else LONGEST_ROW
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reduced:
-    reduction: Callable
-    classes: Classes
-
-    def __call__(self, platform, x):
-        here = self.classes.folding(jax.tree.leaves(x)[0]) if named(platform).is_cpu else self.classes
-        return here.of_blocks(self.reduction, jax.tree.map(here.fold, x))
+def _reduced(reduction: Callable, classes: Classes, platform: str | None, x):
+    here = classes.folding(jax.tree.leaves(x)[0]) if named(platform).is_cpu else classes
+    return here.of_blocks(reduction, jax.tree.map(here.fold, x))
 
 
 def varying_alike(*arrays: Array) -> list[Array]:

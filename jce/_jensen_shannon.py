@@ -340,11 +340,10 @@ def _log_p_over_m_of_softmax(x, y, b, c, classes):
 
 
 def _log_p_over_m_up_to(p, q, delta, x, y, b, c, classes):
-    p_, q_ = classes.as_known_first(p, x), classes.as_known_first(q, y)
     # The smaller one in the mean, since a centered number has the rounding of what it is centered from. Where
     # q/p = √β/(1 + √β) they are the same but for their signs.
     k = 1 + 1 / jnp.sqrt(jnp.maximum(b, jnp.finfo(b.dtype).tiny))
-    apart = classes.column(classes.sum(jnp.maximum(p_ - k * q_, -p_)) > 0)
+    apart = classes.column(classes.sum(jnp.maximum(p - k * q, -p)) > 0)
     _, p, q, d, m = _with_mixture(p, q, -difference_from_log(p, q, delta), b, c)
     share = jnp.maximum(b * p, jnp.finfo(p.dtype).tiny)
     return log_ratio(jnp.where(apart, share, p), m, jnp.where(apart, -c * q, c * d))

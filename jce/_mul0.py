@@ -8,17 +8,13 @@ transpose it; so the product is a primitive, bilinear by decree. It lowers to a 
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.interpreters import ad, batching, mlir
 from jax.lax import mul_p
 
 from jce._classes import varying_alike
 from jce._layout import split_alike
-from jce._waiting import Primitive
-
-_mul0_p, _over_p = Primitive("mul0"), Primitive("over")
+from jce._primitives import batch_axis_first, primitive
 
 
 def mul0(c: Array, t: Array) -> Array:
@@ -70,16 +66,8 @@ def _divide_and_select(t, b):
     return jnp.where(t == 0, jnp.zeros_like(t), t / jnp.abs(b))  # |b|: -0 is 0 too
 
 
-def _along_first_axis(args, axes):
-    size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
-    return (
-        jnp.broadcast_to(x[None], (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-        for x, axis in zip(args, axes, strict=True)
-    )
-
-
 def _batch(args, axes, *, zero):
-    c, t = _along_first_axis(args, axes)
+    c, t = batch_axis_first(args, axes)
     if zero == "neither" and None in axes:
         # From x - (c * x).sum(-1, keepdims=True) with a c that is the same for the whole batch, XLA of jaxlib 0.10.2
         # makes a wrong dot product on a CPU. A maximum, which changes only -∞, keeps it from that.
@@ -95,18 +83,24 @@ def _transpose_c(ct, c, t, *, zero):
     return _mul0_p.bind(ct, t, zero="t" if zero == "t" else "either")
 
 
-_mul0_p.def_impl(jax.jit(_multiply_and_select, static_argnames="zero"))
-# Its type (shape, dtype, sharding, varying manual axes) is the ordinary product's.
-_mul0_p.def_abstract_eval(lambda c, t, *, zero: mul_p.abstract_eval(c, t)[0])
-ad.defbilinear(_mul0_p, _transpose_c, _transpose_t)
-ad.defjvp(_mul0_p, lambda dc, c, t, **_: mul00(dc, t), lambda dt, c, t, **_: mul00(c, dt))
-batching.primitive_batchers[_mul0_p] = _batch
-mlir.register_lowering(_mul0_p, mlir.lower_fun(_multiply_and_select, multiple_results=False))
+def _types(*avals, **_):
+    """Shape, dtype, sharding and varying manual axes, as of the ordinary product."""
+    return mul_p.abstract_eval(*avals)[0]
 
-_over_p.def_impl(jax.jit(_divide_and_select))
-_over_p.def_abstract_eval(lambda t, b: mul_p.abstract_eval(t, b)[0])
+
+_mul0_p = primitive(
+    "mul0",
+    _multiply_and_select,
+    (lambda dc, c, t, **_: mul00(dc, t), lambda dt, c, t, **_: mul00(c, dt)),
+    (_transpose_c, _transpose_t),
+    _batch,
+    types=_types,
+)
 # d(t/b) = dt/b - (t/b) db / b
-ad.defjvp(_over_p, lambda dt, t, b: over(dt, b), lambda db, t, b: -over(mul00(over(t, b), db), b))
-ad.primitive_transposes[_over_p] = lambda ct, t, b: (over(ct, b), None)
-batching.primitive_batchers[_over_p] = lambda args, axes: (over(*_along_first_axis(args, axes)), 0)
-mlir.register_lowering(_over_p, mlir.lower_fun(_divide_and_select, multiple_results=False))
+_over_p = primitive(
+    "over",
+    _divide_and_select,
+    (lambda dt, t, b: over(dt, b), lambda db, t, b: -over(mul00(over(t, b), db), b)),
+    (lambda ct, t, b: over(ct, b),),
+    types=_types,
+)

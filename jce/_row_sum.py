@@ -8,12 +8,10 @@ a primitive, which is `jax.lax.reduce_sum` in all else.
 from __future__ import annotations
 
 from jax import Array, lax
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 from jax.lax import reduce_sum_p
 
-from jce._waiting import Primitive
-
-_row_sum_p = Primitive("row_sum")
+from jce._primitives import primitive
 
 
 def row_sum(x: Array, axis: int) -> Array:
@@ -21,10 +19,11 @@ def row_sum(x: Array, axis: int) -> Array:
     return _row_sum_p.bind(x, axes=(axis % x.ndim,), out_sharding=None)
 
 
-def _sum(x, *, axes, **params):
+def _sum(x, *, axes, out_sharding):
     (axis,) = axes
     ones = [k for k, length in enumerate(x.shape) if k != axis and isinstance(length, int) and length == 1]
-    total = reduce_sum_p.bind(lax.squeeze(x, ones), axes=(axis - sum(k < axis for k in ones),), **params)
+    at = axis - sum(k < axis for k in ones)
+    total = reduce_sum_p.bind(lax.squeeze(x, ones), axes=(at,), out_sharding=out_sharding)
     return lax.expand_dims(total, [k - (k > axis) for k in ones])
 
 
@@ -34,9 +33,12 @@ def _batch(arguments, at, **params):
     return row_sum(x, axis), k - (k > axis)
 
 
-_row_sum_p.def_impl(_sum)
 # Its type (shape, dtype, sharding, varying manual axes) and its transpose are the ordinary sum's.
-_row_sum_p.def_abstract_eval(lambda x, **params: reduce_sum_p.abstract_eval(x, **params)[0])
-ad.deflinear2(_row_sum_p, ad.primitive_transposes[reduce_sum_p])
-batching.primitive_batchers[_row_sum_p] = _batch
-mlir.register_lowering(_row_sum_p, mlir.lower_fun(_sum, multiple_results=False))
+_row_sum_p = primitive(
+    "row_sum",
+    _sum,
+    (lambda t, x, *, axes, **_: row_sum(t, *axes),),
+    ad.primitive_transposes[reduce_sum_p],
+    _batch,
+    types=lambda x, **static: reduce_sum_p.abstract_eval(x, **static)[0],
+)

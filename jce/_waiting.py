@@ -2,7 +2,8 @@
 
 The platform is known when a program is lowered, not when it is traced: it may be compiled for another machine, or
 exported for several. Its derivatives and batches are such programs too, so that in every nesting one way is traced. A
-program is hashable, and the same each time, so that what was traced of it is found again: a frozen dataclass.
+program is hashable, and the same each time, so that what was traced of it is found again: a frozen dataclass, or a
+`Program`.
 """
 
 from __future__ import annotations
@@ -16,20 +17,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.interpreters import ad, batching, mlir
-from jax.lax import mul_p
+from jax.interpreters import ad
 from jax.sharding import AbstractMesh
 
-Primitive = type(mul_p)  # `jax.extend.core.Primitive`, without the import of Pallas that comes with it
-_waiting_p = Primitive("waiting")
-_waiting_p.multiple_results = True
+from jce._primitives import cotangent, linear_in, not_zero, others, placed, primitive, tangent, with_zeros
+
 PLATFORMS = ("cpu", "tpu", None)  # as JAX names them; None for all others
 
 
 def waiting(program: Callable, *arrays: Any) -> Any:
     """program(platform, *arrays), a tree of arrays whose types are the same on each of the PLATFORMS."""
     leaves, tree = jax.tree.flatten(arrays)
-    return _bind(_OfTrees(program, tree), Settings.now(), *map(jnp.asarray, leaves))
+    return _bind(Program(_of_trees, (program, tree)), Settings.now(), *map(jnp.asarray, leaves))
 
 
 class Settings(NamedTuple):
@@ -68,65 +67,30 @@ class Settings(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _OfTrees:
-    of: Callable
-    tree: Any
+class Program:
+    """function(*static, platform, *arrays), the same as another if what is static is."""
 
-    def __call__(self, platform, *leaves):
-        return self.of(platform, *self.tree.unflatten(leaves))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tangent:
-    """Of the primals and of some of their tangents: the results' tangents, where they have one."""
-
-    of: Callable
-    live: tuple[int, ...]
+    function: Callable
+    static: tuple
 
     def __call__(self, platform, *arrays):
-        primals, tangents = arrays[: -len(self.live)], arrays[-len(self.live) :]
-
-        def of_live(*values):
-            arguments = list(primals)
-            for i, x in zip(self.live, values, strict=True):
-                arguments[i] = x
-            return [r for r in jax.tree.leaves(self.of(platform, *arguments)) if _has_tangent(r)]
-
-        return jax.jvp(of_live, [primals[i] for i in self.live], list(tangents))[1]
+        return self.function(*self.static, platform, *arrays)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Cotangent:
-    """Of the results' cotangents and of the arguments but some, in which a program is linear: their cotangents."""
-
-    of: Callable
-    live: tuple[int, ...]
-    types: tuple  # of these
-    results: int
-
-    def __call__(self, platform, *arrays):
-        cotangents, known = arrays[: self.results], arrays[self.results :]
-
-        def of_live(*values):
-            arguments = list(known)
-            for i, x in zip(self.live, values, strict=True):  # in order, each in its place among the others
-                arguments.insert(i, x)
-            return jax.tree.leaves(self.of(platform, *arguments))
-
-        return jax.linear_transpose(of_live, *self.types)(list(cotangents))
+def _of_trees(program, tree, platform, *leaves):
+    return program(platform, *tree.unflatten(leaves))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batched:
-    of: Callable
-    axes: tuple[int | None, ...]
-
-    def __call__(self, platform, *arrays):
-        return jax.vmap(functools.partial(self.of, platform), self.axes)(*arrays)
+def _tangent(program, live, platform, *arrays):
+    return tangent(functools.partial(program, platform), live, *arrays)
 
 
-def _has_tangent(x) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+def _cotangent(program, live, types, some, platform, *arrays):
+    return cotangent(functools.partial(program, platform), live, types, some, *arrays)
+
+
+def _batched(program, axes, platform, *arrays):
+    return jax.vmap(functools.partial(program, platform), axes)(*arrays)
 
 
 # Their primitive
@@ -151,45 +115,35 @@ def _bind(program: Callable, settings: Settings, *leaves: Array) -> Any:
 
 def _differentiate(primals, tangents, *, program, settings):
     results = _waiting_p.bind(*primals, program=program, settings=settings)
-    live = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
-    steps = iter(_bind(_Tangent(program, live), settings, *primals, *(tangents[i] for i in live)))
-    zeros = (ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results)
-    return results, [next(steps) if _has_tangent(r) else zero for r, zero in zip(results, zeros, strict=True)]
+    live = not_zero(tangents)
+    steps = _bind(Program(_tangent, (program, live)), settings, *primals, *(tangents[i] for i in live))
+    return results, with_zeros(results, steps)
 
 
 def _transpose(cotangents, *arrays, program, settings):
-    live = tuple(i for i, x in enumerate(arrays) if ad.is_undefined_primal(x))
-    known = [x for i, x in enumerate(arrays) if i not in live]
-    back = _Cotangent(program, live, tuple(arrays[i].aval for i in live), len(cotangents))
-    results = iter(_bind(back, settings, *map(ad.instantiate_zeros, cotangents), *known))
-    return [next(results) if i in live else None for i in range(len(arrays))]
+    count, live = len(arrays), linear_in(arrays)
+    types, some = tuple(arrays[i].aval for i in live), tuple(range(len(cotangents)))
+    known = (arrays[i] for i in others(count, live))
+    back = Program(_cotangent, (program, live, types, some))
+    return placed(count, live, _bind(back, settings, *map(ad.instantiate_zeros, cotangents), *known))
 
 
 def _batch(arrays, axes, *, program, settings):
-    results = _bind(_Batched(program, tuple(axes)), settings, *arrays)
-    return jax.tree.leaves(results), [0] * len(jax.tree.leaves(results))
+    results = jax.tree.leaves(_bind(Program(_batched, (program, tuple(axes))), settings, *arrays))
+    return results, [0] * len(results)
 
 
-def _lowering(platform: str | None):
-    def run(*arrays, program, settings):
-        with settings.again():
-            return jax.tree.leaves(_traced(program, platform, *arrays))
-
-    return mlir.lower_fun(run, multiple_results=True)
+def _run(platform, *arrays, program, settings):
+    with settings.again():
+        return jax.tree.leaves(_traced(program, platform, *arrays))
 
 
-_jitted = jax.jit(lambda *arrays, **static: _waiting_p.bind(*arrays, **static), static_argnames=("program", "settings"))
-
-
-@_waiting_p.def_impl
-def _run(*arrays, **static):
-    with jax.disable_jit(False):  # in which it would run itself
-        return _jitted(*arrays, **static)
-
-
-_waiting_p.def_abstract_eval(lambda *avals, program, settings: _types(program, settings, *avals)[0].out_avals)
-ad.primitive_jvps[_waiting_p] = _differentiate
-ad.primitive_transposes[_waiting_p] = _transpose
-batching.primitive_batchers[_waiting_p] = _batch
-for _platform in PLATFORMS:
-    mlir.register_lowering(_waiting_p, _lowering(_platform), platform=_platform)
+_waiting_p = primitive(
+    "waiting",
+    {platform: functools.partial(_run, platform) for platform in PLATFORMS},
+    _differentiate,
+    _transpose,
+    _batch,
+    types=lambda *avals, program, settings: _types(program, settings, *avals)[0].out_avals,
+    several=True,
+)

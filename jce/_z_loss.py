@@ -6,10 +6,11 @@ import functools
 
 import jax.numpy as jnp
 
-from jce._calculus import along, custom_jvp, live_jvp
+from jce._calculus import along, custom_jvp
 from jce._elementary import exp, log
 from jce._label_surprisal import label_surprisal_and_excess
 from jce._mul0 import mul0
+from jce._primitives import live_jvp
 from jce._soft_targets import scaled, scaled_square
 from jce._softmax import logsumexp, softmax, surprisal_at_label
 from jce._ways.kernel import kernel, kernel_sharing

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.interpreters import ad, batching, mlir
 
 from jce._heads.first_chunks import first_chunks
-from jce._waiting import Primitive
+from jce._primitives import batch_axis_first, primitive, with_zeros
 
 
 def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: Any, size: int | None = None) -> Any:
@@ -72,8 +71,6 @@ def filled(x: Array, length: int) -> Array:
 # Some of an array's elements in another order, and zeros for what is none: linear, and the transpose is the way back.
 # A gather, whose own transpose is a scatter that a GPU adds up in any order.
 
-_taken_p = Primitive("taken")
-
 
 def _taken(x: Array, there: Array, back: Array) -> Array:
     """Of x [shares, n, ...] those at [shares, m]; more axes may come first."""
@@ -91,43 +88,24 @@ def _take(x, there, _):
     return take(x, there)
 
 
-def _taken_rule(primals, tangents):
-    (_, *order), (t, *_) = primals, tangents
-    return _taken(*primals), t if type(t) is ad.Zero else _taken(t, *order)
-
-
 def _taken_batch(arguments, axes):
     (x, *order), (axis, *of_order) = arguments, axes
     if of_order == [None, None]:
         leading = order[0].ndim
         return _taken(jnp.moveaxis(x, axis, leading), *order), leading
-    return _taken(*_along_first(arguments, axes)), 0
+    return _taken(*batch_axis_first(arguments, axes)), 0
 
 
-def _along_first(arguments, axes) -> list[Array]:
-    size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
-    return [
-        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-        for x, axis in zip(arguments, axes, strict=True)
-    ]
-
-
-def _taken_type(*avals):
-    (t,) = jax.make_jaxpr(_take)(*avals).out_avals
-    return t
-
-
-_taken_p.def_impl(jax.jit(_take))
-_taken_p.def_abstract_eval(_taken_type)
-ad.primitive_jvps[_taken_p] = _taken_rule
-ad.primitive_transposes[_taken_p] = lambda ct, x, there, back: [_taken(ct, back, there), None, None]
-batching.primitive_batchers[_taken_p] = _taken_batch
-mlir.register_lowering(_taken_p, mlir.lower_fun(_take, multiple_results=False))
+_taken_p = primitive(
+    "taken",
+    _take,
+    (lambda t, _, *order: _taken(t, *order), None, None),
+    (lambda ct, _, there, back: _taken(ct, back, there),),
+    _taken_batch,
+)
 
 
 # Weights
-
-_counts_p = Primitive("counts")
 
 
 def counts(w: Array) -> Array:
@@ -140,11 +118,7 @@ def counts(w: Array) -> Array:
 
 def _counts_rule(primals, _):
     every = counts(*primals) | True
-    return every, ad.Zero(jax.typeof(every).to_tangent_aval())
+    return every, *with_zeros([every], [])
 
 
-_counts_p.def_impl(lambda w: w != 0)
-_counts_p.def_abstract_eval(lambda w: jax.make_jaxpr(lambda w: w != 0)(w).out_avals[0])
-ad.primitive_jvps[_counts_p] = _counts_rule
-batching.primitive_batchers[_counts_p] = lambda w, axes: (counts(*w), *axes)
-mlir.register_lowering(_counts_p, mlir.lower_fun(lambda w: w != 0, multiple_results=False))
+_counts_p = primitive("counts", lambda w: w != 0, _counts_rule)

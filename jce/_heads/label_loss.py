@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
 from jce._arguments import is_array
-from jce._calculus import live_jvp
 from jce._classes import Classes
 from jce._elementary import exp, log1p
 from jce._heads.logits import Logits, capped, slope
@@ -27,6 +25,7 @@ from jce._heads.temperature import at_temperature, whole_log_sum
 from jce._label_surprisal import label_surprisal, smoothed_surprisal
 from jce._mul0 import mul0, over
 from jce._platforms import named
+from jce._primitives import is_zero, live_jvp
 from jce._soft_targets import scaled_square, smoothed
 from jce._softmax import logsumexp, surprisal, surprisal_at_label
 from jce._waiting import waiting
@@ -95,20 +94,20 @@ def _loss_rule(loss, products, primals, tangents):
     h, r_h = h.astype(e.dtype), r
     if head.weight.shape[0] < head.weight.shape[1] and not products.narrow:  # r is multiplied with the smaller of two
         e, r_h = mul0(jnp.broadcast_to(r[:, None], e.shape), e), 1 + (r - r)  # or NaN
-    if not isinstance(dh, SymbolicZero):
+    if not is_zero(dh):
         pull = products.with_head(e, head, 0)
         parts.append(mul0(r_h, mul0(pull, dh.astype(e.dtype)).sum(-1)))
-    if not isinstance(d_head.wide, SymbolicZero):  # its transpose is eᵀ · (r h)
+    if not is_zero(d_head.wide):  # its transpose is eᵀ · (r h)
         if loss.may_be_greedy:
             of_head = mul0(e, products.dot(h, d_head.wide, 1, 1, e.dtype)).sum(-1)
         else:
             of_head = (h * products.dot(e, d_head.wide, 1, 0, e.dtype)).sum(-1)
         parts.append(mul0(r_h, of_head))
-    if not isinstance(d_head.bias, SymbolicZero):
+    if not is_zero(d_head.bias):
         parts.append(mul0(r_h, mul0(e, jnp.broadcast_to(d_head.bias, e.shape)).sum(-1)))
     # Each device has its own classes' part.
     terms = [loss.classes.over_devices(functools.reduce(jnp.add, parts))] if parts else []
-    if not all(isinstance(t, SymbolicZero) for t in jax.tree.leaves((d_target[1:], d_cap))):
+    if not all(is_zero(t) for t in jax.tree.leaves((d_target[1:], d_cap))):
 
         def along_numbers(target, soft_cap):
             return _of_logits(loss, target, Logits(h, head, soft_cap, products).whole())

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.interpreters import ad, batching, mlir
 
 from jce._classes import varying_alike
 from jce._platforms import Platform
-from jce._waiting import Primitive
+from jce._primitives import batch_axis_first, primitive
 
 
 class Head(NamedTuple):
@@ -79,8 +78,6 @@ def _dot(a, b, axis_a, axis_b, dtype, precision=None):
 # a · W, of a head that may have leading axes, each with its a. Linear in a and, by decree, in `wide` alone: also where
 # it is transposed, to a product with the head again, and batched.
 
-_product_p = Primitive("product_with_head")
-
 
 def _product(a, weight, wide, axis, products):
     if products.precision is None:  # JAX's setting where it is traced, as of any product
@@ -98,22 +95,9 @@ def _multiply(a, weight, wide, *, axis, products):
     return function(a, weight)
 
 
-def _product_abstract(*arrays, **static):
-    (result,) = jax.make_jaxpr(functools.partial(_multiply, **static))(*arrays).out_avals
-    return result
-
-
-def _product_rule(primals, tangents, **static):
-    (a, weight, wide), (da, _, dwide) = primals, tangents
-    value = _product(a, weight, wide, **static)
-    terms = [] if type(da) is ad.Zero else [_product(da, weight, wide, **static)]
-    terms += [] if type(dwide) is ad.Zero else [_multiply(a, dwide, dwide, **static)]
-    return value, functools.reduce(jnp.add, terms or [jnp.zeros_like(value)])
-
-
 def _product_transpose(ct, a, weight, wide, *, axis, products):
     largest, ct = _scaled(ct) if products.narrow and axis == 1 else (1, ct)
-    return (largest * _product(ct, weight, wide, 1 - axis, products)).astype(a.aval.dtype), None, None
+    return (largest * _product(ct, weight, wide, 1 - axis, products)).astype(a.aval.dtype)
 
 
 def _product_batch(arguments, axes, **static):
@@ -122,25 +106,23 @@ def _product_batch(arguments, axes, **static):
         a = jnp.moveaxis(a, axes[0], 0)
         result = _product(a.reshape(-1, a.shape[-1]), weight, wide, **static)
         return result.reshape(*a.shape[:-1], -1), 0
-    (size,) = {x.shape[k] for x, k in zip(arguments, axes, strict=True) if k is not None}
-    spread = [
-        jnp.broadcast_to(x, (size, *x.shape)) if k is None else jnp.moveaxis(x, k, 0)
-        for x, k in zip(arguments, axes, strict=True)
-    ]
-    return _product(*spread, **static), 0
+    return _product(*batch_axis_first(arguments, axes), **static), 0
 
 
-_product_p.def_impl(jax.jit(_multiply, static_argnames=("axis", "products")))
-_product_p.def_abstract_eval(_product_abstract)
-ad.primitive_jvps[_product_p] = _product_rule
-ad.primitive_transposes[_product_p] = _product_transpose
-batching.primitive_batchers[_product_p] = _product_batch
-mlir.register_lowering(_product_p, mlir.lower_fun(_multiply, multiple_results=False))
+_product_p = primitive(
+    "product_with_head",
+    _multiply,
+    (
+        lambda da, a, weight, wide, **static: _product(da, weight, wide, **static),
+        None,
+        lambda dwide, a, weight, wide, **static: _multiply(a, dwide, dwide, **static),
+    ),
+    (_product_transpose,),
+    _product_batch,
+)
 
 
 # The narrow product: bilinear by decree, though it rounds, and its derivatives are such products too.
-
-_narrow_p = Primitive("narrow_dot")
 
 
 def _narrow(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
@@ -149,11 +131,6 @@ def _narrow(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
 
 def _round_and_multiply(a, b, *, axis_a, axis_b):
     return _dot(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), axis_a, axis_b, jnp.float32)
-
-
-def _abstract(a, b, **over):
-    (result,) = jax.make_jaxpr(functools.partial(_round_and_multiply, **over))(a, b).out_avals
-    return result
 
 
 def _transpose_a(ct, a, b, *, axis_a, axis_b):
@@ -180,12 +157,10 @@ def _scaled(ct):
     return largest, ct * (1 / largest)
 
 
-def _batch(arguments, axes, **over):
-    return jax.vmap(lambda a, b: _round_and_multiply(a, b, **over), axes)(*arguments), 0
-
-
-_narrow_p.def_impl(jax.jit(_round_and_multiply, static_argnames=("axis_a", "axis_b")))
-_narrow_p.def_abstract_eval(_abstract)
-ad.defbilinear(_narrow_p, _transpose_a, _transpose_b)
-batching.primitive_batchers[_narrow_p] = _batch
-mlir.register_lowering(_narrow_p, mlir.lower_fun(_round_and_multiply, multiple_results=False))
+_narrow_p = primitive(
+    "narrow_dot",
+    _round_and_multiply,
+    (lambda da, a, b, **over: _narrow(da, b, **over), lambda db, a, b, **over: _narrow(a, db, **over)),
+    (_transpose_a, _transpose_b),
+    lambda arrays, axes, **over: (jax.vmap(functools.partial(_round_and_multiply, **over), axes)(*arrays), 0),
+)

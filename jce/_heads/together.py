@@ -12,12 +12,10 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.interpreters import ad, batching, mlir
 
-from jce._waiting import Primitive
+from jce._primitives import is_zero, primitive
 
 T = TypeVar("T")
-_together_p = Primitive("together")
 
 
 def together(tokens: T, *others) -> T:
@@ -32,12 +30,14 @@ def _behind_a_barrier(x: Array, *_) -> Array:
 
 def _differentiate(primals, tangents):
     t, *_ = tangents
-    return _together_p.bind(*primals), t if type(t) is ad.Zero else _together_p.bind(t, *primals)
+    return _together_p.bind(*primals), t if is_zero(t) else _together_p.bind(t, *primals)
 
 
-_together_p.def_impl(lambda x, *_: x)
-_together_p.def_abstract_eval(lambda x, *_: x)
-ad.primitive_jvps[_together_p] = _differentiate
-ad.primitive_transposes[_together_p] = lambda ct, _, *others: [ct, *[None] * len(others)]
-batching.primitive_batchers[_together_p] = lambda args, axes: (_together_p.bind(*args), axes[0])
-mlir.register_lowering(_together_p, mlir.lower_fun(_behind_a_barrier, multiple_results=False))
+_together_p = primitive(
+    "together",
+    _behind_a_barrier,
+    _differentiate,
+    (lambda ct, *_: ct,),
+    lambda arrays, axes: (_together_p.bind(*arrays), axes[0]),
+    types=lambda x, *_: x,
+)

@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
-from jce._calculus import live_jvp
 from jce._classes import vary_over, varying
 from jce._heads.chunks import each_token, over_chunks
 from jce._heads.products import Head
@@ -24,6 +22,7 @@ from jce._heads.together import together
 from jce._layout import mesh_names, over_devices
 from jce._mul0 import mul0
 from jce._platforms import ChunkSize, on_platform
+from jce._primitives import is_zero, jvp_of_some, live_jvp, replaced
 
 
 class Inputs(NamedTuple):
@@ -109,51 +108,36 @@ def weighted_sums(loop: Loop, w: Array, inputs: Inputs) -> list[Array]:
 # d Σ wr = Σ w ∂r · d(inputs) + Σ r dw
 def _weighted_sums_rule(loop, primals, tangents):
     (w, inputs), (dw, dinputs) = primals, tangents
-    leaves = jax.tree.leaves(inputs)
-    steps = jax.tree.leaves(dinputs, is_leaf=_is_zero)
+    leaves, structure = jax.tree.flatten(inputs)
+    steps = jax.tree.leaves(dinputs, is_leaf=is_zero)
     # Each device has its classes' part of a gradient in hidden states and heads.
     of_classes = jax.tree.leaves(Inputs(*(jax.tree.map(lambda _, k=k: k in (0, 2), x) for k, x in enumerate(inputs))))
     classes = frozenset(mesh_names(loop.class_axis))
     typed = all(classes <= varying(head.wide) for head in inputs.heads)  # not so under check_vma=False
     live, others = [], []
     for i, (x, t) in enumerate(zip(leaves, steps, strict=True)):
-        if not _is_zero(t):
+        if not is_zero(t):
             (live if typed and varying(w) <= varying(x) else others).append(i)
     results, gradients = _results_and_gradients(loop, live, w, inputs)
-    parts, terms = [], [] if _is_zero(dw) else [weighted(results[loop.trained], dw).sum()]
+    parts, terms = [], [] if is_zero(dw) else [weighted(results[loop.trained], dw).sum()]
     if others:  # of which each device's gradient would be the sum of all devices': by another pass
 
-        def of_others(*values):
-            changed = _with_leaves(inputs, others, values)
-            return weighted(each(loop, changed)[loop.trained], w).sum()
+        def total(*leaves):
+            return weighted(each(loop, structure.unflatten(leaves))[loop.trained], w).sum()
 
-        terms.append(jax.jvp(of_others, [leaves[i] for i in others], [steps[i] for i in others])[1])
+        terms.append(jvp_of_some(total, leaves, others, [steps[i] for i in others])[1])
     for i, gradient in zip(live, gradients, strict=True):
         gradient, step = (x.astype(w.dtype) for x in (gradient, steps[i]))  # hidden states' are as narrow as they
         (parts if of_classes[i] else terms).append(mul0(gradient, step).sum())
     if parts:
         terms.append(over_devices(functools.reduce(jnp.add, parts), mesh_names(loop.class_axis)))
     sums = [weighted(r, w).sum(0) for r in results]
-    tangent = [
-        jnp.zeros_like(s) if _is_zero(dw) else weighted(r, dw).sum(0) for r, s in zip(results, sums, strict=True)
-    ]
+    tangent = [jnp.zeros_like(s) if is_zero(dw) else weighted(r, dw).sum(0) for r, s in zip(results, sums, strict=True)]
     tangent[loop.trained] = functools.reduce(jnp.add, terms)
     return sums, tangent
 
 
 weighted_sums.defjvp(_weighted_sums_rule, symbolic_zeros=True)
-
-
-def _is_zero(t) -> bool:
-    return isinstance(t, SymbolicZero)
-
-
-def _with_leaves(inputs: Inputs, places: Sequence[int], values: Sequence[Array]) -> Inputs:
-    """Inputs with other leaves in some places."""
-    leaves, structure = jax.tree.flatten(inputs)
-    for i, x in zip(places, values, strict=True):
-        leaves[i] = x
-    return jax.tree.unflatten(structure, leaves)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -181,10 +165,10 @@ def _in_one_loop(loop, live, w, inputs):
         # With nothing kept of a chunk, whatever is differentiated.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def of_chunk(w, inputs):
-            leaves = jax.tree.leaves(inputs)
+            leaves, structure = jax.tree.flatten(inputs)
 
             def total(*values):
-                results = loop.of_chunk(platform, _with_leaves(inputs, live, values))
+                results = loop.of_chunk(platform, structure.unflatten(replaced(leaves, live, values)))
                 return weighted(results[loop.trained], w).sum(), results
 
             value, pull_back, results = jax.vjp(total, *(leaves[i] for i in live), has_aux=True)

@@ -7,18 +7,14 @@ tokens, but not over the head, it is the same function of more tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
-from jax.interpreters import ad, batching, mlir
 
-from jce._waiting import Primitive
-
-_of_tokens_p = Primitive("of_tokens")
-_of_tokens_p.multiple_results = True
+from jce._primitives import batch_axis_first, live_jvp, primitive
 
 
 def of_tokens(each: Callable, tokens: tuple[Any, ...], shared: tuple, total: Callable | None = None):
@@ -37,13 +33,8 @@ def of_tokens(each: Callable, tokens: tuple[Any, ...], shared: tuple, total: Cal
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-def _inlined(*arguments, jaxpr, **_):
+def _inlined(*arguments, jaxpr, each=None, total=None, tree=None):
     return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *arguments)
-
-
-def _run(*arguments, jaxpr, **_):
-    # A function of its own, so that no cache of programs keeps what the jaxpr holds.
-    return jax.jit(lambda *arguments: _inlined(*arguments, jaxpr=jaxpr))(*arguments)
 
 
 def _batch(arguments, axes, *, jaxpr, each, total, tree):
@@ -55,30 +46,19 @@ def _batch(arguments, axes, *, jaxpr, each, total, tree):
         return results, (0,) * len(results)
     size = tokens[largest].shape[axes[largest]]
 
-    def merged(x, axis):
-        x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-        return x.reshape(size * x.shape[1], *x.shape[2:])
-
-    more, shared = tree.unflatten([*map(merged, tokens, axes[:count]), *arguments[count:]])
+    merged = [x.reshape(size * x.shape[1], *x.shape[2:]) for x in batch_axis_first(tokens, axes[:count])]
+    more, shared = tree.unflatten([*merged, *arguments[count:]])
     results = jax.tree.leaves(of_tokens(each, more, shared))
     results = [x.reshape(size, -1, *x.shape[1:]) for x in results]
     return [x.sum(1) for x in results] if total else results, (0,) * len(results)
 
 
-def _differentiate(primals, tangents, *, jaxpr, **_):
-    live = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-
-    def of_live(*values):
-        arguments = list(primals)
-        for i, x in zip(live, values, strict=True):
-            arguments[i] = x
-        return _inlined(*arguments, jaxpr=jaxpr)
-
-    return jax.jvp(of_live, [primals[i] for i in live], [tangents[i] for i in live])
-
-
-_of_tokens_p.def_impl(_run)
-_of_tokens_p.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
-ad.primitive_jvps[_of_tokens_p] = _differentiate
-batching.primitive_batchers[_of_tokens_p] = _batch
-mlir.register_lowering(_of_tokens_p, mlir.lower_fun(_inlined, multiple_results=True))
+_of_tokens_p = primitive(
+    "of_tokens",
+    _inlined,
+    lambda primals, tangents, *, jaxpr, **_: live_jvp(functools.partial(_inlined, jaxpr=jaxpr), primals, tangents),
+    batch=_batch,
+    types=lambda *_, jaxpr, **__: jaxpr.out_avals,
+    several=True,
+    holds_arrays=True,
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ from jax import Array
 
 from jce._classes import Classes
 from jce._platforms import Platform, named
-from jce._waiting import waiting
+from jce._waiting import Program, waiting
 from jce._ways.chain import Chain
 from jce._ways.passes import Passes
 from jce._ways.reduction import Reduction
@@ -38,7 +37,7 @@ def kernel(function: Callable, apart: bool = False, shares: bool = False) -> Cal
         *arrays, classes = arguments
         if isinstance(classes, Way):
             return function(*arguments)
-        return waiting(_OfRows(function, classes, apart, shares), *arrays)
+        return waiting(Program(_of_rows, (function, classes, apart, shares)), *arrays)
 
     return on_each
 
@@ -47,20 +46,13 @@ kernel_apart = functools.partial(kernel, apart=True)
 kernel_sharing = functools.partial(kernel, shares=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class _OfRows:
-    function: Callable
-    classes: Classes
-    apart: bool
-    shares: bool
+def _of_rows(kernel, classes, apart, shares, platform, *arrays):
+    x = max(jax.tree.leaves(arrays), key=jnp.ndim)
+    way = way_of(classes, named(platform), x)
+    arrays = jax.tree.map(lambda a: way.fold(a) if a.ndim == x.ndim else a, arrays)
 
-    def __call__(self, platform, *arrays):
-        x = max(jax.tree.leaves(arrays), key=jnp.ndim)
-        way = way_of(self.classes, named(platform), x)
-        arrays = jax.tree.map(lambda a: way.fold(a) if a.ndim == x.ndim else a, arrays)
+    def function(*arrays):
+        return kernel(*arrays, way)
 
-        def function(*arrays):
-            return self.function(*arrays, way)
-
-        results = function(*arrays) if self.shares else way.results(function, arrays, x.ndim, self.apart)
-        return jax.tree.map(lambda r: way.unfold(r) if r.ndim >= x.ndim else r, results)
+    results = function(*arrays) if shares else way.results(function, arrays, x.ndim, apart)
+    return jax.tree.map(lambda r: way.unfold(r) if r.ndim >= x.ndim else r, results)

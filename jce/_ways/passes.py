@@ -185,9 +185,6 @@ class Passes(Way):
         # What is made of it is written over eᵢ, but where rows are folded: there each pass computes its own.
         return x - self.column(off.m if self.blocks == 1 else self.again(off.m, off.s))
 
-    def as_known_first(self, q, x):
-        return q
-
     def put(self, x, y, r):
         y = jnp.where(self.has(x, y), y, jnp.full_like(y, x.shape[-1]))  # a negative index would count
         return x.at[jnp.arange(y.size), y].set(r, mode="drop")

@@ -205,11 +205,6 @@ class Way(Classes, ABC):
         """xᵢ - m, for all classes but the label."""
         return x - self.column(off.m)
 
-    def as_known_first(self, q: Array, x: Array) -> Array:
-        """q = softmax(x), by the fewest passes: it is known as q, which waited for another row's."""
-        e, z, _ = self.exponentials(x)
-        return e / self.column(z)
-
     def put(self, x: Array, y: Array, r: Array) -> Array:
         """x, not folded, with a number a row in the place of a local label's."""
         return jnp.where(self.is_at(x, y), self.column(r), x)

@@ -1,0 +1,185 @@
+"""A primitive of JAX is made from a plain function, what it computes; and, where they aren't the function's own, from
+its derivative, its transpose and its batches.
+
+All else is standard and written here: its type is that of the traced function, alone it runs compiled, and a program
+that it is part of computes the function there. So are what derivatives and batches are put together from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import ad, batching, mlir
+from jax.lax import mul_p
+
+Primitive = type(mul_p)  # `jax.extend.core.Primitive`, without the import of Pallas that comes with it
+
+
+def primitive(
+    name: str,
+    function: Callable | dict[str | None, Callable],
+    derivative: Callable | Sequence[Callable | None],
+    transpose: Callable | Sequence[Callable] = (),
+    batch: Callable | None = None,
+    *,
+    types: Callable | None = None,
+    several: bool = False,
+    holds_arrays: bool = False,
+):
+    """A primitive that computes function(*arrays, *, static), an array or, if several, a list.
+
+    Args:
+      function: or one for each platform, by JAX's names, and None for all others.
+      derivative: as JAX has it, (arguments, tangents) -> results and their tangents; or for each argument (tangent,
+        *arguments) -> a term of the result's tangent, None for 0.
+      transpose: as JAX has it, (cotangents, *arguments) -> cotangents; or for each argument in which the function is
+        linear (cotangent, *arguments) -> its cotangent.
+      batch: as JAX has it, (arguments, their axes) -> results and their axes. By default that of a function of each
+        element, the same of more.
+      types: of the arguments' types, the results', where they are sooner found than by a trace of the function.
+      holds_arrays: what is static may hold arrays, as a jaxpr does: then no cache of programs keeps it.
+    """
+    p = Primitive(name)
+    p.multiple_results = several
+    functions: dict = function if isinstance(function, dict) else {None: function}
+    one, *more = functions.values()
+    alone = p.bind if more else one
+    keywords = [key for key, x in inspect.signature(one).parameters.items() if x.kind is x.KEYWORD_ONLY]
+    jitted = jax.jit(lambda *arrays, **static: alone(*arrays, **static), static_argnames=keywords)
+
+    @p.def_impl
+    def run(*arrays, **static):
+        if holds_arrays:
+            return jax.jit(functools.partial(alone, **static))(*arrays)
+        with jax.disable_jit(False) if more else contextlib.nullcontext():  # in which it would run itself
+            return jitted(*arrays, **static)
+
+    def own_types(*avals, **static):
+        found = jax.make_jaxpr(functools.partial(one, **static))(*avals).out_avals
+        return found if several else found[0]
+
+    def of_each(cotangent, *arrays, **static):
+        live, rules = linear_in(arrays), cast(Sequence, transpose)
+        if is_zero(cotangent):
+            return placed(len(arrays), live, (ad.Zero(arrays[i].aval) for i in live))
+        return placed(len(arrays), live, (rules[i](cotangent, *arrays, **static) for i in live))
+
+    def same_of_more(arrays, axes, **static):
+        return p.bind(*batch_axis_first(arrays, axes), **static), 0
+
+    p.def_abstract_eval(types or own_types)
+    if callable(derivative):
+        ad.primitive_jvps[p] = derivative
+    else:
+        ad.defjvp(p, *derivative)
+    ad.primitive_transposes[p] = transpose if callable(transpose) else of_each
+    batching.primitive_batchers[p] = batch or same_of_more
+    for platform, of_platform in functions.items():
+        mlir.register_lowering(p, mlir.lower_fun(of_platform, multiple_results=several), platform=platform)
+    return p
+
+
+# Batches
+
+
+def batch_axis_first(arrays: Sequence[Array], axes: Sequence[int | None]) -> list[Array]:
+    """All of them with the batch's axis first."""
+    size, pairs = batch_size(arrays, axes), zip(arrays, axes, strict=True)
+    return [jnp.broadcast_to(x, (size, *x.shape)) if k is None else jnp.moveaxis(x, k, 0) for x, k in pairs]
+
+
+def batch_size(arrays: Sequence[Array], axes: Sequence[int | None]) -> int:
+    return next(x.shape[k] for x, k in zip(arrays, axes, strict=True) if k is not None)
+
+
+# Functions of some of the arguments: of those that are differentiated, or in which a function is linear
+
+
+def replaced(xs: Iterable, places: Iterable[int], values: Iterable) -> list:
+    """xs with others in some places."""
+    xs = list(xs)
+    for i, x in zip(places, values, strict=True):
+        xs[i] = x
+    return xs
+
+
+def placed(count: int, places: Iterable[int], values: Iterable) -> list:
+    """As many, None but in some places."""
+    return replaced([None] * count, places, values)
+
+
+def of_some(function: Callable, arguments: Sequence, places: Sequence[int]) -> Callable:
+    return lambda *values: function(*replaced(arguments, places, values))
+
+
+def jvp_of_some(function: Callable, primals: Sequence, places: Sequence[int], tangents: Sequence):
+    """`jax.jvp` along the tangents of those in some places."""
+    return jax.jvp(of_some(function, primals, places), [primals[i] for i in places], list(tangents))
+
+
+def live_jvp(function: Callable, primals, tangents):
+    """`jax.jvp`, in the arguments that are differentiated, of tangents with symbolic zeros."""
+    leaves, tree = jax.tree.flatten(primals)
+    tangents = jax.tree.leaves(tangents, is_leaf=is_zero)
+    live = not_zero(tangents)
+    return jvp_of_some(lambda *leaves: function(*tree.unflatten(leaves)), leaves, live, [tangents[i] for i in live])
+
+
+def tangent(function: Callable, live: Sequence[int], *arrays: Array) -> list[Array]:
+    """Of the arguments and then some of their tangents: the results' tangents, where they have one."""
+    primals, tangents = arrays[: -len(live)], arrays[-len(live) :]
+
+    def results(*primals):
+        leaves = jax.tree.leaves(function(*primals))
+        return [leaves[i] for i in with_tangents(leaves)]
+
+    return jvp_of_some(results, primals, live, tangents)[1]
+
+
+def cotangent(function: Callable, live: Sequence[int], types: Sequence, some: Sequence[int], *arrays: Array):
+    """Of some results' cotangents and of the arguments but those in which it is linear, of such types: theirs."""
+    cotangents, known = list(arrays[: len(some)]), arrays[len(some) :]
+    count = len(known) + len(live)
+    arguments = placed(count, others(count, live), known)
+
+    def results(*arguments):
+        leaves = jax.tree.leaves(function(*arguments))
+        return [leaves[i] for i in some]
+
+    return jax.linear_transpose(of_some(results, arguments, live), *types)(cotangents)
+
+
+def others(count: int, places: Sequence[int]) -> list[int]:
+    return [i for i in range(count) if i not in places]
+
+
+def with_tangents(xs: Sequence) -> list[int]:
+    """The places of those that have one, of arrays or their types."""
+    return [i for i, x in enumerate(xs) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+def linear_in(arrays: Sequence) -> tuple[int, ...]:
+    """The places of those in which a function is to be transposed."""
+    return tuple(i for i, x in enumerate(arrays) if ad.is_undefined_primal(x))
+
+
+def not_zero(tangents: Sequence) -> tuple[int, ...]:
+    return tuple(i for i, t in enumerate(tangents) if not is_zero(t))
+
+
+def is_zero(t) -> bool:
+    return isinstance(t, (ad.Zero, SymbolicZero))
+
+
+def with_zeros(results: Sequence[Array], tangents: Iterable) -> list:
+    """The tangents of all results, of those that have one."""
+    zeros = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
+    return replaced(zeros, with_tangents(results), tangents)

@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jce._elementary import unless_negative
 from jce._mul0 import mul0, over
-from jce._primitives import live_jvp
+from jce._primitives import as_one, live_jvp
 
 
 class custom_jvp:
@@ -30,7 +30,7 @@ class custom_jvp:
 
     def __init__(self, kernel: Callable, nondiff_argnums: tuple[int, ...] = ()):
         functools.update_wrapper(self, kernel)
-        self._kernel = with_rule = jax.custom_jvp(kernel, nondiff_argnums=nondiff_argnums)
+        self._kernel = with_rule = jax.custom_jvp(as_one(kernel, nondiff_argnums), nondiff_argnums=nondiff_argnums)
         self.defjvp = with_rule.defjvp
         if jax.__version_info__ < (0, 12):
             self._kernel = jax.checkpoint(

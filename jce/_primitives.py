@@ -14,11 +14,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 from jax.lax import mul_p
+
+try:  # nothing public tells checkify what it may find in a primitive (JAX 0.8 to 0.12)
+    from jax._src import checkify
+except ImportError:  # then it finds nothing in ours
+    checkify = None
 
 Primitive = type(mul_p)  # `jax.extend.core.Primitive`, without the import of Pallas that comes with it
 
@@ -33,6 +39,7 @@ def primitive(
     types: Callable | None = None,
     several: bool = False,
     holds_arrays: bool = False,
+    checked: Callable | None = None,
 ):
     """A primitive that computes function(*arrays, *, static), an array or, if several, a list.
 
@@ -45,7 +52,10 @@ def primitive(
       batch: as JAX has it, (arguments, their axes) -> results and their axes. By default that of a function of each
         element, the same of more.
       types: of the arguments' types, the results', where they are sooner found than by a trace of the function.
-      holds_arrays: what is static may hold arrays, as a jaxpr does: then no cache of programs keeps it.
+      holds_arrays: what is static has a jaxpr, which may hold arrays: then no cache of programs keeps it. Its effects
+        are the primitive's.
+      checked: (errors, *arrays, *, static) -> an Error of checkify's, which looks for those errors, or a batch of them,
+        and results. By default it looks at the results alone, for a NaN: one that is made and left out inside is none.
     """
     p = Primitive(name)
     p.multiple_results = several
@@ -75,16 +85,76 @@ def primitive(
     def same_of_more(arrays, axes, **static):
         return p.bind(*batch_axis_first(arrays, axes), **static), 0
 
-    p.def_abstract_eval(types or own_types)
+    def looked_into(*arguments, **static):
+        at = next(i for i, x in enumerate(arguments) if isinstance(x, frozenset))
+        (*context, error), errors, arrays = arguments[:at], arguments[at], arguments[at + 1 :]  # a context on JAX 0.12
+        found, results = checked(errors, *arrays, **static)
+        leaves, tree = jax.tree.flatten(found)
+        check = jax.make_jaxpr(lambda *leaves: checkify.check_error(tree.unflatten(leaves)))(*leaves)
+        error, _ = checkify.checkify_jaxpr(*context, check, errors, error, *leaves)
+        return error, results
+
+    @p.def_effectful_abstract_eval
+    def types_and_effects(*avals, **static):
+        return (types or own_types)(*avals, **static), static["jaxpr"].effects if holds_arrays else set()
+
     if callable(derivative):
         ad.primitive_jvps[p] = derivative
     else:
         ad.defjvp(p, *derivative)
     ad.primitive_transposes[p] = transpose if callable(transpose) else of_each
     batching.primitive_batchers[p] = batch or same_of_more
+    if checkify is not None:
+        checkify.error_checks[p] = looked_into if checked else functools.partial(checkify.nan_error_check, p)
     for platform, of_platform in functions.items():
         mlir.register_lowering(p, mlir.lower_fun(of_platform, multiple_results=several), platform=platform)
     return p
+
+
+# A function that is traced already
+
+
+def evaluated(*arrays: Array, jaxpr, **_) -> list[Array]:
+    return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *arrays)
+
+
+def as_one(function: Callable, static: Sequence[int] = ()) -> Callable:
+    """The function as one operation to checkify, to which a NaN or a quotient by 0 that a select leaves out is none."""
+
+    @functools.wraps(function)
+    def of_all(*arguments):
+        places = others(len(arguments), static)
+        leaves, tree = jax.tree.flatten([arguments[i] for i in places])
+        if not any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return function(*arguments)
+
+        def of_leaves(*leaves):
+            return function(*replaced(arguments, places, tree.unflatten(leaves)))
+
+        jaxpr, types = jax.make_jaxpr(of_leaves, return_shape=True)(*leaves)
+        return jax.tree.unflatten(jax.tree.structure(types), _as_one_p.bind(*leaves, jaxpr=jaxpr))
+
+    return of_all
+
+
+def _as_one_of_more(arrays, axes, *, jaxpr):
+    results = as_one(jax.vmap(functools.partial(evaluated, jaxpr=jaxpr), axes))(*arrays)
+    return results, [0] * len(results)
+
+
+def derivative_inside(primals, tangents, *, jaxpr, **_):
+    return live_jvp(functools.partial(evaluated, jaxpr=jaxpr), primals, tangents)
+
+
+_as_one_p = primitive(
+    "as_one",
+    evaluated,
+    derivative_inside,
+    batch=_as_one_of_more,
+    types=lambda *_, jaxpr: jaxpr.out_avals,
+    several=True,
+    holds_arrays=True,
+)
 
 
 # Batches

@@ -17,6 +17,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import checkify
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jce._classes import vary_over, varying, varying_type
@@ -145,6 +146,15 @@ def _batch(arguments, axes, *, jaxpr, chunks, chunked, results):
     return _bind_derived(batched, most, arrays, chunks, chunked, results), list(map(int, results))
 
 
+def _checked(errors, count, *arrays, jaxpr, chunks, chunked, results):
+    """With each chunk's error as a result: so it is as differentiable as before."""
+    step = checkify.checkify(functools.partial(_evaluated, jaxpr), errors=errors)
+    closed, types = _traced(step, arrays, chunked)
+    found, structure = jax.tree.flatten(types)
+    of_chunks = [True] * (len(found) - len(results)) + list(results)
+    return structure.unflatten(_bind(closed, count, arrays, chunks, chunked, of_chunks))
+
+
 _first_chunks_p = primitive(
     "first_chunks",
     _loop,
@@ -154,4 +164,5 @@ _first_chunks_p = primitive(
     types=_types,
     several=True,
     holds_arrays=True,
+    checked=_checked,
 )

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.core
+from jax.experimental import checkify
 
-from jce._primitives import batch_axis_first, live_jvp, primitive
+from jce._primitives import batch_axis_first, derivative_inside, evaluated, primitive
 
 
 def of_tokens(each: Callable, tokens: tuple[Any, ...], shared: tuple, total: Callable | None = None):
@@ -33,16 +34,12 @@ def of_tokens(each: Callable, tokens: tuple[Any, ...], shared: tuple, total: Cal
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-def _inlined(*arguments, jaxpr, each=None, total=None, tree=None):
-    return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *arguments)
-
-
 def _batch(arguments, axes, *, jaxpr, each, total, tree):
     count = tree.children()[0].num_leaves
     tokens = arguments[:count]
     largest = max(range(count), key=lambda i: tokens[i].ndim - (axes[i] is not None))  # the hidden states
     if axes[largest] is None or any(axis is not None for axis in axes[count:]):
-        results = jax.vmap(lambda *a: _inlined(*a, jaxpr=jaxpr), axes)(*arguments)
+        results = jax.vmap(lambda *a: evaluated(*a, jaxpr=jaxpr), axes)(*arguments)
         return results, (0,) * len(results)
     size = tokens[largest].shape[axes[largest]]
 
@@ -53,12 +50,17 @@ def _batch(arguments, axes, *, jaxpr, each, total, tree):
     return [x.sum(1) for x in results] if total else results, (0,) * len(results)
 
 
+def _checked(errors, *arrays, jaxpr, **_):
+    return checkify.checkify(jax.jit(functools.partial(evaluated, jaxpr=jaxpr)), errors=errors)(*arrays)
+
+
 _of_tokens_p = primitive(
     "of_tokens",
-    _inlined,
-    lambda primals, tangents, *, jaxpr, **_: live_jvp(functools.partial(_inlined, jaxpr=jaxpr), primals, tangents),
+    evaluated,
+    derivative_inside,
     batch=_batch,
     types=lambda *_, jaxpr, **__: jaxpr.out_avals,
     several=True,
     holds_arrays=True,
+    checked=_checked,
 )

@@ -1,0 +1,119 @@
+"""What `checkify` finds in ours: checks in a mapped function, and each NaN that is a result, but no other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+import jce
+from tests.kernels import each_kernel
+from tests.test_corners import stacked
+
+pytestmark = [pytest.mark.needs_jit, pytest.mark.holds_nan]
+
+LABELS, HEAD = np.array([0, 1, 2, 3, 0, 1]), np.eye(4, 3, dtype=np.float32)
+HIDDEN = np.arange(18, dtype=np.float32).reshape(6, 3) / 10
+SOME = np.array([True, True, False, True, True, True])
+WAYS = {
+    "each": {},
+    "mean": {"reduction": "mean", "chunk_size": 2},
+    "some": {"where": SOME},
+    "filled": {"where": SOME, "chunk_size": 4, "batch_invariant": True},
+}
+each_way = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+label_loss = jce.cross_entropy_with_integer_labels
+
+
+def found(function, *arguments, errors=checkify.float_checks) -> str | None:
+    """The same with and without jit."""
+    alone, jitted = (checkify.checkify(f, errors=errors)(*arguments)[0].get() for f in (function, jax.jit(function)))
+    assert (alone is None) == (jitted is None)
+    return alone
+
+
+def mapped(function, **options):
+    return lambda h: jce.linear_map(function, LABELS, jce.Linear(h, HEAD), **options)
+
+
+def gradient(function):
+    return jax.grad(lambda h: function(h).sum())
+
+
+def batch(function):
+    return jax.vmap(function)
+
+
+def largest_below(limit):
+    def function(y, x):
+        checkify.check(x.max() < limit, "a logit of {m}", m=x.max())
+        return label_loss(y, x)
+
+    return function
+
+
+@each_kernel
+@pytest.mark.in_turn(4)
+def test_a_nan_is_found_where_a_result_is_one_and_nowhere_else(kernel):
+    arguments, values, gradients = stacked(kernel)
+    positions = tuple(range(len(arguments)))
+    for i in range(len(values)):
+        corner = [np.float32(x[i]) for x in arguments]
+        assert bool(found(kernel.function, *corner)) == bool(np.isnan(values[i]))
+        if np.isfinite(values[i]) and all(np.isfinite(g[i]).all() for g in gradients):
+            assert found(jax.grad(kernel.function, positions), *corner) is None
+
+
+@each_way
+@pytest.mark.parametrize("change", [lambda f: f, gradient, batch], ids=["value", "gradient", "batch"])
+def test_a_check_in_a_mapped_function(options, change):
+    h = np.stack([HIDDEN, HIDDEN]) if change is batch else HIDDEN
+    for limit, message in ((100, None), (1, "a logit of 1.")):
+        got = found(change(mapped(largest_below(limit), **options)), h, errors=checkify.user_checks)
+        assert got is None if message is None else message in got
+    assert found(change(mapped(label_loss, **options)), h, errors=checkify.all_checks) is None
+
+
+@each_way
+def test_a_gradient_of_what_is_checked(options):
+    function = mapped(largest_below(100), **options)
+    got = gradient(lambda h: checkify.checkify(function)(h)[1])(HIDDEN)
+    np.testing.assert_allclose(got, gradient(mapped(label_loss, **options))(HIDDEN), rtol=1e-6)
+
+
+@each_way
+def test_distributions_and_nans_in_a_mapped_function(options):
+    def no_distribution(y, x):
+        jce.check_distribution(jax.nn.softmax(x) * (1 + (y == 3)))
+        return label_loss(y, x)
+
+    assert "is not a distribution" in found(mapped(no_distribution, **options), HIDDEN, errors=checkify.user_checks)
+    made = mapped(lambda y, x: jnp.log(x.min() - 10), **options)
+    assert "nan" in found(made, HIDDEN)
+    assert "nan" in found(gradient(made), HIDDEN)
+
+
+@each_way
+def test_a_label_that_is_no_class(options):
+    loss = functools.partial(jce.linear_cross_entropy, **options)
+    labels = np.where(np.arange(6) == 0, 99, LABELS)
+    assert "nan" in found(lambda h: loss(labels, h, HEAD), HIDDEN)
+    assert found(lambda h: loss(LABELS, h, HEAD), HIDDEN) is None
+    assert "nan" in found(lambda x: label_loss(labels, x), HIDDEN)
+
+
+def test_values_out_of_the_domain():
+    assert "nan" in found(jce.entropy_with_logits, np.array([np.nan, 1, 2], np.float32))
+    assert "nan" in found(jce.kl_divergence, np.array([0.5, 0.5], np.float32), np.array([1.5, -0.5], np.float32))
+
+
+def test_several_labels_of_a_row():
+    labels = np.stack([LABELS, 3 - LABELS], -1)
+    for function in (
+        lambda h: jce.log_probs_with_integer_labels(labels, h @ HEAD.T),
+        lambda h: jce.linear_log_probs(labels, h, HEAD),
+    ):
+        for f in (function, gradient(function)):
+            assert found(f, HIDDEN, errors=checkify.all_checks) is None

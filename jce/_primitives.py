@@ -86,6 +86,7 @@ def primitive(
         return p.bind(*batch_axis_first(arrays, axes), **static), 0
 
     def looked_into(*arguments, **static):
+        assert checkify is not None and checked is not None
         at = next(i for i, x in enumerate(arguments) if isinstance(x, frozenset))
         (*context, error), errors, arrays = arguments[:at], arguments[at], arguments[at + 1 :]  # a context on JAX 0.12
         found, results = checked(errors, *arrays, **static)
@@ -93,6 +94,8 @@ def primitive(
         check = jax.make_jaxpr(lambda *leaves: checkify.check_error(tree.unflatten(leaves)))(*leaves)
         error, _ = checkify.checkify_jaxpr(*context, check, errors, error, *leaves)
         return error, results
+
+    p.to_lojax = alone  # of a jaxpr that holds operations which JAX 0.12 lowers first, under JAX_REMAT3 and its like
 
     @p.def_effectful_abstract_eval
     def types_and_effects(*avals, **static):

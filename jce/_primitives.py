@@ -86,12 +86,14 @@ def primitive(
         return p.bind(*batch_axis_first(arrays, axes), **static), 0
 
     def looked_into(*arguments, **static):
-        assert checkify is not None and checked is not None
+        assert checkify is not None
+        assert checked is not None
         at = next(i for i, x in enumerate(arguments) if isinstance(x, frozenset))
         (*context, error), errors, arrays = arguments[:at], arguments[at], arguments[at + 1 :]  # a context on JAX 0.12
         found, results = checked(errors, *arrays, **static)
         leaves, tree = jax.tree.flatten(found)
-        check = jax.make_jaxpr(lambda *leaves: checkify.check_error(tree.unflatten(leaves)))(*leaves)
+        check_error = checkify.check_error
+        check = jax.make_jaxpr(lambda *leaves: check_error(tree.unflatten(leaves)))(*leaves)
         error, _ = checkify.checkify_jaxpr(*context, check, errors, error, *leaves)
         return error, results
 

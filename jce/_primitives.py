@@ -101,7 +101,10 @@ def primitive(
 
     @p.def_effectful_abstract_eval
     def types_and_effects(*avals, **static):
-        return (types or own_types)(*avals, **static), static["jaxpr"].effects if holds_arrays else set()
+        effects = static["jaxpr"].effects if holds_arrays else ()
+        # A mutable array of a function's own is none that JAX could see from outside.
+        effects = {e for e in effects if type(e).__name__ != "InternalMutableArrayEffect"}
+        return (types or own_types)(*avals, **static), effects
 
     if callable(derivative):
         ad.primitive_jvps[p] = derivative

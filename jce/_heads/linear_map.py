@@ -12,9 +12,10 @@ from jax.typing import ArrayLike
 
 from jce._arguments import require_bool
 from jce._classes import varying_type
+from jce._heads.effects import require_effects, undifferentiable
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
-from jce._layout import manual_axes, mesh_names
+from jce._layout import mesh_names
 
 
 def linear_map(
@@ -58,8 +59,9 @@ def linear_map(
       function: of one token, in the order of the arguments, and of `shared` last, where it is given. jax.numpy and
         functions of jce, which take the token's logits as any array [n]. Its result is an array or a number, or a tree
         of them, of any dtype. Traced values that it closes over, such as a temperature, have derivatives too; but under
-        reduction="none" a `custom_vjp` or `custom_jvp` rule in it must take them as arguments, as in `jax.lax.map`. It
-        also runs, callbacks and all, on what fills up a chunk: another token's arguments.
+        reduction="none" a `custom_vjp` or `custom_jvp` rule in it must take them as arguments, as in `jax.lax.map`.
+        What it prints or calls (`jax.debug.print`, an unordered `io_callback`) is kept, of each token that takes part,
+        in any order; and it also runs, callbacks and all, on what fills up a chunk: another token's arguments.
       *arguments: `jce.Linear(hidden, head)`, at least one, and arrays with the same leading token axes [...], such as
         labels, advantages, masks or random keys; or trees of them.
       where: bool, broadcasts to the token axes. A token where it is False takes no part, whatever it holds and whatever
@@ -103,7 +105,10 @@ def linear_map(
         boolean, a result that is summed or weighted not real, or with `has_aux` not a pair that begins with a number;
         or one holds random keys where tokens may be left out or filled up: with `where`, weights or batch_invariant.
       ValueError: there is no Linear, shapes disagree, an option is none of those above, function names the axis of a
-        `jax.vmap`, or the classes are split and a result still differs between their devices.
+        `jax.vmap`, has an ordered effect or uses a `jax.Ref` of its caller's, or the classes are split and a result
+        still differs between their devices.
+      NotImplementedError: function has an effect that `jax.checkpoint` refuses, as an `io_callback`, and a derivative
+        would compute it again: any but the first of a sum or a mean of one number a token.
 
     Not checked:
       Values, nor where function looks up a token's logits. JAX counts an id of -1 from the end, whatever the mode: it
@@ -128,7 +133,7 @@ def linear_map(
             return function(*jax.tree.unflatten(structure, one), *shared)
 
         closed, results = jax.make_jaxpr(of_one, return_shape=True)(one, shared)
-        _require_mesh_axes(name, closed.effects)
+        require_effects(name, closed.effects)
         if has_aux:
             _require_pair(name, results)
         still = {axis for aval in closed.out_avals for axis in varying_type(aval)} & {*mesh_names(class_axis)}
@@ -146,7 +151,7 @@ def linear_map(
             results = jax.vmap(lambda *one: jax.core.eval_jaxpr(jaxpr, closed_over, *one, *shared))(*chunk)
             return [results[0], *jax.lax.stop_gradient(results[1:])] if has_aux else results
 
-        return OfChunk(of_chunk, results, closed.consts, has_aux)
+        return OfChunk(of_chunk, results, closed.consts, has_aux, refused=undifferentiable(closed.effects))
 
     named = {f"arguments{jax.tree_util.keystr(path)}": x for path, x in paths}
     options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
@@ -161,15 +166,4 @@ def _require_pair(name: str, results: Any) -> None:
         raise TypeError(
             f"{name}: with has_aux, function must give a pair for a token, the number that is trained, floating-point"
             f" and of shape (), and a tree of metrics; it gives {got}. Put all but the loss into one tree."
-        )
-
-
-def _require_mesh_axes(name: str, effects) -> None:
-    """Of the axes that a function names none is a `jax.vmap`'s, whose members' tokens are tokens of one loop."""
-    named = {e.name for e in effects if type(e).__name__ == "NamedAxisEffect"} - {*manual_axes()}
-    if named:
-        raise ValueError(
-            f"{name}: function may name no axis of a jax.vmap, since its members' tokens join in one loop; it names"
-            f" {', '.join(map(repr, sorted(named, key=str)))}. Sum over the axis outside, and pass its index as an"
-            f" argument."
         )

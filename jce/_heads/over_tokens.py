@@ -53,6 +53,7 @@ class OfChunk(NamedTuple):
     has_aux: bool = False  # the first result alone is differentiated, a number; the function stops the others
     multiplied: bool = True  # whether it takes logits as arrays, and not as `Logits`
     filler: tuple[float, ...] | None = None  # of its other arguments, at which and at hidden states of 0 it is finite
+    refused: str = ""  # its effects that a derivative may not have
 
 
 def over_tokens(
@@ -107,7 +108,8 @@ def over_tokens(
         trained = [0] if of_chunk.has_aux else inexact
         number = reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
         function = _of_hidden(of_chunk, in_order, as_given, dtypes_closed_over, products)
-        loop = Loop(function, chunk, part.logits, class_axis, trained[0] if number else 0, not part.all_kept)
+        trained_in_sum = trained[0] if number else 0
+        loop = Loop(function, chunk, part.logits, class_axis, trained_in_sum, not part.all_kept, of_chunk.refused)
         w = part.weights_of(reduction, token_axes, jnp.float64 in [ones[i].dtype for i in inexact])
         results = part.results(loop, w, total=number, filled=of_chunk.filler is not None)
         if reduction == "none":

@@ -17,6 +17,7 @@ from jax import Array
 
 from jce._classes import vary_over, varying
 from jce._heads.chunks import each_token, over_chunks
+from jce._heads.effects import require_differentiable
 from jce._heads.products import Head
 from jce._heads.together import together
 from jce._layout import mesh_names, over_devices
@@ -62,6 +63,7 @@ class Loop(NamedTuple):
     class_axis: Hashable | None
     trained: int = 0  # which result has a derivative where they are summed
     some: bool = False  # whether the first array of the tokens says which of them are kept
+    refused: str = ""  # effects of what is computed that a derivative may not have
 
     def kept(self, inputs: Inputs) -> Array | None:
         return inputs.tokens[0] if self.some else None
@@ -77,6 +79,7 @@ def each(loop: Loop, inputs: Inputs) -> list[Array]:
 # The plain derivative, but the value from another call: of one loop for both, reverse mode over reverse mode forgets
 # the checkpoint, and would keep the logits of all tokens.
 def _each_rule(loop, primals, tangents):
+    require_differentiable(loop.refused)
     return each(loop, *primals), live_jvp(functools.partial(_each, loop), primals, tangents)[1]
 
 
@@ -148,6 +151,8 @@ def _results_and_gradients(loop, live, w, inputs):
 
 # As above.
 def _results_and_gradients_rule(loop, live, primals, tangents):
+    require_differentiable(loop.refused)
+
     def in_one_loop(w, inputs):
         return _in_one_loop(loop, live, w, inputs)
 

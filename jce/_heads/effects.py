@@ -1,0 +1,59 @@
+"""The effects of a function that is mapped over tokens: kept, or refused by an error that says what to do.
+
+What a function prints, calls or checks the primitives of a loop declare as theirs, so that JAX keeps it. But tokens are
+computed many at once, in an order that suits the device, which is none for effects to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from jce._layout import manual_axes
+
+try:  # nothing public tells which effects are ordered, nor which of them jax.checkpoint refuses (JAX 0.8 to 0.12)
+    from jax._src import effects as kinds
+except ImportError:  # then JAX refuses both itself
+    kinds = None
+
+
+def require_effects(name: str, effects: Collection) -> None:
+    """None of a mapped function's is ordered or on a `jax.Ref`; nor does it name the axis of a `jax.vmap`, whose
+    members' tokens are tokens of one loop."""
+    axes = {e.name for e in effects if type(e).__name__ == "NamedAxisEffect"} - {*manual_axes()}
+    if axes:
+        raise ValueError(
+            f"{name}: function may name no axis of a jax.vmap, since its members' tokens join in one loop; it names"
+            f" {', '.join(map(repr, sorted(axes, key=str)))}. Sum over the axis outside, and pass its index as an"
+            f" argument."
+        )
+    ordered = [e for e in effects if kinds is not None and kinds.ordered_effects.contains(e)]
+    if ordered:
+        raise ValueError(
+            f"{name}: function may have no ordered effect, since tokens are computed many at once; it has"
+            f" {_names(ordered)}. Leave out ordered=True, and pass the token's number along, or call it in a"
+            f" jax.lax.map of the results."
+        )
+    of_refs = [e for e in effects if kinds is not None and isinstance(e, kinds.JaxprInputEffect)]
+    if of_refs:
+        raise ValueError(
+            f"{name}: function may read or write no jax.Ref of its caller's, since tokens are computed many at once; it"
+            f" has {_names(of_refs)}. Pass what it reads as an array, in shared, and return what it writes."
+        )
+
+
+def undifferentiable(effects: Collection) -> str:
+    """The names of those that `jax.checkpoint` refuses in a derivative."""
+    return "" if kinds is None else _names(kinds.remat_allowed_effects.filter_not_in(effects))
+
+
+def require_differentiable(refused: str) -> None:
+    if refused:
+        raise NotImplementedError(
+            f"linear_map: a derivative computes function again, as jax.checkpoint does, so it may have no {refused}"
+            f" there. Take reduction='sum' or 'mean' of one number a token, whose first derivative computes it once, or"
+            f" jax.debug.callback, which may be called again; or keep the call out of what is differentiated."
+        )
+
+
+def _names(effects: Collection) -> str:
+    return ", ".join(sorted({type(e).__name__ for e in effects}))

@@ -1,0 +1,135 @@
+"""What a mapped function prints, calls and writes: kept as `jax.lax.map` keeps it, or refused in words of ours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import io_callback
+
+import jce
+
+LABELS, HEAD = np.array([0, 1, 2, 3, 0, 1]), np.eye(4, 3, dtype=np.float32)
+HIDDEN, NUMBERS = np.arange(18, dtype=np.float32).reshape(6, 3) / 10, np.arange(6)
+SOME = np.array([True, True, False, True, False, True])
+WAYS = {
+    "each": {},
+    "mean": {"reduction": "mean", "chunk_size": 2},
+    "some": {"where": SOME, "chunk_size": 2},
+    "sum": {"where": SOME, "reduction": "sum"},
+}
+each_way = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+loss = jce.cross_entropy_with_integer_labels
+new_ref = jax.new_ref if hasattr(jax, "new_ref") else jax.array_ref  # JAX 0.8
+
+
+def mapped(effect, **options):
+    """Of hidden states: the losses, beside an effect of a token's number."""
+
+    def function(i, y, x):
+        effect(i)
+        return loss(y, x)
+
+    return lambda h: jce.linear_map(function, NUMBERS, LABELS, jce.Linear(h, HEAD), **options)
+
+
+def recorder(ordered=False):
+    """What a function calls with a token's number, unused results and all; and the numbers that came, none twice."""
+    came = []
+
+    def called():
+        jax.effects_barrier()
+        numbers, repeated = sorted({*came}), len(came) - len({*came})
+        came.clear()
+        return numbers, repeated
+
+    return lambda i: io_callback(lambda i: came.append(int(i)), None, i, ordered=ordered), called
+
+
+@each_way
+def test_a_callback_is_called_with_each_token_though_nobody_uses_its_result(options):
+    effect, called = recorder()
+    function = mapped(effect, **options)
+    kept = NUMBERS[options.get("where", np.ones(6, bool))].tolist()
+    filled = 6 - len(kept)
+    assert {type(e).__name__ for e in jax.make_jaxpr(function)(HIDDEN).effects} == {"IOEffect"}
+    for change in (function, jax.jit(function), jax.jit(lambda h: (function(h), h)[1])):
+        jax.block_until_ready(change(HIDDEN))
+        numbers, repeated = called()
+        assert numbers == kept
+        assert repeated <= filled  # of a chunk that is filled up, with a token that is kept
+    jax.block_until_ready(jax.lax.scan(lambda c, _: (c, function(HIDDEN)), 0, None, length=2))
+    assert called()[0] == kept
+    jax.block_until_ready(jax.vmap(function)(np.stack([HIDDEN, HIDDEN])))
+    numbers, repeated = called()
+    assert numbers == kept
+    assert repeated >= len(kept)  # the other's
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="JAX 0.8 has none in a custom_jvp function")
+@each_way
+def test_an_array_of_its_own_is_no_effect(options):
+    def counted(i):
+        new_ref(i)[...] += 1
+
+    function = mapped(counted, **options)
+    assert not jax.make_jaxpr(function)(HIDDEN).effects
+    np.testing.assert_array_equal(jax.jit(function)(HIDDEN), jax.jit(mapped(lambda i: None, **options))(HIDDEN))
+
+
+def test_prints(capfd):
+    function = mapped(lambda i: jax.debug.print("token {i}", i=i))
+    jax.block_until_ready(jax.jit(function)(HIDDEN))
+    jax.effects_barrier()
+    assert sorted(capfd.readouterr().out.split("\n")) == ["", *(f"token {i}" for i in NUMBERS)]
+    jax.block_until_ready(jax.jit(jax.grad(lambda h: function(h).sum()))(HIDDEN))
+    jax.effects_barrier()
+    assert {*capfd.readouterr().out.split("\n")} == {"", *(f"token {i}" for i in NUMBERS)}
+
+
+@each_way
+def test_in_a_gradient_a_callback_is_called_once_or_refused(options):
+    effect, called = recorder()
+    function = mapped(effect, **options)
+    for change in (lambda f: jax.jit(jax.grad(f)), lambda f: jax.grad(jax.jit(f))):
+        gradient = change(lambda h: function(h).sum())
+        if "reduction" in options:
+            plain = jax.jit(jax.grad(mapped(lambda i: None, **options)))(HIDDEN)
+            np.testing.assert_array_equal(gradient(HIDDEN), plain)
+            assert called()[0] == NUMBERS[options.get("where", np.ones(6, bool))].tolist()
+        else:
+            with pytest.raises(
+                NotImplementedError, match=r"^linear_map: a derivative .* no IOEffect .* Take reduction"
+            ):
+                gradient(HIDDEN)
+    with pytest.raises(NotImplementedError, match=r"^linear_map: a derivative"):
+        jax.hessian(lambda h: function(h).sum())(HIDDEN)
+
+
+@each_way
+def test_no_order_is_kept_of_effects(options):
+    effect, _ = recorder(ordered=True)
+    printed = mapped(lambda i: jax.debug.print("token {i}", i=i, ordered=True), **options)
+    for function, kind in ((mapped(effect, **options), "OrderedIO"), (printed, "OrderedDebug")):
+        with pytest.raises(ValueError, match=rf"^linear_map: function may .* {kind}Effect\. Leave out ordered=True"):
+            jax.jit(function)(HIDDEN)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda r: r[...], lambda r: r.__setitem__(..., jnp.float32(1))], ids=["read", "written"]
+)
+def test_no_array_of_the_callers_is_read_or_written(use):
+    def closing_over(h):
+        ref = new_ref(jnp.zeros((), jnp.float32))
+        return mapped(lambda i: use(ref))(h)
+
+    def shared(h):
+        ref = new_ref(jnp.zeros((), jnp.float32))
+        linear = jce.Linear(h, HEAD)
+        return jce.linear_map(lambda y, x, ref: (use(ref), loss(y, x))[1], LABELS, linear, shared=ref)
+
+    for function, said in (
+        (closing_over, "function may read or write no jax.Ref"),
+        (shared, "function may|shared must"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"^linear_map: ({said})"):  # on JAX 0.12 it is no array
+            jax.jit(function)(HIDDEN)

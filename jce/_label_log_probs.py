@@ -21,6 +21,7 @@ from jce._classes import Classes
 from jce._elementary import exp, log, log1p
 from jce._mul0 import mul0
 from jce._softmax import centered, softmax
+from jce._waiting import Program, waiting
 from jce._ways.kernel import kernel
 from jce._ways.over_classes import without_classes
 from jce._ways.way import Normalizer
@@ -165,7 +166,11 @@ def _unless_no_class(y, x, r, classes):
 def at_labels(x, y, classes):
     """x [..., n] at labels [..., k] of all devices' classes; where one is none, at any."""
     y = classes.local(y, x)
-    there = jax.vmap(Classes(classes.axis).at, (None, -1), -1)(x, y)
+    there = waiting(Program(_at_labels, (Classes(classes.axis),)), x, y)
     if classes.mesh_axis is None:
         return there
     return classes.over_devices(jnp.where(classes.has(x, y), there, jnp.zeros_like(there)))
+
+
+def _at_labels(classes, _, x, y):
+    return jax.vmap(classes.at, (None, -1), -1)(x, y)

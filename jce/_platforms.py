@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 from jax import lax
 
 from jce._layout import auto_devices
@@ -77,9 +76,3 @@ def on_platform(function: Callable, *arguments):
         return lambda *arguments: function(platform, *arguments)
 
     return lax.platform_dependent(*arguments, cpu=on(CPU), default=on(ACCELERATOR))
-
-
-def on_cpu(there: Callable, elsewhere: Callable) -> Callable:
-    """There on a CPU, elsewhere on others; no derivative keeps anything of the other."""
-    here = there if CPU.is_cpu else elsewhere
-    return jax.checkpoint(lambda *arguments: lax.platform_dependent(*arguments, cpu=here, default=elsewhere))

@@ -39,7 +39,7 @@ def primitive(
     types: Callable | None = None,
     several: bool = False,
     holds_arrays: bool = False,
-    checked: Callable | None = None,
+    checked: Callable | bool = True,
 ):
     """A primitive that computes function(*arrays, *, static), an array or, if several, a list.
 
@@ -56,6 +56,7 @@ def primitive(
         are the primitive's.
       checked: (errors, *arrays, *, static) -> an Error of checkify's, which looks for those errors, or a batch of them,
         and results. By default it looks at the results alone, for a NaN: one that is made and left out inside is none.
+        False: not at all.
     """
     p = Primitive(name)
     p.multiple_results = several
@@ -87,7 +88,7 @@ def primitive(
 
     def looked_into(*arguments, **static):
         assert checkify is not None
-        assert checked is not None
+        assert callable(checked)
         at = next(i for i, x in enumerate(arguments) if isinstance(x, frozenset))
         (*context, error), errors, arrays = arguments[:at], arguments[at], arguments[at + 1 :]  # a context on JAX 0.12
         found, results = checked(errors, *arrays, **static)
@@ -112,8 +113,8 @@ def primitive(
         ad.defjvp(p, *derivative)
     ad.primitive_transposes[p] = transpose if callable(transpose) else of_each
     batching.primitive_batchers[p] = batch or same_of_more
-    if checkify is not None:
-        checkify.error_checks[p] = looked_into if checked else functools.partial(checkify.nan_error_check, p)
+    if checkify is not None and checked:
+        checkify.error_checks[p] = looked_into if callable(checked) else functools.partial(checkify.nan_error_check, p)
     for platform, of_platform in functions.items():
         mlir.register_lowering(p, mlir.lower_fun(of_platform, multiple_results=several), platform=platform)
     return p
@@ -127,7 +128,7 @@ def evaluated(*arrays: Array, jaxpr, **_) -> list[Array]:
 
 
 def as_one(function: Callable, static: Sequence[int] = ()) -> Callable:
-    """The function as one operation to checkify, to which a NaN or a quotient by 0 that a select leaves out is none."""
+    """The function as one operation, of which checkify sees nothing: a NaN or a quotient by 0 in it may be left out."""
 
     @functools.wraps(function)
     def of_all(*arguments):
@@ -162,6 +163,7 @@ _as_one_p = primitive(
     types=lambda *_, jaxpr: jaxpr.out_avals,
     several=True,
     holds_arrays=True,
+    checked=False,
 )
 
 

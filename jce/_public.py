@@ -9,8 +9,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
+from jax import Array
 
 from jce._arguments import as_number, is_array, require_bool
+from jce._primitives import primitive
 
 F = TypeVar("F", bound=Callable[..., Any])
 Kind = inspect.Parameter
@@ -72,10 +74,14 @@ class Public:
     def __init__(self, function: Callable, static: tuple[str, ...], numbers: tuple[str, ...]):
         functools.update_wrapper(self, function)
 
+        @functools.wraps(function)
+        def results(*args, **options):
+            return jax.tree.map(_result, function(*args, **options))
+
         @functools.cache
         def jitted(*traced: str):
             names = [name for name in static + numbers if name not in traced]
-            return jax.jit(function, static_argnames=names)
+            return jax.jit(results, static_argnames=names)
 
         self._jitted, self._static, self._numbers = jitted, static, numbers
         self._parameters = parameters = inspect.signature(function).parameters
@@ -146,6 +152,17 @@ class Public:
             elif isinstance(self._parameters[option].default, bool):
                 require_bool(self.__name__, **{option: value})
         return self._jitted(*traced)
+
+
+# As it is, but where checkify looks for a NaN. In kernels it may not: of a check that is made in a custom_jvp function
+# under jax.jit or jax.checkpoint, what checkify makes has no gradient (a ValueError of JAX's own, 0.8 to 0.12).
+
+
+def _result(x: Array) -> Array:
+    return _result_p.bind(x)
+
+
+_result_p = primitive("result", lambda x: x, (lambda t, x: t,), (lambda ct, x: ct,), types=lambda x: x)
 
 
 def _is_hashable(value) -> bool:

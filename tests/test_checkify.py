@@ -28,10 +28,7 @@ label_loss = jce.cross_entropy_with_integer_labels
 
 
 def found(function, *arguments, errors=checkify.float_checks) -> str | None:
-    """The same with and without jit."""
-    alone, jitted = (checkify.checkify(f, errors=errors)(*arguments)[0].get() for f in (function, jax.jit(function)))
-    assert (alone is None) == (jitted is None)
-    return alone
+    return checkify.checkify(jax.jit(function), errors=errors)(*arguments)[0].get()
 
 
 def mapped(function, **options):
@@ -68,6 +65,7 @@ def test_a_nan_is_found_where_a_result_is_one_and_nowhere_else(kernel):
 
 @each_way
 @pytest.mark.parametrize("change", [lambda f: f, gradient, batch], ids=["value", "gradient", "batch"])
+@pytest.mark.in_turn(2)
 def test_a_check_in_a_mapped_function(options, change):
     h = np.stack([HIDDEN, HIDDEN]) if change is batch else HIDDEN
     for limit, message in ((100, None), (1, "a logit of 1.")):
@@ -100,3 +98,36 @@ def test_a_label_that_is_no_class(options):
 def test_values_out_of_the_domain():
     assert "nan" in found(jce.entropy_with_logits, np.array([np.nan, 1, 2], np.float32))
     assert "nan" in found(jce.kl_divergence, np.array([0.5, 0.5], np.float32), np.array([1.5, -0.5], np.float32))
+
+
+SEVERAL, PROBS = np.array([[0, 1]] * 6), np.full((6, 2), 0.4, np.float32)
+OF_SEVERAL = {
+    "targets": lambda y, x: jce.cross_entropy_with_integer_labels(y, x, label_probs=PROBS, tail=True),
+    "log-probabilities": jce.log_probs_with_integer_labels,
+    "and a tail": lambda y, x: jce.log_probs_with_integer_labels(y, x, tail=True),
+    "of a head": lambda y, h: jce.linear_log_probs(y, h, HEAD).log_prob,
+    "targets of a head": lambda y, h: jce.linear_cross_entropy(y, h, HEAD, label_probs=PROBS, tail=True),
+}
+
+
+@pytest.mark.parametrize("function", OF_SEVERAL.values(), ids=OF_SEVERAL)
+def test_several_labels(function):
+    wrong = np.where(np.arange(6)[:, None] == 0, 99, SEVERAL)
+    for change in (lambda f: f, gradient):
+        assert found(change(functools.partial(function, SEVERAL)), HIDDEN, errors=checkify.all_checks) is None
+    assert "nan" in found(functools.partial(function, wrong), HIDDEN)
+
+
+@each_kernel
+@pytest.mark.in_turn(8)
+def test_the_gradient_of_what_is_checked(kernel):
+    arguments, *_ = stacked(kernel)
+    positions = tuple(range(len(arguments)))
+
+    def total(*arguments):
+        return kernel.function(*arguments).sum()
+
+    checked = checkify.checkify(total, errors=checkify.all_checks)
+    corner = [np.float32(x[0]) for x in arguments]
+    got = jax.grad(lambda *a: checked(*a)[1], positions)(*corner)
+    jax.tree.map(np.testing.assert_array_equal, got, jax.jit(jax.grad(total, positions))(*corner))

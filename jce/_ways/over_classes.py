@@ -1,7 +1,8 @@
 """Numbers of a few classes, each in its class's place; or -∞ in all those places.
 
 Scattered on a CPU, which is slow at comparing each class with each label; compared on an accelerator, which is slow at
-scattering.
+scattering. Programs that wait, and so are lookups at labels: in a batch of scatters checkify finds an IndexError of its
+own (JAX 0.8 to 0.12), and it doesn't look into what waits.
 """
 
 from __future__ import annotations
@@ -14,29 +15,28 @@ import jax.numpy as jnp
 from jax import Array
 
 from jce._classes import Classes
-from jce._platforms import on_cpu
+from jce._platforms import named
+from jce._waiting import Program, waiting
 
 FEW = 16  # labels, which an accelerator compares with each class; more are scattered
 
 
 def over_classes(y: Array, a: Array, x: Array, classes: Classes) -> Array:
     """Σⱼ aⱼ [i = yⱼ] for each class i of x."""
-    function = _one_of(_added, _scattered, y, x, classes)
-    return function(classes.local(y, x), a, jnp.zeros_like(x))
+    return waiting(Program(_either, (_added, _scattered, classes)), classes.local(y, x), jnp.zeros_like(x), a)
 
 
 def without_classes(y: Array, x: Array, classes: Classes) -> Array:
     """x, and -∞ at the labels [..., k]."""
-    return _one_of(_masked, _struck, y, x, classes)(classes.local(y, x), x)
+    return waiting(Program(_either, (_masked, _struck, classes)), classes.local(y, x), x)
 
 
-def _one_of(compared, scattered, y, x, classes):
-    compared, scattered = (functools.partial(f, classes=classes) for f in (compared, scattered))
-    any_way = scattered if y.shape[-1] > FEW else on_cpu(scattered, compared)
-    return compared if classes.are_split(x) else any_way
+def _either(compared, scattered, classes, platform, y, x, *a):
+    scatter = named(platform).is_cpu or y.shape[-1] > FEW
+    return (scattered if scatter and not classes.are_split(x) else compared)(y, x, *a, classes)
 
 
-def _added(y, a, zeros, classes):
+def _added(y, zeros, a, classes):
     for j in range(y.shape[-1]):
         zeros += jnp.where(classes.is_at(zeros, y[..., j]), classes.column(a[..., j]), jnp.zeros_like(zeros))
     return zeros
@@ -48,7 +48,7 @@ def _masked(y, x, classes):
     return x
 
 
-def _scattered(y, a, zeros, classes):
+def _scattered(y, zeros, a, classes):
     rows, n = math.prod(zeros.shape[:-1]), zeros.shape[-1]
     y, a = (b.reshape(rows, b.shape[-1]) for b in (_none_below(y, zeros, classes), a))
     return zeros.reshape(rows, n).at[jnp.arange(rows)[:, None], y].add(a, mode="drop").reshape(zeros.shape)

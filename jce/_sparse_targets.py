@@ -66,14 +66,15 @@ def _smoothed(loss, uniform_loss, smoothing, y, p, uniform, x, classes):
 def _with_tail(y, p, x, kept, tail, classes):
     """What the labels cost, and what all other classes."""
     once, weights = _without_repetition(y, p, classes.count(x))
-    log_q = log_probs_and_tail(once, x, classes)
+    log_q, log_rest = jnp.split(log_probs_and_tail(once, x, classes), [y.shape[-1]], -1)
+    log_rest = log_rest.squeeze(-1)
     rest = rest_of(p)
     nothing = jnp.abs(rest) <= tail
     # In p the derivative stays, since Σp may grow: so it is the value that is lifted.
     rest += lax.stop_gradient(jnp.where(nothing, jnp.maximum(-rest, 0), jnp.zeros_like(rest)))
-    empty = (log_q[..., -1] == -jnp.inf) & (nothing | ~_has_others(once, kept, classes))
-    surprisal = jnp.where(empty, jnp.zeros_like(rest), 0 - log_q[..., -1])
-    return 0 - mul0(log_q[..., :-1], weights).sum(-1), mul0(surprisal, rest)
+    empty = (log_rest == -jnp.inf) & (nothing | ~_has_others(once, kept, classes))
+    surprisal = jnp.where(empty, jnp.zeros_like(rest), 0 - log_rest)
+    return 0 - mul0(log_q, weights).sum(-1), mul0(surprisal, rest)
 
 
 def rest_of(p):

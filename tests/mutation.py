@@ -46,11 +46,13 @@ SECONDS = (
 OTHER_TESTS = [
     "auto_mesh",
     "on_mesh",
+    "effects",
     "elementary",
     "formulas",
     "in_program",
     "meshes",
     "plain_jax",
+    "primitives",
     "tokens",
     "transforms",
 ]

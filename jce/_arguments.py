@@ -325,7 +325,7 @@ def _require_wide(function: str, arguments: Mapping[str, ArrayLike]) -> None:
     The value would be that of the same numbers in float32, but a gradient, which has its argument's dtype, mostly 0.
     Integers have none, however few their bits.
     """
-    dtypes = {name: jnp.asarray(x).dtype for name, x in arguments.items()}
+    dtypes = {name: as_array(function, name, x).dtype for name, x in arguments.items()}
     narrow = [name for name, t in dtypes.items() if jnp.issubdtype(t, jnp.floating) and t.itemsize < 2]
     if narrow:
         raise TypeError(
@@ -344,7 +344,8 @@ def as_array(function: str, name: str, x: Any) -> Array:
     try:
         if x is None:
             raise TypeError
-        return jnp.asarray(x)
+        # Under an eager gradient asarray is an operation, in which jax_debug_nans would find a NaN that is left out.
+        return x if isinstance(x, Array) else jnp.asarray(x)
     except (TypeError, ValueError):
         raise TypeError(
             f"{function}: {name} must be an array, a number or a rectangular nest of numbers;"

@@ -285,3 +285,19 @@ def test_of_weights_without_a_derivative_zeros_cost_nothing(name, rng, monkeypat
         assert taken(program, few < 0, None) == taken(program, None, 0 * few) == 0
     assert taken(jax.jit(jax.grad(loss, 2)), None, few) == 6
     jax.clear_caches()
+
+
+@pytest.mark.holds_nan
+@pytest.mark.needs_jit
+@pytest.mark.parametrize("options", [{}, {"reduction": "mean"}, {"chunk_size": 2}], ids=str)
+def test_no_nan_of_a_token_left_out_in_an_eager_gradient(options):
+    """What isn't under jit is looked through for NaNs after each operation."""
+    h, a, where = jnp.ones((4, 3)).at[1].set(jnp.nan), jnp.ones(4).at[1].set(jnp.nan), np.arange(4) != 1
+
+    def total(h, a):
+        x = jce.Linear(h, np.eye(5, 3, dtype=np.float32))
+        return jce.linear_map(lambda a, x: a * jce.entropy_with_logits(x), a, x, where=where, **options).sum()
+
+    with jax.debug_nans(True):
+        gradients = jax.grad(total, (0, 1))(h, a)
+    assert all(np.isfinite(g).all() and not g[1].any() for g in gradients)

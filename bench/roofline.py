@@ -150,13 +150,18 @@ def _looped(x: Instruction, known: dict[int, int], device: Device) -> Iterator[K
 
 
 def _trips(x: Instruction, state: dict[int, int]) -> int:
-    """How often a loop runs, by running what its condition depends on: a TPU's program doesn't say it otherwise."""
+    """How often a loop runs, by running what its condition depends on: a TPU's program doesn't say it otherwise.
+
+    One that ends after its first trip, whatever it began with, asks for something rare by a flag: it is taken for none.
+    """
     body, condition = x.called["body"], x.called["condition"]
     for times in range(MOST_TRIPS):
         goes_on = _integer(condition.root, state)
         if goes_on == 0:
             return times
         if goes_on is None:
+            if _integer(condition.root, _integers(body.results, range(len(body.results)), {})) == 0:
+                return 0
             break
         state = _integers(body.results, state, state)
     raise Unreadable(f"{x.name}: a loop of an unknown number of trips")

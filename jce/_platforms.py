@@ -38,41 +38,46 @@ class Platform(NamedTuple):
     """How a chunk is summed and multiplied there, and how many tokens it has.
 
     As many as fill so many bytes with logits, but not fewer than `least_tokens`: with few, reading the head and adding
-    to its gradient take longer than multiplying. So on each device, where XLA splits the tokens. And whether it makes a
-    chain of sums over short rows one kernel.
+    to its gradient take longer than multiplying. `least_halved` are they where what is stored of the logits is half as
+    large. So on each device, where XLA splits the tokens. And whether it makes a chain of sums over short rows one
+    kernel; and whether what is elementwise of a matrix is part of the product that takes it, or written before.
     """
 
     is_cpu: bool
     chunk_bytes: int
     least_tokens: int
+    least_halved: int
     chains: bool = False
+    fuses_operands: bool = False
 
-    def chunks(self, given: ChunkSize, bias) -> Chunks:
-        """Of the size given, or by the rule."""
+    def chunks(self, given: ChunkSize, logits, halved: bool) -> Chunks:
+        """Of the size given, or by the rule, of a token's logits."""
         devices, (size, filled) = auto_devices(), given
         if size is None:
-            size = devices * max(self.least_tokens, self.chunk_bytes // (bias.dtype.itemsize * bias.size))
+            least = self.least_halved if halved else self.least_tokens
+            size = devices * max(least, self.chunk_bytes // (logits.dtype.itemsize * logits.size))
         # Tokens that lie apart cost a CPU a copy of all, and a step of its own is one more sum over devices.
         peeled = not self.is_cpu and devices == 1
         return Chunks(size, devices, apart=not self.is_cpu or devices > 1, peeled=peeled, filled=filled)
 
 
-CPU = Platform(True, 2**25, 512)
+CPU = Platform(True, 2**25, 512, 512)
 # A chunk's product takes as long as reading the head and the float32 sum of its gradient, which it hides, from 1200
 # tokens on an H100, 1000 on a TPU v5e and 2200 on a v6e.
-ACCELERATOR = Platform(False, 2**28, 2048)
-GPU = ACCELERATOR._replace(chains=True)
+TPU = Platform(False, 2**28, 2048, 4096, fuses_operands=True)
+GPU = Platform(False, 2**28, 2048, 2048, chains=True)
 
 
 def named(platform: str | None) -> Platform:
     """By JAX's name."""
-    return CPU if platform == "cpu" else ACCELERATOR if platform == "tpu" else GPU
+    return CPU if platform == "cpu" else TPU if platform == "tpu" else GPU
 
 
-def on_platform(function: Callable, *arguments):
-    """function(platform, *arguments), of the platform for which it is lowered."""
+def on_platform(function: Callable, key: Callable, *arguments):
+    """function(platform, *arguments), of the platform for which it is lowered; of those with one key(platform) one."""
 
     def on(platform):
         return lambda *arguments: function(platform, *arguments)
 
-    return lax.platform_dependent(*arguments, cpu=on(CPU), default=on(ACCELERATOR))
+    tpu = {} if key(TPU) == key(GPU) else {"tpu": on(TPU)}
+    return lax.platform_dependent(*arguments, cpu=on(CPU), default=on(GPU), **tpu)

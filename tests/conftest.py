@@ -30,7 +30,7 @@ UNLESS = {"holds_nan": "jax_debug_nans", "needs_jit": "jax_disable_jit"}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--as-on", choices=["ACCELERATOR", "GPU"], help="this CPU lowers what such a device would")
+    parser.addoption("--as-on", choices=["TPU", "GPU"], help="this CPU lowers what such a device would")
     parser.addoption("--part", metavar="K/N", help="of the selected tests every N-th, beginning with the K-th, from 0")
 
 
@@ -78,7 +78,7 @@ def debug_nans_in_this_thread():
 def platform(request, monkeypatch):
     """This CPU, lowering a CPU's way or an accelerator's."""
     if request.param == "accelerator":
-        monkeypatch.setattr(_platforms, "CPU", _platforms.ACCELERATOR)
+        monkeypatch.setattr(_platforms, "CPU", _platforms.TPU)
     jax.clear_caches()
     yield request.param
     jax.clear_caches()

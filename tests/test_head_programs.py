@@ -27,7 +27,18 @@ def compiled(device: str) -> dict[str, tuple[str, int]]:
     return dict(children.lines(compiled_heads.__name__, device, compilers.environment(), quiet=True))
 
 
-@pytest.mark.parametrize(("device", "products", "chunks"), [("h100", 2.1, 2.2), ("v5e", 1.3, 2.2)])
+LONG = [pytest.mark.slow, pytest.mark.long]  # to compile
+
+
+@pytest.mark.parametrize(
+    ("device", "products", "chunks"),
+    [
+        ("h100", 2.07, 2.2),
+        ("v5e", 1.06, 2.2),
+        pytest.param("v6e", 1.15, 2.2, marks=LONG),
+        pytest.param("tpu7x", 1.06, 4.2, marks=LONG),
+    ],
+)
 def test_value_and_gradient(device, products, chunks):
     """Over three bare products of bfloat16, by the roofline; and what it needs, in chunks' float32 logits."""
     text, temporaries = compiled(device)["alone"]

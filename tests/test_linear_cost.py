@@ -11,7 +11,7 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
 import jce
-from jce._platforms import ACCELERATOR, CPU
+from jce._platforms import CPU, TPU
 from tests.jaxprs import inner
 from tests.kernels import modes
 from tests.test_package import README
@@ -68,6 +68,8 @@ def multiplications(jaxpr, platform, chunks: int | None = None) -> int:
                 equation.invars[0].aval.shape[i] for i in contracted
             )
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        if equation.primitive.name == "while":  # of rows to be read again (`_ways/known_label.py`): mostly none is
+            times = 0
         if equation.primitive.name == "first_chunks":
             times = equation.invars[1].aval.shape[0] if chunks is None else chunks
         count += times * sum(multiplications(j, platform, chunks) for j in inner(equation, platform))
@@ -178,7 +180,7 @@ def test_the_rule_is_what_is_said_of_it(text):
     """On a CPU, then on an accelerator, of float32 logits."""
     said = re.findall(r"max\((\d+), 2([⁰¹²³⁴⁵⁶⁷⁸⁹]+)/n\)", " ".join(text.split()))
     powers = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
-    platforms = CPU, ACCELERATOR
+    platforms = CPU, TPU
     rules = [(p.least_tokens, p.chunk_bytes // 4) for p in platforms]
     assert [(int(least), 2 ** int(power.translate(powers))) for least, power in said] == rules
     filled = re.findall(r"(\d+) MiB or more", text)

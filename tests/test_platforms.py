@@ -1,6 +1,7 @@
 """The head as an accelerator computes it, run on a CPU; and what each platform lowers."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jce._ways.reduction import Reduction
 from tests import test_accuracy
 from tests import test_corners as corners
 from tests.kernels import OF_LOGITS, WITH_CLASSES, label, modes
+from tests.test_known_label import OFFSETS, rows
 
 pytestmark = pytest.mark.needs_jit
 
@@ -27,7 +29,7 @@ REDUCTION = Reduction(-1)
 @pytest.fixture
 def accelerator(monkeypatch):
     """A CPU lowers what an accelerator does, in chunks of 16 tokens."""
-    monkeypatch.setattr(_platforms, "CPU", _platforms.ACCELERATOR._replace(chunk_bytes=0, least_tokens=16))
+    monkeypatch.setattr(_platforms, "CPU", _platforms.TPU._replace(chunk_bytes=0, least_tokens=16))
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -101,6 +103,45 @@ def test_confident_losses_keep_their_digits(accelerator, rng):
         )
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=1e-37)
+
+
+ALONE = [
+    {},
+    {"z_loss": 0.1},
+    {"label_smoothing": 0.1},
+    {"label_smoothing": 0.1, "z_loss": 0.1},
+    {"logit_soft_cap": 1e3, "z_loss": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", ALONE, ids=lambda o: " ".join(o) or "plain")
+def test_heads_at_every_offset(accelerator, rng, options):
+    """Whose shift is known before their logits: also of tokens that are read again, beside others that aren't."""
+    places = itertools.product(OFFSETS, (-110, -80, -40, -20, -5, 0, 5, 20, 50, 80, 110))
+    y, x = map(np.concatenate, zip(*(rows(rng, 40, *place, count=2) for place in places), strict=True))
+    ones = np.ones(len(y), x.dtype)
+    cap, penalty, smoothing = (
+        options.get("logit_soft_cap"),
+        options.get("z_loss", 0.0),
+        options.get("label_smoothing", 0),
+    )
+
+    def total(x, weights):  # whose derivatives in weights are the losses
+        return jce.linear_cross_entropy(y, x, jnp.eye(40), weights=weights, reduction="sum", **options)
+
+    def dense(x):
+        x = x if cap is None else cap * jnp.tanh(x / cap)
+        return jce.cross_entropy_with_integer_labels(y, x, z_loss=penalty, label_smoothing=smoothing)
+
+    gradients, values = jax.jit(jax.grad(total, (0, 1)))(x, ones)
+    with jax.enable_x64(True):
+        both = jax.jit(lambda x: (dense(x), jax.grad(lambda x: dense(x).sum())(x)))
+        expected, expected_gradients = map(np.asarray, both(np.float64(x)))
+    np.testing.assert_allclose(values, expected, rtol=2e-5 if cap is None else 3e-4, atol=1e-37)
+    # Where z-loss and label pull alike, what is left of both has their rounding.
+    largest = np.maximum(np.abs(expected_gradients), 2 * penalty * np.abs(x)).max(-1, keepdims=True)
+    unlike = np.abs(np.float64(gradients) - expected_gradients) / np.maximum(largest, 1e-30)
+    assert unlike.max() < (2e-5 if cap is None else 3e-4)
 
 
 @pytest.mark.holds_nan
@@ -251,7 +292,7 @@ def test_each_platform_lowers_its_own(function, rng):
 
 LONGEST = ("jensen_shannon_divergence_with_logits", "kl_divergence_with_logits")
 ON_DEVICES = [  # each but those that take longest on one of them; CI has all with --as-on
-    pytest.param(kernel, ["ACCELERATOR", "GPU"][i % 2], id=label(kernel))
+    pytest.param(kernel, ["TPU", "GPU"][i % 2], id=label(kernel))
     for i, kernel in enumerate(
         kernel for kernel in WITH_CLASSES if kernel in OF_LOGITS or kernel.name == "kl_divergence"
     )

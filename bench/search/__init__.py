@@ -17,7 +17,7 @@ from bench.search.corpus import worst
 from bench.search.floats import DIVISION, ELEMENTARY
 from bench.search.functions import ALL
 
-DEVICES = ("CPU", "ACCELERATOR", "GPU")
+DEVICES = ("CPU", "TPU", "GPU")
 QUICK_ON_OTHERS = ("cross_entropy_with_integer_labels", "entropy_with_logits")
 PUBLISHED = results.FOLDER / "search-cpu.jsonl"
 SECONDS = 30.0

@@ -82,9 +82,10 @@ def linear_cross_entropy(
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c), everywhere above. None: none.
       chunk_size: the number of tokens in a chunk, a static int. None for a rule: max(512, 2²³/n) on a CPU, whose
         float32 logits fill 32 MiB or more, and max(2048, 2²⁶/n) on an accelerator, 256 MiB or more, so that multiplying
-        hides the reading of the head and the sum of its gradient. Of float64 logits half of 2²³ and 2²⁶. Fewer need
-        less memory; where all tokens are one chunk, none is saved. Of a mesh with Auto axes that `jax.set_mesh` has
-        set, times its number of devices, over which XLA may split the tokens.
+        hides the reading of the head and the sum of its gradient; on a TPU at least 4096 tokens of bfloat16 states and
+        head, of which half as much is stored. Of float64 logits half of 2²³ and 2²⁶. Fewer need less memory; where all
+        tokens are one chunk, none is saved. Of a mesh with Auto axes that `jax.set_mesh` has set, times its number of
+        devices, over which XLA may split the tokens.
       batch_invariant: whether a token's result, and its hidden state's gradient, have the same bits alone and among any
         others, however many: a static bool. Each chunk is then filled up to chunk_size, which must be given, so that a
         token alone costs as much as a chunk. It isn't so of the gradient of what tokens share, a sum over them, nor of
@@ -161,7 +162,8 @@ def label_cross_entropy(name: str, labels: ArrayLike, linear: Linear, given: Num
             y, x, *t = chunk
             return [loss(Target(y, t[0].astype(x.head.bias.dtype) if t else None, traced), x)]
 
-        return OfChunk(of_chunk, jnp.zeros_like(one[1][0]), multiplied=False, filler=(0, 1))
+        halved = loss.may_read_once("temperature" in got, linear.logit_soft_cap is not None)
+        return OfChunk(of_chunk, jnp.zeros_like(one[1][0]), multiplied=False, halved=halved, filler=(0, 1))
 
     arguments = {"labels": wide_enough(got["labels"]), "logits": linear}
     if "temperature" in got:

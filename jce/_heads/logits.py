@@ -29,6 +29,11 @@ class Logits(NamedTuple):
     def uncapped(self) -> Array:
         return self.products.with_head(self.hidden, self.head, 1) + self.head.bias[None]
 
+    def uncapped_at(self, y: Array) -> Array:
+        """[C], of a class for each token."""
+        weight, bias = (x.at[y].get(mode="clip") for x in (self.head.weight, self.head.bias))
+        return (self.hidden.astype(bias.dtype) * weight.astype(bias.dtype)).sum(-1) + bias
+
 
 def capped(u: Array, soft_cap: Array | None) -> Array:
     if soft_cap is None:

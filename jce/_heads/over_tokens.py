@@ -52,6 +52,7 @@ class OfChunk(NamedTuple):
     closed_over: Any = ()
     has_aux: bool = False  # the first result alone is differentiated, a number; the function stops the others
     multiplied: bool = True  # whether it takes logits as arrays, and not as `Logits`
+    halved: bool = False  # whether of bfloat16 numbers' logits it stores no more than such a number each
     filler: tuple[float, ...] | None = None  # of its other arguments, at which and at hidden states of 0 it is finite
     refused: str = ""  # its effects that a derivative may not have
 
@@ -108,8 +109,16 @@ def over_tokens(
         trained = [0] if of_chunk.has_aux else inexact
         number = reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
         function = _of_hidden(of_chunk, in_order, as_given, dtypes_closed_over, products)
-        trained_in_sum = trained[0] if number else 0
-        loop = Loop(function, chunk, part.logits, class_axis, trained_in_sum, not part.all_kept, of_chunk.refused)
+        loop = Loop(
+            function,
+            chunk,
+            part.logits,
+            class_axis,
+            trained[0] if number else 0,
+            not part.all_kept,
+            of_chunk.halved and part.is_bfloat16,
+            of_chunk.refused,
+        )
         w = part.weights_of(reduction, token_axes, jnp.float64 in [ones[i].dtype for i in inexact])
         results = part.results(loop, w, total=number, filled=of_chunk.filler is not None)
         if reduction == "none":
@@ -176,6 +185,11 @@ class _Part(NamedTuple):
         """A token's, under all heads."""
         biases = [head.bias for head in self.inputs.heads]
         return jax.ShapeDtypeStruct((sum(b.size for b in biases),), biases[0].dtype)
+
+    @property
+    def is_bfloat16(self) -> bool:
+        pairs = zip(self.inputs.hidden, self.inputs.heads, strict=True)
+        return all(h.dtype == head.weight.dtype == jnp.bfloat16 for h, head in pairs)
 
     def weights_of(self, reduction: str, token_axes: tuple, double: bool) -> Array | None:
         """What results are multiplied by, None where there is nothing."""

@@ -22,7 +22,7 @@ from jce._heads.products import Head
 from jce._heads.together import together
 from jce._layout import mesh_names, over_devices
 from jce._mul0 import mul0
-from jce._platforms import ChunkSize, on_platform
+from jce._platforms import Chunks, ChunkSize, Platform, on_platform
 from jce._primitives import is_zero, jvp_of_some, live_jvp, replaced
 
 
@@ -63,10 +63,18 @@ class Loop(NamedTuple):
     class_axis: Hashable | None
     trained: int = 0  # which result has a derivative where they are summed
     some: bool = False  # whether the first array of the tokens says which of them are kept
+    halved: bool = False  # whether of a chunk's logits half as much is stored, where that is so
     refused: str = ""  # effects of what is computed that a derivative may not have
 
     def kept(self, inputs: Inputs) -> Array | None:
         return inputs.tokens[0] if self.some else None
+
+    def chunks(self, platform: Platform) -> Chunks:
+        return platform.chunks(self.chunk, self.logits, self.halved)
+
+    def of_devices(self, on: Callable, *arguments):
+        """on(platform, *arguments)"""
+        return on_platform(on, lambda platform: self.chunks(platform).size, *arguments)
 
 
 # JAX's own custom_jvp, here and below: ours would keep the residuals of a loop, which are the logits of all tokens.
@@ -91,10 +99,10 @@ def _each(loop, inputs):
         def of_chunk(hidden, tokens):
             return loop.of_chunk(platform, inputs._replace(hidden=hidden, tokens=tokens))
 
-        chunks = platform.chunks(loop.chunk, loop.logits)
+        chunks = loop.chunks(platform)
         return each_token(of_chunk, chunks, inputs.hidden, inputs.tokens, kept=loop.kept(inputs))
 
-    return on_platform(on, inputs.together())
+    return loop.of_devices(on, inputs.together())
 
 
 def weighted(result, w):
@@ -187,9 +195,9 @@ def _in_one_loop(loop, live, w, inputs):
 
         leaves = jax.tree.leaves(inputs)
         zeros = [jnp.zeros_like(leaves[i]) for i in live[of_tokens:]]
-        chunks = platform.chunks(loop.chunk, loop.logits)
+        chunks = loop.chunks(platform)
         tokens = w, inputs.hidden, inputs.tokens
         sums, (results, by_token) = over_chunks(step, chunks, zeros, tokens, loop.kept(inputs))
         return results, [*by_token, *sums]
 
-    return on_platform(on, w, inputs.together(w))
+    return loop.of_devices(on, w, inputs.together(w))

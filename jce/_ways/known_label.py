@@ -23,11 +23,11 @@ from jce._classes import vary_over, varying
 LOWEST, HIGHEST = -16, 40
 
 
-def off_known_label(at: Array, others: Callable, maximum: Callable[[], Array], most: float) -> list[Array]:
+def off_known_label(at: Array, others: Callable, again: Callable, most: float) -> list[Array]:
     """m, and what others(m) returns, first of all s, for rows that have `at` at their label; `most` bounds s at x_y.
 
-    A row that is read again changes no other's bits: those keep their m. One that is NaN is read again, as one of a
-    label of -∞ must be.
+    That of rows which ask for it is read again: by again(asks, m, s, *more), the same numbers for all rows, and for
+    those that ask of their maximum. It changes no other's bits. A row that is NaN asks, as one of a label of -∞ must.
     """
     least, below = (2.0**-700, 2.0**600) if at.dtype == jnp.float64 else (2.0**-84, 2.0**64)
 
@@ -37,15 +37,24 @@ def off_known_label(at: Array, others: Callable, maximum: Callable[[], Array], m
         too_small = (m == 0) & (at < 0) & (s < least)
         return too_small | ~(s < jnp.where(m == 0, jnp.full_like(s, below), jnp.full_like(s, most)))
 
-    def again(state):
-        m, s, *_ = state
-        m = jnp.where(asks(m, s), maximum(), m)
-        return [m, *others(m), jnp.zeros_like(state[-1])]
+    def read_again(state):
+        m, s, *more, flag = state
+        return [*again(asks(m, s), m, s, *more), jnp.zeros_like(flag)]
 
     shift = jnp.where((at > LOWEST) & (at < HIGHEST), jnp.zeros_like(at), at)
     s, *more = others(shift)
     state = [shift, s, *more, _first_of(asks(shift, s))]
-    return lax.while_loop(lambda state: state[-1] > 0, again, state)[:-1]
+    return lax.while_loop(lambda state: state[-1] > 0, read_again, state)[:-1]
+
+
+def at_maximum(others: Callable, maximum: Callable[[], Array]) -> Callable:
+    """All rows once more, where they are cheap: those that ask with their maximum as the shift."""
+
+    def again(asks, m, *_):
+        m = jnp.where(asks, maximum(), m)
+        return [m, *others(m)]
+
+    return again
 
 
 @custom_vmap

@@ -32,7 +32,7 @@ from jce._elementary import exp, reused, two_sum
 from jce._layout import may_be_split
 from jce._mul0 import multiply
 from jce._row_sum import row_sum
-from jce._ways.known_label import off_known_label
+from jce._ways.known_label import at_maximum, off_known_label
 from jce._ways.way import (
     Compared,
     Deviation,
@@ -134,7 +134,7 @@ class Passes(Way):
         if self._may_be_split(x):
             return self.off_label(labels, x)
         at, sum_off_label = self._at(labels, x), self._sum_off_label(labels, x)
-        m, s = off_known_label(at, lambda m: [sum_off_label(m)], lambda: self.maximum(x), self._most(x))
+        m, s = self._off_known_label(at, lambda m: [sum_off_label(m)], x)
         return self._off_label(labels, x, m, s, at)
 
     def exponentials_off_label(self, labels, x):
@@ -149,14 +149,15 @@ class Passes(Way):
             return [self.sum(e), e]
 
         at = self._at(labels, x)
-        m, s, e = off_known_label(at, others, lambda: self.maximum(x), self._most(x))
+        m, s, e = self._off_known_label(at, others, x)
         return self._off_label(labels, x, m, s, at), e
 
     def _may_be_split(self, x):
         return self.mesh_axis is not None or may_be_split(x)
 
-    def _most(self, x):
-        return 64.0 + 8 * self.count(x)
+    def _off_known_label(self, at, others, x):
+        most = 64.0 + 8 * self.count(x)
+        return off_known_label(at, others, at_maximum(others, lambda: self.maximum(x)), most)
 
     def _at(self, labels, x):
         return self.at(x, self.local(labels, x))
@@ -186,8 +187,7 @@ class Passes(Way):
         return x - self.column(off.m if self.blocks == 1 else self.again(off.m, off.s))
 
     def put(self, x, y, r):
-        y = jnp.where(self.has(x, y), y, jnp.full_like(y, x.shape[-1]))  # a negative index would count
-        return x.at[jnp.arange(y.size), y].set(r, mode="drop")
+        return self.scattered(x, y, r)
 
     def deviation(self, t, x):
         z = self.sum(exponential(x, 0, self))

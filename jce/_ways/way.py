@@ -209,6 +209,11 @@ class Way(Classes, ABC):
         """x, not folded, with a number a row in the place of a local label's."""
         return jnp.where(self.is_at(x, y), self.column(r), x)
 
+    def scattered(self, x: Array, y: Array, r: Array) -> Array:
+        """The same where x isn't read for something else: the others' entries aren't either."""
+        y = jnp.where(self.has(x, y), y, jnp.full_like(y, x.shape[-1]))  # a negative index would count
+        return x.at[jnp.arange(y.size), y].set(r, mode="drop")
+
     # Derivatives along t
 
     def deviation(self, t: Array, x: Array) -> Deviation:

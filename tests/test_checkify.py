@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import checkify
 
 import jce
-from tests.kernels import each_kernel
+from tests.kernels import TABLE, each_kernel, label
 from tests.test_corners import stacked
 
 pytestmark = [pytest.mark.needs_jit, pytest.mark.holds_nan]
@@ -118,9 +118,10 @@ def test_several_labels(function):
     assert "nan" in found(functools.partial(function, wrong), HIDDEN)
 
 
-@each_kernel
+@pytest.mark.parametrize("kernel", TABLE, ids=label)
 @pytest.mark.in_turn(8)
 def test_the_gradient_of_what_is_checked(kernel):
+    """But of a head, whose checks are in a custom_jvp function: there it is an error of JAX's own (0.8 to 0.12)."""
     arguments, *_ = stacked(kernel)
     positions = tuple(range(len(arguments)))
 

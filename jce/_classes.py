@@ -141,6 +141,10 @@ class Classes:
         else:
             y_ = jnp.expand_dims(y, self.axis)
             there = jnp.take_along_axis(self.unfold(x), y_, self.axis, mode="clip").squeeze(self.axis)
+        return self.of_who_has(there, x, y)
+
+    def of_who_has(self, there: Array, x: Array, y: Array) -> Array:
+        """A number a row, of the device which has the local label among its classes of x."""
         if self.mesh_axis is None:
             return there
         return self.over_devices(jnp.where(self.has(x, y), there, jnp.zeros_like(there)))
@@ -197,6 +201,16 @@ def like(number: Array, x: Array) -> Array:
     """The number in an array of x's shape, which varies as x does: before it is one, so that its gradient is summed
     before devices send it."""
     return jnp.broadcast_to(vary_over(varying(x), number)[0], x.shape)
+
+
+def barrier(tree):
+    """XLA's, for all arrays, or for those that vary over the same mesh axes, since it makes those of one alike."""
+    arrays, structure = jax.tree.flatten(tree)
+    alike = {axes: [i for i, x in enumerate(arrays) if varying(x) == axes] for axes in map(varying, arrays)}
+    for places in alike.values():
+        for i, x in zip(places, lax.optimization_barrier([arrays[i] for i in places]), strict=True):
+            arrays[i] = x
+    return jax.tree.unflatten(structure, arrays)
 
 
 def varying(x: Array) -> frozenset:

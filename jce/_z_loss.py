@@ -65,14 +65,14 @@ def penalized_label_surprisal(y, x, z_loss, classes):
 def _penalized(off, z_loss):
     """And log Σ exp x."""
     surprisal = surprisal_at_label(off)
-    log_sum = log_sum_off_label(off, surprisal)
+    log_sum = off.m + log_z_off_label(off, surprisal)
     return surprisal + scaled_square(z_loss, log_sum), log_sum
 
 
-def log_sum_off_label(off, surprisal):
-    """log Σ exp x. Of a label that outweighs the others x_y + log 1/q_y: for any m, Z = s + e^-d may round to 1."""
-    m, s, d = off
-    return jnp.where(s < exp(-d), (m - d) + surprisal, m + log(off.z))
+def log_z_off_label(off, surprisal):
+    """log Z. Of a label that outweighs the others log 1/q_y - d: for any m, s + e^-d may round to 1."""
+    _, s, d = off
+    return jnp.where(s < exp(-d), surprisal - d, log(off.z))
 
 
 # ∂/∂xᵢ = qᵢ - [i = y] + 2ζqᵢ log Σ exp x, ∂/∂ζ = (log Σ exp x)²

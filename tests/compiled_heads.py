@@ -21,6 +21,10 @@ def mean(y, h, w):
     return jce.linear_cross_entropy(y, h, w)
 
 
+def penalized(y, h, w):
+    return jce.linear_cross_entropy(y, h, w, z_loss=1e-4)
+
+
 def each(y, h, w):
     return jnp.square(jce.linear_cross_entropy(y, h, w, reduction="none")).mean()
 
@@ -68,6 +72,7 @@ def main() -> None:
     tell("alone", compilers.compiled(gradient(mean), device, list(shapes(TOKENS))))
     if device in ("v6e", "tpu7x"):  # whose compilers take longer
         return
+    tell("penalized", compilers.compiled(gradient(penalized), device, list(shapes(TOKENS))))
     tell("sharded", sharded(device))
     tell("a part alone", compilers.compiled(gradient(mean), device, list(zip(LOCAL, DTYPES, strict=True))))
     tell("of some alone", compilers.compiled(gradient(of_some), device, list(shapes(TOKENS))))

@@ -114,9 +114,16 @@ ALONE = [
 ]
 
 
-@pytest.mark.parametrize("options", ALONE, ids=lambda o: " ".join(o) or "plain")
-def test_heads_at_every_offset(accelerator, rng, options):
+@pytest.mark.parametrize(
+    ("options", "split"),
+    [*((options, False) for options in ALONE), (ALONE[-2], True)],
+    ids=lambda o: ("split" if o else "alone") if isinstance(o, bool) else " ".join(o) or "plain",
+)
+def test_heads_at_every_offset(accelerator, rng, options, split):
     """Whose shift is known before their logits: also of tokens that are read again, beside others that aren't."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    on = {"mesh": mesh, "token_axis": "data", "class_axis": "model"}
+    of_head = functools.partial(jce.sharded_linear_cross_entropy, **on) if split else jce.linear_cross_entropy
     places = itertools.product(OFFSETS, (-110, -80, -40, -20, -5, 0, 5, 20, 50, 80, 110))
     y, x = map(np.concatenate, zip(*(rows(rng, 40, *place, count=2) for place in places), strict=True))
     ones = np.ones(len(y), x.dtype)
@@ -127,7 +134,7 @@ def test_heads_at_every_offset(accelerator, rng, options):
     )
 
     def total(x, weights):  # whose derivatives in weights are the losses
-        return jce.linear_cross_entropy(y, x, jnp.eye(40), weights=weights, reduction="sum", **options)
+        return of_head(y, x, jnp.eye(40), weights=weights, reduction="sum", **options)
 
     def dense(x):
         x = x if cap is None else cap * jnp.tanh(x / cap)

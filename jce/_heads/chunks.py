@@ -23,7 +23,7 @@ from jce._arguments import (
     require_bool,
     require_boolean,
 )
-from jce._classes import vary_over, varying
+from jce._classes import barrier, vary_over, varying
 from jce._heads.kept import filled, over_kept
 from jce._heads.products import Head
 from jce._heads.temperature import checked_temperature
@@ -76,24 +76,26 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | No
         carry, first = step(None, jax.tree.map(lambda x: x[0], tokens))
         if chunks > 1:
             # Behind the barrier the first stays a step of its own, and is over before the others.
-            carry, first = _all_at_once((carry, first))
+            carry, first = barrier((carry, first))
         results = jax.tree.map(lambda x: x[None], first)
         if chunks > 1:
-            carry, others = lax.scan(step, carry, jax.tree.map(lambda x: x[1:], tokens))
+            rest = jax.tree.map(lambda x: x[1:], tokens)
+            carry, others = lax.scan(step, carry, _after(first, rest) if chunks == 2 else rest)
             results = jax.tree.map(lambda *parts: jnp.concatenate(parts), results, others)
     else:
         carry, results = lax.scan(step, carry, tokens)
     return carry, jax.tree.map(join, results)
 
 
-def _all_at_once(tree):
-    """A barrier for all arrays, or for those that vary over the same mesh axes, since it makes those of one alike."""
-    arrays, structure = jax.tree.flatten(tree)
-    alike = {axes: [i for i, x in enumerate(arrays) if varying(x) == axes] for axes in map(varying, arrays)}
-    for places in alike.values():
-        for i, x in zip(places, lax.optimization_barrier([arrays[i] for i in places]), strict=True):
-            arrays[i] = x
-    return jax.tree.unflatten(structure, arrays)
+@jax.custom_jvp
+def _after(first, rest):
+    """The rest, as XLA may not begin with before there is the first: what isn't a loop, as a loop of one, would compute
+    its logits beside those of the first, and hold both."""
+    return barrier((first, rest))[1]
+
+
+# No derivative waits for a value.
+_after.defjvp(lambda primals, tangents: (_after(*primals), tangents[1]))
 
 
 def each_token(function: Callable, chunked: Chunks, *tokens: Array, kept: Array | None = None):

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jce._arguments import is_array
-from jce._classes import Classes
-from jce._elementary import exp, log1p
+from jce._classes import Classes, barrier
+from jce._elementary import exp
 from jce._heads.logits import Logits, capped, slope
 from jce._heads.products import Products
 from jce._heads.temperature import at_temperature, whole_log_sum
@@ -31,7 +33,7 @@ from jce._softmax import surprisal_at_label
 from jce._ways.kernel import way_of
 from jce._ways.known_label import at_maximum, off_known_label
 from jce._ways.way import OffLabel, Way, unless_no_class
-from jce._z_loss import log_sum_off_label
+from jce._z_loss import log_z_off_label
 
 
 class Target(NamedTuple):
@@ -56,9 +58,9 @@ class Terms:
         return tuple(a.astype(dtype) if is_array(a) else a for a in known.values())
 
     def may_read_once(self, tempered: bool, capped: bool) -> bool:
-        """Whether the label's logit can be known before the others: not where they are divided, nor where others have
-        it; and whether e can be stored before Z is known: not where a cap's slope meets the smoothing's part."""
-        return not tempered and (self.smoothing == 0 or not capped) and self.classes.mesh_axis is None
+        """Whether the label's logit is known before the others: not where they are divided; and whether e can be stored
+        before Z is known: not where a cap's slope meets the smoothing's part."""
+        return not tempered and (self.smoothing == 0 or not capped)
 
 
 def some(number) -> bool:
@@ -87,86 +89,39 @@ def excess_of_product(
 
 
 def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Array, soft_cap: Array | None) -> Excess:
-    """r = 1/ZT. Where e may be rounded, it is divided by s, so that its label's entry is exactly -1."""
+    """Of logits u, which may be read as often as need be."""
     classes = way_of(terms.classes, named(platform), u)
     u = classes.stored(u)  # once, though the label is looked up in it
     column, y, t = classes.column, target.labels, target.temperatures
     of_head = classes.fold(capped(u, soft_cap))
     x = at_temperature(of_head, t, classes)
-    smoothing, z_loss = terms.numbers(target, x.dtype)
-    n = classes.count(x)
+    numbers, n = terms.numbers(target, x.dtype), classes.count(x)
     off = classes.off_label(y, x)
-    m, s, d = off
-    e, e_y = exp(x - column(m)), exp(-d)
-    z, log_z = s + e_y, log1p(s - (1 - e_y))
-    losses, at_label = surprisal_at_label(off), -s
-    if some(smoothing):
-        losses = smoothed(losses, log_z + classes.sum(column(m) - x) / n, smoothing)
-        at_label += smoothing * (z - z / n)
-    if some(z_loss):
-        log_sum = whole_log_sum(m + log_z, of_head, t, classes)
-        losses += scaled_square(z_loss, log_sum)
-        at_label += 2 * z_loss * log_sum * e_y
-        e *= column(1 + 2 * z_loss * log_sum)
-    if some(smoothing):
-        e -= column(smoothing * (z / n))
-    if classes.masks:
-        others = jnp.maximum(s, jnp.finfo(s.dtype).tiny)
-        e, at_label, z = e * column(1 / others), at_label / others, z / others
-    # NaN is r's alone: where a token's cotangent is 0 the product of e with it has to be.
-    number = z <= jnp.finfo(z.dtype).max
-    e = jnp.where(column(number), e, jnp.zeros_like(e))
-    at_label = jnp.where(number, at_label, jnp.zeros_like(at_label))
-    e = classes.put(classes.unfold(e), classes.local(y, x), at_label)
+    mean = classes.sum(x - column(off.m)) / n if some(numbers[0]) else None
+    row = _of_row(numbers, n, off, mean, lambda log_sum: whole_log_sum(log_sum, of_head, t, classes), classes.masks)
+    e = row.entries(_unless_nan(exp(x - column(off.m))), column)
+    e = classes.put(classes.unfold(e), classes.local(y, x), row.at_label)
+    r = row.r
     if t is not None:
-        z *= jnp.where(t == 0, jnp.ones_like(t), t)
+        r /= jnp.where(t == 0, jnp.ones_like(t), t)
         # At a temperature of 0 the derivative is ±∞ where it isn't 0.
         e = jnp.where((t == 0)[:, None], over(e, jnp.zeros_like(e)), e)
     if soft_cap is not None:
         e *= slope(u, soft_cap)
-    return Excess(losses, e, 1 / z)
-
-
-class _OfRow(NamedTuple):
-    """ℓ, r, a factor of each e but the label's, what is then taken from it, and the label's entry."""
-
-    losses: Array
-    r: Array
-    factor: Array
-    taken: Array
-    at_label: Array
-
-    def entries(self, e: Array) -> Array:
-        return e * self.factor[:, None] - self.taken[:, None]
+    return Excess(row.losses, e, r)
 
 
 def _in_one_reading(terms: Terms, classes: Way, divides_later: bool, target: Target, x: Logits) -> Excess:
-    """r = (1 + 2ζ log Σ exp x) s/Z. e is divided by both as soon as s is known, or later, as it is multiplied."""
-    y = target.labels
-    u_y = x.uncapped_at(y)
+    """e is divided as soon as s is known, or later, as it is multiplied."""
+    bias = x.head.bias
+    y = classes.local(target.labels, bias)
+    u_y = classes.of_who_has(x.uncapped_at(y), bias, y)
     x_y = capped(u_y, x.soft_cap)
-    smoothing, z_loss = terms.numbers(target, x_y.dtype)
-    n = classes.count(x.head.bias)
+    numbers, n = terms.numbers(target, x_y.dtype), classes.count(bias)
 
     def of_row(m, s, mean):
-        d = unless_no_class(m - x_y, y, x.head.bias, classes)
-        off = OffLabel(m, s, d)
-        z, losses, at_label, pull = off.z, surprisal_at_label(off), -s, jnp.ones_like(s)
-        log_sum = log_sum_off_label(off, losses)
-        if some(smoothing):
-            losses = smoothed(losses, (log_sum - m) - mean, smoothing)
-            at_label += smoothing * (z - z / n)
-        if some(z_loss):
-            losses += scaled_square(z_loss, log_sum)
-            at_label += 2 * z_loss * log_sum * exp(-d)
-            pull = 1 + 2 * z_loss * log_sum
-            # One that is nearly 0 is one of the small: beside the label's entry nothing is left of the others.
-            small = 2.0**-12 if x.products.narrow else 2.0**-30
-            pull = jnp.where(jnp.abs(pull) < small, jnp.full_like(pull, small), pull)
-        others = jnp.maximum(s, jnp.finfo(s.dtype).tiny)
-        number = z <= jnp.finfo(s.dtype).max  # NaN is r's alone
-        entries = (1 / others, smoothing * (z / n) / pull / others, at_label / pull / others)
-        return _OfRow(losses, pull * (others / z), *(jnp.where(number, a, jnp.zeros_like(s)) for a in entries))
+        d = unless_no_class(m - x_y, target.labels, bias, classes)
+        return _of_row(numbers, n, OffLabel(m, s, d), mean, lambda log_sum: log_sum, divides=True)
 
     def reading(m, again=False):
         # The mask is made here: one that the two readings share would be stored.
@@ -174,29 +129,73 @@ def _in_one_reading(terms: Terms, classes: Way, divides_later: bool, target: Tar
         logits = capped(u, x.soft_cap) - m[:, None]
         e = exp(logits)
         e = jnp.where(classes.is_at(e, y), jnp.zeros_like(e), e)
-        s, mean = e.sum(-1), logits.sum(-1) / n if some(smoothing) else jnp.zeros_like(m)
+        s, mean = classes.sum(e), classes.sum(logits) / n if some(numbers[0]) else jnp.zeros_like(m)
         e = e if x.soft_cap is None else e * slope(u, x.soft_cap)
-        e = e if divides_later else of_row(m, s, mean).entries(e)
-        if again:  # as all rows are that have a NaN
-            e = jnp.where(e == e, e, jnp.zeros_like(e))
-        return list(lax.optimization_barrier((s, mean, e.astype(jnp.bfloat16) if x.products.narrow else e)))
+        e = e if divides_later else of_row(m, s, mean).entries(e, classes.column)
+        e = _unless_nan(e) if again else e  # where all rows are that have one
+        return barrier([s, mean, e.astype(jnp.bfloat16) if x.products.narrow else e])
 
     # Hidden states and head are rounded as much as such sums are.
-    again = at_maximum(functools.partial(reading, again=True), lambda: _maximum(x))
+    again = at_maximum(functools.partial(reading, again=True), lambda: _maximum(x, classes))
     m, s, mean, e = off_known_label(x_y, reading, again, most=1e9)
     row = of_row(m, s, mean)
     at_label = row.at_label if x.soft_cap is None else row.at_label * slope(u_y, x.soft_cap)
     if divides_later:
-        e = classes.put(row.entries(e.astype(s.dtype)), y, at_label)
+        e = classes.put(row.entries(e.astype(s.dtype), classes.column), y, at_label)
     else:
         e = classes.scattered(e, y, at_label.astype(e.dtype)).astype(s.dtype)
     return Excess(row.losses, e, row.r)
 
 
-def _maximum(x: Logits) -> Array:
+class _OfRow(NamedTuple):
+    """ℓ and r; of each e but the label's a factor, and what is then taken from it, or None; and the label's."""
+
+    losses: Array
+    r: Array
+    factor: Array | None
+    taken: Array | None
+    at_label: Array
+
+    def entries(self, e: Array, column: Callable) -> Array:
+        e = e if self.factor is None else e * column(self.factor)
+        return e if self.taken is None else e - column(self.taken)
+
+
+def _of_row(numbers: Any, n: int, off: OffLabel, mean: Array | None, whole: Callable, divides: bool) -> _OfRow:
+    """With the mean of x - m, and the logarithm of the whole sum from that of Σ exp x. r = 1/Z of the e above; if it is
+    divided, then so that its label's entry, where it isn't less, is exactly -1 or 1: there it may be rounded."""
+    m, s, d = off
+    smoothing, z_loss = numbers
+    losses, at_label, z, e_y = surprisal_at_label(off), -s, off.z, exp(-d)
+    log_z = log_z_off_label(off, losses)
+    factor = taken = None
+    if mean is not None and some(smoothing):
+        losses, taken = smoothed(losses, log_z - mean, smoothing), smoothing * (z / n)
+        at_label += smoothing * (z - z / n)
+    if some(z_loss):
+        log_sum = whole(m + log_z)
+        losses += scaled_square(z_loss, log_sum)
+        at_label += 2 * z_loss * log_sum * e_y
+        factor = 1 + 2 * z_loss * log_sum
+    r = 1 / z
+    if divides:
+        largest = jnp.maximum(jnp.maximum(s, jnp.abs(at_label)), jnp.finfo(s.dtype).tiny)
+        r, factor = largest / z, (1 if factor is None else factor) / largest
+        taken, at_label = None if taken is None else taken / largest, at_label / largest
+    # NaN is r's alone: where a token's cotangent is 0 the product of e with it has to be.
+    number = z <= jnp.finfo(z.dtype).max
+    factor, taken, at_label = jax.tree.map(lambda a: jnp.where(number, a, jnp.zeros_like(a)), (factor, taken, at_label))
+    return _OfRow(losses, r, factor, taken, at_label)
+
+
+def _unless_nan(e: Array) -> Array:
+    return jnp.where(e == e, e, jnp.zeros_like(e))
+
+
+def _maximum(x: Logits, classes: Way) -> Array:
     """Of each token, by halves: a program holds the memory for it, also where it never comes to that."""
     if not isinstance(count := x.hidden.shape[0], int):  # symbolic
-        return x.whole().max(-1)
+        return classes.max(x.whole())
     half = count // 2
     halves = (x._replace(hidden=h) for h in (x.hidden[:half], x.hidden[half:]))
-    return jnp.concatenate([part.whole().max(-1) for part in halves])
+    return jnp.concatenate([classes.max(part.whole()) for part in halves])

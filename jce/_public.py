@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, cast
 
@@ -52,106 +51,63 @@ def instead(parameters: Collection[str], option: str) -> str:
 
 
 def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
-    """`jax.jit` with these arguments static, keeping the signature that editors and type checkers see.
+    """A function under `jax.jit` with these arguments static, which says by name what it doesn't take.
 
     The numbers are static where they are Python's, and arguments like any other where they are traced, or arrays.
     """
-    return lambda function: cast(F, Public(function, static, numbers))
 
-
-class Public:
-    """A jitted function, which says by name what it doesn't take.
-
-    A class for the sake of `lower`. In a function's `__dict__` it would be handed on by `functools.wraps`, of which
-    `jax.grad` and its like make theirs: to lower the gradient would lower the function. What a type has stays here, as
-    does what is in slots.
-    """
-
-    __slots__ = ("__dict__", "__weakref__", "_jitted", "_numbers", "_parameters", "_positional", "_static")
-    __name__: str
-    __qualname__: str
-
-    def __init__(self, function: Callable, static: tuple[str, ...], numbers: tuple[str, ...]):
-        functools.update_wrapper(self, function)
+    def jitted(function):
+        name, parameters = function.__name__, inspect.signature(function).parameters
 
         @functools.wraps(function)
         def results(*args, **options):
             return jax.tree.map(_result, function(*args, **options))
 
         @functools.cache
-        def jitted(*traced: str):
-            names = [name for name in static + numbers if name not in traced]
-            return jax.jit(results, static_argnames=names)
+        def program(*traced: str):
+            return jax.jit(results, static_argnames=[n for n in static + numbers if n not in traced])
 
-        self._jitted, self._static, self._numbers = jitted, static, numbers
-        self._parameters = parameters = inspect.signature(function).parameters
-        kinds = [p.kind for p in parameters.values()]
-        self._positional = None if Kind.VAR_POSITIONAL in kinds else kinds.count(Kind.POSITIONAL_OR_KEYWORD)
+        # Not the jitted function itself: `functools.wraps`, by which `jax.grad` and its like make theirs, would hand on
+        # its `lower`, and to lower the gradient would lower the function.
+        @functools.wraps(function)
+        def called(*args, **options):
+            # Numbers that are some but in their type would be part of the program.
+            options = {key: as_number(name, key, x) if key in numbers else x for key, x in options.items()}
+            _require_own(name, parameters, len(args), options, static, numbers)
+            return program(*(key for key in numbers if is_array(options.get(key))))(*args, **options)
 
-    def __call__(self, *args, **options):
-        options = self._of_arrays(options)
-        return self._program(args, options)(*args, **options)
+        return cast(F, called)
 
-    def lower(self, *args, **options):
-        """As `jax.jit` has it: the program, to be compiled ahead of time, for arrays or `jax.ShapeDtypeStruct`s."""
-        options = self._of_arrays(options)
-        return self._program(args, options).lower(*args, **options)
+    return jitted
 
-    @property
-    def __class__(self):  # pyright: ignore[reportIncompatibleMethodOverride]  # what help() and documentation ask for
-        return types.FunctionType
 
-    def __getattr__(self, name):  # and what they read of a function: its code, defaults, annotations
-        if name == "__wrapped__":
-            raise AttributeError(name)
-        return getattr(self.__wrapped__, name)
-
-    def __get__(self, instance, owner=None):  # as an attribute of a class it is a method, as a function would be
-        return self if instance is None else types.MethodType(self, instance)
-
-    def __reduce__(self):  # pickled and copied by name
-        return self.__qualname__
-
-    def __repr__(self):
-        return f"<function {self.__module__}.{self.__qualname__}>"
-
-    def _of_arrays(self, options: dict[str, Any]) -> dict[str, Any]:
-        """With arrays for numbers that are some but in their type, and else would be part of the program."""
-        return {
-            name: as_number(self.__name__, name, value) if name in self._numbers else value
-            for name, value in options.items()
-        }
-
-    def _program(self, args: tuple, options: Mapping[str, Any]):
-        if self._positional is not None and len(args) > self._positional:
-            names = list(self._parameters)
-            by_keyword = ", ".join(f"{name}=" for name in names[self._positional :])
+def _require_own(name, parameters, count: int, options: Mapping[str, Any], static, numbers) -> None:
+    """That so many arguments by position, and these by name, are the function's."""
+    kinds = [p.kind for p in parameters.values()]
+    positional = kinds.count(Kind.POSITIONAL_OR_KEYWORD)
+    if Kind.VAR_POSITIONAL not in kinds and count > positional:
+        by_keyword = ", ".join(f"{key}=" for key in [*parameters][positional:])
+        raise TypeError(
+            f"{name}: by position it takes {', '.join([*parameters][:positional])}"
+            f"{f', and by keyword {by_keyword}' if by_keyword else ''}; got {count} arguments by position."
+        )
+    for option, value in options.items():
+        if option not in parameters:
             raise TypeError(
-                f"{self.__name__}: by position it takes {', '.join(names[: self._positional])}"
-                f"{f', and by keyword {by_keyword}' if by_keyword else ''}; got {len(args)} arguments by position."
+                f"{name}: no argument {option!r}; it takes {', '.join(parameters)}.{instead(parameters, option)}"
             )
-        traced = []
-        for option, value in options.items():
-            if option in self._numbers:
-                traced += [option] if is_array(value) else []
-                if not is_array(value) and not _is_hashable(value):
-                    raise ValueError(
-                        f"{self.__name__}: {option} must be a number, or a real array of one; got {option}:"
-                        f" {type(value).__name__}. Pass what jnp.asarray takes."
-                    )
-            elif option not in self._parameters:
-                raise TypeError(
-                    f"{self.__name__}: no argument {option!r}; it takes {', '.join(self._parameters)}."
-                    f"{instead(self._parameters, option)}"
-                )
-            elif option in self._static and not _is_hashable(value):
-                raise ValueError(
-                    f"{self.__name__}: {option} must be static and hashable, since the program depends on it; got"
-                    f" {option}: {type(value).__name__}. {STATIC.get(option, A_NUMBER)}"
-                )
-            elif isinstance(self._parameters[option].default, bool):
-                require_bool(self.__name__, **{option: value})
-        return self._jitted(*traced)
+        if option in numbers and not is_array(value) and not _is_hashable(value):
+            raise ValueError(
+                f"{name}: {option} must be a number, or a real array of one; got {option}: {type(value).__name__}."
+                f" Pass what jnp.asarray takes."
+            )
+        if option in static and not _is_hashable(value):
+            raise ValueError(
+                f"{name}: {option} must be static and hashable, since the program depends on it; got {option}:"
+                f" {type(value).__name__}. {STATIC.get(option, A_NUMBER)}"
+            )
+        if option not in numbers and isinstance(parameters[option].default, bool):
+            require_bool(name, **{option: value})
 
 
 # As it is, but where checkify looks for a NaN. In kernels it may not: of a check that is made in a custom_jvp function

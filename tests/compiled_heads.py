@@ -72,6 +72,7 @@ def main() -> None:
     tell("alone", compilers.compiled(gradient(mean), device, list(shapes(TOKENS))))
     if device in ("v6e", "tpu7x"):  # whose compilers take longer
         return
+    tell("value", compilers.compiled(penalized, device, list(shapes(TOKENS))))
     tell("penalized", compilers.compiled(gradient(penalized), device, list(shapes(TOKENS))))
     tell("sharded", sharded(device))
     tell("a part alone", compilers.compiled(gradient(mean), device, list(zip(LOCAL, DTYPES, strict=True))))

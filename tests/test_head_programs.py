@@ -51,6 +51,15 @@ def test_value_and_gradient(device, name, products, chunks):
     assert temporaries < chunks * 4 * CHUNK * CLASSES
 
 
+@pytest.mark.parametrize(("device", "products", "chunks"), [("h100", 1.82, 1.1), ("v5e", 1.1, 0.1)])
+def test_value(device, products, chunks):
+    """Over a bare product, and what it needs, in chunks' float32 logits: a TPU stores none."""
+    text, temporaries = compiled(device)["value"]
+    bare = 2 * TOKENS * WIDTH * CLASSES / DEVICES[device].peaks["bf16"]
+    assert 1 < cost(text, DEVICES[device]).seconds / bare < products
+    assert temporaries < chunks * 4 * CHUNK * CLASSES
+
+
 @pytest.mark.parametrize(("device", "products"), [("h100", 2.9), ("v5e", 1.8)])
 def test_log_probabilities_and_entropies_are_of_one_reading(device, products):
     """Over four bare products, on each of eight devices: if each had sums of its own, it were more."""

@@ -126,7 +126,7 @@ def test_heads_at_every_offset(accelerator, rng, options, split):
     of_head = functools.partial(jce.sharded_linear_cross_entropy, **on) if split else jce.linear_cross_entropy
     places = itertools.product(OFFSETS, (-110, -80, -40, -20, -5, 0, 5, 20, 50, 80, 110))
     y, x = map(np.concatenate, zip(*(rows(rng, 40, *place, count=2) for place in places), strict=True))
-    ones = np.ones(len(y), x.dtype)
+    y, ones = y.astype(np.int32), np.ones(len(y), x.dtype)
     cap, penalty, smoothing = (
         options.get("logit_soft_cap"),
         options.get("z_loss", 0.0),
@@ -140,11 +140,19 @@ def test_heads_at_every_offset(accelerator, rng, options, split):
         x = x if cap is None else cap * jnp.tanh(x / cap)
         return jce.cross_entropy_with_integer_labels(y, x, z_loss=penalty, label_smoothing=smoothing)
 
+    @jax.jit
+    def alone(x):  # losses without a gradient, of which nothing else is stored
+        return of_head(y, x, jnp.eye(40, dtype=x.dtype), reduction="none", **options)
+
     gradients, values = jax.jit(jax.grad(total, (0, 1)))(x, ones)
+    narrow = jnp.asarray(x, jnp.bfloat16)
     with jax.enable_x64(True):
         both = jax.jit(lambda x: (dense(x), jax.grad(lambda x: dense(x).sum())(x)))
         expected, expected_gradients = map(np.asarray, both(np.float64(x)))
-    np.testing.assert_allclose(values, expected, rtol=2e-5 if cap is None else 3e-4, atol=1e-37)
+        of_narrow = jax.jit(dense)(np.float64(narrow))
+    tolerance = {"rtol": 2e-5 if cap is None else 3e-4, "atol": 1e-37}
+    np.testing.assert_allclose(values, expected, **tolerance)
+    np.testing.assert_allclose(alone(narrow), of_narrow, **tolerance)
     # Where z-loss and label pull alike, what is left of both has their rounding.
     largest = np.maximum(np.abs(expected_gradients), 2 * penalty * np.abs(x)).max(-1, keepdims=True)
     unlike = np.abs(np.float64(gradients) - expected_gradients) / np.maximum(largest, 1e-30)

@@ -81,11 +81,10 @@ def excess_of_product(
 ) -> Excess:
     """Of logits that aren't multiplied out yet."""
     x = Logits(hidden, head, soft_cap, products)
-    device, tempered = named(platform), target.temperatures is not None
-    classes = way_of(terms.classes, device, x.head.bias)
-    if classes.masks and terms.may_read_once(tempered, soft_cap is not None) and not may_be_split(x.head.bias):
-        return _in_one_reading(terms, classes, device.fuses_operands, target, x)
-    return excess_of_logits(terms, platform, target, x.uncapped(), x.soft_cap)
+    reading = one_reading(terms, platform, target, x)
+    if reading is None:
+        return excess_of_logits(terms, platform, target, x.uncapped(), x.soft_cap)
+    return reading.excess(named(platform).fuses_operands)
 
 
 def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Array, soft_cap: Array | None) -> Excess:
@@ -111,40 +110,65 @@ def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Arra
     return Excess(row.losses, e, r)
 
 
-def _in_one_reading(terms: Terms, classes: Way, divides_later: bool, target: Target, x: Logits) -> Excess:
-    """e is divided as soon as s is known, or later, as it is multiplied."""
-    bias = x.head.bias
-    y = classes.local(target.labels, bias)
-    u_y = classes.of_who_has(x.uncapped_at(y), bias, y)
-    x_y = capped(u_y, x.soft_cap)
-    numbers, n = terms.numbers(target, x_y.dtype), classes.count(bias)
+def one_reading(terms: Terms, platform: str | None, target: Target, x: Logits) -> OneReading | None:
+    """Where logits may be read so, and where that is faster."""
+    classes = way_of(terms.classes, named(platform), x.head.bias)
+    may = terms.may_read_once(target.temperatures is not None, x.soft_cap is not None)
+    return OneReading(terms, classes, target, x) if may and classes.masks and not may_be_split(x.head.bias) else None
 
-    def of_row(m, s, mean):
-        d = unless_no_class(m - x_y, target.labels, bias, classes)
-        return _of_row(numbers, n, OffLabel(m, s, d), mean, lambda log_sum: log_sum, divides=True)
 
-    def reading(m, again=False):
+class OneReading:
+    """Of logits whose label is known before the others."""
+
+    def __init__(self, terms: Terms, classes: Way, target: Target, x: Logits):
+        self.x, self.classes, self.labels = x, classes, target.labels
+        self.y = classes.local(target.labels, x.head.bias)
+        self.u_y = classes.of_who_has(x.uncapped_at(self.y), x.head.bias, self.y)
+        self.x_y = capped(self.u_y, x.soft_cap)
+        self.numbers, self.n = terms.numbers(target, self.x_y.dtype), classes.count(x.head.bias)
+
+    def losses(self) -> Array:
+        return self._of_row(*self._read()).losses
+
+    def excess(self, divides_later: bool) -> Excess:
+        """e is divided as soon as s is known, or later, as it is multiplied."""
+        classes, cap = self.classes, self.x.soft_cap
+        m, s, mean, e = self._read((lambda e, *_: e) if divides_later else self._entries)
+        row = self._of_row(m, s, mean)
+        at_label = row.at_label if cap is None else row.at_label * slope(self.u_y, cap)
+        if divides_later:
+            e = classes.put(row.entries(e.astype(s.dtype), classes.column), self.y, at_label)
+        else:
+            e = classes.scattered(e, self.y, at_label.astype(e.dtype)).astype(s.dtype)
+        return Excess(row.losses, e, row.r)
+
+    def _of_row(self, m, s, mean) -> _OfRow:
+        d = unless_no_class(m - self.x_y, self.labels, self.x.head.bias, self.classes)
+        return _of_row(self.numbers, self.n, OffLabel(m, s, d), mean, lambda log_sum: log_sum, divides=True)
+
+    def _entries(self, e, m, s, mean):
+        return self._of_row(m, s, mean).entries(e, self.classes.column)
+
+    def _read(self, stored: Callable | None = None) -> list[Array]:
+        """m, s, the mean of x - m, and what is stored of e, if it is."""
+        read = functools.partial(self._reading, stored)
+        again = at_maximum(functools.partial(read, again=True), lambda: _maximum(self.x, self.classes))
+        # Hidden states and head are rounded as much as such sums are.
+        return off_known_label(self.x_y, read, again, most=1e9)
+
+    def _reading(self, stored, m, again=False):
         # The mask is made here: one that the two readings share would be stored.
+        x, classes = self.x, self.classes
         u = x.uncapped()
         logits = capped(u, x.soft_cap) - m[:, None]
         e = exp(logits)
-        e = jnp.where(classes.is_at(e, y), jnp.zeros_like(e), e)
-        s, mean = classes.sum(e), classes.sum(logits) / n if some(numbers[0]) else jnp.zeros_like(m)
-        e = e if x.soft_cap is None else e * slope(u, x.soft_cap)
-        e = e if divides_later else of_row(m, s, mean).entries(e, classes.column)
+        e = jnp.where(classes.is_at(e, self.y), jnp.zeros_like(e), e)
+        s, mean = classes.sum(e), classes.sum(logits) / self.n if some(self.numbers[0]) else jnp.zeros_like(m)
+        if stored is None:
+            return [s, mean]
+        e = stored(e if x.soft_cap is None else e * slope(u, x.soft_cap), m, s, mean)
         e = _unless_nan(e) if again else e  # where all rows are that have one
         return barrier([s, mean, e.astype(jnp.bfloat16) if x.products.narrow else e])
-
-    # Hidden states and head are rounded as much as such sums are.
-    again = at_maximum(functools.partial(reading, again=True), lambda: _maximum(x, classes))
-    m, s, mean, e = off_known_label(x_y, reading, again, most=1e9)
-    row = of_row(m, s, mean)
-    at_label = row.at_label if x.soft_cap is None else row.at_label * slope(u_y, x.soft_cap)
-    if divides_later:
-        e = classes.put(row.entries(e.astype(s.dtype), classes.column), y, at_label)
-    else:
-        e = classes.scattered(e, y, at_label.astype(e.dtype)).astype(s.dtype)
-    return Excess(row.losses, e, row.r)
 
 
 class _OfRow(NamedTuple):

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jce._arguments import is_array
-from jce._heads.label_excess import Excess, Target, Terms, excess_of_logits, excess_of_product, some
+from jce._heads.label_excess import Excess, Target, Terms, excess_of_logits, excess_of_product, one_reading, some
 from jce._heads.logits import Logits, capped
 from jce._heads.products import Products
 from jce._heads.temperature import at_temperature, whole_log_sum
 from jce._label_surprisal import label_surprisal, smoothed_surprisal
 from jce._mul0 import mul0, over
+from jce._platforms import named
 from jce._primitives import is_zero, live_jvp
 from jce._soft_targets import scaled_square, smoothed
 from jce._softmax import logsumexp, surprisal
@@ -56,7 +57,15 @@ def _of_logits(loss: LabelLoss, target: Target, of_head: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _loss(target, hidden, head, soft_cap, loss: LabelLoss, products: Products):
+    if products.narrow:  # so on no CPU
+        return waiting(Program(_of_product, (loss, products)), target, hidden, head, soft_cap)
     return _of_logits(loss, target, Logits(hidden, head, soft_cap, products).whole())
+
+
+def _of_product(loss, products, platform, target, hidden, head, soft_cap) -> Array:
+    x = Logits(hidden, head, soft_cap, products)
+    reading = one_reading(loss, platform, target, x) if named(platform).fuses_operands else None
+    return _of_logits(loss, target, x.whole()) if reading is None else reading.losses()
 
 
 # dℓ = r (e · dx), of dx = W dh + dW h + db; and along numbers and temperatures, rare as it is, by a pass more

@@ -31,20 +31,18 @@ def off_known_label(at: Array, others: Callable, again: Callable, most: float) -
     """
     least, below = (2.0**-700, 2.0**600) if at.dtype == jnp.float64 else (2.0**-84, 2.0**64)
 
-    def asks(m, s):
-        # With s so small the label is the maximum. If it is 0 or more, shifted by it no less would underflow: so a row
-        # that has nothing but its label, as one that `where` drops, isn't read again.
-        too_small = (m == 0) & (at < 0) & (s < least)
-        return too_small | ~(s < jnp.where(m == 0, jnp.full_like(s, below), jnp.full_like(s, most)))
-
     def read_again(state):
-        m, s, *more, flag = state
-        return [*again(asks(m, s), m, s, *more), jnp.zeros_like(flag)]
+        asks, _, *found = state
+        return [asks, jnp.zeros_like(state[1]), *again(asks, *found)]
 
-    shift = jnp.where((at > LOWEST) & (at < HIGHEST), jnp.zeros_like(at), at)
-    s, *more = others(shift)
-    state = [shift, s, *more, _first_of(asks(shift, s))]
-    return lax.while_loop(lambda state: state[-1] > 0, read_again, state)[:-1]
+    zero = (at > LOWEST) & (at < HIGHEST)
+    m = jnp.where(zero, jnp.zeros_like(at), at)
+    s, *more = others(m)
+    # With s so small the label is the maximum. If it is 0 or more, shifted by it no less would underflow: so a row that
+    # has nothing but its label, as one that `where` drops, isn't read again.
+    asks = ~(s < jnp.where(zero, jnp.full_like(s, below), jnp.full_like(s, most))) | (zero & (at < 0) & (s < least))
+    state = [asks, _first_of(asks), m, s, *more]
+    return lax.while_loop(lambda state: state[1] > 0, read_again, state)[2:]
 
 
 def at_maximum(others: Callable, maximum: Callable[[], Array]) -> Callable:

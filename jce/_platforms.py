@@ -39,7 +39,8 @@ class Platform(NamedTuple):
 
     As many as fill so many bytes with logits, but not fewer than `least_tokens`: with few, reading the head and adding
     to its gradient take longer than multiplying. `least_halved` are they where what is stored of the logits is half as
-    large. So on each device, where XLA splits the tokens. And whether it makes a chain of sums over short rows one
+    large. So on each device, where XLA splits the tokens. Of fewer than `few` classes, whose steps cost more than what
+    they save, they are 8 times as many. And whether it makes a chain of sums over short rows one
     kernel; and whether what is elementwise of a matrix is part of the product that takes it, or written before.
     """
 
@@ -47,6 +48,7 @@ class Platform(NamedTuple):
     chunk_bytes: int
     least_tokens: int
     least_halved: int
+    few: int = 0
     chains: bool = False
     fuses_operands: bool = False
 
@@ -55,13 +57,15 @@ class Platform(NamedTuple):
         devices, (size, filled) = auto_devices(), given
         if size is None:
             least = self.least_halved if halved else self.least_tokens
-            size = devices * max(least, self.chunk_bytes // (logits.dtype.itemsize * logits.size))
+            most = self.chunk_bytes * (8 if logits.size < self.few else 1)
+            size = devices * max(least, most // (logits.dtype.itemsize * logits.size))
         # Tokens that lie apart cost a CPU a copy of all, and a step of its own is one more sum over devices.
         peeled = not self.is_cpu and devices == 1
         return Chunks(size, devices, apart=not self.is_cpu or devices > 1, peeled=peeled, filled=filled)
 
 
-CPU = Platform(True, 2**25, 512, 512)
+# A CPU is faster at logits that its caches hold.
+CPU = Platform(True, 2**22, 512, 512, few=256)
 # A chunk's product takes as long as reading the head and the float32 sum of its gradient, which it hides, from 1200
 # tokens on an H100, 1000 on a TPU v5e and 2200 on a v6e.
 TPU = Platform(False, 2**28, 2048, 4096, fuses_operands=True)

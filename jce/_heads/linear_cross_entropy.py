@@ -80,12 +80,12 @@ def linear_cross_entropy(
       temperature: T > 0: x is then divided by T, everywhere above, after bias and soft cap. A number, or real, an array
         of one for each token, which broadcasts to the token axes; as in `linear_log_probs`.
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c), everywhere above. None: none.
-      chunk_size: the number of tokens in a chunk, a static int. None for a rule: max(512, 2²³/n) on a CPU, whose
-        float32 logits fill 32 MiB or more, and max(2048, 2²⁶/n) on an accelerator, 256 MiB or more, so that multiplying
-        hides the reading of the head and the sum of its gradient; on a TPU at least 4096 tokens of bfloat16 states and
-        head, of which half as much is stored. Of float64 logits half of 2²³ and 2²⁶. Fewer need less memory; where all
-        tokens are one chunk, none is saved. Of a mesh with Auto axes that `jax.set_mesh` has set, times its number of
-        devices, over which XLA may split the tokens.
+      chunk_size: the number of tokens in a chunk, a static int. None for a rule: max(512, 2²⁰/n) on a CPU, whose
+        float32 logits fill 4 MiB or more, 2²³/n of fewer than 256 classes, and max(2048, 2²⁶/n) on an accelerator, 256
+        MiB or more, so that multiplying hides the reading of the head and the sum of its gradient; on a TPU at least
+        4096 tokens of bfloat16 states and head, of which half as much is stored. Of float64 logits half of 2²⁰, 2²³ and
+        2²⁶. Fewer need less memory; where all tokens are one chunk, none is saved. Of a mesh with Auto axes that
+        `jax.set_mesh` has set, times its number of devices, over which XLA may split the tokens.
       batch_invariant: whether a token's result, and its hidden state's gradient, have the same bits alone and among any
         others, however many: a static bool. Each chunk is then filled up to chunk_size, which must be given, so that a
         token alone costs as much as a chunk. It isn't so of the gradient of what tokens share, a sum over them, nor of

@@ -182,7 +182,8 @@ def picture(
     for level, of in ((unigram, "by frequency alone"), (taught, "the teacher")):
         left.axhline(level, color="black", linewidth=1.5)
         left.annotate(of, (0, level), (0, 5), textcoords="offset points")
-    left.set(title="perplexity of the held-out words", xlabel="step", ylim=(0.8 * taught, 1.5 * unigram))
+    top = 1.5 * max(unigram, *(history[-1].perplexity for history in histories.values()))  # those after a few steps
+    left.set(title="perplexity of the held-out words", xlabel="step", ylim=(0.8 * taught, top))
     left.legend(title="learns from", handlelength=3, loc="upper right")
     for axes, field, title in zip(right, Cost._fields, ("megabytes", "milliseconds"), strict=True):
         for k, (label, look) in enumerate({"in chunks": {}, "whole logits": {"hatch": "//", "alpha": 0.5}}.items()):

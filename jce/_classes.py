@@ -28,12 +28,14 @@ SHORTEST_BLOCK = 512
 class Classes:
     """The n classes along `axis` < 0 of each array; with a mesh axis, each of its devices holds some of them.
 
-    Static, and the only thing that knows whether a sum over classes is one over devices or blocks too.
+    Static, and the only thing that knows whether a sum over classes is one over devices or blocks too; and whether a
+    label's formula may do without the maximum, as where another one asks for it, they share it.
     """
 
     axis: int
     mesh_axis: Hashable | None = None
     blocks: int = 1  # folded, their axis is the one before
+    any_shift: bool = True
 
     def folding(self, x: Array) -> Classes:
         """These classes on a CPU, with as many blocks as suit arrays like x, which aren't folded yet.
@@ -45,7 +47,7 @@ class Classes:
         if n <= _longest_row(x) or self.are_split(x):
             return self
         fit = [k for k in range(2, n // SHORTEST_BLOCK + 1) if n % k == 0 and n // k <= _longest_row(x)]
-        return Classes(self.axis, self.mesh_axis, max(fit, key=lambda k: (k & -k, k), default=1))
+        return dataclasses.replace(self, blocks=max(fit, key=lambda k: (k & -k, k), default=1))
 
     def fold(self, x: Array) -> Array:
         """[..., n, ...] as [..., blocks, n/blocks, ...]"""

@@ -146,7 +146,7 @@ def linear_log_probs(
 
 
 def _of_chunk(tail, log_normalizer, example, _, class_axis):
-    classes, (k, dtype) = Classes(-1, class_axis), (example[0].shape, example[1].dtype)
+    classes, (k, dtype) = Classes(-1, class_axis, any_shift=False), (example[0].shape, example[1].dtype)
     at_labels = log_probs_and_tail if tail else log_probs_of if k else _log_prob
 
     def statistics(chunk, *_):

@@ -131,7 +131,7 @@ class Passes(Way):
         return self._off_label(labels, x, m, self._sum_off_label(labels, x)(m), self._at(labels, x))
 
     def off_label_of_any_shift(self, labels, x):
-        if self._may_be_split(x):
+        if self._asks_for_maximum(x):
             return self.off_label(labels, x)
         at, sum_off_label = self._at(labels, x), self._sum_off_label(labels, x)
         m, s = self._off_known_label(at, lambda m: [sum_off_label(m)], x)
@@ -139,7 +139,7 @@ class Passes(Way):
 
     def exponentials_off_label(self, labels, x):
         # The result can't be written over what is stored of folded rows (`exponential_of_pass`).
-        if self._may_be_split(x) or self.blocks > 1:
+        if self._asks_for_maximum(x) or self.blocks > 1:
             return super().exponentials_off_label(labels, x)
 
         def others(m):
@@ -152,8 +152,8 @@ class Passes(Way):
         m, s, e = self._off_known_label(at, others, x)
         return self._off_label(labels, x, m, s, at), e
 
-    def _may_be_split(self, x):
-        return self.mesh_axis is not None or may_be_split(x)
+    def _asks_for_maximum(self, x):
+        return not self.any_shift or self.mesh_axis is not None or may_be_split(x)
 
     def _off_known_label(self, at, others, x):
         most = 64.0 + 8 * self.count(x)

@@ -106,7 +106,7 @@ class Way(Classes, ABC):
     @classmethod
     def of(cls, classes: Classes, x: Array) -> Self:
         """The classes of arrays like x."""
-        return cls(classes.axis, classes.mesh_axis, classes.blocks)
+        return cls(classes.axis, classes.mesh_axis, classes.blocks, classes.any_shift)
 
     def reduce(self, reduction: Callable, x):
         return self.of_blocks(reduction, x)

@@ -17,6 +17,7 @@ import operator
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Any, TypeGuard
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -413,6 +414,6 @@ def _and(arguments: Iterable[str]) -> str:
     return " and ".join(arguments)
 
 
-def described(arguments: Mapping[str, ArrayLike]) -> str:
-    arrays = {name: jnp.asarray(x) for name, x in arguments.items()}
-    return ", ".join(f"{name}: {x.dtype}[{','.join(map(str, x.shape))}]" for name, x in arrays.items())
+def described(arguments: Mapping[str, ArrayLike | jax.ShapeDtypeStruct]) -> str:
+    types = {name: jax.eval_shape(jnp.asarray, x) for name, x in arguments.items()}
+    return ", ".join(f"{name}: {x.dtype}[{','.join(map(str, x.shape))}]" for name, x in types.items())

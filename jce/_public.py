@@ -11,6 +11,8 @@ import jax
 from jax import Array
 
 from jce._arguments import as_number, is_array, require_bool
+from jce._heads.called import Called, is_function
+from jce._heads.linear import Linear
 from jce._primitives import primitive
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -74,11 +76,18 @@ def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
             # Numbers that are some but in their type would be part of the program.
             options = {key: as_number(name, key, x) if key in numbers else x for key, x in options.items()}
             _require_own(name, parameters, len(args), options, static, numbers)
+            if any(_has_function(x) for x in (*args, *(x for key, x in options.items() if key not in static))):
+                return results(*args, **options)  # a program of its own each time, which nothing would find again
             return program(*(key for key in numbers if is_array(options.get(key))))(*args, **options)
 
         return cast(F, called)
 
     return jitted
+
+
+def _has_function(x) -> bool:
+    """Whether it is a head that is a function, or a `Linear` of one."""
+    return is_function(x) or (isinstance(x, Linear) and isinstance(x.head, Called))
 
 
 def _require_own(name, parameters, count: int, options: Mapping[str, Any], static, numbers) -> None:

@@ -200,7 +200,8 @@ def one(name):
     if name == "linear_kl_divergence":
         return [jce.Linear(row, head) for head in np.float32([np.eye(3), 2 * np.eye(3)])]
     given = {"labels": np.int32(1), "head": np.eye(3, dtype=np.float32)}
-    required = [k for k, v in inspect.signature(getattr(jce, name)).parameters.items() if v.default is v.empty]
+    parameters = inspect.signature(getattr(jce, name)).parameters
+    required = [k for k, v in parameters.items() if v.default is v.empty or k == "head"]
     return [given.get(k, row[0] if elementwise else row) for k in required if "_axis" not in k and k != "mesh"]
 
 

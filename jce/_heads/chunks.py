@@ -24,6 +24,7 @@ from jce._arguments import (
     require_boolean,
 )
 from jce._classes import barrier, vary_over, varying
+from jce._heads.called import Called
 from jce._heads.kept import filled, over_kept
 from jce._heads.products import Head
 from jce._heads.temperature import checked_temperature
@@ -126,7 +127,7 @@ def checked(
     function: str,
     labels: ArrayLike,
     hidden: ArrayLike,
-    head: ArrayLike,
+    head: ArrayLike | Called,
     several: bool = False,
     temperature: ArrayLike = 1.0,
     **optional: ArrayLike | None,
@@ -135,16 +136,17 @@ def checked(
 
     Of several labels a token, theirs is a last axis.
     """
-    given = {"labels": labels, "hidden": hidden, "head": head}
+    given = {"labels": labels, "hidden": hidden} | ({} if isinstance(head, Called) else {"head": head})
     given |= {name: x for name, x in optional.items() if x is not None}
     got = {name: as_array(function, name, x) for name, x in given.items()}
-    y, h, w = got["labels"], got["hidden"], got["head"]
+    y, h = got["labels"], got["hidden"]
+    w = head.logits if isinstance(head, Called) else got["head"]
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(
             f"{function}: labels must be integers, a class index for each token; got {described(got)}. The target comes"
             f" first, then hidden and head."
         )
-    if h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
+    if "head" in got and (h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]):
         transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]
         raise ValueError(
             f"{function}: hidden must be [..., d] and head [n, d], a row for each class; got {described(got)}."

@@ -35,7 +35,9 @@ class LabelLoss(Terms):
 
     may_be_greedy: bool = False  # of a temperature that may be 0, at which e is ±∞, and yet 0 for a cotangent of 0
 
-    def __call__(self, target: Target, x: Logits) -> Array:
+    def __call__(self, target: Target, x: Logits | Array) -> Array:
+        if isinstance(x, Array):  # multiplied out, as a head that is a function gives them
+            return _of_logits(self, target, x)
         return _loss(target, x.hidden, x.head, x.soft_cap, self, x.products)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,46 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jce._arguments import as_array, as_number, described, float_dtype, positive
+from jce._heads.called import Called, is_function
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
     """hidden · headᵀ + bias: the logits [..., n] of tokens under a head, for the functions that never make them all.
 
+    A model may return it instead of logits. Its head may be a function, such as one with a low-rank update, a norm, or
+    weights of a layout of its own:
+
+        Linear(hidden, lambda h: h @ kernel + (h @ a) @ b)
+
+    Such a head is traced here, once, of one token, and is from then on that trace: of each token alone. It may not
+    depend on other tokens, on how many there are or on their place, nor scale or clip by all of them, in values or in
+    the rules of derivatives. What draws random numbers or has an effect is refused; the rest a trace doesn't show. To
+    try: is head(h)[i] what head(h[i:i+1])[0] is? What it closes over, traced or not, takes the matrix' place: it is
+    differentiated, each array in its own dtype, and its gradient is summed over the chunks in float32. Logits that it
+    gives in half precision warn, since their rounding is in losses: a product is summed in float32 by
+
+        lambda h: jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
+
     Args:
       hidden: real, [..., d], a state for each token.
       head: real, [n, d], a row for each class: the layout of an embedding table. Of a Dense layer of flax it is
-        kernel.T; where n = d, the wrong layout can't be seen.
-      bias: real, [n], or None. A class with bias -∞ is forbidden: its logit is -∞.
+        kernel.T; where n = d, the wrong layout can't be seen. Or a function: head(h) gives the logits of states h, with
+        their axes but the last; here h is a token's, with the axes of hidden, all but the last of length 1. A bound
+        method, a module of Flax NNX or Equinox (of one state: under `jax.vmap`), a `jax.tree_util.Partial`.
+      bias: real, [n], or None. A class with bias -∞ is forbidden: its logit is -∞. A function adds its own.
       logit_soft_cap: c > 0, a number: the logits x are then c tanh((hidden · headᵀ + bias)/c). None for none. A traced
         one isn't checked.
 
     Returns:
-      An argument for `linear_map` and `linear_kl_divergence`, with these attributes. A tree of its arrays, so that it
-      passes through `jax.jit`, `jax.grad` and their like; a Python number as soft cap is part of the tree's structure.
+      An argument for the functions of heads, with these attributes; in `linear_cross_entropy` and `linear_log_probs` it
+      takes hidden's place, and stands for all four. A tree of its arrays, so that it passes through `jax.jit`,
+      `jax.grad` and their like; a Python number as soft cap is part of the tree's structure, and so is a function.
 
     Raises:
-      ValueError: in these functions, if shapes disagree or the cap isn't above 0.
+      ValueError: in these functions, if shapes disagree or the cap isn't above 0, or tokens or classes that jce itself
+        splits over a mesh meet a function; and here, if a function doesn't give logits, draws random numbers or has an
+        effect, or there is a bias beside it.
 
     Example:
       >>> print(jce.linear_map(jnp.argmax, jce.Linear(jnp.eye(2), 20 * jnp.eye(3, 2))))
@@ -38,9 +58,15 @@ class Linear:
     """
 
     hidden: ArrayLike
-    head: ArrayLike
+    head: Any
     bias: ArrayLike | None = None
     logit_soft_cap: ArrayLike | None = None
+
+    def __post_init__(self):
+        if is_function(self.head):
+            if self.bias is not None:
+                raise ValueError("Linear: a head that is a function adds its own bias; got both. Leave out bias.")
+            object.__setattr__(self, "head", Called.of("Linear", "head", self.head, self.hidden))
 
     def __repr__(self) -> str:
         """With shapes and dtypes for arrays."""
@@ -49,22 +75,61 @@ class Linear:
 
 
 def _brief(x) -> str:
+    if isinstance(x, Called):
+        return f"a function that gives {x.logits.dtype}{list(x.logits.shape)}"
     return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") and hasattr(x, "dtype") else repr(x)
+
+
+def linear_of(
+    function: str,
+    hidden: ArrayLike | Linear,
+    head: Any,
+    bias: ArrayLike | None,
+    logit_soft_cap: ArrayLike | None,
+) -> Linear:
+    """Of a function's arguments: of these four, or of the first, which then stands for all."""
+    rest = {"head": head, "bias": bias, "logit_soft_cap": logit_soft_cap}
+    if isinstance(hidden, Linear):
+        if given := [key for key, x in rest.items() if x is not None]:
+            raise ValueError(
+                f"{function}: a jce.Linear stands for hidden, head, bias and logit_soft_cap; got {', '.join(given)}"
+                f" beside it. Give them to jce.Linear."
+            )
+        return hidden
+    if head is None:
+        raise TypeError(
+            f"{function}: head must be [n, d], or a function of hidden states; got none. Pass hidden and head, or"
+            f" jce.Linear(hidden, head) for both."
+        )
+    if is_function(head):
+        if bias is not None:
+            raise ValueError(f"{function}: a head that is a function adds its own bias; got both. Leave out bias.")
+        head = Called.of(function, "head", head, hidden)
+    return Linear(hidden, head, bias, logit_soft_cap)
 
 
 class LinearArrays(NamedTuple):
     """The same, whose shapes agree."""
 
     hidden: Array
-    head: Array
+    head: Array | Called
     bias: Array | None
     logit_soft_cap: Array | None
+
+    @property
+    def classes(self) -> int:
+        """n, here."""
+        return (self.head.logits if isinstance(self.head, Called) else self.head).shape[0]
 
 
 def checked_linear(x: Linear, function: str, name: str) -> LinearArrays:
     given = {f"{name}.{field.name}": getattr(x, field.name) for field in dataclasses.fields(x)}
     cap = given.pop(f"{name}.logit_soft_cap")
     got: dict[str, Array] = {}
+    if isinstance(x.head, Called):
+        h = as_array(function, f"{name}.hidden", x.hidden)
+        float_dtype(function, {f"{name}.hidden": h})
+        return LinearArrays(h, x.head, None, _checked_cap(function, cap, x.head.logits.dtype))
     for field, array in given.items():
         if array is not None or not field.endswith(".bias"):
             got[field] = as_array(function, field, array)
@@ -80,10 +145,13 @@ def checked_linear(x: Linear, function: str, name: str) -> LinearArrays:
             f"{function}: of a Linear, bias must have the shape ({w.shape[0]},), a number for each row of head; got"
             f" {described(got)}."
         )
-    if cap is not None:
-        cap = as_number(function, "logit_soft_cap", cap)
-        cap = jnp.asarray(positive(function, dtype, logit_soft_cap=cap), dtype)
-    return LinearArrays(h, w, b[0] if b else None, cap)
+    return LinearArrays(h, w, b[0] if b else None, _checked_cap(function, cap, dtype))
+
+
+def _checked_cap(function: str, cap: ArrayLike | None, dtype) -> Array | None:
+    if cap is None:
+        return None
+    return jnp.asarray(positive(function, dtype, logit_soft_cap=as_number(function, "logit_soft_cap", cap)), dtype)
 
 
 def _flatten(x: Linear):

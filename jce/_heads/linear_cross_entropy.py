@@ -7,7 +7,7 @@ for its cotangent, and computes x again: a fourth product.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ from jax.typing import ArrayLike
 
 from jce._arguments import is_array, require_no_tail, wide_enough
 from jce._classes import Classes
+from jce._heads.called import Called
 from jce._heads.chunks import checked
 from jce._heads.label_loss import LabelLoss, Target
-from jce._heads.linear import Linear
+from jce._heads.linear import Linear, linear_of
 from jce._heads.numbers import Numbers
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._heads.sparse_targets import linear_sparse_cross_entropy
@@ -33,8 +34,8 @@ OPTIONS, NUMBERS = (
 @public(*OPTIONS, "tail", "axis_name", numbers=NUMBERS)
 def linear_cross_entropy(
     labels: ArrayLike,
-    hidden: ArrayLike,
-    head: ArrayLike,
+    hidden: ArrayLike | Linear,
+    head: ArrayLike | Callable | None = None,
     bias: ArrayLike | None = None,
     *,
     label_probs: ArrayLike | None = None,
@@ -60,9 +61,11 @@ def linear_cross_entropy(
 
     Args:
       labels: integer, [...], class indices y: the shape of hidden without its last axis; with label_probs [..., k].
-      hidden: real, [..., d], a state for each token.
+      hidden: real, [..., d], a state for each token. Or a `Linear`, which stands for the next two and the soft cap too.
       head: real, [n, d], a row for each class: the layout of an embedding table. Of a Dense layer of flax it is
-        kernel.T; where n = d, the wrong layout can't be seen.
+        kernel.T; where n = d, the wrong layout can't be seen. Or a function of states that gives their logits, such as
+        lambda h: h @ kernel, of each token alone: `Linear` says how. Call it under `jax.jit`, since it is traced and
+        compiled at each call.
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
       label_probs: real, [..., k], the shape of labels, or None: probabilities p of k labels a token, as of a teacher
         whose likeliest classes are kept. As in `cross_entropy_with_integer_labels`, as is `tail`.
@@ -132,7 +135,7 @@ def linear_cross_entropy(
       4.1223074e-09
     """
     name = "linear_cross_entropy"
-    linear = Linear(hidden, head, bias, logit_soft_cap)
+    linear = linear_of(name, hidden, head, bias, logit_soft_cap)
     options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
     numbers = Numbers(label_smoothing, z_loss, temperature)
     if label_probs is not None:
@@ -160,8 +163,10 @@ def label_cross_entropy(name: str, labels: ArrayLike, linear: Linear, given: Num
 
         def of_chunk(chunk, traced, *_):
             y, x, *t = chunk
-            return [loss(Target(y, t[0].astype(x.head.bias.dtype) if t else None, traced), x)]
+            return [loss(Target(y, t[0].astype(one[1].dtype) if t else None, traced), x)]
 
+        if isinstance(linear.head, Called):
+            return OfChunk(of_chunk, jnp.zeros_like(one[1][0]))
         halved = loss.may_read_once("temperature" in got, linear.logit_soft_cap is not None)
         return OfChunk(of_chunk, jnp.zeros_like(one[1][0]), multiplied=False, halved=halved, filler=(0, 1))
 

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jce._arguments import described, is_array, positive
 from jce._classes import Classes, like
 from jce._compare import divided
+from jce._heads.called import Called
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._kl_divergence import kl_of_softmax
@@ -96,8 +97,8 @@ def linear_kl_divergence(
                 f"{name}: {argument} must be a jce.Linear; got {'an array' if is_array(x) else type(x).__name__}."
                 f" Pass jce.Linear(hidden, head), the target first."
             )
-    rows = {"p.head": p.head, "q.head": q.head}
-    if jnp.shape(p.head)[:1] != jnp.shape(q.head)[:1]:
+    rows = {f"{key}.head": x.head.logits if isinstance(x.head, Called) else x.head for key, x in (("p", p), ("q", q))}
+    if len({jnp.shape(x)[:1] for x in rows.values()}) > 1:
         raise ValueError(
             f"{name}: p and q must have the same classes, as many rows in both heads; got {described(rows)}. Slice"
             f" both to the classes that they share: head[:n]."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jce._calculus import negative
 from jce._classes import Classes
 from jce._entropy import entropy_of_softmax
 from jce._heads.chunks import checked
-from jce._heads.linear import Linear
+from jce._heads.linear import Linear, linear_of
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._heads.temperature import at_temperature, whole_log_sum
 from jce._label_log_probs import log_probs_and_tail, log_probs_of
@@ -57,8 +57,8 @@ class LogProbsAndNormalizer(NamedTuple):
 )
 def linear_log_probs(
     labels: ArrayLike,
-    hidden: ArrayLike,
-    head: ArrayLike,
+    hidden: ArrayLike | Linear,
+    head: ArrayLike | Callable | None = None,
     bias: ArrayLike | None = None,
     *,
     where: ArrayLike | None = None,
@@ -80,8 +80,9 @@ def linear_log_probs(
     Args:
       labels: integer, [...], class indices y, the actions: the shape of hidden without its last axis. Or [..., k] for k
         labels of each token, such as a teacher's likeliest classes; [B, S, 1] is k = 1.
-      hidden: real, [..., d], a state for each token.
-      head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T.
+      hidden: real, [..., d], a state for each token. Or a `Linear`, as in `linear_cross_entropy`.
+      head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T. Or a
+        function of states, as there.
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
       where: bool, broadcasts to the token axes. Where it is False, both are 0, with derivative 0, whatever label
         and hidden hold; and such tokens cost no product, as in `linear_cross_entropy`.
@@ -130,14 +131,15 @@ def linear_log_probs(
       [-4.1223074e-09 -2.0000000e+01] [8.6568456e-08 8.6568456e-08]
     """
     name = "linear_log_probs"
-    got = checked(name, labels, hidden, head, several=True, temperature=temperature, bias=bias, where=where)
+    x = linear_of(name, hidden, head, bias, logit_soft_cap)
+    got = checked(name, labels, x.hidden, x.head, several=True, temperature=temperature, bias=x.bias, where=where)
     y, h = got["labels"], got["hidden"]
     if tail and y.ndim != h.ndim:
         raise ValueError(
             f"{name}: with a tail, labels must have an axis for k labels of each token last, {(*h.shape[:-1], 'k')};"
             f" got {described({'labels': y, 'hidden': h})}. One label is k = 1: labels[..., None]."
         )
-    arguments = {"labels": wide_enough(y), "logits": Linear(h, got["head"], got.get("bias"), logit_soft_cap)}
+    arguments = {"labels": wide_enough(y), "logits": x}
     if "temperature" in got:
         arguments["temperature"] = jnp.broadcast_to(got["temperature"], h.shape[:-1])
     options = TokenOptions(where, None, "none", chunk_size, precision, axis_name, batch_invariant)

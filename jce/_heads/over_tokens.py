@@ -18,12 +18,13 @@ from jax.typing import ArrayLike
 
 from jce._arguments import as_array, choice, described, float_dtype, is_real
 from jce._classes import Classes, vary_over, varying
+from jce._heads.called import Called, in_pairs, of_pairs
 from jce._heads.chunks import REDUCTIONS, checked_chunk, head_of, require_choice_of_tokens, shares
 from jce._heads.kept import counts
 from jce._heads.linear import Linear, LinearArrays, checked_linear
-from jce._heads.logits import Logits
+from jce._heads.logits import Logits, capped
 from jce._heads.places import Arguments, on_each_device
-from jce._heads.products import Products
+from jce._heads.products import Head, Products
 from jce._heads.token_loop import Inputs, Loop, each, weighted, weighted_sums
 from jce._heads.tokens import of_tokens
 from jce._layout import mesh_names, over_devices
@@ -81,10 +82,15 @@ def over_tokens(
     shared = tree.unflatten([as_array(name, f"shared{jax.tree_util.keystr(path[1:])}", x) for path, x in paths])
     parts = Arguments(
         {"hidden": [x.hidden for x in linear.values()], "others": list(others.values())}
-        | _checked_choice(name, batch, next(iter(linear.values())).head.shape[0], options),
-        [(x.head, x.bias) for x in linear.values()],
-        {"caps": [x.logit_soft_cap for x in linear.values()], "given": jax.tree.map(_wide, shared)},
+        | _checked_choice(name, batch, next(iter(linear.values())).classes, options),
+        [None if isinstance(x.head, Called) else (x.head, x.bias) for x in linear.values()],
+        {
+            "caps": [x.logit_soft_cap for x in linear.values()],
+            "called": [in_pairs(x.head.arrays) if isinstance(x.head, Called) else [] for x in linear.values()],
+            "given": jax.tree.map(_wide, shared),
+        },
     )
+    called = [x.head.without_arrays if isinstance(x.head, Called) else None for x in linear.values()]
 
     # What a loop is made of is kept in JAX's caches: so it holds no array, and nothing that is traced.
     are_logits, dtypes = [key in linear for key in arguments], jax.tree.map(lambda x: x.dtype, shared)
@@ -97,7 +103,13 @@ def over_tokens(
         return _of_dtypes(wide, dtypes)
 
     def of_part(parts, token_axes, class_axis):
-        part = _Part.of(name, parts, class_axis, is_defined)
+        if any(called) and (token_axes or class_axis is not None):
+            raise ValueError(
+                f"{name}: a head that is a function is traced of whole arrays, and gives all classes; got tokens or"
+                f" classes that are split, over {mesh_names(token_axes, class_axis)}. Give its matrix; or let XLA split"
+                f" the tokens, under a mesh with Auto axes, or call {name} inside of a jax.shard_map over them."
+            )
+        part = _Part.of(name, parts, called, class_axis, is_defined)
         of_chunk = make(in_order(*part.examples()), as_given(part.inputs.shared["given"]), class_axis)
         part, dtypes_closed_over = part.closing_over(of_chunk.closed_over)
         ones, structure = jax.tree.flatten(of_chunk.one)
@@ -108,7 +120,7 @@ def over_tokens(
         inexact = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
         trained = [0] if of_chunk.has_aux else inexact
         number = reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
-        function = _of_hidden(of_chunk, in_order, as_given, dtypes_closed_over, products)
+        function = _of_hidden(of_chunk, called, in_order, as_given, dtypes_closed_over, products)
         loop = Loop(
             function,
             chunk,
@@ -137,11 +149,12 @@ class _Part(NamedTuple):
 
     batch: tuple[int, ...]
     inputs: Inputs
+    called: list[Called | None]
     weights: Array | None
     all_kept: bool
 
     @classmethod
-    def of(cls, name: str, parts: Arguments, class_axis, is_defined) -> _Part:
+    def of(cls, name: str, parts: Arguments, called: list[Called | None], class_axis, is_defined) -> _Part:
         tokens, rows, shared = parts
         batch = tokens["hidden"][0].shape[:-1]
         count = math.prod(batch)
@@ -156,18 +169,19 @@ class _Part(NamedTuple):
             # A token of weight 0 still has a derivative in its weight, unless a hidden state isn't finite.
             defined = jnp.stack([jnp.isfinite(h).all(-1) for h in tokens["hidden"]]).all(0)
             if is_defined is not None:
-                defined &= is_defined(tokens["others"], Classes(-2, class_axis).count(rows[0][0]))
+                n = called[0].logits.size if called[0] is not None else Classes(-2, class_axis).count(rows[0][0])
+                defined &= is_defined(tokens["others"], n)
             kept = counts(w) & ((w != 0) | defined) & (True if kept is None else kept)
             w = jnp.where(kept, w, jnp.zeros_like(w))
-        if any(head.shape[0] == 0 for head, _ in rows):  # no class is one, and no token has it
+        if any(row[0].shape[0] == 0 for row in rows if row):  # no class is one, and no token has it
             kept = jnp.zeros(count, bool)
         every = jnp.ones(count, bool)
-        pairs = [head_of(name, h, *row) for h, row in zip(tokens["hidden"], rows, strict=True)]
+        pairs = [head_of(name, h, *row) if row else (h, None) for h, row in zip(tokens["hidden"], rows, strict=True)]
         hidden, heads = map(list, zip(*pairs, strict=True))
         inputs = Inputs(hidden, [every if kept is None else kept, *tokens["others"]], heads, shared)
         axes = frozenset().union(*map(varying, jax.tree.leaves((inputs, w))))
         w = None if w is None else vary_over(axes - frozenset(mesh_names(class_axis)), w)[0]
-        return cls(batch, inputs.varying_over(axes, class_axis), w, kept is None)
+        return cls(batch, inputs.varying_over(axes, class_axis), called, w, kept is None)
 
     def closing_over(self, arrays: Any) -> tuple[_Part, Any]:
         """And the arrays' dtypes, as which they come back."""
@@ -176,20 +190,26 @@ class _Part(NamedTuple):
 
     def examples(self) -> tuple[list[Array], list[Array]]:
         """A token's logits under each head, and its other arguments: arrays of their types, to trace with."""
-        pairs = zip(self.inputs.hidden, self.inputs.heads, strict=True)
-        logits = [vary_over(varying(h), jnp.zeros_like(head.bias))[0] for h, head in pairs]
+        pairs = zip(self.inputs.hidden, self._types(), strict=True)
+        logits = [vary_over(varying(h), jnp.zeros(t.shape, t.dtype))[0] for h, t in pairs]
         return logits, [_first(x) for x in self.inputs.tokens[1:]]
 
     @property
     def logits(self) -> jax.ShapeDtypeStruct:
         """A token's, under all heads."""
-        biases = [head.bias for head in self.inputs.heads]
-        return jax.ShapeDtypeStruct((sum(b.size for b in biases),), biases[0].dtype)
+        types = self._types()
+        return jax.ShapeDtypeStruct((sum(t.size for t in types),), types[0].dtype)
+
+    def _types(self) -> list[jax.ShapeDtypeStruct]:
+        """Of a token's logits under each head."""
+        of_functions = iter([c.logits for c in self.called if c is not None])
+        biases = (None if head is None else head.bias for head in self.inputs.heads)
+        return [next(of_functions) if b is None else jax.ShapeDtypeStruct(b.shape, b.dtype) for b in biases]
 
     @property
     def is_bfloat16(self) -> bool:
         pairs = zip(self.inputs.hidden, self.inputs.heads, strict=True)
-        return all(h.dtype == head.weight.dtype == jnp.bfloat16 for h, head in pairs)
+        return all(head and h.dtype == head.weight.dtype == jnp.bfloat16 for h, head in pairs)
 
     def weights_of(self, reduction: str, token_axes: tuple, double: bool) -> Array | None:
         """What results are multiplied by, None where there is nothing."""
@@ -225,7 +245,12 @@ class _Part(NamedTuple):
 
 
 def _of_hidden(
-    of_chunk: OfChunk, in_order: Callable, as_given: Callable, closed_over: Any, products: Products
+    of_chunk: OfChunk,
+    called: list[Called | None],
+    in_order: Callable,
+    as_given: Callable,
+    closed_over: Any,
+    products: Products,
 ) -> Callable:
     """A chunk's function of logits as one of hidden states and heads: 0 for a token that isn't kept."""
 
@@ -241,9 +266,13 @@ def _of_hidden(
             pairs = zip(others, of_chunk.filler, strict=False)
             others = [jnp.where(_column(kept, x), x, jnp.full_like(x, f)) if f else x for x, f in pairs]
         logits = []
-        for h, head, cap in zip(hidden, inputs.heads, shared["caps"], strict=True):
-            x = Logits(h, head, cap, products.on(platform, h, head.weight))
-            logits.append(x.whole() if of_chunk.multiplied else x)
+        heads = [c if head is None else head for head, c in zip(inputs.heads, called, strict=True)]
+        for h, head, cap, pairs in zip(hidden, heads, shared["caps"], shared["called"], strict=True):
+            if isinstance(head, Head):
+                x = Logits(h, head, cap, products.on(platform, h, head.weight))
+                logits.append(x.whole() if of_chunk.multiplied else x)
+            elif isinstance(head, Called):
+                logits.append(capped(head.of_chunk(of_pairs(pairs), h), cap))
         results = of_chunk.function(
             in_order(logits, others), as_given(shared["given"]), _of_dtypes(shared["closed over"], closed_over)
         )

@@ -7,14 +7,14 @@ head's gradient is summed over the tokens' axis, once, after the loop, and the h
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jce._heads.linear import Linear
+from jce._heads.linear import Linear, linear_of
 from jce._heads.linear_cross_entropy import NUMBERS, OPTIONS, label_cross_entropy
 from jce._heads.numbers import Numbers
 from jce._heads.over_tokens import TokenOptions
@@ -25,8 +25,8 @@ from jce._public import public
 @public(*OPTIONS, "mesh", "token_axis", "class_axis", numbers=NUMBERS)
 def sharded_linear_cross_entropy(
     labels: ArrayLike,
-    hidden: ArrayLike,
-    head: ArrayLike,
+    hidden: ArrayLike | Linear,
+    head: ArrayLike | Callable | None = None,
     bias: ArrayLike | None = None,
     *,
     mesh: Mesh,
@@ -52,7 +52,8 @@ def sharded_linear_cross_entropy(
     Args:
       labels: integer, [...], class indices y: the shape of hidden without its last axis. At least one axis.
       hidden: real, [..., d], a state for each token.
-      head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T.
+      head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T. A
+        function of states only where neither tokens nor classes are split: `Linear`.
       bias: real, [n].
       mesh: the devices, as of `jax.make_mesh`. Over its other axes everything is replicated.
       token_axis: the mesh axis, or a tuple of them, over which the first axis of the tokens is split. None or () for
@@ -100,4 +101,4 @@ def sharded_linear_cross_entropy(
         where, weights, reduction, chunk_size, precision, on_axes(name, mesh, token_axis, class_axis), batch_invariant
     )
     numbers = Numbers(label_smoothing, z_loss, temperature)
-    return label_cross_entropy(name, labels, Linear(hidden, head, bias, logit_soft_cap), numbers, options)
+    return label_cross_entropy(name, labels, linear_of(name, hidden, head, bias, logit_soft_cap), numbers, options)

@@ -1,0 +1,170 @@
+"""A head that is a function: what it makes of a token's state, and the arrays that it takes from around it.
+
+It is traced once, of one token, where it is called. So it is a function of each token alone, whatever the chunks are;
+what is patched or set around the call holds in its derivatives too; and the arrays that it closes over take the place
+of a matrix: they are differentiated, and their gradients summed over the chunks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jce._arguments import as_array, float_dtype
+from jce._classes import vary_over, varying, varying_alike
+
+RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
+
+
+def is_function(head: Any) -> bool:
+    """Also where it is callable, what jnp.asarray takes is a matrix, as a parameter of Flax is."""
+    if not callable(head):
+        return False
+    return not hasattr(head, "__jax_array__") and not (hasattr(head, "shape") and hasattr(head, "dtype"))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Called:
+    """A traced head. Its arrays are leaves, as a matrix would be."""
+
+    arrays: list[Array]
+    jaxpr: Any = dataclasses.field(metadata={"static": True})
+    rank: int = dataclasses.field(metadata={"static": True})  # of the states that it is given
+    logits: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})  # a token's, as they are computed with
+
+    @classmethod
+    def of(cls, function: str, name: str, head: Callable, hidden: Any) -> Called:
+        h = as_array(function, "hidden", hidden)
+        float_dtype(function, {"hidden": h})
+        rank = max(h.ndim, 1)
+        token = vary_over(varying(h), jnp.zeros((1,) * (rank - 1) + h.shape[-1:], h.dtype))[0]
+        closed, given = jax.make_jaxpr(lambda h: head(h), return_shape=True)(token)
+        are_logits = isinstance(given, jax.ShapeDtypeStruct) and given.shape[:-1] == token.shape[:-1]
+        if not (are_logits and given.ndim == rank and given.size and jnp.issubdtype(given.dtype, jnp.floating)):
+            raise ValueError(
+                f"{function}: {name} must give logits of hidden states, floating-point, with their axes but the last,"
+                f" which is of classes; called with {_brief(token)}, a token's state, it gives"
+                f" {jax.tree.map(_brief, given)}. Give a function such as lambda h: h @ kernel."
+            )
+        _require_of_each_token(function, name, closed)
+        dtype = given.dtype
+        if dtype.itemsize < 4:
+            warnings.warn(
+                f"{function}: {name} gives logits as {dtype}, whose rounding is in losses and gradients. Sum its"
+                f" product in float32, as by jnp.matmul(..., preferred_element_type=jnp.float32).",
+                stacklevel=2,
+            )
+            dtype = jnp.dtype(jnp.float32)
+        arrays = [jnp.asarray(x) for x in closed.consts]
+        return cls(arrays, closed.jaxpr, rank, jax.ShapeDtypeStruct(given.shape[-1:], dtype))
+
+    @property
+    def without_arrays(self) -> Called:
+        return dataclasses.replace(self, arrays=[])
+
+    def of_chunk(self, arrays: Sequence[Array], h: Array) -> Array:
+        """[C, n] of [C, d]"""
+
+        def of_token(h):
+            (x,) = _evaluated(self.jaxpr, arrays, [h.reshape((1,) * (self.rank - 1) + h.shape)])
+            return x.reshape(self.logits.shape).astype(self.logits.dtype)
+
+        return jax.vmap(of_token)(h)
+
+
+def _evaluated(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """As `jax.core.eval_jaxpr`, but for unit axes in products, which are a token's state's: over a batch of tokens they
+    would be products over several axes, for whose gradients XLA copies both factors."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
+
+    def read(variables):
+        return [v.val if hasattr(v, "val") else values[v] for v in variables]  # a literal, or known by now
+
+    for equation in jaxpr.eqns:
+        if equation.primitive is lax.dot_general_p:
+            results = [_product(*read(equation.invars), equation.outvars[0].aval.shape, **equation.params)]
+        elif equation.primitive.name in ("jit", "pjit"):
+            inner = equation.params["jaxpr"]
+            results = _evaluated(inner.jaxpr, inner.consts, read(equation.invars))
+        elif equation.primitive.name in ("pvary", "pcast"):  # of what varies already, as in a loop all does
+            results = vary_over(frozenset(equation.params["axes"]), *read(equation.invars))
+        else:
+            known = [v for v in equation.invars if not hasattr(v, "val")]
+            alone = jaxpr.replace(constvars=known, invars=[], outvars=equation.outvars, eqns=[equation])
+            results = jax.core.eval_jaxpr(alone, varying_alike(*read(known)))
+        values |= zip(equation.outvars, results, strict=True)
+    return read(jaxpr.outvars)
+
+
+def _product(a, b, shape, *, dimension_numbers, **how):
+    """Without unit axes of its own, which its shape says."""
+    operands, places = [], []
+    for x, *axes in zip((a, b), *dimension_numbers, strict=True):
+        kept = [i for i, n in enumerate(x.shape) if n != 1 or any(i in some for some in axes)]
+        operands.append(x.reshape([x.shape[i] for i in kept]))
+        places.append([tuple(map(kept.index, some)) for some in axes])
+    over, batch = zip(*places, strict=True)
+    return lax.dot_general_p.bind(*varying_alike(*operands), dimension_numbers=(over, batch), **how).reshape(shape)
+
+
+def in_pairs(arrays: Sequence[Array]) -> list[tuple[Array, Array | None]]:
+    """Each array, and where it is narrow, itself in float32, in which a loop sums its gradient; nothing reads that."""
+    pairs = []
+    for x in arrays:
+        is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        pairs.append((lax.stop_gradient(x), x.astype(jnp.float32)) if is_narrow else (x, None))
+    return pairs
+
+
+def of_pairs(pairs: Sequence[tuple[Array, Array | None]]) -> list[Array]:
+    return [x if wide is None else _narrow(x, wide) for x, wide in pairs]
+
+
+@jax.custom_jvp
+def _narrow(x: Array, wide: Array) -> Array:
+    return x
+
+
+@_narrow.defjvp
+def _narrow_rule(primals, tangents):
+    return _narrow(*primals), tangents[1].astype(primals[0].dtype)
+
+
+def _require_of_each_token(function: str, name: str, closed: Any) -> None:
+    """What can be seen in a trace: that it draws nothing, which would be the same for all tokens, and has no effect."""
+    drawn = sorted({e.primitive.name for e in _equations(closed.jaxpr)} & {*RANDOM})
+    if drawn:
+        raise ValueError(
+            f"{function}: {name} may draw no random numbers, since it is traced of one token, and all tokens would get"
+            f" the same; it has {', '.join(drawn)}. Draw outside, and multiply the hidden states by what is drawn."
+        )
+    if closed.effects:
+        raise ValueError(
+            f"{function}: {name} may have no effect, since it is computed again in derivatives; it has"
+            f" {', '.join(sorted({type(e).__name__ for e in closed.effects}))}. Leave out what prints, calls or writes."
+        )
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for x in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            inner = getattr(x, "jaxpr", x)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+def _brief(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}"

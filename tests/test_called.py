@@ -1,0 +1,319 @@
+"""Heads that are functions: the dense loss of what they give, in every function of heads, nesting and mode."""
+
+import functools
+import gc
+import re
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jce
+
+B, S, D, N = 3, 20, 8, 50
+ce = jce.cross_entropy_with_integer_labels
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scaled_product(x, kernel, scale):
+    return (x * scale) @ kernel
+
+
+scaled_product.defvjp(
+    lambda x, kernel, scale: ((x * scale) @ kernel, (x, kernel)),
+    lambda scale, kept, ct: (scale * ct @ kept[1].T, scale * kept[0].reshape(-1, D).T @ ct.reshape(-1, N)),
+)
+
+
+def normed(h, gain):
+    return h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + 1e-6) * gain
+
+
+def loosely(head):
+    """With the promotion that people's heads count on, where these tests forbid it."""
+
+    def called(h):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return head(h)
+
+    return called
+
+
+HEADS = {  # of parameters, a function of hidden states
+    "a matrix": lambda p: lambda h: h @ p["kernel"],
+    "an embedding": lambda p: lambda h: jnp.einsum("bsd,vd->bsv", h, p["kernel"].T) * D**-0.5,
+    "low-rank": lambda p: lambda h: h @ jax.lax.stop_gradient(p["kernel"]) + (h @ p["a"]) @ p["b"],
+    "normed and capped": lambda p: lambda h: 5 * jnp.tanh(normed(h, p["gain"]) @ p["kernel"] / 5),
+    "two layers": lambda p: lambda h: jax.nn.gelu(h @ p["square"]) @ p["kernel"] + p["bias"],
+    "of one state": lambda p: jax.vmap(jax.vmap(lambda h: p["kernel"].T @ h)),
+    "partial": lambda p: jax.tree_util.Partial(lambda kernel, h: h @ kernel, p["kernel"]),
+    "int8": lambda p: lambda h: (h @ jnp.round(8 * jax.lax.stop_gradient(p["kernel"])).astype(jnp.int8)) * p["scale"],
+    "checkpointed": lambda p: jax.checkpoint(lambda h: normed(h, p["gain"]) @ p["kernel"]),
+    "a scan": lambda p: lambda h: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, p["squares"])[0] @ p["kernel"],
+}
+
+
+HEADS = {name: lambda p, make=make: loosely(make(p)) for name, make in HEADS.items()}
+
+
+@pytest.fixture
+def problem(rng):
+    shapes = {"kernel": (D, N), "a": (D, 2), "b": (2, N), "gain": (D,), "square": (D, D), "bias": (N,), "scale": (N,)}
+    shapes["squares"] = (2, D, D)
+    parameters = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    h = jnp.asarray(rng.standard_normal((B, S, D)), jnp.float32)
+    where = jnp.asarray(rng.uniform(size=(B, S)) < 0.6)
+    return jnp.asarray(rng.integers(0, N, (B, S)), jnp.int32), h, parameters, where
+
+
+def dense_mean(loss, where):
+    return jnp.where(where, loss, 0).sum() / where.sum().astype(loss.dtype)
+
+
+def close(got, expected, rtol=2e-6):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max() + 1e-3))
+
+
+def test_every_head_in_first_and_second_derivatives(problem):
+    """Of a mean over some tokens, whose others are NaN; and under a custom_vjp rule, which has no second."""
+    y, h, parameters, where = problem
+    bad = 1e30 if jax.config.jax_debug_nans else np.nan
+    options = {"where": where, "chunk_size": 16, "z_loss": 1e-2, "label_smoothing": 0.1}
+
+    def ours(make, h, p):
+        return jce.linear_cross_entropy(y, jnp.where(where[..., None], h, bad), make(p), **options)
+
+    def dense(make, h, p):
+        return dense_mean(ce(y, make(p)(h), z_loss=1e-2, label_smoothing=0.1), where)
+
+    def custom(p):
+        return lambda h: scaled_product(h, p["kernel"], 0.5)
+
+    def everything(loss, h, p):
+        found = []
+        for make in HEADS.values():
+            gradient = jax.value_and_grad(functools.partial(loss, make), (0, 1))
+            found.append(jax.jvp(gradient, (h, p), (h, p)))
+        return [*found, jax.value_and_grad(functools.partial(loss, custom), (0, 1))(h, p)]
+
+    got = jax.jit(functools.partial(everything, ours))(h, parameters)
+    expected = jax.jit(functools.partial(everything, dense))(h, parameters)
+    for name, a, b in zip([*HEADS, "custom"], got, expected, strict=True):
+        try:
+            close(a, b, 2e-5)
+        except AssertionError as error:
+            raise AssertionError(name) from error
+
+
+def test_every_function_takes_one(problem):
+    y, h, p, where = problem
+    head, teacher = HEADS["normed and capped"](p), 0.5 * p["kernel"].T
+    x, logits = jce.Linear(h, head), head(h)
+    labels = jnp.stack([y, (y + 1) % N], -1)
+    probs, twice = jnp.full(labels.shape, 0.25), jnp.full((B, S), 2.0)
+
+    @jax.jit
+    def found():
+        return [
+            jce.linear_log_probs(y, x).log_prob,
+            jce.linear_log_probs(labels, h, head, temperature=2.0).log_prob,
+            jce.linear_cross_entropy(y, x, reduction="none", weights=jnp.where(where, 2.0, 0.0)),
+            jce.linear_cross_entropy(labels, h, head, label_probs=probs, reduction="none"),
+            jce.linear_cross_entropy(y, h, head, temperature=twice, logit_soft_cap=3.0, reduction="none"),
+            jce.linear_cross_entropy(y, h, head, reduction="none", chunk_size=16, batch_invariant=True),
+            jce.linear_kl_divergence(jce.Linear(h, teacher), x, reduction="none"),
+            jce.linear_kl_divergence(x, jce.Linear(2 * h, head), reduction="none"),
+            jce.linear_map(lambda y, x: x[y], y, x),
+            jce.linear_map(lambda a, b: (a * b).sum(), x, jce.Linear(h, teacher)),
+        ]
+
+    one_of_k = jax.nn.one_hot(labels, N).mean(-2) / 2
+    expected = [
+        -ce(y, logits),
+        -jnp.stack([ce(labels[..., k], logits / 2) for k in range(2)], -1),
+        jnp.where(where, 2 * ce(y, logits), 0),
+        -(one_of_k * jax.nn.log_softmax(logits)).sum(-1),
+        ce(y, 3 * jnp.tanh(logits / 3) / 2),
+        ce(y, logits),
+        jce.kl_divergence_with_logits(h @ teacher.T, logits),
+        jce.kl_divergence_with_logits(logits, head(2 * h)),
+        jnp.take_along_axis(logits, y[..., None], -1)[..., 0],
+        (logits * (h @ teacher.T)).sum(-1),
+    ]
+    close(found(), expected, 1e-5)
+
+
+def test_a_model_gives_one_instead_of_logits(problem):
+    """Through jit, grad and vmap: it is a tree of the states and of what the head closes over."""
+    y, h, p, _ = problem
+
+    @jax.jit
+    def model(h, p):
+        return jce.Linear(2 * h, HEADS["low-rank"](p))
+
+    def loss(h, p):
+        return jce.linear_cross_entropy(y, model(h, p))
+
+    close(jax.grad(loss, (0, 1))(h, p), jax.grad(lambda h, p: ce(y, HEADS["low-rank"](p)(2 * h)).mean(), (0, 1))(h, p))
+    x = model(h, p)
+    calls = []
+    jce.Linear(h, lambda h: (calls.append(h.shape), h @ p["kernel"])[1])
+    assert calls == [(1, 1, D)]  # traced once, of one token
+    assert jax.tree.structure(x) == jax.tree.structure(jax.tree.map(lambda a: a, x))
+
+
+def test_nestings(problem):
+    """Rows of a vmap, parameters of a vmap, a scan, a token alone, and none."""
+    y, h, p, _ = problem
+    kernels = jnp.stack([p["kernel"], 2 * p["kernel"]])
+
+    def loss(y, h, kernel):
+        return jce.linear_cross_entropy(y, h, lambda h: h @ kernel, chunk_size=8)
+
+    def dense(y, h, kernel):
+        return ce(y, h @ kernel).mean()
+
+    def all_of(loss):
+        gradient = jax.value_and_grad(loss, (1, 2))
+        return [
+            jax.vmap(gradient, (0, 0, None))(y, h, p["kernel"]),
+            jax.vmap(gradient, (None, None, 0))(y, h, kernels),
+            jax.lax.scan(lambda total, yh: (total + loss(*yh, p["kernel"]), gradient(*yh, p["kernel"])), 0.0, (y, h)),
+            gradient(y[0, 0], h[0, 0], p["kernel"]),
+        ]
+
+    close(jax.jit(lambda: all_of(loss))(), jax.jit(lambda: all_of(dense))(), 1e-5)
+    assert loss(y[:, :0], h[:, :0], p["kernel"]) == 0
+
+
+@pytest.mark.needs_jit
+def test_what_it_costs():
+    """At most what the matrix does; and of what is trained beside a frozen kernel nothing of the kernel's size."""
+    tokens, d, n = 1024, 64, 8192
+    shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in ((4, tokens // 4, d), (n, d), (d, 4), (4, n))]
+    y = jnp.zeros((4, tokens // 4), int)
+
+    def compiled(loss, *wrt):
+        return jax.jit(jax.value_and_grad(loss, wrt)).lower(*shapes).compile()
+
+    matrix = compiled(lambda h, w, *_: jce.linear_cross_entropy(y, h, w), 0, 1)
+    function = compiled(
+        lambda h, w, *_: jce.linear_cross_entropy(y, h, lambda h: jnp.einsum("bsd,vd->bsv", h, w)), 0, 1
+    )
+    sizes = [program.memory_analysis().temp_size_in_bytes for program in (matrix, function)]
+    assert sizes[1] < 1.2 * sizes[0]
+
+    def low_rank(h, w, a, b):
+        return jce.linear_cross_entropy(y, h, lambda h: h @ w.T + (h @ a) @ b)
+
+    text = compiled(low_rank, 0, 2, 3).as_text()
+    made = re.findall(rf"= f32\[(?:{n},{d}|{d},{n})\]\S* ([a-z-]+)\(", text)
+    assert {*made} <= {"parameter", "get-tuple-element", "bitcast"}
+
+
+def test_narrow_arrays_have_their_gradient_summed_wide(rng):
+    """As a matrix' is: of many tokens a bfloat16 sum would be some percent off. Each comes back in its own dtype."""
+    h, w = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((4096, 4), (8, 4)))
+    y = jnp.zeros(4096, int)
+
+    def gradient(head):
+        return jax.jit(jax.grad(lambda w: jce.linear_cross_entropy(y, h, head(w), chunk_size=8)))(w)
+
+    got = gradient(lambda w: lambda h: jnp.matmul(h, w.T, preferred_element_type=jnp.float32))
+    expected = gradient(lambda w: w)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(*map(np.float32, (got, expected)), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_half_precision_logits_warn(problem):
+    y, h, p, _ = problem
+    with pytest.raises(UserWarning, match=r"head gives logits as bfloat16.*preferred_element_type"):
+        jce.linear_cross_entropy(y, h, lambda h: (h @ p["kernel"]).astype(jnp.bfloat16))
+
+
+def test_what_it_holds_is_the_callers_alone(problem):
+    y, h, p, _ = problem
+
+    class Head:
+        def __call__(self, h):
+            return h @ p["kernel"]
+
+    def used():
+        head = Head()
+        jax.grad(lambda h: jce.linear_cross_entropy(y, h, head))(h)
+        return weakref.ref(head)
+
+    gone = used()
+    gc.collect()
+    assert gone() is None
+
+
+def test_devices(problem):
+    """XLA splits tokens under Auto axes, and a caller in a shard_map; what jce would split is refused."""
+    y, h, p, _ = problem
+    y, h = y[:, :16].reshape(12, 4), h[:, :16].reshape(12, 4, D)
+    mesh = jax.make_mesh((4, 2), ("data", "stage"), axis_types=(AxisType.Auto,) * 2)
+
+    def head(p):
+        return loosely(lambda h: jnp.where(jnp.arange(N) < 40, jax.nn.relu(h + p["gain"]) @ p["kernel"], -3.0))
+
+    def loss(h, p):
+        return jce.linear_cross_entropy(y, h, head(p), chunk_size=4)
+
+    def inside(h, p):
+        def part(y, h, p):
+            return jax.lax.psum(jce.linear_cross_entropy(y, h, head(p), chunk_size=4, reduction="sum"), "data") / 48
+
+        return jax.shard_map(part, mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P())(y, h, p)
+
+    expected = jax.jit(jax.value_and_grad(lambda h, p: ce(y, head(p)(h)).mean(), (0, 1)))(h, p)
+    close(jax.jit(jax.value_and_grad(inside, (0, 1)))(h, p), expected, 1e-5)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(h, jax.sharding.NamedSharding(mesh, P("data")))
+        close(jax.jit(jax.value_and_grad(loss, (0, 1)))(split, p), expected, 1e-5)
+    for axes in ("data", None), (None, "stage"), (("data", "stage"), None):
+        on = {"mesh": mesh, "token_axis": axes[0], "class_axis": axes[1]}
+        sharded = functools.partial(jce.sharded_linear_cross_entropy, **on)
+        for function in (jce.on_mesh(jce.linear_cross_entropy, **on), sharded):
+            with pytest.raises(ValueError, match=r"a head that is a function is traced of whole arrays.*jax.shard_map"):
+                function(y[:8], h[:8], head(p))
+
+
+def dropped(h):
+    return h * jax.random.bernoulli(jax.random.key(0), 0.5, h.shape).astype(h.dtype)
+
+
+def printed(h):
+    jax.debug.print("{}", h)
+    return h
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: h.sum()), r"head must give logits.*float32\[\]"),
+        (lambda y, h, w: jce.linear_log_probs(y, h, lambda h: (h @ w, 1)), r"head must give logits"),
+        (lambda y, h, w: jce.linear_log_probs(y, h, lambda h: h[..., :0]), r"head must give logits"),
+        (lambda y, h, w: jce.Linear(h, lambda h: (h @ w).astype(int)), r"Linear: head must give logits.*int32"),
+        (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: dropped(h) @ w), r"may draw no random.*get the same"),
+        (lambda y, h, w: jce.Linear(h, lambda h: printed(h) @ w), r"head may have no effect.*DebugEffect"),
+        (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: h @ w, jnp.zeros(N)), r"adds its own bias"),
+        (lambda y, h, w: jce.Linear(h, lambda h: h @ w, jnp.zeros(N)), r"adds its own bias"),
+        (lambda y, h, w: jce.linear_cross_entropy(y, jce.Linear(h, w.T), w.T), r"stands for hidden, head.*got head"),
+        (lambda y, h, w: jce.linear_log_probs(y, h), r"head must be \[n, d\], or a function"),
+        (
+            lambda y, h, w: jce.linear_kl_divergence(jce.Linear(h, w.T[:9]), jce.Linear(h, lambda h: h @ w)),
+            r"same classes.*p.head: float32\[9,8\], q.head: float32\[50\]",
+        ),
+    ],
+)
+def test_errors(problem, call, text):
+    y, h, p, _ = problem
+    with pytest.raises((TypeError, ValueError), match=text):
+        call(y, h, p["kernel"])

@@ -226,3 +226,30 @@ def test_numbers_that_are_parameters_of_flax(rng):
     arguments = head, jnp.float32(0.7), jnp.float32(5)
     got, expected = (jax.grad(f, (0, 1, 2))(*arguments) for f in (of_parameters, loss))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_heads_that_are_theirs(rng):
+    """Modules as they are: Flax's Linear, one with a low-rank update that alone is trained, an embedding's `attend`;
+    Equinox' of one state."""
+    h = jnp.asarray(rng.standard_normal((3, 5, 8)), np.float32)
+    y = jnp.asarray(rng.integers(0, 12, (3, 5)), np.int32)
+
+    def ours(head):
+        return jce.linear_cross_entropy(y, h, head, chunk_size=4)
+
+    def theirs(head):
+        return jce.cross_entropy_with_integer_labels(y, head(h)).mean()
+
+    def close(gradient, model, **options):
+        with jax.numpy_rank_promotion("allow"):
+            got, expected = (nnx.jit(nnx.grad(lambda m, f=f: f(gradient(m)), **options))(model) for f in (ours, theirs))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert jax.tree.leaves(got)
+
+    close(lambda m: m, nnx.Linear(8, 12, rngs=nnx.Rngs(0)))
+    close(lambda m: m, nnx.LoRALinear(8, 12, lora_rank=2, rngs=nnx.Rngs(0)), argnums=nnx.DiffState(0, nnx.LoRAParam))
+    close(lambda m: m.attend, nnx.Embed(12, 8, rngs=nnx.Rngs(0)))
+    module = eqx.nn.Linear(8, 12, key=jax.random.key(0))
+    got, expected = (eqx.filter_grad(lambda m, f=f: f(jax.vmap(jax.vmap(m))))(module) for f in (ours, theirs))
+    np.testing.assert_allclose(got.weight, expected.weight, rtol=1e-5, atol=1e-6)

@@ -126,7 +126,12 @@ def test_export(kernel, rng):
     directions = tuple(np.where(np.isfinite(x), x, 0).astype(np.float32) for x in arguments)
     products = pull.vjp().call(*arguments, cotangent, *directions)
     expected = jax.jit(lambda x, t: jax.vjp(gradient(kernel), *x)[1](t))(arguments, directions)
-    close(tuple(products[: len(arguments)]), expected, rtol=1e-5, atol=1e-5)
+    # A direction deviates from its mean by no more than what rounding leaves of it: of a common offset of 10⁶, .06.
+    rounding = 2e-7 * functools.reduce(np.maximum, [np.abs(x).max(-1, keepdims=True) for x in directions])
+    for got, true in zip(map(np.asarray, products), map(np.asarray, expected), strict=False):
+        with np.errstate(invalid="ignore"):
+            near = np.abs(got - true) <= 1e-5 * (1 + np.abs(true)) + rounding
+        assert (near | (got == true) | (np.isnan(got) & np.isnan(true))).all()
 
 
 @pytest.mark.needs_jit

@@ -40,9 +40,13 @@ def build(folder: pathlib.Path) -> list[pathlib.Path]:
 def _shorter(text: str) -> str:
     """Signatures with the type's name for what it stands for, and without our decorator."""
     text = re.sub(r'<div class="decorator decorator-public">.*?</div>', "", text, flags=re.DOTALL)
-    none = r'(<span class="p">,</span> <span class="n">NoneType</span>)?'
-    union = rf'<span class="n">Union</span>(?:(?!</?div).)*?complex</span>{none}<span class="p">\]</span>'
-    return re.sub(union, lambda found: "ArrayLike | None" if found[1] else "ArrayLike", text, flags=re.DOTALL)
+    union = r'<span class="n">Union</span>(?:(?!</?div|>Union<).)*?complex</span>(.*?)<span class="p">\]</span>'
+
+    def short(found: re.Match) -> str:
+        others = [x.strip().split(".")[-1] for x in re.sub(r"<[^>]+>", "", found[1]).split(",")[1:]]
+        return " | ".join(["ArrayLike", *("None" if x == "NoneType" else x for x in others)])
+
+    return re.sub(union, short, text, flags=re.DOTALL)
 
 
 def main() -> None:

@@ -33,9 +33,9 @@ def is_function(head: Any) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Called:
-    """A traced head. Its arrays are leaves, as a matrix would be."""
+    """A traced head. Its arrays are leaves, as a matrix would be; in a loop `in_pairs`."""
 
-    arrays: list[Array]
+    arrays: list[Any]
     jaxpr: Any = dataclasses.field(metadata={"static": True})
     rank: int = dataclasses.field(metadata={"static": True})  # of the states that it is given
     logits: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})  # a token's, as they are computed with
@@ -66,12 +66,19 @@ class Called:
         arrays = [jnp.asarray(x) for x in closed.consts]
         return cls(arrays, closed.jaxpr, rank, jax.ShapeDtypeStruct(given.shape[-1:], dtype))
 
-    @property
-    def without_arrays(self) -> Called:
-        return dataclasses.replace(self, arrays=[])
+    def in_pairs(self) -> Called:
+        """With each array that is narrow beside itself in float32, in which a loop sums its gradient; nothing reads
+        that."""
 
-    def of_chunk(self, arrays: Sequence[Array], h: Array) -> Array:
-        """[C, n] of [C, d]"""
+        def pair(x):
+            is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+            return (lax.stop_gradient(x), x.astype(jnp.float32)) if is_narrow else (x, None)
+
+        return dataclasses.replace(self, arrays=[pair(x) for x in self.arrays])
+
+    def of_chunk(self, h: Array) -> Array:
+        """[C, n] of [C, d], in a loop."""
+        arrays = [x if wide is None else _narrow(x, wide) for x, wide in self.arrays]
 
         def of_token(h):
             (x,) = _evaluated(self.jaxpr, arrays, [h.reshape((1,) * (self.rank - 1) + h.shape)])
@@ -113,19 +120,6 @@ def _product(a, b, shape, *, dimension_numbers, **how):
         places.append([tuple(map(kept.index, some)) for some in axes])
     over, batch = zip(*places, strict=True)
     return lax.dot_general_p.bind(*varying_alike(*operands), dimension_numbers=(over, batch), **how).reshape(shape)
-
-
-def in_pairs(arrays: Sequence[Array]) -> list[tuple[Array, Array | None]]:
-    """Each array, and where it is narrow, itself in float32, in which a loop sums its gradient; nothing reads that."""
-    pairs = []
-    for x in arrays:
-        is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
-        pairs.append((lax.stop_gradient(x), x.astype(jnp.float32)) if is_narrow else (x, None))
-    return pairs
-
-
-def of_pairs(pairs: Sequence[tuple[Array, Array | None]]) -> list[Array]:
-    return [x if wide is None else _narrow(x, wide) for x, wide in pairs]
 
 
 @jax.custom_jvp

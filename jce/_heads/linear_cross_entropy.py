@@ -16,8 +16,8 @@ from jax.typing import ArrayLike
 
 from jce._arguments import is_array, require_no_tail, wide_enough
 from jce._classes import Classes
+from jce._heads.arguments import checked
 from jce._heads.called import Called
-from jce._heads.chunks import checked
 from jce._heads.label_loss import LabelLoss, Target
 from jce._heads.linear import Linear, linear_of
 from jce._heads.numbers import Numbers

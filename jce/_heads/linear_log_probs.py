@@ -15,7 +15,7 @@ from jce._arguments import described, wide_enough
 from jce._calculus import negative
 from jce._classes import Classes
 from jce._entropy import entropy_of_softmax
-from jce._heads.chunks import checked
+from jce._heads.arguments import checked
 from jce._heads.linear import Linear, linear_of
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._heads.temperature import at_temperature, whole_log_sum

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jce._arguments import float_dtype
 from jce._classes import varying_alike
 from jce._platforms import Platform
 from jce._primitives import batch_axis_first, primitive
@@ -28,6 +29,26 @@ class Head(NamedTuple):
     weight: Array
     wide: Array
     bias: Array
+
+    @property
+    def logits(self) -> jax.ShapeDtypeStruct:
+        """A token's."""
+        return jax.ShapeDtypeStruct(self.bias.shape, self.bias.dtype)
+
+
+def head_of(function: str, h: Array, w: Array, b: Array | None) -> tuple[Array, Head]:
+    """Hidden states and their head as they are multiplied; no class is one of logit 0."""
+    dtype = float_dtype(function, {"hidden": h, "head": w} | ({} if b is None else {"bias": b}))
+    b = jnp.zeros(w.shape[0], dtype) if b is None else b.astype(dtype)
+    if w.shape[0] == 0:
+        w, b = jnp.zeros((1, w.shape[1]), w.dtype), jnp.zeros(1, dtype)
+    h, w = _stored(h, dtype), _stored(w, dtype)
+    return h, Head(lax.stop_gradient(w), w.astype(dtype), b)
+
+
+def _stored(x: Array, dtype) -> Array:
+    """Half precision as it is, where it is multiplied with sums in float32."""
+    return x if jnp.issubdtype(x.dtype, jnp.floating) and dtype == jnp.float32 else x.astype(dtype)
 
 
 class Products(NamedTuple):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jce._classes import vary_over, varying
+from jce._heads.called import Called
 from jce._heads.chunks import each_token, over_chunks
 from jce._heads.effects import require_differentiable
 from jce._heads.products import Head
@@ -27,12 +28,11 @@ from jce._primitives import is_zero, jvp_of_some, live_jvp, replaced
 
 
 class Inputs(NamedTuple):
-    """Hidden states [N, d] and other arrays [N, ...] of tokens; a head for each of the first, but where it is a
-    function, and what is shared."""
+    """Hidden states [N, d] and other arrays [N, ...] of tokens; a head for each of the first, and what is shared."""
 
     hidden: Sequence[Array]
     tokens: Sequence[Array]
-    heads: Sequence[Head | None]
+    heads: Sequence[Head | Called]
     shared: Any
 
     def varying_over(self, axes: frozenset, class_axis: Hashable | None) -> Inputs:
@@ -125,7 +125,7 @@ def _weighted_sums_rule(loop, primals, tangents):
     # Each device has its classes' part of a gradient in hidden states and heads.
     of_classes = jax.tree.leaves(Inputs(*(jax.tree.map(lambda _, k=k: k in (0, 2), x) for k, x in enumerate(inputs))))
     classes = frozenset(mesh_names(loop.class_axis))
-    typed = all(classes <= varying(head.wide) for head in inputs.heads if head)  # not so under check_vma=False
+    typed = all(classes <= varying(x) for x in jax.tree.leaves(inputs.heads))  # not so under check_vma=False
     live, others = [], []
     for i, (x, t) in enumerate(zip(leaves, steps, strict=True)):
         if not is_zero(t):

@@ -1,37 +1,37 @@
 """Entropy, cross-entropy and KL divergence of discrete distributions, in nats, exact at every corner.
 
-Of distributions p and q on n outcomes, 0 ≤ pᵢ, qᵢ ≤ 1 and Σ pᵢ = Σ qᵢ = 1, where p is the target and q the model:
+For distributions p and q on n outcomes, 0 ≤ pᵢ, qᵢ ≤ 1 and Σ pᵢ = Σ qᵢ = 1, where p is the target and q the model:
 
     entropy         H(p) = Σ pᵢ log 1/pᵢ
     cross-entropy   H(p, q) = Σ pᵢ log 1/qᵢ
     KL divergence   KL(p‖q) = Σ pᵢ log pᵢ/qᵢ = H(p, q) - H(p) ≥ 0, and 0 only at q = p
 
-So H(p, q) ≥ H(p) ≥ 0. Neither H(p, q) nor KL(p‖q) is symmetric. Over q both have the same minimizer, q = p, since they
-differ by H(p), in which there is no q; and the same gradient,
+So H(p, q) ≥ H(p) ≥ 0. Neither H(p, q) nor KL(p‖q) is symmetric. They differ by H(p), which doesn't depend on q, so as
+functions of q they have the same minimizer, q = p, and the same gradient,
 
-    ∂H(p, q)/∂qᵢ = -pᵢ/qᵢ          of q = softmax(x):  ∂H/∂xᵢ = qᵢ - pᵢ
+    ∂H(p, q)/∂qᵢ = -pᵢ/qᵢ          at q = softmax(x):  ∂H/∂xᵢ = qᵢ - pᵢ
 
 With two outcomes, p = {α, 1-α} and q = {β, 1-β}:
 
     H(p, q) = α log 1/β + (1-α) log 1/(1-β)
-    ∂H/∂β = (β-α)/(β(1-β))         of β = σ(x):  ∂H/∂x = β - α
+    ∂H/∂β = (β-α)/(β(1-β))         at β = σ(x):  ∂H/∂x = β - α
 
-Zeros are limits from inside: 0 log 0 = 0; what p excludes costs nothing, whatever q is; what q excludes and p doesn't
-costs +∞; and an infinite derivative times an exact 0 is 0. Each docstring says what is where.
+At zeros, values are limits from inside the domain: 0 log 0 = 0; an outcome with pᵢ = 0 costs nothing, whatever qᵢ is;
+one with pᵢ > 0 = qᵢ costs +∞. An infinite derivative times an exact 0 is 0. Each docstring states its own corners.
 
 Names are `<quantity>[_with_<form>]`: `cross_entropy(p, q)` of probabilities, `cross_entropy_with_logits(p, logits)` of
 the model's logits (or log-probabilities), `cross_entropy_with_integer_labels(labels, logits)` of one-hot targets;
 `binary_...` of one probability or logit, elementwise; `linear_...` of the hidden states before a head of many classes,
-whose logits are never there all at once. The target comes first and the model second, as in H(p, q). Use the forms with
-logits where probabilities would come from a softmax or a sigmoid: an underflow to 0 can't be undone.
+whose full logits are never in memory. The target comes first and the model second, as in H(p, q). Where probabilities
+would come from a softmax or a sigmoid, use the forms with logits: an underflow to 0 can't be undone.
 
-Where an argument is to be real, it is floating-point of at least 16 bits, integer or bool: in fewer, a gradient, which
-comes back in its argument's dtype, would be rounded to 0.
+A "real" argument is floating-point of at least 16 bits, integer or bool. Gradients come back in their argument's dtype,
+and a float of 8 bits would round most of them to 0.
 
 All are pure, jitted functions of arrays, each with its closed-form derivative as a `custom_jvp` rule: they work under
 `jit`, `vmap`, `grad`, `jvp` and every nesting of them, to any order. `jax.export` takes them with a symbolic number of
-rows or tokens. Not under `jax.experimental.jet`, which knows no `custom_jvp` rule; and before JAX 0.12 the
-tangent_solve of a `jax.lax.custom_root` around their gradients takes `jax.jacfwd`, not `jax.jacobian`.
+rows or tokens. They don't work under `jax.experimental.jet`, which knows no `custom_jvp` rule. Until JAX 0.12, the
+tangent_solve of a `jax.lax.custom_root` around their gradients must use `jax.jacfwd` instead of `jax.jacobian`.
 
 >>> import jax, jax.numpy as jnp, jce
 >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])
@@ -43,7 +43,7 @@ tangent_solve of a `jax.lax.custom_root` around their gradients takes `jax.jacfw
 
 import importlib.metadata as _metadata
 
-from jce import _interrupts as _interrupts  # before JAX, whose import takes a second
+from jce import _interrupts as _interrupts  # must come before JAX, whose import takes a second
 from jce._binary import binary_cross_entropy, binary_entropy, binary_kl_divergence
 from jce._binary_with_logits import (
     binary_cross_entropy_with_logits,
@@ -95,5 +95,5 @@ __all__ = [
 ]
 try:
     __version__ = _metadata.version("jce")
-except _metadata.PackageNotFoundError:  # the folder alone, copied into another project or built without pip
+except _metadata.PackageNotFoundError:  # when the folder was copied into another project or built without pip
     __version__ = "0+unknown"

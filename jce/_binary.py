@@ -1,4 +1,4 @@
-"""The two-outcome case, p = {α, 1 - α} and q = {β, 1 - β}: one number for a distribution, elementwise."""
+"""The two-outcome case, p = {α, 1 - α} and q = {β, 1 - β}: one number stands for each distribution, elementwise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from jce._public import public
 def binary_entropy(alpha: ArrayLike) -> Array:
     """H(α) = α log 1/α + (1-α) log 1/(1-α), in nats: the entropy of {α, 1-α}, elementwise.
 
-    Between 0, at α = 0 and α = 1, and log 2, at α = 1/2.
+    Example:
+      >>> print(jce.binary_entropy(jnp.array([0.0, 0.5, 1.0])))
+      [0.        0.6931472 0.       ]
+
+    It lies between 0, at α = 0 and α = 1, and log 2, at α = 1/2.
 
     Args:
       alpha: real, any shape, probabilities.
@@ -36,11 +40,7 @@ def binary_entropy(alpha: ArrayLike) -> Array:
       TypeError: an argument is not real.
 
     Not checked:
-      0 ≤ α ≤ 1; outside it is NaN, as the logarithm is.
-
-    Example:
-      >>> print(jce.binary_entropy(jnp.array([0.0, 0.5, 1.0])))
-      [0.        0.6931472 0.       ]
+      0 ≤ α ≤ 1. Outside, the result is NaN, as the logarithm is.
     """
     (alpha,) = elementwise("binary_entropy", alpha=alpha)
     return _entropy(alpha)
@@ -59,7 +59,11 @@ def_partials(_entropy, lambda a: _log_odds_against(jnp.full_like(a, 0.5), a))
 def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
     """H(α, β) = α log 1/β + (1-α) log 1/(1-β), in nats: the cross-entropy of {α, 1-α} and {β, 1-β}, elementwise.
 
-    Minimal over β at β = α, where it is H(α). Not symmetric.
+    Example:
+      >>> print(jce.binary_cross_entropy(1.0, 0.25), jax.grad(jce.binary_cross_entropy, 1)(1.0, 0.25))
+      1.3862944 -4.0
+
+    As a function of β it is minimal at β = α, where it is H(α). Not symmetric.
 
     Args:
       alpha: real, the target's probabilities. Shapes broadcast.
@@ -70,7 +74,7 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
     At the boundary:
       A term of weight 0 is 0: at α = β = 0 and at α = β = 1, H = 0, with ∂H/∂β = +1 and -1 and ∂H/∂α = 0. Where β is 0
-      or 1 and α is not the same, H = +∞, with the infinite derivatives of the formulas. An infinite derivative times a
+      or 1 and α differs from it, H = +∞, with the infinite derivatives of the formulas. An infinite derivative times a
       tangent or a cotangent that is exactly 0 is 0.
 
     Derivative:
@@ -81,11 +85,7 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      0 ≤ α, β ≤ 1. Outside, β gives NaN, as its logarithm is; in α the formula is linear.
-
-    Example:
-      >>> print(jce.binary_cross_entropy(1.0, 0.25), jax.grad(jce.binary_cross_entropy, 1)(1.0, 0.25))
-      1.3862944 -4.0
+      0 ≤ α, β ≤ 1. A β outside gives NaN, as its logarithm does; in α the formula is linear, also outside.
     """
     alpha, beta = elementwise("binary_cross_entropy", alpha=alpha, beta=beta)
     return _cross_entropy(alpha, beta)
@@ -93,7 +93,7 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
 @custom_jvp
 def _cross_entropy(a, b):
-    # A term of weight 0 is 0 by itself, but for 0 log 1/0.
+    # 0 log 1/0 = 0 · ∞ would be NaN.
     h = a * -log(b) + one_minus(a) * -log_complement(b)
     return jnp.where(_agree(a, b), jnp.zeros_like(h), h)
 
@@ -106,7 +106,11 @@ def_partials(_cross_entropy, lambda a, b: _log_odds_against(a, b), lambda a, b: 
 def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
     """KL(α‖β) = α log α/β + (1-α) log (1-α)/(1-β), in nats: the divergence of {β, 1-β} from {α, 1-α}, elementwise.
 
-    ≥ 0 to the last bit, and 0 only at α = β or below the smallest number. Not symmetric.
+    Example:
+      >>> print(jce.binary_kl_divergence(0.5, jnp.array([0.25, 0.5, 1.0])))
+      [0.14384104 0.                inf]
+
+    It is ≥ 0 to the last bit, and 0 only at α = β or where it underflows. Not symmetric.
 
     Args:
       alpha: real, the target's probabilities. Shapes broadcast.
@@ -117,7 +121,7 @@ def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
     At the boundary:
       At α = β = 0 and at α = β = 1, KL = 0, with ∂KL/∂β = +1 and -1 and ∂KL/∂α = 0. At α = 0 and α = 1 with another β,
-      ∂KL/∂α = -∞ and +∞, the one-sided limits. Where β is 0 or 1 and α is not the same, KL = +∞, with the infinite
+      ∂KL/∂α = -∞ and +∞, the one-sided limits. Where β is 0 or 1 and α differs from it, KL = +∞, with the infinite
       derivatives of the formulas. An infinite derivative times a tangent or a cotangent that is exactly 0 is 0.
 
     Derivative:
@@ -128,11 +132,7 @@ def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      0 ≤ α, β ≤ 1; outside it is NaN, as a logarithm is.
-
-    Example:
-      >>> print(jce.binary_kl_divergence(0.5, jnp.array([0.25, 0.5, 1.0])))
-      [0.14384104 0.                inf]
+      0 ≤ α, β ≤ 1. Outside, the result is NaN, as a logarithm is.
     """
     alpha, beta = elementwise("binary_kl_divergence", alpha=alpha, beta=beta)
     return _kl_divergence(alpha, beta)
@@ -148,7 +148,7 @@ def _kl_divergence(a, b):
 def_partials(_kl_divergence, lambda a, b: _log_odds_ratio(a, b), lambda a, b: _score(a, b))
 
 
-# What the derivatives are made of
+# Factors of the derivatives
 
 
 @custom_jvp
@@ -165,7 +165,7 @@ def_twin(_score, lambda a, b: ratio(one_minus(a), one_minus(b)) - ratio(a, b))
 
 @custom_jvp
 def _log_odds_against(a, b):
-    # |1 - 2β| is exact where it is small, and log1p of a positive number keeps its digits.
+    # log (1-β)/β = ±log(1 + |1-2β|/min(β, 1-β)): |1-2β| is exact where it is small, so no digits are lost near β = 1/2.
     smaller = jnp.minimum(b, one_minus(b))
     log_odds = log1p(jnp.abs(1 - 2 * b) / jnp.where(smaller == 0, jnp.ones_like(b), smaller))
     at_end = jnp.where(a == b, jnp.zeros_like(b), jnp.inf)  # β = 0 or 1
@@ -189,15 +189,15 @@ def_tangents(_log_odds_ratio, lambda t, a, b: _times_precision(t, b, a), lambda 
 
 
 def _times_precision(t, a, b):
-    """t/β + t/(1-β) = t/(β(1-β)), without the term of an outcome that is absent."""
+    """t/β + t/(1-β) = t/(β(1-β)), without the term of an outcome whose probability is 0 in both distributions."""
     return over_if_present(t, a, b) + over_if_present(t, one_minus(a), one_minus(b))
 
 
 def _least_probable(a, b):
-    """The least of the four probabilities."""
+    """min(α, 1-α, β, 1-β)."""
     return jnp.minimum(jnp.minimum(a, b), one_minus(jnp.maximum(a, b)))
 
 
 def _agree(a, b):
-    """α = β = 0 or α = β = 1: one outcome is absent from both distributions."""
+    """Whether α = β = 0 or α = β = 1: one outcome has probability 0 in both distributions."""
     return both_zero(a, b) | ((a == 1) & (b == 1))

@@ -1,4 +1,4 @@
-"""A check of what the kernels take on trust: that the entries are ≥ 0 and sum to 1."""
+"""A check of what the kernels assume without checking: that entries are ≥ 0 and sum to 1."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from jce._arguments import distributions, is_array, is_number
 def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = None) -> None:
     """Checks that `p` holds probability distributions along `axis`: entries ≥ 0 that sum to 1.
 
-    Outside any transformation a violation raises; under `jax.experimental.checkify` it is a check; under plain `jit`,
-    `vmap` or `grad`, where values can't raise, it does nothing. So the call may stay in code that is traced.
+    Example:
+      >>> jce.check_distribution([[0.25, 0.75], [1.0, 0.0]])
+
+    Outside any transformation a violation raises; under `jax.experimental.checkify` it becomes one of its checks; under
+    plain `jit`, `vmap` or `grad`, where values can't raise, it does nothing. So the call may stay in traced code.
 
     Args:
       p: real, shape [..., n, ...].
       axis: the axis of the n classes, an int.
-      atol: how far a sum may be from 1; no entry may be below 0. By default the square root of the machine epsilon of
-        p's dtype: 3e-4 in float32, 1e-8 in float64, 9e-2 in bfloat16.
+      atol: how far a sum may be from 1; no entry may be below 0. The default is the square root of the machine epsilon
+        of p's dtype: 3e-4 in float32, 1e-8 in float64, 9e-2 in bfloat16.
 
     Returns:
       None.
 
     Raises:
-      ValueError: where a distribution is violated, naming the worst one, its sum and its smallest entry (a NaN is the
-        worst of all); if `p` has no class axis; if `axis` is not an int in range; if `atol` is no number ≥ 0.
-      TypeError: if `p` is not real.
-
-    Example:
-      >>> jce.check_distribution([[0.25, 0.75], [1.0, 0.0]])
+      ValueError: some row is not a distribution (the message names the worst one, its sum and its smallest entry; a NaN
+        is the worst); `p` has no class axis; `axis` is not an int in range; `atol` is not a number ≥ 0.
+      TypeError: `p` is not real.
     """
     (x,), classes = distributions("check_distribution", axis, None, p=p)
     dtype = jnp.asarray(p).dtype

@@ -31,23 +31,27 @@ from jce._z_loss import log_sum_penalty, penalized_label_surprisal
 def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
     """H(p, q) = Σᵢ pᵢ log 1/qᵢ, in nats: the cross-entropy of a target p and a model q.
 
-    H(p, q) = KL(p‖q) + H(p) ≥ H(p), with equality at q = p: over q it has the minimizer of the KL divergence. Not
-    symmetric.
+    Example:
+      >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])
+      >>> print(jce.cross_entropy(p, q), jax.grad(jce.cross_entropy, 1)(p, q))
+      1.0397208 [-2. -1. -0.]
+
+    H(p, q) = KL(p‖q) + H(p) ≥ H(p), with equality at q = p. Not symmetric.
 
     Args:
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcasts to the shape of p and q. A class where it is False takes no part, whatever it holds; a
-        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+      where: bool, broadcast to the shape of p and q. A class where it is False is excluded, whatever it holds. A
+        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
       pᵢ = 0 contributes 0, whatever number qᵢ is, and ∂H/∂qᵢ = 0. pᵢ > 0 = qᵢ makes H = +∞, with ∂H/∂qᵢ = -∞ and
-      ∂H/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: 0 for both. An infinite derivative times a tangent or a cotangent
-      that is exactly 0 is 0. n = 0 gives 0.
+      ∂H/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0. An infinite derivative times a tangent or a
+      cotangent that is exactly 0 is 0. n = 0 gives 0.
 
     Derivative:
       ∂H/∂qᵢ = -pᵢ/qᵢ, ∂H/∂pᵢ = log 1/qᵢ, each in its argument's dtype.
@@ -58,13 +62,8 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
         an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). In pᵢ the formula is linear, also below 0; a negative qᵢ is NaN, as
-      its logarithm is. Subnormal numbers count as 0 where XLA flushes them, as it does on a CPU.
-
-    Example:
-      >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])
-      >>> print(jce.cross_entropy(p, q), jax.grad(jce.cross_entropy, 1)(p, q))
-      1.0397208 [-2. -1. -0.]
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). In pᵢ the formula is linear, also below 0; a negative qᵢ gives NaN, as
+      its logarithm does. Subnormal numbers count as 0 where XLA flushes them, as it does on a CPU.
     """
     (p, q), classes = distributions("cross_entropy", axis, where, p=p, q=q)
     return negative(_sum_p_log_q(p, q, classes))
@@ -77,7 +76,7 @@ def _sum_p_log_q(p, q, classes):
 
 @custom_jvp
 def _log_q(p, q):
-    return log(q) + (p - p)  # NaN where p is
+    return log(q) + (p - p)  # so that it is NaN where p is, though log q doesn't depend on p
 
 
 # ∂/∂p p log q = log q, ∂/∂q p log q = p/q
@@ -102,28 +101,33 @@ def cross_entropy_with_logits(
 ) -> Array:
     """H(p, q) = Σᵢ pᵢ log 1/qᵢ at q = softmax(logits), in nats: the cross-entropy of a target p and logits.
 
-    Relatively accurate where the model is sure and right: a loss of 1e-30 is 1e-30. Minimal over q at q = p. With
-    z_loss ζ there is ζL² more, of L = log Σ exp logits: the loss is Σᵢ pᵢ log 1/qᵢ + ζL².
+    Example:
+      >>> p, logits = jnp.array([1.0, 0.0, 0.0]), jnp.array([20.0, 0.0, 0.0])
+      >>> print(jce.cross_entropy_with_logits(p, logits), jax.grad(jce.cross_entropy_with_logits, 1)(p, logits))
+      4.1223074e-09 [-4.1223074e-09  2.0611537e-09  2.0611537e-09]
+
+    It is relatively accurate where the model is sure and right: a loss of 1e-30 is 1e-30, not 0. As a function of q it
+    is minimal at q = p. z_loss adds ζL² with L = log Σ exp logits: the loss is Σᵢ pᵢ log 1/qᵢ + ζL².
 
     Args:
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       logits: real, [..., n, ...], the model's logits (or log-probabilities). Batch axes broadcast, the class axis
         doesn't.
-      z_loss: ζ, a number ≥ 0; it draws L towards 0. Python's 0 costs nothing. One that is traced isn't checked.
+      z_loss: ζ, a number ≥ 0; it draws L towards 0. Python's 0 costs nothing. A traced one isn't checked.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcasts to the shape of p and logits. A class where it is False takes no part, whatever it holds;
-        a distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes. Under `check_vma=False` differentiate
-        outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
+      where: bool, broadcast to the shape of p and logits. A class where it is False is excluded, whatever it holds. A
+        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
+        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or logits is.
 
     At the boundary:
       A logit of -∞ is a class of probability 0: where pᵢ = 0 it contributes 0, with derivative 0; where pᵢ > 0 it makes
-      H = +∞. ∂H/∂pᵢ = +∞ there. A NaN, a +∞ or nothing but -∞ among the logits makes its row NaN. n = 0 gives 0. A
-      traced ζ of 0 is none, whatever L is.
+      H = +∞. ∂H/∂pᵢ = +∞ there. A row whose logits hold NaN or +∞, or only -∞, is NaN. n = 0 gives 0. A traced ζ of 0
+      adds 0, even where L is infinite.
 
     Derivative:
       ∂/∂xᵢ = qᵢ Σp - pᵢ + 2ζLqᵢ, ∂/∂pᵢ = log 1/qᵢ, each in its argument's dtype. In a traced ζ it is L².
@@ -136,11 +140,6 @@ def cross_entropy_with_logits(
     Not checked:
       pᵢ ≥ 0 and Σ pᵢ = 1 (see `check_distribution`): the formula is linear in p, also below 0. Results below the
       smallest normal number are 0 where XLA flushes them, as it does on a CPU.
-
-    Example:
-      >>> p, logits = jnp.array([1.0, 0.0, 0.0]), jnp.array([20.0, 0.0, 0.0])
-      >>> print(jce.cross_entropy_with_logits(p, logits), jax.grad(jce.cross_entropy_with_logits, 1)(p, logits))
-      4.1223074e-09 [-4.1223074e-09  2.0611537e-09  2.0611537e-09]
     """
     name = "cross_entropy_with_logits"
     (p, x), classes = distributions(name, axis, where, axis_name, in_logits=("logits",), p=p, logits=logits)
@@ -163,51 +162,59 @@ def cross_entropy_with_integer_labels(
 ) -> Array:
     """log 1/q_y at q = softmax(logits), in nats: the cross-entropy of one-hot targets, given as labels y, and logits.
 
-    With label_smoothing ε the target is (1-ε) one-hot + ε/n over all n classes, the label's included; with z_loss ζ
-    there is ζL² more, of L = log Σ exp logits: the loss is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζL². No one-hot array is
-    built. Relatively accurate where the model is sure and right: a loss of 1e-30 is 1e-30, and its gradient points the
-    right way.
+    Example:
+      >>> logits = jnp.array([[20.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
+      >>> print(jce.cross_entropy_with_integer_labels(jnp.array([0, 1]), logits))
+      [4.1223074e-09 1.4076060e+00]
+      >>> top, probs = jnp.array([0, 2]), jnp.array([0.7, 0.2])  # of a teacher of three classes
+      >>> print(jce.cross_entropy_with_integer_labels(top, logits[1], label_probs=probs, tail=True))
+      1.9076061
 
-    With label_probs a target has k labels, each with its probability, as of a teacher whose likeliest classes are kept.
-    The loss is Σⱼ pⱼ log 1/q_yⱼ, and with `tail` (1-Σp) log 1/(1-Σq) more, where Σq is over the classes with a label.
+    With label_smoothing ε the target is (1-ε) one-hot + ε/n over all n classes, the label's included; z_loss adds ζL²
+    with L = log Σ exp logits: the loss is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζL². No one-hot array is built. It is
+    relatively accurate where the model is sure and right: a loss of 1e-30 is 1e-30, and its gradient points the right
+    way.
+
+    With label_probs each target has k labels and their probabilities, such as the likeliest classes of a teacher. The
+    loss is Σⱼ pⱼ log 1/q_yⱼ. `tail` adds (1-Σp) log 1/(1-Σq), where Σq is over the classes with a label.
 
     Args:
       labels: integer, [..., ...], class indices: exactly the shape of logits without `axis`; with label_probs [..., k].
       logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
-      label_probs: real, the shape of labels, [..., k], or None. Σp is not made 1. Of a label that repeats the
-        probabilities add up; pad a list with probability 0, whatever the label.
-      tail: whether all classes without a label count as one more outcome, of what is left of the target: a static bool.
-      label_smoothing: ε, a number from 0 to 1. One that is traced, as of a schedule, isn't checked, as ζ isn't.
-      z_loss: ζ, a number ≥ 0; it draws L towards 0. Python's 0 costs nothing.
+      label_probs: real, the shape of labels, [..., k], or None. They aren't normalized. Where a label repeats, its
+        probabilities add up. Pad a list with probability 0 and any label.
+      tail: a static bool: whether all classes without a label count as one more outcome, of target probability 1-Σp.
+      label_smoothing: ε, a number from 0 to 1. A traced one, as from a schedule, isn't checked.
+      z_loss: ζ, a number ≥ 0; it draws L towards 0. Python's 0 costs nothing. A traced one isn't checked.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcasts to the shape of logits. A class where it is False has probability 0, whatever it holds,
-        and n counts the others; a distribution with nothing left is 0, with gradient 0, whatever its label. So
-        `where=mask[..., None]` drops rows, as `where=(labels >= 0)[..., None]` those without a label; a mask [n] is of
-        classes, also where there are n rows.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes. Under `check_vma=False` differentiate
-        outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
+      where: bool, broadcast to the shape of logits. A class where it is False has probability 0, whatever it holds, and
+        n counts the others. A distribution with no class left is 0, with gradient 0, whatever its label: so
+        `where=mask[..., None]` drops rows, and `where=(labels >= 0)[..., None]` those with a negative label. A mask of
+        shape [n] masks classes, even if there are n rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
+        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
 
     Returns:
-      [..., ...], the shape of logits without `axis`; float32, or float64 if logits or label_probs is. Of one-hot
-      targets `cross_entropy_with_logits` rounds otherwise: in float32 on a CPU 20 to 45 % of its rows differ from
-      these, nearly all by an ulp, a few by up to 5.
+      [..., ...], the shape of logits without `axis`; float32, or float64 if logits or label_probs is.
+      `cross_entropy_with_logits` of one-hot targets rounds differently: in float32 on a CPU 20 to 45 % of its rows
+      differ from these, nearly all by an ulp, a few by up to 5.
 
     At the boundary:
-      A label outside [0, n) makes its own row NaN, in value and gradient; it never counts from the end. In label_probs,
-      with probability 0, it contributes 0. A logit of -∞ is a class of probability 0, with derivative 0; at the label,
-      or with label smoothing, it makes the loss +∞. A NaN, a +∞ or nothing but -∞ makes a row NaN. n = 0 gives 0. A
-      traced ε of 0 is none: a logit of -∞ costs nothing. A label there has no derivative in a traced ε: NaN.
-      A tail of no class is 0: all that `where` keeps have a label. One of classes that are all at -∞ is 1-Σp times +∞;
-      but 0, with derivative 0, if Σp is 1 up to a rounding: 4 eps of the dtype of label_probs, which is therefore to be
-      the one in which they were rounded. Where Σp is above 1 by no more than that, the rest counts as 0 in the value,
-      while its derivative in p is the formula's.
+      A label outside [0, n) makes its own row NaN, in value and gradient; it never counts from the end. With
+      label_probs a label outside [0, n) contributes 0 if its probability is 0. A logit of -∞ is a class of probability
+      0, with derivative 0; at the label, or with label smoothing, it makes the loss +∞. A row with a NaN, a +∞ or only
+      -∞ is NaN. n = 0 gives 0. A traced ε of 0 smooths nothing: a logit of -∞ costs nothing. Where the label's logit is
+      -∞, the derivative in a traced ε is NaN. A tail without classes, where every class that `where` keeps has a label,
+      is 0. A tail whose logits are all -∞ contributes (1-Σp) · ∞; but 0, with derivative 0, if Σp is 1 within 4 eps of
+      the dtype of label_probs. So pass label_probs in the dtype in which they were rounded. Where Σp exceeds 1 by no
+      more than that, 1-Σp counts as 0 in the value, while its derivative in p is the formula's.
 
     Derivative:
       ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype; at ε = ζ = 0 relatively accurate for every i. In a
-      traced ε it is 1/n Σᵢ log 1/qᵢ - log 1/q_y, in a traced ζ L². With label_probs, which smoothing makes (1-ε)p +
-      εΣp/n, it is qᵢ Σp - pᵢ at ε = ζ = 0, and in pⱼ the loss of its label alone; a tail adds
-      (1-Σp)(qᵢ - [no label is i] qᵢ/(1-Σq)), and to the latter -log 1/(1-Σq).
+      traced ε it is 1/n Σᵢ log 1/qᵢ - log 1/q_y, in a traced ζ L². With label_probs, which smoothing turns into
+      (1-ε)p + εΣp/n, the derivative at ε = ζ = 0 is qᵢ Σp - pᵢ, and in pⱼ the loss of its label alone; a tail adds
+      (1-Σp)(qᵢ - [no label is i] qᵢ/(1-Σq)) to the former and -log 1/(1-Σq) to the latter.
 
     Raises:
       TypeError: labels are not integers, logits or label_probs not real, or `where` not boolean.
@@ -218,14 +225,6 @@ def cross_entropy_with_integer_labels(
     Not checked:
       Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU; there entries
       of the derivative below 1e-31 may be 0 too, where the label's logit is below 0.
-
-    Example:
-      >>> logits = jnp.array([[20.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
-      >>> print(jce.cross_entropy_with_integer_labels(jnp.array([0, 1]), logits))
-      [4.1223074e-09 1.4076060e+00]
-      >>> top, probs = jnp.array([0, 2]), jnp.array([0.7, 0.2])  # of a teacher of three classes
-      >>> print(jce.cross_entropy_with_integer_labels(top, logits[1], label_probs=probs, tail=True))
-      1.9076061
     """
     name = "cross_entropy_with_integer_labels"
     if label_probs is not None:

@@ -22,13 +22,17 @@ from jce._ways.kernel import kernel, kernel_apart
 def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
     """H(p) = Σᵢ pᵢ log 1/pᵢ, in nats: the entropy of discrete distributions.
 
-    Between 0, at certainty, and log n, at the uniform distribution.
+    Example:
+      >>> float(jce.entropy([0.5, 0.25, 0.25]) / jnp.log(2))  # in bits
+      1.5
+
+    It lies between 0, at certainty, and log n, at the uniform distribution.
 
     Args:
       p: real, [..., n, ...], probabilities of n classes along `axis`.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcasts to the shape of p. A class where it is False takes no part, whatever it holds; a
-        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+      where: bool, broadcast to the shape of p. A class where it is False is excluded, whatever it holds. A distribution
+        with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
 
     Returns:
       [..., ...], p without `axis`; float32, or float64 if p is.
@@ -45,15 +49,11 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
       ValueError: there is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      Σ pᵢ = 1 (see `check_distribution`). A negative pᵢ is NaN, as its logarithm is. Subnormal numbers count as 0 where
-      XLA flushes them, as it does on a CPU.
+      Σ pᵢ = 1 (see `check_distribution`). A negative pᵢ gives NaN, as its logarithm does. Subnormal numbers count as 0
+      where XLA flushes them, as it does on a CPU.
 
     Source:
       C. E. Shannon, A Mathematical Theory of Communication (1948), section 6.
-
-    Example:
-      >>> float(jce.entropy([0.5, 0.25, 0.25]) / jnp.log(2))  # in bits
-      1.5
     """
     (p,), classes = distributions("entropy", axis, where, p=p)
     return negative(_sum_p_log_p(p, classes))
@@ -61,7 +61,8 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 def _sum_p_log_p(p, classes):
-    # The lowest number for -∞, so that 0 log 0 = 0. |p|, where p < 0 has no logarithm, is another result.
+    # log 0 is raised to the lowest finite number, since 0 · -∞ would be NaN. |p| is p, or log p is NaN; a CPU sums a
+    # computed number times a per-row one faster than an input (`_ways/passes.py`).
     return classes.sum(jnp.abs(p) * jnp.maximum(log(p), classes.lowest(p)))
 
 
@@ -88,16 +89,21 @@ def entropy_with_logits(
 ) -> Array:
     """H(q) = Σᵢ qᵢ log 1/qᵢ of q = softmax(logits), in nats: the entropy of discrete distributions given by logits.
 
-    Between 0, at certainty, and log n, at equal logits; relatively accurate where one class takes nearly everything.
+    Example:
+      >>> print(jce.entropy_with_logits(jnp.array([[0.0, 0.0], [20.0, 0.0]])))
+      [6.9314718e-01 4.3284228e-08]
+
+    It lies between 0, at certainty, and log n, at equal logits. It is relatively accurate also where one class has
+    nearly all of the probability.
 
     Args:
       logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcasts to the shape of logits. A class where it is False has probability 0, whatever it holds; a
-        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes. Under `check_vma=False` differentiate
-        outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
+      where: bool, broadcast to the shape of logits. A class where it is False has probability 0, whatever it holds. A
+        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
+        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
 
     Returns:
       [..., ...], logits without `axis`; float32, or float64 if logits is.
@@ -115,10 +121,6 @@ def entropy_with_logits(
 
     Not checked:
       Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
-
-    Example:
-      >>> print(jce.entropy_with_logits(jnp.array([[0.0, 0.0], [20.0, 0.0]])))
-      [6.9314718e-01 4.3284228e-08]
     """
     (x,), classes = distributions("entropy_with_logits", axis, where, axis_name, in_logits=("logits",), logits=logits)
     return entropy_of_softmax(x, classes)
@@ -127,7 +129,7 @@ def entropy_with_logits(
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel
 def entropy_of_softmax(x, classes):
-    # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z, without a term below 0
+    # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z: no term is negative, so nothing cancels.
     _, s, t = classes.sums(x)
     return log1p(s) + t / (1 + s)
 
@@ -148,10 +150,10 @@ def _weighted_excess(x, classes):
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel_apart
 def _surprisal_excess(x, classes):
-    """log 1/qᵢ - H, as (m - xᵢ) - Σ q (m - x): near the uniform distribution the former are both near log n, and their
-    difference has no digit."""
+    """log 1/qᵢ - H, computed as (m - xᵢ) - Σ q (m - x): near the uniform distribution log 1/qᵢ and H are both near
+    log n, and their difference would lose all digits."""
     n, t = classes.exponentials(x).of_row, classes.sums(x).t
-    # q is 0 long before log 1/q is 10⁴. A number there, not +∞, is one that 0 can be multiplied with at every order.
+    # At 10⁴, q has long underflowed to 0. A finite number, unlike +∞, may be multiplied by 0 at every order.
     return jnp.minimum(-classes.depth(x, n), 1e4) - classes.column(t / n.z)
 
 

@@ -1,11 +1,11 @@
 """β KL(p‖m) + (1-β) KL(q‖m), m = βp + (1-β)q: how far two distributions are from their mixture.
 
-Since p - m = (1-β)(p - q) and q - m = -β(p - q), both divergences' deviances (`_deviance.py`) are known from p - q, and
-what they leave out, Σ β(p - m) + (1-β)(q - m), is 0. With D(p, m) = p log p/m - p + m,
+With D(p, m) = p log p/m - p + m (`_deviance.py`) it is Σ β D(p, m) + (1-β) D(q, m), since β(p - m) + (1-β)(q - m) = 0.
+Each D is accurate given p - m = (1-β)(p - q) and q - m = -β(p - q). The derivatives are
 
     ∂/∂p = β log p/m        ∂/∂q = (1-β) log q/m        ∂/∂β = D(p, m) - D(q, m)
 
-and m is not 0 where p or q isn't, so that nothing but log p/m at p = 0 is infinite.
+For 0 < β < 1, m = 0 only where p = q = 0. So nothing is infinite but log p/m at p = 0 < m, and log q/m at q = 0 < m.
 """
 
 from __future__ import annotations
@@ -35,26 +35,32 @@ def jensen_shannon_divergence(
 ) -> Array:
     """β KL(p‖m) + (1-β) KL(q‖m) with m = βp + (1-β)q, in nats: the Jensen-Shannon divergence of two distributions.
 
-    From 0, only at p = q, to H(β) ≤ log 2, where no outcome is possible in both: never infinite. Symmetric at β = 1/2;
-    elsewhere exchanging p and q exchanges β and 1-β. It is H(m) - βH(p) - (1-β)H(q), and relatively accurate also where
-    p ≈ q. As β → 0, divided by β it becomes KL(p‖q), and as β → 1, divided by 1-β, KL(q‖p).
+    Example:
+      >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.0, 0.5, 0.5])
+      >>> print(jce.jensen_shannon_divergence(p, q), jce.jensen_shannon_divergence(p, p))
+      0.3465736 0.0
+
+    It is never infinite: it lies between 0, only at p = q, and H(β) ≤ log 2, where no outcome is possible in both. It
+    is symmetric at β = 1/2; otherwise exchanging p and q exchanges β and 1-β. It equals H(m) - βH(p) - (1-β)H(q), and
+    is relatively accurate also where p ≈ q. Divided by β it tends to KL(p‖q) as β → 0, and divided by 1-β to KL(q‖p) as
+    β → 1.
 
     Args:
       p: real, [..., n, ...], probabilities of n classes along `axis`.
       q: real, [..., n, ...], the other's. Batch axes broadcast, the class axis doesn't.
       beta: β, the weight of p in the mixture, a number above 0 and below 1. One that is traced isn't checked.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcasts to the shape of p and q. A class where it is False takes no part, whatever it holds; a
-        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+      where: bool, broadcast to the shape of p and q. A class where it is False is excluded, whatever it holds. A
+        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
-      pᵢ = 0 < qᵢ contributes (1-β) qᵢ log 1/(1-β), with ∂/∂pᵢ = -∞, the one-sided limit; qᵢ = 0 alike. A class of
-      pᵢ = qᵢ = 0 is absent: 0 for both. An infinite derivative times a tangent or a cotangent that is exactly 0 is 0. A
-      traced β of 0 or 1 gives 0, the limit, with derivative 0 in p and q, and in β infinite where the mixture lacks a
-      class that one of them has. n = 0 gives 0.
+      pᵢ = 0 < qᵢ contributes (1-β) qᵢ log 1/(1-β), with ∂/∂pᵢ = -∞, the one-sided limit; the same for qᵢ = 0 < pᵢ with
+      β for 1-β. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0. An infinite derivative times a tangent or a
+      cotangent that is exactly 0 is 0. A traced β of 0 or 1 gives 0, the limit, with derivatives 0 in p and q; the
+      derivative in β is infinite where the mixture lacks a class that p or q has. n = 0 gives 0.
 
     Derivative:
       ∂/∂pᵢ = β log pᵢ/mᵢ, ∂/∂qᵢ = (1-β) log qᵢ/mᵢ, each in its argument's dtype. In a traced β it is
@@ -66,16 +72,11 @@ def jensen_shannon_divergence(
         is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). A negative pᵢ or qᵢ is NaN, as its logarithm is. Subnormal numbers
-      count as 0 where XLA flushes them, as it does on a CPU.
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). A negative pᵢ or qᵢ gives NaN, as its logarithm does. Subnormal
+      numbers count as 0 where XLA flushes them, as it does on a CPU.
 
     Source:
       J. Lin, Divergence Measures Based on the Shannon Entropy (1991), section IV.
-
-    Example:
-      >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.0, 0.5, 0.5])
-      >>> print(jce.jensen_shannon_divergence(p, q), jce.jensen_shannon_divergence(p, p))
-      0.3465736 0.0
     """
     name = "jensen_shannon_divergence"
     (p, q), classes = distributions(name, axis, where, p=p, q=q)
@@ -84,7 +85,7 @@ def jensen_shannon_divergence(
 
 
 def _weights(function, dtype, beta):
-    """β and 1-β: of a Python number, where neither is 0 in the dtype, as exact as both can be; or of a traced one."""
+    """β and 1-β. Of a Python number each is rounded once, and it is an error if one rounds to 0."""
     advice = (
         "At 0 and 1 the divergence is 0, whatever p and q are; divided by β, and by 1-β, it becomes KL(p‖q) and KL(q‖p)"
         " there: use kl_divergence, or kl_divergence_with_logits."
@@ -93,8 +94,8 @@ def _weights(function, dtype, beta):
     return b, one_minus(b) if is_array(b) else 1 - b
 
 
-# β and 1-β are two arguments, since neither is known well enough from the other where that is near 1. Derivatives are
-# along β; the tangent of 1-β, which follows from it, isn't looked at.
+# β = b and 1-β = c are two arguments: where one is near 1, the other has lost its digits if computed from it. Rules are
+# written along β alone: the tangent of c is -dβ, so they ignore it.
 
 
 @custom_jvp
@@ -103,35 +104,35 @@ def _divergence(p, q, b, c):
 
 
 def divergence(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
-    """The terms of the sum over classes, for d = p - q. Not differentiable."""
+    """β D(p, m) + (1-β) D(q, m) of each class, for d = p - q. Not differentiable."""
     scale, sp, sq, sd, m = _with_mixture(p, q, d, b, c)
     terms = (b * deviance(sp, m, c * sd) + c * deviance(sq, m, -b * sd)) / scale
-    # The select comes last, so that on a CPU one loop computes what is summed.
+    # The select comes last: on a CPU XLA then stores the terms in one loop, and its sum is slow at long formulas.
     return unless_negative(jnp.minimum(p, q), terms)
 
 
 def _with_mixture(p, q, d, b, c):
-    """A power of 2, p, q, p - q and m times it, so that m isn't 0 where one of them isn't; and never, also at β = 0."""
+    """A power of 2, and p, q, p - q and m times it: else a small β p might underflow to m = 0. m > 0 also at β = 0."""
     scale = raising(p, q)
     p, q, d = scale * p, scale * q, scale * d
     return scale, p, q, d, jnp.maximum(b * p + c * q, jnp.finfo(p.dtype).tiny)
 
 
 def _is_empty(p, q, b, c):
-    """Where the mixture has nothing: of a class that both lack, or, at β of 0 or 1, the one that counts. Its product
-    with β may underflow where this is not so."""
+    """Where m = 0: in a class that both lack or, at β of 0 or 1, that the one with weight 1 lacks. m == 0 would be true
+    also where β p underflows."""
     return ((b == 0) | (p == 0)) & ((c == 0) | (q == 0))
 
 
 @custom_jvp
 def _relative_difference(p, q, d, b, c):
-    """(p - q)/m for d = p - q, which is ±∞ where the mixture lacks what one of them has."""
+    """(p - q)/m for d = p - q: ±∞ where the mixture lacks a class that p or q has."""
     empty = _is_empty(p, q, b, c)
     _, _, _, d, m = _with_mixture(p, q, d, b, c)
     return ratio(d, jnp.where(empty, jnp.zeros_like(m), m))
 
 
-# d (p - q)/m = (d(p - q) - (p - q)/m dm) / m, of m as it is: a cotangent over a raised one would underflow.
+# d (p - q)/m = (d(p - q) - (p - q)/m dm) / m. m isn't scaled here: a cotangent divided by a scaled m would underflow.
 def _relative_difference_rule(primals, tangents):
     p, q, d, b, c = primals
     relative, m = _relative_difference(*primals), b * p + c * q
@@ -169,7 +170,8 @@ def _log_p_over_m(p, q, b, c):
     return unless_negative(jnp.minimum(p, q), log_p_m)
 
 
-# d log p/m = ((1-β) (q/p dp - dq) - (p - q) dβ) / m. The small factor last, or a direction of p's size would underflow.
+# d log p/m = ((1-β) (q/p dp - dq) - (p - q) dβ) / m. 1-β multiplies last: times a small one, a direction as small as p
+# would underflow.
 def _log_p_over_m_rule(primals, tangents):
     (p, q, b, c), (dp, dq, db, _) = primals, tangents
     m, terms = b * p + c * q, []
@@ -191,7 +193,7 @@ def _imbalance(p, q, b, c):
 
 
 def imbalance(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
-    """The same for d = p - q; ±∞ where one has what the mixture hasn't, at β of 0 or 1. Not differentiable."""
+    """D(p, m) - D(q, m) for d = p - q; ±∞ where, at β of 0 or 1, m = 0 and p or q isn't. Not differentiable."""
     scale, sp, sq, sd, m = _with_mixture(p, q, d, b, c)
     difference = (deviance(sp, m, c * sd) - deviance(sq, m, -b * sd)) / scale
     lacking = _is_empty(p, q, b, c) & (p != q)
@@ -225,28 +227,32 @@ def jensen_shannon_divergence_with_logits(
 ) -> Array:
     """β KL(p‖m) + (1-β) KL(q‖m) of p = softmax(p_logits), q = softmax(q_logits) and m = βp + (1-β)q, in nats.
 
-    From 0, only at p = q, to H(β) ≤ log 2: never infinite, and relatively accurate also where the two are nearly the
-    same. Symmetric at β = 1/2; elsewhere exchanging p and q exchanges β and 1-β.
+    Example:
+      >>> print(jce.jensen_shannon_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
+      6.680025e-23
+
+    It is never infinite: it lies between 0, only at p = q, and H(β) ≤ log 2. It is relatively accurate also where
+    p ≈ q. It is symmetric at β = 1/2; otherwise exchanging p and q exchanges β and 1-β.
 
     Args:
       p_logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
       q_logits: real, [..., n, ...], the other's. Batch axes broadcast, the class axis doesn't.
       beta: β, the weight of p in the mixture, a number above 0 and below 1. One that is traced isn't checked.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcasts to the shape of both. A class where it is False has probability 0 in both, whatever it
-        holds; a distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes. Under `check_vma=False` differentiate
-        outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
+      where: bool, broadcast to the shape of both. A class where it is False has probability 0 in both, whatever it
+        holds. A distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
+        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
 
     At the boundary:
-      A logit of -∞ is a class of probability 0, with derivative 0 in it; if it is -∞ in one alone, the other's still
-      costs. A NaN, a +∞ or nothing but -∞ makes its row NaN. A traced β of 0 or 1 gives 0, the limit, with derivative
-      0 in the logits, and in β infinite where the mixture lacks a class that one of them has; of derivatives there in
-      both β and the logits nothing is said. n = 0 gives 0.
+      A logit of -∞ is a class of probability 0, with derivative 0 in it; if it is -∞ in one alone, the other's
+      probability still contributes. A row with a NaN, a +∞ or only -∞ is NaN. A traced β of 0 or 1 gives 0, the limit,
+      with derivatives 0 in the logits; the derivative in β is infinite where the mixture lacks a class that p or q has.
+      Mixed derivatives in β and the logits are unspecified there. n = 0 gives 0.
 
     Derivative:
       ∂/∂p_logitsᵢ = β pᵢ (log pᵢ/mᵢ - KL(p‖m)), ∂/∂q_logitsᵢ = (1-β) qᵢ (log qᵢ/mᵢ - KL(q‖m)), each in its argument's
@@ -259,12 +265,8 @@ def jensen_shannon_divergence_with_logits(
 
     Not checked:
       Values. Probabilities and results below the smallest normal number are 0 where XLA flushes them, as it does on a
-      CPU. Logits may be as low as the lowest float, but not above an eighth of the largest, 4e37 in float32: their
-      differences overflow.
-
-    Example:
-      >>> print(jce.jensen_shannon_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
-      6.680025e-23
+      CPU. Logits may be as low as the lowest float, but not above an eighth of the largest, 4e37 in float32: beyond it
+      their differences overflow.
     """
     name = "jensen_shannon_divergence_with_logits"
     (x, y), classes = distributions(
@@ -281,8 +283,8 @@ def _divergence_of_softmax(x, y, b, c, classes):
 
 
 def _consistent(p, q, delta):
-    """p, q and p - q, for δ = log q/p: where they are near, the greater is the lesser and the difference, so that what
-    is made of all three has nothing of how p and q were rounded, which is squared there."""
+    """p, q and p - q for δ = log q/p, such that they agree: where |δ| < 3/2, the greater of p and q is recomputed as
+    the lesser plus the difference. Else D, of second order in p - q, would show how p and q were rounded."""
     d = -difference_from_log(p, q, delta)
     near = jnp.abs(delta) < 1.5
     return jnp.where(near & (d > 0), q + d, p), jnp.where(near & (d < 0), p - d, q), d
@@ -305,7 +307,7 @@ _divergence_of_softmax.defjvp(_divergence_of_softmax_rule, symbolic_zeros=True)
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel_sharing
 def _divergence_and_partials(x, y, b, c, classes):
-    # All at once, since each compares x and y.
+    # One kernel for all three, since each of them compares x and y.
     p, q, delta = compare(x, y, None, classes, stored=True)
     in_x = _weighted_excess_of(p, _log_p_over_m_up_to(p, q, delta, x, y, b, c, classes), b, x, classes)
     in_y = _weighted_excess_of(q, _log_p_over_m_up_to(q, p, -delta, y, x, c, b, classes), c, y, classes)
@@ -334,14 +336,14 @@ def_at_once(
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel
 def _log_p_over_m_of_softmax(x, y, b, c, classes):
-    """log p/m up to a number a row: where q has little of what p has, log βp/m, which is nearer to 0 there."""
+    """log p/m plus a constant in each row (it is centered later): log βp/m where p and q barely overlap."""
     p, q, delta = compare(x, y, None, classes, stored=True)
     return _log_p_over_m_up_to(p, q, delta, x, y, b, c, classes)
 
 
 def _log_p_over_m_up_to(p, q, delta, x, y, b, c, classes):
-    # The smaller one in the mean, since a centered number has the rounding of what it is centered from. Where
-    # q/p = √β/(1 + √β) they are the same but for their signs.
+    # A centered number keeps the rounding of what it was centered from: so choose what is smaller in the mean, log p/m
+    # or log βp/m. Their sizes are equal where m² = βp², so at q/p = (√β - β)/(1-β) = √β/(1 + √β) = 1/k.
     k = 1 + 1 / jnp.sqrt(jnp.maximum(b, jnp.finfo(b.dtype).tiny))
     apart = classes.column(classes.sum(jnp.maximum(p - k * q, -p)) > 0)
     _, p, q, d, m = _with_mixture(p, q, -difference_from_log(p, q, delta), b, c)
@@ -371,7 +373,7 @@ def _imbalance_of_softmax(x, y, b, c, classes):
     return classes.sum(imbalance(*_consistent(*compare(x, y, None, classes)), b, c))
 
 
-# d Σ (D(p, m) - D(q, m)), by the partials of each term, with dpᵢ = pᵢ d log pᵢ
+# d Σ (D(p, m) - D(q, m)): the partials of `_imbalance_rule` in each class, with dpᵢ = pᵢ d log pᵢ
 def _imbalance_of_softmax_rule(classes, primals, tangents):
     x, y, b, c = primals
     p, q, d = softmax(x, classes), softmax(y, classes), -q_minus_p(x, y, None, classes)
@@ -392,7 +394,7 @@ _imbalance_of_softmax.defjvp(_imbalance_of_softmax_rule, symbolic_zeros=True)
 
 
 def _times(g, db):
-    """Of a number for all."""
+    """g · dβ, of one number dβ for all rows."""
     return mul0(g, db * jnp.ones_like(g))
 
 

@@ -36,26 +36,31 @@ from jce._ways.kernel import kernel, kernel_sharing
 def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
     """KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ, in nats: the Kullback-Leibler divergence of a model q from a target p.
 
+    Example:
+      >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])
+      >>> print(jce.kl_divergence(p, q), jce.cross_entropy(p, q) - jce.entropy(p), jce.kl_divergence(q, p))
+      0.3465736 0.3465736 inf
+
     KL(p‖q) = H(p, q) - H(p) ≥ 0, and 0 only at p = q. Not symmetric.
 
-    It is the sum of the numbers as they are stored, right to a few ulps also where p ≈ q. Rounding leaves Σ pᵢ and
-    Σ qᵢ of stored distributions a little off 1, so it can be negative by Σ qᵢ - Σ pᵢ, truthfully.
-    `generalized_kl_divergence` and `binary_kl_divergence` can't be.
+    It is the sum over the numbers as they are stored, right to a few ulps also where p ≈ q. Rounding leaves Σ pᵢ and
+    Σ qᵢ of stored distributions a little off 1. Where Σ pᵢ < Σ qᵢ, the exact sum may be negative by their difference,
+    and then the result is. `generalized_kl_divergence` and `binary_kl_divergence` are never negative.
 
     Args:
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcasts to the shape of p and q. A class where it is False takes no part, whatever it holds; a
-        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+      where: bool, broadcast to the shape of p and q. A class where it is False is excluded, whatever it holds. A
+        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
       pᵢ = 0 contributes 0, with ∂KL/∂qᵢ = 0 and, where qᵢ > 0, ∂KL/∂pᵢ = -∞, the one-sided limit. pᵢ > 0 = qᵢ makes
-      KL = +∞, with ∂KL/∂qᵢ = -∞ and ∂KL/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: 0 for both. An infinite derivative
-      times a tangent or a cotangent that is exactly 0 is 0. n = 0 gives 0.
+      KL = +∞, with ∂KL/∂qᵢ = -∞ and ∂KL/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0. An infinite
+      derivative times a tangent or a cotangent that is exactly 0 is 0. n = 0 gives 0.
 
     Derivative:
       ∂KL/∂pᵢ = log pᵢ/qᵢ + 1, ∂KL/∂qᵢ = -pᵢ/qᵢ, each in its argument's dtype.
@@ -66,18 +71,13 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
         an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). The sum is of the numbers as stored: where rounding left Σ pᵢ 1e-7
-      below Σ qᵢ, KL of p ≈ q is as far below 0. There use `kl_divergence_with_logits`, or `generalized_kl_divergence`,
-      which never is, with ∂/∂qᵢ = 1 - pᵢ/qᵢ. A negative pᵢ or qᵢ is NaN, as its logarithm is. Subnormal numbers count
-      as 0 where XLA flushes them, as it does on a CPU.
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). Where rounding left Σ pᵢ 1e-7 below Σ qᵢ, KL of p ≈ q is that far
+      below 0. For p ≈ q use `kl_divergence_with_logits`, or `generalized_kl_divergence`, whose derivative in q is
+      1 - pᵢ/qᵢ. A negative pᵢ or qᵢ gives NaN, as its logarithm does. Subnormal numbers count as 0 where XLA flushes
+      them, as it does on a CPU.
 
     Source:
       S. Kullback and R. A. Leibler, On Information and Sufficiency (1951).
-
-    Example:
-      >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])
-      >>> print(jce.kl_divergence(p, q), jce.cross_entropy(p, q) - jce.entropy(p), jce.kl_divergence(q, p))
-      0.3465736 0.3465736 inf
     """
     (p, q), classes = distributions("kl_divergence", axis, where, p=p, q=q)
     return _kl(p, q, classes)
@@ -86,8 +86,9 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
 def _kl(p, q, classes):
-    # p - q would round away p log p/q where q is far above p. There -3p is left out and added instead: without a jump,
-    # since two passes may see p and q rounded otherwise, and said in two ways, so that they share nothing.
+    # KL is Σ (p log p/q - p + q) + Σ (p - q). Where q is far above p, p log p/q would be lost in the rounding of p - q:
+    # there (q > 4p) -3p takes its place in both sums. max(p - q, -3p) is p - min(q, 4p), continuous at q = 4p, so that
+    # passes which see p and q rounded differently agree. The two forms differ, or XLA would store what they share.
     deviances = unless_negative(jnp.minimum(p, q), deviance(p, q, p - q, jnp.maximum(p - q, -3 * p)))
     return classes.sum_with_differences(deviances, p, jnp.minimum(q, 4 * p))
 
@@ -104,15 +105,19 @@ def_partials_of_sum(
 def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
     """Σᵢ (pᵢ log pᵢ/qᵢ - pᵢ + qᵢ), in nats: the KL divergence of non-negative numbers that need not sum to 1.
 
-    ≥ 0 to the last bit for any non-negative floats, and 0 only at p = q or below the smallest number. Where Σ pᵢ = Σ qᵢ
-    it is KL(p‖q). Not symmetric.
+    Example:
+      >>> print(jce.generalized_kl_divergence([1.0, 0.0], [2.0, 3.0]))
+      3.3068528
+
+    It is ≥ 0 to the last bit for any non-negative floats, and 0 only at p = q or where it underflows. Where
+    Σ pᵢ = Σ qᵢ it is KL(p‖q). Not symmetric.
 
     Args:
       p: real, [..., n, ...], the target's weights of n classes along `axis`.
       q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcasts to the shape of p and q. A class where it is False takes no part, whatever it holds; a
-        distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
+      where: bool, broadcast to the shape of p and q. A class where it is False is excluded, whatever it holds. A
+        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
@@ -131,15 +136,11 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
         an int in range, or `where` doesn't broadcast.
 
     Not checked:
-      Values. A negative pᵢ or qᵢ is NaN, as its logarithm is. Subnormal numbers count as 0 where XLA flushes them, as
-      it does on a CPU.
+      Values. A negative pᵢ or qᵢ gives NaN, as its logarithm does. Subnormal numbers count as 0 where XLA flushes them,
+      as it does on a CPU.
 
     Source:
-      D. D. Lee and H. S. Seung, Algorithms for Non-negative Matrix Factorization (2000), where it is the divergence.
-
-    Example:
-      >>> print(jce.generalized_kl_divergence([1.0, 0.0], [2.0, 3.0]))
-      3.3068528
+      D. D. Lee and H. S. Seung, Algorithms for Non-negative Matrix Factorization (2000), where it is called divergence.
     """
     (p, q), classes = distributions("generalized_kl_divergence", axis, where, p=p, q=q)
     return classes.sum(_deviance(p, q))
@@ -185,25 +186,29 @@ def kl_divergence_with_logits(
 ) -> Array:
     """KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ of p = softmax(p_logits) and q = softmax(q_logits), in nats.
 
-    ≥ 0 to the last bit, and relatively accurate also where the two are nearly the same. Not symmetric.
+    Example:
+      >>> print(jce.kl_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
+      1.7358838e-21
+
+    It is ≥ 0 to the last bit, and relatively accurate also where p ≈ q. Not symmetric.
 
     Args:
       p_logits: real, [..., n, ...], the target's logits (or log-probabilities) of n classes along `axis`.
       q_logits: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcasts to the shape of both. A class where it is False has probability 0 in both, whatever it
-        holds; a distribution with nothing left is 0, with gradient 0. So `where=mask[..., None]` drops rows.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes. Under `check_vma=False` differentiate
-        outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
+      where: bool, broadcast to the shape of both. A class where it is False has probability 0 in both, whatever it
+        holds. A distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
+        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
 
     At the boundary:
       A logit of -∞ is a class of probability 0. In p it contributes 0, with ∂KL/∂p_logits = 0. In q alone it makes
-      KL = +∞, with ∂KL/∂p_logits = +∞ there and -∞ at the other classes of p > 0; ∂KL/∂q_logits = q - p as everywhere.
-      A NaN, a +∞ or nothing but -∞ makes its row NaN. n = 0 gives 0.
+      KL = +∞, with ∂KL/∂p_logits = +∞ at it and -∞ at the other classes of p > 0, and ∂KL/∂q_logits = q - p as usual.
+      A row with a NaN, a +∞ or only -∞ is NaN. n = 0 gives 0.
 
     Derivative:
       ∂KL/∂p_logitsᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂q_logitsᵢ = qᵢ - pᵢ, each in its argument's dtype.
@@ -215,12 +220,8 @@ def kl_divergence_with_logits(
 
     Not checked:
       Values. Probabilities and results below the smallest normal number are 0 where XLA flushes them, as it does on a
-      CPU. Logits may be as low as the lowest float, but not above an eighth of the largest, 4e37 in float32: their
-      differences overflow.
-
-    Example:
-      >>> print(jce.kl_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
-      1.7358838e-21
+      CPU. Logits may be as low as the lowest float, but not above an eighth of the largest, 4e37 in float32: beyond it
+      their differences overflow.
     """
     names = ("p_logits", "q_logits")
     (x, y), classes = distributions(
@@ -232,7 +233,8 @@ def kl_divergence_with_logits(
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
 def kl_of_softmax(x, y, d, classes):
-    """Of logits x and y, and d as `_compare.py` says, or None."""
+    """KL(p‖q) for p = softmax(x) and q = softmax(y); d is None, or y - x with more digits than x and y have
+    (`_compare.py`)."""
     return classes.sum(deviance_from_log(*compare(x, y, d, classes)))
 
 
@@ -240,7 +242,7 @@ def kl_of_softmax(x, y, d, classes):
 def _kl_rule(classes, primals, tangents):
     if not one_at_a_time(tangents):
         return kl_of_softmax(*primals, classes), classes.sum(_along_both(primals, tangents, classes))
-    if isinstance(tangents[0], SymbolicZero):  # then nothing is stored
+    if isinstance(tangents[0], SymbolicZero):  # along y alone no N × n array is stored
         return kl_of_softmax(*primals, classes), classes.sum(mul0(q_minus_p(*primals, classes), tangents[1]))
     kl, in_x, in_y = _kl_and_partials(*primals, classes)
     return kl, classes.sum(along(tangents[:2], lambda t: mul0(in_x, t), lambda t: mul0(in_y, t)))
@@ -252,19 +254,19 @@ kl_of_softmax.defjvp(_kl_rule, symbolic_zeros=True)
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel_sharing
 def _kl_and_partials(x, y, d, classes):
-    # All at once, since each compares x and y.
+    # One kernel for all three, since each of them compares x and y.
     p, q, delta = compare(x, y, d, classes, stored=True)
     kl = classes.sum(deviance_from_log(p, q, delta))
     return kl, _weighted_excess_of(p, -delta, kl, x, classes), difference_from_log(p, q, delta)
 
 
-# (qᵢ - pᵢ - pᵢδᵢ - pᵢ KL) dxᵢ + (qᵢ - pᵢ) ddᵢ, in which nothing of the first order in δ cancels
+# (qᵢ - pᵢ - pᵢδᵢ - pᵢ KL) dxᵢ + (qᵢ - pᵢ) ddᵢ, since in ∂KL/∂xᵢ dxᵢ + ∂KL/∂yᵢ dyᵢ terms of first order in δ cancel.
 def _along_both(primals, tangents, classes):
     (x, y, d), (dx, dy, dd) = primals, tangents
     rows = x, y, d, classes
     in_x, in_y, kl = _weighted_excess(*rows), q_minus_p(*rows), classes.column(kl_of_softmax(*rows))
     in_both = deviances(*rows) - mul0(jnp.broadcast_to(kl, x.shape), softmax(x, classes))
-    # Where q is far above p, that would leave none of ∂KL/∂x's digits.
+    # Where q is far above p, the coefficient of dx would be q's rounding, and ∂KL/∂x would lose all its digits.
     near = jnp.abs(lax.stop_gradient(log_q_over_p(*rows))) < 1.5
     return mul0(jnp.where(near, in_both, in_x), dx) + jnp.where(near, mul0(in_y, dd), mul0(in_y, dy))
 
@@ -278,7 +280,8 @@ def _weighted_excess(x, y, d, classes):
 def _weighted_excess_of(p, log_p_q, kl, x, classes):
     impossible = log_p_q == jnp.inf
     infinite = classes.column(kl) == jnp.inf
-    scale = 2.0 ** -(classes.count(x).bit_length() + 12)  # that no sum over classes leaves the float range
+    # Unscaled, sums over n classes with weights up to 2¹² (FINE of `_ways/passes.py`) might overflow.
+    scale = 2.0 ** -(classes.count(x).bit_length() + 12)
     excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, classes) / scale
     excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)
     return mul0(excess, p)

@@ -1,4 +1,4 @@
-"""log q at one label of each row, or at k, and of all other classes together."""
+"""log q at one label or k labels of each row, and of all classes without a label together."""
 
 from __future__ import annotations
 
@@ -27,53 +27,6 @@ def log_probs_with_integer_labels(
 ) -> Array:
     """log q_y at q = softmax(logits), in nats: the log-probability of a label y of each distribution, or of each of k.
 
-    Relatively accurate also where the model is sure. One label's is the negative
-    `cross_entropy_with_integer_labels(labels, logits)`; k cost the same one pass over the classes. With `tail` an entry
-    more is log (1-Σq), of all classes without a label: so that k labels and a tail are a distribution of k+1 outcomes,
-    and the divergence of two such is one, ≥ 0 and 0 at equality, as of a teacher whose likeliest classes are kept:
-
-        teacher = log_probs_with_integer_labels(top, teacher_logits, tail=True)
-        kl_divergence_with_logits(teacher, log_probs_with_integer_labels(top, logits, tail=True))
-
-    Store a teacher as these k+1 logarithms. From float32 probabilities a tail 1-Σp of 1e-5 is off by 3e-3 of itself and
-    one of 1e-7 by a third, and from bfloat16 ones nothing is left of 1e-3.
-
-    Args:
-      labels: integer, class indices: [..., ...], exactly the shape of logits without `axis`, or [..., ..., k], with an
-        axis for k labels of each distribution last. [B, 1] of logits [B, n] is k = 1. With a tail k of them, which must
-        be distinct.
-      logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
-      tail: whether the last entry is of all classes without a label: a static bool.
-      axis: the axis of the n classes: a static int.
-      where: bool, broadcasts to the shape of logits. A class where it is False has probability 0, whatever it holds; a
-        distribution with nothing left is 0 in each entry, with gradient 0. So `where=mask[..., None]` drops rows.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes. Under `check_vma=False` differentiate
-        outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is.
-
-    Returns:
-      The shape of labels; with a tail [..., ..., k+1]. float32, or float64 if logits is.
-
-    At the boundary:
-      A logit of -∞ is a class of probability 0: log q is -∞ at it, with the derivative of the formula. A label outside
-      [0, n) makes its own entry NaN, and what is differentiated through it; it never counts from the end, and in the
-      tail it counts for nothing. Pad lists with n, and leave the padding out of what follows by `where`. A tail of no
-      class, or of classes that are all at -∞, is -∞. A NaN, a +∞ or nothing but -∞ among the logits makes a row NaN.
-      n = 0 gives 0.
-
-    Derivative:
-      ∂/∂xᵢ = [i = y] - qᵢ, in logits' dtype; of the tail [no label is i] qᵢ/(1-Σq) - qᵢ. Relatively accurate for every
-      i, as far as the rounding of x - max x allows.
-
-    Raises:
-      TypeError: labels are not integers, logits not real, or `where` not boolean.
-      ValueError: labels don't have the shape of logits without the class axis, or one axis more, tail is no bool, or
-        True without that one, there is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
-
-    Not checked:
-      Values, nor that labels are distinct: with a tail one that repeats counts twice. Results below the smallest normal
-      number are 0 where XLA flushes them, as it does on a CPU.
-
     Example:
       >>> logits = jnp.array([[20.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
       >>> print(jce.log_probs_with_integer_labels(jnp.array([0, 1]), logits))
@@ -81,6 +34,54 @@ def log_probs_with_integer_labels(
       >>> print(jce.log_probs_with_integer_labels(jnp.array([[0], [2]]), logits, tail=True))
       [[-4.1223074e-09 -1.9306852e+01]
        [-4.0760595e-01 -1.0943444e+00]]
+
+    It is relatively accurate also where the model is sure. For one label it is minus
+    `cross_entropy_with_integer_labels(labels, logits)`; k labels cost the same single pass over the classes. With
+    `tail` an entry more is log (1-Σq), of all classes without a label together. So k labels and a tail are a
+    distribution of k+1 outcomes, and the KL divergence of two of these is ≥ 0, and 0 only where they are equal. Use it
+    for a teacher of which only the likeliest classes `top` are kept:
+
+        teacher = log_probs_with_integer_labels(top, teacher_logits, tail=True)
+        kl_divergence_with_logits(teacher, log_probs_with_integer_labels(top, logits, tail=True))
+
+    Store such a teacher as these k+1 logarithms. Computed from stored float32 probabilities, a tail 1-Σp of 1e-5 is off
+    by 3e-3 of itself and one of 1e-7 by a third; from bfloat16 ones, a tail of 1e-3 has no correct digit.
+
+    Args:
+      labels: integer, class indices: [..., ...], exactly the shape of logits without `axis`, or [..., ..., k], with a
+        last axis for k labels of each distribution. [B, 1] for logits [B, n] is k = 1. A tail takes the second shape,
+        and labels that are distinct in each distribution.
+      logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
+      tail: a static bool: whether one more entry, the last, is for all classes without a label.
+      axis: the axis of the n classes: a static int.
+      where: bool, broadcast to the shape of logits. A class where it is False has probability 0, whatever it holds. A
+        distribution with no class left is 0 in each entry, with gradient 0, so `where=mask[..., None]` drops rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
+        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
+
+    Returns:
+      The shape of labels, or with a tail [..., ..., k+1]; float32, or float64 if logits is.
+
+    At the boundary:
+      A logit of -∞ is a class of probability 0: log q is -∞ at it, with the derivative of the formula. A label outside
+      [0, n) makes its own entry NaN, and gradients through it; it never counts from the end, and takes no class from
+      the tail. Pad lists with n, and mask the padding in what you do with the result. A tail without classes, or whose
+      logits are all -∞, is -∞. A row with a NaN, a +∞ or only -∞ is NaN. n = 0 gives 0.
+
+    Derivative:
+      ∂/∂xᵢ = [i = y] - qᵢ, in logits' dtype; of the tail [no label is i] qᵢ/(1-Σq) - qᵢ. Relatively accurate for every
+      i, as far as the rounding of x - max x allows.
+
+    Raises:
+      TypeError: labels are not integers, logits not real, or `where` not boolean.
+      ValueError: labels don't have the shape of logits without the class axis, or one axis more; tail is no bool, or it
+        is True and labels lack that axis; there is no class axis, `axis` is not an int in range, or `where` doesn't
+        broadcast.
+
+    Not checked:
+      Values, nor that labels are distinct: with a tail a label that repeats counts twice. Results below the smallest
+      normal number are 0 where XLA flushes them, as it does on a CPU.
     """
     name = "log_probs_with_integer_labels"
     if not tail and as_array(name, "labels", labels).ndim < as_array(name, "logits", logits).ndim:

@@ -1,8 +1,8 @@
-"""Two rows of logits compared: p, q, log q/p and q - p, relatively accurate also where the two are nearly the same.
+"""Two rows of logits compared: p, q, δ = log q/p and q - p, relatively accurate also where p ≈ q.
 
-Logits that are divided by a temperature are rounded each by itself, and what they are apart is lost. So d = y - x may
-be an argument of its own, which knows it better than x and y do, or None. If it is differentiated too, as along the
-temperature, a derivative along both rows at once is made of their small difference, by
+Dividing logits x and y by a temperature rounds each, and y - x loses its digits. So d = y - x may be an argument of its
+own, computed with all of them, or None. If d is differentiated too, as in a derivative in the temperature, tangents of
+both rows are combined by formulas in which nothing cancels where p ≈ q:
 
     d log pᵢ = dxᵢ - Σ p dx        d log qᵢ/pᵢ = ddᵢ - Σ p dd - Σ (q - p) dy
 """
@@ -67,7 +67,7 @@ log_q_over_p.defjvp(_log_q_over_p_rule, symbolic_zeros=True)
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
 def deviances(x, y, d, classes):
-    """qᵢ - pᵢ - pᵢ log qᵢ/pᵢ ≥ 0, of which KL(p‖q) is the sum; differentiated along both rows at once."""
+    """qᵢ - pᵢ - pᵢ log qᵢ/pᵢ ≥ 0, whose sum is KL(p‖q). Its rule expects tangents of x, y and d."""
     return deviance_from_log(*compare(x, y, d, classes))
 
 
@@ -82,12 +82,12 @@ def _deviances_rule(classes, primals, tangents):
 
 
 def one_at_a_time(tangents) -> bool:
-    """Whether a derivative is along one row alone, or along rows of which nothing knows better how they move apart."""
+    """Whether only one row has a tangent, or both but d hasn't: then their tangents' difference has to do."""
     return any(t is None or isinstance(t, SymbolicZero) for t in tangents)
 
 
 def _tangents_of_logarithms(primals, tangents, classes):
-    """Where p and q are near, d log p, d log q, and d log q/p there; elsewhere it is the difference of those."""
+    """Where |log q/p| < 3/2, d log p, d log q, and d log q/p; elsewhere d log q - d log p is accurate enough."""
     (x, y, _), (dx, dy, dd) = primals, tangents
     near = jnp.abs(lax.stop_gradient(log_q_over_p(*primals, classes))) < 1.5
     mean = classes.sum(mul0(q_minus_p(*primals, classes), dy))
@@ -109,21 +109,20 @@ def _difference_of_tangents(tangent, primals, tangents, classes):
 
 
 def tempered(x: Array, t: Array, classes: Classes) -> Array:
-    """Logits counted from their maximum and divided by t, a number a row: of x/t the rounding would be that of all that
-    they have in common."""
+    """(x - max x)/t, for a number t per row. In x/t an offset common to all logits would add its rounding to each."""
     t = jnp.broadcast_to(vary_over(varying(x), classes.column(t))[0], x.shape)
     x = x - classes.column(classes.max(lax.stop_gradient(x)))
     return _over_where_possible(x, t, x)
 
 
 def _over_where_possible(z, t, *rows):
-    """z/t; and where one of some rows is -∞ no derivative in t, of what z is whatever t."""
+    """z/t; where an entry of the rows is -∞, z/t doesn't depend on t, and its derivative in t is 0 instead of NaN."""
     possible = functools.reduce(jnp.minimum, map(lax.stop_gradient, rows)) > -jnp.inf
     return over(z, jnp.where(possible, t, lax.stop_gradient(t)))
 
 
 def divided(x: Array, y: Array, t: Array, classes: Classes) -> tuple[Array, Array, Array]:
-    """Each row's logits counted from its maximum, and their difference, exact but for a rounding, all divided by t."""
+    """(x - max x)/t, (y - max y)/t, and their difference, which is rounded once before it is divided by t."""
     m, n = (classes.max(lax.stop_gradient(z)) for z in (x, y))
     t, difference = like(t.astype(x.dtype), x), _difference_of_rows(x, y, m, n, classes)
     return (
@@ -148,7 +147,7 @@ def _difference_of_rows_rule(classes, primals, tangents):
 def compare(x: Array, y: Array, d: Array | None, classes: Way, stored: bool = False) -> tuple[Array, Array, Array]:
     """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q.
 
-    Stored, for a kernel that reads them several times.
+    `stored` is for a kernel that reads them several times: they are computed once and kept in memory.
     """
     (nx, of_x), (ny, of_y) = (classes.comparison(z, stored) for z in (x, y))
     log_z_y_x = ny.log_z - nx.log_z
@@ -156,26 +155,26 @@ def compare(x: Array, y: Array, d: Array | None, classes: Way, stored: bool = Fa
     def of_pass(s, k):
         (m, p, dominant_x), (n, q, dominant_y) = of_x(s), of_y(s)
         apart = _difference(x, y, m, n, classes, k) if d is None else d
-        # Of a class that dominates both, what it is apart is the rounding of x and y, and 0 by definition.
+        # A class that dominates both rows has x - m = y - n = 0 by definition; their difference would be rounding.
         return p, q, jnp.where(dominant_x & dominant_y, jnp.zeros_like(x), apart)
 
-    # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x up to a number a row, by the rounding of the last. That number is
-    # Σ p (e^δ - 1) = Σ (q - p), which ought to be 0.
+    # δ = (y - n) - (x - m) - log Z_y/Z_x. The logarithm's rounding error is the same for the whole row, and shows in
+    # S = Σ (q - p) = Σ p (e^δ - 1), which would be 0 without it. A second pass subtracts log(1 + S).
     p, q, difference = of_pass(0 * nx.s, 0.25)
     surplus = classes.sum(difference_from_log(p, q, difference - classes.column(log_z_y_x)))
     p, q, difference = of_pass(surplus * surplus, 0.5)
-    # log(1 + S) of so small a number, said as an odd function, so that log p/q is -δ to the bit.
+    # log(1 + S) to first order for either sign of S, as an odd function, so that exchanging p and q gives exactly -δ.
     delta = difference - classes.column(log_z_y_x + jnp.copysign(log1p(jnp.abs(surplus)), surplus))
     return (p, q, classes.stored(delta)) if stored else (p, q, delta)
 
 
 def _difference(x, y, m, n, classes, k):
-    """(y - n) - (x - m) with a single rounding where it is small; -∞ where only y is, and a number where x is -∞.
+    """(y - n) - (x - m) with a single rounding where it is small; -∞ where y is -∞, and finite where only x is.
 
-    k < 1 differs between the calls, as their m and n do, so that two passes share nothing (`_ways/passes.py`).
+    Calls differ in k < 1, as in m and n, or XLA would store what two passes share (`_ways/passes.py`).
     """
     least = jnp.finfo(x.dtype).min
-    # Logits far below the maximum, of probability 0.
+    # -∞ in x, and in y where its error term would be NaN, is raised to a number whose probability is 0.
     low_x, low_y = (classes.column(jnp.maximum(maximum + k * least, least)) for maximum in (m, n))
     x, finite_y = jnp.maximum(x, low_x), jnp.maximum(y, low_y)
     n_m, lost = two_sum(n, -m)

@@ -1,11 +1,11 @@
-"""log q at some labels of each row, from one pass over the classes, and of all other classes together, as exactly.
+"""log q at k labels of each row, from one pass over the classes, and of all classes without a label together.
 
-Of k labels log q_j = -(log(1 + s) + m - x_j), with m = max x and the off-maximum sum s, once for them all, and k
-numbers of x that are looked up. Where a class dominates, its m - x_j is 0 by definition.
+For label j, log q_j = -(log(1 + s) + m - x_j), where m = max x and the off-maximum sum s are computed once for all
+labels, and x_j is looked up. Where a class dominates, its m - x_j is 0 by definition.
 
-With a tail there are k + 1 outcomes: the labels, and the classes without one, of which m and Z = Σ exp(xᵢ - m) are all
-that is needed. Nothing cancels there, whichever takes nearly everything: log q of an outcome of more than .55 is
-log 1/(1 + r), r the others' weights over its own, and that of any other a difference of more than .5 from log Σ w.
+With a tail there are k + 1 outcomes: the labels, and all classes without one, which enter by their own m and
+Z = Σ exp(xᵢ - m). Nothing cancels, whichever outcome has nearly all probability: one of more than .55 has
+log q = -log(1 + r), with r = the others' weights over its own; any other has log w - log Σ w < log .55 = -.6.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jce._ways.way import Normalizer
 
 
 def log_probs_of(y: Array, x: Array, classes: Classes) -> Array:
-    """log q at labels [..., k], of logits [..., n]; NaN for one that is no class."""
+    """log q of logits [..., n] at labels [..., k]; NaN at a label that is no class."""
     m, s = _sums(lax.stop_gradient(x), classes)
     return _log_probs(y, x, m, s, classes) + _zero(s, x, classes)
 
@@ -55,14 +55,14 @@ def _sums(x, classes):
 
 
 def log_probs_and_tail(y: Array, x: Array, classes: Classes) -> Array:
-    """The same, and log(1 - Σq) of all classes without a label behind: of k + 1 outcomes."""
+    """log q at the labels and, last, log(1 - Σq) of all classes without a label: [..., k + 1]."""
     listed = jnp.where(is_class(y, x, classes), at_labels(x, y, classes), -jnp.inf)
     m, z, log_z = _sum_of_exponentials(without_classes(y, x, classes), classes)
     m = lax.stop_gradient(m)
     most = jnp.maximum(m, lax.stop_gradient(listed).max(-1, initial=-jnp.inf))
     depth = listed - most[..., None]
     logs = jnp.concatenate([depth, (m - most + log_z)[..., None]], -1)
-    # Each of a single difference, whose rounding is all that is lost; that of logs would be another.
+    # Each weight is exp of a single difference, or Z times one: exp(logs) would add the rounding of log Z.
     weights = jnp.concatenate([exp(depth), (exp(m - most) * z)[..., None]], -1)
     weights = lax.stop_gradient(weights)
     log_probs = _log_shares(logs, weights) + _zero(log(weights.sum(-1)), x, classes)
@@ -71,7 +71,7 @@ def log_probs_and_tail(y: Array, x: Array, classes: Classes) -> Array:
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 def _sum_of_exponentials(x, classes):
-    """m = max x, Z = Σ exp(xᵢ - m), and its logarithm: 0 and -∞ where all is impossible."""
+    """m = max x, Z = Σ exp(xᵢ - m) and log Z: Z is 0 and log Z -∞ where all logits are -∞."""
     m, z = _max_and_sum(x, classes)
     return m, z, log(z)
 
@@ -81,19 +81,19 @@ def _max_and_sum(x, classes):
     return classes.max_and_sum(x)
 
 
-# d log Z = Σᵢ rᵢtᵢ, r = softmax(x), for a constant m; of Z itself no derivative is taken
+# d log Z = Σᵢ rᵢtᵢ with r = softmax(x), for a constant m. Nothing differentiates Z itself.
 @_sum_of_exponentials.defjvp
 def _sum_of_exponentials_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
     m, z, log_z = _sum_of_exponentials(x, classes)
-    # Where nothing is possible, any softmax does, of which nothing is taken.
+    # A row of only -∞ is replaced by 0: its softmax would be NaN. Its derivative is set to 0 in the end.
     nothing, zero = m == -jnp.inf, jnp.zeros_like(m)
     floor = lax.stop_gradient(jnp.where(nothing, zero, jnp.full_like(m, -jnp.inf)))
     mean = classes.sum(mul0(softmax(jnp.maximum(x, classes.column(floor)), classes), t))
     return (m, z, log_z), (zero, zero, jnp.where(nothing, zero, mean))
 
 
-# Outcomes of weights wᵢ ≥ 0, with their logarithms, in which they are differentiated: qᵢ = wᵢ / Σ w
+# Outcomes with weights wᵢ ≥ 0, qᵢ = wᵢ / Σ w: derivatives are taken in logs, the logarithms of the weights.
 
 
 @custom_jvp
@@ -123,25 +123,25 @@ def _shares_rule(primals, tangents):
 
 
 def _from_mean(t, logs, w):
-    """tᵢ - Σⱼ qⱼtⱼ, linear in t, which counts from that of the outcome of more than a half, if there is one."""
+    """tᵢ - Σⱼ qⱼtⱼ, linear in t. The t of an outcome of q > 1/2 is subtracted first: else its entry would cancel."""
     center = jnp.where(_has(0.5, w), t, jnp.zeros_like(t)).sum(-1, keepdims=True)
     mean = _sum_of_others(w, mul0(_shares(logs, w), t - center))
     return jnp.where(_has(0.55, w), -mean, t - center - mean)
 
 
 def _sum_of_others(w, a):
-    """Σ aᵢ but of the outcome of more than a half."""
+    """Σ aᵢ, without that of an outcome of more than 1/2."""
     return jnp.where(_has(0.5, w), jnp.zeros_like(a), a).sum(-1, keepdims=True)
 
 
 def _has(share, w):
-    """Which outcome has more of the sum: what is selected by .55 is left out by .5 too, whatever rounding each sees."""
+    """Where w > share · Σ w. Tests use .55 and .5, so that what .55 selects .5 leaves out, however each rounds."""
     return w > share * w.sum(-1, keepdims=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _zero(z, x, classes):
-    """0 in a column, and NaN of a row that is no distribution, as z says: in all derivatives, not the labels' alone."""
+    """0 in a column, and NaN in rows where z is NaN or ∞: added, it makes all the row's derivatives NaN too."""
     return (z - z)[..., None]
 
 
@@ -151,7 +151,7 @@ def _zero_rule(classes, primals, tangents):
     return _zero(z, x, classes), classes.sum(mul0(classes.each(z - z, t), t))[..., None]
 
 
-# Labels of a row: where they are, and where they are not
+# Looking labels up
 
 
 def is_class(y, x, classes):
@@ -159,13 +159,15 @@ def is_class(y, x, classes):
 
 
 def _unless_no_class(y, x, r, classes):
-    """A number a label, and NaN times it where the label is no class."""
+    """r [..., k]; NaN where the label is no class, but 0 where r = 0, so that a tangent of 0 stays 0."""
     return mul0(jnp.where(is_class(y, x, classes), jnp.ones_like(r), jnp.full_like(r, jnp.nan)), r)
 
 
 def at_labels(x, y, classes):
-    """x [..., n] at labels [..., k] of all devices' classes; where one is none, at any."""
+    """x [..., n] at labels [..., k], counted over all devices' classes; some entry of x at a label that is no class."""
     y = classes.local(y, x)
+    # Until JAX no longer reports an IndexError of its own in such a batch under checkify (0.8 to 0.12): `waiting` hides
+    # the lookup.
     there = waiting(Program(_at_labels, (Classes(classes.axis),)), x, y)
     if classes.mesh_axis is None:
         return there

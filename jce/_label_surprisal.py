@@ -1,4 +1,7 @@
-"""log 1/q_y, a label's cross-entropy at logits, alone or smoothed over all classes: value and excess in one kernel."""
+"""log 1/q_y, a label's cross-entropy at logits, alone or smoothed over all classes.
+
+The excess is its derivative in the logits, q minus the target. One kernel computes value and excess.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def _label_surprisal_rule(classes, primals, tangents):
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
 def label_surprisal_and_excess(y, x, classes):
-    # Both in one function, since XLA can't see that the sums of two are the same.
+    # One kernel for both: XLA couldn't see that two kernels compute the same sums.
     off, e = classes.exponentials_off_label(y, x)
     return surprisal_at_label(off), _excess_of(y, x, off, e, classes)
 
@@ -49,7 +52,7 @@ def _label_surprisal_and_excess_rule(classes, primals, tangents):
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 def smoothed_surprisal(y, share, x, smoothing, classes):
-    """(1-ε) log 1/q_y + ε Σᵢ uᵢ log 1/qᵢ, for each class's share u, or one number for all, which costs no reading."""
+    """(1-ε) log 1/q_y + ε Σᵢ uᵢ log 1/qᵢ; u is `share`: an array, or one number for all, which saves reading one."""
     return _smoothed_surprisal_and_excess(y, share, x, smoothing, classes)[0]
 
 
@@ -70,15 +73,15 @@ smoothed_surprisal.defjvp(_smoothed_surprisal_rule, symbolic_zeros=True)
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
 def mean_excess(y, share, x, classes):
-    """Σᵢ uᵢ log 1/qᵢ - log 1/q_y for Σu = 1, as Σᵢ uᵢ (m - xᵢ) - (m - x_y): both of the former hold log Z, beside which
-    near the uniform distribution nothing is left of their difference."""
+    """Σᵢ uᵢ log 1/qᵢ - log 1/q_y for Σu = 1, computed as Σᵢ uᵢ (m - xᵢ) - (m - x_y): near the uniform distribution both
+    losses are about log Z, and their difference would lose all digits."""
     m, _, d = classes.off_label(y, x)
     depth = classes.column(m) - x
     mean = classes.sum(terms(share, depth, classes) if share.ndim else share * depth)
     return mean - d
 
 
-# Along t it is t_y - Σᵢ uᵢtᵢ, and NaN times t of a row that is NaN.
+# d = t_y - Σᵢ uᵢtᵢ, and NaN where the row is NaN and t isn't 0
 @mean_excess.defjvp
 def _mean_excess_rule(classes, primals, tangents):
     (y, share, _), (*_, t) = primals, tangents
@@ -91,7 +94,7 @@ def _mean_excess_rule(classes, primals, tangents):
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel
 def _smoothed_surprisal_and_excess(y, share, x, smoothing, classes):
-    # The mean surprisal needs the maximum, which the label's part shares.
+    # `off_label`, not `off_label_of_any_shift`: the mean surprisal needs the maximum, so the label's part shares it.
     u, off = _of_each(share, x), classes.off_label(y, x)
     surprisal, excess = surprisal_at_label(off), _excess_of(y, x, off, exp(classes.depth_off_label(x, off)), classes)
     uniform = soft(u, x, classes) if share.ndim else classes.sum(share * classes.normalizer(x).surprisal(x, classes))

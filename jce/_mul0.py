@@ -1,9 +1,9 @@
 """0 · anything = 0: the product and the quotient that closed-form derivatives need at a corner.
 
-At a corner a partial derivative is infinite (∂H/∂p = +∞ at p = 0) while the tangent or cotangent that meets it is
+At a corner a partial derivative is infinite (∂H/∂p = +∞ at p = 0) while the tangent or cotangent that multiplies it is
 often exactly zero: another row's, a masked class's, a weight of 0. The limit along such a direction is 0, but the
-IEEE product is NaN. A `jnp.where` on the tangent can't say it, because a rule must stay linear for reverse mode to
-transpose it; so the product is a primitive, bilinear by decree. It lowers to a multiply and a select.
+IEEE product is NaN. Reverse mode couldn't transpose a rule with `jnp.where(t == 0, ...)`, which isn't linear in t. So
+the product is a primitive that is declared bilinear. It lowers to a multiply and a select.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ def mul0(c: Array, t: Array) -> Array:
 
 
 def mul00(c: Array, t: Array) -> Array:
-    """The same, and 0 where c = 0 too, whatever t is there.
+    """c · t elementwise, and 0 where c = 0 or t = 0, whatever the other is.
 
-    In a first derivative only t is ever exactly 0, and one comparison is all that mul0 pays for. Differentiated again,
-    c has a tangent too, which may be 0 where t is infinite.
+    In a first derivative only t is ever exactly 0 where c is infinite, so mul0 makes only that comparison. In a second
+    one c has a tangent too, which may be 0 where t is infinite.
     """
     return _bind(c, t, "either")
 
 
 def multiply(c: Array, t: Array) -> Array:
-    """Plain c · t, whose transposes and derivatives are mul00: for sums, in which a select would cost a pass.
+    """Plain c · t, with mul00 as its derivatives and transposes: for sums, in which a select would cost a pass.
 
-    Its NaN, where one factor is 0 and the other infinite, the caller must see to.
+    It is NaN where one factor is 0 and the other infinite: the caller must avoid or replace that.
     """
     return _bind(c, t, "neither")
 
@@ -42,8 +42,8 @@ def multiply(c: Array, t: Array) -> Array:
 def over(t: Array, b: Array) -> Array:
     """t / |b| elementwise, and 0 where t = 0, whatever b is there; linear in t.
 
-    Not mul0(1/b, t): a derivative in b would then multiply the tangents or cotangents of both factors first, p · p for
-    1/p², which is below the float range where p² is. Here each is divided before it meets another.
+    Not mul0(1/b, t): its derivative in b would first multiply two tangents, as small as b · b, and underflow, before it
+    divides by b². Here each is divided by b first.
     """
     return _over_p.bind(*varying_alike(*split_alike(t, b)))
 
@@ -63,14 +63,14 @@ def _multiply_and_select(c, t, *, zero):
 
 
 def _divide_and_select(t, b):
-    return jnp.where(t == 0, jnp.zeros_like(t), t / jnp.abs(b))  # |b|: -0 is 0 too
+    return jnp.where(t == 0, jnp.zeros_like(t), t / jnp.abs(b))  # |b|: t / -0 would have the wrong sign
 
 
 def _batch(args, axes, *, zero):
     c, t = batch_axis_first(args, axes)
     if zero == "neither" and None in axes:
-        # From x - (c * x).sum(-1, keepdims=True) with a c that is the same for the whole batch, XLA of jaxlib 0.10.2
-        # makes a wrong dot product on a CPU. A maximum, which changes only -∞, keeps it from that.
+        # Until JAX no longer makes a wrong dot product of x - (c * x).sum(-1, keepdims=True) on a CPU, with one c for a
+        # whole batch (jaxlib 0.10.2): the maximum, which changes only -∞, prevents it.
         zero = "neither, batched"
     return _mul0_p.bind(c, t, zero=zero), 0
 
@@ -84,7 +84,7 @@ def _transpose_c(ct, c, t, *, zero):
 
 
 def _types(*avals, **_):
-    """Shape, dtype, sharding and varying manual axes, as of the ordinary product."""
+    """Shape, dtype, sharding and varying manual axes are those of the ordinary product."""
     return mul_p.abstract_eval(*avals)[0]
 
 

@@ -32,7 +32,7 @@ soft.defjvp(_soft_rule, symbolic_zeros=True)
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
 def _soft_and_partials(p, x, classes):
-    # All at once, of the same exponentials.
+    # One kernel for all three, since they share the exponentials.
     of_x = classes.exponentials(x)
     surprisals = of_x.of_row.surprisal(x, classes)
     return classes.sum(terms(p, surprisals, classes)), surprisals, _excess(p, of_x, classes)
@@ -50,7 +50,7 @@ def terms(p, surprisals, classes):
 
 def _excess(p, of_x, classes):
     (e, _, n), total = of_x, classes.sum(p)
-    # Of a class that dominates q = 1 - s/Z, and Σp - p is exact.
+    # q Σp - p for a dominant class, with q = 1 - s/Z: (Σp - p) - Σp s/Z, where Σp - p is exact.
     dominant = (classes.column(total) - p) - classes.column(total * (n.s / n.z))
     return jnp.where(e > classes.column(0.6 + n.shared), dominant, e * classes.column(total / n.z) - p)
 
@@ -61,7 +61,7 @@ def _excess_rule(classes, primals, tangents):
     def along_p(dp):
         q = softmax(x, classes)
         d_total = classes.each(classes.sum(dp), p)
-        # For a class of q > 1/2, q Σdp - dp is the sum of the other dp, less (1 - q) Σdp.
+        # For a class with q > 1/2, q Σdp - dp would cancel: it is the sum of the other dp, minus (1 - q) Σdp.
         others = classes.column(classes.sum(jnp.where(q > 0.5, jnp.zeros_like(dp), dp)))
         return jnp.where(q > 0.5, others - mul0(complement(x, classes), d_total), mul0(q, d_total) - dp)
 
@@ -76,15 +76,15 @@ def_at_once(_soft_and_partials, soft, lambda p, x, classes: surprisal(x, classes
 def smoothed(loss, uniform_loss, smoothing):
     if is_array(smoothing):
         both = scaled(1 - smoothing, loss) + scaled(smoothing, uniform_loss)
-        return jnp.where(jnp.isnan(loss), loss, both)  # also at ε = 1
-    if smoothing == 1:  # the label counts for nothing, even where its loss is +∞, but it still must be one
+        return jnp.where(jnp.isnan(loss), loss, both)  # a NaN loss stays NaN also at ε = 1
+    if smoothing == 1:  # the label's loss is left out, even +∞, but a label that is no class still gives NaN
         return jnp.where(jnp.isnan(loss), loss, uniform_loss)
     return (1 - smoothing) * loss + smoothing * uniform_loss
 
 
 @jax.custom_jvp
 def smoothed_by(loss, uniform_loss, difference, smoothing):
-    """The same for a traced ε, along which the derivative is the difference, uniform_loss - loss, as known better."""
+    """`smoothed` for a traced ε, whose derivative is `difference`: uniform_loss - loss, given with more digits."""
     return smoothed(loss, uniform_loss, smoothing)
 
 
@@ -97,10 +97,10 @@ def _smoothed_by_rule(primals, tangents):
 
 
 def scaled(number, x):
-    """The number times x, and 0 for a traced 0, whatever x is; Python's 0 costs nothing at all, so isn't asked here."""
+    """number · x, and 0 for a traced 0 even where x is infinite. Callers skip Python's 0, so it isn't tested here."""
     return mul0(x, number * jnp.ones_like(x)) if is_array(number) else number * x
 
 
 def scaled_square(number, x):
-    """The number times x², and 0 alike; x² alone would overflow where this doesn't."""
+    """number · x², and 0 for a traced 0. x² is never formed, since it may overflow where the product doesn't."""
     return mul0(x, scaled(number, x)) if is_array(number) else number * x * x

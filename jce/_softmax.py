@@ -1,19 +1,19 @@
-"""softmax(x), log 1/softmax(x) and their derivatives, right to a few ulps also where one class takes nearly everything.
+"""softmax(x), log 1/softmax(x) and their derivatives, right to a few ulps also where one class dominates.
 
 With m = max x and eᵢ = exp(xᵢ - m), the normalizer is Z = Σ eᵢ = 1 + s, where s is the sum over all classes but one
-maximal one: the off-maximum sum. At a margin of 40, s = 4e-18 has all its digits where Z has rounded to 1, so
+maximal one: the off-maximum sum. At a margin of 40, s = 4e-18 has all its digits while Z has rounded to 1. So
 
     log 1/qᵢ = (m - xᵢ) + log(1 + s)        1 - qᵢ = (s + (1 - eᵢ)) / Z
 
-keep theirs. A class with logit -∞ has probability 0. A NaN, a +∞ or nothing but -∞ makes a row NaN.
+keep their digits too. A class with logit -∞ has probability 0. A row with a NaN, a +∞ or only -∞ is NaN.
 
-Where x is made in the same program, each pass may see it with another rounding (`_arguments.py` says why), so that
-nowhere may x = m be asked for: xᵢ - m is some ulps of m off 0 at the maximum. Two facts do without. If Z < 3/2, one
-class dominates: it is the only one with eᵢ > 1/2, so it can be told with a margin, and there xᵢ - m is 0 and eᵢ is 1 by
-definition. If Z ≥ 3/2, no formula cancels: s is Z - 1, and all are of the form log Z - (xᵢ - m) or eᵢ/Z, in which
-whatever m is drops out.
+Where x is made in the same program, each pass may see it rounded differently (`_arguments.py` says why). Then xᵢ - m at
+the maximum may be some ulps of m off 0, so no formula tests for x = m. There are two cases instead. If Z < 3/2, one
+class dominates: it alone has eᵢ > 1/2, so a comparison finds it with a margin; its xᵢ - m is set to 0, its eᵢ to 1. If
+Z ≥ 3/2, s = Z - 1, and nothing cancels: each formula has the form log Z - (xᵢ - m) or eᵢ/Z, in which m drops out,
+however it is rounded.
 
-How the sums are written is a machine's matter (`_ways`): a kernel gets the classes as they are summed where it runs.
+How the sums are computed depends on the machine (`_ways`): a kernel is called with the `Way` of where it runs.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from jce._ways.way import OffLabel, Way
 def surprisal_at_label(off: OffLabel) -> Array:
     """log 1/q_y = log(1 + s e^d) = d + log(e^-d + s)."""
     _, s, d = off
-    # With d = 1 at most taken into s, for a label near the maximum: the sum over the other classes relative to the
-    # label's, of which no rounding of x or m is more than a relative error. Where s < 1/2, m isn't the maximum of the
-    # others; then e^-d + s may be as small as it is, and d is below 16 (`_ways/known_label.py`).
+    # With r = d - near it is r + log1p(s e^near - (1 - e^-r)). For a label near the maximum r = 0, near = d: s e^d, the
+    # others' sum over the label's, is all there is, and rounding x and m costs it only relative errors. Where s < 1/2,
+    # e^-d + s may be tiny, so near = d again; e^d doesn't overflow, since d < 16 (`_ways/known_label.py`).
     near = jnp.where(s < 0.5, d, jnp.minimum(d, 1))
     rest = d - near
     return rest + log1p(s * exp(near) - (1 - exp(-rest)))
 
 
-# softmax and its logarithm, as functions of x to be differentiated
+# softmax and its logarithm, as differentiable functions of x
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
@@ -60,7 +60,7 @@ def _softmax_rule(classes, primals, tangents):
 # dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
 @kernel_apart
 def softmax_tangent(t: Array, x: Array, scale: Array | None, classes: Way) -> Array:
-    """dqᵢ along t, or that times a number a row."""
+    """dqᵢ along t, times a scale per row if there is one."""
     e, z, u, *_ = classes.deviation(t, x)
     q = e * classes.column(ratio(jnp.ones_like(z) if scale is None else scale, z))
     return unless_nan(z, mul0(q, u), t, classes)
@@ -74,10 +74,10 @@ def centered(t: Array, x: Array, classes: Way) -> Array:
 
 
 def unless_nan(z, tangent, t, classes):
-    """A row of NaN is NaN along t, but 0 where t = 0, which its sums can't say."""
-    zero = lax.stop_gradient(classes.column(z - z))  # or NaN; a constant NaN would be one for jax_debug_nans
+    """The tangent; in a NaN row NaN, but 0 where t = 0: sums over the row would make its whole tangent NaN."""
+    zero = lax.stop_gradient(classes.column(z - z))  # or NaN; jax_debug_nans would stop at a constant NaN
     nan = mul0(jnp.broadcast_to(zero, t.shape), t)
-    number = z <= jnp.finfo(z.dtype).max  # z ≥ 1; not isfinite (`_ways/chain.py`)
+    number = z <= jnp.finfo(z.dtype).max  # z ≥ 1 or NaN; isfinite would break the chain of `_ways/chain.py`
     return jnp.where(classes.column(number), tangent, nan)
 
 
@@ -127,6 +127,6 @@ def _logsumexp_rule(classes, primals, tangents):
 @kernel
 def _mean(t, x, classes):
     _, z, _, mean, _ = classes.deviation(t, x)
-    # Not Σ qᵢtᵢ, for Σ qᵢ is 1 here to the last digit, whatever two passes make of x.
+    # Not the sum of softmax(x) t: if passes round x differently, its Σ qᵢ isn't 1. In `mean` it is, to the last digit.
     nan = classes.sum(mul0(jnp.broadcast_to(classes.column(lax.stop_gradient(z - z)), t.shape), t))
     return jnp.where(jnp.isfinite(z), mean, nan)

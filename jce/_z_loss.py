@@ -1,4 +1,4 @@
-"""ζ (log Σ exp x)², the z-loss of logits x, beside a cross-entropy, which is blind to what they have in common."""
+"""ζ (log Σ exp x)², the z-loss of logits x. Added to a cross-entropy, it fixes the offset that softmax(x) ignores."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def penalized_label_surprisal(y, x, z_loss, classes):
 
 
 def _penalized(off, z_loss):
-    """And log Σ exp x."""
+    """The loss, and log Σ exp x."""
     surprisal = surprisal_at_label(off)
     log_sum = off.m + log_z_off_label(off, surprisal)
     return surprisal + scaled_square(z_loss, log_sum), log_sum
 
 
 def log_z_off_label(off, surprisal):
-    """log Z. Of a label that outweighs the others log 1/q_y - d: for any m, s + e^-d may round to 1."""
+    """log Z; where the label outweighs the others, as log 1/q_y - d, since s + e^-d may have rounded s away."""
     _, s, d = off
     return jnp.where(s < exp(-d), surprisal - d, log(off.z))
 
@@ -95,7 +95,7 @@ def _penalized_and_excess(y, x, z_loss, classes):
     off, e = classes.exponentials_off_label(y, x)
     loss, log_sum = _penalized(off, z_loss)
     pull = 2 * z_loss * log_sum
-    # q_y - 1 + q_y pull = (e_y pull - s)/Z
+    # At the label q_y - 1 + q_y pull = (e_y pull - s)/Z, without the cancellation in q_y - 1.
     at_label, others = map(classes.column, (pull * exp(-off.d) - off.s, 1 + pull))
     excess = jnp.where(classes.is_at(x, classes.local(y, x)), at_label, e * others) / classes.column(off.z)
     return loss, excess

@@ -1,3 +1,3 @@
-"""How rows are summed: `way` says what is asked of each way, `passes` a CPU's, `reduction` an accelerator's, `chain` a
-GPU's of short rows, and `kernel` which one where; `known_label` how one reading does for a label's row. Formulas
-(`_softmax.py`) name none of them."""
+"""How rows are summed: `way` is the interface, `passes` a CPU's way, `reduction` an accelerator's, `chain` a GPU's for
+short rows; `kernel` chooses among them; `known_label` sums a label's row in one reading. Formulas (`_softmax.py`) know
+the interface alone."""

@@ -1,7 +1,7 @@
-"""A GPU's way with short rows: all sums of a row, and what is made of them, are one kernel.
+"""A GPU's way with short rows: all sums over a row, and the array computed from them, are fused into one kernel.
 
-XLA makes one kernel of a chain of sums over rows that fit a core, and of the array made of them, if x is nowhere taken
-but in x - m, nothing has two results, and no barrier is inside.
+XLA fuses such a chain if the row fits into a core's memory, x enters only as x - m, no operation has two results, and
+there is no barrier inside.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jce._elementary import exp
 from jce._ways.reduction import FAR, Reduction
 from jce._ways.way import Normalizer, OffLabel, Sums, Way, off_maximum, unless_no_class
 
-LONGEST_CHAIN = 16_384  # classes, of which XLA makes one kernel
+LONGEST_CHAIN = 16_384  # classes: XLA splits the chains of longer rows into several kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Chain(Way):
         return x.shape[classes.axis] <= LONGEST_CHAIN and classes.mesh_axis is None and not classes.are_split(x)
 
     def results(self, function, arrays, ndim, apart):
-        """Each in a chain of its own, which also ends with a row: XLA may make no one of two, or of the sum of a row
-        and that of a batch."""
-        alone = jax.tree.map(lax.optimization_barrier, arrays)  # each its own, for t is unlike x
+        """Each result from a chain of its own, which ends at a number per row: chains that share their inputs, or go on
+        into a sum over the batch, XLA might not fuse."""
+        alone = jax.tree.map(lax.optimization_barrier, arrays)  # one each: t and x may vary over different mesh axes
         results, tree = jax.tree.flatten(function(*(alone if apart else arrays)))
         results[1:] = [jax.tree.leaves(function(*alone))[i] for i in range(1, len(results))]
         return tree.unflatten([r if r.ndim == ndim else lax.optimization_barrier(r) for r in results])
 
     def maximum(self, x):
-        return self.max(x)  # in a chain x - m is NaN where it is +∞
+        return self.max(x)  # +∞ may stay: x enters only as x - m, which is NaN there
 
     def sums(self, x):
         m = self.maximum(x)
@@ -49,7 +49,7 @@ class Chain(Way):
         return Reduction.of(self, x)
 
     def comparison(self, x, stored):
-        # As a chain it would have to take y - n and x - m apart, each with its rounding.
+        # A chain would have to compute y - n and x - m separately, each with its own rounding.
         return Reduction.of(self, x).comparison(x, stored)
 
     def depth(self, x, n):

@@ -1,4 +1,4 @@
-"""A kernel: a function of rows, traced where it is lowered, and summed there in a way that is chosen here."""
+"""A kernel: a function of rows, traced when it is lowered, with the way of summing that suits the platform."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from jce._ways.way import Way
 
 
 def way_of(classes: Classes, platform: Platform, x: Array) -> Way:
-    """How a platform sums classes of arrays like x."""
+    """How the platform sums over the classes of arrays like x."""
     if platform.is_cpu:
         return Passes.of(classes, x)
     return (Chain if platform.chains and Chain.may_be(classes, x) else Reduction).of(classes, x)
 
 
 def kernel(function: Callable, apart: bool = False, shares: bool = False) -> Callable:
-    """A function of arrays, numbers a row and, last, the arrays' classes: of how they are summed where it is lowered.
+    """Decorates function(*arrays and numbers per row, classes), which is called with a `Way` in place of the `Classes`.
 
-    Apart, it shares nothing with another of the same arrays, where they would be worse off as one with two results. If
-    it shares, as one that compares two rows, its own results have in common what they can.
+    `apart`: XLA mustn't merge it with another kernel of the same arrays, where one program with two results would be
+    slower. `shares`: its own results may share intermediate arrays, as in a kernel that compares two rows.
     """
 
     @functools.wraps(function)

@@ -1,8 +1,8 @@
-"""Numbers of a few classes, each in its class's place; or -∞ in all those places.
+"""Numbers of a few classes put in their classes' places, or -∞ put there.
 
-Scattered on a CPU, which is slow at comparing each class with each label; compared on an accelerator, which is slow at
-scattering. Programs that wait, and so are lookups at labels: in a batch of scatters checkify finds an IndexError of its
-own (JAX 0.8 to 0.12), and it doesn't look into what waits.
+On a CPU they are scattered, since comparing each class with each label is slow there; an accelerator compares, since
+scattering is slow there. So both wait for the platform (`_waiting.py`). That also hides them from checkify, which would
+report an IndexError of its own for a batch of scatters (JAX 0.8 to 0.12).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from jce._classes import Classes
 from jce._platforms import named
 from jce._waiting import Program, waiting
 
-FEW = 16  # labels, which an accelerator compares with each class; more are scattered
+FEW = 16  # labels up to which an accelerator compares; more are scattered there too
 
 
 def over_classes(y: Array, a: Array, x: Array, classes: Classes) -> Array:
-    """Σⱼ aⱼ [i = yⱼ] for each class i of x."""
+    """Σⱼ aⱼ [i = yⱼ] for each class i of x, at labels [..., k]."""
     return waiting(Program(_either, (_added, _scattered, classes)), classes.local(y, x), jnp.zeros_like(x), a)
 
 
 def without_classes(y: Array, x: Array, classes: Classes) -> Array:
-    """x, and -∞ at the labels [..., k]."""
+    """x, with -∞ at the labels [..., k]."""
     return waiting(Program(_either, (_masked, _struck, classes)), classes.local(y, x), x)
 
 
@@ -60,5 +60,5 @@ def _struck(y, x, classes):
 
 
 def _none_below(y, x, classes):
-    """Labels, of which those of no class are n: a negative index would count."""
+    """Labels, with n in place of those that are no class here: a negative index would count from the end."""
     return jnp.where(classes.has(x, y), y, jnp.full_like(y, x.shape[-1]))

@@ -1,7 +1,8 @@
 """An accelerator's way: one reduction with several results reads a row once, and may select.
 
-An accelerator only waits for memory. m, s and the entropy's sum are of one reading of x, so that nothing cancels
-between them. A TPU masks while it reads for another sum, but gathers slowly; a GPU gathers with hardly a reading.
+An accelerator is limited by memory bandwidth alone. m, s and the entropy's sum come from one reading of x, so that they
+agree in its rounding and nothing cancels between them. At a label a TPU masks, during a reading for another sum, since
+its gathers are slow; a GPU gathers, which reads next to nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jce._elementary import exp
 from jce._mul0 import mul0
 from jce._ways.way import Normalizer, OffLabel, Sums, Way, off_maximum, unless_no_class
 
-FAR = 1e4  # how far below the maximum exp is 0, in float64 too
+FAR = 1e4  # so far below the maximum exp is 0, in float64 too (from 745 on)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +27,11 @@ class Reduction(Way):
         return self.sums(x).m
 
     def again(self, m, s):
-        # A TPU's passes share these, for then two sums of it are one pass.
+        # On a TPU passes share m: then two sums become one pass.
         return lax.platform_dependent(m, s, tpu=lambda m, s: m, default=super().again)
 
     def sums(self, x):
-        """NaN where m is no number."""
+        """m, s and t; s is NaN where m is ±∞ or NaN."""
         m, s, t = _sums_here(x, self)
         if self.mesh_axis is not None:
             here, m = m, lax.pmax(lax.stop_gradient(m), self.mesh_axis)
@@ -44,28 +45,28 @@ class Reduction(Way):
         m, s, _ = self.sums(x)
         m = unless_no_class(m, labels, x, self)
         d = m - self.at_label(x, self.local(labels, x))
-        # Where s < 1/2, only the maximal class has d < log 2.
+        # Where s < 1/2, only the maximal class has d < log 2 = 0.69: d < 1/2 there is 0, whatever x was rounded to.
         d = jnp.where(jnp.maximum(s, d) < 0.5, d - lax.stop_gradient(d), d)
         return OffLabel(m, s + (1 - exp(-d)), d)
 
     def at_label(self, x, y):
-        """x at a local label."""
+        """x at the local label y."""
         return lax.platform_dependent(x, y, tpu=self.at_by_mask, default=self.at)
 
     def at_by_mask(self, x, y):
         return self.sum(jnp.where(self.is_at(x, y), x, jnp.zeros_like(x)))
 
     def depth_off_label(self, x, off):
-        # In the one reading's sum a class that dominates is exactly 1.
+        # In the sum of the one reading a class that dominates counts exactly 1, so its depth must be 0 here too.
         return Normalizer(off.m, off.z - 1).depth_and_dominant(x, off.m, self)[0]
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 def _sums_here(x, way):
-    """Of this device's classes.
+    """m, s and t of this device's classes.
 
-    Of two sets of classes the one with the lower maximum is scaled to the other's, and its own maximal class joins the
-    others: all terms are positive.
+    To merge two sets of classes, the one with the lower maximum is rescaled to the other's, and its maximal class, left
+    out before, is added to s and t. All terms are positive, so nothing cancels.
     """
 
     def merged(a, b):
@@ -78,7 +79,8 @@ def _sums_here(x, way):
 
     first = tuple(jnp.asarray(number, x.dtype) for number in (-jnp.inf, 0, 0))
     sums = lax.reduce((x, jnp.zeros_like(x), jnp.zeros_like(x)), first, merged, (x.ndim + way.axis,))
-    # Where XLA sees that one isn't asked for, it leaves it out, and then computes the others anew for who asks for all.
+    # Without the barrier XLA drops results that one caller doesn't use, and then computes the rest twice for another
+    # caller that uses all.
     return tuple(lax.optimization_barrier(tuple(sums)))
 
 

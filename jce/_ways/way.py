@@ -1,7 +1,7 @@
-"""What each way of summing rows offers to formulas: classes whose sums suit a machine.
+"""The interface through which formulas sum over classes, for each machine a `Way`.
 
-With m = max x and eᵢ = exp(xᵢ - m), Z = Σ eᵢ = 1 + s; `_softmax.py` says what s is for. Here is what is the same on all
-machines, and what one would write where a select in a sum costs nothing.
+With m = max x and eᵢ = exp(xᵢ - m), Z = Σ eᵢ = 1 + s; `_softmax.py` says what s is for. This file has what all machines
+share, and what suits those on which a select inside a sum costs nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jce._mul0 import mul0, multiply
 
 
 class Sums(NamedTuple):
-    """Of some classes m = max x and, over all but one that has it, s = Σ eᵢ and t = Σ eᵢ (m - xᵢ)."""
+    """m = max x and, over all classes but one maximal one, s = Σ eᵢ and t = Σ eᵢ (m - xᵢ)."""
 
     m: Array
     s: Array
@@ -30,7 +30,7 @@ class Sums(NamedTuple):
 
 
 class OffLabel(NamedTuple):
-    """Some m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x at the label; NaN for no class."""
+    """Some m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x_y; d is NaN if the label is no class."""
 
     m: Array
     s: Array
@@ -42,7 +42,7 @@ class OffLabel(NamedTuple):
 
 
 class Normalizer(NamedTuple):
-    """m = max x, and the off-maximum sum s, of each row: Σ exp(xᵢ - m) = 1 + s = Z."""
+    """m = max x and the off-maximum sum s of each row: Σ exp(xᵢ - m) = 1 + s = Z."""
 
     m: Array
     s: Array
@@ -57,7 +57,7 @@ class Normalizer(NamedTuple):
 
     @property
     def shared(self) -> Array:
-        """0 where one class dominates, with more than 2/3 of q, and 1 or more where none does."""
+        """0 where one class dominates (s < 1/2, so Z < 3/2 and its q > 2/3), and 1 or more where none does."""
         return jnp.floor(self.s + 0.5)
 
     def surprisal(self, x: Array, way: Way) -> Array:
@@ -65,14 +65,16 @@ class Normalizer(NamedTuple):
         return way.column(self.log_z) - way.depth(x, self)
 
     def depth_and_dominant(self, x: Array, m: Array, way: Way) -> tuple[Array, Array]:
-        """`Way.depth` for an elementwise pass, which may select, and with its own m; and where the class dominates."""
+        """`Way.depth` in an elementwise pass with its own m, where a select is free; and which class dominates."""
         d = x - way.column(m)
+        # If one class dominates, its d is near 0 > -0.5, and all others' are below log 1/2 = -0.69. If none does, no d
+        # is above 0.5.
         dominant = d > way.column(self.shared - 0.5)
         return jnp.where(dominant, jnp.zeros_like(d), d), dominant
 
 
 class Exponentials(NamedTuple):
-    """eᵢ and Z, for a kernel that makes an array of them; and the normalizer."""
+    """eᵢ and Z, for a kernel whose result is an array made of eᵢ; and the normalizer."""
 
     e: Array
     z: Array
@@ -80,7 +82,7 @@ class Exponentials(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """Of a row that is compared with another, in a pass: m, qᵢ, and which class dominates."""
+    """What one pass of `_compare.compare` reads of a row: m, qᵢ, and which class dominates."""
 
     m: Array
     q: Array
@@ -99,26 +101,29 @@ class Deviation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Way(Classes, ABC):
-    """Classes, and how they are summed where a program is lowered. x are logits of them, folded as they are."""
+    """Classes, with methods to sum over them on the platform for which a program is lowered.
 
-    masks = True  # whether a select in a sum costs nothing
+    x stands for logits of these classes, already folded (`_classes.py`).
+    """
+
+    masks = True  # whether a select inside a sum costs nothing
 
     @classmethod
     def of(cls, classes: Classes, x: Array) -> Self:
-        """The classes of arrays like x."""
+        """This way for the classes of arrays like x."""
         return cls(classes.axis, classes.mesh_axis, classes.blocks, classes.any_shift)
 
     def reduce(self, reduction: Callable, x):
         return self.of_blocks(reduction, x)
 
     def results(self, function: Callable, arrays, ndim: int, apart: bool):
-        """The function's, of arrays of which the largest have so many axes; apart, it shares nothing with another."""
+        """function(*arrays), where the largest arrays have `ndim` axes; `apart` is as in `kernel`."""
         return function(*arrays)
 
     # Sums over classes
 
     def for_log_sum(self, x: Array) -> Way:
-        """The way of a formula that takes m itself, and not only in x - m."""
+        """The way for a formula in which m itself enters, not only x - m."""
         return self
 
     @abstractmethod
@@ -133,12 +138,12 @@ class Way(Classes, ABC):
         """With m = max x."""
 
     def off_label_of_any_shift(self, labels: Array, x: Array) -> OffLabel:
-        """With any m, of which no formula may ask more than that s and e^-d are in range."""
+        """With any m that keeps s and e^-d in range: formulas may assume nothing else of it."""
         return self.off_label(labels, x)
 
     def exponentials_off_label(self, labels: Array, x: Array) -> tuple[OffLabel, Array]:
-        """The same, and exp(xᵢ - m) of all classes but the label, whose is whatever: for a kernel that makes an array
-        of them."""
+        """`off_label_of_any_shift` and exp(xᵢ - m), arbitrary at the label: for a kernel whose result is an array of
+        them."""
         off = self.off_label_of_any_shift(labels, x)
         return off, exp(self.depth_off_label(x, off))
 
@@ -150,13 +155,13 @@ class Way(Classes, ABC):
         return Exponentials(exp(x - self.column(n.m)), n.z, n)
 
     def max_and_sum(self, x: Array) -> tuple[Array, Array]:
-        """m and Z, which is 0 where all classes are impossible."""
+        """m and Z, which is 0 where all logits are -∞."""
         n = self.normalizer(x)
         return n.m, jnp.where(n.m == -jnp.inf, jnp.zeros_like(n.z), n.z)
 
     def sum_with_differences(self, terms: Array, p: Array, q: Array) -> Array:
-        """Σ terms + Σ (p - q), the latter to an ulp, even where it is the little that rounding left of 1 - 1: a sum of
-        two-float numbers, whose lower parts the terms join."""
+        """Σ terms + Σ (p - q). The second is right to an ulp, though it may be the mere rounding left of 1 - 1: each
+        p - q is an exact pair of floats, high + low, and terms are added to low."""
         high, low = two_sum(p, -q)
         return self.sum_of_two_floats(high, low + terms)
 
@@ -168,9 +173,9 @@ class Way(Classes, ABC):
     # Elementwise, of sums
 
     def comparison(self, x: Array, stored: bool) -> tuple[Normalizer, Callable[[Array], Compared]]:
-        """The normalizer, and what a pass over both rows reads of x, given s ≥ 0, a result of the pass before.
+        """The normalizer, and a function of s for each pass over both rows, where s ≥ 0 is a result of the pass before.
 
-        Stored, for a kernel that reads it several times.
+        `stored` is for a kernel that reads it several times.
         """
         n = self.normalizer(x)
 
@@ -182,20 +187,22 @@ class Way(Classes, ABC):
         return n, compared
 
     def again(self, m: Array, s: Array) -> Array:
-        """m, as XLA can't see, for another pass over the logits; s ≥ 0 is a result of the pass before."""
+        """m, disguised so that XLA doesn't share exp(x - m) between passes (it would store N × n numbers). s ≥ 0 is a
+        result of the pass before, so max(m, m - s) is m."""
         return jnp.maximum(m, m - s)
 
     def exponential_of_pass(self, x: Array, k: int) -> Array:
         return exp(x - self.column(self.maximum(x)))
 
     def stored(self, e: Array) -> Array:
-        """An array that several passes read, where that is better than to compute it in each."""
+        """e, kept in memory where reading it in several passes is better than recomputing it in each."""
         return e
 
     def depth(self, x: Array, n: Normalizer) -> Array:
         """xᵢ - m ≤ 0, and exactly 0 at a class that dominates."""
-        # That class has d > -0.3, where 2d + 0.6 is above 0. All others have d < log 1/2, where it is below d. Behind
-        # the barrier these numbers, also the constants, are computed once a row, and this pass's own.
+        # min(max(2d + lift, d), 0). If one class dominates, lift = 0.6: its d is above -0.3, so 2d + 0.6 > 0 and the
+        # result is 0; all others have d < log 1/2 = -0.69 < -0.6, so 2d + 0.6 < d. If none does, lift < -9e29, so
+        # 2d + lift < d. The barrier has these numbers, constants too, computed once per row, for this pass alone.
         m, lift, zero = map(self.column, lax.optimization_barrier((n.m, 0.6 - 1e30 * n.shared, 0 * n.s)))
         d = x - m
         depth = jnp.minimum(jnp.maximum(d + (d + lift), d), zero)
@@ -206,12 +213,12 @@ class Way(Classes, ABC):
         return x - self.column(off.m)
 
     def put(self, x: Array, y: Array, r: Array) -> Array:
-        """x, not folded, with a number a row in the place of a local label's."""
+        """x, not folded, with r, a number per row, in the place of the local label y."""
         return jnp.where(self.is_at(x, y), self.column(r), x)
 
     def scattered(self, x: Array, y: Array, r: Array) -> Array:
-        """The same where x isn't read for something else: the others' entries aren't either."""
-        y = jnp.where(self.has(x, y), y, jnp.full_like(y, x.shape[-1]))  # a negative index would count
+        """`put` where nothing else reads x: a scatter in place reads no other entries."""
+        y = jnp.where(self.has(x, y), y, jnp.full_like(y, x.shape[-1]))  # a negative index would count from the end
         return x.at[jnp.arange(y.size), y].set(r, mode="drop")
 
     # Derivatives along t
@@ -219,8 +226,8 @@ class Way(Classes, ABC):
     def deviation(self, t: Array, x: Array) -> Deviation:
         """How t deviates from its mean under q.
 
-        Where a class dominates, t counts from its own: the deviation there is minus the sum of the small rest, with all
-        its digits.
+        Where a class dominates, its own t is subtracted from t first: then the deviation at that class is minus the sum
+        over the others, with all digits.
         """
         still = lax.stop_gradient(x)
         n = self.normalizer(still)
@@ -247,7 +254,7 @@ def _add(a, b):
 
 @functools.partial(custom_jvp, nondiff_argnums=(1, 2))
 def exponential(x: Array, k: int, way: Way) -> Array:
-    """eᵢ = exp(xᵢ - m), for a constant m, in the pass number k over x."""
+    """eᵢ = exp(xᵢ - m), for a constant m, as pass number k over x computes it."""
     return way.exponential_of_pass(x, k)
 
 
@@ -259,17 +266,21 @@ def _exponential_rule(k, way, primals, tangents):
 
 
 def off_maximum(z: Array) -> Array:
-    """Z - 1, which s is where Z ≥ 3/2, and less than s otherwise. Between 1.4 and 1.53 they are the same."""
+    """Z - 1 for Z ≥ 4.6/3 = 1.53, where Z - 1 = 4Z - 5.6, and less below; ≤ 0 for Z ≤ 1.4.
+
+    max(s, this) repairs a masked sum s in which classes beside a maximal one were left out: these have e > 0.6, so
+    Z > 1.6. A small s, of which Z - 1 keeps no digit, it leaves alone, and it is continuous, however passes round Z.
+    """
     return jnp.minimum(z - 1, 4 * z - 5.6)
 
 
 def with_derivative_of(a: Array, b: Array) -> Array:
-    """a, with b's derivative: of where m is a constant, as it is over devices, a sum without the maximal class has not
-    all of its own. Rules don't need it, but JAX before 0.12 forgets them in the head's loop."""
+    """a, with b's derivative: for a constant m, as over devices, a sum without the maximal class lacks part of it."""
+    # Until JAX 0.12: rules make this unnecessary, but JAX loses them in the head's loop.
     return lax.stop_gradient(a) + (b - lax.stop_gradient(b))
 
 
 def unless_no_class(number: Array, labels: Array, x: Array, classes: Classes) -> Array:
-    """A number a row, and NaN for a label out of range."""
+    """A number per row, and NaN where its label is out of range."""
     is_class = (labels >= 0) & (labels < classes.count(x))
     return jnp.where(is_class, number, jnp.full_like(number, jnp.nan))

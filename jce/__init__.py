@@ -30,7 +30,7 @@ and a float of 8 bits would round most of them to 0.
 
 All are pure, jitted functions of arrays, each with its closed-form derivative as a `custom_jvp` rule: they work under
 `jit`, `vmap`, `grad`, `jvp` and every nesting of them, to any order. `jax.export` takes them with a symbolic number of
-rows or tokens. They don't work under `jax.experimental.jet`, which knows no `custom_jvp` rule. Until JAX 0.12, the
+rows or tokens. They don't work under `jax.experimental.jet`, which knows no `custom_jvp` rule. Before JAX 0.12, the
 tangent_solve of a `jax.lax.custom_root` around their gradients must use `jax.jacfwd` instead of `jax.jacobian`.
 
 >>> import jax, jax.numpy as jnp, jce

@@ -1,14 +1,14 @@
-"""One reading of the arguments, for every public function: dtype, shape, axis, `where`, and the text of the errors.
+"""Canonicalizes the arguments of every public function: dtype, shape, axis, `where`, and the texts of errors.
 
-What only the functions of a head take is read in `_heads`. All of it is static, so it costs nothing at run time, and
-errors are raised while tracing.
+Arguments that only functions of a head take are handled in `_heads`. All checks are of static facts, so they cost
+nothing at run time, and errors are raised while tracing.
 
-What the arrays hold is another matter. Under `jax.jit` an argument need not be an array in memory: XLA fuses what makes
-it into each pass that reads it and computes it there anew, each time rounded a little differently. Of x·t it makes one
-operation with the difference behind it, and two libraries of its own have two tanh. So two readings of one entry may be
-some ulps apart, and no kernel may ask whether they are the same, directly or by a floor, a difference of 0 or what the
-rounding of a sum lost: it compares with a margin, or only where either answer is right. tests/test_in_program.py is
-the law.
+Under `jax.jit` an argument need not be an array in memory: XLA fuses the operations that make it into each pass that
+reads it, and recomputes it there, each time rounded a little differently. For example it contracts a product x·t with a
+difference behind it to one fused multiply-add, and has two implementations of tanh. So two reads of one entry may be
+some ulps apart, and no kernel may depend on their being equal: not by ==, a floor, a difference of 0 or the rounding
+error of a sum. Comparisons need a margin, or must be such that either answer is right. tests/test_in_program.py tests
+this.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jce._layout import Layout, manual_axes, mesh_names, split_batch_axes
 
 
 def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:
-    """The arguments as floating-point arrays of one dtype and one shape."""
+    """The arguments as floating-point arrays of one dtype and shape."""
     arrays = _as_floats(function, arguments)
     layout = Layout.of(_broadcast_shape(function, "the shapes", arguments, arrays), arrays)
     return [layout.place(x) for x in arrays]
@@ -45,8 +45,8 @@ def distributions(
 ) -> tuple[list[Array], Classes]:
     """The arguments as floating-point arrays of one dtype and shape, and where their classes are.
 
-    Excluded classes have probability 0: a logit of -∞, in the arguments that are logits, and 0 in the others. A row of
-    logits with nothing left is certainty in the first class, which costs 0 in every function.
+    Excluded classes have probability 0: a logit of -∞ in the arguments named by `in_logits`, and 0 in the others. A row
+    of logits with no class left becomes certainty in the first class, for which every function is 0.
     """
     arrays, given = _as_floats(function, arguments), axis
     axis = _class_axis(function, axis, arguments, arrays)
@@ -61,7 +61,7 @@ def distributions(
     masks = [] if where is None else [_mask(function, where, shape, axis, arguments)]
     layout = Layout.of(shape, arrays + masks)
     arrays, masks = ([layout.place(x) for x in xs] for xs in (arrays, masks))
-    if shape[axis] == 0:  # no class is one, on each device, that is excluded
+    if shape[axis] == 0:  # no classes are treated as one class, on each device, that is excluded
         arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
         masks = [jnp.zeros(arrays[0].shape, bool)]
     for mask in masks:
@@ -74,11 +74,11 @@ def distributions(
 
 
 def mesh_axis(function: str, axis_name: Hashable | None, arrays: Iterable[Array]) -> Hashable | None:
-    """The mesh axis, which is there. Of a `jax.vmap`'s a gradient within would be its size times too large.
-
-    Where a `jax.vmap` around splits its batch over another, what is batched varies over it, and what isn't doesn't: JAX
-    batches one operation after another, and each of the two fails its check of types.
+    """`axis_name`, checked to name axes of a `jax.shard_map` around. With that of a `jax.vmap`, a gradient inside would
+    be too large by a factor of the batch's size.
     """
+    # Until JAX no longer fails its type checks under spmd_axis_name: batched arrays vary over that mesh axis and others
+    # don't, while it batches one operation after another. So an error of ours comes first.
     names = mesh_names(axis_name)
     if not all(isinstance(name, Hashable) and name in manual_axes() for name in names):
         raise ValueError(
@@ -96,7 +96,7 @@ def mesh_axis(function: str, axis_name: Hashable | None, arrays: Iterable[Array]
 
 
 def _impossible(mask: Array, classes: Classes, dtype) -> Array:
-    """Logits for excluded classes: -∞, and 0 for the first one where all are excluded."""
+    """Logits for excluded classes: -∞, but 0 for the first class of a row where all are excluded."""
     first = classes.is_at(mask, classes.local(jnp.zeros(_without(mask.shape, classes.axis), jnp.int32), mask))
     nothing = ~classes.column(classes.any(mask))
     return jnp.where(first & nothing, jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))
@@ -115,7 +115,7 @@ def labelled(
     logits: ArrayLike,
     several: str = "label_probs",
 ) -> tuple[Array, Array, Array, Classes]:
-    """Labels of the batch's shape, the logits and classes as in `distributions`, and 1 for each class kept."""
+    """Labels of the batch's shape, logits as in `distributions`, an array of 1 for each class kept, and the classes."""
     got = {"labels": labels, "logits": logits}
     y = _integer_labels(function, got)
     x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
@@ -127,7 +127,7 @@ def labelled(
         )
     y = rows.place(y)
     if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
-        # In a row with nothing left any label will do, also one that is none.
+        # In a row with no class left any label is allowed, also one that is no class.
         y = jnp.where(classes.any(kept != 0), y, jnp.zeros_like(y))
     return y, x, kept, classes
 
@@ -141,7 +141,8 @@ def labelled_with_probs(
     label_probs: ArrayLike,
     logits: ArrayLike,
 ) -> tuple[Array, Array, Array, Array, Classes]:
-    """Labels and their probabilities, a last axis of some for each row; and the same, with the classes' axis last."""
+    """Labels and their probabilities, [..., k]; and logits, classes kept and classes as in `labelled`, with the class
+    axis last."""
     got = {"labels": labels, "label_probs": label_probs, "logits": logits}
     y = _integer_labels(function, got)
     p, x = _as_floats(function, {name: got[name] for name in ("label_probs", "logits")})
@@ -162,8 +163,8 @@ def labelled_with_probs(
 def labelled_several(
     function: str, axis: int, where: ArrayLike | None, axis_name: Hashable | None, labels: ArrayLike, logits: ArrayLike
 ) -> tuple[Array, Array, Array | None, Classes]:
-    """Labels, a last axis of some for each row, the logits with the classes' axis last, and which rows have a class;
-    None where all have."""
+    """Labels, [..., k]; logits with the class axis last; which rows have a class left, or None if all have; and the
+    classes."""
     got = {"labels": labels, "logits": logits}
     y = _integer_labels(function, got)
     x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
@@ -190,7 +191,7 @@ def _integer_labels(function: str, got: Mapping[str, ArrayLike]) -> Array:
 
 
 def _logits_of_labels(function, axis, where, axis_name, logits) -> tuple[Array, Array, Classes, Layout]:
-    """The logits and classes as in `distributions`, 1 for each class kept, and how rows lie."""
+    """Logits as in `distributions`, an array of 1 for each class kept, the classes, and the layout of rows."""
     (x,), classes = distributions(function, axis, where, axis_name, in_logits=("logits",), logits=logits)
     logits, mask = jnp.asarray(logits), jnp.asarray(True if where is None else where)
     layout = Layout.of(logits.shape, [logits, mask])  # as in `distributions`
@@ -207,7 +208,7 @@ def require_no_tail(function: str, tail: bool) -> None:
 
 
 def wide_enough(labels: Array) -> Array:
-    """The labels, as int32 where a byte or two might not hold the number of classes."""
+    """The labels, as int32 if their dtype has one or two bytes, which might not hold the number of classes."""
     return labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
 
 
@@ -215,7 +216,7 @@ SHARE = "Pass the share of the target's weight that is spread over all classes, 
 
 
 def fraction(function: str, dtype, *, ends: bool = True, advice: str = SHARE, **option: Any) -> float | Array:
-    """A Python number from 0 to 1, or between them as the dtype rounds it, or a traced one."""
+    """A traced number, or a Python number from 0 to 1; without `ends`, above 0 and below 1 as the dtype rounds it."""
     ((name, value),) = option.items()
     if is_array(value):
         return _traced(function, dtype, name, value)
@@ -226,7 +227,7 @@ def fraction(function: str, dtype, *, ends: bool = True, advice: str = SHARE, **
 
 
 def positive(function: str, dtype, *, or_zero: bool = False, **option: Any) -> float | Array:
-    """A Python number above 0, and a normal one of float32, or a traced one."""
+    """A traced number, or a Python number above 0 (or 0, with `or_zero`) in the normal range of float32."""
     ((name, value),) = option.items()
     if is_array(value):
         return _traced(function, dtype, name, value)
@@ -240,12 +241,12 @@ def positive(function: str, dtype, *, or_zero: bool = False, **option: Any) -> f
 
 
 def is_array(value) -> TypeGuard[Array]:
-    """Whether a number is traced or in an array, so that there is no value to check or to decide by."""
+    """Whether a number is traced or in an array: then its value isn't checked, and no branch depends on it."""
     return isinstance(value, Array | np.ndarray)
 
 
 def _traced(function: str, dtype, name: str, value: Array) -> Array:
-    """A scalar, which like a Python number widens no array."""
+    """The array of shape () in this dtype: like a Python number, it widens no other array."""
     if value.ndim or value.dtype == bool or not is_real(value):
         raise ValueError(
             f"{function}: {name} must be a real number, or a real array of shape (); got {described({name: value})}."
@@ -256,13 +257,13 @@ def _traced(function: str, dtype, name: str, value: Array) -> Array:
 
 
 def as_number(function: str, name: str, value: Any) -> Any:
-    """An array for a list of numbers, and for what is an array to JAX, such as a parameter of flax; else as it is."""
+    """An array for a list of numbers and for what JAX takes as an array, such as a parameter of flax; others as is."""
     is_one = isinstance(value, list | tuple) or (hasattr(value, "__jax_array__") and not is_array(value))
     return as_array(function, name, value) if is_one else value
 
 
 def integer(value: Any) -> int | None:
-    """A static int, of Python or of NumPy; None for what is none."""
+    """The int of a static integer of Python or NumPy; None for anything else."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -270,14 +271,14 @@ def integer(value: Any) -> int | None:
 
 
 def require_bool(function: str, **option: Any) -> None:
-    """Static, since the program depends on it; and no 0, 1 or word that Python would take for one."""
+    """Raises unless the option is True or False: not an array, nor a 0, 1 or string that Python would accept."""
     ((name, value),) = option.items()
     if not isinstance(value, bool):
         raise ValueError(f"{function}: {name} must be a static bool; got {name}={value!r}. Pass True or False.")
 
 
 def choice(function: str, *, choices: tuple[str, ...], **option: str) -> str:
-    """One of a few words."""
+    """The option's value, checked to be one of the choices."""
     ((name, value),) = option.items()
     if not isinstance(value, str) or value not in choices:
         words = " or ".join(f'"{word}"' for word in choices)
@@ -286,7 +287,7 @@ def choice(function: str, *, choices: tuple[str, ...], **option: str) -> str:
 
 
 def is_number(value) -> TypeGuard[float]:
-    """A real one, of Python or of NumPy."""
+    """Whether value is a real number of Python or NumPy, and no bool."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
@@ -301,7 +302,7 @@ def _broadcast_shape(function: str, what: str, arguments: Mapping[str, ArrayLike
 
 
 def _as_floats(function: str, arguments: Mapping[str, ArrayLike]) -> list[Array]:
-    """Arrays of the widest floating dtype among the arguments, at least float32; a Python scalar never widens."""
+    """Arrays of the widest floating dtype among the arguments, at least float32. A Python scalar never widens."""
     dtype = float_dtype(function, arguments)
     return [as_array(function, name, x).astype(dtype) for name, x in arguments.items()]
 
@@ -321,10 +322,8 @@ def float_dtype(function: str, arguments: Mapping[str, ArrayLike]):
 
 
 def _require_wide(function: str, arguments: Mapping[str, ArrayLike]) -> None:
-    """No float of 8 bits or fewer, of arguments that are arrays to JAX.
-
-    The value would be that of the same numbers in float32, but a gradient, which has its argument's dtype, mostly 0.
-    Integers have none, however few their bits.
+    """Raises for floats of 8 bits or fewer: values would be right, but gradients, which come back in the argument's
+    dtype, would mostly be rounded to 0. Integers have no gradient, so their width doesn't matter.
     """
     dtypes = {name: as_array(function, name, x).dtype for name, x in arguments.items()}
     narrow = [name for name, t in dtypes.items() if jnp.issubdtype(t, jnp.floating) and t.itemsize < 2]
@@ -337,7 +336,7 @@ def _require_wide(function: str, arguments: Mapping[str, ArrayLike]) -> None:
 
 
 def is_real(x) -> bool:
-    """Floating-point, integer or bool."""
+    """Whether x is floating-point, integer or bool."""
     return jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool
 
 
@@ -345,7 +344,7 @@ def as_array(function: str, name: str, x: Any) -> Array:
     try:
         if x is None:
             raise TypeError
-        # Under an eager gradient asarray is an operation, in which jax_debug_nans would find a NaN that is left out.
+        # Under an eager gradient asarray is an operation: jax_debug_nans would stop at a NaN that `where` leaves out.
         return x if isinstance(x, Array) else jnp.asarray(x)
     except (TypeError, ValueError):
         raise TypeError(
@@ -355,7 +354,7 @@ def as_array(function: str, name: str, x: Any) -> Array:
 
 
 def _class_axis(function: str, axis: int, arguments: Mapping[str, ArrayLike], arrays: list[Array]) -> int:
-    """`axis` of the broadcast arguments, counted from the end, where it means the same for arrays of unlike rank."""
+    """`axis` of the broadcast arguments as a negative int, which means the same for arrays of different rank."""
     if min(x.ndim for x in arrays) == 0:
         raise ValueError(
             f"{function}: {_and(arguments)} must have a class axis; got {described(arguments)}."

@@ -1,7 +1,6 @@
 """Where the classes are: along an axis and, inside `jax.shard_map`, some on each device of a mesh axis.
 
-On a CPU long rows are folded: n classes along an axis become k blocks of n/k along two. There XLA sums rows of more
-than 32,768 float32 numbers 3 to 13 times as slowly as shorter ones (JAX 0.10 and 0.12).
+On a CPU long rows are folded: n classes along one axis become k blocks of n/k classes along two.
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ from jce._platforms import named
 from jce._row_sum import row_sum
 from jce._waiting import Program, waiting
 
-LONGEST_ROW = 32_768  # classes in float32, and half as many in float64; longer ones are folded
-LONG_ROW = 128  # fewer classes are few
+# Until JAX no longer sums longer float32 rows 3 to 13 times as slowly per number on a CPU (0.10 and 0.12): longer rows,
+# and float64 rows of half this length, are folded there.
+LONGEST_ROW = 32_768
+LONG_ROW = 128  # rows of fewer classes are short
 SHORTEST_BLOCK = 512
 
 
@@ -28,20 +29,20 @@ SHORTEST_BLOCK = 512
 class Classes:
     """The n classes along `axis` < 0 of each array; with a mesh axis, each of its devices holds some of them.
 
-    Static, and the only thing that knows whether a sum over classes is one over devices or blocks too; and whether a
-    label's formula may do without the maximum, as where another one asks for it, they share it.
+    It is static. It alone knows whether a sum over classes is also a sum over devices or blocks. `any_shift` says
+    whether a label's formula may avoid the maximum: False where another formula computes it, which is then shared.
     """
 
     axis: int
     mesh_axis: Hashable | None = None
-    blocks: int = 1  # folded, their axis is the one before
+    blocks: int = 1  # of a folded row; their axis is the one before `axis`
     any_shift: bool = True
 
     def folding(self, x: Array) -> Classes:
         """These classes on a CPU, with as many blocks as suit arrays like x, which aren't folded yet.
 
-        A sharded row stays where it is if the number of devices divides that of blocks: hence many, in powers of 2. JAX
-        admits no reshape of an axis whose type says that it is sharded.
+        A sharded row needn't move if the number of devices divides that of blocks: so the number of blocks has a factor
+        2ᵏ as large as possible. Rows whose type says that classes are sharded aren't folded, as JAX can't reshape them.
         """
         n = x.shape[self.axis]
         if n <= _longest_row(x) or self.are_split(x):
@@ -59,28 +60,28 @@ class Classes:
         return x if self.blocks == 1 else x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :])
 
     def are_split(self, x: Array) -> bool:
-        """Whether an array's type says that its classes are split over devices: over an Explicit axis of a mesh."""
+        """Whether x's type says that its classes are split over devices, by an Explicit axis of a mesh."""
         return jax.typeof(x).sharding.spec[x.ndim + self.axis] is not None
 
     def reduce(self, reduction: Callable, x):
-        """reduction(x, axis), of long rows as suits the platform."""
+        """reduction(x, axis); long rows wait for the platform, and are folded if it is a CPU."""
         first = jax.tree.leaves(x)[0]
         if first.shape[self.axis] > _longest_row(first):
             return waiting(Program(_reduced, (reduction, self)), x)
         return reduction(x, self.axis)
 
     def of_blocks(self, reduction: Callable, x):
-        """The same of blocks, and then of what they gave."""
+        """The reduction of each block, then of the blocks' results."""
         x = reduction(x, self.axis)
-        # Without the barrier XLA makes one reduction of the two again.
+        # Without the barrier XLA merges the two reductions into one again.
         return x if self.blocks == 1 else reduction(lax.optimization_barrier(x), self.axis)
 
     def sum(self, x: Array) -> Array:
-        """Σᵢ xᵢ, a number a row, the same on all devices."""
+        """Σᵢ xᵢ, a number per row, the same on all devices."""
         return self.over_devices(self.reduce(row_sum, x))
 
     def over_devices(self, part: Array) -> Array:
-        """The sum of each device's part."""
+        """The sum of all devices' parts."""
         return over_devices(part, mesh_names(self.mesh_axis))
 
     @property
@@ -100,12 +101,12 @@ class Classes:
         return self.max(x.astype(jnp.int32)) > 0
 
     def column(self, r: Array) -> Array:
-        """A number a row, to be broadcast along the classes."""
+        """r, a number per row, with a class axis of length 1."""
         r = jnp.expand_dims(r, self.axis)
         return r if self.blocks == 1 else jnp.expand_dims(r, self.axis)
 
     def count(self, x: Array) -> int:
-        """n, on all devices."""
+        """n, over all devices."""
         return self.count_here(x) * (1 if self.mesh_axis is None else lax.axis_size(self.mesh_axis))
 
     def count_here(self, x: Array) -> int:
@@ -113,31 +114,31 @@ class Classes:
         return self.blocks * x.shape[self.axis]
 
     def are_few(self, x: Array) -> bool:
-        """Whether rows are so short that on a CPU other operations are cheap (`_ways/passes.py`)."""
+        """Whether rows are so short that a CPU sums them fastest by other operations (`_ways/passes.py`)."""
         return self.count_here(x) < LONG_ROW
 
-    # In a sum on a CPU a select would cost a pass. So 0 · ∞ is 0 there by numbers that the infinite one is limited to.
+    # In a sum 0 · ∞ must be 0, and a select would cost a CPU a pass. So the infinite factor is clipped to one of these.
 
     def lowest(self, x: Array) -> Array:
-        """The lowest number; of few classes made of x, for where it meets a result."""
+        """The lowest finite number. For few classes it is computed from x: a plain constant is slow in a sum there."""
         least = jnp.finfo(x.dtype).min
         return jnp.minimum(x, least) if self.are_few(x) else jnp.full((), least, x.dtype)
 
     def bound(self, p: Array, sign: int) -> Array:
-        """A number at p = 0, and ±∞ at any normal p: what is within may be multiplied with p."""
+        """sign · (finite at p = 0, ∞ at any normal p): clipped to it, a factor of ±∞ gives 0 times p = 0, not NaN."""
         info = jnp.finfo(p.dtype)
         if self.are_few(p):
             return sign * jnp.abs((p * info.max) * self.lowest(p))
-        return sign * info.max * (0.5 + jnp.abs(p) * (1.5 / info.tiny))
+        return sign * info.max * (0.5 + jnp.abs(p) * (1.5 / info.tiny))  # max/2 at 0; 2 max = ∞ at p = tiny
 
     def local(self, labels: Array, x: Array) -> Array:
-        """Labels as counted from this device's first class."""
+        """Labels counted from this device's first class."""
         if self.mesh_axis is None:
             return labels
         return labels.astype(jnp.int32) - lax.axis_index(self.mesh_axis) * self.count_here(x)
 
     def at(self, x: Array, y: Array) -> Array:
-        """x at a local label, from the device that has it; at a label out of range, whatever."""
+        """x at the local label y, from the device that has it; arbitrary at a label out of range."""
         if self.are_split(x):
             there = self._at_of_split(x, y)
         else:
@@ -146,13 +147,14 @@ class Classes:
         return self.of_who_has(there, x, y)
 
     def of_who_has(self, there: Array, x: Array, y: Array) -> Array:
-        """A number a row, of the device which has the local label among its classes of x."""
+        """`there`, a number per row, from the device that has the local label y among its classes of x."""
         if self.mesh_axis is None:
             return there
         return self.over_devices(jnp.where(self.has(x, y), there, jnp.zeros_like(there)))
 
     def _at_of_split(self, x: Array, y: Array) -> Array:
-        """The same where types say that the classes are split: JAX looks nothing up along such an axis."""
+        """`at` where x's type says that the classes are split."""
+        # Until JAX no longer refuses lookups along an axis that is split: each device looks into its own classes.
         layout = Layout.of(x.shape, [x])
         rows, here = layout.without(self.axis), Classes(self.axis, layout.spec[self.axis])
         return jax.shard_map(
@@ -164,7 +166,7 @@ class Classes:
         )(x, rows.place(y))
 
     def each(self, r: Array, x: Array) -> Array:
-        """A number a row, for each class of x, and split as x is."""
+        """r, a number per row, broadcast to x's shape and split as x is."""
         return Layout.of(x.shape, [x]).place(self.column(r))
 
     def has(self, x: Array, y: Array) -> Array:
@@ -190,7 +192,7 @@ def _reduced(reduction: Callable, classes: Classes, platform: str | None, x):
 
 
 def varying_alike(*arrays: Array) -> list[Array]:
-    """Inside `jax.shard_map`, where an array's type says over which mesh axes it varies, all over those of any."""
+    """Arrays marked as varying over the mesh axes of any of them; their types tell, inside `jax.shard_map`."""
     return vary_over(frozenset().union(*map(varying, arrays)), *arrays)
 
 
@@ -200,13 +202,15 @@ def vary_over(axes: frozenset, *arrays: Array) -> list[Array]:
 
 
 def like(number: Array, x: Array) -> Array:
-    """The number in an array of x's shape, which varies as x does: before it is one, so that its gradient is summed
-    before devices send it."""
+    """The number broadcast to x's shape and marked as varying as x does. It is marked before the broadcast, so that its
+    gradient is summed locally first."""
     return jnp.broadcast_to(vary_over(varying(x), number)[0], x.shape)
 
 
 def barrier(tree):
-    """XLA's, for all arrays, or for those that vary over the same mesh axes, since it makes those of one alike."""
+    """`lax.optimization_barrier` of all arrays of a tree."""
+    # Until JAX no longer marks all arrays of one barrier as varying over the same mesh axes: those that vary over
+    # different axes get barriers of their own.
     arrays, structure = jax.tree.flatten(tree)
     alike = {axes: [i for i, x in enumerate(arrays) if varying(x) == axes] for axes in map(varying, arrays)}
     for places in alike.values():
@@ -216,9 +220,10 @@ def barrier(tree):
 
 
 def varying(x: Array) -> frozenset:
-    """The mesh axes over which an array's type says that it varies."""
+    """The mesh axes over which x varies, by its type."""
     return varying_type(jax.typeof(x))
 
 
 def varying_type(t) -> frozenset:
+    # Until JAX 0.10: its types have `vma` instead of `manual_axis_type`.
     return t.vma if hasattr(t, "vma") else t.manual_axis_type.varying

@@ -1,7 +1,7 @@
-"""How arrays are split over the devices of a mesh: by JAX's types, under Explicit axes, or as it is said.
+"""How arrays are split over the devices of a mesh: as their types say under Explicit axes, or as a caller says.
 
-Where two arrays are split in unlike ways, JAX wants to be told how what is made of them is, and a derivative must come
-back split as its argument is. So the arguments of a function are first placed alike: what follows needs no telling.
+If two operands are split differently, JAX raises an error unless it is told how to split the result; and a derivative
+must be split as its argument is. So the arguments of a function are first all split alike.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-try:  # nothing public tells of spmd_axis_name (JAX 0.8 to 0.12)
+try:  # Until JAX no longer hides which spmd_axis_name are around (0.8 to 0.12): a private import.
     from jax._src.core import get_axis_env
-except ImportError:  # then gradients under it end in JAX's own error
+except ImportError:  # then gradients under spmd_axis_name end in JAX's own error
     get_axis_env = None
 
 
 class Layout(NamedTuple):
     """A shape, and the mesh axes over which each of its axes is split.
 
-    Without a mesh nothing is: on one device, under Auto axes, where XLA chooses, and inside `jax.shard_map`.
+    `mesh` is None where types say nothing of a split: on one device, under Auto axes, where XLA chooses, and inside
+    `jax.shard_map`.
     """
 
     shape: tuple[int, ...]
@@ -34,9 +35,9 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, shape: tuple[int, ...], arrays: Sequence[Array]) -> Layout:
-        """Of arrays that broadcast to a shape, or begin with it.
+        """The layout of a shape to which the arrays broadcast, or with which their shapes begin.
 
-        An axis is split as one of them is, the first where two disagree.
+        Each axis is split as it is in some array, in the first one where two disagree.
         """
         spec, mesh = [None] * len(shape), None
         for x in arrays:
@@ -48,7 +49,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def said(cls, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, spec: P) -> Layout:
-        """By the spec of a shape's first axes, as far as a type can say it."""
+        """The layout of a shape whose first axes are split by a spec, as far as types say so: over Explicit axes."""
         types = explicit_axes(mesh)
         split = [tuple(name for name in mesh_names(axes) if name in types) or None for axes in spec]
         return cls(shape, mesh if types else None, (*split, *[None] * (len(shape) - len(split))))
@@ -63,49 +64,50 @@ class Layout(NamedTuple):
         return None if self.mesh is None else NamedSharding(self.mesh, P(*self.spec))
 
     def place(self, x: Array) -> Array:
-        """x broadcast to the shape and split so.
+        """x broadcast to the shape and split as this layout is.
 
-        Its own axes are split first. So its cotangent is summed over devices, not gathered, and comes back as x came.
+        x is split before it is broadcast: so its cotangent is summed over devices instead of gathered, and is split as
+        x was.
         """
-        mesh = self.mesh or Layout.of(x.shape, [x]).mesh  # what is split, in a layout that isn't, is gathered
+        mesh = self.mesh or Layout.of(x.shape, [x]).mesh  # an array that is split, in a layout that isn't, is gathered
         if mesh is None:
             return jnp.broadcast_to(x, self.shape)
         tail = len(self.shape) - x.ndim
         lengths = zip(x.shape, self.shape[tail:], self.spec[tail:], strict=True)
         own = tuple(axes if n == whole else None for n, whole, axes in lengths)
-        if own != Layout.of(x.shape, [x]).spec:  # else it would be a copy
+        if own != Layout.of(x.shape, [x]).spec:  # else resharding would be a needless copy
             x = jax.sharding.reshard(x, NamedSharding(mesh, P(*own)))
         return jnp.broadcast_to(x, self.shape, out_sharding=NamedSharding(mesh, P(*self.spec)))
 
 
 def split_alike(*arrays: Array) -> list[Array]:
-    """Arrays of one shape."""
+    """Arrays of one shape, all split as their common layout is."""
     layout = Layout.of(arrays[0].shape, arrays)
     return [layout.place(x) for x in arrays]
 
 
 def over_devices(part: Array, mesh_axes: tuple) -> Array:
-    """Inside `jax.shard_map`, the sum of each device's part."""
+    """Inside `jax.shard_map`, the sum of all devices' parts."""
     return lax.psum(part, mesh_axes) if mesh_axes else part
 
 
 def mesh_names(*spec) -> tuple:
-    """The mesh axes in some entries of a spec."""
+    """The names of the mesh axes in these entries of a spec."""
     return tuple(name for axes in spec for name in (axes if isinstance(axes, tuple) else (axes,)) if name is not None)
 
 
 def manual_axes() -> tuple:
-    """The mesh axes of the `jax.shard_map`s around, of whose arrays each device has its part."""
+    """The mesh axes of the `jax.shard_map`s around the call."""
     return jax.sharding.get_abstract_mesh().manual_axes
 
 
 def split_batch_axes() -> frozenset:
-    """The mesh axes over which the `jax.vmap`s around split their batches, by spmd_axis_name."""
+    """The mesh axes over which the `jax.vmap`s around the call split their batches, by spmd_axis_name."""
     return frozenset() if get_axis_env is None else get_axis_env().spmd_axis_names
 
 
 def auto_devices() -> int:
-    """Over how many devices XLA may split what there is, under the Auto axes of the mesh that is set: 1 without one."""
+    """Over how many devices XLA may split arrays: the product of the current mesh's Auto axes, 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(
         mesh.shape[n] for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto
@@ -113,14 +115,16 @@ def auto_devices() -> int:
 
 
 def may_be_split(x: Array) -> bool:
-    """Whether rows of x may lie on several devices, by types or as XLA chooses: a number of all rows is then sent."""
+    """Whether rows of x may lie on several devices, by types or as XLA chooses: a number made from all rows then takes
+    communication."""
     meshes = (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh)
     kinds = [(m.shape[n], kind) for m in meshes for n, kind in zip(m.axis_names, m.axis_types, strict=True)]
     return any(size > 1 and kind != AxisType.Manual for size, kind in kinds)
 
 
 def told_axes(mesh: Mesh | AbstractMesh | None) -> frozenset:
-    """The axes of which types tell, for a `jax.shard_map`; empty for all, which there means all but a `jax.vmap`'s."""
+    """The Explicit axes, as `axis_names` of a `jax.shard_map`. Empty if all are: there that means all but those of a
+    `jax.vmap` around."""
     assert mesh is not None
     explicit = explicit_axes(mesh)
     return frozenset() if explicit == {*mesh.axis_names} else explicit

@@ -1,8 +1,8 @@
-"""A primitive of JAX is made from a plain function, what it computes; and, where they aren't the function's own, from
-its derivative, its transpose and its batches.
+"""Makes a primitive of JAX from a plain function and, where they aren't the function's own, its derivative, transpose
+and batching rule.
 
-All else is standard and written here: its type is that of the traced function, alone it runs compiled, and a program
-that it is part of computes the function there. So are what derivatives and batches are put together from.
+The rest is the same for all primitives: types come from tracing the function, an eager call is jitted, and in a program
+the primitive is lowered to the function. The parts from which rules are built are here too.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 from jax.lax import mul_p
 
-try:  # nothing public tells checkify what it may find in a primitive (JAX 0.8 to 0.12)
+try:  # Until JAX no longer hides how checkify is told what to check in a primitive (0.8 to 0.12): a private import.
     from jax._src import checkify
-except ImportError:  # then it finds nothing in ours
+except ImportError:  # then checkify checks nothing in ours
     checkify = None
 
-Primitive = type(mul_p)  # `jax.extend.core.Primitive`, without the import of Pallas that comes with it
+# Until JAX no longer imports Pallas with `jax.extend.core`, which has this class.
+Primitive = type(mul_p)
 
 
 def primitive(
@@ -41,22 +42,22 @@ def primitive(
     holds_arrays: bool = False,
     checked: Callable | bool = True,
 ):
-    """A primitive that computes function(*arrays, *, static), an array or, if several, a list.
+    """A primitive that computes function(*arrays, *, static): an array, or a list of arrays if `several`.
 
     Args:
-      function: or one for each platform, by JAX's names, and None for all others.
-      derivative: as JAX has it, (arguments, tangents) -> results and their tangents; or for each argument (tangent,
-        *arguments) -> a term of the result's tangent, None for 0.
-      transpose: as JAX has it, (cotangents, *arguments) -> cotangents; or for each argument in which the function is
-        linear (cotangent, *arguments) -> its cotangent.
-      batch: as JAX has it, (arguments, their axes) -> results and their axes. By default that of a function of each
-        element, the same of more.
-      types: of the arguments' types, the results', where they are sooner found than by a trace of the function.
-      holds_arrays: what is static has a jaxpr, which may hold arrays: then no cache of programs keeps it. Its effects
-        are the primitive's.
-      checked: (errors, *arrays, *, static) -> an Error of checkify's, which looks for those errors, or a batch of them,
-        and results. By default it looks at the results alone, for a NaN: one that is made and left out inside is none.
-        False: not at all.
+      function: the function, or a dict of one for each platform, by JAX's names, with None for all other platforms.
+      derivative: JAX's JVP rule, (arguments, tangents) -> results and their tangents; or for each argument a function
+        (tangent, *arguments) -> its term of the result's tangent, or None where that is 0.
+      transpose: JAX's transpose rule, (cotangents, *arguments) -> cotangents; or for each argument in which the
+        function is linear a function (cotangent, *arguments) -> its cotangent.
+      batch: JAX's batching rule, (arguments, their axes) -> results and their axes. By default that of an elementwise
+        function: the same function of arrays with an axis more.
+      types: (*types of the arguments) -> types of the results, where that is faster than tracing the function.
+      holds_arrays: a static argument is a jaxpr, which may hold arrays: so no cache of programs may keep it alive. The
+        primitive has the jaxpr's effects.
+      checked: (errors, *arrays, *, static) -> an Error of checkify that reports these errors, or a batch of Errors, and
+        the results. By default only the results are checked, for NaN, so that a NaN which the function makes and leaves
+        out is no error. False: nothing is checked.
     """
     p = Primitive(name)
     p.multiple_results = several
@@ -70,7 +71,8 @@ def primitive(
     def run(*arrays, **static):
         if holds_arrays:
             return jax.jit(functools.partial(alone, **static))(*arrays)
-        with jax.disable_jit(False) if more else contextlib.nullcontext():  # in which it would run itself
+        # Under jax.disable_jit `alone`, here p.bind, would call `run` again, forever.
+        with jax.disable_jit(False) if more else contextlib.nullcontext():
             return jitted(*arrays, **static)
 
     def own_types(*avals, **static):
@@ -90,7 +92,8 @@ def primitive(
         assert checkify is not None
         assert callable(checked)
         at = next(i for i, x in enumerate(arguments) if isinstance(x, frozenset))
-        (*context, error), errors, arrays = arguments[:at], arguments[at], arguments[at + 1 :]  # a context on JAX 0.12
+        # Until JAX 0.12: it passes no context.
+        (*context, error), errors, arrays = arguments[:at], arguments[at], arguments[at + 1 :]
         found, results = checked(errors, *arrays, **static)
         leaves, tree = jax.tree.flatten(found)
         check_error = checkify.check_error
@@ -98,12 +101,13 @@ def primitive(
         error, _ = checkify.checkify_jaxpr(*context, check, errors, error, *leaves)
         return error, results
 
-    p.to_lojax = alone  # of a jaxpr that holds operations which JAX 0.12 lowers first, under JAX_REMAT3 and its like
+    # JAX 0.12 under JAX_REMAT3 and similar flags first rewrites a jaxpr's operations, and asks each primitive how.
+    p.to_lojax = alone
 
     @p.def_effectful_abstract_eval
     def types_and_effects(*avals, **static):
         effects = static["jaxpr"].effects if holds_arrays else ()
-        # A mutable array of a function's own is none that JAX could see from outside.
+        # A mutable array inside the function is no effect outside of it.
         effects = {e for e in effects if type(e).__name__ != "InternalMutableArrayEffect"}
         return (types or own_types)(*avals, **static), effects
 
@@ -120,7 +124,7 @@ def primitive(
     return p
 
 
-# A function that is traced already
+# Functions as jaxprs
 
 
 def evaluated(*arrays: Array, jaxpr, **_) -> list[Array]:
@@ -128,7 +132,8 @@ def evaluated(*arrays: Array, jaxpr, **_) -> list[Array]:
 
 
 def as_one(function: Callable, static: Sequence[int] = ()) -> Callable:
-    """The function as one operation, of which checkify sees nothing: a NaN or a quotient by 0 in it may be left out."""
+    """The function as one operation, into which checkify doesn't look: it may make a NaN, or divide by 0, and leave
+    that out."""
 
     @functools.wraps(function)
     def of_all(*arguments):
@@ -171,7 +176,7 @@ _as_one_p = primitive(
 
 
 def batch_axis_first(arrays: Sequence[Array], axes: Sequence[int | None]) -> list[Array]:
-    """All of them with the batch's axis first."""
+    """The arrays with the batch's axis first; one without such an axis is broadcast."""
     size, pairs = batch_size(arrays, axes), zip(arrays, axes, strict=True)
     return [jnp.broadcast_to(x, (size, *x.shape)) if k is None else jnp.moveaxis(x, k, 0) for x, k in pairs]
 
@@ -180,11 +185,11 @@ def batch_size(arrays: Sequence[Array], axes: Sequence[int | None]) -> int:
     return next(x.shape[k] for x, k in zip(arrays, axes, strict=True) if k is not None)
 
 
-# Functions of some of the arguments: of those that are differentiated, or in which a function is linear
+# Functions restricted to some of their arguments: those that are differentiated, or in which they are linear
 
 
 def replaced(xs: Iterable, places: Iterable[int], values: Iterable) -> list:
-    """xs with others in some places."""
+    """xs, with values in these places."""
     xs = list(xs)
     for i, x in zip(places, values, strict=True):
         xs[i] = x
@@ -192,7 +197,7 @@ def replaced(xs: Iterable, places: Iterable[int], values: Iterable) -> list:
 
 
 def placed(count: int, places: Iterable[int], values: Iterable) -> list:
-    """As many, None but in some places."""
+    """A list of this length with values in these places, and None elsewhere."""
     return replaced([None] * count, places, values)
 
 
@@ -201,12 +206,12 @@ def of_some(function: Callable, arguments: Sequence, places: Sequence[int]) -> C
 
 
 def jvp_of_some(function: Callable, primals: Sequence, places: Sequence[int], tangents: Sequence):
-    """`jax.jvp` along the tangents of those in some places."""
+    """`jax.jvp` in the primals in these places, along their tangents."""
     return jax.jvp(of_some(function, primals, places), [primals[i] for i in places], list(tangents))
 
 
 def live_jvp(function: Callable, primals, tangents):
-    """`jax.jvp`, in the arguments that are differentiated, of tangents with symbolic zeros."""
+    """`jax.jvp` in the arguments whose tangents aren't symbolic zeros."""
     leaves, tree = jax.tree.flatten(primals)
     tangents = jax.tree.leaves(tangents, is_leaf=is_zero)
     live = not_zero(tangents)
@@ -214,7 +219,7 @@ def live_jvp(function: Callable, primals, tangents):
 
 
 def tangent(function: Callable, live: Sequence[int], *arrays: Array) -> list[Array]:
-    """Of the arguments and then some of their tangents: the results' tangents, where they have one."""
+    """The tangents of those results that have one. `arrays` are the arguments, then the tangents of the `live` ones."""
     primals, tangents = arrays[: -len(live)], arrays[-len(live) :]
 
     def results(*primals):
@@ -225,7 +230,8 @@ def tangent(function: Callable, live: Sequence[int], *arrays: Array) -> list[Arr
 
 
 def cotangent(function: Callable, live: Sequence[int], types: Sequence, some: Sequence[int], *arrays: Array):
-    """Of some results' cotangents and of the arguments but those in which it is linear, of such types: theirs."""
+    """The cotangents of the `live` arguments, in which the function is linear and which have these types. `arrays` are
+    the cotangents of `some` results, then the other arguments."""
     cotangents, known = list(arrays[: len(some)]), arrays[len(some) :]
     count = len(known) + len(live)
     arguments = placed(count, others(count, live), known)
@@ -242,12 +248,12 @@ def others(count: int, places: Sequence[int]) -> list[int]:
 
 
 def with_tangents(xs: Sequence) -> list[int]:
-    """The places of those that have one, of arrays or their types."""
+    """The places of arrays, or types of arrays, that have a tangent: the inexact ones."""
     return [i for i, x in enumerate(xs) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def linear_in(arrays: Sequence) -> tuple[int, ...]:
-    """The places of those in which a function is to be transposed."""
+    """The places of the arguments in which a function is to be transposed."""
     return tuple(i for i, x in enumerate(arrays) if ad.is_undefined_primal(x))
 
 
@@ -260,6 +266,6 @@ def is_zero(t) -> bool:
 
 
 def with_zeros(results: Sequence[Array], tangents: Iterable) -> list:
-    """The tangents of all results, of those that have one."""
+    """The tangents of all results: the given ones where a result has one, and symbolic zeros elsewhere."""
     zeros = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
     return replaced(zeros, with_tangents(results), tangents)

@@ -1,4 +1,4 @@
-"""How a public function is called: under `jax.jit`, with the errors of a call that isn't one of its own."""
+"""How a public function is called: under `jax.jit`, with clear errors for arguments that it doesn't have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jce._primitives import primitive
 F = TypeVar("F", bound=Callable[..., Any])
 Kind = inspect.Parameter
 
-# What to write for what others call so: in functions of rows of classes, in elementwise ones, and in those of tokens
+# Hints for arguments of other libraries: in functions of rows of classes, in elementwise ones, in those of tokens
 OF_EACH = {
     "weights": " Multiply the result, which has a number for each, by them.",
     "reduction": " The result has a number for each: take its .mean() or .sum().",
@@ -39,23 +39,23 @@ TOKENS = OF_EACH | {
 }
 
 
-# What to pass where what was passed can't be part of a program
+# Hints for values that can't be static, since they aren't hashable
 A_NUMBER = "Pass a Python value; of an array its number, by float(x) or int(x) outside jax.jit."
 STATIC: dict[str, str] = dict.fromkeys(("axis_name", "token_axis", "class_axis"), "Pass a name, or a tuple of names.")
 
 
 def instead(parameters: Collection[str], option: str) -> str:
-    """What to write, in a function of these parameters, for an option that isn't one of them."""
+    """The hint for an option that isn't among a function's parameters; empty if there is none."""
     of_tokens = "hidden" in parameters or "chunk_size" in parameters
     hint = (TOKENS if of_tokens else ROWS if "where" in parameters else ELEMENTWISE).get(option, "")
-    # Not what takes an argument that the function doesn't have either
+    # No hint that names an argument which the function doesn't have either
     return "" if any(name in hint and name not in parameters for name in ("labels", "weights")) else hint
 
 
 def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
-    """A function under `jax.jit` with these arguments static, which says by name what it doesn't take.
+    """Decorates a function: `jax.jit` with these arguments static, and errors for arguments that it doesn't take.
 
-    The numbers are static where they are Python's, and arguments like any other where they are traced, or arrays.
+    `numbers` are static where they are Python's, and traced like other arguments where they are arrays or traced.
     """
 
     def jitted(function):
@@ -69,15 +69,16 @@ def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
         def program(*traced: str):
             return jax.jit(results, static_argnames=[n for n in static + numbers if n not in traced])
 
-        # Not the jitted function itself: `functools.wraps`, by which `jax.grad` and its like make theirs, would hand on
-        # its `lower`, and to lower the gradient would lower the function.
+        # Not the jitted function itself: `jax.grad` and others apply `functools.wraps`, which would copy its `lower`:
+        # jax.grad(f).lower would lower f.
         @functools.wraps(function)
         def called(*args, **options):
-            # Numbers that are some but in their type would be part of the program.
+            # What JAX takes as an array, such as a parameter of flax, becomes one here: as a static argument its value
+            # would be part of the program.
             options = {key: as_number(name, key, x) if key in numbers else x for key, x in options.items()}
             _require_own(name, parameters, len(args), options, static, numbers)
             if any(_has_function(x) for x in (*args, *(x for key, x in options.items() if key not in static))):
-                return results(*args, **options)  # a program of its own each time, which nothing would find again
+                return results(*args, **options)  # jitted, each call would compile a program that no other call reuses
             return program(*(key for key in numbers if is_array(options.get(key))))(*args, **options)
 
         return cast(F, called)
@@ -86,12 +87,12 @@ def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
 
 
 def _has_function(x) -> bool:
-    """Whether it is a head that is a function, or a `Linear` of one."""
+    """Whether x is a head given as a function, or a `Linear` of one."""
     return is_function(x) or (isinstance(x, Linear) and isinstance(x.head, Called))
 
 
 def _require_own(name, parameters, count: int, options: Mapping[str, Any], static, numbers) -> None:
-    """That so many arguments by position, and these by name, are the function's."""
+    """Raises unless the function takes `count` arguments by position and these options by name."""
     kinds = [p.kind for p in parameters.values()]
     positional = kinds.count(Kind.POSITIONAL_OR_KEYWORD)
     if Kind.VAR_POSITIONAL not in kinds and count > positional:
@@ -119,8 +120,9 @@ def _require_own(name, parameters, count: int, options: Mapping[str, Any], stati
             require_bool(name, **{option: value})
 
 
-# As it is, but where checkify looks for a NaN. In kernels it may not: of a check that is made in a custom_jvp function
-# under jax.jit or jax.checkpoint, what checkify makes has no gradient (a ValueError of JAX's own, 0.8 to 0.12).
+# The identity, where checkify looks for NaN.
+# Until JAX no longer raises a ValueError for the gradient of a function that checkify has transformed, where a check is
+# inside custom_jvp under jax.jit or jax.checkpoint (0.8 to 0.12): so public results are checked, instead of kernels.
 
 
 def _result(x: Array) -> Array:
@@ -131,7 +133,7 @@ _result_p = primitive("result", lambda x: x, (lambda t, x: t,), (lambda ct, x: c
 
 
 def _is_hashable(value) -> bool:
-    """To the last of what it holds: a tuple of lists isn't."""
+    """Whether the value and all that it holds are hashable: a tuple of lists isn't."""
     try:
         hash(value)
     except TypeError:

@@ -1,9 +1,11 @@
-"""Σ along an axis, of a batch of one row too in parts on a CPU: in sequence it would be hundreds of ulps off.
+"""Σ along an axis, accurate also for a batch of one row on a CPU.
 
-XLA of jaxlib 0.10 sums [1, n] in sequence, as it doesn't [2, n] or [n]: 30,000 equal numbers to 200 ulps. So axes of
-length 1 are left out. `jax.vmap` adds them to what is traced already, so that this is done when a sum is lowered: hence
-a primitive, which is `jax.lax.reduce_sum` in all else.
+Axes of length 1 are squeezed out of the sum. `jax.vmap` may add them after tracing, so this must happen when the sum is
+lowered: hence a primitive, which is otherwise `jax.lax.reduce_sum`.
 """
+
+# Until JAX no longer sums [1, n] sequentially on a CPU (jaxlib 0.10: 30,000 equal numbers are 200 ulps off), while it
+# sums [2, n] and [n] in parts.
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from jce._primitives import primitive
 
 
 def row_sum(x: Array, axis: int) -> Array:
-    """jnp.sum(x, axis) of floats."""
+    """jnp.sum(x, axis) of a floating-point x."""
     return _row_sum_p.bind(x, axes=(axis % x.ndim,), out_sharding=None)
 
 
@@ -33,7 +35,7 @@ def _batch(arguments, at, **params):
     return row_sum(x, axis), k - (k > axis)
 
 
-# Its type (shape, dtype, sharding, varying manual axes) and its transpose are the ordinary sum's.
+# Its types (shape, dtype, sharding, varying manual axes) and its transpose are those of the ordinary sum.
 _row_sum_p = primitive(
     "row_sum",
     _sum,

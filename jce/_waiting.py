@@ -1,9 +1,9 @@
-"""A program that waits for its platform: a function of arrays, traced where it is lowered, and for that platform alone.
+"""A program that waits for its platform: a function of arrays, traced only when it is lowered, for that platform alone.
 
-The platform is known when a program is lowered, not when it is traced: it may be compiled for another machine, or
-exported for several. Its derivatives and batches are such programs too, so that in every nesting one way is traced. A
-program is hashable, and the same each time, so that what was traced of it is found again: a frozen dataclass, or a
-`Program`.
+The platform isn't known earlier: a traced program may be compiled for another machine, or exported for several. The
+program's derivatives and batched forms wait too, so that in every nesting only one platform's version is traced. A
+program must be hashable, and equal each time it is made, so that its trace is found in a cache: a frozen dataclass, or
+a `Program`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PLATFORMS = ("cpu", "tpu", None)  # as JAX names them; None for all others
 
 
 def waiting(program: Callable, *arrays: Any) -> Any:
-    """program(platform, *arrays), a tree of arrays whose types are the same on each of the PLATFORMS."""
+    """program(platform, *arrays): a tree of arrays, whose types must be the same on each of the PLATFORMS."""
     leaves, tree = jax.tree.flatten(arrays)
     return _bind(Program(_of_trees, (program, tree)), Settings.now(), *map(jnp.asarray, leaves))
 
 
 class Settings(NamedTuple):
-    """What of JAX a trace depends on, as it was where the program was called; so a trace is found again too."""
+    """JAX's settings where the program was called: tracing at lowering must use them, and they are part of its key."""
 
     x64: bool
     precision: Any
@@ -68,7 +68,7 @@ class Settings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """function(*static, platform, *arrays), the same as another if what is static is."""
+    """function(*static, platform, *arrays); equal to another Program if function and static arguments are."""
 
     function: Callable
     static: tuple
@@ -93,17 +93,17 @@ def _batched(program, axes, platform, *arrays):
     return jax.vmap(functools.partial(program, platform), axes)(*arrays)
 
 
-# Their primitive
+# The primitive
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _traced(program, platform, *arrays):
-    """Once for each platform and type of arrays, whoever asks: JAX keeps what a jit has traced."""
+    """program(platform, *arrays), traced once for each platform and types of arrays: jit caches its traces."""
     return program(platform, *arrays)
 
 
 def _types(program, settings, *avals):
-    """The results' types, and their tree, as a CPU's program has them."""
+    """The results' types and their tree, from tracing the program for a CPU."""
     with settings.again():
         return jax.make_jaxpr(_traced, static_argnums=(0, 1), return_shape=True)(program, "cpu", *avals)
 

@@ -61,7 +61,7 @@ def distributions(
     masks = [] if where is None else [_mask(function, where, shape, axis, arguments)]
     layout = Layout.of(shape, arrays + masks)
     arrays, masks = ([layout.place(x) for x in xs] for xs in (arrays, masks))
-    if shape[axis] == 0:  # no classes are treated as one class, on each device, that is excluded
+    if shape[axis] == 0:  # treated as a single class, on each device, that is excluded
         arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
         masks = [jnp.zeros(arrays[0].shape, bool)]
     for mask in masks:

@@ -48,6 +48,7 @@ ATANH_TAIL = {
 }
 
 # The last power kept of the series e^d - 1 - d, |d| < 3/2. At d = -3/2 the next one is below 2⁻²⁷ and 2⁻⁶⁰ of the sum.
+# Beyond 3/2 the difference itself cancels little: at -3/2 it is .72 of terms up to 1.5, at 3/2 1.98 of 4.48.
 LAST_POWER = {np.dtype("float32"): 13, np.dtype("float64"): 22}
 
 

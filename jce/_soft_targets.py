@@ -50,7 +50,8 @@ def terms(p, surprisals, classes):
 
 def _excess(p, of_x, classes):
     (e, _, n), total = of_x, classes.sum(p)
-    # q Σp - p for a dominant class, with q = 1 - s/Z: (Σp - p) - Σp s/Z, where Σp - p is exact.
+    # A dominant class has eᵢ = 1 > 0.6 while others have eᵢ < 1/2, and without one all eᵢ < 1.6. Of it q = 1 - s/Z, so
+    # q Σp - p is (Σp - p) - Σp s/Z, in which Σp - p is exact.
     dominant = (classes.column(total) - p) - classes.column(total * (n.s / n.z))
     return jnp.where(e > classes.column(0.6 + n.shared), dominant, e * classes.column(total / n.z) - p)
 

@@ -33,9 +33,9 @@ from jce._ways.way import OffLabel, Way
 def surprisal_at_label(off: OffLabel) -> Array:
     """log 1/q_y = log(1 + s e^d) = d + log(e^-d + s)."""
     _, s, d = off
-    # With r = d - near it is r + log1p(s e^near - (1 - e^-r)). For a label near the maximum r = 0, near = d: s e^d, the
-    # others' sum over the label's, is all there is, and rounding x and m costs it only relative errors. Where s < 1/2,
-    # e^-d + s may be tiny, so near = d again; e^d doesn't overflow, since d < 16 (`_ways/known_label.py`).
+    # With rest = d - near the loss is rest + log1p(s e^near - (1 - e^-rest)). A label near the maximum has near = d, so
+    # the loss is log1p(s e^d), to which the rounding of x and m adds only relative errors. Where s < 1/2 near = d too,
+    # since s + e^-d may be tiny there; e^d doesn't overflow, since d < 16 (`_ways/known_label.py`).
     near = jnp.where(s < 0.5, d, jnp.minimum(d, 1))
     rest = d - near
     return rest + log1p(s * exp(near) - (1 - exp(-rest)))

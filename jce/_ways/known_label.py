@@ -20,7 +20,7 @@ from jce._classes import vary_over, varying
 
 # The shift is 0 if LOWEST < x_y < HIGHEST. Entries of the gradient are eᵢ/Z with Z ≥ e^x_y, and an eᵢ below 1.2e-38 is
 # flushed to 0: so at x_y = -16 entries below 1.2e-38 e¹⁶ = 1e-31 are 0, and for x_y ≥ 0 those below 1.2e-38, as with
-# the maximum. At x_y = 40, e⁴⁰ = 2e17 is still below 2⁶⁴ = 2e19, the bound of s (`below`).
+# the maximum. At x_y = 40, the bound 2⁶⁴ of s (`below`) still is 78 times the label's e⁴⁰.
 LOWEST, HIGHEST = -16, 40
 
 

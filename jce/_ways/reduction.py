@@ -35,6 +35,7 @@ class Reduction(Way):
         m, s, t = _sums_here(x, self)
         if self.mesh_axis is not None:
             here, m = m, lax.pmax(lax.stop_gradient(m), self.mesh_axis)
+            # A device leaves its maximal class out if its depth < 0.5: `off_maximum` repairs s, as e^-0.5 = .61 > .6.
             depth = jnp.minimum(jnp.maximum(m, jnp.finfo(m.dtype).min) - lax.stop_gradient(here), FAR)
             e, z = exp(-depth), 1 + s
             t, s, z = map(self.over_devices, (e * (t + depth * z), e * jnp.where(depth < 0.5, s, z), e * z))
@@ -45,7 +46,7 @@ class Reduction(Way):
         m, s, _ = self.sums(x)
         m = unless_no_class(m, labels, x, self)
         d = m - self.at_label(x, self.local(labels, x))
-        # Where s < 1/2, only the maximal class has d < log 2 = 0.69: d < 1/2 there is 0, whatever x was rounded to.
+        # Where s < 1/2, only the maximal class has d < log 2 = 0.69: so a d below 1/2 is rounding, and set to 0.
         d = jnp.where(jnp.maximum(s, d) < 0.5, d - lax.stop_gradient(d), d)
         return OffLabel(m, s + (1 - exp(-d)), d)
 

@@ -1,4 +1,4 @@
-"""The interface through which formulas sum over classes, for each machine a `Way`.
+"""The interface through which formulas sum over classes: a `Way`, of which each kind of machine has its own.
 
 With m = max x and eᵢ = exp(xᵢ - m), Z = Σ eᵢ = 1 + s; `_softmax.py` says what s is for. This file has what all machines
 share, and what suits those on which a select inside a sum costs nothing.

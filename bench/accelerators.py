@@ -23,7 +23,7 @@ import jce
 from bench import children, compilers, peers
 from bench.engines import ALONE, GRADIENT, HVP, VALUE
 from bench.models import MODELS, Model
-from bench.peers import JAX, LIBRARIES, TASKS, kl_of_two_heads, of_label, surprisal
+from bench.peers import JAX, TASKS, engine_of, installed, kl_of_two_heads, of_label, surprisal
 from bench.programs import WIDTHS, Unreadable, entry, leaves
 from bench.roofline import DEVICES, cost
 
@@ -71,11 +71,12 @@ def of_categorical(y, x):
     return p.log_prob(y), p.entropy()
 
 
-def in_one_loop(y, h, w):
-    def of_token(y, x):
-        return 0.01 * jce.entropy_with_logits(x) - jce.cross_entropy_with_integer_labels(y, x)
+def bonus_of_token(y, x):
+    return 0.01 * jce.entropy_with_logits(x) - jce.cross_entropy_with_integer_labels(y, x)
 
-    return jce.linear_map(of_token, y, jce.Linear(h, w), reduction="mean")
+
+def in_one_loop(y, h, w):
+    return jce.linear_map(bonus_of_token, y, jce.Linear(h, w), reduction="mean")
 
 
 WITH_ENTROPY = {
@@ -146,14 +147,14 @@ def measured(case: Case) -> Measured:
     if task.has_heads:
         model = next(m for m in HEADS if m.name == case.model)
         functions = HEAD_FUNCTIONS[task.label].items()
-        there = {name: f for name, f in functions if LIBRARIES[name.partition(",")[0]][0] is not None}
+        there = {name: f for name, f in functions if installed(name)}
         shapes = task.shapes(TOKENS, model.classes, model.width)
         arguments = [(shape, jnp.bfloat16 if dtype == np.float32 else dtype) for shape, dtype in shapes]
         shape = [TOKENS, model.width, model.classes]
         return Measured(there, arguments, task.trained, shape, PRODUCTS[task.kind])
     model = next(m for m in ROWS if m.name == case.model)
     rows = NUMBERS // model.classes // 1024 * 1024
-    there = {name: f for name, f in task.contenders().items() if LIBRARIES[name][1] is JAX}
+    there = {name: f for name, f in task.contenders().items() if engine_of(name) is JAX}
     return Measured(there, task.shapes(rows, model.classes, model.width), task.trained, [rows, model.classes], {})
 
 

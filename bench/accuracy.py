@@ -18,7 +18,7 @@ import mpmath as mp
 import numpy as np
 
 from bench.engines import GRADIENT, VALUE, fetched
-from bench.peers import LIBRARIES, TASKS, Task
+from bench.peers import TASKS, Task, engine_of
 from tests.oracle import conditioning, distributions, interior, partial, precision, to_mp, ulps
 
 CLASSES = 16
@@ -82,7 +82,7 @@ def truths(task: Task, arrays: list[np.ndarray], dtype) -> dict[str, list[Truth]
 
 def results(task: Task, library: str, arrays: list[np.ndarray], dtype) -> dict[str, np.ndarray]:
     """By quantity, an array of rows × places; a quantity that the library doesn't give is left out."""
-    _, engine = LIBRARIES[library]
+    engine = engine_of(library)
     f, arguments = task.functions[library], task.from_row(arrays)
     found = {}
     full = jax.default_matmul_precision("highest")  # of the heads' products, on any device

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jce
 from bench import children, compilers
 from bench.engines import GRADIENT, HVP, MODES
-from bench.peers import JAX, LIBRARIES, TASKS, Task, surprisal
+from bench.peers import JAX, TASKS, Task, engine_of, surprisal
 
 ROUNDS = 5
 TOKENS, CLASSES, WIDTH = 128, 1000, 16
@@ -83,7 +83,7 @@ def measured(task: Task, mode: str, rounds: int, device: str = HERE) -> list[dic
     found: dict[str, list] = {}
     for k in range(rounds + 1):
         for library in task.contenders(jax.default_backend()):
-            if LIBRARIES[library][1] is JAX and (k == 0 or library in found):
+            if engine_of(library) is JAX and (k == 0 or library in found):
                 try:
                     one = steps(JAX.program(task.functions[library], mode, task.trained), shapes, device)
                 except (TypeError, ValueError, NotImplementedError):

@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.engines import GRADIENT, HVP, MODES, VALUE
 from bench.models import MODELS
-from bench.peers import JAX, LIBRARIES, TASKS, Task
+from bench.peers import JAX, TASKS, Task, engine_of
 
 TOKENS = 8192
 PAGE = 4096.0  # bytes: less is as good as nothing
@@ -44,7 +44,7 @@ def exponent(sizes: list[int], found: list[float], least: float = 0.0) -> float:
 
 def contenders(task: Task) -> list[str]:
     """XLA has no account of the others'."""
-    return [name for name in task.contenders(jax.default_backend()) if LIBRARIES[name][1] is JAX]
+    return [name for name in task.contenders(jax.default_backend()) if engine_of(name) is JAX]
 
 
 def at_models(task: Task, models: list, modes: tuple[str, ...]) -> list[dict]:

@@ -33,7 +33,6 @@ JAX, TORCH, NUMPY = Jax(), Torch(), NumPy()
 LIBRARIES = {
     "jce": (jce, JAX),
     "jax": (jax, JAX),
-    "jax, scan": (jax, JAX),  # a loop over chunks of tokens, by hand
     "optax": (optax, JAX),
     "distrax": (distrax, JAX),
     "tokamax": (tokamax, JAX),
@@ -41,6 +40,19 @@ LIBRARIES = {
     "torch": (torch, TORCH),
     "scipy": (special, NUMPY),
 }
+
+
+def named(library: str) -> tuple:
+    """The module and what runs it; the name may go on with how it is used, as in "jax, scan"."""
+    return LIBRARIES[library.partition(",")[0]]
+
+
+def installed(library: str) -> bool:
+    return named(library)[0] is not None
+
+
+def engine_of(library: str) -> Jax | Torch | NumPy:
+    return named(library)[1]
 
 
 def version(library: str) -> str:
@@ -99,11 +111,7 @@ class Task:
         return (self.places[-1], *self.heads[-1:])
 
     def contenders(self, platform: str = "cpu") -> dict[str, Callable]:
-        return {
-            name: f
-            for name, f in self.functions.items()
-            if LIBRARIES[name][0] is not None and LIBRARIES[name][1].on(platform)
-        }
+        return {name: f for name, f in self.functions.items() if installed(name) and engine_of(name).on(platform)}
 
     def from_row(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """The functions' arguments at which they are the table's row: label 0, heads that give the logits back."""
@@ -455,7 +463,7 @@ TASKS = [
         "kl_divergence_with_logits",
         {
             "jce": lambda hp, wp, h, w: jce.linear_kl_divergence(jce.Linear(hp, wp), jce.Linear(h, w), reduction="sum"),
-            "jax, scan": kl_of_two_heads,
+            "jax, scan": kl_of_two_heads,  # a loop over chunks of tokens, by hand
             "optax": lambda hp, wp, h, w: optax.losses.kl_divergence_with_log_targets(
                 -surprisal(h @ w.T), -surprisal(hp @ wp.T)
             ).sum(),

@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.engines import GRADIENT
 from bench.memory import PAGE, exponent
-from bench.peers import JAX, LIBRARIES, TASKS, Task
+from bench.peers import JAX, TASKS, Task, engine_of
 from bench.speed import interleaved, quartiles
 
 SIZES = [10**k for k in range(2, 7)]
@@ -35,7 +35,7 @@ def points(task: Task, tokens: int, n: int, repetitions: int) -> dict[str, Point
     arrays = task.sample(np.random.default_rng(2026), tokens, n, WIDTH)
     calls, wait, temporaries = {}, {}, {}
     for name, f in task.contenders(jax.default_backend()).items():
-        engine = LIBRARIES[name][1]
+        engine = engine_of(name)
         inputs = [engine.put(x) for x in arrays]
         try:
             program = engine.program(f, GRADIENT, task.trained)

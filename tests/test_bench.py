@@ -47,7 +47,7 @@ def test_jce_and_its_peers_do_the_same(t, rng):
     arrays = t.sample(rng, 8, 5, 4)
     found = {}
     for library, f in t.contenders().items():
-        engine = peers.LIBRARIES[library][1]
+        engine = peers.engine_of(library)
         found[library] = engine.program(f, VALUE, t.trained)(*map(engine.put, arrays))
     assert {"jce", "jax"} <= {library.partition(",")[0] for library in found}
     assert all(speed.same(x, found["jce"]) for x in found.values())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -72,15 +73,23 @@ class Judged:
         return self.errors if self.errors.ndim == 1 else self.errors.max(-1)
 
 
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """In float64, which an accelerator may lack, on the CPU beside it."""
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
+
+
 def judged(searched: Searched, arguments: list, directions: list, off_grid: bool = False) -> dict[str, Judged]:
-    """Against the same function in float64 at the same stored floats, which the tests hold to mpmath.
+    """Against the same function in float64 on the host at the same stored floats, which the tests hold to mpmath.
 
     Off the grid, where there is nothing of second order, beyond what half an ulp of each difference of logits does.
     """
     with np.errstate(all="ignore"):
         got = results(searched, arguments, directions, jnp.float32)
         arguments, directions = ([x.astype(np.float64) for x in some] for some in (arguments, directions))
-        exact = results(searched, arguments, directions, jnp.float64)
+        with on_host():
+            exact = results(searched, arguments, directions, jnp.float64)
         of_differences = lost_of_differences(searched.key, arguments, exact) if off_grid else {}
         found = {}
         for name, scale in scales(searched, arguments, directions, exact).items():

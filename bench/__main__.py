@@ -20,7 +20,20 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from bench import accelerators, accuracy, first_call, memory, peers, pictures, results, scale, search, speed, tables
+    from bench import (
+        accelerators,
+        accuracy,
+        first_call,
+        memory,
+        peers,
+        pictures,
+        results,
+        scale,
+        search,
+        speed,
+        tables,
+        verify,
+    )
 except ModuleNotFoundError as error:
     print(f"{PROGRAM} needs {error.name}, which isn't installed: pip install -e '.[bench]'", file=sys.stderr)
     raise SystemExit(2) from None
@@ -33,6 +46,7 @@ BENCHES: dict[str, ModuleType] = {
     "memory": memory,
     "scale": scale,
     "accelerators": accelerators,
+    "verify": verify,
 }
 
 
@@ -76,15 +90,16 @@ def _run(args: argparse.Namespace) -> None:
         if name == "accelerators" and (packages := accelerators.missing()):
             console.print(f"{name} needs {', '.join(packages)}: pip install -e '.[bench,accelerators]'", markup=False)
             continue
-        platform = "compiled" if name == "accelerators" else jax.default_backend()
-        path = args.out / f"{name}-{platform}{'-quick' if args.quick else ''}.jsonl"
+        on = {"accelerators": "compiled", "verify": verify.file_name()}.get(name, jax.default_backend())
+        path = args.out / f"{name}-{on}{'-quick' if args.quick else ''}.jsonl"
         options = {"seconds": args.seconds, "seed": args.seed} if name == "search" else {}
         lines = measured(name, args.quick, args.only, path, options)
         if not lines:
             console.print(f"{name}: nothing that it measures has {args.only!r} in its name\n", markup=False)
             continue
+        to_send = f". {verify.TO_SEND}" if name == "verify" else ""
         report(name, lines, path, args.compare, console)
-        console.print(f"{len(lines)} lines: {path}\n")
+        console.print(f"{len(lines)} lines{to_send}: {path}\n")
         BENCHES[name].check(lines)
 
 
@@ -117,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints tables, writes lines and pictures; the exit status is 2 for wrong input, 130 if interrupted."""
     parser = Parser(
         prog=PROGRAM,
-        description="Measure jce beside its peers: accuracy, speed, memory, scale, accelerators; search for errors.",
+        description="Measure jce beside its peers: accuracy, speed, memory, scale, accelerators; search for errors;"
+        " verify what is claimed, on this device.",
     )
     add = parser.add_argument
     add("benches", metavar="BENCH", nargs="*", help=f"Of {', '.join(BENCHES)}; all where none is given.")

@@ -44,13 +44,26 @@ def commit() -> str:
 
 def environment(settings: dict) -> dict:
     device = jax.devices()[0]
+    on_cpu = device.platform == "cpu"
     return {
         "commit": commit(),
-        "device": f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
+        "device": f"CPU, {os.cpu_count()} cores" if on_cpu else device.device_kind,
+        **({} if on_cpu else {"driver": driver(device)}),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "settings": settings,
     }
+
+
+def driver(device: jax.Device) -> str:
+    """What JAX's runtime there calls itself, and on NVIDIA's GPUs the driver's own version."""
+    runtime = " ".join(device.client.platform_version.split())
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        asked = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # it comes with NVIDIA's driver alone
+        asked = ""
+    return ", ".join([runtime, *asked.split()[:1]])
 
 
 def complete(line: dict, bench: str, around: dict) -> dict:
@@ -107,6 +120,8 @@ def figures(line: dict) -> dict[str, tuple[float, float, float]]:
     if "roofline_over_floor" in line:
         names = {"roofline / floor": "roofline_over_floor", "bytes": "bytes", "cycles": "cycles", "kernels": "kernels"}
         found = {name: [line[key]] * 3 for name, key in names.items() if line[key]}
+    if line["bench"] == "verify" and "ulps" in line:
+        found = {"largest ulps": [max(1.0, worst(line, "ulps"))] * 3}
     if "jaxpr_lines" in line:
         found = {"first call / peer": [line["jce_over_it"]] * 3, "jaxpr lines": [line["jaxpr_lines"]] * 3}
     if line.get("temporaries") is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
+from bench import verify as verifying
 from bench.pictures import written
 from bench.results import best_peer, grouped, worst
 
@@ -196,6 +197,27 @@ def accelerators_row(label: str, found: dict[str, dict]) -> list[str]:
     return [*cells, ", ".join(name for name, line in found.items() if "cannot" in line)]
 
 
+def verify(lines: list[dict]) -> Iterable[Table]:
+    """A table for each claim, of each function what is nearest to its bound or beyond; and how many hold."""
+    environment = lines[0]["environment"]
+    on = f"On {environment['device']}, JAX {environment['jax']}"
+    on += f", {environment['driver']}" if "driver" in environment else ""
+    words, counts = {True: "yes", False: "no", None: "–"}, []
+    for claim in verifying.CLAIMS:
+        worst_of: dict[str, verifying.Found] = {}
+        for found in claim.found(lines):
+            worst_of[found.of] = max(worst_of.get(found.of, found), found, key=lambda x: x.measured / (x.said or 1))
+        rows = [
+            [x.of, "–" if x.said is None else f"{x.said:.3g}", f"{x.measured:.3g}", words[claim.holds(x)], x.detail]
+            for x in worst_of.values()
+        ]
+        if rows:
+            yield table(claim.text, ["", "said", "measured", "holds", ""], rows, f"Said: {claim.source}. {on}.")
+            held = [claim.holds(x) for x in worst_of.values() if x.said is not None]
+            counts.append([claim.text, f"{sum(held)} of {len(held)}"])
+    yield table("What holds", ["", "holds"], counts, f"{on}; where nothing is said, nothing is counted.")
+
+
 def moved(changes: list[tuple[dict, str, float, float]]) -> Table:
     def label(line):
         keys = ("function", "library", "dtype", "quantity", "model", "mode", "along", "arguments", "malloc", "device")
@@ -217,4 +239,5 @@ TABLES = {
     "memory": memory,
     "scale": growth,
     "accelerators": accelerators,
+    "verify": verify,
 }

@@ -1,11 +1,15 @@
 """The benchmarks: what they compare, what they count, and that the README's figures are theirs."""
 
+import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
+import jax.numpy as jnp
 import mpmath as mp
 import numpy as np
 import pytest
@@ -24,11 +28,15 @@ from bench import (
     scale,
     speed,
     tables,
+    verify,
 )
 from bench.__main__ import BENCHES, main
 from bench.engines import ALONE, GRADIENT, HVP, MODES, VALUE
-from bench.models import MODELS
+from bench.models import MODELS, Model
 from bench.peers import TASKS, Task
+from bench.search.functions import Searched
+from bench.verify import claims, errors, heads, times
+from tests.kernels import ROWS
 
 
 def task(label: str) -> Task:
@@ -355,7 +363,8 @@ def test_a_run_writes_a_table_lines_and_a_picture(tmp_path, capsys):
     [
         (
             ["velocity"],
-            "BENCH must be one of accuracy, search, speed, first-call, memory, scale, accelerators, not 'velocity'",
+            "BENCH must be one of accuracy, search, speed, first-call, memory, scale, accelerators, verify, not"
+            " 'velocity'",
         ),
         (["--only", "softplus"], "must be part of a function's name, not 'softplus'"),
         (["--compare", "no.jsonl"], "can't read 'no.jsonl': No such file"),
@@ -382,6 +391,134 @@ def test_help():
     result = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True, check=True)
     options = ("--compare", "--seconds", "--seed")
     assert all(name in result.stdout for name in (*BENCHES, *options))
+
+
+# What is claimed, on this device
+
+H100, V5E, A100 = "NVIDIA H100 80GB HBM3", "TPU v5 lite", "NVIDIA A100-SXM4-40GB"
+
+
+def on(device: str, lines: list[dict]) -> list[dict]:
+    return [line | {"environment": {"device": device, "jax": "0", "driver": "PJRT 1"}} for line in lines]
+
+
+def verdicts(found, lines: list[dict]) -> dict[str, list]:
+    (claim,) = [claim for claim in claims.CLAIMS if claim.found is found]
+    verdicts = {}
+    for x in found(lines):
+        verdicts.setdefault(x.of, []).append(claim.holds(x))
+    return verdicts
+
+
+def test_verify_says_what_holds_and_where_to_send_it(tmp_path, capsys):
+    assert main(["verify", "--quick", "--only", "binary_kl_divergence", "--out", str(tmp_path)]) == 0
+    path = tmp_path / "verify-cpu-quick.jsonl"
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith(f"{verify.TO_SEND}: {path}")
+    assert f"On CPU, {os.cpu_count()} cores, JAX {jax.__version__}" in printed
+    lines = results.read(path)
+    verify.check(lines)
+    assert {line["quantity"] for line in lines if "ulps" in line} == {"value", "∂alpha", "∂beta"}
+    (corners,) = [line for line in lines if "wrong" in line]
+    assert corners["of"] == 3 * len(ROWS["binary_kl_divergence"].corners)
+
+
+def test_a_kernel_that_loses_its_digits_does_not_hold(monkeypatch):
+    def textbook(x):
+        return jax.nn.logsumexp(x, axis=-1) - x[..., 0]
+
+    label = "cross_entropy_with_integer_labels"
+    wrong = dataclasses.replace(ROWS[label], function=functools.wraps(ROWS[label].function)(textbook))
+    monkeypatch.setitem(ROWS, label, wrong)
+    lines = [*errors.function_errors(Searched(wrong)), *errors.corner_errors(label)]
+    assert not any(verdicts(claims.of_ulps, lines)[label])
+    assert list(verdicts(claims.of_corners, lines).values()) == [[False]]
+    with pytest.raises(AssertionError, match="A float32 value or first derivative"):
+        verify.check(on("CPU, 2 cores", lines))
+    verify.check(on(H100, lines))  # of which it is asked
+
+
+@pytest.mark.parametrize("name", heads.LOSSES_OF_HEADS)
+@pytest.mark.in_turn(7)
+def test_heads_are_near_float64s(name):
+    assert verdicts(claims.of_heads, heads.head_errors(name, tokens=256, n=100)) == {name: [True] * 3}
+
+
+def test_a_wrong_head_does_not_hold(monkeypatch):
+    loss = jce.linear_cross_entropy
+    monkeypatch.setattr(jce, "linear_cross_entropy", lambda *args, **options: (1 + 1e-5) * loss(*args, **options))
+    lines = heads.head_errors("linear_cross_entropy", tokens=256, n=100)
+    assert verdicts(claims.of_heads, lines) == {"linear_cross_entropy": [False] * 3}
+    rounded = heads.head_errors("linear_cross_entropy", jnp.bfloat16, tokens=256, n=100)
+    assert verdicts(claims.of_heads, rounded) == {"linear_cross_entropy, bfloat16": [False, True, True]}
+
+
+@pytest.mark.needs_jit
+def test_what_an_accelerator_is_asked_for():
+    """Its programs, of few tokens on this CPU: each gives what jce's does, and what is said of it is found."""
+    asked, of_heads = times.timed(False, "gpu"), {"linear_cross_entropy", "linear_map", "linear_kl_divergence"}
+    assert {x.task.label for x in asked} == set(times.LOSSES) | of_heads
+    (chunked,) = [x for x in asked if len(x.task.functions) > 2]
+    few = speed.Settings("", (), 2**10, 0, 2, 0.0)
+    small = Model(chunked.model.name, 50, 16, 64)
+    lines = speed.measure(*chunked._replace(model=small, settings=few))
+    assert all(line["agrees"] is True and line["temporaries"] > 0 for line in lines)
+    whole = [line | {"shape": [8192, 2048, 128_256]} for line in lines]
+    known = [claims.of_temporaries, claims.of_products, claims.of_optax, claims.of_chunks]
+    for device, count in ((H100, 4), (V5E, 4), (A100, 1)):
+        said = [x.said for found in known for x in found(on(device, whole))]
+        assert sum(x is not None for x in said) == count
+        assert verdicts(claims.of_temporaries, on(device, whole)) == {
+            "linear_cross_entropy, Llama 3.2 1B, value and gradient": [None if device == A100 else True]
+        }
+        printed = tables.TABLES["verify"](on(device, whole))
+        assert all(f"On {device}, JAX 0, PJRT 1" in table.caption for table in printed)
+
+
+def test_each_program_of_an_accelerator_is_one_that_was_compiled():
+    for x in times.timed(False, "tpu"):
+        of = {"function": x.task.label, "model": x.model.name, "mode": x.mode}
+        for name in x.task.functions:
+            known = {claims.compiled(line | {"library": name}).get("mode") for line in on(V5E, [of])}
+            assert known == {None if "chunks" in name else x.mode}
+
+
+def test_an_accelerators_runtime_and_its_driver_are_named(monkeypatch):
+    device = types.SimpleNamespace(client=types.SimpleNamespace(platform_version="PJRT C API\ncuda 12090"))
+    asked = types.SimpleNamespace(stdout="580.65.06\n580.65.06\n")  # of two
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: asked)
+    assert results.driver(device) == "PJRT C API cuda 12090, 580.65.06"
+
+
+def test_where_the_cpu_is_hidden_one_line_says_what_to_set(monkeypatch, capsys):
+    def hidden():
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(verify, "on_host", hidden)
+    with pytest.raises(SystemExit) as stop:
+        main(["verify"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "needs JAX's CPU, for float64" in error
+    assert error.count("\n") == 1
+
+
+def test_what_fails_is_told_and_the_rest_goes_on(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(verify, "corner_errors", fails)
+    lines = [line for _, some in verify.run(True, "binary_kl_divergence") for line in some]
+    assert any("ulps" in line for line in lines)
+    (found,) = claims.of_failures(lines)
+    assert (found.measured, found.said) == (1, 0)
+    assert "corners of binary_kl_divergence: RESOURCE_EXHAUSTED" in found.detail
+
+
+def test_the_readmes_bounds_beside_optax():
+    labels, soft, kl = claims.OVER_OPTAX.values()
+    said = f"labels cost up to {labels} times optax's time, soft targets {soft:.0f}, KL {kl:.0f}"
+    assert said in (results.FOLDER.parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 # The README

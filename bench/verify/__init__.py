@@ -1,0 +1,96 @@
+"""Does what the READMEs say hold on this device? For whoever has a GPU or a TPU: `python -m bench verify`.
+
+Errors are those of the device as it computes, against float64 on its host's CPU: of each function at the arguments of
+the largest errors that the search knows and some 10,000 rows or 100,000 numbers beside them, at the corners of the
+tests' table, of XLA's own functions, and of heads. A head's time and memory are those of bfloat16 on an accelerator and
+of float32 on a CPU, beside its bare products; losses' time is beside optax's. `CLAIMS` says what is held to what.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bench import speed
+from bench.accelerators import HEAD
+from bench.search import floats
+from bench.search.functions import ALL
+from bench.search.judging import on_host
+from bench.verify.claims import CLAIMS, of_cpu
+from bench.verify.errors import corner_errors, elementary_errors, function_errors
+from bench.verify.heads import LOSSES_OF_HEADS, head_errors
+from bench.verify.times import temporaries, timed
+from tests.kernels import ROWS
+
+TO_SEND = "To tell the project what this device does, attach this file to an issue of it"
+QUICK = ("cross_entropy_with_integer_labels", "binary_kl_divergence", "kl_divergence_with_logits", HEAD)
+
+
+def file_name() -> str:
+    """Of the device, in a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+
+
+class Case(NamedTuple):
+    function: str
+    label: str
+    measure: Callable[[], list[dict]]
+
+
+def cases(quick: bool) -> list[Case]:
+    kept = [searched for searched in ALL if not quick or searched.label in QUICK]
+    found = [Case(x.label, f"errors of {x.label}", functools.partial(function_errors, x)) for x in kept]
+    elementary = [floats.DIVISION, *(x.label for x in floats.ELEMENTARY)]
+    found += [Case(x, f"errors of {x}", functools.partial(elementary_errors, x)) for x in elementary]
+    rows = [label for label in ROWS if not quick or label in QUICK]
+    found += [Case(x, f"corners of {x}", functools.partial(corner_errors, x)) for x in rows]
+    heads = [name for name in LOSSES_OF_HEADS if not quick or name == HEAD]
+    found += [Case(x, f"heads, {x}", functools.partial(head_errors, x)) for x in heads]
+    found.append(Case(HEAD, f"heads, {HEAD}, bfloat16", functools.partial(head_errors, HEAD, jnp.bfloat16)))
+    platform = jax.default_backend()
+    if platform == "cpu":
+        found.append(Case(HEAD, f"temporaries of {HEAD}", temporaries))
+    some = timed(quick, platform)
+    return found + [Case(x.task.label, f"times of {x.label}", functools.partial(speed.measure, *x)) for x in some]
+
+
+def host_is_there() -> None:
+    try:
+        with on_host():
+            pass
+    except RuntimeError:
+        kind, platforms = jax.devices()[0].device_kind, jax.config.jax_platforms
+        told = f"python -m bench verify needs JAX's CPU, for float64, beside the device, {kind}"
+        print(f"{told}: JAX_PLATFORMS={platforms} hides it; set it to {platforms},cpu", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
+    """A label of what was measured, and its lines; at first the number of them all as a label."""
+    host_is_there()
+    todo = [case for case in cases(quick) if only in case.function]
+    yield str(len(todo)), []
+    for case in todo:
+        try:
+            lines = case.measure()
+        except RuntimeError as error:  # as of a device with too little memory: the others are asked for all the same
+            lines = [{"function": case.function, "library": "jce", "quantity": case.label, "cannot": str(error)[:500]}]
+        yield case.label, lines
+
+
+def check(lines: list[dict]) -> None:
+    """On a CPU, of which the claims are, what depends on no clock holds; an accelerator's lines are what is asked."""
+    missed = [
+        f"{claim.text}: {found.of} {found.measured:.3g}, said {found.said:.3g}"
+        for claim in CLAIMS
+        if of_cpu(lines[0]) and not claim.of_machine
+        for found in claim.found(lines)
+        if claim.holds(found) is False
+    ]
+    assert not missed, missed

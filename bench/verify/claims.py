@@ -1,0 +1,189 @@
+"""What the READMEs and docstrings say, in one list, and what lines of results say of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from bench import results
+from bench.accelerators import TOKENS
+from bench.search import child, corpus
+from bench.search.functions import ALL
+from bench.verify.errors import known_errors
+from bench.verify.times import LOSSES
+
+
+class Found(NamedTuple):
+    of: str  # a function, or what else has a row of the table
+    detail: str
+    measured: float
+    said: float | None  # nothing is, of some devices
+
+
+class Claim(NamedTuple):
+    """What is said, and where; what is found of it in lines; and how much more than it still counts as that."""
+
+    text: str
+    source: str
+    found: Callable[[list[dict]], Iterable[Found]]
+    margin: float = 1.0
+    of_machine: bool = False  # then it may fail to hold without a fault of jce's
+
+    def holds(self, found: Found) -> bool | None:
+        return None if found.said is None else found.measured <= self.margin * found.said
+
+
+KINDS = {"H100": "h100", "v5 lite": "v5e", "v5e": "v5e", "v6 lite": "v6e", "v6e": "v6e", "TPU7x": "tpu7x"}
+OVER_OPTAX = dict(zip(LOSSES, (1.3, 2.0, 3.0), strict=True))  # the README's, on a CPU
+
+
+@functools.cache
+def published(name: str) -> dict[tuple, dict]:
+    lines = results.read(results.FOLDER / f"{name}.jsonl")
+    return {(line.get("device", line.get("malloc")), *what(line)): line for line in lines}
+
+
+def what(line: dict) -> tuple:
+    return tuple(line.get(key) for key in ("function", "library", "mode", "model"))
+
+
+def of_cpu(line: dict) -> bool:
+    return line["environment"]["device"].startswith("CPU")
+
+
+def compiled(line: dict, **others) -> dict:
+    """What is published of the same program, compiled for this line's device and not run: nothing, of many."""
+    kind = next((k for part, k in KINDS.items() if part in line["environment"]["device"]), None)
+    return published("accelerators-compiled").get((kind, *what(line | others)), {})
+
+
+def published_here(line: dict, name: str, malloc: str | None = None) -> dict:
+    """What is published of the same line, of the same shape, on a CPU."""
+    found = published(name).get((malloc, *what(line)), {})
+    return found if found.get("shape") == line["shape"] else {}
+
+
+def of_ulps(lines: list[dict]) -> Iterator[Found]:
+    by_label = {searched.label: searched for searched in ALL}
+    for line in lines:
+        if line["library"] == "jce" and "ulps" in line:
+            function, quantity, kind = (line[key] for key in ("function", "quantity", "arguments"))
+            detail = quantity if kind in (child.ANY, child.ALL_FLOATS) else f"{quantity}, {kind}"
+            yield Found(function, detail, results.worst(line, "ulps"), by_label[function].bar(quantity, kind))
+
+
+def of_corners(lines: list[dict]) -> Iterator[Found]:
+    some = [line for line in lines if "wrong" in line]
+    wrong = [f"{line['function']} at {' and '.join(line['at'])}" for line in some if line["wrong"]]
+    if some:
+        of = f"{sum(line['of'] for line in some)} entries of {len(some)} functions"
+        yield Found(of, "; ".join(wrong), sum(line["wrong"] for line in some), 0)
+
+
+def of_xla(lines: list[dict]) -> Iterator[Found]:
+    on_a_cpu = {line["function"]: corpus.worst(line) for line in known_errors() if line["library"] == "jax"}
+    for line in lines:
+        if line["library"] == "jax" and "ulps" in line:
+            yield Found(line["function"], "", results.worst(line, "ulps"), on_a_cpu[line["function"]])
+
+
+def of_heads(lines: list[dict]) -> Iterator[Found]:
+    for line in lines:
+        if "error" in line:
+            rounded = line["dtype"] == "bfloat16" and line["quantity"] != "value"  # once, and an accelerator's twice
+            function = line["function"] if line["dtype"] == "float32" else f"{line['function']}, {line['dtype']}"
+            yield Found(function, line["quantity"], results.worst(line, "error"), 2**-7 if rounded else 2e-6)
+
+
+def of_temporaries(lines: list[dict]) -> Iterator[Found]:
+    """In gigabytes, of 8192 tokens; a peer's beside jce's."""
+    groups = results.grouped([line for line in lines if "temporaries" in line], "function", "model", "mode")
+    for (function, model, mode), found in groups.items():
+        ours = found["jce"]
+        if ours["shape"][0] == TOKENS and len(ours["shape"]) == 3:
+            said = published_here(ours, "memory-cpu") if of_cpu(ours) else compiled(ours)
+            others = [f"{name} {of['temporaries'] / 1e9:.2f}" for name, of in found.items() if name != "jce"]
+            peaks = [f"{name} {of['peak_bytes'] / 1e9:.2f} in all" for name, of in found.items() if "peak_bytes" in of]
+            gigabytes = said["temporaries"] / 1e9 if said else None
+            yield Found(f"{function}, {model}, {mode}", "; ".join(others + peaks), ours["temporaries"] / 1e9, gigabytes)
+
+
+def of_products(lines: list[dict]) -> Iterator[Found]:
+    for line in lines:
+        if line["library"] == "jce" and "over_floor" in line and len(line["shape"]) == 3:
+            if of_cpu(line):
+                _, said, _ = published_here(line, "speed-cpu", "default").get("over_floor", [None] * 3)
+            else:
+                said = compiled(line).get("roofline_over_floor")
+            detail = f"{1e3 * line['seconds'][1]:.4g} ms"
+            yield Found(", ".join((line["function"], line["model"], line["mode"])), detail, line["over_floor"][1], said)
+
+
+def of_optax(lines: list[dict]) -> Iterator[Found]:
+    """Of an accelerator what its programs' rooflines say."""
+    for line in lines:
+        if line["library"].startswith("optax") and "jce_over_it" in line:
+            said = OVER_OPTAX.get(line["function"]) if of_cpu(line) else None
+            if roofline := compiled(line).get("roofline"):
+                said = compiled(line, library="jce")["roofline"] / roofline
+            of = ", ".join((line["function"], line["model"], line["mode"]))
+            yield Found(of, f"{line['library']} {1e3 * line['seconds'][1]:.4g} ms", line["jce_over_it"][1], said)
+
+
+def of_chunks(lines: list[dict]) -> Iterator[Found]:
+    timed = [line for line in lines if "seconds" in line and line["library"].startswith("jce")]
+    for (function, model, mode), found in results.grouped(timed, "function", "model", "mode").items():
+        seconds = {name: line["seconds"][1] for name, line in found.items()}
+        ours = seconds.pop("jce")
+        if seconds:
+            best = min(seconds, key=lambda name: seconds[name])
+            yield Found(f"{function}, {model}, {mode}", f"the quickest: {best}", ours / seconds[best], 1)
+
+
+def of_failures(lines: list[dict]) -> Iterator[Found]:
+    """What doesn't run, and whose result isn't jce's."""
+    failed = [f"{line['quantity']}: {line['cannot']}" for line in lines if "cannot" in line]
+    failed += [", ".join(filter(None, what(line))) for line in lines if line.get("agrees") is False]
+    yield Found("programs", "; ".join(failed), len(failed), 0)
+
+
+CLAIMS = [
+    Claim("A float32 value or first derivative: ulps", "README, Digits; bench/README, the largest errors", of_ulps),
+    Claim("At 0, 1, ±∞ and NaN: entries that aren't the docstrings'", "docstrings, At the boundary", of_corners),
+    Claim("Heads: what is lost beside the largest entry", "tests/test_linear.py, test_half_precision", of_heads),
+    Claim(
+        "XLA's float32 functions, exp, log and tanh as jce asks for them: ulps",
+        "bench/README, the largest errors, on a CPU",
+        of_xla,
+        of_machine=True,
+    ),
+    Claim(
+        "A head of 8192 tokens: temporaries, GB",
+        "README, Memory; bench/README, heads",
+        of_temporaries,
+        margin=results.NOISE,
+    ),
+    Claim(
+        "A head: time over that of its bare products",
+        "bench/README, heads; computed for an accelerator",
+        of_products,
+        results.NOISE,
+        of_machine=True,
+    ),
+    Claim(
+        "Time over that of optax",
+        "README, when not to use it; computed for an accelerator",
+        of_optax,
+        results.NOISE,
+        of_machine=True,
+    ),
+    Claim(
+        "Chunks by the rule: time over that of 2048, 4096 and 8192 tokens",
+        "linear_cross_entropy, chunk_size",
+        of_chunks,
+        results.NOISE,
+        of_machine=True,
+    ),
+    Claim("Programs that fail, or whose result isn't jce's", "each runs, and does the same", of_failures),
+]

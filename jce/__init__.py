@@ -93,6 +93,9 @@ __all__ = [
     "sampled_kl_divergence",
     "sharded_linear_cross_entropy",
 ]
+# Pickles and pages would name private files otherwise, which may move.
+for _name in __all__:
+    globals()[_name].__module__ = __name__
 try:
     __version__ = _metadata.version("jce")
 except _metadata.PackageNotFoundError:  # when the folder was copied into another project or built without pip

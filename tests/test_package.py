@@ -4,10 +4,12 @@ import doctest
 import inspect
 import os
 import pathlib
+import pickle
 import pydoc
 import re
 import subprocess
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -77,11 +79,31 @@ def test_a_functions_own_page(name):
     """`help(function)`, and what documentation and editors ask: a function, its signature and its docstring."""
     title, _, signature, *text = pydoc.plain(pydoc.render_doc(PUBLIC[name])).splitlines()
     kind = "class" if name == "Linear" else "function"
-    assert title.startswith(f"Python Library Documentation: {kind} {name} in module jce.")
+    assert title == f"Python Library Documentation: {kind} {name} in module jce"
     assert signature.startswith(f"{name}(" if kind == "function" else "class Linear(")
     assert any(inspect.getdoc(PUBLIC[name]).splitlines()[0] in line for line in text)
     assert inspect.isfunction(PUBLIC[name]) == (kind == "function")
     assert inspect.getsourcefile(inspect.unwrap(PUBLIC[name])).endswith(".py")
+
+
+@each_public
+def test_is_of_the_package(name):
+    """What a pickle, a page or an error names: no private file. Types of arguments are found all the same."""
+    assert f"{PUBLIC[name].__module__}.{PUBLIC[name].__qualname__}" == f"jce.{name}"
+    assert pickle.dumps(PUBLIC[name], 0).startswith(f"cjce\n{name}\n".encode())
+    arguments = typing.get_type_hints(PUBLIC[name]).keys() - {"return"}
+    assert arguments == set(inspect.signature(PUBLIC[name]).parameters)
+
+
+def test_pickles_of_private_names_load():
+    """Written while public names gave the private files that they are in as their modules."""
+    assert pickle.loads(b"cjce._entropy\nentropy\np0\n.") is jce.entropy
+    x = pickle.loads(
+        b"\x80\x02cjce._heads.linear\nLinear\nq\x00)\x81q\x01}q\x02(X\x06\x00\x00\x00hiddenq\x03]q\x04]q\x05G?\xf0\x00\x00"
+        b"\x00\x00\x00\x00aaX\x04\x00\x00\x00headq\x06]q\x07]q\x08G@\x00\x00\x00\x00\x00\x00\x00aaX\x04\x00\x00\x00biasq\tN"
+        b"X\x0e\x00\x00\x00logit_soft_capq\nG@\x08\x00\x00\x00\x00\x00\x00ub."
+    )
+    assert x == jce.Linear([[1.0]], [[2.0]], None, 3.0)
 
 
 @pytest.mark.usefixtures("float32_by_default")
@@ -90,7 +112,7 @@ def test_the_modules_page():
     page = pydoc.plain(pydoc.render_doc(jce))
     assert all(f"\n    {name}(" in page for name in set(PUBLIC) - {"Linear"})
     assert "\n    class Linear(" in page
-    results = doctest.testmod(jce)
+    results = doctest.testmod(jce, extraglobs={"jce": jce, "jax": jax, "jnp": jnp})
     assert results.attempted > 0
     assert results.failed == 0
 

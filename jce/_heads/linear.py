@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -167,3 +167,5 @@ def _unflatten(number, children) -> Linear:
 
 
 jax.tree_util.register_pytree_with_keys(Linear, _flatten, _unflatten)
+# As types, not as their names: those would be looked up in jce, which Linear gives as its module.
+Linear.__annotations__ = get_type_hints(Linear)

@@ -14,9 +14,9 @@ ROOT = str(pathlib.Path(__file__).parents[1])
 STAYS = "import sys, time\nprint(end='importing', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
 
 # A program, its arguments, what to put in a package's place, and what it says before it is interrupted
-PROGRAMS = ("jce.demo", "jce.next_word", "jce.max_margin", "jce.distill", "bench", "bench.devices", "bench.site")
+PROGRAMS = ("jce.demo", "jce.next_word", "jce.max_margin", "jce.distill", "bench", "bench.devices", "bench.pages")
 CASES = {f"while its package is imported, {program}": (program, [], "jax", "importing") for program in PROGRAMS}
-QUICK = set(CASES) - {"while its package is imported, bench.site"}  # which imports others before
+QUICK = set(CASES)
 CASES |= {
     "while it imports": ("jce.demo", [], "matplotlib", "importing"),
     "while it imports, bench": ("bench", [], "rich", "importing"),
@@ -31,7 +31,7 @@ CASES |= {
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in CASES])
 def test_interrupt(case, tmp_path):
     program, arguments, package, says = CASES[case]
-    pytest.importorskip("nbconvert" if program == "bench.site" else "optax", reason="needs the extra 'docs'")
+    pytest.importorskip("material" if program == "bench.pages" else "optax", reason="needs the extra 'docs'")
     (tmp_path / "TEXT").write_text(" ".join(f"w{i * i % 997}" for i in range(30_000)))
     if package:
         (tmp_path / f"{package}.py").write_text(STAYS)
@@ -79,5 +79,5 @@ def test_nobody_reads_on():
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.slow
 def test_nobody_reads_a_programs_help(program):
-    pytest.importorskip("nbconvert" if program == "bench.site" else "optax", reason="needs the extra 'docs'")
+    pytest.importorskip("material" if program == "bench.pages" else "optax", reason="needs the extra 'docs'")
     assert without_a_reader("-m", program, "--help") == (141, "")

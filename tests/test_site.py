@@ -2,46 +2,113 @@
 
 import html
 import inspect
+import pathlib
 import re
+import shutil
 
 import pytest
 
 import jce
 
 EXTRA = "needs the extra 'docs'"
-pytest.importorskip("pdoc", reason=EXTRA)
-pytest.importorskip("nbconvert", reason=EXTRA)
+for package in ("material", "mkdocstrings", "math_core"):
+    pytest.importorskip(package, reason=EXTRA)
+
+from bench.pages import __main__ as program  # noqa: E402
+from bench.pages.checked import problems  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_pages(tmp_path):
-    from bench import site
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    program.build(folder)
+    return folder
 
-    index, functions, *notebooks = site.build(tmp_path)
-    text = functions.read_text(encoding="utf-8")
+
+def words(text: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", text)).split())
+
+
+def test_functions(site):
+    """Each has its signature, a row for each argument, and all sections of its docstring, of which the last is code."""
+    text = "".join(page.read_text(encoding="utf-8") for page in site.glob("*.html"))
     for name in jce.__all__:
-        (section,) = re.findall(rf'<section id="{name}">(.*?)</section>', text, re.DOTALL)
-        words = html.unescape(re.sub(r"<[^>]+>", "", section))
+        (section,) = re.findall(rf'<h2 id="jce\.{name}".*?(?=<h2|</article>)', text, re.DOTALL)
         function = getattr(jce, name)
-        first = inspect.getdoc(function).replace("`", "")[:25]
-        signature, found, _ = words.partition(first)
-        assert found, name
-        assert re.search(rf"(?:def|class)\s+{name}\b", signature)
-        if inspect.isfunction(function):
-            assert all(parameter in signature for parameter in inspect.signature(function).parameters), name
+        rows = re.findall(r"<tr[^>]*>\s*<td[^>]*>\s*<code>\*?(\w+)</code>", section)
+        assert rows[: len(inspect.signature(function).parameters)] == [*inspect.signature(function).parameters], name
+        signature = words(section.partition("<p>")[0])
+        assert all(parameter in signature for parameter in inspect.signature(function).parameters), name
+        assert words(section).count("jce._") == 0
+        for title in re.findall(r"^([A-Z][a-z ]+):$", inspect.getdoc(function), re.MULTILINE):
+            shown = {"Args": "Parameters", "Example": "Examples"}.get(title, title)
+            assert re.search(rf"<(?:span|summary)[^>]*>{shown}:?<", section), (name, title)
+        assert '<span class="gp">&gt;&gt;&gt; </span>' in section, name
+
+
+def test_notebooks(site):
+    notebooks = sorted(ROOT.glob("notebooks/*.ipynb"))
     assert len(notebooks) == 8
-    for page in notebooks:
-        assert "data:image/png;base64," in page.read_text(encoding="utf-8")
-        assert f'href="{page.name}"' in index.read_text(encoding="utf-8")
+    front = (site / "index.html").read_text(encoding="utf-8")
+    for notebook in notebooks:
+        page = (site / "notebooks" / f"{notebook.stem}.html").read_text(encoding="utf-8")
+        assert re.search(rf'<img alt="\w[^"]+" src="{notebook.stem}_', page)
+        assert page.count("<math") >= notebook.read_text(encoding="utf-8").count("$$") / 2
+        assert "$" not in words(re.sub(r"<pre.*?</pre>|<script.*?</script>", "", page, flags=re.DOTALL)), notebook.stem
+        assert not re.search(r"<p>\s*[,.;:]", page), "a formula ends a paragraph"
+        assert f'href="notebooks/{notebook.stem}.html"' in front
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_the_readmes_are_there(site):
+    """Each heading of theirs is on some page, and in the first one's table names lead to functions."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in site.rglob("*.html"))
+    headings = {words(heading) for heading in re.findall(r"<h[1-3] id.*?</h[1-3]>", pages, re.DOTALL)}
+    for readme in (ROOT / "README.md", *ROOT.glob("[a-z]*/README.md")):
+        for heading in re.findall(r"^## (.*)$", readme.read_text(encoding="utf-8"), re.MULTILINE):
+            assert any(heading in shown for shown in headings), heading
+    front = (site / "index.html").read_text(encoding="utf-8")
+    for name in jce.__all__:
+        assert re.search(rf'href="\w+\.html#jce\.{name}"><code>', front), name
+
+
+def test_a_dead_link_ends_the_build(tmp_path, monkeypatch):
+    def stage(project):
+        shutil.copy(pathlib.Path(program.__file__).parent / "mkdocs.yml", project)
+        (project / "docs").mkdir()
+        (project / "docs" / "index.md").write_text("[dead](nowhere.md) `jce.entropy`")
+
+    monkeypatch.setattr(program, "stage", stage)
+    with pytest.raises(SystemExit) as raised:
+        program.build(tmp_path / "site")
+    assert "contains a link 'nowhere.md', but the target is not found" in str(raised.value)
+    assert "Could not find cross-reference target 'jce.entropy'" in str(raised.value)
+    assert not (tmp_path / "site").exists()
+
+
+def test_what_is_wrong_is_found(tmp_path):
+    """In a page that a person writes, whatever builds it."""
+    (tmp_path / "index.html").write_text(
+        '<h2 id="jce.entropy"></h2><a href="none.html"></a><a href="#none"></a><img src="index.html">'
+        '<script src="https://cdn.example/x.js"></script>'
+    )
+    (tmp_path / "sheet.css").write_text('@import "//cdn.example/x.css"; a { background: url(data:image/png) }')
+    found = problems(tmp_path)
+    assert [line for line in found if line.startswith("index.html: ")] == [
+        "index.html: none.html leads nowhere",
+        "index.html: #none leads to a page without that place",
+        "index.html: https://cdn.example/x.js is loaded from a network",
+        "index.html: the picture index.html has no text",
+    ]
+    assert "sheet.css: //cdn.example/x.css is loaded from a network" in found
+    assert len(found) == 5 + len(jce.__all__) - 1
+
+
 def test_help_is_no_folder(tmp_path, monkeypatch, capsys):
-    from bench import site
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["bench.site", "--help"])
+    monkeypatch.setattr("sys.argv", ["bench.pages", "--help"])
     with pytest.raises(SystemExit, match="0"):
-        site.main()
-    assert capsys.readouterr().out.startswith("usage: python -m bench.site [-h] [FOLDER]")
+        program.main()
+    assert capsys.readouterr().out.startswith("usage: python -m bench.pages [-h] [FOLDER]")
     assert list(tmp_path.iterdir()) == []

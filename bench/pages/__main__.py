@@ -1,0 +1,122 @@
+"""The documentation as pages: `python -m bench.pages [FOLDER]`, by extra `docs`.
+
+The READMEs and notebooks as they are, and the pages in docs/, which say what belongs together: there mkdocstrings makes
+a function's page of its docstring, and a section of jce/README.md takes the place of a comment that names it. MkDocs
+builds them all. A browser needs no network for them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from jce._command_line import Parser, run
+
+PROGRAM = "python -m bench.pages"
+
+try:
+    import material  # noqa: F401  # its absence would be a traceback of MkDocs
+    import mkdocstrings  # noqa: F401
+    from math_core import LatexToMathML
+
+    from bench.pages.checked import problems
+except ModuleNotFoundError as error:
+    print(f"{PROGRAM} needs {error.name}, which isn't installed: pip install -e '.[docs]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+ROOT, HERE = pathlib.Path(__file__).parents[2], pathlib.Path(__file__).parent
+
+
+def build(folder: pathlib.Path) -> None:
+    """Writes the pages, unless a link is dead or a public name has none: then it says so, and writes nothing."""
+    with tempfile.TemporaryDirectory() as project:
+        stage(pathlib.Path(project))
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict"]  # --quiet would hide a warning from --strict
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{PROGRAM}: MkDocs can't build the pages\n{done.stdout}{done.stderr}")
+        site = pathlib.Path(project, "site")
+        (site / "404.html").unlink()  # of a server, at whose root alone its links would hold
+        if found := problems(site):
+            raise SystemExit("\n".join([f"{PROGRAM}: the pages aren't whole", *found]))
+        shutil.copytree(site, folder, dirs_exist_ok=True)
+
+
+def stage(project: pathlib.Path) -> None:
+    """Writes what MkDocs reads: each file where it is in the repository, so that links between them hold."""
+    docs = project / "docs"
+    shutil.copytree(HERE / "docs", docs)
+    shutil.copy(HERE / "mkdocs.yml", project)
+    sections = re.split(r"^(?=## )", (ROOT / "jce" / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    named = {text.partition("\n")[0].removeprefix("## "): text for text in sections}
+    for page in docs.rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        text = re.sub(r"<!-- jce/README.md: (.*) -->\n", lambda found: named[found[1]], text)
+        page.write_text(text, encoding="utf-8")
+    for name in ("README.md", "notebooks/README.md", "bench/README.md", "tests/README.md"):
+        page = (docs / name).with_name("index.md")
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(_linked((ROOT / name).read_text(encoding="utf-8")), encoding="utf-8")
+    for picture in [*ROOT.glob("notebooks/*.png"), *ROOT.glob("bench/results/*.png")]:
+        (docs / picture.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(picture, docs / picture.relative_to(ROOT))
+    for notebook in ROOT.glob("notebooks/*.ipynb"):
+        _write_notebook(notebook, docs / "notebooks")
+
+
+def _linked(text: str) -> str:
+    """With links to pages where the text has links to files."""
+    return re.sub(r"(\]\([^):]*)README\.md\)", r"\1index.md)", re.sub(r"(\]\([^):]*)\.ipynb\)", r"\1.md)", text))
+
+
+def _write_notebook(notebook: pathlib.Path, folder: pathlib.Path) -> None:
+    """As it was rendered: its text, its code, what that printed, and its pictures, described by the heading above."""
+    parts, heading = [], ""
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            heading = (re.findall(r"^#+ (.*)$", source, re.MULTILINE) or [heading])[-1]
+            parts.append(_with_mathml(source))
+            continue
+        parts.append(f"````python\n{source}\n````")
+        for output in cell["outputs"]:
+            if picture := output.get("data", {}).get("image/png"):
+                name = f"{notebook.stem}_{len(parts)}.png"
+                (folder / name).write_bytes(base64.b64decode(picture))
+                parts.append(f"![{heading}]({name})")
+            else:
+                text = "".join(output.get("text") or output["data"]["text/plain"])
+                parts.append(f"````text\n{text.rstrip()}\n````")
+    (folder / f"{notebook.stem}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _with_mathml(text: str) -> str:
+    """With MathML, which browsers show themselves, for TeX, which would need a script and its fonts."""
+    converter = LatexToMathML()
+
+    def mathml(found: re.Match) -> str:
+        formula = converter.convert_with_local_state(found[1] or found[2], displaystyle=bool(found[1]))
+        # Within a span, since Markdown ends a paragraph where a line begins with <math>
+        return formula if found[1] else f"<span>{formula}</span>"
+
+    return re.sub(r"\$\$(.+?)\$\$|\$(.+?)\$", mathml, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = Parser(prog=PROGRAM, description="Write the documentation as pages.")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=pathlib.Path, default="site", help="Where to.")
+    folder = parser.parse_args().folder
+    build(folder)
+    print(folder / "index.html")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,4 +1,4 @@
-"""Tokens in chunks: hidden states, a head, and their logits, of which no more than a chunk exists at a time.
+"""Tokens in chunks: hidden states, a head, and their logits, of which only one chunk's exist at a time.
 
 The head W [n, d] gives a token of hidden state h the logits x = soft_cap(W h + b). A function of them, token by token,
 is a `lax.scan` over chunks of tokens whose body is checkpointed, so that every derivative recomputes a chunk's logits
@@ -19,14 +19,15 @@ from jce._platforms import Chunks
 
 
 def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | None = None):
-    """`lax.scan` of a step over chunks of some size or a few tokens less, filled up with zeros.
+    """`lax.scan` of a step over chunks of at most `chunked.size` tokens, the last padded with zeros.
 
-    Where tokens are left out, over chunks of those that are kept, each from a carry of None; and so where chunks are to
-    be of just that size, whose products then are the same in any number of them.
+    With `kept`, it runs over the chunks of the tokens that are kept, each from a carry of None. So it does if chunks
+    must have exactly this size: then a product has the same bits in any number of chunks.
 
-    Apart, a chunk has every k-th token: where XLA splits the tokens over devices, each of which has neighbours, all
-    have as many of each chunk, and none is sent. For GPUs and TPUs it then sums the carry over devices after the loop.
-    Peeled, the first step, whose carry is None, comes before the loop, so that no zeros are written to begin with.
+    If `chunked.apart`, a chunk takes every k-th token (strided). Where XLA splits tokens over devices, each device has
+    consecutive ones, and so an equal part of every chunk: no token is sent, and for GPUs and TPUs XLA then sums the
+    carry over devices after the loop. If `chunked.peeled`, the first step, whose carry is None, runs before the loop,
+    so that no zeros are written as an initial carry.
     """
     size, devices, apart, peeled, whole = chunked
     count = jax.tree.leaves(tokens)[0].shape[0]
@@ -54,21 +55,21 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | No
 
 
 def _number_of_chunks(count, size: int, devices: int):
-    """Where a few more chunks need no filling they are worth it: that would copy all hidden states."""
+    """Up to an eighth more chunks than needed, if these need no padding, which would copy all hidden states."""
     if not isinstance(count, int):
-        return -(-count // size)  # of a symbolic number of tokens, which is at least 1, as symbolic
+        return -(-count // size)  # symbolic, as the number of tokens is, which is at least 1
     chunks = max(1, -(-count // size))
     return next((k for k in range(chunks, chunks + chunks // 8 + 1) if count % (k * devices) == 0), chunks)
 
 
 def _peeled_scan(step: Callable, carry, chunks):
-    """`lax.scan`, but the first step comes before the loop, from no carry."""
+    """`lax.scan`, but the first step, from a carry of None, is peeled off and runs before the loop."""
     carry, first = step(None, jax.tree.map(lambda x: x[0], chunks))
     results, rest = jax.tree.map(lambda x: x[None], first), jax.tree.map(lambda x: x[1:], chunks)
     number = 1 + jax.tree.leaves(rest)[0].shape[0]
     if number == 1:
         return carry, results
-    # Behind the barrier the first stays a step of its own, and is over before the others.
+    # The barrier keeps the first step apart from the loop, and has it end before the loop begins.
     carry, first = barrier((carry, first))
     carry, others = lax.scan(step, carry, _after(first, rest) if number == 2 else rest)
     return carry, jax.tree.map(lambda x, others: jnp.concatenate((x[None], others)), first, others)
@@ -76,16 +77,16 @@ def _peeled_scan(step: Callable, carry, chunks):
 
 @jax.custom_jvp
 def _after(first, rest):
-    """The rest, as XLA may not begin with before there is the first: what isn't a loop, as a loop of one, would compute
-    its logits beside those of the first, and hold both."""
+    """rest, made to depend on first. XLA inlines a loop of one step, and might otherwise compute the logits of both
+    chunks side by side, which takes twice the memory."""
     return barrier((first, rest))[1]
 
 
-# No derivative waits for a value.
+# A tangent needs no such order: rest's passes as it is.
 _after.defjvp(lambda primals, tangents: (_after(*primals), tangents[1]))
 
 
 def each_token(function: Callable, chunked: Chunks, *tokens: Array, kept: Array | None = None):
-    """The function of chunks of tokens, with nothing kept of a chunk but its results, whatever is differentiated."""
+    """The function's results for all tokens. It is checkpointed: no derivative keeps more of a chunk than results."""
     step = jax.checkpoint(lambda carry, chunk: (carry, function(*chunk)), prevent_cse=False)
     return over_chunks(step, chunked._replace(peeled=False), None, tokens, kept)[1]

@@ -1,7 +1,7 @@
-"""The effects of a function that is mapped over tokens: kept, or refused by an error that says what to do.
+"""The effects of a function that is mapped over tokens: they are kept, or refused by an error that says what to do.
 
-What a function prints, calls or checks the primitives of a loop declare as theirs, so that JAX keeps it. But tokens are
-computed many at once, in an order that suits the device, which is none for effects to keep.
+A loop's primitives declare the effects of the function that they compute (what it prints, calls or checks), so that JAX
+keeps them. But many tokens are computed at once, in an order that suits the device, so effects can't be ordered.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Collection
 
 from jce._layout import manual_axes
 
-try:  # nothing public tells which effects are ordered, nor which of them jax.checkpoint refuses (JAX 0.8 to 0.12)
+try:  # Until JAX no longer hides which effects it orders, or refuses in jax.checkpoint (0.8 to 0.12): a private import.
     from jax._src import effects as kinds
-except ImportError:  # then JAX refuses both itself
+except ImportError:  # then JAX refuses both by errors of its own
     kinds = None
 
 
 def require_effects(name: str, effects: Collection) -> None:
-    """None of a mapped function's is ordered or on a `jax.Ref`; nor does it name the axis of a `jax.vmap`, whose
-    members' tokens are tokens of one loop."""
+    """Raises if an effect of a mapped function is ordered or on a `jax.Ref`, or if it names the axis of a `jax.vmap`,
+    whose members' tokens all join in one loop."""
     axes = {e.name for e in effects if type(e).__name__ == "NamedAxisEffect"} - {*manual_axes()}
     if axes:
         raise ValueError(
@@ -42,7 +42,7 @@ def require_effects(name: str, effects: Collection) -> None:
 
 
 def undifferentiable(effects: Collection) -> str:
-    """The names of those that `jax.checkpoint` refuses in a derivative."""
+    """The names of the effects that `jax.checkpoint` refuses to compute again in a derivative."""
     return "" if kinds is None else _names(kinds.remat_allowed_effects.filter_not_in(effects))
 
 

@@ -1,10 +1,10 @@
-"""A loop over the first of some chunks: how many they are is known when it runs.
+"""A loop over the first few chunks of arrays, where their number is known only at run time.
 
-Such a loop is a `while`, which reverse mode can't differentiate. But what it computes is a map of chunks, and sums over
-them. Along a tangent that is such a loop again, whose transpose is another: there what was shared is summed, and what
-was summed is shared. So it is a primitive, closed under derivatives and batches. Nothing is kept of a chunk, in any
-mode to any order, and no loop around takes it apart. A `lax.cond` in a `lax.scan` would be no way: a GPU copies what a
-branch may add to, the head's gradient, in each step.
+Such a loop is a `while`, which reverse mode can't differentiate. But it computes only a map over chunks, and sums over
+them. Its tangent is another such loop, and so is its transpose, in which an array that all chunks share turns into a
+sum, and a sum into a shared array. So it is a primitive, closed under derivatives and batching. It keeps no residuals,
+in any mode to any order, and no loop around it hoists a part of it. A `lax.cond` in a `lax.scan` wouldn't do: on a GPU
+each step copies the array to which a branch may add, the head's gradient.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ from jce._primitives import (
 
 
 def first_chunks(step: Callable, count: Array, tokens: Any) -> Any:
-    """The sums of step(None, chunk) and the chunks' results, of the first of tokens [chunks, ...], and then zeros."""
+    """The sums and the chunks' results of step(None, chunk), over the first `count` of tokens [chunks, ...]; the
+    results of the other chunks are 0."""
     leaves, tree = jax.tree.flatten(tokens)
     closed, types = _traced(lambda *chunk: step(None, tree.unflatten(chunk)), leaves, [True] * len(leaves))
-    # What doesn't vary over devices as the count does has a derivative that is summed over them, in each chunk. So they
-    # take as many, or one would wait for the others forever; and so where a step itself names them.
+    # If the count varies over a mesh axis and a closed-over array doesn't, that array's gradient is summed over the
+    # axis in each step. So all devices along it must take equally many steps, or one would wait for the others forever.
+    # So must devices along an axis that a step names, as in a psum.
     own = varying(count)
     unlike = [own - varying(x) for x in closed.consts if jnp.issubdtype(x.dtype, jnp.inexact)]
     named = {e.name for e in closed.effects if type(e).__name__ == "NamedAxisEffect"}
-    if any(map(varying, [*leaves, *closed.consts])):  # which is not so under check_vma=False
+    if any(map(varying, [*leaves, *closed.consts])):  # no types say so under check_vma=False
         named &= own
     count = _largest(count, frozenset(named).union(*unlike))
     sums, results = (len(jax.tree.leaves(x)) for x in types)
@@ -53,12 +55,12 @@ def first_chunks(step: Callable, count: Array, tokens: Any) -> Any:
 
 
 def _largest(count: Array, axes: frozenset) -> Array:
-    """Of those of the devices of mesh axes."""
+    """The largest of the counts of all devices along these mesh axes."""
     return lax.pmax(vary_over(axes, count)[0], tuple(sorted(axes))) if axes else count
 
 
 def _traced(function: Callable, arrays: Sequence[Array], chunked: Sequence[bool]):
-    """Of one chunk of some arrays, and the others as they are; and its results' types."""
+    """The function's jaxpr, for one chunk of the `chunked` arrays and the others whole; and its results' types."""
 
     def first(arrays):
         return [x[0] if of_chunk else x for x, of_chunk in zip(arrays, chunked, strict=True)]
@@ -67,31 +69,32 @@ def _traced(function: Callable, arrays: Sequence[Array], chunked: Sequence[bool]
 
 
 def _bind(closed, count: Array, arrays: Sequence[Array], chunks, chunked: Sequence[bool], results: Sequence[bool]):
-    """In chunks are some of the arrays, and some of the results; the other results are summed."""
+    """The loop's results, where `chunked` and `results` say which arrays and which results have an axis of chunks; the
+    other arrays are shared by all chunks, and the other results summed over them."""
     chunked = (*chunked, *[False] * len(closed.consts))
     static = {"jaxpr": closed.jaxpr, "chunks": chunks, "chunked": chunked, "results": tuple(results)}
     return _first_chunks_p.bind(count, *arrays, *closed.consts, **static)
 
 
 def _bind_derived(function: Callable, count: Array, arrays: Sequence[Array], chunks, chunked, results) -> list[Array]:
-    """Without what its results don't need."""
+    """`_bind` of a function, without operations on which no result depends."""
     closed, _ = _traced(function, arrays, chunked)
     jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     return _bind(closed.replace(jaxpr=jaxpr), count, arrays, chunks, chunked, results)
 
 
 def _evaluated(jaxpr, *arrays: Array) -> list[Array]:
-    """Of its arguments and then its constants."""
+    """The results of a jaxpr, given its arguments and then its constants."""
     number = len(jaxpr.invars)
     return jax.core.eval_jaxpr(jaxpr, arrays[number:], *arrays[:number])
 
 
 def _zeros(count: Array, jaxpr, chunks, results: Sequence[bool]) -> list[Array]:
-    """What a loop begins with. It varies over devices as what is written or added does, and as their number."""
+    """The loop's initial carry. It varies over the mesh axes of what is written or added, and over the count's."""
     zeros = []
     for i, (v, of_chunk) in enumerate(zip(jaxpr.outvars, results, strict=True)):
         t, shape = v.aval, (chunks, *v.aval.shape) if of_chunk else v.aval.shape
-        # Each of its own, as far as XLA knows: of zeros that two results begin with, it makes a copy.
+        # A zero that XLA takes for unlike the others, as count ≥ 0: it would copy one that two results begin with.
         zero = (count < -i).astype(t.dtype)
         zeros += vary_over(varying_type(t), jnp.broadcast_to(zero, shape))
     return zeros
@@ -137,17 +140,17 @@ def _transpose(cotangents, count, *arrays, jaxpr, chunks, chunked, results):
 def _batch(arguments, axes, *, jaxpr, chunks, chunked, results):
     (count, *arrays), (of_count, *axes) = arguments, axes
     size = batch_size(arguments, (of_count, *axes))
-    # Behind the axis of chunks
+    # The batch's axis comes first, but behind that of chunks.
     arrays = [x if k is None else jnp.moveaxis(x, k, int(c)) for x, k, c in zip(arrays, axes, chunked, strict=True)]
     axes = [None if k is None else 0 for k in axes]
     batched = jax.vmap(functools.partial(_evaluated, jaxpr), axes, axis_size=size)
-    # With the most chunks that a member has; those after its own are zeros, as what fills one up.
+    # Every member takes as many chunks as the one that has most. Those after its own are zeros, like padding.
     most = count if of_count is None else count.max()
     return _bind_derived(batched, most, arrays, chunks, chunked, results), list(map(int, results))
 
 
 def _checked(errors, count, *arrays, jaxpr, chunks, chunked, results):
-    """With each chunk's error as a result: so it is as differentiable as before."""
+    """checkify's errors are one more result of each chunk, so that the loop stays differentiable."""
     step = checkify.checkify(functools.partial(_evaluated, jaxpr), errors=errors)
     closed, types = _traced(step, arrays, chunked)
     found, structure = jax.tree.flatten(types)

@@ -1,4 +1,4 @@
-"""Tokens that are left out cost nothing: those that are kept are put together, and only their chunks are taken."""
+"""Skips tokens that are left out: those that are kept are moved to the front, and only their chunks are computed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jce._primitives import batch_axis_first, primitive, with_zeros
 
 
 def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: Any, size: int | None = None) -> Any:
-    """The sums of step(None, a chunk) and each token's results, which are 0 for one that isn't kept.
+    """The sums of step(None, chunk), and each token's results, which are 0 for a token that isn't kept.
 
-    Those that are kept come first, and then zeros. Where XLA splits the tokens over devices, so it is in each one's
-    share, and a chunk has some of each, so that none is sent. Of a size that is said, that of such a part, all chunks
-    are alike: XLA doesn't see how many there are, and compiles one like many.
+    Tokens that are kept come first, and zeros after them. Where XLA splits the tokens over devices, each device's share
+    is ordered so, and a chunk takes an equal part of every share: no token is sent. With a given `size`, that of such a
+    part, all chunks have the same bits: XLA doesn't see how many there are, so it compiles a single one like many.
     """
     (count, *_), n, alike = kept.shape, -(-kept.shape[0] // devices), size is not None
     size = -(-n // chunks) if size is None else size
@@ -46,10 +46,10 @@ def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: An
 
 
 class _Order(NamedTuple):
-    """Of tokens [shares, n], of which those that are kept come first, as they came."""
+    """An order of tokens [shares, n] in which those that are kept come first, in the order in which they were."""
 
-    there: Array  # [shares, m], which token is the i-th; n for none
-    back: Array  # [shares, n], in which place a token is; m for one that isn't kept
+    there: Array  # [shares, m], the token in each place; n in an empty place
+    back: Array  # [shares, n], the place of each token; m for one that isn't kept
 
     @classmethod
     def of(cls, kept: Array, m: int) -> _Order:
@@ -62,18 +62,19 @@ class _Order(NamedTuple):
 
 
 def filled(x: Array, length: int) -> Array:
-    """As long, with zeros behind."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys, of which there is no 0
+    """x, padded with zeros to this length."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # no random key is 0: padded with the first one
         return jnp.concatenate([x, jnp.broadcast_to(x[:1], (length - x.shape[0], *x.shape[1:]))])
     return jnp.pad(x, [(0, length - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
-# Some of an array's elements in another order, and zeros for what is none: linear, and the transpose is the way back.
-# A gather, whose own transpose is a scatter that a GPU adds up in any order.
+# A gather, with zeros for empty places. JAX would transpose it to a scatter, which a GPU sums in any order. Here no
+# element is taken twice, so the transpose is a gather too: the way back.
 
 
 def _taken(x: Array, there: Array, back: Array) -> Array:
-    """Of x [shares, n, ...] those at [shares, m]; more axes may come first."""
+    """The elements of x [shares, n, ...] at `there` [shares, m], of which `back` [shares, n] is the inverse. More axes
+    may come first in all three."""
     return _taken_p.bind(x, there, back)
 
 
@@ -109,9 +110,10 @@ _taken_p = primitive(
 
 
 def counts(w: Array) -> Array:
-    """Whether a token of this weight leaves anything: w ≠ 0, but all do where a weight has a derivative.
+    """Whether a token of weight w must be computed: if w ≠ 0, or if w is differentiated.
 
-    That is the token's loss, also at 0. Who differentiates shows when they do: hence a primitive, whose rule this is.
+    The derivative in w is the token's loss, also at w = 0. Only a JVP rule learns whether w is differentiated; so this
+    is a primitive, whose rule answers True for all tokens.
     """
     return _counts_p.bind(w)
 

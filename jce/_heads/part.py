@@ -1,8 +1,8 @@
-"""A device's tokens, heads and the rest, as a loop takes them, of which tokens may be left out.
+"""A device's tokens, heads and shared arrays in the form in which a loop takes them, with tokens left out.
 
-A token that is left out, or that only fills up a chunk, may reach no derivative, whatever it holds and whatever the
-function is. So it holds what one that is kept does, or what the function says that it is finite at: the 0 that its
-derivative is multiplied by then leaves 0.
+A token that is left out, or that is padding, may reach no derivative, whatever it holds and whatever the function is.
+Its cotangent is 0, but 0 · ∞ is NaN. So its arguments are replaced by those of a token that is kept, or by numbers at
+which the function is known to be finite.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jce._mul0 import mul0
 
 
 class Part(NamedTuple):
-    """A device's arguments as a loop takes them; the first of its tokens' arrays says which tokens are kept."""
+    """A device's arguments as a loop takes them. The first of `inputs.tokens` says which tokens are kept."""
 
     batch: tuple[int, ...]
     inputs: Inputs
@@ -46,14 +46,14 @@ class Part(NamedTuple):
         tokens = jax.tree.map(flat, tokens)
         kept, w = tokens.get("where"), tokens.get("weights")
         if w is not None:
-            # A token of weight 0 still has a derivative in its weight, unless a hidden state isn't finite.
+            # A token of weight 0 still has a derivative in its weight, its loss, but not where that isn't defined.
             defined = jnp.stack([jnp.isfinite(h).all(-1) for h in tokens["hidden"]]).all(0)
             if is_defined is not None:
                 n = Classes(-2, class_axis).count(rows[0][0]) if called[0] is None else called[0].logits.size
                 defined &= is_defined(tokens["others"], n)
             kept = counts(w) & ((w != 0) | defined) & (True if kept is None else kept)
             w = jnp.where(kept, w, jnp.zeros_like(w))
-        if any(row[0].shape[0] == 0 for row in rows if row):  # no class is one, and no token has it
+        if any(row[0].shape[0] == 0 for row in rows if row):  # `head_of` gives it a class; no token is kept
             kept = jnp.zeros(count, bool)
         every = jnp.ones(count, bool)
         hidden, heads = tokens["hidden"], [c and c.in_pairs() for c in called]
@@ -66,19 +66,19 @@ class Part(NamedTuple):
         return cls(batch, inputs.varying_over(axes, class_axis), w, kept is None)
 
     def closing_over(self, arrays: Any) -> tuple[Part, Any]:
-        """And the arrays' dtypes, as which they come back."""
+        """This part with the arrays that a function closes over, in their gradients' dtypes; and their own dtypes."""
         shared = self.inputs.shared | {"closed over": jax.tree.map(wide, arrays)}
         return self._replace(inputs=self.inputs._replace(shared=shared)), jax.tree.map(lambda x: x.dtype, arrays)
 
     def examples(self) -> tuple[list[Array], list[Array]]:
-        """A token's logits under each head, and its other arguments: arrays of their types, to trace with."""
+        """One token's logits under each head, and its other arguments: arrays of these types, to trace with."""
         pairs = zip(self.inputs.hidden, self.inputs.heads, strict=True)
         logits = [vary_over(varying(h), jnp.zeros(x.logits.shape, x.logits.dtype))[0] for h, x in pairs]
         return logits, [_first(x) for x in self.inputs.tokens[1:]]
 
     @property
     def logits(self) -> jax.ShapeDtypeStruct:
-        """A token's, under all heads."""
+        """The type of one token's logits, under all heads."""
         types = [head.logits for head in self.inputs.heads]
         return jax.ShapeDtypeStruct((sum(t.size for t in types),), types[0].dtype)
 
@@ -88,7 +88,7 @@ class Part(NamedTuple):
         return all(isinstance(x, Head) and h.dtype == x.weight.dtype == jnp.bfloat16 for h, x in pairs)
 
     def weights_of(self, reduction: str, token_axes: tuple, double: bool) -> Array | None:
-        """What results are multiplied by, None where there is nothing."""
+        """The factors of the tokens' results, [N], or None where there are none."""
         w = self.weights
         if w is None and reduction == "none":
             return None
@@ -97,7 +97,7 @@ class Part(NamedTuple):
         return _shares(w, token_axes) if reduction == "mean" else w
 
     def results(self, loop: Loop, w: Array | None, total: bool, filled: bool) -> list[Array]:
-        """r of all tokens, wr where there are weights, or in total Σ wr, in one loop with its gradient."""
+        """The results r of all tokens, or wr with weights, or with `total` Σ wr, with its gradient from one loop."""
         hidden, tokens, *whole = self.inputs
         count, all_kept = len(hidden), self.all_kept
 
@@ -121,21 +121,22 @@ class Part(NamedTuple):
 
 
 def _shares(w: Array, token_axes: tuple) -> Array:
-    """w / Σ w, and 0 if Σ w is 0."""
+    """w / Σ w, over all devices' tokens, and 0 if Σ w is 0."""
     total = over_devices(w.sum(), token_axes)
     inverse = jnp.where(total == 0, jnp.zeros_like(total), 1 / jnp.where(total == 0, jnp.ones_like(total), total))
-    return mul0(jnp.broadcast_to(inverse, w.shape), w)  # a loss of +∞ at weight 0 is 0 in the others' derivatives too
+    return mul0(jnp.broadcast_to(inverse, w.shape), w)  # so a loss of +∞ at weight 0 adds 0 to other weights' gradients
 
 
 def _with_first(inputs: Inputs, all_kept: bool) -> Inputs:
-    """With the arguments of the first token that is kept; and if none is, nothing that is shared has a derivative."""
+    """The inputs, and in `shared["first"]` the arguments of the first token that is kept. If none is kept, these may be
+    anything, so heads and shared arrays get no derivative."""
     kept, *others = inputs.tokens
     at = 0 if all_kept else jnp.argmax(kept)
     first = tuple([_first(x, at) for x in arrays] for arrays in (inputs.hidden, others))
     if not all_kept:
         some = kept.any()
 
-        def still(x):  # but for what a function closes over, if it doesn't vary as tokens do
+        def still(x):  # unless x, closed over, varies over fewer mesh axes: the select would make it vary as tokens do
             return jnp.where(some, x, lax.stop_gradient(x)) if varying(some) <= varying(x) else x
 
         heads, shared = jax.tree.map(still, (inputs.heads, inputs.shared))
@@ -144,7 +145,8 @@ def _with_first(inputs: Inputs, all_kept: bool) -> Inputs:
 
 
 def _without_nans(count: int, *arguments):
-    """0 for what isn't kept: a derivative a token keeps its arguments, in which jax_debug_nans would find a NaN."""
+    """The arguments, 0 for tokens that aren't kept. Reverse mode saves the arguments of a function that gives a result
+    for each token, and jax_debug_nans would find a NaN there."""
     kept = arguments[count]
 
     def cleaned(x):
@@ -164,7 +166,7 @@ def column(kept: Array, x: Array) -> Array:
 
 
 def wide(x: Array) -> Array:
-    """In which a loop sums its gradient."""
+    """x in the dtype in which a loop sums its gradient: float32 at least."""
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
 
 

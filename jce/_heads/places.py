@@ -1,8 +1,8 @@
-"""A head on several devices: each has some tokens and some classes, as types or the caller say.
+"""A head on several devices: each has some of the tokens and some of the classes, as types or the caller say.
 
-Inside a `jax.shard_map`, a scan over chunks of tokens sends nothing of the hidden states, and sums the head's gradient
-once: what derivatives send follows from JAX's types of what varies over which axis. Left to XLA's partitioner, under
-Auto axes, that takes the right tokens in a chunk, and a compiler that moves sums out of loops (`chunks.over_chunks`).
+Inside a `jax.shard_map`, a scan over chunks of tokens sends no hidden states, and sums the head's gradient over devices
+once: JAX's types say what varies over which mesh axis, and derivatives send accordingly. Under Auto axes, where XLA's
+partitioner decides, the same takes strided chunks, and a compiler that moves sums out of loops (`chunks.over_chunks`).
 """
 
 from __future__ import annotations
@@ -20,27 +20,26 @@ from jce._layout import Layout, mesh_names, split_batch_axes, told_axes
 
 
 class Places(NamedTuple):
-    """The mesh axes over which the first axes of the tokens are split, and those over which the classes are: static."""
+    """The mesh axes over which the tokens' leading axes are split, and those over which the classes are: static."""
 
     mesh: Mesh | AbstractMesh
     tokens: P
     classes: Hashable | None
-    mesh_axes: frozenset = frozenset()  # as of `told_axes`
+    mesh_axes: frozenset = frozenset()  # for `jax.shard_map`, as by `told_axes`
 
 
 class Arguments(NamedTuple):
-    """Trees of arrays: whose first axes are the tokens', or that broadcast to these; whose first is the classes'; and
-    others."""
+    """Trees of arrays."""
 
-    tokens: Any
-    rows: Any
-    shared: Any = ()
+    tokens: Any  # begin with the token axes, or broadcast to them
+    rows: Any  # begin with the axis of classes
+    shared: Any = ()  # whole on each device
 
 
 def by_type(batch: tuple[int, ...], arguments: Arguments) -> Places | None:
-    """What the types of a head's arguments say; None if they say of nothing that it is split.
+    """The places by the types of a head's arguments, or None if no type says that an array is split.
 
-    Over an axis that splits the tokens the classes are whole: each of its devices needs all.
+    A mesh axis that splits the tokens doesn't split the classes too: each device along it needs all of them.
     """
     tokens = Layout.of(batch, jax.tree.leaves(arguments.tokens))
     rows = [layout for x in jax.tree.leaves(arguments.rows) if (layout := Layout.of(x.shape[:1], [x])).mesh]
@@ -61,10 +60,10 @@ def on_each_device(
     whole: bool,
     named_classes: bool = False,
 ):
-    """function(arguments, the tokens' mesh axes, the classes'), where there are places on each device's part of them.
+    """function(arguments, mesh axes of tokens, mesh axes of classes), on each device's part if arguments are split.
 
-    Its results are the same on all devices, or if not whole have the tokens' axes first, and are split as those are.
-    Where a function has to name the axes of its classes, types may not split them.
+    If `whole`, the function's results are the same on all devices; else they begin with the token axes, and are split
+    as tokens are. With `named_classes` function names the mesh axes of the classes itself, so types may not split them.
     """
     if isinstance(axis_name, Places):
         places, axis_name = axis_name, None
@@ -78,11 +77,11 @@ def on_each_device(
                 f" heads."
             )
     if places is None:
-        # Whole tokens: split over d, hidden states are gathered, and a head may stay so. Of a product of two that are
-        # split over what it sums, JAX wants to be told how the result is split.
+        # Hidden states that are split over d are gathered; a head may stay split. If both were, JAX would raise an
+        # error: it wants to be told how the result of a product over a split axis is split.
         tokens = jax.tree.map(lambda x: Layout(x.shape, None, (None,) * x.ndim).place(x), arguments.tokens)
         return function(arguments._replace(tokens=tokens), (), axis_name)
-    classes = mesh_names(axis_name, places.classes) or None  # split by the caller, and what each has again
+    classes = mesh_names(axis_name, places.classes) or None  # the caller's part of them, split again
     specs = Arguments(places.tokens, P(places.classes), P())
 
     def placed(tree, spec, first=()):
@@ -95,13 +94,13 @@ def on_each_device(
         in_specs=(specs,),
         out_specs=P() if whole else places.tokens,
         axis_names=places.mesh_axes,
-        # Of a batch that is split over a mesh axis too, JAX's types tell less than it checks them for.
+        # Until JAX no longer fails its type checks under spmd_axis_name: no check where a batch is split.
         check_vma=not split_batch_axes(),
     )(Arguments(placed(tokens, specs.tokens, batch), placed(rows, specs.rows), placed(shared, specs.shared)))
 
 
 def on_axes(name: str, mesh: Mesh, token_axis: Hashable | None, class_axis: Hashable | None) -> Places:
-    """The places that a caller says."""
+    """The places that a caller names, with the mesh axes checked."""
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise ValueError(
             f"{name}: mesh must be a mesh of devices, as of jax.make_mesh; got mesh={mesh!r}. On one device call the"

@@ -1,8 +1,8 @@
-"""What a loop over tokens is of, held together, so that nothing is made for all tokens of some of it.
+"""Makes the tokens' arrays depend on all inputs of a loop, so that nothing is computed ahead of it from some of them.
 
-Inside of another loop, in which labels or a teacher's states are the same at each step, JAX before 0.12 computes what
-follows from them alone once, before that loop, and keeps it: numbers for every token and class. XLA computes the logits
-of constants while it compiles. So the tokens' arrays are said to depend on all that the loop takes.
+Until JAX 0.12: where labels or a teacher's states are the same in each step of a loop around, JAX hoists what depends
+on them alone out of that loop, and keeps it: numbers for every token and class.
+Until XLA no longer folds constants of this size: it computes the logits of constants while it compiles.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def together(tokens: T, *others) -> T:
-    """A tree of arrays, each as it is, but said to depend on all of them and on the others."""
+    """The same arrays, but for JAX and XLA each depends on all of them, and on the others."""
     leaves, tree = jax.tree.flatten(tokens)
     return tree.unflatten([_together_p.bind(x, *leaves, *jax.tree.leaves(others)) for x in leaves])
 

@@ -1,8 +1,8 @@
-"""Any function of tokens, chunk by chunk: a result for each token, or weighted sums, in one loop with their gradient.
+"""Computes any function of tokens chunk by chunk: a result for each token, or weighted sums and their gradient at once.
 
-Token by token a derivative waits for its cotangents, and then computes each chunk again. In a sum a token's cotangent
-is its weight, so that a chunk's gradient can be made while its logits are there: the rule of a sum computes value and
-gradient in one loop, whatever the function is.
+With a result for each token, a derivative needs the tokens' cotangents first, and then recomputes each chunk. In a sum
+each token's cotangent is its weight, which is known, so a chunk's gradient can be computed while its logits exist: the
+rule of `weighted_sums` computes value and gradient in one loop, whatever the function is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from jce._primitives import is_zero, jvp_of_some, live_jvp, replaced
 
 
 class Inputs(NamedTuple):
-    """Hidden states [N, d] and other arrays [N, ...] of tokens; a head for each of the first, and what is shared."""
+    """The tokens' hidden states, [N, d] each, and other arrays, [N, ...] each; a head for each array of hidden states;
+    and a tree of arrays that all tokens share."""
 
     hidden: Sequence[Array]
     tokens: Sequence[Array]
@@ -36,9 +37,10 @@ class Inputs(NamedTuple):
     shared: Any
 
     def varying_over(self, axes: frozenset, class_axis: Hashable | None) -> Inputs:
-        """A loop carries what varies alike. Tokens and what they share don't vary over the classes' mesh axes.
+        """The inputs, marked as varying over these mesh axes, since the type of a loop's carry can't change: hidden
+        states and heads also over those of the classes, the others only over the rest.
 
-        What is made to vary here, before the loop, has a gradient that is summed over devices after it, once.
+        Marked before the loop, an array's gradient is summed over devices once, after the loop.
         """
         classes = frozenset(mesh_names(class_axis))
 
@@ -56,16 +58,16 @@ class Inputs(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """What is computed of a chunk, and of how many tokens: static."""
+    """What a loop computes of each chunk, and how large a chunk is: static."""
 
-    of_chunk: Callable  # (platform, inputs) -> arrays whose first axis is that of the chunk's tokens
+    of_chunk: Callable  # (platform, inputs of a chunk) -> arrays whose first axis is that of the chunk's tokens
     chunk: ChunkSize
-    logits: jax.ShapeDtypeStruct  # a token's, under all heads
+    logits: jax.ShapeDtypeStruct  # of one token, under all heads
     class_axis: Hashable | None
-    trained: int = 0  # which result has a derivative where they are summed
-    some: bool = False  # whether the first array of the tokens says which of them are kept
-    halved: bool = False  # whether of a chunk's logits half as much is stored, where that is so
-    refused: str = ""  # effects of what is computed that a derivative may not have
+    trained: int = 0  # the number of the result that has a derivative where results are summed
+    some: bool = False  # whether tokens may be left out, so that inputs.tokens[0] says which are kept
+    halved: bool = False  # whether a chunk's logits are stored in half the bytes, on a platform that can
+    refused: str = ""  # the names of effects of `of_chunk` with which it can't be differentiated
 
     def kept(self, inputs: Inputs) -> Array | None:
         return inputs.tokens[0] if self.some else None
@@ -74,19 +76,20 @@ class Loop(NamedTuple):
         return platform.chunks(self.chunk, self.logits, self.halved)
 
     def of_devices(self, on: Callable, *arguments):
-        """on(platform, *arguments)"""
+        """on(platform, *arguments), traced once for platforms with chunks of the same size."""
         return on_platform(on, lambda platform: self.chunks(platform).size, *arguments)
 
 
-# JAX's own custom_jvp, here and below: ours would keep the residuals of a loop, which are the logits of all tokens.
+# JAX's own custom_jvp, here and below: before JAX 0.12 ours (`_calculus.py`) saves all residuals, which of a loop are
+# the logits of all tokens.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def each(loop: Loop, inputs: Inputs) -> list[Array]:
-    """The results of all tokens."""
+    """The results of all tokens, arrays [N, ...]."""
     return _each(loop, inputs)
 
 
-# The plain derivative, but the value from another call: of one loop for both, reverse mode over reverse mode forgets
-# the checkpoint, and would keep the logits of all tokens.
+# The plain derivative, but the value comes from another call: from one loop for both, reverse-over-reverse mode would
+# drop the checkpoint, and keep the logits of all tokens.
 def _each_rule(loop, primals, tangents):
     require_differentiable(loop.refused)
     return each(loop, *primals), live_jvp(functools.partial(_each, loop), primals, tangents)[1]
@@ -113,7 +116,7 @@ def weighted(result, w):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def weighted_sums(loop: Loop, w: Array, inputs: Inputs) -> list[Array]:
-    """Σ wr of each result r. One of them has a derivative, and is a number for each token."""
+    """Σ wr over tokens, for each result r. Only result number `loop.trained`, a number per token, has a derivative."""
     return [weighted(r, w).sum(0) for r in each(loop, inputs)]
 
 
@@ -122,24 +125,24 @@ def _weighted_sums_rule(loop, primals, tangents):
     (w, inputs), (dw, dinputs) = primals, tangents
     leaves, structure = jax.tree.flatten(inputs)
     steps = jax.tree.leaves(dinputs, is_leaf=is_zero)
-    # Each device has its classes' part of a gradient in hidden states and heads.
+    # For each leaf, whether a device's gradient is only its classes' part of it: in hidden states and heads.
     of_classes = jax.tree.leaves(Inputs(*(jax.tree.map(lambda _, k=k: k in (0, 2), x) for k, x in enumerate(inputs))))
     classes = frozenset(mesh_names(loop.class_axis))
-    typed = all(classes <= varying(x) for x in jax.tree.leaves(inputs.heads))  # not so under check_vma=False
+    typed = all(classes <= varying(x) for x in jax.tree.leaves(inputs.heads))  # False under check_vma=False: no types
     live, others = [], []
     for i, (x, t) in enumerate(zip(leaves, steps, strict=True)):
         if not is_zero(t):
             (live if typed and varying(w) <= varying(x) else others).append(i)
     results, gradients = _results_and_gradients(loop, live, w, inputs)
     parts, terms = [], [] if is_zero(dw) else [weighted(results[loop.trained], dw).sum()]
-    if others:  # of which each device's gradient would be the sum of all devices': by another pass
+    if others:  # in the loop `jax.vjp` would sum their gradients over devices, on each device: so in another pass
 
         def total(*leaves):
             return weighted(each(loop, structure.unflatten(leaves))[loop.trained], w).sum()
 
         terms.append(jvp_of_some(total, leaves, others, [steps[i] for i in others])[1])
     for i, gradient in zip(live, gradients, strict=True):
-        gradient, step = (x.astype(w.dtype) for x in (gradient, steps[i]))  # hidden states' are as narrow as they
+        gradient, step = (x.astype(w.dtype) for x in (gradient, steps[i]))  # both may be bfloat16
         (parts if of_classes[i] else terms).append(mul0(gradient, step).sum())
     if parts:
         terms.append(over_devices(functools.reduce(jnp.add, parts), mesh_names(loop.class_axis)))
@@ -154,11 +157,11 @@ weighted_sums.defjvp(_weighted_sums_rule, symbolic_zeros=True)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _results_and_gradients(loop, live, w, inputs):
-    """The results, and the derivatives of the trained one's sum in those leaves of the inputs."""
+    """All results, and the gradients of the trained one's weighted sum in the leaves numbered `live` of the inputs."""
     return _in_one_loop(loop, live, w, inputs)
 
 
-# As above.
+# The value comes from another call, as in the rule of `each`.
 def _results_and_gradients_rule(loop, live, primals, tangents):
     require_differentiable(loop.refused)
 
@@ -173,10 +176,10 @@ _results_and_gradients.defjvp(_results_and_gradients_rule, symbolic_zeros=True)
 
 def _in_one_loop(loop, live, w, inputs):
     first_of_heads = len(inputs.hidden) + len(inputs.tokens)
-    of_tokens = sum(i < first_of_heads for i in live)  # the others are summed over the chunks
+    of_tokens = sum(i < first_of_heads for i in live)  # the gradients of the others are summed over chunks
 
     def on(platform, w, inputs):
-        # With nothing kept of a chunk, whatever is differentiated.
+        # Without the checkpoint, the derivative of this loop would keep the logits of all chunks.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def of_chunk(w, inputs):
             leaves, structure = jax.tree.flatten(inputs)

@@ -1,8 +1,8 @@
-"""Tokens under one head are tokens, however many axes they have: also those that `jax.vmap` adds.
+"""A function of tokens whose batch, under `jax.vmap`, is the same function of more tokens, in one loop.
 
-Batched as it stands, a loop over chunks would take a chunk of each batch member at a time, and sum a head's gradient
-for each. So a function of tokens is a primitive. Lowered or differentiated, it is what it computes; batched over the
-tokens, but not over the head, it is the same function of more tokens.
+By JAX's own rule, a batched loop over chunks would take a chunk of every batch member at a time, and sum a gradient of
+the head for each member. So a function of tokens is a primitive. Lowered or differentiated, it is replaced by what it
+computes; batched over tokens, but not over the head, its tokens are merged.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from jce._primitives import batch_axis_first, derivative_inside, evaluated, prim
 
 
 def of_tokens(each: Callable, tokens: tuple[Any, ...], shared: tuple, total: Callable | None = None):
-    """each(*tokens, *shared), some numbers a token; or the total, which is their sum, in one loop with its gradient.
-
-    Neither function may close over what is traced.
+    """each(*tokens, *shared), arrays with a result for each token; or total(*tokens, *shared), the sums of these over
+    tokens, whose gradient comes from the same loop. Neither function may close over traced values.
     """
     leaves, tree = jax.tree.flatten((tokens, shared))
 

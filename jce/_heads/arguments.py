@@ -1,4 +1,4 @@
-"""Arguments of functions of tokens under heads: arrays whose shapes agree, or an error that says which don't."""
+"""Checks the arguments of functions of heads: they are arrays whose shapes agree, or an error says which don't."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def checked(
     temperature: ArrayLike = 1.0,
     **optional: ArrayLike | None,
 ) -> dict[str, Array]:
-    """The arguments that are given, as arrays whose shapes agree; optional are bias, weights and where.
+    """The arguments that are given, as arrays whose shapes agree. Optional ones are bias, weights and where.
 
-    Of several labels a token, theirs is a last axis.
+    With `several`, labels may have a last axis more, of several labels for each token.
     """
     given = {"labels": labels, "hidden": hidden} | ({} if isinstance(head, Called) else {"head": head})
     given |= {name: x for name, x in optional.items() if x is not None}
@@ -73,7 +73,7 @@ def checked(
 
 
 def require_choice_of_tokens(function: str, got: Mapping[str, Array], batch: tuple[int, ...], n: int) -> None:
-    """That weights and `where`, as far as they are given, are of tokens, under a head of n classes."""
+    """Raises if weights or `where` are given and don't broadcast to the token axes. The head has n classes."""
     for name in ("weights", "where"):
         if name in got and not broadcasts_to(batch, got[name].shape):
             advice = "give it no axis for classes; those are excluded by a bias of -inf."
@@ -106,7 +106,7 @@ def checked_chunk(function: str, chunk_size: int | None, batch_invariant: bool) 
 
 
 def checked_batch(name: str, linear: Mapping[str, LinearArrays], others: Mapping[str, Array]) -> tuple[int, ...]:
-    """The token axes, which all arguments have."""
+    """The token axes, with which all arguments must begin."""
     if not linear:
         raise ValueError(
             f"{name}: an argument must be a jce.Linear, hidden states and their head; got"
@@ -124,7 +124,7 @@ def checked_batch(name: str, linear: Mapping[str, LinearArrays], others: Mapping
 
 
 def require_real(name: str, results: list) -> None:
-    """Of a token's results, which are to be summed or weighted."""
+    """Raises if one of a token's results, which are to be summed or weighted, isn't real."""
     odd = [x for x in results if not is_real(x)]
     if odd:
         got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in odd)
@@ -135,7 +135,7 @@ def require_real(name: str, results: list) -> None:
 
 
 def require_zeros(name: str, results: list) -> None:
-    """Of a token's results, which are 0 for one that is left out."""
+    """Raises if one of a token's results has no 0, which it must be for a token that is left out."""
     if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in results):
         raise TypeError(
             f"{name}: with `where`, weights or batch_invariant function may not give random keys, of which there is"
@@ -144,7 +144,7 @@ def require_zeros(name: str, results: list) -> None:
 
 
 def checked_choice(name: str, batch: tuple[int, ...], n: int, **given: ArrayLike | None) -> dict[str, Array]:
-    """Which tokens count, and how much: weights and `where`."""
+    """weights and `where`, if they are given, as arrays that broadcast to the token axes."""
     got = {key: as_array(name, key, x) for key, x in given.items() if x is not None}
     require_choice_of_tokens(name, got, batch, n)
     if "weights" in got:

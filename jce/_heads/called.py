@@ -1,8 +1,8 @@
-"""A head that is a function: what it makes of a token's state, and the arrays that it takes from around it.
+"""A head that is a function: its trace for one token's state, and the arrays that it closes over.
 
-It is traced once, of one token, where it is called. So it is a function of each token alone, whatever the chunks are;
-what is patched or set around the call holds in its derivatives too; and the arrays that it closes over take the place
-of a matrix: they are differentiated, and their gradients summed over the chunks.
+It is traced once, with one token, where it is given. So it is a function of each token alone, whatever the chunks are;
+settings and patches around that call hold in derivatives too, which use the same trace; and the arrays that it closes
+over take the place of a matrix: they are differentiated, and their gradients summed over chunks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 
 
 def is_function(head: Any) -> bool:
-    """Also where it is callable, what jnp.asarray takes is a matrix, as a parameter of Flax is."""
+    """Whether a head is to be called. What `jnp.asarray` takes is a matrix, even if it's callable, as in Flax."""
     if not callable(head):
         return False
     return not hasattr(head, "__jax_array__") and not (hasattr(head, "shape") and hasattr(head, "dtype"))
@@ -33,12 +33,12 @@ def is_function(head: Any) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Called:
-    """A traced head. Its arrays are leaves, as a matrix would be; in a loop `in_pairs`."""
+    """A traced head: a tree whose leaves are the arrays that it closes over. A loop takes it `in_pairs`."""
 
     arrays: list[Any]
     jaxpr: Any = dataclasses.field(metadata={"static": True})
-    rank: int = dataclasses.field(metadata={"static": True})  # of the states that it is given
-    logits: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})  # a token's, as they are computed with
+    rank: int = dataclasses.field(metadata={"static": True})  # of the states with which it was traced
+    logits: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})  # of one token
 
     @classmethod
     def of(cls, function: str, name: str, head: Callable, hidden: Any) -> Called:
@@ -67,8 +67,8 @@ class Called:
         return cls(arrays, closed.jaxpr, rank, jax.ShapeDtypeStruct(given.shape[-1:], dtype))
 
     def in_pairs(self) -> Called:
-        """With each array that is narrow beside itself in float32, in which a loop sums its gradient; nothing reads
-        that."""
+        """Each array of half precision is paired with itself in float32, in which a loop sums its gradient. No
+        operation reads the latter."""
 
         def pair(x):
             is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
@@ -77,7 +77,7 @@ class Called:
         return dataclasses.replace(self, arrays=[pair(x) for x in self.arrays])
 
     def of_chunk(self, h: Array) -> Array:
-        """[C, n] of [C, d], in a loop."""
+        """The logits [C, n] of states [C, d], by a head that is `in_pairs`."""
         arrays = [x if wide is None else _narrow(x, wide) for x, wide in self.arrays]
 
         def of_token(h):
@@ -88,12 +88,12 @@ class Called:
 
 
 def _evaluated(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """As `jax.core.eval_jaxpr`, but for unit axes in products, which are a token's state's: over a batch of tokens they
-    would be products over several axes, for whose gradients XLA copies both factors."""
+    """`jax.core.eval_jaxpr`, but without unit axes in products. One token's state has such axes; over a batch of tokens
+    the gradients of products with them would sum over several axes, for which XLA copies both factors."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
 
     def read(variables):
-        return [v.val if hasattr(v, "val") else values[v] for v in variables]  # a literal, or known by now
+        return [v.val if hasattr(v, "val") else values[v] for v in variables]  # a literal, or a variable
 
     for equation in jaxpr.eqns:
         if equation.primitive is lax.dot_general_p:
@@ -101,7 +101,7 @@ def _evaluated(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> l
         elif equation.primitive.name in ("jit", "pjit"):
             inner = equation.params["jaxpr"]
             results = _evaluated(inner.jaxpr, inner.consts, read(equation.invars))
-        elif equation.primitive.name in ("pvary", "pcast"):  # of what varies already, as in a loop all does
+        elif equation.primitive.name in ("pvary", "pcast"):  # a loop's arrays may vary already
             results = vary_over(frozenset(equation.params["axes"]), *read(equation.invars))
         else:
             known = [v for v in equation.invars if not hasattr(v, "val")]
@@ -112,7 +112,8 @@ def _evaluated(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> l
 
 
 def _product(a, b, shape, *, dimension_numbers, **how):
-    """Without unit axes of its own, which its shape says."""
+    """`lax.dot_general` of a and b without their unit axes, but for those of a batch or a sum; the result gets its own
+    back from `shape`."""
     operands, places = [], []
     for x, *axes in zip((a, b), *dimension_numbers, strict=True):
         kept = [i for i, n in enumerate(x.shape) if n != 1 or any(i in some for some in axes)]
@@ -133,7 +134,8 @@ def _narrow_rule(primals, tangents):
 
 
 def _require_of_each_token(function: str, name: str, closed: Any) -> None:
-    """What can be seen in a trace: that it draws nothing, which would be the same for all tokens, and has no effect."""
+    """Raises if the trace draws random numbers, which would be the same for all tokens, or has an effect. A trace shows
+    nothing else of what may differ between one token and many."""
     drawn = sorted({e.primitive.name for e in _equations(closed.jaxpr)} & {*RANDOM})
     if drawn:
         raise ValueError(

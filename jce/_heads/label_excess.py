@@ -1,11 +1,11 @@
-"""A label's loss and its derivative in the logits, by the fewest passes over them.
+"""A label's loss and its derivative in the logits, by the fewest passes over the logits.
 
 With eᵢ = exp(xᵢ - m), s = Σ eᵢ over all classes but the label's and q_y - 1 = -s/Z, Z ∂ℓ/∂xᵢ is
 
     eᵢ (1 + 2ζ log Σ exp x) - ε Z/n,   at the label   -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x
 
-The label's logit can be known before the product that makes the others, and with it m (`_ways/known_label.py`). Then an
-accelerator makes exp, the sum and the rounding of e part of that product, and stores e alone.
+The label's logit can be computed before the product that gives the others, and with it m (`_ways/known_label.py`).
+Then an accelerator fuses exp, the sum and the rounding of e with that product, and stores only e.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from jce._z_loss import log_z_off_label
 
 
 class Target(NamedTuple):
-    """Of tokens: labels [C] and temperatures [C], or None where all are 1; and the numbers that are traced."""
+    """The labels [C] of C tokens, their temperatures [C], or None if all are 1, and the numbers that are traced."""
 
     labels: Array
     temperatures: Array | None
@@ -46,30 +46,30 @@ class Target(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """Of a loss, with the numbers that aren't traced: static."""
+    """What is static of a loss: classes, ε and ζ. A traced number is None here, and in the `Target` instead."""
 
     classes: Classes
     smoothing: float | None
     z_loss: float | None
 
     def numbers(self, target: Target, dtype) -> Any:
-        """ε and ζ"""
+        """ε and ζ, as arrays of this dtype if they are traced."""
         known = {"smoothing": self.smoothing, "z_loss": self.z_loss} | target.traced
         return tuple(a.astype(dtype) if is_array(a) else a for a in known.values())
 
     def may_read_once(self, tempered: bool, capped: bool) -> bool:
-        """Whether the label's logit is known before the others: not where they are divided; and whether e can be stored
-        before Z is known: not where a cap's slope meets the smoothing's part."""
+        """Whether one pass over logits will do. A temperature needs another, since it divides x - max x; and so does
+        smoothing under a cap: it takes εZ/n from e before the cap's slope multiplies both, and Z comes last."""
         return not tempered and (self.smoothing == 0 or not capped)
 
 
 def some(number) -> bool:
-    """Whether a number is there: Python's 0 isn't."""
+    """Whether a number may be other than 0: one that is traced, or Python's if it isn't 0."""
     return is_array(number) or number != 0
 
 
 class Excess(NamedTuple):
-    """ℓ [C], and e [C, n] and r [C] with ∂ℓ/∂u = r e, of the logits u before the cap."""
+    """ℓ [C], e [C, n] and r [C] with ∂ℓ/∂u = r e, where u are the logits before the soft cap."""
 
     losses: Array
     e: Array
@@ -79,7 +79,7 @@ class Excess(NamedTuple):
 def excess_of_product(
     terms: Terms, products: Products, platform: str | None, target: Target, hidden, head, soft_cap
 ) -> Excess:
-    """Of logits that aren't multiplied out yet."""
+    """The excess, for logits that aren't multiplied out yet."""
     x = Logits(hidden, head, soft_cap, products)
     reading = one_reading(terms, platform, target, x)
     if reading is None:
@@ -88,9 +88,9 @@ def excess_of_product(
 
 
 def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Array, soft_cap: Array | None) -> Excess:
-    """Of logits u, which may be read as often as need be."""
+    """The excess, for logits u, which it reads in several passes."""
     classes = way_of(terms.classes, named(platform), u)
-    u = classes.stored(u)  # once, though the label is looked up in it
+    u = classes.stored(u)  # or the lookup of the label would compute it once more
     column, y, t = classes.column, target.labels, target.temperatures
     of_head = classes.fold(capped(u, soft_cap))
     x = at_temperature(of_head, t, classes)
@@ -111,14 +111,14 @@ def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Arra
 
 
 def one_reading(terms: Terms, platform: str | None, target: Target, x: Logits) -> OneReading | None:
-    """Where logits may be read so, and where that is faster."""
+    """One pass over the logits, or None where it won't do or isn't faster."""
     classes = way_of(terms.classes, named(platform), x.head.bias)
     may = terms.may_read_once(target.temperatures is not None, x.soft_cap is not None)
     return OneReading(terms, classes, target, x) if may and classes.masks and not may_be_split(x.head.bias) else None
 
 
 class OneReading:
-    """Of logits whose label is known before the others."""
+    """A single pass over the logits, whose shift m comes from the label's logit, which is computed before it."""
 
     def __init__(self, terms: Terms, classes: Way, target: Target, x: Logits):
         self.x, self.classes, self.labels = x, classes, target.labels
@@ -131,7 +131,7 @@ class OneReading:
         return self._of_row(*self._read()).losses
 
     def excess(self, divides_later: bool) -> Excess:
-        """e is divided as soon as s is known, or later, as it is multiplied."""
+        """The excess. e is scaled as soon as s is known; or, if `divides_later`, as the next product reads it."""
         classes, cap = self.classes, self.x.soft_cap
         m, s, mean, e = self._read((lambda e, *_: e) if divides_later else self._entries)
         row = self._of_row(m, s, mean)
@@ -150,14 +150,15 @@ class OneReading:
         return self._of_row(m, s, mean).entries(e, self.classes.column)
 
     def _read(self, stored: Callable | None = None) -> list[Array]:
-        """m, s, the mean of x - m, and what is stored of e, if it is."""
+        """m, s, the mean of x - m, and stored(e, m, s, mean) if `stored` is given."""
         read = functools.partial(self._reading, stored)
         again = at_maximum(functools.partial(read, again=True), lambda: _maximum(self.x, self.classes))
-        # Hidden states and head are rounded as much as such sums are.
+        # Where m = x_y, s < 1e9 admits labels up to log 1e9 = 20.7 below the maximum. The digits that x - m loses there
+        # are no more than rounded hidden states and head have lost.
         return off_known_label(self.x_y, read, again, most=1e9)
 
     def _reading(self, stored, m, again=False):
-        # The mask is made here: one that the two readings share would be stored.
+        # The label's mask is computed here, in each reading: XLA would store one that both share.
         x, classes = self.x, self.classes
         u = x.uncapped()
         logits = capped(u, x.soft_cap) - m[:, None]
@@ -167,12 +168,13 @@ class OneReading:
         if stored is None:
             return [s, mean]
         e = stored(e if x.soft_cap is None else e * slope(u, x.soft_cap), m, s, mean)
-        e = _unless_nan(e) if again else e  # where all rows are that have one
+        e = _unless_nan(e) if again else e  # all rows with a NaN are read again
         return barrier([s, mean, e.astype(jnp.bfloat16) if x.products.narrow else e])
 
 
 class _OfRow(NamedTuple):
-    """ℓ and r; of each e but the label's a factor, and what is then taken from it, or None; and the label's."""
+    """ℓ and r for each row, and how to get the entries: e · factor - taken, where None stands for 1 and 0, and at the
+    label `at_label`."""
 
     losses: Array
     r: Array
@@ -186,8 +188,11 @@ class _OfRow(NamedTuple):
 
 
 def _of_row(numbers: Any, n: int, off: OffLabel, mean: Array | None, whole: Callable, divides: bool) -> _OfRow:
-    """With the mean of x - m, and the logarithm of the whole sum from that of Σ exp x. r = 1/Z of the e above; if it is
-    divided, then so that its label's entry, where it isn't less, is exactly -1 or 1: there it may be rounded."""
+    """The numbers of each row. `mean` is that of x - m; `whole` turns log Σ exp x of tempered logits into that of x/t.
+
+    r = 1/Z for the e above. If `divides`, e is divided by the larger of s and its label's entry; where the latter is
+    larger or the same it becomes exactly ±1, which rounding to bfloat16 leaves exact.
+    """
     m, s, d = off
     smoothing, z_loss = numbers
     losses, at_label, z, e_y = surprisal_at_label(off), -s, off.z, exp(-d)
@@ -206,7 +211,7 @@ def _of_row(numbers: Any, n: int, off: OffLabel, mean: Array | None, whole: Call
         largest = jnp.maximum(jnp.maximum(s, jnp.abs(at_label)), jnp.finfo(s.dtype).tiny)
         r, factor = largest / z, (1 if factor is None else factor) / largest
         taken, at_label = None if taken is None else taken / largest, at_label / largest
-    # NaN is r's alone: where a token's cotangent is 0 the product of e with it has to be.
+    # In a row with NaN only r is NaN: a NaN in e would spread by products even if the token's cotangent is 0.
     number = z <= jnp.finfo(z.dtype).max
     factor, taken, at_label = jax.tree.map(lambda a: jnp.where(number, a, jnp.zeros_like(a)), (factor, taken, at_label))
     return _OfRow(losses, r, factor, taken, at_label)
@@ -217,7 +222,8 @@ def _unless_nan(e: Array) -> Array:
 
 
 def _maximum(x: Logits, classes: Way) -> Array:
-    """Of each token, by halves: a program holds the memory for it, also where it never comes to that."""
+    """Each token's max x, by halves of the chunk: a program reserves memory for these logits even if it never gets
+    here."""
     if not isinstance(count := x.hidden.shape[0], int):  # symbolic
         return classes.max(x.whole())
     half = count // 2

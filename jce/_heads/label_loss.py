@@ -1,9 +1,9 @@
-"""A label's loss at logits that aren't multiplied out yet: value, and derivatives of the fewest passes and products.
+"""A label's loss, from hidden states and head: its value, and its derivatives by the fewest passes and products.
 
-Whoever differentiates a loss of logits x gets ∂ℓ/∂x, N × n numbers, in which the label's entry is a sum of all others.
-Here it is r e instead: e, a matrix that meets hidden states and head as it is, and r, a number a token. So nothing is
-written to divide by Z; where matrices are multiplied as bfloat16 the label's entry isn't rounded; and the product with
-the head is done before a token's cotangent is known, so that a loop can sum value and gradient in one.
+The plain derivative of a loss in logits x is an array ∂ℓ/∂x, in which the label's entry is minus the sum of all others.
+Here it is a product r e: a number r for each token, and a matrix e, which is multiplied with hidden states and head as
+it is. So no pass divides e by Z; where matrices are multiplied as bfloat16, the label's entry isn't rounded; and the
+product with the head doesn't wait for a token's cotangent, so that one loop can sum value and gradient.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from jce._waiting import Program, waiting
 class LabelLoss(Terms):
     """(1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)²."""
 
-    may_be_greedy: bool = False  # of a temperature that may be 0, at which e is ±∞, and yet 0 for a cotangent of 0
+    may_be_greedy: bool = False  # whether a temperature may be 0: e is ±∞ there, and times a cotangent of 0 still 0
 
     def __call__(self, target: Target, x: Logits | Array) -> Array:
-        if isinstance(x, Array):  # multiplied out, as a head that is a function gives them
+        if isinstance(x, Array):  # a head that is a function gives logits multiplied out
             return _of_logits(self, target, x)
         return _loss(target, x.hidden, x.head, x.soft_cap, self, x.products)
 
@@ -59,7 +59,7 @@ def _of_logits(loss: LabelLoss, target: Target, of_head: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _loss(target, hidden, head, soft_cap, loss: LabelLoss, products: Products):
-    if products.narrow:  # so on no CPU
+    if products.narrow:  # which they aren't on a CPU
         return waiting(Program(_of_product, (loss, products)), target, hidden, head, soft_cap)
     return _of_logits(loss, target, Logits(hidden, head, soft_cap, products).whole())
 
@@ -70,19 +70,20 @@ def _of_product(loss, products, platform, target, hidden, head, soft_cap) -> Arr
     return _of_logits(loss, target, x.whole()) if reading is None else reading.losses()
 
 
-# dℓ = r (e · dx), of dx = W dh + dW h + db; and along numbers and temperatures, rare as it is, by a pass more
+# dℓ = r (e · dx), where dx = W dh + dW h + db. Tangents of numbers, temperatures and the soft cap, which are rare, take
+# another pass.
 def _loss_rule(loss, products, primals, tangents):
     target, h, head, soft_cap = primals
     d_target, dh, d_head, d_cap = tangents
     losses, e, r = _loss_and_excess(target, h, head, soft_cap, loss, products)
-    parts, r = [], lax.stop_gradient(r)  # a constant, as that rule has it: a tangent of zeros would cost a product
+    parts, r = [], lax.stop_gradient(r)  # constant: a tangent of zeros would cost a product
     h, r_h = h.astype(e.dtype), r
-    if head.weight.shape[0] < head.weight.shape[1] and not products.narrow:  # r is multiplied with the smaller of two
-        e, r_h = mul0(jnp.broadcast_to(r[:, None], e.shape), e), 1 + (r - r)  # or NaN
+    if head.weight.shape[0] < head.weight.shape[1] and not products.narrow:  # so r multiplies e rather than h
+        e, r_h = mul0(jnp.broadcast_to(r[:, None], e.shape), e), 1 + (r - r)  # NaN where r is
     if not is_zero(dh):
         pull = products.with_head(e, head, 0)
         parts.append(mul0(r_h, mul0(pull, dh.astype(e.dtype)).sum(-1)))
-    if not is_zero(d_head.wide):  # its transpose is eᵀ · (r h)
+    if not is_zero(d_head.wide):  # the transpose is eᵀ · (r h)
         if loss.may_be_greedy:
             of_head = mul0(e, products.dot(h, d_head.wide, 1, 1, e.dtype)).sum(-1)
         else:
@@ -90,7 +91,7 @@ def _loss_rule(loss, products, primals, tangents):
         parts.append(mul0(r_h, of_head))
     if not is_zero(d_head.bias):
         parts.append(mul0(r_h, mul0(e, jnp.broadcast_to(d_head.bias, e.shape)).sum(-1)))
-    # Each device has its own classes' part.
+    # Each device has the part of its own classes.
     terms = [loss.classes.over_devices(functools.reduce(jnp.add, parts))] if parts else []
     if not all(is_zero(t) for t in jax.tree.leaves((d_target[1:], d_cap))):
 
@@ -109,7 +110,7 @@ def _loss_and_excess(target, hidden, head, soft_cap, loss, products) -> Excess:
     return waiting(Program(excess_of_product, (loss, products)), target, hidden, head, soft_cap)
 
 
-# As of logits that are multiplied out, which the derivative is in.
+# The derivative is that of the excess as a function of logits that are multiplied out.
 def _loss_and_excess_rule(loss, products, primals, tangents):
     def of_logits(target, hidden, head, soft_cap):
         return _excess_of_logits(target, Logits(hidden, head, None, products).uncapped(), soft_cap, loss)
@@ -125,7 +126,8 @@ def _excess_of_logits(target, u, soft_cap, loss) -> Excess:
     return waiting(Program(excess_of_logits, (loss,)), target, u, soft_cap)
 
 
-# That of another expression for r e, whose own derivative is accurate. r is taken for a constant here.
+# The derivative of r e comes from another expression for it, the gradient of `_of_logits`, whose own derivative is
+# accurate. r is taken as constant here, so de = d(r e)/r.
 def _excess_of_logits_rule(loss, primals, tangents):
     def twin(target, u, soft_cap):
         losses, pull_back = jax.vjp(lambda u: _of_logits(loss, target, capped(u, soft_cap)), u)

@@ -1,4 +1,4 @@
-"""Logits = soft_cap(hidden · headᵀ + bias) of a chunk of tokens, before they are multiplied out and after."""
+"""Logits = soft_cap(hidden · headᵀ + bias) of a chunk of tokens: their factors, and the soft cap."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jce._mul0 import mul0
 
 
 class Logits(NamedTuple):
-    """Of tokens' hidden states [C, d]."""
+    """The logits of C tokens with hidden states [C, d], not multiplied out yet."""
 
     hidden: Array
     head: Head
@@ -23,14 +23,14 @@ class Logits(NamedTuple):
     products: Products
 
     def whole(self) -> Array:
-        """[C, n]"""
+        """The logits, [C, n]."""
         return capped(self.uncapped(), self.soft_cap)
 
     def uncapped(self) -> Array:
         return self.products.with_head(self.hidden, self.head, 1) + self.head.bias[None]
 
     def uncapped_at(self, y: Array) -> Array:
-        """[C], of a class for each token."""
+        """The logits before the cap, [C], of one class y for each token."""
         weight, bias = (x.at[y].get(mode="clip") for x in (self.head.weight, self.head.bias))
         return (self.hidden.astype(bias.dtype) * weight.astype(bias.dtype)).sum(-1) + bias
 
@@ -49,21 +49,22 @@ def slope(u: Array, soft_cap: Array) -> Array:
 
 
 def _allowed(u):
-    """Which classes no -∞ forbids, and their logits: a cap leaves -∞ as it is, constant."""
+    """Which logits aren't -∞; and the logits, with 0 for -∞: a cap leaves -∞ as it is, with derivative 0."""
     allowed = u != -jnp.inf
     return allowed, jnp.where(allowed, u, jnp.zeros_like(u))
 
 
 @custom_jvp
 def _soft_cap(u, c):
-    """c tanh u/c; where tanh v rounds to v, u itself, since XLA takes a subnormal u/c for 0."""
+    """c tanh v at v = u/c; but u where v² < eps, so that tanh v = v (1 - v²/3 + …) is v within eps/3: XLA flushes a
+    subnormal v to 0."""
     v = u / c
     return jnp.where(v * v < jnp.finfo(v.dtype).eps, u, c * tanh(v))
 
 
 @custom_jvp
 def _slope(v):
-    """1 - tanh² v, without the difference."""
+    """1 - tanh² v, as sech² v: the difference would cancel where tanh² v is near 1."""
     e = exp(-jnp.abs(v))
     sech = 2 * e / (1 + e * e)
     return sech * sech

@@ -1,4 +1,4 @@
-"""The numbers of a head's cross-entropy: part of the program where they are Python's, arrays where they are traced."""
+"""The numbers of a head's cross-entropy: constants in the program if they are Python's, its arguments if traced."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Numbers(NamedTuple):
     temperature: ArrayLike
 
     def checked(self, name: str) -> tuple[dict[str, Any], dict[str, Array]]:
-        """Smoothing and z-loss, None for those that are traced; and these."""
+        """Smoothing and z-loss, checked: Python's numbers, with None for a traced one; and the traced ones."""
         given = {
             "smoothing": fraction(name, jnp.result_type(float), label_smoothing=self.label_smoothing),
             "z_loss": positive(name, jnp.result_type(float), z_loss=self.z_loss, or_zero=True),

@@ -1,8 +1,9 @@
 """A head, and the matrix products with it.
 
-On an accelerator a product of float32 numbers takes twice as long as one of bfloat16 and more. Where hidden states and
-head are bfloat16, the derivatives that meet them may be rounded too. A derivative in the logits of one token is then
-first divided by its largest entry, which is the label's: that one is exact, so that the others still add up to it.
+On an accelerator a product of float32 matrices takes at least twice as long as one of bfloat16. So where hidden states
+and head are bfloat16, a derivative in the logits may be rounded to bfloat16 before it is multiplied with them. Each
+token's is first divided by its largest entry, the label's: so that one is ±1, which rounding leaves exact, and the
+others still add up to it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from jce._primitives import batch_axis_first, primitive
 
 
 class Head(NamedTuple):
-    """W [n, d] and b [n]. W's derivatives are taken in `wide`, the same numbers in the dtype of the logits.
+    """W [n, d] and b [n]. Derivatives in W are taken in `wide`, the same numbers in the dtype of the logits.
 
-    So a loop over chunks sums the head's gradient in float32 where the head is bfloat16. There nothing reads `wide`.
+    So where W is bfloat16, a loop over chunks sums its gradient in float32. No operation reads `wide` there.
     """
 
     weight: Array
@@ -32,12 +33,12 @@ class Head(NamedTuple):
 
     @property
     def logits(self) -> jax.ShapeDtypeStruct:
-        """A token's."""
+        """The type of one token's logits."""
         return jax.ShapeDtypeStruct(self.bias.shape, self.bias.dtype)
 
 
 def head_of(function: str, h: Array, w: Array, b: Array | None) -> tuple[Array, Head]:
-    """Hidden states and their head as they are multiplied; no class is one of logit 0."""
+    """Hidden states and their head, as they are multiplied. A head without classes gets one whose logit is 0."""
     dtype = float_dtype(function, {"hidden": h, "head": w} | ({} if b is None else {"bias": b}))
     b = jnp.zeros(w.shape[0], dtype) if b is None else b.astype(dtype)
     if w.shape[0] == 0:
@@ -47,12 +48,12 @@ def head_of(function: str, h: Array, w: Array, b: Array | None) -> tuple[Array, 
 
 
 def _stored(x: Array, dtype) -> Array:
-    """Half precision as it is, where it is multiplied with sums in float32."""
+    """x in this dtype; but half precision as it is, if its products are accumulated in float32."""
     return x if jnp.issubdtype(x.dtype, jnp.floating) and dtype == jnp.float32 else x.astype(dtype)
 
 
 class Products(NamedTuple):
-    """How matrices are multiplied: static. Narrow: rounded to bfloat16, all of them."""
+    """How matrices are multiplied: static. If `narrow`, both factors of every product are rounded to bfloat16."""
 
     precision: Any
     narrow: bool = False
@@ -62,7 +63,7 @@ class Products(NamedTuple):
         known = lax.Precision | lax.DotAlgorithm | lax.DotAlgorithmPreset
         if precision is not None and not isinstance(precision, known):
             number = jax.ShapeDtypeStruct((), jnp.float32)
-            try:  # what names there are, JAX alone knows
+            try:  # only JAX knows which names there are
                 jax.eval_shape(functools.partial(jnp.dot, precision=precision), number, number)
             except (TypeError, ValueError):
                 raise ValueError(
@@ -72,13 +73,14 @@ class Products(NamedTuple):
         return cls(precision)
 
     def on(self, platform: Platform, hidden: Array, weight: Array) -> Products:
-        """Narrow where all is bfloat16 and no precision is asked for. float16 has too small a range for it."""
+        """Narrow on an accelerator, if both are bfloat16 and no precision is asked for. Not if they are float16, whose
+        range is too small for derivatives."""
         setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         asked = self.precision is not None or setting is not None
         return self._replace(narrow=not platform.is_cpu and not asked and hidden.dtype == weight.dtype == jnp.bfloat16)
 
     def dot(self, a: Array, b: Array, axis_a: int, axis_b: int, dtype) -> Array:
-        """Over one axis each, accumulated and returned in `dtype`, to which unlike ones go."""
+        """a · b, over an axis of each, accumulated and returned in `dtype`; to it factors of unlike dtypes are cast."""
         if self.narrow:
             return _narrow(a, b, axis_a, axis_b)
         common = a.dtype if a.dtype == b.dtype else dtype
@@ -96,12 +98,12 @@ def _dot(a, b, axis_a, axis_b, dtype, precision=None):
     return lax.dot_general(a, b, contract, precision=precision, preferred_element_type=dtype)
 
 
-# a · W, of a head that may have leading axes, each with its a. Linear in a and, by decree, in `wide` alone: also where
-# it is transposed, to a product with the head again, and batched.
+# a · W, where both may have batch axes. It reads `weight`, but is declared linear in a and `wide`: so its transpose in
+# a and its batched form are products with `weight` again, and its gradient in the head arrives at `wide`.
 
 
 def _product(a, weight, wide, axis, products):
-    if products.precision is None:  # JAX's setting where it is traced, as of any product
+    if products.precision is None:  # JAX's setting is read while tracing, as for any product
         setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         products = products._replace(precision=setting)
     return _product_p.bind(*varying_alike(a, weight, wide), axis=axis, products=products)
@@ -123,7 +125,7 @@ def _product_transpose(ct, a, weight, wide, *, axis, products):
 
 def _product_batch(arguments, axes, **static):
     a, weight, wide = arguments
-    if axes[1:] == (None, None) and weight.ndim == 2:  # one head for all: they are tokens
+    if axes[1:] == (None, None) and weight.ndim == 2:  # one head for the batch: more tokens
         a = jnp.moveaxis(a, axes[0], 0)
         result = _product(a.reshape(-1, a.shape[-1]), weight, wide, **static)
         return result.reshape(*a.shape[:-1], -1), 0
@@ -143,7 +145,7 @@ _product_p = primitive(
 )
 
 
-# The narrow product: bilinear by decree, though it rounds, and its derivatives are such products too.
+# The narrow product is declared bilinear, though it rounds its factors; its derivatives are narrow products too.
 
 
 def _narrow(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
@@ -173,7 +175,7 @@ def _transpose_b(ct, a, b, *, axis_a, axis_b):
 
 
 def _scaled(ct):
-    """A derivative in logits [..., C, n]: its largest entries [..., C, 1], and it divided by them."""
+    """Each token's largest magnitude [..., C, 1] in a derivative in logits [..., C, n], which is returned over it."""
     largest = jnp.maximum(jnp.abs(lax.stop_gradient(ct)).max(-1, keepdims=True), jnp.finfo(ct.dtype).tiny)
     return largest, ct * (1 / largest)
 

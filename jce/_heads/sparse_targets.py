@@ -28,7 +28,7 @@ def linear_sparse_cross_entropy(
     given: Numbers,
     options: TokenOptions,
 ) -> Array:
-    """Of k labels a token, with their probabilities."""
+    """`linear_cross_entropy` with k labels for each token, and their probabilities."""
     y, p = as_array(name, "labels", labels), as_array(name, "label_probs", label_probs)
     got, batch = {"labels": y, "label_probs": p, "hidden": linear.hidden}, jnp.shape(linear.hidden)[:-1]
     if not jnp.issubdtype(y.dtype, jnp.integer):
@@ -70,10 +70,10 @@ def linear_sparse_cross_entropy(
 
 
 def _greedy_tail(y, p, x, t, rounded, classes):
-    """(1-Σp)(m - m')/T at T = 0, m' the maximum over the classes without a label, and 0 at any other T.
+    """(1-Σp)(m - m')/T at T = 0, where m' is the maximum over the classes without a label; 0 at any other T.
 
-    By a temperature of 0 alone they are impossible if they lack m, and the logarithm of nothing has no derivative. The
-    loss, which is infinite, has one: it falls without bound as T grows.
+    If m' < m, these classes have probability 0 at T = 0. A logarithm of 0 has no derivative, but the loss has one in T:
+    it falls from +∞ as T grows.
     """
     m, m_rest = (lax.stop_gradient(classes.max(z)) for z in (x, without_classes(y, x, classes)))
     costs = (t == 0) & (m_rest > -jnp.inf) & (jnp.abs(rest_of(p)) > rounded)

@@ -1,4 +1,4 @@
-"""What a head's logits are divided by: a number, or one for each token; Python's 1 is none, and costs nothing."""
+"""The temperature, which divides a head's logits: one number, or one for each token. Python's 1 costs nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jce._mul0 import over
 
 
 def checked_temperature(function: str, temperature: ArrayLike, batch: tuple[int, ...]) -> dict[str, Array]:
-    """By its name, if it is one: real, and broadcasts to the token axes."""
+    """The temperature under its name, real and broadcasting to the token axes; nothing for Python's 1."""
     if not is_array(temperature) or temperature.ndim == 0:
         if is_array(temperature):
             float_dtype(function, {"temperature": temperature})
@@ -30,10 +30,10 @@ def checked_temperature(function: str, temperature: ArrayLike, batch: tuple[int,
 
 
 def at_temperature(x: Array, t: Array | None, classes: Classes) -> Array:
-    """x/t but for a number a row, of tokens' logits x."""
+    """Tokens' logits x over t, up to a constant per row: (x - max x)/t."""
     return x if t is None else tempered(x, t.astype(x.dtype), classes)
 
 
 def whole_log_sum(log_sum: Array, x: Array, t: Array | None, classes: Classes) -> Array:
-    """log Σ exp x/t, from that of the logits `at_temperature`."""
+    """log Σ exp x/t, where log_sum is that of the logits `at_temperature`."""
     return log_sum if t is None else log_sum + over(classes.max(lax.stop_gradient(x)), t.astype(x.dtype))

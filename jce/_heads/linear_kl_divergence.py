@@ -39,25 +39,30 @@ def linear_kl_divergence(
 ) -> Array:
     """KL(p‖q) of softmax(p's logits/T) and softmax(q's logits/T), in nats, of many tokens: distillation of p into q.
 
-    What `kl_divergence_with_logits` is of the logits, but these never exist for more than a chunk of tokens, in any
-    derivative of any order: `linear_map` of it, by name. The two may have unlike widths. Loss and gradient of a mean or
-    a sum cost four matrix products where p is frozen (outside of what is differentiated, or behind
-    `jax.lax.stop_gradient`), and six where both have a derivative; a loss for each token one more for each head.
+    Example:
+      >>> hidden, teacher, student = jnp.eye(2), 20 * jnp.eye(3, 2), 21 * jnp.eye(3, 2)
+      >>> print(jce.linear_kl_divergence(jce.Linear(hidden, teacher), jce.Linear(hidden, student)))
+      1.5165121e-09
 
-    The loss is of the softened distributions as they are, not scaled by T²: where its gradient is to be as large as
-    without a temperature, as in Hinton, Vinyals and Dean (2015), multiply by temperature**2.
+    `kl_divergence_with_logits` of the logits, but these never exist for more than a chunk of tokens, in any derivative
+    of any order. Teacher and student may differ in width. Loss and gradient of a mean or a sum cost four matrix
+    products if p is frozen (not differentiated, or behind `jax.lax.stop_gradient`), and six if both are differentiated;
+    a loss for each token costs one more for each head.
+
+    The loss isn't scaled by T². To keep its gradient as large as without a temperature, as Hinton, Vinyals and Dean
+    (2015) do, multiply it by temperature**2.
 
     Args:
       p: the target, the teacher: `jce.Linear(hidden, head)`, hidden states [..., d] and a head [n, d].
       q: the model, the student, of the same n classes: `jce.Linear(hidden, head)`, with its own width.
-      weights: real, broadcasts to the token axes: w, each token's weight, as in `linear_cross_entropy`.
-      where: bool, broadcasts to the token axes. A token where it is False takes no part, whatever it holds, and costs
-        no product, as in `linear_cross_entropy`.
+      weights: real, broadcast to the token axes: w, each token's weight, as in `linear_cross_entropy`.
+      where: bool, broadcast to the token axes. A token where it is False is left out, whatever it holds, and costs no
+        product, as in `linear_cross_entropy`.
       reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, a number for each token.
-      temperature: T > 0, a number. Python's 1 costs nothing; a traced one isn't checked,
-        and is no part of the program: give a schedule's so. It divides what the logits are
-        apart, so that heads nearly the same are compared as exactly as at T = 1. Of log-probabilities that a program
-        divides itself each is rounded before `kl_divergence_with_logits` sees it, and what they are apart is lost.
+      temperature: T > 0, a number. Python's 1 costs nothing. Another Python number is a constant of the program: pass a
+        schedule's as an array. A traced one isn't checked. T divides the difference of both rows of logits, so that
+        heads nearly the same are compared as exactly as at T = 1. Dividing both rows before a call of
+        `kl_divergence_with_logits` would round each, and lose that difference.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`, by the
         logits of both.
       batch_invariant: a static bool, as in `linear_cross_entropy`.
@@ -70,8 +75,8 @@ def linear_kl_divergence(
 
     At the boundary:
       A class that p forbids, by a bias of -∞, contributes 0; one that q alone forbids makes the token's loss +∞, and
-      its derivative in a traced temperature NaN. No tokens, or no weight, make a mean or a sum of 0; no classes make
-      every loss 0.
+      its derivative in a traced temperature NaN. Without tokens, or if all weights are 0, a mean or a sum is 0. Without
+      classes every loss is 0.
 
     Derivative:
       ∂KL/∂yᵢ = (qᵢ - pᵢ)/T in q's logits, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T in p's, and on to hidden states, heads and
@@ -84,11 +89,6 @@ def linear_kl_divergence(
 
     Not checked:
       Values.
-
-    Example:
-      >>> hidden, teacher, student = jnp.eye(2), 20 * jnp.eye(3, 2), 21 * jnp.eye(3, 2)
-      >>> print(jce.linear_kl_divergence(jce.Linear(hidden, teacher), jce.Linear(hidden, student)))
-      1.5165121e-09
     """
     name = "linear_kl_divergence"
     for argument, x in (("p", p), ("q", q)):
@@ -111,9 +111,9 @@ def linear_kl_divergence(
 
 
 def _of_chunk(number, one, _, class_axis):
-    """KL of two rows of logits, for a number T, or None where it is traced and shared."""
+    """KL of each token's two rows of logits. T is `number`, or if that is None a traced one, which tokens share."""
     classes = Classes(-1, class_axis)
-    exact = number is not None and math.frexp(number)[0] == 0.5  # a power of 2, by which nothing is rounded
+    exact = number is not None and math.frexp(number)[0] == 0.5  # a power of 2: x/T isn't rounded
 
     def kl(chunk, traced, *_):
         (x, y), d = chunk, None

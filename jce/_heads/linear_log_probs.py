@@ -39,7 +39,7 @@ class LogProbs(NamedTuple):
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbsAndNormalizer")
 class LogProbsAndNormalizer(NamedTuple):
-    """And log Z. Another tuple, so that the one of two can be unpacked as such."""
+    """log q_y, H(q) and log Z of each token. A type of its own, so that `LogProbs` unpacks to two arrays."""
 
     log_prob: Array
     entropy: Array
@@ -71,31 +71,36 @@ def linear_log_probs(
     precision: Any = None,
     axis_name: Hashable | None = None,
 ) -> LogProbs:
-    """log q_y and H(q) at q = softmax(x), x = hidden · headᵀ + bias, in nats: what policy gradients ask of each token.
+    """log q_y and H(q) at q = softmax(x), x = hidden · headᵀ + bias, in nats: what policy gradients need of each token.
 
-    Both from one pass over the head, in the chunks of `linear_cross_entropy`: x never exists for all tokens. A policy's
-    ratio to another is exp of the difference of two log-probabilities (NaN where both are -∞). Relatively accurate
-    where the policy is sure.
+    Example:
+      >>> labels, hidden, head = jnp.array([0, 2]), jnp.eye(2), 20 * jnp.eye(3, 2)
+      >>> print(*jce.linear_log_probs(labels, hidden, head))
+      [-4.1223074e-09 -2.0000000e+01] [8.6568456e-08 8.6568456e-08]
+
+    Both come from one pass over the head, in the chunks of `linear_cross_entropy`: x never exists for all tokens. The
+    ratio of two policies is exp of the difference of their log-probabilities (NaN where both are -∞). Both are
+    relatively accurate where the policy is sure.
 
     Args:
       labels: integer, [...], class indices y, the actions: the shape of hidden without its last axis. Or [..., k] for k
-        labels of each token, such as a teacher's likeliest classes; [B, S, 1] is k = 1.
+        labels of each token, such as a teacher's likeliest classes; [B, S, 1] means k = 1.
       hidden: real, [..., d], a state for each token. Or a `Linear`, as in `linear_cross_entropy`.
       head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T. Or a
         function of states, as there.
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
-      where: bool, broadcasts to the token axes. Where it is False, both are 0, with derivative 0, whatever label
+      where: bool, broadcast to the token axes. Where it is False, all results are 0, with derivative 0, whatever label
         and hidden hold; and such tokens cost no product, as in `linear_cross_entropy`.
-      temperature: T > 0: q is softmax(x/T). A number, or real, an array of one for each token, which broadcasts to the
-        token axes. It divides float32 logits counted from their maximum, after bias and soft cap, so that nothing is
-        lost of what they have in common; dividing hidden would round them again. One that is traced, or in an array,
-        isn't checked: 0 is the limit, greedy. A Python number is part of the program, so give a schedule's as an
-        array; 1 costs nothing.
-      tail: True gives log(1-Σq) of all other classes as a last entry of k+1 log-probabilities, exact where 1-Σ cancels;
-        of k labels, which must be distinct. With it `kl_divergence_with_logits` of a teacher's and a student's is the
-        KL divergence of k+1 outcomes, as `log_probs_with_integer_labels` says. It costs another pass over logits.
-      log_normalizer: True gives log Z = log Σ exp(xᵢ/T) too, as a third field of that name: a static bool. log Z +
-        log q_y is the label's logit x_y/T; times a number, log Z squared is a z-loss.
+      temperature: T > 0: q is softmax(x/T). A number; or real, an array of one for each token, broadcast to the token
+        axes. T divides float32 logits minus their maximum, after bias and soft cap, so that an offset which all have in
+        common adds no rounding; dividing hidden would round again. A traced T, or an array, isn't checked: 0 gives the
+        limit, greedy. A Python number is a constant of the program: pass a schedule's as an array. 1 costs nothing.
+      tail: a static bool. True appends log(1-Σq), of all classes without a label, to the log-probabilities of k labels,
+        which must be distinct; it is accurate where 1-Σq would cancel. `kl_divergence_with_logits` of a teacher's k+1
+        and a student's is then the KL divergence of k+1 outcomes, as `log_probs_with_integer_labels` says. It costs
+        another pass over logits.
+      log_normalizer: a static bool. True gives log Z = log Σ exp(xᵢ/T) too, as a third field of that name.
+        log Z + log q_y is the label's logit x_y/T; log² Z times a number is a z-loss.
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none. A traced one isn't
         checked.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
@@ -104,14 +109,14 @@ def linear_log_probs(
       axis_name: as in `linear_cross_entropy`.
 
     Returns:
-      A named tuple: log_prob ≤ 0, of the shape of labels (with a tail [..., k+1]), entropy ≥ 0, [...], and where it is
-      asked for log_normalizer, [...]; float32, or float64 if hidden, head or bias is. What isn't used of them costs
-      nothing under `jax.jit`.
+      A named tuple: log_prob ≤ 0, of the shape of labels (with a tail [..., k+1]); entropy ≥ 0, [...]; and with
+      log_normalizer a field of that name, [...]. float32, or float64 if hidden, head or bias is. A field that isn't
+      used costs nothing under `jax.jit`.
 
     At the boundary:
-      A label outside [0, n) makes its log_prob NaN, in value and gradient; the others don't depend on it. A forbidden
-      class contributes 0 to the entropy and to Z, with derivative 0; at the label it makes log_prob -∞, as a tail does
-      of which no class is possible. No classes make all 0.
+      A label outside [0, n) makes its log_prob NaN, in value and gradient, and nothing else. A forbidden class
+      contributes 0 to the entropy and to Z, with derivative 0; as the label it has log_prob -∞, and so has a tail all
+      of whose classes are forbidden. Without classes every result is 0.
 
     Derivative:
       ∂ log q_y/∂xᵢ = ([i = y] - qᵢ)/T, ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)/T, ∂ log Z/∂xᵢ = qᵢ/T, and on to hidden, head and
@@ -124,11 +129,6 @@ def linear_log_probs(
 
     Not checked:
       Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
-
-    Example:
-      >>> labels, hidden, head = jnp.array([0, 2]), jnp.eye(2), 20 * jnp.eye(3, 2)
-      >>> print(*jce.linear_log_probs(labels, hidden, head))
-      [-4.1223074e-09 -2.0000000e+01] [8.6568456e-08 8.6568456e-08]
     """
     name = "linear_log_probs"
     x = linear_of(name, hidden, head, bias, logit_soft_cap)
@@ -144,7 +144,7 @@ def linear_log_probs(
         arguments["temperature"] = jnp.broadcast_to(got["temperature"], h.shape[:-1])
     options = TokenOptions(where, None, "none", chunk_size, precision, axis_name, batch_invariant)
     results = over_tokens(name, functools.partial(_of_chunk, tail, log_normalizer), arguments, options)
-    return cast(LogProbs, results)  # for type checkers, which can't tell them apart by an option
+    return cast(LogProbs, results)  # type checkers can't tell the two tuples apart by an option
 
 
 def _of_chunk(tail, log_normalizer, example, _, class_axis):

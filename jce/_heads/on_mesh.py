@@ -1,8 +1,8 @@
 """The functions of heads over a mesh of devices: tokens split over one of its axes, classes over another.
 
-Each device computes its tokens' part over its classes; a sum over classes is one over devices, of a number a token.
-What derivatives send follows from JAX's types of what varies over which axis: a head's gradient is summed over the
-tokens' axis, once, after the loop, and the hidden states' over the classes' axis.
+Each device computes its tokens' results over its classes; a sum over classes adds one number per token over devices.
+JAX's types say what varies over which mesh axis, and derivatives send accordingly: a head's gradient is summed over the
+tokens' axis once, after the loop, and hidden states' gradients over the classes' axis.
 """
 
 from __future__ import annotations
@@ -26,37 +26,38 @@ FUNCTIONS = (linear_cross_entropy, linear_kl_divergence, linear_log_probs, linea
 def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis: Hashable | None) -> F:
     """A function of heads on a mesh of devices: the same signature, but for axis_name, and the same numbers.
 
-    For whole arrays, under `jax.jit` or not: the first axis of hidden states, labels, weights and whatever else has
-    tokens is split over the devices of `token_axis`, the classes of heads and biases over those of `class_axis`; what
-    `linear_map` calls shared is on all of them. Nothing is gathered: between devices go some numbers a token, each
-    hidden state's gradient (summed over the classes' axis) and, once, each head's (over the tokens').
-
-    Args:
-      function: `jce.linear_cross_entropy`, `jce.linear_kl_divergence`, `jce.linear_log_probs` or `jce.linear_map`. In
-        the function that is mapped, a token has its device's classes: give jce's functions axis_name=class_axis there.
-        A traced value that it closes over may not be split, and its gradient takes another pass; so use shared.
-      mesh: the devices, as of `jax.make_mesh`. Over its other axes everything is replicated.
-      token_axis: the mesh axis, or a tuple of them, over which the first axis of the tokens is split. None or () for
-        none.
-      class_axis: the mesh axis, or a tuple of them, over which the classes are split, none of those of token_axis. None
-        or () for none.
-
-    Returns:
-      A function like the one given. Its results are the same on all devices, or, where there is one for each token,
-      split as tokens are. Derivatives are of whole arrays, split like the arguments, in every mode. A chunk_size is of
-      a device's tokens.
-
-    Raises:
-      TypeError: function is none of those.
-      ValueError: mesh is none, or it has no such axis or one that is both token_axis and class_axis; when called, if
-        the mesh's devices don't divide the first axis of the tokens or the classes. Pad the tokens with where=False;
-        the classes with a bias of -∞, but not with label smoothing, which counts them.
-
     Example:
       >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
       >>> log_probs = jce.on_mesh(jce.linear_log_probs, mesh=mesh, token_axis="data", class_axis="model")
       >>> print(log_probs(jnp.array([0, 2]), jnp.eye(2), 20 * jnp.eye(3, 2)).log_prob)
       [-4.1223074e-09 -2.0000000e+01]
+
+    It takes whole arrays, under `jax.jit` or not. The first axis of hidden states, labels, weights and all other arrays
+    of tokens is split over the devices along `token_axis`, the classes of heads and biases over those along
+    `class_axis`; the shared arrays of `linear_map` are on all devices. Nothing is gathered. Devices exchange some
+    numbers per token, each hidden state's gradient (summed over the classes' axis) and, once, each head's gradient
+    (summed over the tokens' axis).
+
+    Args:
+      function: `jce.linear_cross_entropy`, `jce.linear_kl_divergence`, `jce.linear_log_probs` or `jce.linear_map`. The
+        function that `linear_map` maps gets its device's classes: give jce's functions axis_name=class_axis in it. A
+        traced value that it closes over may not be split, and its gradient takes another pass; so pass it as shared.
+      mesh: the devices, as from `jax.make_mesh`. Over its other axes everything is replicated.
+      token_axis: the mesh axis, or a tuple of axes, over which the first axis of the tokens is split. None or () for
+        none.
+      class_axis: the mesh axis, or a tuple of axes, over which the classes are split, none of those of token_axis. None
+        or () for none.
+
+    Returns:
+      A function like the one given. Its results are the same on all devices, or, if there is one for each token, split
+      as the tokens are. Derivatives are of whole arrays, split like the arguments, in every mode. A chunk_size counts
+      the tokens of one device.
+
+    Raises:
+      TypeError: function is none of those.
+      ValueError: mesh is no mesh, an axis isn't one of its axes, or is both token_axis and class_axis; when called, if
+        the devices along an axis don't divide the number of classes, or the first axis of the tokens. Pad tokens with
+        where=False, and classes with a bias of -∞, but not with label smoothing, which counts them.
     """
     if not any(function is f for f in FUNCTIONS):
         names = ", ".join(f"jce.{f.__name__}" for f in FUNCTIONS)

@@ -1,8 +1,8 @@
 """The head and its loss over a mesh of devices: tokens split over one of its axes, classes over another.
 
-Each device computes the loss of its tokens over its classes as `linear_cross_entropy` does; a sum over classes is one
-over devices, of a number a token. What derivatives send follows from JAX's types of what varies over which axis: the
-head's gradient is summed over the tokens' axis, once, after the loop, and the hidden states' over the classes' axis.
+Each device computes the loss of its tokens over its classes as `linear_cross_entropy` does; a sum over classes adds one
+number per token over devices. JAX's types say what varies over which mesh axis, and derivatives send accordingly: the
+head's gradient is summed over the tokens' axis once, after the loop, and hidden states' over the classes' axis.
 """
 
 from __future__ import annotations
@@ -45,9 +45,17 @@ def sharded_linear_cross_entropy(
 ) -> Array:
     """`linear_cross_entropy`, in nats, on a mesh of devices: the same number, with nothing gathered.
 
-    For whole arrays, under `jax.jit` or not: the first axis of labels, hidden, weights and where is split over the
-    devices of `token_axis`, the classes of head and bias over those of `class_axis`. Between devices go some numbers a
-    token, the hidden states' gradient (summed over the classes' axis) and, once, the head's (over the tokens').
+    Example:
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+      >>> labels, hidden, head = jnp.array([0, 1]), jnp.eye(2), 20 * jnp.eye(3, 2)
+      >>> on = {"mesh": mesh, "token_axis": "data", "class_axis": "model"}
+      >>> print(jce.sharded_linear_cross_entropy(labels, hidden, head, **on))
+      4.1223074e-09
+
+    It takes whole arrays, under `jax.jit` or not. The first axis of labels, hidden, weights and where is split over the
+    devices along `token_axis`, the classes of head and bias over those along `class_axis`. Devices exchange some
+    numbers per token, the hidden states' gradient (summed over the classes' axis) and, once, the head's (summed over
+    the tokens' axis).
 
     Args:
       labels: integer, [...], class indices y: the shape of hidden without its last axis. At least one axis.
@@ -55,19 +63,20 @@ def sharded_linear_cross_entropy(
       head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T. A
         function of states only where neither tokens nor classes are split: `Linear`.
       bias: real, [n].
-      mesh: the devices, as of `jax.make_mesh`. Over its other axes everything is replicated.
-      token_axis: the mesh axis, or a tuple of them, over which the first axis of the tokens is split. None or () for
+      mesh: the devices, as from `jax.make_mesh`. Over its other axes everything is replicated.
+      token_axis: the mesh axis, or a tuple of axes, over which the first axis of the tokens is split. None or () for
         none.
-      class_axis: the mesh axis, or a tuple of them, over which the classes are split, none of those of token_axis. None
+      class_axis: the mesh axis, or a tuple of axes, over which the classes are split, none of those of token_axis. None
         or () for none.
-      weights: real, broadcasts to the token axes; of both signs, see there.
-      where: bool, broadcasts to the token axes. Each device computes the chunks that its own tokens need.
+      weights: real, broadcast to the token axes, as in `linear_cross_entropy`, which says what to do if Σ w may be 0.
+      where: bool, broadcast to the token axes. Each device computes the chunks that its own tokens need.
       reduction: "mean" for Σ wℓ / Σ w over all devices' tokens, "sum" or "none", as in `linear_cross_entropy`.
       label_smoothing: as there.
       z_loss: as there.
       temperature: as there.
       logit_soft_cap: as there.
-      chunk_size: of a device's tokens, a static int. None for the rule there, by the number of a device's classes.
+      chunk_size: the number of a device's tokens in a chunk, a static int. None for the rule there, by the number of a
+        device's classes.
       batch_invariant: a static bool, as in `linear_cross_entropy`.
       precision: as there.
 
@@ -82,19 +91,12 @@ def sharded_linear_cross_entropy(
 
     Raises:
       TypeError: as there.
-      ValueError: as there, or mesh is none, or it has no such axis or one that is both token_axis and class_axis, or
-        labels are a scalar, or the mesh's devices don't divide the first axis of labels or n. Pad the tokens with
-        where=False; the classes with a bias of -∞, but not with label smoothing, which counts them.
+      ValueError: as there; or mesh is no mesh, an axis isn't one of its axes, or is both token_axis and class_axis;
+        labels are a scalar; or the devices along an axis don't divide n, or the first axis of labels. Pad tokens with
+        where=False, and classes with a bias of -∞, but not with label smoothing, which counts them.
 
     Not checked:
       Values.
-
-    Example:
-      >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-      >>> labels, hidden, head = jnp.array([0, 1]), jnp.eye(2), 20 * jnp.eye(3, 2)
-      >>> on = {"mesh": mesh, "token_axis": "data", "class_axis": "model"}
-      >>> print(jce.sharded_linear_cross_entropy(labels, hidden, head, **on))
-      4.1223074e-09
     """
     name = "sharded_linear_cross_entropy"
     options = TokenOptions(

@@ -1,4 +1,4 @@
-"""What the programs' command lines share: how they end, errors in one line, values checked, the extra needed."""
+"""What the programs' command lines share: exit status, errors in one line, checks of values, and a missing extra."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import NoReturn
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Ends with main's status; or, when nobody reads on, as behind `| head`, with that of other programs then."""
+    """Exits with main's status; or, if its output's reader ends early, as `| head` does, as if SIGPIPE had ended it."""
     try:
         try:
             raise SystemExit(main())
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more when it ends, which would be another traceback.
+        # Python flushes stdout once more as it exits, which would print another traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + 13) from None  # as if by SIGPIPE
+        raise SystemExit(128 + 13) from None  # SIGPIPE is 13
 
 
 @contextlib.contextmanager
 def demo_extra(program: str, module: str) -> Iterator[None]:
-    """Around the imports of a program's module: a package that isn't installed is one line, with what to do."""
+    """Wraps a program's imports: a package that isn't installed is an error of one line, which says what to do."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -39,7 +39,7 @@ def demo_extra(program: str, module: str) -> Iterator[None]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print the usage too."""
+        """Prints one line, without the usage that argparse puts before it."""
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
@@ -73,7 +73,7 @@ def png(name: str) -> str:
         raise argparse.ArgumentTypeError(f"must end in .png, not {name!r}")
     is_new = not os.path.exists(name)
     try:
-        # Permission bits don't tell: a root user passes them all, even on a read-only disk.
+        # Only opening the file tells: root passes all permission bits, even on a read-only disk.
         with open(name, "ab"):
             pass
         if is_new:

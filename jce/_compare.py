@@ -82,7 +82,7 @@ def _deviances_rule(classes, primals, tangents):
 
 
 def one_at_a_time(tangents) -> bool:
-    """Whether only one row has a tangent, or both but d hasn't: then their tangents' difference has to do."""
+    """Whether only one row has a tangent, or both have but d hasn't: then the difference of both tangents must do."""
     return any(t is None or isinstance(t, SymbolicZero) for t in tangents)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a program at once, with one line, from the moment its package is imported, before its own first line."""
+"""Ctrl-C ends a program at once, with one line, from the import of its package on, before its own first line runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import threading
 
 
 def end_if_program_of(package: str) -> None:
-    """At the top of a package: from now on, if Python looks for one of its modules to run, as by `-m package.module`.
+    """At the top of a package: `end_when_interrupted`, if Python imports it to run a module of it by `-m`.
 
-    Then the first argument is "-m", and the module's name the last word before the program's own arguments.
+    sys.argv[0] is "-m" then, and in sys.orig_argv the module's name comes right before the program's own arguments.
     """
     if sys.argv[:1] == ["-m"]:
         module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
@@ -24,10 +24,10 @@ def end_if_program_of(package: str) -> None:
 def end_when_interrupted() -> None:
     """From now on Ctrl-C ends the process at once, with one line and status 130, whatever it is doing.
 
-    A KeyboardInterrupt waits until the main thread is back in Python, which a compiled loop may keep for minutes, and
-    can strike within a callback, which prints a traceback and goes on. A thread of its own does neither.
+    Python raises KeyboardInterrupt only once its main thread runs Python code again, which a compiled loop may delay
+    for minutes; raised in a callback, it prints a traceback, and the program goes on. So a thread waits for the signal.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in the background of a shell
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in a shell's background
         return
     wakes, woken = socket.socketpair()
     woken.setblocking(False)
@@ -42,7 +42,7 @@ def end_when_interrupted() -> None:
         os.write(2, b"\ninterrupted\n" if sys.stderr.isatty() else b"interrupted\n")  # below a progress bar
         os._exit(130)
 
-    # The other end lives as long as the thread that keeps it.
+    # The thread keeps `woken` alive, of which set_wakeup_fd knows only the file descriptor.
     threading.Thread(target=lambda _: wait(), args=(woken,), daemon=True).start()
 
 

@@ -1,8 +1,8 @@
 """min over q of H(p, q), on real text: `python -m jce.demo [TEXT]`.
 
-A text gives a batch of targets p, one a letter: how often each of a-z and space follows it, with many exact zeros. Each
-has its model q = softmax(θ), which starts at random and descends along ∇H(p, q). Since H(p, q) = H(p) + KL(p‖q), the
-least cross-entropy is the entropy, at q = p, and the gap is the KL divergence.
+A text gives a batch of targets p, one for each letter: how often each of a-z and space follows it, many of them never.
+Each target has a model q = softmax(θ), which starts at random and descends along ∇H(p, q). As H(p, q) = H(p) + KL(p‖q),
+the least cross-entropy is the entropy, reached at q = p, and the gap to it is the KL divergence.
 
 The same in Python:
 
@@ -49,9 +49,9 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 
 
 def transition_distributions(text: str) -> tuple[Array, str]:
-    """How often each character of a-z and space follows each other one.
+    """The distributions of the next character: how often each of a-z and space follows each of them.
 
-    The text is lower-cased, and whatever isn't a-z becomes one space a run. A letter that nothing follows has no
+    The text is lower-cased, and each run of other characters becomes one space. A character that nothing follows has no
     distribution, and no row.
 
     Returns:
@@ -88,9 +88,9 @@ def default_text() -> str:
 def _lbfgs(learning_rate: float) -> optax.GradientTransformationExtraArgs:
     """optax's L-BFGS, without the steps that would raise the value.
 
-    Its curvature pairs are differences of float32 gradients and can point uphill, by whole nats at times; the line
-    search gives up on such a direction, but takes a step all the same. Each step that isn't taken adds a pair of zeros
-    to the memory, so the wrong pair leaves it.
+    Its curvature pairs are differences of float32 gradients, whose rounding can make a direction go uphill, at times by
+    whole nats. The line search gives up on such a direction, but takes a step all the same. Here that step is dropped:
+    this adds a pair of zeros to L-BFGS's memory, so that the bad pair leaves it in time.
     """
 
     def update(updates, state, params: Any = None, **extra):
@@ -101,8 +101,8 @@ def _lbfgs(learning_rate: float) -> optax.GradientTransformationExtraArgs:
     return optax.chain(optax.lbfgs(learning_rate), never_uphill)
 
 
-# Each with a learning rate that suits any text. 2 is one over the largest curvature that H(p, softmax(θ)) can have: its
-# Hessian diag(q) - qqᵀ is at most 1/2.
+# Each has a learning rate that suits any text. Of the first two it is 2 = 1/(1/2): no eigenvalue of diag(q) - qqᵀ, the
+# Hessian of H(p, softmax(θ)), exceeds 1/2.
 OPTIMIZERS: dict[str, tuple[Callable[[float], optax.GradientTransformation], float]] = {
     "sgd": (optax.sgd, 2.0),
     "nesterov": (functools.partial(optax.sgd, momentum=0.9, nesterov=True), 2.0),
@@ -119,7 +119,7 @@ def make_optimizer(name: str, learning_rate: float | None = None) -> optax.Gradi
 
 
 class Snapshot(NamedTuple):
-    """What the fit has reached: q, and numbers that are means over the rows, or the largest of all entries."""
+    """The state of a fit: q, means over the rows, and the largest of all entries' differences."""
 
     step: int
     q: Array  # [m, 27]
@@ -135,21 +135,21 @@ class Snapshot(NamedTuple):
 
 
 def fit(p: Array, optimizer: optax.GradientTransformation, steps: int, *, seed: int = 0) -> Iterator[Snapshot]:
-    """Minimizes H(p, softmax(θ)) from a random θ, and yields a snapshot now and then: at 0, at `steps`, and between.
+    """Minimizes H(p, softmax(θ)) from a random θ, and yields snapshots: at step 0, at some between, and at the last.
 
-    A generator, so that whoever runs it can show how far it is, or stop; `list(fit(...))` is the history.
+    It is a generator, so that a caller can show progress, or stop; `list(fit(...))` is the whole history.
 
     Args:
       p: [m, n], a batch of targets, each fitted by itself.
       optimizer: any of optax's.
       steps: at least 1.
-      seed: of the standard normal θ to start from.
+      seed: the seed of the initial θ, which is standard normal.
 
     Raises:
-      FloatingPointError: if it diverges, so that H(p, q) is no longer finite.
+      FloatingPointError: if the fit diverges, so that H(p, q) is no longer finite.
     """
     theta = jax.random.normal(jax.random.key(seed), p.shape, p.dtype)
-    # Where optax starts from weakly typed zeros the loop returns strong ones, and would be compiled again for those.
+    # optax starts from some weakly typed zeros. The loop returns strongly typed arrays, and would be compiled again.
     state = jax.tree.map(lambda x: x.astype(x.dtype), jax.vmap(optimizer.init)(theta))
     done = 0
     for mark in _marks(steps):
@@ -163,7 +163,7 @@ def fit(p: Array, optimizer: optax.GradientTransformation, steps: int, *, seed: 
 
 
 def _marks(steps: int) -> list[int]:
-    """20 steps a decade for a curve on log axes, every hundredth of the way for the bar, and those of the table."""
+    """The snapshots' steps: 20 a decade for a curve on log axes, each hundredth for the progress bar, the table's."""
     curve = np.geomspace(1, steps, 2 + math.floor(20 * math.log10(steps))).round().astype(int).tolist()
     bar = np.linspace(0, steps, 101).astype(int).tolist()
     return sorted({*curve, *bar, *_table_marks(steps)})
@@ -174,7 +174,7 @@ def _table_marks(steps: int) -> set[int]:
     return {0, steps} | {c * 10**k for k in range(len(str(steps))) for c in (1, 3) if c * 10**k < steps}
 
 
-# A loop with a traced bound, not a scan: one compilation serves every distance between two marks.
+# A loop with a traced bound, not a scan, which would be compiled again for each number of steps between two marks.
 @functools.partial(jax.jit, static_argnames="optimizer")
 def _descend(p, theta, state, steps, optimizer):
     update = optax.with_extra_args_support(optimizer).update
@@ -187,8 +187,8 @@ def _descend(p, theta, state, steps, optimizer):
             return jce.generalized_kl_divergence(p, jax.nn.softmax(theta))
 
         grad = jax.grad(loss)(theta)
-        # L-BFGS also compares values, in its line search. Near the minimum those of H(p, q) no longer differ from H(p)
-        # by more than an ulp; those of KL(p‖q), which differ from them by a constant, have all their digits.
+        # The line search of L-BFGS compares values. Near the minimum H(p, q) is within an ulp of H(p), so that steps no
+        # longer change it; KL(p‖q), which differs from it by a constant, has all its digits.
         direction, state = update(grad, state, theta, value=gap(theta), grad=grad, value_fn=gap)
         return optax.apply_updates(theta, direction), state
 
@@ -204,26 +204,26 @@ def _measure(p, theta):
 def _measure_one(p, theta):
     q = jax.nn.softmax(theta)
     distance, disagreement = jnp.abs(q - p), jnp.abs(chain_rule_gradient(p, theta) - (q - p))
-    # The generalized form is KL here too, and can't be negative by rounding.
+    # The generalized form is KL too, as p and q both sum to 1, and rounding can't make it negative.
     kl = jce.generalized_kl_divergence(p, q)
     return q, jce.entropy(p), jce.cross_entropy(p, q), kl, distance.max(), disagreement.max()
 
 
 def chain_rule_gradient(p: Array, theta: Array) -> Array:
-    """∇θ H(p, q) in two factors, -p/q and the Jacobian of q = softmax(θ). It is q - p, where no q is left to divide."""
+    """∇θ H(p, q) as a product, -p/q times the Jacobian of q = softmax(θ). In closed form, q - p, it divides by no q."""
     q, times_jacobian = jax.vjp(jax.nn.softmax, theta)
     return times_jacobian(jax.grad(jce.cross_entropy, argnums=1)(p, q))[0]
 
 
 # The picture
 
-# Okabe and Ito's colours, told apart by every kind of colour vision, and a stroke each for none.
+# Okabe and Ito's colours, which every kind of colour vision tells apart; strokes tell the lines apart without colour.
 LINES = {"sgd": ("#CC79A7", ":"), "nesterov": ("#009E73", "-."), "adam": ("#0072B2", "--"), "lbfgs": ("#D55E00", "-")}
 
 
 @matplotlib.rc_context({"font.size": 16, "axes.titlesize": 18, "axes.labelsize": 16, "figure.titlesize": 23})
 def picture(p: Array, letters: str, histories: dict[str, list[Snapshot]], name: str) -> Figure:
-    """p and the q of the optimizer of that name as heat maps, beside the gaps of all of them against steps."""
+    """Heat maps of p and of the q of the optimizer `name`, beside the gaps of all optimizers against steps."""
     history = histories[name]
     midway = next((s for s in history if s.kl < history[0].kl / 5), history[-1])
     stages = {"start": history[0], "midway": midway, "end": history[-1]}
@@ -237,7 +237,7 @@ def picture(p: Array, letters: str, histories: dict[str, list[Snapshot]], name: 
 
 
 def _draw_heat_maps(figure: Figure, place: SubplotSpec, letters: str, maps: dict[str, Array]) -> None:
-    norm = PowerNorm(0.5, 0, 1)  # the square root, so that rare letters are seen
+    norm = PowerNorm(0.5, 0, 1)  # the square root, or rare letters wouldn't show
     panels = list(place.subgridspec(2, 2).subplots(squeeze=False).flat)
     for axes, (title, x) in zip(panels, maps.items(), strict=True):
         axes.imshow(x, norm=norm, cmap="viridis", aspect="auto")
@@ -320,7 +320,7 @@ def _row(s: Snapshot) -> str:
 
 
 def _watch(p: Array, name: str, rate: float, steps: int, seed: int, rows: Container[int] = ()) -> list[Snapshot]:
-    """The history of a fit, shown as it happens: a progress bar, and a line of the table at each of these steps."""
+    """The history of a fit, shown while it runs: a progress bar, and a line of the table at each step in `rows`."""
     history = []
     with tqdm(total=steps, desc=f"{name:8}", unit=" steps", leave=False, disable=None, dynamic_ncols=True) as bar:
         for s in fit(p, make_optimizer(name, rate), steps, seed=seed):

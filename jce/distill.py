@@ -1,14 +1,14 @@
-"""What a wide next-word model knows, taught to a narrow one: `python -m jce.distill [TEXT]`.
+"""A wide next-word model teaches narrow ones: `python -m jce.distill [TEXT]`.
 
-The teacher is `jce.next_word`'s model. Students of a quarter of its width see the same batches, and learn
+The teacher is the model of `jce.next_word`. Three students of a quarter of its width see the same batches, and learn
 
-    from every word: KL(teacher‖student), of all words that could follow, by `jce.linear_kl_divergence`;
-    from 16 words and the text: half KL of 17 outcomes, the teacher's likeliest words and the rest, of which
-        log-probabilities are kept once for each place, half the word that follows, by `jce.linear_map` of
-        `jce.log_probs_with_integer_labels` with `tail`;
-    from the text: the word that follows, as the teacher did.
+    from every word: KL(teacher‖student) over all words, by `jce.linear_kl_divergence`;
+    from 16 words and the text: the mean of two losses, by `jce.linear_map`. One is the KL divergence of 17 outcomes,
+        the teacher's 16 likeliest words and all others together, whose log-probabilities are kept for each place of the
+        text (`jce.log_probs_with_integer_labels` with `tail`); the other is the cross-entropy of the word that follows;
+    from the text: the cross-entropy of the word that follows, as the teacher did.
 
-The logits of a batch never exist at once, neither the teacher's nor the student's; what that saves is measured beside
+The logits of a batch never exist at once, neither the teacher's nor the student's. What that saves is measured against
 the same losses of whole logits. Distillation: Hinton, Vinyals and Dean (2015), arXiv:1503.02531.
 
 The same in Python:
@@ -47,19 +47,19 @@ with demo_extra(PROGRAM, __name__):
     from jce.next_word import BATCH, CHUNK, WIDTH, Corpus, Model, Snapshot, hidden_states, read, train, training_parser
 
 STUDENT = WIDTH // 4
-KEPT = 16  # words of the teacher's
+KEPT = 16  # of the teacher's words at each place, the likeliest
 
 
 # The three losses of a batch: in chunks, and of whole logits, as they are usually written
 
 
 def linear(model: Model, text: Array, places: Array) -> jce.Linear:
-    """The logits of the words at these places, not yet made."""
+    """The logits for the words at these places, not multiplied out."""
     return jce.Linear(hidden_states(model, text, places), model.head, model.bias)
 
 
 def whole(model: Model, text: Array, places: Array) -> Array:
-    """log q of every word, [tokens, n]."""
+    """log q of every word of the vocabulary at these places, [tokens, n]."""
     return jax.nn.log_softmax(hidden_states(model, text, places) @ model.head.T + model.bias[None])
 
 
@@ -79,8 +79,8 @@ def kept_words(student: Model, text: Array, places: Array, words: Array, log_p: 
 
 
 def of_word(y: Array, words: Array, log_p: Array, x: Array) -> Array:
-    """Half the loss of the word that follows, half KL of the outcomes of which the teacher's log-probabilities are
-    kept: some words, and all others."""
+    """The mean of two losses of one token: that of the word y which follows, and KL of KEPT + 1 outcomes, these words
+    and all others together, of which the teacher's log-probabilities are log_p."""
     log_q = jce.log_probs_with_integer_labels(words, x, tail=True)
     return (jce.cross_entropy_with_integer_labels(y, x) + jce.kl_divergence_with_logits(log_p, log_q)) / 2
 
@@ -111,13 +111,13 @@ def likeliest(teacher: Model, text: Array) -> tuple[Array, Array]:
 
 
 class Lesson(NamedTuple):
-    """What a student learns from."""
+    """A student's loss in two forms, its further arguments, and its look in the picture."""
 
-    in_chunks: Callable[..., Array]  # of student, text, places and what `given` makes
+    in_chunks: Callable[..., Array]  # (student, text, places, *given) -> loss
     of_whole_logits: Callable[..., Array]  # the same
-    given: Callable[[Model, Array], Sequence[Any]]  # of teacher and text
-    colour: str  # Okabe and Ito's, told apart by every kind of colour vision
-    stroke: str  # for none
+    given: Callable[[Model, Array], Sequence[Any]]  # (teacher, text) -> the further arguments
+    colour: str  # Okabe and Ito's, which every kind of colour vision tells apart
+    stroke: str  # tells lines apart without colour
 
 
 LESSONS = {
@@ -140,14 +140,14 @@ distance = jax.jit(every_word)
 
 
 class Cost(NamedTuple):
-    """Of value and gradient for a batch: the model's part, without the optimizer's."""
+    """The cost of value and gradient for a batch, without the optimizer's."""
 
-    megabytes: float  # that the program needs beside arguments and results
+    megabytes: float  # of temporary memory, beside arguments and results
     milliseconds: float
 
 
 def costs(corpus: Corpus, name: str, teacher: Model, rounds: int = 7) -> tuple[Cost, Cost]:
-    """In chunks, and of whole logits: medians of some rounds in turn."""
+    """The costs in chunks and of whole logits: times are medians of rounds in which both take turns."""
     given = LESSONS[name].given(teacher, corpus.text)
     places = jax.random.choice(jax.random.key(0), corpus.training, (BATCH,))
     arguments = (next_word.initial(len(corpus.words), 0, STUDENT), corpus.text, places, *given)
@@ -182,7 +182,7 @@ def picture(
     for level, of in ((unigram, "by frequency alone"), (taught, "the teacher")):
         left.axhline(level, color="black", linewidth=1.5)
         left.annotate(of, (0, level), (0, 5), textcoords="offset points")
-    top = 1.5 * max(unigram, *(history[-1].perplexity for history in histories.values()))  # those after a few steps
+    top = 1.5 * max(unigram, *(history[-1].perplexity for history in histories.values()))  # cuts off the first steps
     left.set(title="perplexity of the held-out words", xlabel="step", ylim=(0.8 * taught, top))
     left.legend(title="learns from", handlelength=3, loc="upper right")
     for axes, field, title in zip(right, Cost._fields, ("megabytes", "milliseconds"), strict=True):

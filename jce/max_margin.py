@@ -1,14 +1,15 @@
 """What a loss with all its digits can train: `python -m jce.max_margin`.
 
 Softmax regression on scikit-learn's digits by normalized gradient descent, W ← W - η g/|g|, where g is the gradient of
-the mean loss. The digits are linearly separable, so the loss falls to 0 while W grows without end, in a direction that
-goes to the separator of the largest margin
+the mean loss. The digits are linearly separable, so the loss falls to 0 while W grows without bound, and W's direction
+converges to the separator with the largest margin
 
     min over the images of (x_y - max of the other xᵢ) / ‖W‖        (Soudry et al., JMLR 19, 2018)
 
-What steers it there are the few images nearest to the separator, by losses near exp(-margin · ‖W‖). log Σ exp xᵢ - x_y
-rounds them to 0, and so its gradient at the label, q_y - 1, but not the other entries, qᵢ: the direction is lost. With
-all their digits float32 steers like float64, until near step 125 000 the gradient leaves its range.
+The few images nearest to the separator determine that direction, by losses near exp(-margin · ‖W‖). The textbook's
+log Σ exp xᵢ - x_y rounds them to 0, and so the gradient's entry at the label, q_y - 1, but not its other entries, qᵢ:
+the direction is lost. If all digits are kept, float32 takes the way of float64, until near step 125 000 the gradient
+falls below its range.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def largest_margin() -> float:
-    """What no W exceeds: 1/‖W‖ of the support vector machine, the least W with every x_y at least 1 above the rest."""
+    """The largest margin: 1/‖W‖ of the support vector machine, the least W with each x_y at least 1 above the rest."""
     machine = LinearSVC(multi_class="crammer_singer", C=1e4, fit_intercept=False, tol=1e-6, max_iter=100_000)
     return float(1 / np.linalg.norm(machine.fit(*digits()).coef_))
 
@@ -52,7 +53,7 @@ def textbook(labels: Array, logits: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
 
-# The colours are Okabe and Ito's, told apart by every kind of colour vision, and the strokes are for none.
+# Okabe and Ito's colours, which every kind of colour vision tells apart; strokes tell the lines apart without colour.
 CURVES: dict[str, tuple[Callable[[Array, Array], Array], Any, str, str]] = {
     "textbook, float32": (textbook, np.float32, "#CC79A7", ":"),
     "textbook, float64": (textbook, np.float64, "#0072B2", "--"),
@@ -62,7 +63,7 @@ TABLE = (100, 1000, 10_000, 20_000, 44_000, 60_000, 100_000)
 
 
 class Snapshot(NamedTuple):
-    """What the descent has reached."""
+    """The state of the descent."""
 
     step: int
     margin: float
@@ -70,25 +71,25 @@ class Snapshot(NamedTuple):
 
 
 def train(loss: Callable[[Array, Array], Array], dtype: Any, steps: int) -> Iterator[Snapshot]:
-    """Descends along the mean of loss(labels, logits) from W = 0, and yields a snapshot at each of `_marks(steps)`."""
+    """Minimizes the mean of loss(labels, logits) from W = 0, and yields a snapshot at each of `_marks(steps)`."""
     features, y = digits()
     h, w, done = features.astype(dtype), np.zeros((features.shape[1], 10), dtype), 0
     for mark in _marks(steps):
-        with jax.enable_x64(h.dtype == np.float64):  # not around the yield: the caller's own work would be under it
+        with jax.enable_x64(h.dtype == np.float64):  # not around the yield, or the caller's code would run in it
             w, margin, mean = _descend(w, h, y, mark - done, loss)
             done, snapshot = mark, Snapshot(mark, float(margin), float(mean))
         yield snapshot
 
 
 def _marks(steps: int) -> list[int]:
-    """Every 250th of the way for the curves, and the steps of the table."""
+    """The snapshots' steps: each 250th of the way for the curves, and those of the table."""
     return sorted(k for k in {*np.linspace(0, steps, 251).astype(int).tolist(), *TABLE} if 0 < k <= steps)
 
 
-# A loop with a traced bound, not a scan: one compilation serves every distance between two marks.
+# A loop with a traced bound, not a scan, which would be compiled again for each number of steps between two marks.
 @functools.partial(jax.jit, static_argnames="loss")
 def _descend(w, h, y, steps, loss):
-    logits = functools.partial(jnp.matmul, h, precision="highest")  # float32 is less on an accelerator by default
+    logits = functools.partial(jnp.matmul, h, precision="highest")  # by default an accelerator rounds float32
     gradient = jax.grad(lambda w: loss(y, logits(w)).mean())
     w = lax.fori_loop(0, steps, lambda _, w: w - 0.5 * normalized(gradient(w)), w)
     x, is_label = logits(w), jax.nn.one_hot(y, 10, dtype=bool)
@@ -97,7 +98,7 @@ def _descend(w, h, y, steps, loss):
 
 
 def normalized(g: Array) -> Array:
-    """g/|g|, scaled before it is squared: in float32 the square of a number below 1e-19 is subnormal or 0."""
+    """g/|g|. g is scaled before it is squared: in float32 the square of a number below 1e-19 is subnormal or 0."""
     g = g / jnp.abs(g).max()
     return g / jnp.linalg.norm(g)
 
@@ -113,7 +114,7 @@ def picture(histories: dict[str, list[Snapshot]]) -> Figure:
         *_, colour, stroke = CURVES[name]
         left.plot(steps, margins, stroke, color=colour, linewidth=4, label=name)
         right.plot(steps, losses, stroke, color=colour, linewidth=4, label=name)
-    largest, low = largest_margin(), 0 if left.get_ylim()[1] > 0 else None  # a short run stays below 0
+    largest, low = largest_margin(), 0 if left.get_ylim()[1] > 0 else None  # margins of a short run are below 0
     left.axhline(largest, color="black", linewidth=1.5)
     left.annotate("the largest there is", (0, largest), (0, 5), textcoords="offset points")
     left.set(title="margin", ylabel="min (x_y − max of the other x) / ‖W‖", ylim=(low, 1.1 * largest))

@@ -1,8 +1,9 @@
 """A next-word model whose vocabulary is every word of a text: `python -m jce.next_word [TEXT]`.
 
-The last few words' embeddings, averaged, are the hidden state, and `jce.linear_cross_entropy` is head and loss in one:
-however many words there are, the logits of a batch never exist at once. Optax's Adam trains it on nine tenths of the
-text; the perplexity of the rest falls from the number of words to below that of the words' frequencies.
+The hidden state is the mean of the last few words' embeddings, and `jce.linear_cross_entropy` is head and loss in one:
+however large the vocabulary is, the logits of a batch never exist at once. Optax's Adam trains the model on nine tenths
+of the text. The perplexity of the rest starts at the size of the vocabulary, and falls below that of a model that knows
+no more than how frequent each word is.
 
 The same in Python:
 
@@ -38,7 +39,7 @@ with demo_extra(PROGRAM, __name__):
     from jce.demo import default_text
 
 CONTEXT = 4  # words
-STRETCH = 100  # words: of every ten stretches, the last is held out
+STRETCH = 100  # words; of every ten stretches, the last is held out
 BATCH, CHUNK = 4096, 256  # words
 WIDTH = 64  # of an embedding
 
@@ -47,19 +48,19 @@ WIDTH = 64  # of an embedding
 
 
 class Corpus(NamedTuple):
-    """A text's words by number, and which of them are to be predicted."""
+    """A text as numbers of words, and the places of the words that are to be predicted."""
 
     words: np.ndarray  # the vocabulary
-    text: Array  # int[length]
+    text: Array  # int[length], each word's number in the vocabulary
     training: Array  # the places of the words to learn from
-    held_out: Array  # and of those to be tested on
+    held_out: Array  # the places of the words to test on
 
 
 def read(text: str) -> Corpus:
-    """A text's words, lower-cased: runs of letters, digits and _.
+    """The corpus of a text. Its words are the runs of letters, digits and _, lower-cased.
 
     Raises:
-      ValueError: if there are too few to hold some out.
+      ValueError: if there are too few words to hold some out.
     """
     words = re.findall(r"\w+", text.lower())
     if len(words) < 20 * STRETCH:
@@ -76,7 +77,7 @@ def read(text: str) -> Corpus:
 
 
 def unigram_perplexity(corpus: Corpus) -> float:
-    """Of the held-out words, each by itself, by how often it occurs in the rest (once more, so that none is 0)."""
+    """The held-out words' perplexity by their frequencies in the rest, with each counted once more: so none is 0."""
     counts = 1 + jnp.bincount(corpus.text[corpus.training], length=len(corpus.words))
     return float(jnp.exp(-jnp.log(counts / counts.sum())[corpus.text[corpus.held_out]].mean()))
 
@@ -96,7 +97,7 @@ def initial(n: int, seed: int, width: int = WIDTH) -> Model:
 
 
 def hidden_states(model: Model, text: Array, places: Array) -> Array:
-    """[tokens, d]: the mean of the embeddings of the words before."""
+    """[tokens, d]: the mean of the embeddings of the CONTEXT words before each place."""
     context = places[:, None] - jnp.arange(1, CONTEXT + 1, dtype=places.dtype)[None]
     return model.embedding[text[context]].mean(1)
 
@@ -107,7 +108,7 @@ def fused(labels: Array, hidden: Array, head: Array, bias: Array) -> Array:
 
 
 def dense(labels: Array, hidden: Array, head: Array, bias: Array) -> Array:
-    """The same, of logits that exist, as it is usually written."""
+    """The same as it is usually written, from all logits at once."""
     logits = hidden @ head.T + bias[None]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -136,8 +137,8 @@ def train(
 ) -> Iterator[Snapshot]:
     """Trains by Adam on random batches, and yields a snapshot at the start and at each twentieth of the way.
 
-    A generator, so that whoever runs it can show how far it is, or stop. What is minimised is
-    `objective(model, text, places, *given)`.
+    It minimizes `objective(model, text, places, *given)`. It is a generator, so that a caller can show progress, or
+    stop.
     """
     model, optimizer = initial(len(corpus.words), seed, width), make_optimizer(steps)
     text, training, held_out = corpus.text, corpus.training, corpus.held_out
@@ -181,7 +182,7 @@ def _perplexity(model, text, places):
 
 
 def head_and_loss_bytes(head_and_loss: Callable, n: int) -> int:
-    """What value and gradient for a batch need beside arguments and results, from compiling alone."""
+    """The temporary memory of value and gradient for a batch, found by compiling alone."""
     labels = jax.ShapeDtypeStruct((BATCH,), np.int32)
     hidden, head, bias = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((BATCH, WIDTH), (n, WIDTH), (n,)))
     return temporary_bytes(
@@ -190,7 +191,7 @@ def head_and_loss_bytes(head_and_loss: Callable, n: int) -> int:
 
 
 def temporary_bytes(program: jax.stages.Compiled) -> int:
-    """What it needs beside arguments and results."""
+    """The memory that a program needs beside arguments and results."""
     analysis = program.memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes

@@ -135,7 +135,7 @@ def require_real(name: str, results: list) -> None:
 
 
 def require_zeros(name: str, results: list) -> None:
-    """Raises if one of a token's results has no 0, which it must be for a token that is left out."""
+    """Raises if one of a token's results can't be 0, as it is for a token that is left out."""
     if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in results):
         raise TypeError(
             f"{name}: with `where`, weights or batch_invariant function may not give random keys, of which there is"

@@ -88,8 +88,10 @@ class Called:
 
 
 def _evaluated(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """`jax.core.eval_jaxpr`, but without unit axes in products. One token's state has such axes; over a batch of tokens
-    the gradients of products with them would sum over several axes, for which XLA copies both factors."""
+    """`jax.core.eval_jaxpr`, but without unit axes in products, of which one token's state has some.
+
+    Until JAX no longer copies both factors of a product over several axes: over a batch of tokens, the gradients of
+    products with unit axes would be such."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
 
     def read(variables):
@@ -112,8 +114,7 @@ def _evaluated(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> l
 
 
 def _product(a, b, shape, *, dimension_numbers, **how):
-    """`lax.dot_general` of a and b without their unit axes, but for those of a batch or a sum; the result gets its own
-    back from `shape`."""
+    """`lax.dot_general` of a and b without the unit axes that it neither sums nor batches; the result is reshaped."""
     operands, places = [], []
     for x, *axes in zip((a, b), *dimension_numbers, strict=True):
         kept = [i for i, n in enumerate(x.shape) if n != 1 or any(i in some for some in axes)]
@@ -134,8 +135,8 @@ def _narrow_rule(primals, tangents):
 
 
 def _require_of_each_token(function: str, name: str, closed: Any) -> None:
-    """Raises if the trace draws random numbers, which would be the same for all tokens, or has an effect. A trace shows
-    nothing else of what may differ between one token and many."""
+    """Raises if the trace draws random numbers, which would be the same for all tokens, or has an effect. Whether the
+    function depends on other tokens in other ways, the trace of one doesn't show."""
     drawn = sorted({e.primitive.name for e in _equations(closed.jaxpr)} & {*RANDOM})
     if drawn:
         raise ValueError(

@@ -46,7 +46,7 @@ def first_chunks(step: Callable, count: Array, tokens: Any) -> Any:
     own = varying(count)
     unlike = [own - varying(x) for x in closed.consts if jnp.issubdtype(x.dtype, jnp.inexact)]
     named = {e.name for e in closed.effects if type(e).__name__ == "NamedAxisEffect"}
-    if any(map(varying, [*leaves, *closed.consts])):  # no types say so under check_vma=False
+    if any(map(varying, [*leaves, *closed.consts])):  # else types don't say what varies: check_vma=False
         named &= own
     count = _largest(count, frozenset(named).union(*unlike))
     sums, results = (len(jax.tree.leaves(x)) for x in types)
@@ -94,7 +94,7 @@ def _zeros(count: Array, jaxpr, chunks, results: Sequence[bool]) -> list[Array]:
     zeros = []
     for i, (v, of_chunk) in enumerate(zip(jaxpr.outvars, results, strict=True)):
         t, shape = v.aval, (chunks, *v.aval.shape) if of_chunk else v.aval.shape
-        # A zero that XLA takes for unlike the others, as count ≥ 0: it would copy one that two results begin with.
+        # XLA would copy a zero with which two results begin. Each of these is 0, as count ≥ 0, which XLA can't tell.
         zero = (count < -i).astype(t.dtype)
         zeros += vary_over(varying_type(t), jnp.broadcast_to(zero, shape))
     return zeros

@@ -59,7 +59,7 @@ class Terms:
 
     def may_read_once(self, tempered: bool, capped: bool) -> bool:
         """Whether one pass over logits will do. A temperature needs another, since it divides x - max x; and so does
-        smoothing under a cap: it takes εZ/n from e before the cap's slope multiplies both, and Z comes last."""
+        smoothing under a soft cap, whose slope multiplies e - εZ/n: Z isn't known before the pass ends."""
         return not tempered and (self.smoothing == 0 or not capped)
 
 
@@ -90,7 +90,7 @@ def excess_of_product(
 def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Array, soft_cap: Array | None) -> Excess:
     """The excess, for logits u, which it reads in several passes."""
     classes = way_of(terms.classes, named(platform), u)
-    u = classes.stored(u)  # or the lookup of the label would compute it once more
+    u = classes.stored(u)  # else the label's lookup would compute it once more
     column, y, t = classes.column, target.labels, target.temperatures
     of_head = classes.fold(capped(u, soft_cap))
     x = at_temperature(of_head, t, classes)
@@ -173,8 +173,8 @@ class OneReading:
 
 
 class _OfRow(NamedTuple):
-    """ℓ and r for each row, and how to get the entries: e · factor - taken, where None stands for 1 and 0, and at the
-    label `at_label`."""
+    """ℓ and r for each row, and what makes the entries: e · factor - taken (None for 1, and for 0), and `at_label` at
+    the label."""
 
     losses: Array
     r: Array
@@ -188,10 +188,10 @@ class _OfRow(NamedTuple):
 
 
 def _of_row(numbers: Any, n: int, off: OffLabel, mean: Array | None, whole: Callable, divides: bool) -> _OfRow:
-    """The numbers of each row. `mean` is that of x - m; `whole` turns log Σ exp x of tempered logits into that of x/t.
+    """The numbers of each row. `mean` is that of x - m; `whole` adds to a log-sum what `at_temperature` takes from x.
 
-    r = 1/Z for the e above. If `divides`, e is divided by the larger of s and its label's entry; where the latter is
-    larger or the same it becomes exactly ±1, which rounding to bfloat16 leaves exact.
+    r = 1/Z for the entries in this file's docstring. If `divides`, these are divided by the larger of s and the label's
+    magnitude: where that is the larger, the label's becomes ±1, which rounding to bfloat16 leaves exact.
     """
     m, s, d = off
     smoothing, z_loss = numbers

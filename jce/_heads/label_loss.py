@@ -78,7 +78,7 @@ def _loss_rule(loss, products, primals, tangents):
     losses, e, r = _loss_and_excess(target, h, head, soft_cap, loss, products)
     parts, r = [], lax.stop_gradient(r)  # constant: a tangent of zeros would cost a product
     h, r_h = h.astype(e.dtype), r
-    if head.weight.shape[0] < head.weight.shape[1] and not products.narrow:  # so r multiplies e rather than h
+    if head.weight.shape[0] < head.weight.shape[1] and not products.narrow:  # r multiplies e, smaller than h
         e, r_h = mul0(jnp.broadcast_to(r[:, None], e.shape), e), 1 + (r - r)  # NaN where r is
     if not is_zero(dh):
         pull = products.with_head(e, head, 0)

@@ -44,8 +44,8 @@ def linear_kl_divergence(
       >>> print(jce.linear_kl_divergence(jce.Linear(hidden, teacher), jce.Linear(hidden, student)))
       1.5165121e-09
 
-    `kl_divergence_with_logits` of the logits, but these never exist for more than a chunk of tokens, in any derivative
-    of any order. Teacher and student may differ in width. Loss and gradient of a mean or a sum cost four matrix
+    It is `kl_divergence_with_logits` of logits that never exist for more than a chunk of tokens, in any derivative of
+    any order. Teacher and student may differ in width. Loss and gradient of a mean or a sum cost four matrix
     products if p is frozen (not differentiated, or behind `jax.lax.stop_gradient`), and six if both are differentiated;
     a loss for each token costs one more for each head.
 

@@ -79,8 +79,8 @@ def linear_log_probs(
       [-4.1223074e-09 -2.0000000e+01] [8.6568456e-08 8.6568456e-08]
 
     Both come from one pass over the head, in the chunks of `linear_cross_entropy`: x never exists for all tokens. The
-    ratio of two policies is exp of the difference of their log-probabilities (NaN where both are -∞). Both are
-    relatively accurate where the policy is sure.
+    ratio of two policies is exp of the difference of their log-probabilities (NaN where both are -∞).
+    Log-probabilities and entropies are relatively accurate where the policy is sure.
 
     Args:
       labels: integer, [...], class indices y, the actions: the shape of hidden without its last axis. Or [..., k] for k

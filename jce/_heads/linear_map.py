@@ -38,11 +38,11 @@ def linear_map(
       >>> print(jce.linear_map(lambda y, x: (x.argmax() == y, jce.entropy_with_logits(x)), labels, x))
       (Array([ True, False], dtype=bool), Array([8.6568456e-08, 8.6568456e-08], dtype=float32))
 
-    Any loss, metric or sample of a head, written for one token as if its logits were in memory: they never exist for
-    more than a chunk of tokens, in any derivative of any order. A sum or a mean of one real number per token costs one
-    matrix product for each head, and three with its gradient, in one loop, whatever the function is: a chunk is
-    differentiated while its logits exist. Results for each token, or several real numbers per token, cost four with a
-    gradient. Metrics beside the number that is trained cost no product, with `has_aux`. A head that isn't
+    It computes any loss, metric or sample of a head, written for one token as if its logits were in memory. They never
+    exist for more than a chunk of tokens, in any derivative of any order. A sum or a mean of one real number per token
+    costs one matrix product for each head, and three with its gradient, in one loop, whatever the function is: a chunk
+    is differentiated while its logits exist. Results for each token, or several real numbers per token, cost four with
+    a gradient. With `has_aux`, metrics beside the number that is trained cost no product. A head that isn't
     differentiated costs one product.
 
         linear_map(jce.kl_divergence_with_logits, Linear(teacher, its_head), Linear(hidden, head), reduction="mean")
@@ -57,7 +57,7 @@ def linear_map(
         def kept(y, ids, x):
             return -ce(y, x, where=jnp.zeros(x.shape, bool).at[ids].set(True, mode="drop"))
 
-    Call it under `jax.jit`, as `jax.lax.map`: outside, each call compiles it anew. It isn't jitted itself, so that no
+    Call it under `jax.jit`, like `jax.lax.map`: outside, each call compiles it anew. It isn't jitted itself, so that no
     cache answers for a function that has changed.
 
     Args:

@@ -80,7 +80,7 @@ class Products(NamedTuple):
         return self._replace(narrow=not platform.is_cpu and not asked and hidden.dtype == weight.dtype == jnp.bfloat16)
 
     def dot(self, a: Array, b: Array, axis_a: int, axis_b: int, dtype) -> Array:
-        """a · b, over an axis of each, accumulated and returned in `dtype`; to it factors of unlike dtypes are cast."""
+        """a · b, over an axis of each, accumulated and returned in `dtype`, to which unlike dtypes are cast first."""
         if self.narrow:
             return _narrow(a, b, axis_a, axis_b)
         common = a.dtype if a.dtype == b.dtype else dtype
@@ -175,7 +175,7 @@ def _transpose_b(ct, a, b, *, axis_a, axis_b):
 
 
 def _scaled(ct):
-    """Each token's largest magnitude [..., C, 1] in a derivative in logits [..., C, n], which is returned over it."""
+    """Each token's largest magnitude [..., C, 1] in a derivative in logits [..., C, n]; that divided by it."""
     largest = jnp.maximum(jnp.abs(lax.stop_gradient(ct)).max(-1, keepdims=True), jnp.finfo(ct.dtype).tiny)
     return largest, ct * (1 / largest)
 

@@ -2,7 +2,7 @@
 
 Until JAX 0.12: where labels or a teacher's states are the same in each step of a loop around, JAX hoists what depends
 on them alone out of that loop, and keeps it: numbers for every token and class.
-Until XLA no longer folds constants of this size: it computes the logits of constants while it compiles.
+Until JAX no longer has XLA fold constants of this size: the logits of constants are computed in compilation.
 """
 
 from __future__ import annotations

@@ -37,10 +37,10 @@ class Inputs(NamedTuple):
     shared: Any
 
     def varying_over(self, axes: frozenset, class_axis: Hashable | None) -> Inputs:
-        """The inputs, marked as varying over these mesh axes, since the type of a loop's carry can't change: hidden
-        states and heads also over those of the classes, the others only over the rest.
+        """The inputs, marked as varying over these mesh axes, since the type of a loop's carry can't change. Hidden
+        states and heads vary over the classes' axes too, the others don't.
 
-        Marked before the loop, an array's gradient is summed over devices once, after the loop.
+        As they are marked before the loop, gradients are summed over devices once, after it.
         """
         classes = frozenset(mesh_names(class_axis))
 
@@ -116,7 +116,8 @@ def weighted(result, w):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def weighted_sums(loop: Loop, w: Array, inputs: Inputs) -> list[Array]:
-    """Σ wr over tokens, for each result r. Only result number `loop.trained`, a number per token, has a derivative."""
+    """Σ wr over tokens, for each result r. In the inputs, only result number `loop.trained`, a number per token, has a
+    derivative."""
     return [weighted(r, w).sum(0) for r in each(loop, inputs)]
 
 

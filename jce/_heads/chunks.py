@@ -33,8 +33,8 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | No
     count = jax.tree.leaves(tokens)[0].shape[0]
     empty = isinstance(count, int) and count == 0
     if whole and not empty:
-        (first, *_), ones = jax.tree.leaves(tokens), jnp.ones(count, bool)
-        kept = vary_over(varying(first), ones)[0] if kept is None else kept
+        if kept is None:  # which doesn't vary over the classes' mesh axes, as hidden states do, or results would
+            kept = vary_over(frozenset.intersection(*map(varying, jax.tree.leaves(tokens))), jnp.ones(count, bool))[0]
         return over_kept(step, kept, -(-count // size), devices, tokens, -(-size // devices))
     chunks = _number_of_chunks(count, size, devices)
     size = -(-count // chunks)

@@ -1,5 +1,6 @@
 """The head inside train steps of Flax and Equinox: bfloat16, tied embeddings, micro-batches, checkpointed layers."""
 
+import importlib
 import math
 import pathlib
 import re
@@ -253,3 +254,62 @@ def test_heads_that_are_theirs(rng):
     module = eqx.nn.Linear(8, 12, key=jax.random.key(0))
     got, expected = (eqx.filter_grad(lambda m, f=f: f(jax.vmap(jax.vmap(m))))(module) for f in (ours, theirs))
     np.testing.assert_allclose(got.weight, expected.weight, rtol=1e-5, atol=1e-6)
+
+
+# The files of notebooks/examples/: in both, `step` trains each a and b of a model whose other arrays are frozen
+
+
+def in_float32(parameters, rng):
+    """And no entry 0, as in b at first, where a has no gradient."""
+    return jax.tree.map(lambda x: jnp.float32(x + 0.1 * rng.standard_normal(x.shape).astype(x.dtype)), parameters)
+
+
+def nnx_step(example, batch, rng):
+    """By the gradient: what is trained, a model of it, the step's program, its loss, and what is trained after it."""
+    graph, *parts = nnx.split(example.Model(nnx.Rngs(0)), nnx.LoRAParam, ...)
+    trained, frozen = parts = in_float32(parts, rng)
+    model = nnx.merge(graph, *jax.tree.map(jnp.copy, parts))  # which the step donates
+    optimizer = nnx.Optimizer(model, optax.sgd(1.0), wrt=nnx.LoRAParam)
+    program = example.step.lower(model, optimizer, *batch).compile()
+    loss = program(model, optimizer, *batch)
+    return trained, lambda t: nnx.merge(graph, t, frozen), program.compiled, loss, nnx.state(model, nnx.LoRAParam)
+
+
+def equinox_step(example, batch, rng):
+    trained, frozen = in_float32(example.split(example.Model(jax.random.key(0))), rng)
+    arguments = (frozen, *batch), jax.tree.map(jnp.copy, trained), example.optimizer.init(trained)
+    program = example.step.lower(*arguments).compile()
+    after, _, loss = program(*arguments)
+    return trained, lambda t: eqx.combine(t, frozen), program.compiled, loss, after
+
+
+@pytest.mark.parametrize(("name", "one_step"), [("train_nnx", nnx_step), ("train_equinox", equinox_step)])
+def test_the_examples(name, one_step, rng, capsys, monkeypatch, optax_promotes):
+    """As a program: the loss falls. And a step in float32: the dense loss and gradient of all tokens at once, what is
+    trained in the place of what it was, and no array of tokens × classes, nor one of a head's size that it makes."""
+    example = importlib.import_module(f"notebooks.examples.{name}")
+    example.main(steps=12)
+    losses = [float(x) for x in re.findall(r": (\S+) nats", capsys.readouterr().out)]
+    assert losses[-1] < losses[0] / 2
+
+    monkeypatch.setattr(example, "optimizer", optax.sgd(1.0), raising=False)
+    words, labels = batch = example.batch(0)
+    trained, model_of, program, loss, after = one_step(example, batch, rng)
+
+    def dense(trained):
+        model = model_of(trained)
+        log_q = jax.nn.log_softmax(model.head(model(words)))
+        at_label = jnp.take_along_axis(log_q, np.maximum(labels, 0)[..., None], -1)[..., 0]
+        return -at_label.mean(where=labels >= 0)
+
+    of_all = jax.jit(jax.value_and_grad(dense)).lower(trained).compile()
+    expected_loss, gradient = of_all(trained)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    for x, y, g in zip(*map(jax.tree.leaves, (trained, after, gradient)), strict=True):
+        np.testing.assert_allclose(x - y, g, rtol=1e-3, atol=1e-3 * float(jnp.abs(g).max()))
+
+    assert program.memory_analysis().alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(trained))
+    assert largest(program) < words[0].size * example.CLASSES < words.size * example.CLASSES <= largest(of_all)
+    shapes = "|".join(f"{a},{b}" for a, b in [(example.CLASSES, example.WIDTH), (example.WIDTH, example.CLASSES)])
+    made = re.findall(rf"= f32\[(?:{shapes})\]\S* ([a-z-]+)\(", program.as_text())
+    assert {*made} <= {"parameter", "get-tuple-element", "bitcast"}

@@ -79,6 +79,31 @@ def scaled(y, h, w, **options):
     )
 
 
+def of_classes(w):
+    """A weight for each class."""
+    return 1 + jnp.arange(len(w), dtype=w.dtype) / len(w)
+
+
+def classes_weighted(y, h, w, **options):
+    """Also where some labels are none, whose weights are then whatever indexing gives."""
+    labels = jnp.where(y % 3 == 0, -100, y)
+    return jce.linear_cross_entropy(labels, h, w, weights=of_classes(w)[labels], where=labels >= 0, **options)
+
+
+def next_word(words, states, w, **options):
+    nexts = jnp.pad(words[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    return jce.linear_cross_entropy(nexts, states, w, where=nexts >= 0, **options)
+
+
+def z_loss_apart(y, h, w, **options):
+    of = jce.linear_log_probs(y, h, w, log_normalizer=True, **options)
+    return -of.log_prob.mean() + Z_LOSS * jnp.square(of.log_normalizer).mean()
+
+
+def in_sequences(y, h):
+    return y.reshape(2, -1), h.reshape(2, -1, h.shape[-1])
+
+
 def ahead(labels):
     """Of each number of tokens ahead; -1 where the text ends."""
     return [jnp.pad(labels[k:], (0, k), constant_values=-1) for k in AHEAD]
@@ -97,6 +122,9 @@ LINES = {
     ),
     "the other classes smoothed": lambda y, ids, h, w, **k: others_smoothed(y, h, w, **k),
     "a logit scale": lambda y, ids, h, w, **k: scaled(y, h, w, **k),
+    "classes' weights": lambda y, ids, h, w, **k: classes_weighted(y, h, w, **k),
+    "the next word": lambda y, ids, h, w, **k: next_word(*in_sequences(y, h), w, **k),
+    "a z-loss apart": lambda y, ids, h, w, **k: z_loss_apart(y, h, w, **k),
 }
 
 
@@ -146,6 +174,22 @@ def whole_scaled(y, ids, h, w):
     return (penalty - sum(at(log_q(x), y) for x in (before, after, SCALE * u))).mean()
 
 
+def whole_classes_weighted(y, ids, h, w):
+    weights = jnp.where(y % 3 == 0, 0, of_classes(w)[y])
+    return -(weights * at(log_q(h @ w.T), y)).sum() / weights.sum()
+
+
+def whole_next_word(y, ids, h, w):
+    words, states = in_sequences(y, h)
+    nexts, states = words[:, 1:].ravel(), states[:, :-1].reshape(-1, h.shape[1])
+    return -at(log_q(states @ w.T), nexts).mean()
+
+
+def whole_z_loss(y, ids, h, w):
+    x = h @ w.T
+    return (Z_LOSS * jnp.square(jax.scipy.special.logsumexp(x, -1)) - at(log_q(x), y)).mean()
+
+
 def of_each(formula):
     """A mean over tokens, of q at the label."""
     return lambda y, ids, h, w: formula(jnp.exp(at(log_q(h @ w.T), y))).mean()
@@ -161,6 +205,9 @@ WHOLE = {
     "several tokens ahead": whole_ahead,
     "the other classes smoothed": whole_others_smoothed,
     "a logit scale": whole_scaled,
+    "classes' weights": whole_classes_weighted,
+    "the next word": whole_next_word,
+    "a z-loss apart": whole_z_loss,
 }
 
 
@@ -248,3 +295,68 @@ def test_what_is_made_of_a_sure_tokens_loss_has_its_digits():
     np.testing.assert_allclose([focal(0, x), poly_1(0, x)], [s**3, (1 + EPSILON) * s], rtol=1e-5)
     in_x, _, _ = jax.grad(focal, 1)(0, x)
     np.testing.assert_allclose(in_x, -3 * s**3, rtol=1e-5)
+
+
+@pytest.mark.needs_jit
+def test_a_float32_head_in_products_of_bfloat16(sample):
+    """Where it is cast to the states' dtype, with sums in float32; as it is, products are of float32."""
+    y, _, h, w = sample
+    h, w = jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, np.float32)
+
+    def cast(h, w):
+        return jce.linear_cross_entropy(y, h, w.astype(h.dtype), chunk_size=CHUNK)
+
+    def as_it_is(h, w):
+        return jce.linear_cross_entropy(y, h, w, chunk_size=CHUNK)
+
+    def dtypes_of_products(loss):
+        text = jax.jit(loss).lower(h, w).as_text()
+        return {*re.findall(r"dot_general .*\(tensor<.*x(\w+)>, tensor<.*x(\w+)>\) -> tensor<.*x(\w+)>", text)}
+
+    assert dtypes_of_products(cast) == {("bf16", "bf16", "f32")}
+    assert dtypes_of_products(as_it_is) == {("f32", "f32", "f32")}
+    value, gradient = jax.value_and_grad(cast, 1)(h, w)
+    assert gradient.dtype == np.float32
+    x = np.float64(h) @ np.float64(w.astype(h.dtype)).T
+    np.testing.assert_allclose(value, -at(x - np.log(np.exp(x).sum(-1, keepdims=True)), y).mean(), rtol=1e-6)
+
+
+@pytest.mark.needs_jit
+def test_a_trainers_ratio_to_the_sampler_is_1(rng):
+    """The same bits of one token at a time, and of a batch with a mask inside a policy's gradient."""
+    tokens, classes, width = 40, 300, 33
+    h, w = (jnp.asarray(rng.standard_normal(s), np.float32) for s in ((tokens, width), (classes, width)))
+    y, advantages = jnp.asarray(rng.integers(0, classes, tokens)), jnp.asarray(rng.standard_normal(tokens), np.float32)
+    kept = jnp.arange(tokens) % 3 != 1
+    options = {"temperature": TEMPERATURE, "chunk_size": 16, "batch_invariant": True}
+
+    @jax.jit
+    def sampled(y, h):
+        return jce.linear_log_probs(y, h, w, **options).log_prob
+
+    old = jnp.concatenate([sampled(y[i : i + 1], h[i : i + 1]) for i in range(tokens)])
+
+    def loss(h, w):
+        ratio = jnp.exp(jce.linear_log_probs(y, h, w, where=kept, **options).log_prob - old)
+        return -(ratio * advantages).sum(where=kept), ratio
+
+    ratio = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(h, w)[1]
+    np.testing.assert_array_equal(ratio[kept], 1)
+
+
+def test_mutual_information_of_a_joint_table():
+    """H(X) + H(Y) - H(X, Y), and log p_xy / p_x p_y - 1. A cell of 0 counts in the sums of its row and column."""
+    joint = np.float32([[0.25, 0, 0.125], [0.25, 0.375, 0], [0, 0, 0]])  # with a row of zeros
+    there, in_row, in_column = joint > 0, joint.sum(1)[:, None] > 0, joint.sum(0)[None] > 0
+
+    def ours(joint, **options):
+        product = joint.sum(1)[:, None] * joint.sum(0)[None]
+        return jce.kl_divergence(joint.ravel(), product.ravel(), **options)
+
+    value, gradient = jax.value_and_grad(lambda joint: ours(joint, where=there.ravel()))(joint)
+    of_parts = jce.entropy(joint.sum(1)) + jce.entropy(joint.sum(0)) - jce.entropy(joint.ravel())
+    np.testing.assert_allclose(value, of_parts, rtol=1e-6)
+    assert ours(joint) == value
+    ratio = np.divide(joint, joint.sum(1)[:, None] * joint.sum(0)[None], where=there, out=np.ones_like(joint))
+    np.testing.assert_allclose(gradient, np.log(ratio) + there - 1.0 * in_row - in_column, rtol=1e-6)
+    np.testing.assert_array_equal(np.isneginf(jax.grad(ours)(joint)), ~there & in_row & in_column)

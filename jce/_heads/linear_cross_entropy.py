@@ -92,7 +92,7 @@ def linear_cross_entropy(
       batch_invariant: whether a token's result, and its hidden state's gradient, have the same bits alone and among any
         others, however many: a static bool. Each chunk is then filled up to chunk_size, which must be given, so that a
         token alone costs as much as a chunk. It isn't so of the gradient of what tokens share, a sum over them, nor of
-        a mean's.
+        a mean's, and not promised between two chunk sizes, kinds of device, or splits of the classes over devices.
       precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting. Where that is none either,
         an accelerator rounds each token's derivative in the logits to bfloat16, if hidden and head both are, scaled so
         that the label's entry is exact; "default", as any other, keeps it in float32.
@@ -106,7 +106,8 @@ def linear_cross_entropy(
       A number, or [...] for "none"; float32, or float64 if hidden, head, bias, weights or label_probs is. Beyond
       arguments and results it needs a few arrays of chunk × n, in reverse mode one or two of the head's shape, and some
       of [..., d]. Products of bfloat16 or float16 arrays are accumulated in float32, and so is the sum of the head's
-      gradient over the chunks; derivatives in the logits are float32, but as `precision` says.
+      gradient over the chunks; derivatives in the logits are float32, but as `precision` says. Beside float32
+      arrays they are multiplied in float32: cast a float32 head, as by head.astype(hidden.dtype), for faster products.
 
     At the boundary:
       A label outside [0, n) makes its token NaN, in value and gradient, and with it a mean or a sum: mask such labels,

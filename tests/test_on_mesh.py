@@ -1,5 +1,7 @@
 """The functions of heads on a mesh: the numbers of one device, in every mode, and no more sent than that takes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import jce
 from bench.hlo import collectives
 from jce import Linear
 from tests.test_devices import close, make_mesh, second_order
+from tests.test_meshes import QUICKLY
 
 pytestmark = pytest.mark.needs_jit
 AXES = {"token_axis": "tokens", "class_axis": "classes"}
@@ -79,6 +82,32 @@ def test_numbers_of_one_device(name, shape, rng):
         got = of(lambda f: jce.on_mesh(f, mesh=make_mesh(shape), **AXES), "classes")(tuple(numbers), directions)
         expected = of(lambda f: f, None)(tuple(numbers), directions)
     close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_tokens_over_the_stages_of_a_pipeline_too(rng):
+    """Split over two axes of the mesh, and unevenly left out: each function's value, and gradients in all numbers."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "stage", "classes"), axis_types=(AxisType.Auto,) * 3)
+    axes = {"mesh": mesh, "token_axis": ("data", "stage"), "class_axis": "classes"}
+    y, (a, p, q, t) = arguments(rng)
+    kept = np.arange(len(y)) % 5 != 1
+    names = ["log-probabilities", "divergence", *(["map"] if jax.__version_info__ >= (0, 9) else [])]
+
+    def weighted(sharded, a, p, q, t):
+        return sharded(y, q.hidden, q.head, weights=jnp.square(a), where=kept, label_smoothing=0.1, chunk_size=3)
+
+    def results(on, axis, sharded):
+        losses = [functools.partial(LOSSES[name], on, axis, y) for name in names]
+        losses.append(functools.partial(weighted, sharded))
+        return jax.jit(lambda *x: [jax.value_and_grad(f, (0, 1, 2, 3))(*x) for f in losses], compiler_options=QUICKLY)
+
+    with jax.enable_x64(True):
+        expected = results(lambda f: f, None, jce.linear_cross_entropy)(a, p, q, t)
+        tokens = NamedSharding(mesh, P(("data", "stage")))
+        a, p, q = (jax.tree.map(lambda x: jax.device_put(x, tokens) if len(x) == len(y) else x, x) for x in (a, p, q))
+        split = results(
+            lambda f: jce.on_mesh(f, **axes), "classes", functools.partial(jce.sharded_linear_cross_entropy, **axes)
+        )
+        close(split(a, p, q, t), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -11,7 +11,7 @@ from types import ModuleType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's warnings of a constant that takes a second to fold
 
-from jce._command_line import Parser, run
+from jce._programs.command_line import Parser, run
 
 PROGRAM = "python -m bench"
 

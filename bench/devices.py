@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from bench.hlo import collectives
-from jce._command_line import Parser, run
+from jce._programs.command_line import Parser, run
 
 TOKENS, WIDTH, CLASSES, CHUNK = 4 * 2**20, 8192, 262_144, 2048
 NUMBERS_A_TOKEN = 3  # the maximum, the sum and the label's logit

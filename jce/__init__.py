@@ -42,17 +42,9 @@ tangent_solve of a `jax.lax.custom_root` around their gradients must use `jax.ja
 """
 
 import importlib.metadata as _metadata
+import sys as _sys
 
-from jce import _interrupts as _interrupts  # must come before JAX, whose import takes a second
-from jce._binary import binary_cross_entropy, binary_entropy, binary_kl_divergence
-from jce._binary_with_logits import (
-    binary_cross_entropy_with_logits,
-    binary_entropy_with_logits,
-    binary_kl_divergence_with_logits,
-)
-from jce._check import check_distribution
-from jce._cross_entropy import cross_entropy, cross_entropy_with_integer_labels, cross_entropy_with_logits
-from jce._entropy import entropy, entropy_with_logits
+import jce._programs.interrupts as _interrupts  # noqa: F401, before JAX, whose import takes a second
 from jce._heads.linear import Linear
 from jce._heads.linear_cross_entropy import linear_cross_entropy
 from jce._heads.linear_kl_divergence import linear_kl_divergence
@@ -60,10 +52,19 @@ from jce._heads.linear_log_probs import linear_log_probs
 from jce._heads.linear_map import linear_map
 from jce._heads.on_mesh import on_mesh
 from jce._heads.sharded_linear_cross_entropy import sharded_linear_cross_entropy
-from jce._jensen_shannon import jensen_shannon_divergence, jensen_shannon_divergence_with_logits
-from jce._kl_divergence import generalized_kl_divergence, kl_divergence, kl_divergence_with_logits
-from jce._log_probs import log_probs_with_integer_labels
-from jce._sampled_kl_divergence import sampled_kl_divergence
+from jce._quantities.binary import binary_cross_entropy, binary_entropy, binary_kl_divergence
+from jce._quantities.binary_with_logits import (
+    binary_cross_entropy_with_logits,
+    binary_entropy_with_logits,
+    binary_kl_divergence_with_logits,
+)
+from jce._quantities.check import check_distribution
+from jce._quantities.cross_entropy import cross_entropy, cross_entropy_with_integer_labels, cross_entropy_with_logits
+from jce._quantities.entropy import entropy, entropy_with_logits
+from jce._quantities.jensen_shannon import jensen_shannon_divergence, jensen_shannon_divergence_with_logits
+from jce._quantities.kl_divergence import generalized_kl_divergence, kl_divergence, kl_divergence_with_logits
+from jce._quantities.log_probs import log_probs_with_integer_labels
+from jce._quantities.sampled_kl_divergence import sampled_kl_divergence
 
 __all__ = [
     "Linear",
@@ -96,6 +97,8 @@ __all__ = [
 # Pickles and pages would name private files otherwise, which may move.
 for _name in __all__:
     globals()[_name].__module__ = __name__
+# Where pickles of `entropy` look that were made while it had this name.
+_sys.modules["jce._entropy"] = _sys.modules["jce._quantities.entropy"]
 try:
     __version__ = _metadata.version("jce")
 except _metadata.PackageNotFoundError:  # when the folder was copied into another project or built without pip

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import jce
-from jce._command_line import demo_extra, png, run
+from jce._programs.command_line import demo_extra, png, run
 
 PROGRAM = "python -m jce.distill"
 

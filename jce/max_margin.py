@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 
 import jce
-from jce._command_line import Parser, demo_extra, integer, png, run
+from jce._programs.command_line import Parser, demo_extra, integer, png, run
 
 PROGRAM = "python -m jce.max_margin"
 

@@ -28,7 +28,7 @@ import numpy as np
 from jax import Array, lax
 
 import jce
-from jce._command_line import Parser, demo_extra, integer, run, text_file
+from jce._programs.command_line import Parser, demo_extra, integer, run, text_file
 
 PROGRAM = "python -m jce.next_word"
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jce import _platforms
+from jce._jax import platforms as _platforms
 
 gc.set_threshold(100_000, 50, 100)  # a trace makes many objects and leaves few: a tenth of the time
 jax.config.update("jax_numpy_dtype_promotion", "strict")

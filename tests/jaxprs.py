@@ -7,7 +7,7 @@ import functools
 import jax
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from jce._waiting import PLATFORMS
+from jce._jax.waiting import PLATFORMS
 
 
 def equations(jaxpr, platform: str | None = "cpu"):

@@ -72,7 +72,7 @@ def without_a_reader(*arguments: str) -> tuple[int, str]:
 def test_nobody_reads_on():
     """What is written at the end, or before."""
     for main in ("lambda: print(1)", "lambda: print(1, flush=True)", "lambda: sys.exit(print(1))"):
-        script = f"import sys; from jce._command_line import run; run({main})"
+        script = f"import sys; from jce._programs.command_line import run; run({main})"
         assert without_a_reader("-c", script) == (141, ""), main
 
 

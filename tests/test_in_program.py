@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import jce
-from jce._ways.passes import Passes
+from jce._softmax.passes import Passes
 from tests.kernels import (
     LOGIT,
     OF_LOGITS,

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from bench.hlo import collectives
-from jce import _platforms
-from jce._ways.known_label import at_maximum, off_known_label
+from jce._jax import platforms as _platforms
+from jce._softmax.known_label import at_maximum, off_known_label
 
 OFFSETS = (-60, -40, -30, -17, -16, -15, -8, -3, 0, 3, 14, 30, 39, 40, 41, 60)
 loss = jce.cross_entropy_with_integer_labels

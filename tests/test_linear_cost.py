@@ -11,7 +11,7 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
 import jce
-from jce._platforms import CPU, TPU
+from jce._jax.platforms import CPU, TPU
 from tests.jaxprs import inner
 from tests.kernels import modes
 from tests.test_package import README
@@ -68,7 +68,7 @@ def multiplications(jaxpr, platform, chunks: int | None = None) -> int:
                 equation.invars[0].aval.shape[i] for i in contracted
             )
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        if equation.primitive.name == "while":  # of rows to be read again (`_ways/known_label.py`): mostly none is
+        if equation.primitive.name == "while":  # of rows to be read again (`_softmax/known_label.py`): mostly none is
             times = 0
         if equation.primitive.name == "first_chunks":
             times = equation.invars[1].aval.shape[0] if chunks is None else chunks

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from bench.hlo import collectives
-from jce._classes import Classes
+from jce._jax.classes import Classes
 from tests.kernels import ROWS, Kernel, each_of_logits, each_with_classes, easy
 
 N = 33_000  # 40 blocks of 825

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from bench.hlo import collectives
-from jce._layout import Layout
+from jce._jax.layout import Layout
 from tests.kernels import TABLE, easy, label, modes
 
 pytestmark = pytest.mark.needs_jit  # where an array lies is known of compiled programs

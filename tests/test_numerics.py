@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import jce
-from jce._binary_with_logits import FARTHEST, QUADRATURE
-from jce._calculus import ratio
-from jce._classes import Classes
-from jce._elementary import ATANH_TAIL, log1p, log1p_unit, log_complement
-from jce._mul0 import mul0, mul00, multiply
-from jce._row_sum import row_sum
-from jce._ways.passes import Passes
+from jce._jax.classes import Classes
+from jce._jax.row_sum import row_sum
+from jce._numerics.calculus import ratio
+from jce._numerics.elementary import ATANH_TAIL, log1p, log1p_unit, log_complement
+from jce._numerics.mul0 import mul0, mul00, multiply
+from jce._quantities.binary_with_logits import FARTHEST, QUADRATURE
+from jce._softmax.passes import Passes
 from tests.kernels import ROWS
 
 

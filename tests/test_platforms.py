@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jce
-from jce import _platforms
-from jce._softmax import surprisal_at_label
-from jce._ways.chain import Chain
-from jce._ways.reduction import Reduction
+from jce._jax import platforms as _platforms
+from jce._softmax.chain import Chain
+from jce._softmax.reduction import Reduction
+from jce._softmax.softmax import surprisal_at_label
 from tests import test_accuracy
 from tests import test_corners as corners
 from tests.kernels import OF_LOGITS, WITH_CLASSES, label, modes

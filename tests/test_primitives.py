@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from jce._primitives import as_one, primitive
+from jce._jax.primitives import as_one, primitive
 
 # k (x - y) w: linear in x and y; of w it has no derivative by decree
 _difference_p = primitive(

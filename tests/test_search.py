@@ -15,7 +15,7 @@ from bench.search import arguments, child, climb, corpus, floats
 from bench.search.functions import ALL, BARS, MANY, Searched
 from bench.search.judging import LEAST, by_mpmath, judged
 from bench.search.scales import HVP, SCALES, conditioning, deviance, lost_of_differences
-from jce import _platforms
+from jce._jax import platforms as _platforms
 from tests import oracle
 from tests.kernels import LOGIT, ROWS
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jce
-from jce._waiting import waiting
+from jce._jax.waiting import waiting
 from tests.kernels import modes
 
 pytestmark = pytest.mark.needs_jit

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 
-from jce._command_line import Parser, run
+from jce._programs.command_line import Parser, run
 
 PROGRAM = "python -m bench.pages"
 

@@ -12,7 +12,7 @@ from bench import children
 from bench.search import climb, corpus, floats
 from bench.search.functions import ALL, FEW, HVP, MANY, VALUE, Searched
 from bench.search.judging import by_mpmath, judged
-from jce import _platforms
+from jce._jax import platforms as _platforms
 
 ON_GRID, OFF_GRID, THOUSAND, ANY, ALL_FLOATS = "on the grid", "off the grid", "1,000 classes", "any", "every float"
 QUICK_CLASSES, QUICK_BATCHES = (3,), 4

@@ -16,7 +16,7 @@ from bench.search.climb import Worst
 from bench.search.functions import Searched
 from bench.search.judging import LEAST, judged
 from bench.search.scales import spacing
-from jce._elementary import exp, log, tanh
+from jce._numerics.elementary import exp, log, tanh
 
 CHUNK = 2**20
 STRIDE = 4099  # of a quick run

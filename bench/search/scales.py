@@ -13,7 +13,7 @@ import numpy as np
 from tests.kernels import BETA, LOGIT, SMOOTHING, Z_LOSS, Kernel
 
 EPS, TINY = 2.0**-23, 2.0**-1000
-NEAR = 1.5  # |log q/p| up to which q - p is known better than from q and p (`jce/_deviance.py`)
+NEAR = 1.5  # |log q/p| up to which q - p is known better than from q and p (`jce/_numerics/deviance.py`)
 
 
 class Softmax:

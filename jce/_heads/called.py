@@ -17,17 +17,10 @@ import jax.core
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._arguments import as_array, float_dtype
-from jce._classes import vary_over, varying, varying_alike
+from jce._jax.arguments import as_array, float_dtype
+from jce._jax.classes import vary_over, varying, varying_alike
 
 RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
-
-
-def is_function(head: Any) -> bool:
-    """Whether a head is to be called. What `jnp.asarray` takes is a matrix, even if it's callable, as in Flax."""
-    if not callable(head):
-        return False
-    return not hasattr(head, "__jax_array__") and not (hasattr(head, "shape") and hasattr(head, "dtype"))
 
 
 @jax.tree_util.register_dataclass

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._classes import barrier, vary_over, varying
 from jce._heads.kept import filled, over_kept
-from jce._platforms import Chunks
+from jce._jax.classes import barrier, vary_over, varying
+from jce._jax.platforms import Chunks
 
 
 def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | None = None):

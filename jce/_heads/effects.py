@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from jce._layout import manual_axes
+from jce._jax.layout import manual_axes
 
 try:  # Until JAX no longer hides which effects it orders, or refuses in jax.checkpoint (0.8 to 0.12): a private import.
     from jax._src import effects as kinds

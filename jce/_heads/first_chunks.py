@@ -20,8 +20,8 @@ from jax import Array, lax
 from jax.experimental import checkify
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from jce._classes import vary_over, varying, varying_type
-from jce._primitives import (
+from jce._jax.classes import vary_over, varying, varying_type
+from jce._jax.primitives import (
     batch_size,
     cotangent,
     linear_in,

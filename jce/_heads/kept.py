@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jce._heads.first_chunks import first_chunks
-from jce._primitives import batch_axis_first, primitive, with_zeros
+from jce._jax.primitives import batch_axis_first, primitive, with_zeros
 
 
 def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: Any, size: int | None = None) -> Any:

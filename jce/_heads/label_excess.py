@@ -4,7 +4,7 @@ With eᵢ = exp(xᵢ - m), s = Σ eᵢ over all classes but the label's and q_y 
 
     eᵢ (1 + 2ζ log Σ exp x) - ε Z/n,   at the label   -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x
 
-The label's logit can be computed before the product that gives the others, and with it m (`_ways/known_label.py`).
+The label's logit can be computed before the product that gives the others, and with it m (`known_label.py`).
 Then an accelerator fuses exp, the sum and the rounding of e with that product, and stores only e.
 """
 
@@ -19,21 +19,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jce._arguments import is_array
-from jce._classes import Classes, barrier
-from jce._elementary import exp
 from jce._heads.logits import Logits, capped, slope
 from jce._heads.products import Products
 from jce._heads.temperature import at_temperature, whole_log_sum
-from jce._layout import may_be_split
-from jce._mul0 import over
-from jce._platforms import named
-from jce._soft_targets import scaled_square, smoothed
-from jce._softmax import surprisal_at_label
-from jce._ways.kernel import way_of
-from jce._ways.known_label import at_maximum, off_known_label
-from jce._ways.way import OffLabel, Way, unless_no_class
-from jce._z_loss import log_z_off_label
+from jce._jax.arguments import is_array
+from jce._jax.classes import Classes, barrier
+from jce._jax.layout import may_be_split
+from jce._jax.platforms import named
+from jce._numerics.elementary import exp
+from jce._numerics.mul0 import over
+from jce._quantities.soft_targets import scaled_square, smoothed
+from jce._quantities.z_loss import log_z_off_label
+from jce._softmax.kernel import way_of
+from jce._softmax.known_label import at_maximum, off_known_label
+from jce._softmax.softmax import surprisal_at_label
+from jce._softmax.way import OffLabel, Way, unless_no_class
 
 
 class Target(NamedTuple):

@@ -15,18 +15,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._arguments import is_array
 from jce._heads.label_excess import Excess, Target, Terms, excess_of_logits, excess_of_product, one_reading, some
 from jce._heads.logits import Logits, capped
 from jce._heads.products import Products
 from jce._heads.temperature import at_temperature, whole_log_sum
-from jce._label_surprisal import label_surprisal, smoothed_surprisal
-from jce._mul0 import mul0, over
-from jce._platforms import named
-from jce._primitives import is_zero, live_jvp
-from jce._soft_targets import scaled_square, smoothed
-from jce._softmax import logsumexp, surprisal
-from jce._waiting import Program, waiting
+from jce._jax.arguments import is_array
+from jce._jax.platforms import named
+from jce._jax.primitives import is_zero, live_jvp
+from jce._jax.waiting import Program, waiting
+from jce._numerics.mul0 import mul0, over
+from jce._quantities.label_surprisal import label_surprisal, smoothed_surprisal
+from jce._quantities.soft_targets import scaled_square, smoothed
+from jce._softmax.softmax import logsumexp, surprisal
 
 
 @dataclasses.dataclass(frozen=True)

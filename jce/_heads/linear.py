@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._arguments import as_array, as_number, described, float_dtype, positive
-from jce._heads.called import Called, is_function
+from jce._heads.called import Called
+from jce._jax.arguments import as_array, as_number, described, float_dtype, is_function, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,10 @@ class Linear:
             if self.bias is not None:
                 raise ValueError("Linear: a head that is a function adds its own bias; got both. Leave out bias.")
             object.__setattr__(self, "head", Called.of("Linear", "head", self.head, self.hidden))
+
+    @property
+    def of_function(self) -> bool:
+        return isinstance(self.head, Called)
 
     def __repr__(self) -> str:
         """With shapes and dtypes for arrays."""

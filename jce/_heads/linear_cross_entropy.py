@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._arguments import is_array, require_no_tail, wide_enough
-from jce._classes import Classes
-from jce._heads.arguments import checked
 from jce._heads.called import Called
 from jce._heads.label_loss import LabelLoss, Target
 from jce._heads.linear import Linear, linear_of
+from jce._heads.linear_sparse_cross_entropy import linear_sparse_cross_entropy
 from jce._heads.numbers import Numbers
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
-from jce._heads.sparse_targets import linear_sparse_cross_entropy
-from jce._public import public
+from jce._heads.token_arguments import checked
+from jce._jax.arguments import is_array, require_no_tail, wide_enough
+from jce._jax.classes import Classes
+from jce._jax.public import public
 
 OPTIONS, NUMBERS = (
     ("reduction", "chunk_size", "batch_invariant", "precision"),

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jce._arguments import described, is_array, positive
-from jce._classes import Classes, like
-from jce._compare import divided
 from jce._heads.called import Called
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
-from jce._kl_divergence import kl_of_softmax
-from jce._mul0 import over
-from jce._public import public
+from jce._jax.arguments import described, is_array, positive
+from jce._jax.classes import Classes, like
+from jce._jax.public import public
+from jce._numerics.mul0 import over
+from jce._quantities.kl_divergence import kl_of_softmax
+from jce._softmax.compare import divided
 
 
 @public("reduction", "chunk_size", "batch_invariant", "precision", "axis_name", numbers=("temperature",))

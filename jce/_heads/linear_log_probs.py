@@ -11,18 +11,18 @@ from jax import Array
 from jax.export import register_namedtuple_serialization
 from jax.typing import ArrayLike
 
-from jce._arguments import described, wide_enough
-from jce._calculus import negative
-from jce._classes import Classes
-from jce._entropy import entropy_of_softmax
-from jce._heads.arguments import checked
 from jce._heads.linear import Linear, linear_of
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._heads.temperature import at_temperature, whole_log_sum
-from jce._label_log_probs import log_probs_and_tail, log_probs_of
-from jce._label_surprisal import label_surprisal
-from jce._public import public
-from jce._softmax import logsumexp
+from jce._heads.token_arguments import checked
+from jce._jax.arguments import described, wide_enough
+from jce._jax.classes import Classes
+from jce._jax.public import public
+from jce._numerics.calculus import negative
+from jce._quantities.entropy import entropy_of_softmax
+from jce._quantities.label_log_probs import log_probs_and_tail, log_probs_of
+from jce._quantities.label_surprisal import label_surprisal
+from jce._softmax.softmax import logsumexp
 
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbs")

@@ -10,12 +10,12 @@ import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jce._arguments import require_bool
-from jce._classes import varying_type
 from jce._heads.effects import require_effects, undifferentiable
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
-from jce._layout import mesh_names
+from jce._jax.arguments import require_bool
+from jce._jax.classes import varying_type
+from jce._jax.layout import mesh_names
 
 
 def linear_map(

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jce._calculus import custom_jvp, def_partials
-from jce._classes import like
-from jce._elementary import exp, tanh
 from jce._heads.products import Head, Products
-from jce._mul0 import mul0
+from jce._jax.classes import like
+from jce._numerics.calculus import custom_jvp, def_partials
+from jce._numerics.elementary import exp, tanh
+from jce._numerics.mul0 import mul0
 
 
 class Logits(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._arguments import fraction, is_array, positive
+from jce._jax.arguments import fraction, is_array, positive
 
 
 class Numbers(NamedTuple):

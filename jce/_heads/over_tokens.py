@@ -10,8 +10,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._arguments import as_array, choice
-from jce._heads.arguments import (
+from jce._heads.called import Called
+from jce._heads.linear import Linear, checked_linear
+from jce._heads.logits import Logits, capped
+from jce._heads.part import Part, column, of_dtypes, wide
+from jce._heads.places import Arguments, on_each_device
+from jce._heads.products import Products
+from jce._heads.token_arguments import (
     REDUCTIONS,
     checked_batch,
     checked_choice,
@@ -19,15 +24,10 @@ from jce._heads.arguments import (
     require_real,
     require_zeros,
 )
-from jce._heads.called import Called
-from jce._heads.linear import Linear, checked_linear
-from jce._heads.logits import Logits, capped
-from jce._heads.part import Part, column, of_dtypes, wide
-from jce._heads.places import Arguments, on_each_device
-from jce._heads.products import Products
 from jce._heads.token_loop import Inputs, Loop
-from jce._layout import mesh_names, over_devices
-from jce._platforms import ChunkSize
+from jce._jax.arguments import as_array, choice
+from jce._jax.layout import mesh_names, over_devices
+from jce._jax.platforms import ChunkSize
 
 
 class TokenOptions(NamedTuple):

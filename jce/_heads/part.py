@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._classes import Classes, vary_over, varying
 from jce._heads.kept import counts
 from jce._heads.places import Arguments
 from jce._heads.products import Head, head_of
 from jce._heads.token_loop import Inputs, Loop, each, weighted, weighted_sums
 from jce._heads.tokens import of_tokens
-from jce._layout import mesh_names, over_devices
-from jce._mul0 import mul0
+from jce._jax.classes import Classes, vary_over, varying
+from jce._jax.layout import mesh_names, over_devices
+from jce._numerics.mul0 import mul0
 
 
 class Part(NamedTuple):

@@ -15,8 +15,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jce._arguments import mesh_axis
-from jce._layout import Layout, mesh_names, split_batch_axes, told_axes
+from jce._jax.arguments import mesh_axis
+from jce._jax.layout import Layout, mesh_names, split_batch_axes, told_axes
 
 
 class Places(NamedTuple):

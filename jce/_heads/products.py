@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._arguments import float_dtype
-from jce._classes import varying_alike
-from jce._platforms import Platform
-from jce._primitives import batch_axis_first, primitive
+from jce._jax.arguments import float_dtype
+from jce._jax.classes import varying_alike
+from jce._jax.platforms import Platform
+from jce._jax.primitives import batch_axis_first, primitive
 
 
 class Head(NamedTuple):

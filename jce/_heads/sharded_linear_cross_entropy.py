@@ -19,7 +19,7 @@ from jce._heads.linear_cross_entropy import NUMBERS, OPTIONS, label_cross_entrop
 from jce._heads.numbers import Numbers
 from jce._heads.over_tokens import TokenOptions
 from jce._heads.places import on_axes
-from jce._public import public
+from jce._jax.public import public
 
 
 @public(*OPTIONS, "mesh", "token_axis", "class_axis", numbers=NUMBERS)

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jce._arguments import as_array, broadcasts_to, described, float_dtype, is_array, positive
-from jce._classes import Classes
-from jce._compare import tempered
-from jce._mul0 import over
+from jce._jax.arguments import as_array, broadcasts_to, described, float_dtype, is_array, positive
+from jce._jax.classes import Classes
+from jce._numerics.mul0 import over
+from jce._softmax.compare import tempered
 
 
 def checked_temperature(function: str, temperature: ArrayLike, batch: tuple[int, ...]) -> dict[str, Array]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._primitives import is_zero, primitive
+from jce._jax.primitives import is_zero, primitive
 
 T = TypeVar("T")
 

@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jce._classes import vary_over, varying
 from jce._heads.called import Called
 from jce._heads.chunks import each_token, over_chunks
 from jce._heads.effects import require_differentiable
 from jce._heads.products import Head
 from jce._heads.together import together
-from jce._layout import mesh_names, over_devices
-from jce._mul0 import mul0
-from jce._platforms import Chunks, ChunkSize, Platform, on_platform
-from jce._primitives import is_zero, jvp_of_some, live_jvp, replaced
+from jce._jax.classes import vary_over, varying
+from jce._jax.layout import mesh_names, over_devices
+from jce._jax.platforms import Chunks, ChunkSize, Platform, on_platform
+from jce._jax.primitives import is_zero, jvp_of_some, live_jvp, replaced
+from jce._numerics.mul0 import mul0
 
 
 class Inputs(NamedTuple):
@@ -80,7 +80,7 @@ class Loop(NamedTuple):
         return on_platform(on, lambda platform: self.chunks(platform).size, *arguments)
 
 
-# JAX's own custom_jvp, here and below: before JAX 0.12 ours (`_calculus.py`) saves all residuals, which of a loop are
+# JAX's own custom_jvp, here and below: before JAX 0.12 ours (`calculus.py`) saves all residuals, which of a loop are
 # the logits of all tokens.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def each(loop: Loop, inputs: Inputs) -> list[Array]:

@@ -15,7 +15,7 @@ import jax
 import jax.core
 from jax.experimental import checkify
 
-from jce._primitives import batch_axis_first, derivative_inside, evaluated, primitive
+from jce._jax.primitives import batch_axis_first, derivative_inside, evaluated, primitive
 
 
 def of_tokens(each: Callable, tokens: tuple[Any, ...], shared: tuple, total: Callable | None = None):

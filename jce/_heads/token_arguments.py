@@ -1,0 +1,152 @@
+"""Checks the arguments of functions of heads: they are arrays whose shapes agree, or an error says which don't."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jce._heads.called import Called
+from jce._heads.linear import LinearArrays
+from jce._heads.temperature import checked_temperature
+from jce._jax.arguments import (
+    as_array,
+    broadcasts_to,
+    described,
+    float_dtype,
+    integer,
+    is_real,
+    require_bool,
+    require_boolean,
+)
+from jce._jax.platforms import ChunkSize
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def checked(
+    function: str,
+    labels: ArrayLike,
+    hidden: ArrayLike,
+    head: ArrayLike | Called,
+    several: bool = False,
+    temperature: ArrayLike = 1.0,
+    **optional: ArrayLike | None,
+) -> dict[str, Array]:
+    """The arguments that are given, as arrays whose shapes agree. Optional ones are bias, weights and where.
+
+    With `several`, labels may have a last axis more, of several labels for each token.
+    """
+    given = {"labels": labels, "hidden": hidden} | ({} if isinstance(head, Called) else {"head": head})
+    given |= {name: x for name, x in optional.items() if x is not None}
+    got = {name: as_array(function, name, x) for name, x in given.items()}
+    y, h = got["labels"], got["hidden"]
+    w = head.logits if isinstance(head, Called) else got["head"]
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: labels must be integers, a class index for each token; got {described(got)}. The target comes"
+            f" first, then hidden and head."
+        )
+    if "head" in got and (h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]):
+        transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]
+        raise ValueError(
+            f"{function}: hidden must be [..., d] and head [n, d], a row for each class; got {described(got)}."
+            f" {'Transpose the head.' if transposed else 'The order is labels, hidden, head.'}"
+        )
+    batch, n = h.shape[:-1], w.shape[0]
+    if y.shape != batch and not (several and y.ndim == h.ndim and y.shape[:-1] == batch):
+        or_more = ", or that and an axis for k labels of each token last" if several else ""
+        raise ValueError(
+            f"{function}: labels must have the shape of hidden without its last axis, {batch}{or_more}; got"
+            f" {described(got)}. The target comes first, then hidden and head."
+        )
+    if "bias" in got and got["bias"].shape != (n,):
+        raise ValueError(
+            f"{function}: bias must have the shape ({n},), a number for each row of head; got {described(got)}."
+        )
+    require_choice_of_tokens(function, got, batch, n)
+    float_dtype(function, {name: x for name, x in got.items() if name in ("hidden", "head", "bias", "weights")})
+    return got | checked_temperature(function, temperature, batch)
+
+
+def require_choice_of_tokens(function: str, got: Mapping[str, Array], batch: tuple[int, ...], n: int) -> None:
+    """Raises if weights or `where` are given and don't broadcast to the token axes. The head has n classes."""
+    for name in ("weights", "where"):
+        if name in got and not broadcasts_to(batch, got[name].shape):
+            advice = "give it no axis for classes; those are excluded by a bias of -inf."
+            if name == "weights" and got[name].shape == (n,):
+                advice = "look up those of classes by the tokens' labels: weights=weights[labels]."
+            raise ValueError(
+                f"{function}: {name} must broadcast to the token axes, {batch}; got {described(got)}. It is of tokens,"
+                f" so {advice}"
+            )
+    if "where" in got:
+        require_boolean(function, got["where"], got)
+
+
+def checked_chunk(function: str, chunk_size: int | None, batch_invariant: bool) -> ChunkSize:
+    require_bool(function, batch_invariant=batch_invariant)
+    if batch_invariant and chunk_size is None:
+        raise ValueError(
+            f"{function}: batch_invariant must come with a chunk_size, to which each chunk is then filled up; got"
+            f" batch_invariant={batch_invariant!r}, chunk_size={chunk_size!r}."
+        )
+    if chunk_size is None:
+        return ChunkSize(None)
+    size = integer(chunk_size)
+    if size is None or size < 1:
+        raise ValueError(
+            f"{function}: chunk_size must be a static int, the number of tokens in a chunk, at least 1;"
+            f" got chunk_size={chunk_size!r}. Leave it out for a size that suits the head."
+        )
+    return ChunkSize(size, batch_invariant)
+
+
+def checked_batch(name: str, linear: Mapping[str, LinearArrays], others: Mapping[str, Array]) -> tuple[int, ...]:
+    """The token axes, with which all arguments must begin."""
+    if not linear:
+        raise ValueError(
+            f"{name}: an argument must be a jce.Linear, hidden states and their head; got"
+            f" {described(others) or 'no arguments'}. Without a head there are jax.vmap and jax.lax.map."
+        )
+    batch = next(iter(linear.values())).hidden.shape[:-1]
+    arrays = {f"{key}.hidden": x.hidden for key, x in linear.items()}
+    same = [x.shape[:-1] == batch for x in arrays.values()] + [x.shape[: len(batch)] == batch for x in others.values()]
+    if not all(same):
+        raise ValueError(
+            f"{name}: all arguments must begin with the token axes of hidden, {batch}; got"
+            f" {described(arrays | dict(others))}. What all tokens share goes into shared."
+        )
+    return batch
+
+
+def require_real(name: str, results: list) -> None:
+    """Raises if one of a token's results, which are to be summed or weighted, isn't real."""
+    odd = [x for x in results if not is_real(x)]
+    if odd:
+        got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in odd)
+        raise TypeError(
+            f"{name}: what is summed or weighted must be real (floating-point, integer or bool); function gives {got}"
+            f' for a token. Make real numbers of it, or ask for each with reduction="none" and no weights.'
+        )
+
+
+def require_zeros(name: str, results: list) -> None:
+    """Raises if one of a token's results can't be 0, as it is for a token that is left out."""
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in results):
+        raise TypeError(
+            f"{name}: with `where`, weights or batch_invariant function may not give random keys, of which there is"
+            f" no 0 for a token that is left out. Give jax.random.key_data of them."
+        )
+
+
+def checked_choice(name: str, batch: tuple[int, ...], n: int, **given: ArrayLike | None) -> dict[str, Array]:
+    """weights and `where`, if they are given, as arrays that broadcast to the token axes."""
+    got = {key: as_array(name, key, x) for key, x in given.items() if x is not None}
+    require_choice_of_tokens(name, got, batch, n)
+    if "weights" in got:
+        got["weights"] = got["weights"].astype(float_dtype(name, {"weights": got["weights"]}))
+    return got

@@ -1,0 +1,229 @@
+"""Where the classes are: along an axis and, inside `jax.shard_map`, some on each device of a mesh axis.
+
+On a CPU long rows are folded: n classes along one axis become k blocks of n/k classes along two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from jce._jax.layout import Layout, mesh_names, over_devices, told_axes
+from jce._jax.platforms import named
+from jce._jax.row_sum import row_sum
+from jce._jax.waiting import Program, waiting
+
+# Until JAX no longer sums longer float32 rows 3 to 13 times as slowly per number on a CPU (0.10 and 0.12): longer rows,
+# and float64 rows of half this length, are folded there.
+LONGEST_ROW = 32_768
+LONG_ROW = 128  # rows of fewer classes are short
+SHORTEST_BLOCK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """The n classes along `axis` < 0 of each array; with a mesh axis, each of its devices holds some of them.
+
+    It is static. It alone knows whether a sum over classes is also a sum over devices or blocks. `any_shift` says
+    whether a label's formula may avoid the maximum: False where another formula computes it, which is then shared.
+    """
+
+    axis: int
+    mesh_axis: Hashable | None = None
+    blocks: int = 1  # of a folded row; their axis is the one before `axis`
+    any_shift: bool = True
+
+    def folding(self, x: Array) -> Classes:
+        """These classes on a CPU, with as many blocks as suit arrays like x, which aren't folded yet.
+
+        A sharded row needn't move if the number of devices divides that of blocks: so the number of blocks has a factor
+        2ᵏ as large as possible. Rows whose type says that classes are sharded aren't folded, as JAX can't reshape them.
+        """
+        n = x.shape[self.axis]
+        if n <= _longest_row(x) or self.are_split(x):
+            return self
+        fit = [k for k in range(2, n // SHORTEST_BLOCK + 1) if n % k == 0 and n // k <= _longest_row(x)]
+        return dataclasses.replace(self, blocks=max(fit, key=lambda k: (k & -k, k), default=1))
+
+    def fold(self, x: Array) -> Array:
+        """[..., n, ...] as [..., blocks, n/blocks, ...]"""
+        at = x.ndim + self.axis
+        return x if self.blocks == 1 else x.reshape(*x.shape[:at], self.blocks, -1, *x.shape[at + 1 :])
+
+    def unfold(self, x: Array) -> Array:
+        at = x.ndim + self.axis
+        return x if self.blocks == 1 else x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :])
+
+    def are_split(self, x: Array) -> bool:
+        """Whether x's type says that its classes are split over devices, by an Explicit axis of a mesh."""
+        return jax.typeof(x).sharding.spec[x.ndim + self.axis] is not None
+
+    def reduce(self, reduction: Callable, x):
+        """reduction(x, axis); long rows wait for the platform, and are folded if it is a CPU."""
+        first = jax.tree.leaves(x)[0]
+        if first.shape[self.axis] > _longest_row(first):
+            return waiting(Program(_reduced, (reduction, self)), x)
+        return reduction(x, self.axis)
+
+    def of_blocks(self, reduction: Callable, x):
+        """The reduction of each block, then of the blocks' results."""
+        x = reduction(x, self.axis)
+        # Without the barrier XLA merges the two reductions into one again.
+        return x if self.blocks == 1 else reduction(lax.optimization_barrier(x), self.axis)
+
+    def sum(self, x: Array) -> Array:
+        """Σᵢ xᵢ, a number per row, the same on all devices."""
+        return self.over_devices(self.reduce(row_sum, x))
+
+    def over_devices(self, part: Array) -> Array:
+        """The sum of all devices' parts."""
+        return over_devices(part, mesh_names(self.mesh_axis))
+
+    @property
+    def mesh_axes(self) -> frozenset:
+        if self.mesh_axis is None:
+            return frozenset()
+        return frozenset(self.mesh_axis if isinstance(self.mesh_axis, tuple) else (self.mesh_axis,))
+
+    def max(self, x: Array) -> Array:
+        """max xᵢ; not differentiable over devices."""
+        m = self.reduce(jnp.max, x)
+        return m if self.mesh_axis is None else lax.pmax(lax.stop_gradient(m), self.mesh_axis)
+
+    def any(self, x: Array) -> Array:
+        if self.mesh_axis is None:
+            return self.reduce(jnp.any, x)
+        return self.max(x.astype(jnp.int32)) > 0
+
+    def column(self, r: Array) -> Array:
+        """r, a number per row, with a class axis of length 1."""
+        r = jnp.expand_dims(r, self.axis)
+        return r if self.blocks == 1 else jnp.expand_dims(r, self.axis)
+
+    def count(self, x: Array) -> int:
+        """n, over all devices."""
+        return self.count_here(x) * (1 if self.mesh_axis is None else lax.axis_size(self.mesh_axis))
+
+    def count_here(self, x: Array) -> int:
+        """How many of the n classes this device has."""
+        return self.blocks * x.shape[self.axis]
+
+    def are_few(self, x: Array) -> bool:
+        """Whether rows are so short that a CPU sums them fastest by other operations (`passes.py`)."""
+        return self.count_here(x) < LONG_ROW
+
+    # In a sum 0 · ∞ must be 0, and a select would cost a CPU a pass. So the infinite factor is clipped to one of these.
+
+    def lowest(self, x: Array) -> Array:
+        """The lowest finite number. For few classes it is computed from x: a plain constant is slow in a sum there."""
+        least = jnp.finfo(x.dtype).min
+        return jnp.minimum(x, least) if self.are_few(x) else jnp.full((), least, x.dtype)
+
+    def bound(self, p: Array, sign: int) -> Array:
+        """sign · (finite at p = 0, ∞ at any normal p): clipped to it, a factor of ±∞ gives 0 times p = 0, not NaN."""
+        info = jnp.finfo(p.dtype)
+        if self.are_few(p):
+            return sign * jnp.abs((p * info.max) * self.lowest(p))
+        return sign * info.max * (0.5 + jnp.abs(p) * (1.5 / info.tiny))  # max/2 at 0; 2 max = ∞ at p = tiny
+
+    def local(self, labels: Array, x: Array) -> Array:
+        """Labels counted from this device's first class."""
+        if self.mesh_axis is None:
+            return labels
+        return labels.astype(jnp.int32) - lax.axis_index(self.mesh_axis) * self.count_here(x)
+
+    def at(self, x: Array, y: Array) -> Array:
+        """x at the local label y, from the device that has it; arbitrary at a label out of range."""
+        if self.are_split(x):
+            there = self._at_of_split(x, y)
+        else:
+            y_ = jnp.expand_dims(y, self.axis)
+            there = jnp.take_along_axis(self.unfold(x), y_, self.axis, mode="clip").squeeze(self.axis)
+        return self.of_who_has(there, x, y)
+
+    def of_who_has(self, there: Array, x: Array, y: Array) -> Array:
+        """`there`, a number per row, from the device that has the local label y among its classes of x."""
+        if self.mesh_axis is None:
+            return there
+        return self.over_devices(jnp.where(self.has(x, y), there, jnp.zeros_like(there)))
+
+    def _at_of_split(self, x: Array, y: Array) -> Array:
+        """`at` where x's type says that the classes are split."""
+        # Until JAX no longer refuses lookups along an axis that is split: each device looks into its own classes.
+        layout = Layout.of(x.shape, [x])
+        rows, here = layout.without(self.axis), Classes(self.axis, layout.spec[self.axis])
+        return jax.shard_map(
+            lambda x, y: here.at(x, here.local(y, x)),
+            mesh=layout.mesh,
+            in_specs=(P(*layout.spec), P(*rows.spec)),
+            out_specs=P(*rows.spec),
+            axis_names=told_axes(layout.mesh),
+        )(x, rows.place(y))
+
+    def each(self, r: Array, x: Array) -> Array:
+        """r, a number per row, broadcast to x's shape and split as x is."""
+        return Layout.of(x.shape, [x]).place(self.column(r))
+
+    def has(self, x: Array, y: Array) -> Array:
+        """Whether local labels are among this device's classes."""
+        return (y >= 0) & (y < self.count_here(x))
+
+    def is_at(self, x: Array, y: Array) -> Array:
+        """Which entries of x are those of local labels."""
+        at, like_x = x.ndim + self.axis, Layout.of(x.shape, [x]).sharding
+        i = lax.broadcasted_iota(y.dtype, x.shape, at, out_sharding=like_x)
+        if self.blocks > 1:
+            i += x.shape[at] * lax.broadcasted_iota(y.dtype, x.shape, at - 1, out_sharding=like_x)
+        return i == self.column(y)
+
+
+def _longest_row(x: Array) -> int:
+    return LONGEST_ROW // 2 if x.dtype == jnp.float64 else LONGEST_ROW
+
+
+def _reduced(reduction: Callable, classes: Classes, platform: str | None, x):
+    here = classes.folding(jax.tree.leaves(x)[0]) if named(platform).is_cpu else classes
+    return here.of_blocks(reduction, jax.tree.map(here.fold, x))
+
+
+def varying_alike(*arrays: Array) -> list[Array]:
+    """Arrays marked as varying over the mesh axes of any of them; their types tell, inside `jax.shard_map`."""
+    return vary_over(frozenset().union(*map(varying, arrays)), *arrays)
+
+
+def vary_over(axes: frozenset, *arrays: Array) -> list[Array]:
+    missing = [tuple(sorted(axes - varying(x))) for x in arrays]
+    return [lax.pcast(x, names, to="varying") if names else x for x, names in zip(arrays, missing, strict=True)]
+
+
+def like(number: Array, x: Array) -> Array:
+    """The number broadcast to x's shape and marked as varying as x does. It is marked before the broadcast, so that its
+    gradient is summed locally first."""
+    return jnp.broadcast_to(vary_over(varying(x), number)[0], x.shape)
+
+
+def barrier(tree):
+    """`lax.optimization_barrier` of all arrays of a tree."""
+    # Until JAX no longer marks all arrays of one barrier as varying over the same mesh axes: those that vary over
+    # different axes get barriers of their own.
+    arrays, structure = jax.tree.flatten(tree)
+    alike = {axes: [i for i, x in enumerate(arrays) if varying(x) == axes] for axes in map(varying, arrays)}
+    for places in alike.values():
+        for i, x in zip(places, lax.optimization_barrier([arrays[i] for i in places]), strict=True):
+            arrays[i] = x
+    return jax.tree.unflatten(structure, arrays)
+
+
+def varying(x: Array) -> frozenset:
+    """The mesh axes over which x varies, by its type."""
+    return varying_type(jax.typeof(x))
+
+
+def varying_type(t) -> frozenset:
+    # Until JAX 0.10: its types have `vma` instead of `manual_axis_type`.
+    return t.vma if hasattr(t, "vma") else t.manual_axis_type.varying

@@ -1,0 +1,139 @@
+"""How a public function is called: under `jax.jit`, with clear errors for arguments that it doesn't have."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar, cast
+
+import jax
+from jax import Array
+
+from jce._jax.arguments import as_number, is_array, is_function, require_bool
+from jce._jax.primitives import primitive
+
+F = TypeVar("F", bound=Callable[..., Any])
+Kind = inspect.Parameter
+
+# Hints for arguments of other libraries: in functions of rows of classes, in elementwise ones, in those of tokens
+OF_EACH = {
+    "weights": " Multiply the result, which has a number for each, by them.",
+    "reduction": " The result has a number for each: take its .mean() or .sum().",
+}
+ROWS = OF_EACH | {
+    "mask": " Write where=mask[..., None] for a mask of rows, and where=mask for one of classes.",
+    "weight": " Multiply the result, which has a number for each, by weight[labels].",
+    "ignore_index": " Leave rows out with where=(labels != index)[..., None].",
+}
+ELEMENTWISE = OF_EACH | {
+    "mask": " Write jnp.where(mask, result, 0).",
+    "where": " Write jnp.where(where, result, 0).",
+}
+TOKENS = OF_EACH | {
+    "mask": " Leave tokens out with where=mask.",
+    "weight": " Write weights=weight[labels].",
+    "ignore_index": " Leave tokens out with where=labels != index.",
+}
+
+
+# Hints for values that can't be static, since they aren't hashable
+A_NUMBER = "Pass a Python value; of an array its number, by float(x) or int(x) outside jax.jit."
+STATIC: dict[str, str] = dict.fromkeys(("axis_name", "token_axis", "class_axis"), "Pass a name, or a tuple of names.")
+
+
+def instead(parameters: Collection[str], option: str) -> str:
+    """The hint for an option that isn't among a function's parameters; empty if there is none."""
+    of_tokens = "hidden" in parameters or "chunk_size" in parameters
+    hint = (TOKENS if of_tokens else ROWS if "where" in parameters else ELEMENTWISE).get(option, "")
+    # No hint that names an argument which the function doesn't have either
+    return "" if any(name in hint and name not in parameters for name in ("labels", "weights")) else hint
+
+
+def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Decorates a function: `jax.jit` with these arguments static, and errors for arguments that it doesn't take.
+
+    `numbers` are static where they are Python's, and traced like other arguments where they are arrays or traced.
+    """
+
+    def jitted(function):
+        name, parameters = function.__name__, inspect.signature(function).parameters
+
+        @functools.wraps(function)
+        def results(*args, **options):
+            return jax.tree.map(_result, function(*args, **options))
+
+        @functools.cache
+        def program(*traced: str):
+            return jax.jit(results, static_argnames=[n for n in static + numbers if n not in traced])
+
+        # Not the jitted function itself: `jax.grad` and others apply `functools.wraps`, which would copy its `lower`:
+        # jax.grad(f).lower would lower f.
+        @functools.wraps(function)
+        def called(*args, **options):
+            # What JAX takes as an array, such as a parameter of flax, becomes one here: as a static argument its value
+            # would be part of the program.
+            options = {key: as_number(name, key, x) if key in numbers else x for key, x in options.items()}
+            _require_own(name, parameters, len(args), options, static, numbers)
+            if any(_has_function(x) for x in (*args, *(x for key, x in options.items() if key not in static))):
+                return results(*args, **options)  # jitted, each call would compile a program that no other call reuses
+            return program(*(key for key in numbers if is_array(options.get(key))))(*args, **options)
+
+        return cast(F, called)
+
+    return jitted
+
+
+def _has_function(x) -> bool:
+    """Whether x is a head that is a function, or a `Linear` of one."""
+    return is_function(x) or getattr(x, "of_function", False)
+
+
+def _require_own(name, parameters, count: int, options: Mapping[str, Any], static, numbers) -> None:
+    """Raises unless the function takes `count` arguments by position and these options by name."""
+    kinds = [p.kind for p in parameters.values()]
+    positional = kinds.count(Kind.POSITIONAL_OR_KEYWORD)
+    if Kind.VAR_POSITIONAL not in kinds and count > positional:
+        by_keyword = ", ".join(f"{key}=" for key in [*parameters][positional:])
+        raise TypeError(
+            f"{name}: by position it takes {', '.join([*parameters][:positional])}"
+            f"{f', and by keyword {by_keyword}' if by_keyword else ''}; got {count} arguments by position."
+        )
+    for option, value in options.items():
+        if option not in parameters:
+            raise TypeError(
+                f"{name}: no argument {option!r}; it takes {', '.join(parameters)}.{instead(parameters, option)}"
+            )
+        if option in numbers and not is_array(value) and not _is_hashable(value):
+            raise ValueError(
+                f"{name}: {option} must be a number, or a real array of one; got {option}: {type(value).__name__}."
+                f" Pass what jnp.asarray takes."
+            )
+        if option in static and not _is_hashable(value):
+            raise ValueError(
+                f"{name}: {option} must be static and hashable, since the program depends on it; got {option}:"
+                f" {type(value).__name__}. {STATIC.get(option, A_NUMBER)}"
+            )
+        if option not in numbers and isinstance(parameters[option].default, bool):
+            require_bool(name, **{option: value})
+
+
+# The identity, where checkify looks for NaN.
+# Until JAX no longer raises a ValueError for the gradient of a function that checkify has transformed, where a check is
+# inside custom_jvp under jax.jit or jax.checkpoint (0.8 to 0.12): so public results are checked, instead of kernels.
+
+
+def _result(x: Array) -> Array:
+    return _result_p.bind(x)
+
+
+_result_p = primitive("result", lambda x: x, (lambda t, x: t,), (lambda ct, x: ct,), types=lambda x: x)
+
+
+def _is_hashable(value) -> bool:
+    """Whether the value and all that it holds are hashable: a tuple of lists isn't."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,149 @@
+"""A program that waits for its platform: a function of arrays, traced only when it is lowered, for that platform alone.
+
+The platform isn't known earlier: a traced program may be compiled for another machine, or exported for several. The
+program's derivatives and batched forms wait too, so that in every nesting only one platform's version is traced. A
+program must be hashable, and equal each time it is made, so that its trace is found in a cache: a frozen dataclass, or
+a `Program`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.interpreters import ad
+from jax.sharding import AbstractMesh
+
+from jce._jax.primitives import cotangent, linear_in, not_zero, others, placed, primitive, tangent, with_zeros
+
+PLATFORMS = ("cpu", "tpu", None)  # as JAX names them; None for all others
+
+
+def waiting(program: Callable, *arrays: Any) -> Any:
+    """program(platform, *arrays): a tree of arrays, whose types must be the same on each of the PLATFORMS."""
+    leaves, tree = jax.tree.flatten(arrays)
+    return _bind(Program(_of_trees, (program, tree)), Settings.now(), *map(jnp.asarray, leaves))
+
+
+class Settings(NamedTuple):
+    """JAX's settings where the program was called: tracing at lowering must use them, and they are part of its key."""
+
+    x64: bool
+    precision: Any
+    dtype_promotion: str
+    rank_promotion: str
+    mesh: AbstractMesh
+
+    @classmethod
+    def now(cls) -> Settings:
+        c: Any = jax.config
+        return cls(
+            c.jax_enable_x64,
+            c.jax_default_matmul_precision,
+            c.jax_numpy_dtype_promotion,
+            c.jax_numpy_rank_promotion,
+            jax.sharding.get_abstract_mesh(),
+        )
+
+    @contextlib.contextmanager
+    def again(self):
+        with (
+            jax.enable_x64(self.x64),
+            jax.default_matmul_precision(self.precision),
+            jax.numpy_dtype_promotion(self.dtype_promotion),
+            jax.numpy_rank_promotion(self.rank_promotion),
+            jax.sharding.use_abstract_mesh(self.mesh),
+        ):
+            yield
+
+
+# Programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """function(*static, platform, *arrays); equal to another Program if function and static arguments are."""
+
+    function: Callable
+    static: tuple
+
+    def __call__(self, platform, *arrays):
+        return self.function(*self.static, platform, *arrays)
+
+
+def _of_trees(program, tree, platform, *leaves):
+    return program(platform, *tree.unflatten(leaves))
+
+
+def _tangent(program, live, platform, *arrays):
+    return tangent(functools.partial(program, platform), live, *arrays)
+
+
+def _cotangent(program, live, types, some, platform, *arrays):
+    return cotangent(functools.partial(program, platform), live, types, some, *arrays)
+
+
+def _batched(program, axes, platform, *arrays):
+    return jax.vmap(functools.partial(program, platform), axes)(*arrays)
+
+
+# The primitive
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _traced(program, platform, *arrays):
+    """program(platform, *arrays), traced once for each platform and types of arrays: jit caches its traces."""
+    return program(platform, *arrays)
+
+
+def _types(program, settings, *avals):
+    """The results' types and their tree, from tracing the program for a CPU."""
+    with settings.again():
+        return jax.make_jaxpr(_traced, static_argnums=(0, 1), return_shape=True)(program, "cpu", *avals)
+
+
+def _bind(program: Callable, settings: Settings, *leaves: Array) -> Any:
+    _, results = _types(program, settings, *map(jax.typeof, leaves))
+    return jax.tree.unflatten(jax.tree.structure(results), _waiting_p.bind(*leaves, program=program, settings=settings))
+
+
+def _differentiate(primals, tangents, *, program, settings):
+    results = _waiting_p.bind(*primals, program=program, settings=settings)
+    live = not_zero(tangents)
+    steps = _bind(Program(_tangent, (program, live)), settings, *primals, *(tangents[i] for i in live))
+    return results, with_zeros(results, steps)
+
+
+def _transpose(cotangents, *arrays, program, settings):
+    count, live = len(arrays), linear_in(arrays)
+    types, some = tuple(arrays[i].aval for i in live), tuple(range(len(cotangents)))
+    known = (arrays[i] for i in others(count, live))
+    back = Program(_cotangent, (program, live, types, some))
+    return placed(count, live, _bind(back, settings, *map(ad.instantiate_zeros, cotangents), *known))
+
+
+def _batch(arrays, axes, *, program, settings):
+    results = jax.tree.leaves(_bind(Program(_batched, (program, tuple(axes))), settings, *arrays))
+    return results, [0] * len(results)
+
+
+def _run(platform, *arrays, program, settings):
+    with settings.again():
+        return jax.tree.leaves(_traced(program, platform, *arrays))
+
+
+_waiting_p = primitive(
+    "waiting",
+    {platform: functools.partial(_run, platform) for platform in PLATFORMS},
+    _differentiate,
+    _transpose,
+    _batch,
+    types=lambda *avals, program, settings: _types(program, settings, *avals)[0].out_avals,
+    several=True,
+)

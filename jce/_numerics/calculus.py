@@ -1,0 +1,132 @@
+"""Closed-form derivative rules that hold to any order, and the quotient that their coefficients are written in.
+
+A rule's coefficients are differentiated again for a Hessian, and again for a third derivative, where a plain `a / b`
+would give 0 · ∞ = NaN at a corner. The rule of `ratio` is written in `ratio` itself, so no order does. Rules divide
+tangents by b instead of multiplying them by 1/b, so that tangents as small as b don't lose the float range.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+
+from jce._jax.primitives import as_one, live_jvp
+from jce._numerics.elementary import unless_negative
+from jce._numerics.mul0 import mul0, over
+
+
+class custom_jvp:
+    """`jax.custom_jvp`, with a rule that also holds to any order inside `lax.scan` and `lax.map`."""
+
+    def __init__(self, kernel: Callable, nondiff_argnums: tuple[int, ...] = ()):
+        functools.update_wrapper(self, kernel)
+        self._kernel = with_rule = jax.custom_jvp(as_one(kernel, nondiff_argnums), nondiff_argnums=nondiff_argnums)
+        self.defjvp = with_rule.defjvp
+        # Until JAX 0.12: reverse mode of a loop inlines the kernels that a rule calls. They lose their own rules, and
+        # as plain code give 0 · ∞ = NaN when differentiated again. A checkpoint isn't inlined; this one keeps all
+        # residuals, so that nothing is recomputed.
+        if jax.__version_info__ < (0, 12):
+            self._kernel = jax.checkpoint(
+                with_rule,
+                prevent_cse=False,
+                policy=jax.checkpoint_policies.everything_saveable,
+                static_argnums=nondiff_argnums,
+            )
+
+    def __call__(self, *arguments):
+        return self._kernel(*arguments)
+
+
+def along(tangents, *terms: Callable[[Array], Array]) -> Array:
+    """The sum of term(tangent) over the arguments that are differentiated, whose tangents aren't symbolic zeros."""
+    live = [term(t) for term, t in zip(terms, tangents, strict=True) if not isinstance(t, SymbolicZero)]
+    return functools.reduce(jnp.add, live)
+
+
+def directional_derivative(primals, tangents, *partials: Callable[..., Array], static=()) -> Array:
+    """Σᵢ ∂ᵢf · tᵢ, elementwise."""
+    return along(tangents, *(lambda t, f=f: mul0(f(*primals, *static), t) for f in partials))
+
+
+def def_partials(kernel: custom_jvp, *partials: Callable[..., Array]) -> None:
+    """Gives an elementwise kernel its rule: a partial derivative for each argument, as a function of all arguments."""
+
+    def rule(primals, tangents):
+        return kernel(*primals), directional_derivative(primals, tangents, *partials)
+
+    kernel.defjvp(rule, symbolic_zeros=True)
+
+
+def def_partials_of_sum(kernel: custom_jvp, *partials: Callable[..., Array]) -> None:
+    """`def_partials` for a sum over classes. Partials are elementwise; they and the kernel take the classes last."""
+
+    def rule(classes, primals, tangents):
+        tangent = directional_derivative(primals, tangents, *partials, static=(classes,))
+        return kernel(*primals, classes), classes.sum(tangent)
+
+    kernel.defjvp(rule, symbolic_zeros=True)
+
+
+def def_tangents(kernel: custom_jvp, *tangents_of: Callable[..., Array]) -> None:
+    """`def_partials` with terms instead of partials: each a function of the tangent, in which it is linear, and of all
+    arguments."""
+
+    def rule(primals, tangents):
+        return kernel(*primals), along(tangents, *(lambda t, f=f: f(t, *primals) for f in tangents_of))
+
+    kernel.defjvp(rule, symbolic_zeros=True)
+
+
+def def_twin(kernel: custom_jvp, twin: Callable[..., Array]) -> None:
+    """Gives an elementwise kernel the derivative of `twin`, an equal expression whose derivative is accurate."""
+    kernel.defjvp(lambda primals, tangents: (kernel(*primals), jax.jvp(twin, primals, tangents)[1]))
+
+
+def def_at_once(at_once: custom_jvp, *functions: Callable) -> None:
+    """Gives a kernel that computes several functions in one go their derivatives, by each function's own rule."""
+
+    def rule(classes, primals, tangents):
+        def apart(*arguments):
+            return tuple(f(*arguments, classes) for f in functions)
+
+        return at_once(*primals, classes), live_jvp(apart, primals, tangents)[1]
+
+    at_once.defjvp(rule, symbolic_zeros=True)
+
+
+def both_zero(a: Array, b: Array) -> Array:
+    """Where an outcome has probability 0 in both distributions."""
+    return (a == 0) & (b == 0)
+
+
+@custom_jvp
+def ratio(a: Array, b: Array) -> Array:
+    """a / b for b ≥ 0, with 0 / 0 = 0; NaN for b < 0."""
+    return unless_negative(b, jnp.where(a == 0, jnp.zeros_like(a), a / jnp.abs(b)))  # |b|: a / -0 would be -∞
+
+
+def over_if_present(t: Array, a: Array, b: Array) -> Array:
+    """t / b, the derivative of log b along t, but 0 where a = b = 0: an outcome of a and b that is absent."""
+    return over(jnp.where(both_zero(a, b), jnp.zeros_like(t), t), b)
+
+
+# d(a/b) = (da - (a/b) db) / b, which stays in range where a/b² would overflow.
+@ratio.defjvp
+def _ratio_rule(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    return ratio(a, b), over_if_present(da - mul0(ratio(a, b), db), a, b)
+
+
+@custom_jvp
+def negative(x: Array) -> Array:
+    """0 - x, which at x = 0 is 0 where -x is -0: else the reciprocal of an entropy of 0 would be -∞."""
+    return 0 - x
+
+
+# Under differentiation it is plain -x, so -0 at 0: XLA moves -x out of a mean, and reads the batch once less.
+negative.defjvp(lambda primals, tangents: (-primals[0], -tangents[0]))

@@ -1,0 +1,180 @@
+"""H(p) = Σ pᵢ log 1/pᵢ."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jce._jax.arguments import distributions
+from jce._jax.public import public
+from jce._numerics.calculus import custom_jvp, def_partials_of_sum, def_tangents, negative
+from jce._numerics.elementary import log, log1p
+from jce._numerics.mul0 import mul0, multiply, over
+from jce._softmax.kernel import kernel, kernel_apart
+from jce._softmax.softmax import centered, softmax, unless_nan
+
+
+@public("axis")
+def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
+    """H(p) = Σᵢ pᵢ log 1/pᵢ, in nats: the entropy of discrete distributions.
+
+    Example:
+      >>> float(jce.entropy([0.5, 0.25, 0.25]) / jnp.log(2))  # in bits
+      1.5
+
+    It lies between 0, at certainty, and log n, at the uniform distribution.
+
+    Args:
+      p: real, [..., n, ...], probabilities of n classes along `axis`.
+      axis: the axis of the n classes: a static int.
+      where: bool, broadcast to the shape of p. A class where it is False is excluded, whatever it holds. A distribution
+        with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+
+    Returns:
+      [..., ...], p without `axis`; float32, or float64 if p is.
+
+    At the boundary:
+      pᵢ = 0 contributes 0, and ∂H/∂pᵢ = +∞ there, the one-sided limit. An infinite derivative times a tangent or a
+      cotangent that is exactly 0 is 0. n = 0 gives 0.
+
+    Derivative:
+      ∂H/∂pᵢ = log 1/pᵢ - 1, in p's dtype.
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: there is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      Σ pᵢ = 1 (see `check_distribution`). A negative pᵢ gives NaN, as its logarithm does. Subnormal numbers count as 0
+      where XLA flushes them, as it does on a CPU.
+
+    Source:
+      C. E. Shannon, A Mathematical Theory of Communication (1948), section 6.
+    """
+    (p,), classes = distributions("entropy", axis, where, p=p)
+    return negative(_sum_p_log_p(p, classes))
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+def _sum_p_log_p(p, classes):
+    # log 0 is raised to the lowest finite number, since 0 · -∞ would be NaN. |p| is p, or log p is NaN; a CPU sums a
+    # computed number times a per-row one faster than an input (`passes.py`).
+    return classes.sum(jnp.abs(p) * jnp.maximum(log(p), classes.lowest(p)))
+
+
+# d/dp p log p = log p + 1
+def_partials_of_sum(_sum_p_log_p, lambda p, _: _log(p) + 1)
+
+
+@custom_jvp
+def _log(p):
+    return log(p)
+
+
+# d log p/dp = 1/p
+def_tangents(_log, over)
+
+
+@public("axis", "axis_name")
+def entropy_with_logits(
+    logits: ArrayLike,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
+) -> Array:
+    """H(q) = Σᵢ qᵢ log 1/qᵢ of q = softmax(logits), in nats: the entropy of discrete distributions given by logits.
+
+    Example:
+      >>> print(jce.entropy_with_logits(jnp.array([[0.0, 0.0], [20.0, 0.0]])))
+      [6.9314718e-01 4.3284228e-08]
+
+    It lies between 0, at certainty, and log n, at equal logits. It is relatively accurate also where one class has
+    nearly all of the probability.
+
+    Args:
+      logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
+      axis: the axis of the n classes: a static int.
+      where: bool, broadcast to the shape of logits. A class where it is False has probability 0, whatever it holds. A
+        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
+        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
+
+    Returns:
+      [..., ...], logits without `axis`; float32, or float64 if logits is.
+
+    At the boundary:
+      A logit of -∞ is a class of probability 0: it contributes 0, with derivative 0. A NaN, a +∞ or nothing but -∞
+      makes its row NaN. n = 0 gives 0.
+
+    Derivative:
+      ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H), in logits' dtype.
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: there is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+    """
+    (x,), classes = distributions("entropy_with_logits", axis, where, axis_name, in_logits=("logits",), logits=logits)
+    return entropy_of_softmax(x, classes)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+@kernel
+def entropy_of_softmax(x, classes):
+    # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z: no term is negative, so nothing cancels.
+    _, s, t = classes.sums(x)
+    return log1p(s) + t / (1 + s)
+
+
+# ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)
+@entropy_of_softmax.defjvp
+def _entropy_of_softmax_rule(classes, primals, tangents):
+    (x,), (t,) = primals, tangents
+    return entropy_of_softmax(x, classes), classes.sum(mul0(_weighted_excess(x, classes), t))
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+@kernel_apart
+def _weighted_excess(x, classes):
+    return mul0(_surprisal_excess(x, classes), softmax(x, classes))
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+@kernel_apart
+def _surprisal_excess(x, classes):
+    """log 1/qᵢ - H, computed as (m - xᵢ) - Σ q (m - x): near the uniform distribution log 1/qᵢ and H are both near
+    log n, and their difference would lose all digits."""
+    n, t = classes.exponentials(x).of_row, classes.sums(x).t
+    # At 10⁴, q has long underflowed to 0. A finite number, unlike +∞, may be multiplied by 0 at every order.
+    return jnp.minimum(-classes.depth(x, n), 1e4) - classes.column(t / n.z)
+
+
+# d (log 1/qᵢ - H) = -(tᵢ - Σ q t) - dH
+@_surprisal_excess.defjvp
+def _surprisal_excess_rule(classes, primals, tangents):
+    (x,), (t,) = primals, tangents
+    dh = classes.sum(mul0(_weighted_excess(x, classes), t))
+    return _surprisal_excess(x, classes), -centered(t, x, classes) - classes.each(dh, t)
+
+
+# d qᵢ (log 1/qᵢ - H) = qᵢ ((tᵢ - Σ q t)(log 1/qᵢ - H - 1) - dH), with dH = Σ qᵢ (log 1/qᵢ - H) tᵢ
+@_weighted_excess.defjvp
+def _weighted_excess_rule(classes, primals, tangents):
+    return _weighted_excess(*primals, classes), _tangent_of_weighted_excess(*tangents, *primals, classes)
+
+
+@kernel_apart
+def _tangent_of_weighted_excess(t, x, classes):
+    _, z, u, _, covariance = classes.deviation(t, x)
+    excess = _surprisal_excess(x, classes)
+    centered = multiply(excess - 1, u)
+    tangent = mul0(softmax(x, classes), centered - classes.column(covariance(excess)))
+    return unless_nan(z, tangent, t, classes)

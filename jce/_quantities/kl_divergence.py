@@ -1,0 +1,290 @@
+"""KL(p‖q) = Σ pᵢ log pᵢ/qᵢ, and its form for numbers that don't sum to 1, Σ (pᵢ log pᵢ/qᵢ - pᵢ + qᵢ)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from jce._jax.arguments import distributions
+from jce._jax.public import public
+from jce._numerics.calculus import (
+    along,
+    both_zero,
+    custom_jvp,
+    def_at_once,
+    def_partials,
+    def_partials_of_sum,
+    def_tangents,
+    def_twin,
+    over_if_present,
+    ratio,
+)
+from jce._numerics.deviance import deviance, deviance_from_log, difference_from_log, log_ratio
+from jce._numerics.elementary import raised, unless_negative
+from jce._numerics.mul0 import mul0
+from jce._softmax.compare import compare, deviances, log_q_over_p, one_at_a_time, q_minus_p
+from jce._softmax.kernel import kernel, kernel_sharing
+from jce._softmax.softmax import centered, softmax
+
+
+@public("axis")
+def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
+    """KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ, in nats: the Kullback-Leibler divergence of a model q from a target p.
+
+    Example:
+      >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])
+      >>> print(jce.kl_divergence(p, q), jce.cross_entropy(p, q) - jce.entropy(p), jce.kl_divergence(q, p))
+      0.3465736 0.3465736 inf
+
+    KL(p‖q) = H(p, q) - H(p) ≥ 0, and 0 only at p = q. Not symmetric.
+
+    It is the sum over the numbers as they are stored, right to a few ulps also where p ≈ q. Rounding leaves Σ pᵢ and
+    Σ qᵢ of stored distributions a little off 1. Where Σ pᵢ < Σ qᵢ, the exact sum may be negative by their difference,
+    and then the result is. `generalized_kl_divergence` and `binary_kl_divergence` are never negative.
+
+    Args:
+      p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
+      q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
+      axis: the axis of the n classes: a static int, counted in the broadcast shape.
+      where: bool, broadcast to the shape of p and q. A class where it is False is excluded, whatever it holds. A
+        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+
+    Returns:
+      [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
+
+    At the boundary:
+      pᵢ = 0 contributes 0, with ∂KL/∂qᵢ = 0 and, where qᵢ > 0, ∂KL/∂pᵢ = -∞, the one-sided limit. pᵢ > 0 = qᵢ makes
+      KL = +∞, with ∂KL/∂qᵢ = -∞ and ∂KL/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0. An infinite
+      derivative times a tangent or a cotangent that is exactly 0 is 0. n = 0 gives 0.
+
+    Derivative:
+      ∂KL/∂pᵢ = log pᵢ/qᵢ + 1, ∂KL/∂qᵢ = -pᵢ/qᵢ, each in its argument's dtype.
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, `axis` is not
+        an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). Where rounding left Σ pᵢ 1e-7 below Σ qᵢ, KL of p ≈ q is that far
+      below 0. For p ≈ q use `kl_divergence_with_logits`, or `generalized_kl_divergence`, whose derivative in q is
+      1 - pᵢ/qᵢ. A negative pᵢ or qᵢ gives NaN, as its logarithm does. Subnormal numbers count as 0 where XLA flushes
+      them, as it does on a CPU.
+
+    Source:
+      S. Kullback and R. A. Leibler, On Information and Sufficiency (1951).
+    """
+    (p, q), classes = distributions("kl_divergence", axis, where, p=p, q=q)
+    return _kl(p, q, classes)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
+@kernel
+def _kl(p, q, classes):
+    # KL is Σ (p log p/q - p + q) + Σ (p - q). Where q is far above p, p log p/q would be lost in the rounding of p - q:
+    # there (q > 4p) -3p takes its place in both sums. max(p - q, -3p) is p - min(q, 4p), continuous at q = 4p, so that
+    # passes which see p and q rounded differently agree. The two forms differ, or XLA would store what they share.
+    deviances = unless_negative(jnp.minimum(p, q), deviance(p, q, p - q, jnp.maximum(p - q, -3 * p)))
+    return classes.sum_with_differences(deviances, p, jnp.minimum(q, 4 * p))
+
+
+# ∂/∂p p log p/q = log p/q + 1, ∂/∂q p log p/q = -p/q
+def_partials_of_sum(
+    _kl,
+    lambda p, q, _: jnp.where(both_zero(p, q), jnp.zeros_like(p), _log_ratio(p, q) + 1),
+    lambda p, q, _: -ratio(p, q),
+)
+
+
+@public("axis")
+def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
+    """Σᵢ (pᵢ log pᵢ/qᵢ - pᵢ + qᵢ), in nats: the KL divergence of non-negative numbers that need not sum to 1.
+
+    Example:
+      >>> print(jce.generalized_kl_divergence([1.0, 0.0], [2.0, 3.0]))
+      3.3068528
+
+    It is ≥ 0 to the last bit for any non-negative floats, and 0 only at p = q or where it underflows. Where
+    Σ pᵢ = Σ qᵢ it is KL(p‖q). Not symmetric.
+
+    Args:
+      p: real, [..., n, ...], the target's weights of n classes along `axis`.
+      q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
+      axis: the axis of the n classes: a static int, counted in the broadcast shape.
+      where: bool, broadcast to the shape of p and q. A class where it is False is excluded, whatever it holds. A
+        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+
+    Returns:
+      [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
+
+    At the boundary:
+      pᵢ = 0 contributes qᵢ, with ∂/∂qᵢ = 1 and, where qᵢ > 0, ∂/∂pᵢ = -∞, the one-sided limit. pᵢ > 0 = qᵢ makes it +∞,
+      with ∂/∂qᵢ = -∞ and ∂/∂pᵢ = +∞. At pᵢ = qᵢ = 0, ∂/∂qᵢ = 1 and ∂/∂pᵢ = 0. An infinite derivative times a tangent or
+      a cotangent that is exactly 0 is 0. n = 0 gives 0.
+
+    Derivative:
+      ∂/∂pᵢ = log pᵢ/qᵢ, ∂/∂qᵢ = (qᵢ - pᵢ)/qᵢ, each in its argument's dtype and relatively accurate also where p ≈ q.
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, `axis` is not
+        an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      Values. A negative pᵢ or qᵢ gives NaN, as its logarithm does. Subnormal numbers count as 0 where XLA flushes them,
+      as it does on a CPU.
+
+    Source:
+      D. D. Lee and H. S. Seung, Algorithms for Non-negative Matrix Factorization (2000), where it is called divergence.
+    """
+    (p, q), classes = distributions("generalized_kl_divergence", axis, where, p=p, q=q)
+    return classes.sum(_deviance(p, q))
+
+
+@custom_jvp
+def _deviance(p, q):
+    return unless_negative(jnp.minimum(p, q), deviance(p, q, p - q))
+
+
+# ∂/∂p (p log p/q - p + q) = log p/q, ∂/∂q (p log p/q - p + q) = (q - p)/q
+def_partials(_deviance, lambda p, q: _log_ratio(p, q), lambda p, q: _relative_excess(p, q))
+
+
+@custom_jvp
+def _log_ratio(p, q):
+    p, q = raised(p, q)
+    return unless_negative(jnp.minimum(p, q), log_ratio(p, q, p - q))
+
+
+# ∂/∂p log p/q = 1/p, ∂/∂q log p/q = -1/q
+def_tangents(_log_ratio, lambda t, p, q: over_if_present(t, q, p), lambda t, p, q: -over_if_present(t, p, q))
+
+
+@custom_jvp
+def _relative_excess(p, q):
+    p, q = raised(p, q)
+    return unless_negative(q, jnp.where(both_zero(p, q), jnp.ones_like(q), (q - p) / jnp.abs(q)))
+
+
+# (q - p)/q = 1 - p/q
+def_twin(_relative_excess, lambda p, q: -ratio(p, q))
+
+
+@public("axis", "axis_name")
+def kl_divergence_with_logits(
+    p_logits: ArrayLike,
+    q_logits: ArrayLike,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
+) -> Array:
+    """KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ of p = softmax(p_logits) and q = softmax(q_logits), in nats.
+
+    Example:
+      >>> print(jce.kl_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
+      1.7358838e-21
+
+    It is ≥ 0 to the last bit, and relatively accurate also where p ≈ q. Not symmetric.
+
+    Args:
+      p_logits: real, [..., n, ...], the target's logits (or log-probabilities) of n classes along `axis`.
+      q_logits: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
+      axis: the axis of the n classes: a static int, counted in the broadcast shape.
+      where: bool, broadcast to the shape of both. A class where it is False has probability 0 in both, whatever it
+        holds. A distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
+        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
+        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
+
+    Returns:
+      [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
+
+    At the boundary:
+      A logit of -∞ is a class of probability 0. In p it contributes 0, with ∂KL/∂p_logits = 0. In q alone it makes
+      KL = +∞, with ∂KL/∂p_logits = +∞ at it and -∞ at the other classes of p > 0, and ∂KL/∂q_logits = q - p as usual.
+      A row with a NaN, a +∞ or only -∞ is NaN. n = 0 gives 0.
+
+    Derivative:
+      ∂KL/∂p_logitsᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂q_logitsᵢ = qᵢ - pᵢ, each in its argument's dtype.
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, `axis` is not
+        an int in range, or `where` doesn't broadcast.
+
+    Not checked:
+      Values. Probabilities and results below the smallest normal number are 0 where XLA flushes them, as it does on a
+      CPU. Logits may be as low as the lowest float, but not above an eighth of the largest, 4e37 in float32: beyond it
+      their differences overflow.
+    """
+    names = ("p_logits", "q_logits")
+    (x, y), classes = distributions(
+        "kl_divergence_with_logits", axis, where, axis_name, in_logits=names, p_logits=p_logits, q_logits=q_logits
+    )
+    return kl_of_softmax(x, y, None, classes)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@kernel
+def kl_of_softmax(x, y, d, classes):
+    """KL(p‖q) for p = softmax(x) and q = softmax(y); d is None, or y - x with more digits than x and y have
+    (`compare.py`)."""
+    return classes.sum(deviance_from_log(*compare(x, y, d, classes)))
+
+
+# ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂yᵢ = qᵢ - pᵢ
+def _kl_rule(classes, primals, tangents):
+    if not one_at_a_time(tangents):
+        return kl_of_softmax(*primals, classes), classes.sum(_along_both(primals, tangents, classes))
+    if isinstance(tangents[0], SymbolicZero):  # along y alone no N × n array is stored
+        return kl_of_softmax(*primals, classes), classes.sum(mul0(q_minus_p(*primals, classes), tangents[1]))
+    kl, in_x, in_y = _kl_and_partials(*primals, classes)
+    return kl, classes.sum(along(tangents[:2], lambda t: mul0(in_x, t), lambda t: mul0(in_y, t)))
+
+
+kl_of_softmax.defjvp(_kl_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@kernel_sharing
+def _kl_and_partials(x, y, d, classes):
+    # One kernel for all three, since each of them compares x and y.
+    p, q, delta = compare(x, y, d, classes, stored=True)
+    kl = classes.sum(deviance_from_log(p, q, delta))
+    return kl, _weighted_excess_of(p, -delta, kl, x, classes), difference_from_log(p, q, delta)
+
+
+# (qᵢ - pᵢ - pᵢδᵢ - pᵢ KL) dxᵢ + (qᵢ - pᵢ) ddᵢ, since in ∂KL/∂xᵢ dxᵢ + ∂KL/∂yᵢ dyᵢ terms of first order in δ cancel.
+def _along_both(primals, tangents, classes):
+    (x, y, d), (dx, dy, dd) = primals, tangents
+    rows = x, y, d, classes
+    in_x, in_y, kl = _weighted_excess(*rows), q_minus_p(*rows), classes.column(kl_of_softmax(*rows))
+    in_both = deviances(*rows) - mul0(jnp.broadcast_to(kl, x.shape), softmax(x, classes))
+    # Where q is far above p, the coefficient of dx would be q's rounding, and ∂KL/∂x would lose all its digits.
+    near = jnp.abs(lax.stop_gradient(log_q_over_p(*rows))) < 1.5
+    return mul0(jnp.where(near, in_both, in_x), dx) + jnp.where(near, mul0(in_y, dd), mul0(in_y, dy))
+
+
+def _weighted_excess(x, y, d, classes):
+    """pᵢ (log pᵢ/qᵢ - KL)"""
+    kl, log_p_q = kl_of_softmax(x, y, d, classes), -log_q_over_p(x, y, d, classes)
+    return _weighted_excess_of(softmax(x, classes), log_p_q, kl, x, classes)
+
+
+def _weighted_excess_of(p, log_p_q, kl, x, classes):
+    impossible = log_p_q == jnp.inf
+    infinite = classes.column(kl) == jnp.inf
+    # Unscaled, sums over n classes with weights up to 2¹² (FINE of `passes.py`) might overflow.
+    scale = 2.0 ** -(classes.count(x).bit_length() + 12)
+    excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, classes) / scale
+    excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)
+    return mul0(excess, p)
+
+
+def_at_once(_kl_and_partials, kl_of_softmax, _weighted_excess, q_minus_p)

@@ -1,0 +1,120 @@
+"""log 1/q_y, a label's cross-entropy at logits, alone or smoothed over all classes.
+
+The excess is its derivative in the logits, q minus the target. One kernel computes value and excess.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+
+from jce._numerics.calculus import along, custom_jvp
+from jce._numerics.elementary import exp
+from jce._numerics.mul0 import mul0
+from jce._quantities.soft_targets import scaled, smoothed, soft, soft_excess, terms
+from jce._softmax.kernel import kernel
+from jce._softmax.softmax import softmax_tangent, surprisal_at_label
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
+@kernel
+def label_surprisal(y, x, classes):
+    """log 1/q_y"""
+    return surprisal_at_label(classes.off_label_of_any_shift(y, x))
+
+
+# ∂/∂xᵢ log 1/q_y = qᵢ - [i = y]
+@label_surprisal.defjvp
+def _label_surprisal_rule(classes, primals, tangents):
+    surprisal, excess = label_surprisal_and_excess(*primals, classes)
+    return surprisal, classes.sum(mul0(excess, tangents[1]))
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
+@kernel
+def label_surprisal_and_excess(y, x, classes):
+    # One kernel for both: XLA couldn't see that two kernels compute the same sums.
+    off, e = classes.exponentials_off_label(y, x)
+    return surprisal_at_label(off), _excess_of(y, x, off, e, classes)
+
+
+def _excess_of(y, x, off, e, classes):
+    return jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-off.s), e) / classes.column(off.z)
+
+
+@label_surprisal_and_excess.defjvp
+def _label_surprisal_and_excess_rule(classes, primals, tangents):
+    x, t = primals[1], tangents[1]
+    surprisal, excess = label_surprisal_and_excess(*primals, classes)
+    return (surprisal, excess), (classes.sum(mul0(excess, t)), softmax_tangent(t, x, None, classes))
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+def smoothed_surprisal(y, share, x, smoothing, classes):
+    """(1-ε) log 1/q_y + ε Σᵢ uᵢ log 1/qᵢ; u is `share`: an array, or one number for all, which saves reading one."""
+    return _smoothed_surprisal_and_excess(y, share, x, smoothing, classes)[0]
+
+
+# ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - εuᵢ, ∂/∂ε = Σᵢ uᵢ log 1/qᵢ - log 1/q_y
+def _smoothed_surprisal_rule(classes, primals, tangents):
+    y, share, x, _ = primals
+    surprisal, excess = _smoothed_surprisal_and_excess(*primals, classes)
+    return surprisal, along(
+        tangents[2:],
+        lambda dx: classes.sum(mul0(excess, dx)),
+        lambda t: scaled(t, mean_excess(y, share, x, classes)),
+    )
+
+
+smoothed_surprisal.defjvp(_smoothed_surprisal_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@kernel
+def mean_excess(y, share, x, classes):
+    """Σᵢ uᵢ log 1/qᵢ - log 1/q_y for Σu = 1, computed as Σᵢ uᵢ (m - xᵢ) - (m - x_y): near the uniform distribution both
+    losses are about log Z, and their difference would lose all digits."""
+    m, _, d = classes.off_label(y, x)
+    depth = classes.column(m) - x
+    mean = classes.sum(terms(share, depth, classes) if share.ndim else share * depth)
+    return mean - d
+
+
+# d = t_y - Σᵢ uᵢtᵢ, and NaN where the row is NaN and t isn't 0
+@mean_excess.defjvp
+def _mean_excess_rule(classes, primals, tangents):
+    (y, share, _), (*_, t) = primals, tangents
+    excess = mean_excess(*primals, classes)
+    nan = classes.each(jnp.where(jnp.isnan(excess), excess, jnp.zeros_like(excess)), t)
+    weighted = classes.sum(mul0(nan - share, t))
+    return excess, classes.at(t, classes.local(y, t)) + weighted
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+@kernel
+def _smoothed_surprisal_and_excess(y, share, x, smoothing, classes):
+    # `off_label`, not `off_label_of_any_shift`: the mean surprisal needs the maximum, so the label's part shares it.
+    u, off = _of_each(share, x), classes.off_label(y, x)
+    surprisal, excess = surprisal_at_label(off), _excess_of(y, x, off, exp(classes.depth_off_label(x, off)), classes)
+    uniform = soft(u, x, classes) if share.ndim else classes.sum(share * classes.normalizer(x).surprisal(x, classes))
+    return smoothed(surprisal, uniform, smoothing), smoothed(excess, soft_excess(u, x, classes), smoothing)
+
+
+# d (qᵢ - (1-ε) [i = y] - εuᵢ) = dqᵢ + ([i = y] - uᵢ) dε
+def _smoothed_surprisal_and_excess_rule(classes, primals, tangents):
+    y, share, x, _ = primals
+
+    def along_smoothing(t):
+        return scaled(t, soft_excess(_of_each(share, x), x, classes) - label_surprisal_and_excess(y, x, classes)[1])
+
+    d_excess = along(tangents[2:], lambda dx: softmax_tangent(dx, x, None, classes), along_smoothing)
+    d_surprisal = _smoothed_surprisal_rule(classes, primals, tangents)[1]
+    return _smoothed_surprisal_and_excess(*primals, classes), (d_surprisal, d_excess)
+
+
+_smoothed_surprisal_and_excess.defjvp(_smoothed_surprisal_and_excess_rule, symbolic_zeros=True)
+
+
+def _of_each(share, x):
+    return share + jnp.zeros_like(x)

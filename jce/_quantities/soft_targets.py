@@ -1,0 +1,107 @@
+"""Cross-entropy of soft targets p and logits x: H(p, q) = Σ pᵢ log 1/qᵢ at q = softmax(x)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jce._jax.arguments import is_array
+from jce._numerics.calculus import along, custom_jvp, def_at_once
+from jce._numerics.mul0 import mul0
+from jce._softmax.kernel import kernel, kernel_apart
+from jce._softmax.softmax import complement, softmax, softmax_tangent, surprisal
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
+@kernel
+def soft(p, x, classes):
+    return classes.sum(terms(p, classes.normalizer(x).surprisal(x, classes), classes))
+
+
+# ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
+def _soft_rule(classes, primals, tangents):
+    h, *partials = _soft_and_partials(*primals, classes)
+    return h, classes.sum(along(tangents, *(lambda t, f=f: mul0(f, t) for f in partials)))
+
+
+soft.defjvp(_soft_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
+@kernel
+def _soft_and_partials(p, x, classes):
+    # One kernel for all three, since they share the exponentials.
+    of_x = classes.exponentials(x)
+    surprisals = of_x.of_row.surprisal(x, classes)
+    return classes.sum(terms(p, surprisals, classes)), surprisals, _excess(p, of_x, classes)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(2,))
+@kernel_apart
+def soft_excess(p, x, classes):
+    return _excess(p, classes.exponentials(x), classes)
+
+
+def terms(p, surprisals, classes):
+    return p * jnp.minimum(surprisals, classes.bound(p, 1))
+
+
+def _excess(p, of_x, classes):
+    (e, _, n), total = of_x, classes.sum(p)
+    # A dominant class has eᵢ = 1 > 0.6 while others have eᵢ < 1/2, and without one all eᵢ < 1.6. Of it q = 1 - s/Z, so
+    # q Σp - p is (Σp - p) - Σp s/Z, in which Σp - p is exact.
+    dominant = (classes.column(total) - p) - classes.column(total * (n.s / n.z))
+    return jnp.where(e > classes.column(0.6 + n.shared), dominant, e * classes.column(total / n.z) - p)
+
+
+def _excess_rule(classes, primals, tangents):
+    p, x = primals
+
+    def along_p(dp):
+        q = softmax(x, classes)
+        d_total = classes.each(classes.sum(dp), p)
+        # For a class with q > 1/2, q Σdp - dp would cancel: it is the sum of the other dp, minus (1 - q) Σdp.
+        others = classes.column(classes.sum(jnp.where(q > 0.5, jnp.zeros_like(dp), dp)))
+        return jnp.where(q > 0.5, others - mul0(complement(x, classes), d_total), mul0(q, d_total) - dp)
+
+    tangent = along(tangents, along_p, lambda dx: softmax_tangent(dx, x, classes.sum(p), classes))
+    return soft_excess(p, x, classes), tangent
+
+
+soft_excess.defjvp(_excess_rule, symbolic_zeros=True)
+def_at_once(_soft_and_partials, soft, lambda p, x, classes: surprisal(x, classes), soft_excess)
+
+
+def smoothed(loss, uniform_loss, smoothing):
+    if is_array(smoothing):
+        both = scaled(1 - smoothing, loss) + scaled(smoothing, uniform_loss)
+        return jnp.where(jnp.isnan(loss), loss, both)  # a NaN loss stays NaN also at ε = 1
+    if smoothing == 1:  # the label's loss is left out, even +∞, but a label that is no class still gives NaN
+        return jnp.where(jnp.isnan(loss), loss, uniform_loss)
+    return (1 - smoothing) * loss + smoothing * uniform_loss
+
+
+@jax.custom_jvp
+def smoothed_by(loss, uniform_loss, difference, smoothing):
+    """`smoothed` for a traced ε, whose derivative is `difference`: uniform_loss - loss, given with more digits."""
+    return smoothed(loss, uniform_loss, smoothing)
+
+
+@smoothed_by.defjvp
+def _smoothed_by_rule(primals, tangents):
+    _, _, difference, smoothing = primals
+    d_loss, d_uniform_loss, _, d_smoothing = tangents
+    in_losses = scaled(1 - smoothing, d_loss) + scaled(smoothing, d_uniform_loss)
+    return smoothed_by(*primals), in_losses + mul0(difference, d_smoothing * jnp.ones_like(difference))
+
+
+def scaled(number, x):
+    """number · x, and 0 for a traced 0 even where x is infinite. Callers skip Python's 0, so it isn't tested here."""
+    return mul0(x, number * jnp.ones_like(x)) if is_array(number) else number * x
+
+
+def scaled_square(number, x):
+    """number · x², and 0 for a traced 0. x² is never formed, since it may overflow where the product doesn't."""
+    return mul0(x, scaled(number, x)) if is_array(number) else number * x * x

@@ -1,0 +1,63 @@
+"""A GPU's way with short rows: all sums over a row, and the array computed from them, are fused into one kernel.
+
+XLA fuses such a chain if the row fits into a core's memory, x enters only as x - m, no operation has two results, and
+there is no barrier inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jce._jax.classes import Classes
+from jce._numerics.elementary import exp
+from jce._softmax.reduction import FAR, Reduction
+from jce._softmax.way import Normalizer, OffLabel, Sums, Way, off_maximum, unless_no_class
+
+LONGEST_CHAIN = 16_384  # classes: XLA splits the chains of longer rows into several kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Way):
+    @staticmethod
+    def may_be(classes: Classes, x: Array) -> bool:
+        return x.shape[classes.axis] <= LONGEST_CHAIN and classes.mesh_axis is None and not classes.are_split(x)
+
+    def results(self, function, arrays, ndim, apart):
+        """Each result from a chain of its own, with a barrier behind a number per row: XLA may not fuse chains that
+        share their inputs, nor one that goes on into a sum over the batch."""
+        alone = jax.tree.map(lax.optimization_barrier, arrays)  # one each: t and x may vary over different mesh axes
+        results, tree = jax.tree.flatten(function(*(alone if apart else arrays)))
+        results[1:] = [jax.tree.leaves(function(*alone))[i] for i in range(1, len(results))]
+        return tree.unflatten([r if r.ndim == ndim else lax.optimization_barrier(r) for r in results])
+
+    def maximum(self, x):
+        return self.max(x)  # +∞ may stay: x enters only as x - m, which is NaN there
+
+    def sums(self, x):
+        m = self.maximum(x)
+        d = x - self.column(m)
+        e = exp(d)
+        s = self.sum(jnp.where(e > 0.75, jnp.zeros_like(e), e))
+        n = Normalizer(m, jnp.maximum(s, off_maximum(self.sum(e))))
+        return Sums(*n, -self.sum(e * jnp.maximum(self.depth(x, n), -FAR)))
+
+    def for_log_sum(self, x):
+        return Reduction.of(self, x)
+
+    def comparison(self, x, stored):
+        # A chain would have to compute y - n and x - m separately, each with its own rounding.
+        return Reduction.of(self, x).comparison(x, stored)
+
+    def depth(self, x, n):
+        return n.depth_and_dominant(x, n.m, self)[0]
+
+    def off_label(self, labels, x):
+        m = self.maximum(x)
+        is_label, d = self.is_at(x, self.local(labels, x)), x - self.column(m)
+        s = self.sum(jnp.where(is_label, jnp.zeros_like(d), exp(d)))
+        d = -self.sum(jnp.where(is_label, d, jnp.zeros_like(d)))
+        return OffLabel(m, s, unless_no_class(d, labels, x, self))

@@ -1,0 +1,181 @@
+"""Two rows of logits compared: p, q, δ = log q/p and q - p, relatively accurate also where p ≈ q.
+
+Dividing logits x and y by a temperature rounds each, and y - x loses its digits. So d = y - x may be an argument of its
+own, computed with all of them, or None. If d is differentiated too, as in a derivative in the temperature, tangents of
+both rows are combined by formulas in which nothing cancels where p ≈ q:
+
+    d log pᵢ = dxᵢ - Σ p dx        d log qᵢ/pᵢ = ddᵢ - Σ p dd - Σ (q - p) dy
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from jce._jax.classes import Classes, like, vary_over, varying
+from jce._numerics.calculus import custom_jvp
+from jce._numerics.deviance import deviance_from_log, difference_from_log
+from jce._numerics.elementary import log1p, two_sum
+from jce._numerics.mul0 import mul0, over
+from jce._softmax.kernel import kernel
+from jce._softmax.softmax import centered, softmax, softmax_tangent
+from jce._softmax.way import Way
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@kernel
+def q_minus_p(x, y, d, classes):
+    return difference_from_log(*compare(x, y, d, classes))
+
+
+# d (qᵢ - pᵢ) = qᵢ (dyᵢ - Σ q dy) - pᵢ (dxᵢ - Σ p dx) = (qᵢ - pᵢ) d log pᵢ + qᵢ d log qᵢ/pᵢ
+def _q_minus_p_rule(classes, primals, tangents):
+    r = q_minus_p(*primals, classes)
+    if one_at_a_time(tangents):
+        return r, _difference_of_tangents(_softmax_tangent, primals, tangents, classes)
+    p, q = (softmax(z, classes) for z in primals[:2])
+    near, d_log_p, d_log_q, d_delta = _tangents_of_logarithms(primals, tangents, classes)
+    return r, jnp.where(near, mul0(r, d_log_p) + mul0(q, d_delta), mul0(q, d_log_q) - mul0(p, d_log_p))
+
+
+q_minus_p.defjvp(_q_minus_p_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@kernel
+def log_q_over_p(x, y, d, classes):
+    return compare(x, y, d, classes)[2]
+
+
+# d log qᵢ/pᵢ = (dyᵢ - Σ q dy) - (dxᵢ - Σ p dx)
+def _log_q_over_p_rule(classes, primals, tangents):
+    if one_at_a_time(tangents):
+        tangent = _difference_of_tangents(centered, primals, tangents, classes)
+    else:
+        near, d_log_p, d_log_q, d_delta = _tangents_of_logarithms(primals, tangents, classes)
+        tangent = jnp.where(near, d_delta, d_log_q - d_log_p)
+    return log_q_over_p(*primals, classes), tangent
+
+
+log_q_over_p.defjvp(_log_q_over_p_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@kernel
+def deviances(x, y, d, classes):
+    """qᵢ - pᵢ - pᵢ log qᵢ/pᵢ ≥ 0, whose sum is KL(p‖q). Its rule expects tangents of x, y and d."""
+    return deviance_from_log(*compare(x, y, d, classes))
+
+
+# d (qᵢ - pᵢ - pᵢδᵢ) = (qᵢ - pᵢ - pᵢδᵢ) d log pᵢ + (qᵢ - pᵢ) dδᵢ = (qᵢ - pᵢ) d log qᵢ - pᵢδᵢ d log pᵢ
+@deviances.defjvp
+def _deviances_rule(classes, primals, tangents):
+    terms, difference = deviances(*primals, classes), q_minus_p(*primals, classes)
+    near, d_log_p, d_log_q, d_delta = _tangents_of_logarithms(primals, tangents, classes)
+    weighted = mul0(log_q_over_p(*primals, classes), softmax(primals[0], classes))
+    apart = mul0(difference, d_log_q) - mul0(weighted, d_log_p)
+    return terms, jnp.where(near, mul0(terms, d_log_p) + mul0(difference, d_delta), apart)
+
+
+def one_at_a_time(tangents) -> bool:
+    """Whether only one row has a tangent, or both have but d hasn't: then the difference of both tangents must do."""
+    return any(t is None or isinstance(t, SymbolicZero) for t in tangents)
+
+
+def _tangents_of_logarithms(primals, tangents, classes):
+    """Where |log q/p| < 3/2, d log p, d log q, and d log q/p; elsewhere d log q - d log p is accurate enough."""
+    (x, y, _), (dx, dy, dd) = primals, tangents
+    near = jnp.abs(lax.stop_gradient(log_q_over_p(*primals, classes))) < 1.5
+    mean = classes.sum(mul0(q_minus_p(*primals, classes), dy))
+    d_delta = centered(dd, x, classes) - classes.column(mean)
+    return near, centered(dx, x, classes), centered(dy, y, classes), d_delta
+
+
+def _softmax_tangent(t, x, classes):
+    return softmax_tangent(t, x, None, classes)
+
+
+def _difference_of_tangents(tangent, primals, tangents, classes):
+    (x, y, _), (dx, dy, _) = primals, tangents
+    if isinstance(dx, SymbolicZero):
+        return tangent(dy, y, classes)
+    if isinstance(dy, SymbolicZero):
+        return -tangent(dx, x, classes)
+    return tangent(dy, y, classes) - tangent(dx, x, classes)
+
+
+def tempered(x: Array, t: Array, classes: Classes) -> Array:
+    """(x - max x)/t, for a number t per row. In x/t an offset common to all logits would add its rounding to each."""
+    t = jnp.broadcast_to(vary_over(varying(x), classes.column(t))[0], x.shape)
+    x = x - classes.column(classes.max(lax.stop_gradient(x)))
+    return _over_where_possible(x, t, x)
+
+
+def _over_where_possible(z, t, *rows):
+    """z/t; where an entry of the rows is -∞, z/t doesn't depend on t, and its derivative in t is 0 instead of NaN."""
+    possible = functools.reduce(jnp.minimum, map(lax.stop_gradient, rows)) > -jnp.inf
+    return over(z, jnp.where(possible, t, lax.stop_gradient(t)))
+
+
+def divided(x: Array, y: Array, t: Array, classes: Classes) -> tuple[Array, Array, Array]:
+    """(x - max x)/t, (y - max y)/t, and their difference, which is rounded once before it is divided by t."""
+    m, n = (classes.max(lax.stop_gradient(z)) for z in (x, y))
+    t, difference = like(t.astype(x.dtype), x), _difference_of_rows(x, y, m, n, classes)
+    return (
+        _over_where_possible(x - classes.column(m), t, x),
+        _over_where_possible(y - classes.column(n), t, y),
+        _over_where_possible(difference, t, x, y),
+    )
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+def _difference_of_rows(x, y, m, n, classes):
+    return _difference(x, y, m, n, classes, 0.25)
+
+
+@_difference_of_rows.defjvp
+def _difference_of_rows_rule(classes, primals, tangents):
+    dx, dy, *_ = tangents
+    return _difference_of_rows(*primals, classes), dy - dx
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def compare(x: Array, y: Array, d: Array | None, classes: Way, stored: bool = False) -> tuple[Array, Array, Array]:
+    """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q.
+
+    `stored` is for a kernel that reads them several times: they are computed once and kept in memory.
+    """
+    (nx, of_x), (ny, of_y) = (classes.comparison(z, stored) for z in (x, y))
+    log_z_y_x = ny.log_z - nx.log_z
+
+    def of_pass(s, k):
+        (m, p, dominant_x), (n, q, dominant_y) = of_x(s), of_y(s)
+        apart = _difference(x, y, m, n, classes, k) if d is None else d
+        # A class that dominates both rows has x - m = y - n = 0 by definition; their difference would be rounding.
+        return p, q, jnp.where(dominant_x & dominant_y, jnp.zeros_like(x), apart)
+
+    # δ = (y - n) - (x - m) - log Z_y/Z_x. The logarithm's rounding error is the same for the whole row, and shows in
+    # S = Σ (q - p) = Σ p (e^δ - 1), which would be 0 without it. A second pass subtracts log(1 + S).
+    p, q, difference = of_pass(0 * nx.s, 0.25)
+    surplus = classes.sum(difference_from_log(p, q, difference - classes.column(log_z_y_x)))
+    p, q, difference = of_pass(surplus * surplus, 0.5)
+    # log(1 + S) to first order for either sign of S, as an odd function, so that exchanging p and q gives exactly -δ.
+    delta = difference - classes.column(log_z_y_x + jnp.copysign(log1p(jnp.abs(surplus)), surplus))
+    return (p, q, classes.stored(delta)) if stored else (p, q, delta)
+
+
+def _difference(x, y, m, n, classes, k):
+    """(y - n) - (x - m) with a single rounding where it is small; -∞ where y is -∞, and finite where only x is.
+
+    Calls differ in k < 1, as in m and n, or XLA would store what two passes share (`passes.py`).
+    """
+    least = jnp.finfo(x.dtype).min
+    # -∞ in x, and in y where its error term would be NaN, is raised to a number whose probability is 0.
+    low_x, low_y = (classes.column(jnp.maximum(maximum + k * least, least)) for maximum in (m, n))
+    x, finite_y = jnp.maximum(x, low_x), jnp.maximum(y, low_y)
+    n_m, lost = two_sum(n, -m)
+    return ((y - x) - classes.column(n_m)) + (two_sum(finite_y, -x)[1] - classes.column(lost))

@@ -1,0 +1,230 @@
+"""A CPU's way: each sum is a pass over the row, without selects.
+
+XLA passes reductions to a library with a fixed set of operations. A compare, a select or an iota inside a reduction, or
+between one and the next, makes XLA write its operand to memory first, N × n numbers; so does a constant that two passes
+share. So masks are arithmetic here: min(eᵢ, 2⁹⁶|i - y|) leaves out class y, and eᵢ ⌊7/4 - eᵢ⌋ classes of eᵢ > 3/4. For
+short rows the library is slow at two more things: combining an input with a per-row result, and constants not combined
+with any input. It is also slow at long formulas: these end in a select on purpose, so that one loop stores their terms
+for the sum.
+
+A label's row needs no maximum (`known_label.py`): one pass sums its eᵢ, and stores them where the result is an array.
+
+XLA stores the N × n numbers that two passes share, unless it fuses the passes. Where the result is a number per row,
+that would waste memory: so each pass gets m as max(m, m - s), which XLA doesn't see through, and recomputes its own eᵢ,
+perhaps from logits rounded differently. Where the result is an array, eᵢ are stored once, behind a barrier, and the
+result is written over them: that takes 0.5 to 0.9 of the time.
+
+Long rows are folded (`classes.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jce._jax.classes import Classes
+from jce._jax.layout import may_be_split
+from jce._jax.row_sum import row_sum
+from jce._numerics.calculus import ratio
+from jce._numerics.elementary import exp, reused, two_sum
+from jce._numerics.mul0 import multiply
+from jce._softmax.known_label import at_maximum, off_known_label
+from jce._softmax.way import (
+    Compared,
+    Deviation,
+    Exponentials,
+    Normalizer,
+    OffLabel,
+    Sums,
+    Way,
+    exponential,
+    off_maximum,
+    unless_no_class,
+    with_derivative_of,
+)
+
+FINE = 2.0**12  # eᵢ is rounded down to 12 bits where it is a weight that only centers a tangent (`deviation`)
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes(Way):
+    masks = False
+
+    @classmethod
+    def of(cls, classes: Classes, x: Array) -> Self:
+        return super().of(classes.folding(x), x)
+
+    def maximum(self, x):
+        m = self.max(x)
+        return jnp.where(m == jnp.inf, m - m, m)
+
+    def stored(self, e):
+        return lax.optimization_barrier(e)
+
+    def exponential_of_pass(self, x, k):
+        m = self.maximum(x)
+        if self.blocks == 1:
+            return self.stored(exp(x - self.column(m)))
+        # The result can't be written over stored eᵢ of folded rows: there each pass computes its own.
+        return exp(x - self.column(self.again(m, k * self.sum(exp(x - self.column(m)))) if k else m))
+
+    def normalizer(self, x):
+        m = self.maximum(x)
+        z = self.sum(exp(x - self.column(m)))
+        return self._normalizer(m, exp(x - self.column(m if self.are_few(x) else self.again(m, z))), z)
+
+    def _normalizer(self, m, e, z):
+        most = jnp.maximum(1.75, -z)  # 7/4 as a number per row: XLA would store a constant shared with another sum
+        s = self.sum(e * jnp.floor(self.column(most) - e))
+        s = jnp.maximum(s, off_maximum(z))
+        return Normalizer(m, s if self.mesh_axis is None else with_derivative_of(s, z))
+
+    def sums(self, x):
+        n = self.normalizer(x)
+        if self.mesh_axis is None:
+            d = x - self.column(self.again(n.m, n.log_z))
+            e = exp(d)
+            # 0 for a class that dominates, since ⌊7/4 - 1⌋ = 0, and eᵢ for all others, where the floor is 1 or more
+            weight = jnp.minimum(jnp.floor(self.column(self.again(1.75 + n.shared, n.log_z)) - e), e)
+        else:
+            d = self.depth(x, n)
+            weight = exp(d)
+        # -∞ is raised to the lowest number, since eᵢ = 0 there, and 0 · ∞ would be NaN.
+        return Sums(*n, -self.sum(weight * jnp.maximum(d, jnp.finfo(x.dtype).min)))
+
+    def exponentials(self, x):
+        m, z = self.maximum(x), self.sum(exponential(x, 0, self))
+        return Exponentials(exponential(x, 4, self), z, self._normalizer(m, exponential(x, 1, self), z))
+
+    def comparison(self, x, stored):
+        if not stored:
+            return super().comparison(x, stored)
+        e, _, n = self.exponentials(x)
+        dominant = e > self.column(0.6 + n.shared)
+        # `reused`, so that the quotient isn't contracted with a difference: q - p must be exactly -(p - q).
+        q = reused(jnp.where(dominant, jnp.ones_like(e), e) / self.column(n.z))
+        return n, lambda s: Compared(self.again(n.m, s), q, dominant)
+
+    def max_and_sum(self, x):
+        m = self.maximum(x)
+        return m, self.sum(exp(x - self.column(jnp.maximum(m, jnp.finfo(m.dtype).min))))
+
+    def sum_with_differences(self, terms, p, q):
+        """float32 numbers are summed in float64, which is fast for many classes."""
+        total = self.sum(terms)
+        if p.dtype != jnp.float32 or self.are_few(p):
+            return total + self.sum_of_two_floats(*two_sum(p, -q))
+        with jax.enable_x64(True):
+            difference = p.astype(jnp.float64) - q.astype(jnp.float64)
+            here = self
+            if self.blocks == 1:  # rows may be short enough unfolded in float32 but not in float64
+                here = Passes.of(self, difference)
+                difference = here.fold(difference)
+            return total + here.reduce(row_sum, difference).astype(p.dtype)
+
+    def off_label(self, labels, x):
+        m = self.maximum(x)
+        return self._off_label(labels, x, m, self._sum_off_label(labels, x)(m), self._at(labels, x))
+
+    def off_label_of_any_shift(self, labels, x):
+        if self._asks_for_maximum(x):
+            return self.off_label(labels, x)
+        at, sum_off_label = self._at(labels, x), self._sum_off_label(labels, x)
+        m, s = self._off_known_label(at, lambda m: [sum_off_label(m)], x)
+        return self._off_label(labels, x, m, s, at)
+
+    def exponentials_off_label(self, labels, x):
+        # The result can't be written over stored eᵢ of folded rows (`exponential_of_pass`).
+        if self._asks_for_maximum(x) or self.blocks > 1:
+            return super().exponentials_off_label(labels, x)
+
+        def others(m):
+            # The mask is computed here: one shared by both readings would be stored.
+            is_label, e = self.is_at(x, self.local(labels, x)), exp(x - self.column(m))
+            e = self.stored(jnp.where(is_label, jnp.zeros_like(e), e))
+            return [self.sum(e), e]
+
+        at = self._at(labels, x)
+        m, s, e = self._off_known_label(at, others, x)
+        return self._off_label(labels, x, m, s, at), e
+
+    def _asks_for_maximum(self, x):
+        return not self.any_shift or self.mesh_axis is not None or may_be_split(x)
+
+    def _off_known_label(self, at, others, x):
+        # For s < most, xᵢ - x_y is at most log(64 + 8n), 9 for n = 1000: its rounding costs eᵢ half as many ulps.
+        most = 64.0 + 8 * self.count(x)
+        return off_known_label(at, others, at_maximum(others, lambda: self.maximum(x)), most)
+
+    def _at(self, labels, x):
+        return self.at(x, self.local(labels, x))
+
+    def _off_label(self, labels, x, m, s, at):
+        return OffLabel(m, s, unless_no_class(m - at, labels, x, self))
+
+    def _sum_off_label(self, labels, x):
+        """s as a function of m. min(eᵢ, far |i - y|) is 0 at the label y, and eᵢ elsewhere, since eᵢ < far."""
+        # `known_label.py` rereads rows with s ≥ 2⁶⁴ (2⁶⁰⁰). A power of 2, so that far y is exact, fused or not.
+        far = 2.0**800 if x.dtype == jnp.float64 else 2.0**96
+        exact = self.count(x) <= 2 ** jnp.finfo(x.dtype).nmant
+        dtype, scale = (x.dtype, far) if exact else (labels.dtype, 1)
+        # Behind the barrier the class index is an array in memory; without it, an iota inside the sum.
+        index = lax.optimization_barrier(scale * jnp.arange(self.count_here(x), dtype=dtype))
+        y = scale * self.local(labels, x).astype(dtype)
+
+        def total(m):
+            i = self.fold(jnp.expand_dims(index, range(1, -self.axis)))
+            distance = jnp.abs(jnp.expand_dims(i, range(x.ndim - i.ndim)) - self.column(y))
+            distance = distance if exact else far * distance.astype(x.dtype)
+            return self.sum(jnp.minimum(exp(x - self.column(m)), distance))
+
+        return total
+
+    def depth_off_label(self, x, off):
+        # The result is written over stored eᵢ, but not of folded rows: there each pass computes its own.
+        return x - self.column(off.m if self.blocks == 1 else self.again(off.m, off.s))
+
+    def put(self, x, y, r):
+        return self.scattered(x, y, r)
+
+    def deviation(self, t, x):
+        z = self.sum(exponential(x, 0, self))
+        shared = jnp.minimum(jnp.floor(z - 0.5), 1)
+
+        # A per-row factor is cheap on an input if classes are few (`early`), else on the sum (`late`).
+        few = self.are_few(x)
+
+        def early(r, a):
+            return multiply(jnp.broadcast_to(self.column(r), a.shape), a) if few else a
+
+        def late(r, total):
+            return total if few else multiply(r, total)
+
+        # The center that is subtracted from t may be any number per row: t of the class that dominates, whose weight is
+        # ⌊1.25⌋ = 1 while others have ⌊1.25 eᵢ⌋ = 0, as eᵢ < 1/2; or, if none does, a mean with weights ⌊4097.25 eᵢ⌋.
+        weight = jnp.floor(self.column(1.25 + FINE * shared) * exponential(x, 2, self))
+        scale = 1 / jnp.maximum(1, FINE * shared * lax.stop_gradient(z))
+        center = late(scale, self.sum(multiply(weight, early(scale, t))))
+
+        # For a = eᵢ, or qᵢ of few classes: 0 at a class that dominates, where a = 1 or a > 2/3, so ⌊1.6 - a⌋ = 0; a at
+        # all others, where a < 1/2, so ⌊1.6 - a⌋ = 1. If none dominates, the floor is ⌊3.6 - a⌋ ≥ 2 > a.
+        over_z = ratio(jnp.ones_like(z), z)
+        e = early(over_z, exponential(x, 3, self))
+        others = jnp.minimum(jnp.floor(self.column(1.6 + 2 * shared) - e), e)
+
+        def sum_of_others(a):
+            return late(over_z, self.sum(multiply(a, t - self.column(center))))
+
+        mean_from_center = sum_of_others(others)
+        # The barrier keeps the last pass from sharing an array with the sums. It is elementwise, so it may select: 0.6
+        # is between a dominant eᵢ = 1 and the others' eᵢ < 1/2, and 1.6 above all eᵢ.
+        from_center = t - self.column(lax.optimization_barrier(center))
+        mean = self.column(mean_from_center)
+        e = exponential(x, 4, self)
+        dominant = lax.stop_gradient(e) > self.column(0.6 + shared)
+        each = jnp.where(dominant, -mean, from_center - mean)
+        return Deviation(e, z, each, center + mean_from_center, lambda a: sum_of_others(multiply(others, a)))

@@ -1,0 +1,132 @@
+"""softmax(x), log 1/softmax(x) and their derivatives, right to a few ulps also where one class dominates.
+
+With m = max x and eᵢ = exp(xᵢ - m), the normalizer is Z = Σ eᵢ = 1 + s, where s is the sum over all classes but one
+maximal one: the off-maximum sum. At a margin of 40, s = 4e-18 has all its digits while Z has rounded to 1. So
+
+    log 1/qᵢ = (m - xᵢ) + log(1 + s)        1 - qᵢ = (s + (1 - eᵢ)) / Z
+
+keep their digits too. A class with logit -∞ has probability 0. A row with a NaN, a +∞ or only -∞ is NaN.
+
+Where x is made in the same program, each pass may see it rounded differently (`_jax/arguments.py` says why). Then
+xᵢ - m at the maximum may be some ulps of m off 0, so no formula tests for x = m. There are two cases instead. If
+Z < 3/2, one class dominates: it alone has eᵢ > 1/2, so a comparison finds it with a margin; its xᵢ - m is set to 0, its
+eᵢ to 1. If Z ≥ 3/2, s = Z - 1, and nothing cancels: each formula has the form log Z - (xᵢ - m) or eᵢ/Z, in which m
+drops out, however it is rounded.
+
+How the sums are computed depends on the machine (`way.py`): a kernel is called with the `Way` of where it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jce._numerics.calculus import custom_jvp, ratio
+from jce._numerics.elementary import exp, log1p
+from jce._numerics.mul0 import mul0
+from jce._softmax.kernel import kernel, kernel_apart
+from jce._softmax.way import OffLabel, Way
+
+
+def surprisal_at_label(off: OffLabel) -> Array:
+    """log 1/q_y = log(1 + s e^d) = d + log(e^-d + s)."""
+    _, s, d = off
+    # With rest = d - near the loss is rest + log1p(s e^near - (1 - e^-rest)). A label near the maximum has near = d, so
+    # the loss is log1p(s e^d), to which the rounding of x and m adds only relative errors. Where s < 1/2 near = d too,
+    # since s + e^-d may be tiny there; e^d doesn't overflow, since d < 16 (`known_label.py`).
+    near = jnp.where(s < 0.5, d, jnp.minimum(d, 1))
+    rest = d - near
+    return rest + log1p(s * exp(near) - (1 - exp(-rest)))
+
+
+# softmax and its logarithm, as differentiable functions of x
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+@kernel_apart
+def softmax(x: Array, classes: Way) -> Array:
+    """qᵢ = eᵢ/Z."""
+    e, z, _ = classes.exponentials(x)
+    return e / classes.column(z)
+
+
+@softmax.defjvp
+def _softmax_rule(classes, primals, tangents):
+    return softmax(*primals, classes), softmax_tangent(tangents[0], primals[0], None, classes)
+
+
+# dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
+@kernel_apart
+def softmax_tangent(t: Array, x: Array, scale: Array | None, classes: Way) -> Array:
+    """dqᵢ along t, times a scale per row if there is one."""
+    e, z, u, *_ = classes.deviation(t, x)
+    q = e * classes.column(ratio(jnp.ones_like(z) if scale is None else scale, z))
+    return unless_nan(z, mul0(q, u), t, classes)
+
+
+@kernel_apart
+def centered(t: Array, x: Array, classes: Way) -> Array:
+    """tᵢ - Σⱼ qⱼtⱼ, linear in t."""
+    _, z, u, *_ = classes.deviation(t, x)
+    return unless_nan(z, u, t, classes)
+
+
+def unless_nan(z, tangent, t, classes):
+    """The tangent; in a NaN row NaN, but 0 where t = 0: sums over the row would make its whole tangent NaN."""
+    zero = lax.stop_gradient(classes.column(z - z))  # or NaN; jax_debug_nans would stop at a constant NaN
+    nan = mul0(jnp.broadcast_to(zero, t.shape), t)
+    number = z <= jnp.finfo(z.dtype).max  # z ≥ 1 or NaN; isfinite would break the chain of `chain.py`
+    return jnp.where(classes.column(number), tangent, nan)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+@kernel_apart
+def complement(x: Array, classes: Way) -> Array:
+    """1 - qᵢ = (s + (1 - eᵢ))/Z."""
+    n = classes.exponentials(x).of_row
+    return (classes.column(n.s) + (1 - exp(classes.depth(x, n)))) / classes.column(n.z)
+
+
+# d(1 - qᵢ) = -qᵢ (tᵢ - Σⱼ qⱼtⱼ)
+@complement.defjvp
+def _complement_rule(classes, primals, tangents):
+    (x,), (t,) = primals, tangents
+    return complement(x, classes), -softmax_tangent(t, x, None, classes)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+@kernel_apart
+def surprisal(x: Array, classes: Way) -> Array:
+    """log 1/qᵢ = log Z - (xᵢ - m) ≥ 0, and +∞ at a class of probability 0."""
+    return classes.exponentials(x).of_row.surprisal(x, classes)
+
+
+# d log 1/qᵢ = -(tᵢ - Σⱼ qⱼtⱼ)
+@surprisal.defjvp
+def _surprisal_rule(classes, primals, tangents):
+    (x,), (t,) = primals, tangents
+    return surprisal(x, classes), -centered(t, x, classes)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+@kernel
+def logsumexp(x: Array, classes: Way) -> Array:
+    """log Σ exp xᵢ = m + log(1 + s)."""
+    n = classes.for_log_sum(x).normalizer(x)
+    return n.m + n.log_z
+
+
+# d log Σ exp xᵢ = Σ qᵢtᵢ
+@logsumexp.defjvp
+def _logsumexp_rule(classes, primals, tangents):
+    return logsumexp(*primals, classes), _mean(*tangents, *primals, classes)
+
+
+@kernel
+def _mean(t, x, classes):
+    _, z, _, mean, _ = classes.deviation(t, x)
+    # Not the sum of softmax(x) t: if passes round x differently, its Σ qᵢ isn't 1. In `mean` it is, to the last digit.
+    nan = classes.sum(mul0(jnp.broadcast_to(classes.column(lax.stop_gradient(z - z)), t.shape), t))
+    return jnp.where(jnp.isfinite(z), mean, nan)

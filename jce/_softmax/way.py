@@ -1,0 +1,286 @@
+"""The interface through which formulas sum over classes: a `Way`, of which each kind of machine has its own.
+
+With m = max x and eᵢ = exp(xᵢ - m), Z = Σ eᵢ = 1 + s; `softmax.py` says what s is for. This file has what all machines
+share, and what suits those on which a select inside a sum costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jce._jax.classes import Classes
+from jce._numerics.calculus import custom_jvp, ratio
+from jce._numerics.elementary import exp, log1p, two_sum
+from jce._numerics.mul0 import mul0, multiply
+
+
+class Sums(NamedTuple):
+    """m = max x and, over all classes but one maximal one, s = Σ eᵢ and t = Σ eᵢ (m - xᵢ)."""
+
+    m: Array
+    s: Array
+    t: Array
+
+
+class OffLabel(NamedTuple):
+    """Some m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x_y; d is NaN if the label is no class."""
+
+    m: Array
+    s: Array
+    d: Array
+
+    @property
+    def z(self) -> Array:
+        return self.s + exp(-self.d)
+
+
+class Normalizer(NamedTuple):
+    """m = max x and the off-maximum sum s of each row: Σ exp(xᵢ - m) = 1 + s = Z."""
+
+    m: Array
+    s: Array
+
+    @property
+    def z(self) -> Array:
+        return 1 + self.s
+
+    @property
+    def log_z(self) -> Array:
+        return log1p(self.s)
+
+    @property
+    def shared(self) -> Array:
+        """0 where one class dominates (s < 1/2, so Z < 3/2 and its q > 2/3), and 1 or more where none does."""
+        return jnp.floor(self.s + 0.5)
+
+    def surprisal(self, x: Array, way: Way) -> Array:
+        """log 1/qᵢ = log Z - (xᵢ - m)"""
+        return way.column(self.log_z) - way.depth(x, self)
+
+    def depth_and_dominant(self, x: Array, m: Array, way: Way) -> tuple[Array, Array]:
+        """`Way.depth` in an elementwise pass with its own m, where a select is free; and which class dominates."""
+        d = x - way.column(m)
+        # If one class dominates, its d is near 0 > -0.5, and all others' are below log 1/2 = -0.69. If none does, no d
+        # is above 0.5.
+        dominant = d > way.column(self.shared - 0.5)
+        return jnp.where(dominant, jnp.zeros_like(d), d), dominant
+
+
+class Exponentials(NamedTuple):
+    """eᵢ and Z, for a kernel whose result is an array made of eᵢ; and the normalizer."""
+
+    e: Array
+    z: Array
+    of_row: Normalizer
+
+
+class Compared(NamedTuple):
+    """What one pass of `_softmax/compare.compare` reads of a row: m, qᵢ, and which class dominates."""
+
+    m: Array
+    q: Array
+    dominant: Array
+
+
+class Deviation(NamedTuple):
+    """eᵢ, Z, tᵢ - Σⱼ qⱼtⱼ, Σⱼ qⱼtⱼ, and Σᵢ aᵢqᵢ (tᵢ - Σⱼ qⱼtⱼ) as a function of any a with Σᵢ aᵢqᵢ = 0."""
+
+    e: Array
+    z: Array
+    each: Array
+    mean: Array
+    covariance: Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Way(Classes, ABC):
+    """Classes, with methods to sum over them on the platform for which a program is lowered.
+
+    x stands for logits of these classes, already folded (`classes.py`).
+    """
+
+    masks = True  # whether a select inside a sum costs nothing
+
+    @classmethod
+    def of(cls, classes: Classes, x: Array) -> Self:
+        """This way for the classes of arrays like x."""
+        return cls(classes.axis, classes.mesh_axis, classes.blocks, classes.any_shift)
+
+    def reduce(self, reduction: Callable, x):
+        return self.of_blocks(reduction, x)
+
+    def results(self, function: Callable, arrays, ndim: int, apart: bool):
+        """function(*arrays), where the largest arrays have `ndim` axes; `apart` is as in `kernel`."""
+        return function(*arrays)
+
+    # Sums over classes
+
+    def for_log_sum(self, x: Array) -> Way:
+        """The way for a formula in which m itself enters, not only x - m."""
+        return self
+
+    @abstractmethod
+    def maximum(self, x: Array) -> Array:
+        """m = max x, and NaN where it is +∞."""
+
+    @abstractmethod
+    def sums(self, x: Array) -> Sums: ...
+
+    @abstractmethod
+    def off_label(self, labels: Array, x: Array) -> OffLabel:
+        """With m = max x."""
+
+    def off_label_of_any_shift(self, labels: Array, x: Array) -> OffLabel:
+        """With any m that keeps s and e^-d in range: formulas may assume nothing else of it."""
+        return self.off_label(labels, x)
+
+    def exponentials_off_label(self, labels: Array, x: Array) -> tuple[OffLabel, Array]:
+        """`off_label_of_any_shift` and exp(xᵢ - m), arbitrary at the label: for a kernel whose result is an array of
+        them."""
+        off = self.off_label_of_any_shift(labels, x)
+        return off, exp(self.depth_off_label(x, off))
+
+    def normalizer(self, x: Array) -> Normalizer:
+        return Normalizer(*self.sums(x)[:2])
+
+    def exponentials(self, x: Array) -> Exponentials:
+        n = self.normalizer(x)
+        return Exponentials(exp(x - self.column(n.m)), n.z, n)
+
+    def max_and_sum(self, x: Array) -> tuple[Array, Array]:
+        """m and Z, which is 0 where all logits are -∞."""
+        n = self.normalizer(x)
+        return n.m, jnp.where(n.m == -jnp.inf, jnp.zeros_like(n.z), n.z)
+
+    def sum_with_differences(self, terms: Array, p: Array, q: Array) -> Array:
+        """Σ terms + Σ (p - q). The second is right to an ulp, though it may be the mere rounding left of 1 - 1: each
+        p - q is an exact pair of floats, high + low, and terms are added to low."""
+        high, low = two_sum(p, -q)
+        return self.sum_of_two_floats(high, low + terms)
+
+    def sum_of_two_floats(self, high: Array, low: Array) -> Array:
+        zero = jnp.zeros((), high.dtype)
+        high, low = self.reduce(lambda x, axis: lax.reduce(x, (zero, zero), _add, (x[0].ndim + axis,)), (high, low))
+        return high + low
+
+    # Elementwise, of sums
+
+    def comparison(self, x: Array, stored: bool) -> tuple[Normalizer, Callable[[Array], Compared]]:
+        """The normalizer, and a function of s for each pass over both rows, where s ≥ 0 is a result of the pass before.
+
+        `stored` is for a kernel that reads it several times.
+        """
+        n = self.normalizer(x)
+
+        def compared(s):
+            m = self.again(n.m, s)
+            depth, dominant = n.depth_and_dominant(x, m, self)
+            return Compared(m, exp(depth) / self.column(n.z), dominant)
+
+        return n, compared
+
+    def again(self, m: Array, s: Array) -> Array:
+        """m, disguised so that XLA doesn't share exp(x - m) between passes (it would store N × n numbers). s ≥ 0 is a
+        result of the pass before, so max(m, m - s) is m."""
+        return jnp.maximum(m, m - s)
+
+    def exponential_of_pass(self, x: Array, k: int) -> Array:
+        return exp(x - self.column(self.maximum(x)))
+
+    def stored(self, e: Array) -> Array:
+        """e, kept in memory where reading it in several passes is better than recomputing it in each."""
+        return e
+
+    def depth(self, x: Array, n: Normalizer) -> Array:
+        """xᵢ - m ≤ 0, and exactly 0 at a class that dominates."""
+        # min(max(2d + lift, d), 0). If one class dominates, lift = 0.6: its d is above -0.3, so 2d + 0.6 > 0 and the
+        # result is 0; all others have d < log 1/2 = -0.69 < -0.6, so 2d + 0.6 < d. If none does, lift < -9e29, so
+        # 2d + lift < d. The barrier has these numbers, constants too, computed once per row, for this pass alone.
+        m, lift, zero = map(self.column, lax.optimization_barrier((n.m, 0.6 - 1e30 * n.shared, 0 * n.s)))
+        d = x - m
+        depth = jnp.minimum(jnp.maximum(d + (d + lift), d), zero)
+        return depth if self.mesh_axis is None else with_derivative_of(depth, jnp.maximum(d, jnp.finfo(d.dtype).min))
+
+    def depth_off_label(self, x: Array, off: OffLabel) -> Array:
+        """xᵢ - m, for all classes but the label."""
+        return x - self.column(off.m)
+
+    def put(self, x: Array, y: Array, r: Array) -> Array:
+        """x, not folded, with r, a number per row, in the place of the local label y."""
+        return jnp.where(self.is_at(x, y), self.column(r), x)
+
+    def scattered(self, x: Array, y: Array, r: Array) -> Array:
+        """`put` where nothing else reads x: a scatter in place reads no other entries."""
+        y = jnp.where(self.has(x, y), y, jnp.full_like(y, x.shape[-1]))  # a negative index would count from the end
+        return x.at[jnp.arange(y.size), y].set(r, mode="drop")
+
+    # Derivatives along t
+
+    def deviation(self, t: Array, x: Array) -> Deviation:
+        """How t deviates from its mean under q.
+
+        Where a class dominates, its own t is subtracted from t first: then the deviation at that class is minus the sum
+        over the others, with all digits.
+        """
+        still = lax.stop_gradient(x)
+        n = self.normalizer(still)
+        dominant = n.depth_and_dominant(still, n.m, self)[1]
+        e, zero = exponential(x, 0, self), jnp.zeros_like(t)
+        others, center = jnp.where(dominant, zero, e), self.sum(jnp.where(dominant, t, zero))
+        z = self.sum(e)
+        over_z = ratio(jnp.ones_like(z), z)
+
+        def sum_of_others(weights):
+            return multiply(over_z, self.sum(multiply(weights, t)) - multiply(self.sum(weights), center))
+
+        from_center = sum_of_others(others)
+
+        column = self.column(from_center)
+        each = jnp.where(dominant, -column, (t - self.column(center)) - column)
+        return Deviation(e, z, each, center + from_center, lambda a: sum_of_others(multiply(others, a)))
+
+
+def _add(a, b):
+    high, low = two_sum(a[0], b[0])
+    return high, low + (a[1] + b[1])
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(1, 2))
+def exponential(x: Array, k: int, way: Way) -> Array:
+    """eᵢ = exp(xᵢ - m), for a constant m, as pass number k over x computes it."""
+    return way.exponential_of_pass(x, k)
+
+
+# deᵢ = eᵢtᵢ
+@exponential.defjvp
+def _exponential_rule(k, way, primals, tangents):
+    e = exponential(*primals, k, way)
+    return e, mul0(e, tangents[0])
+
+
+def off_maximum(z: Array) -> Array:
+    """Z - 1 for Z ≥ 4.6/3 = 1.53, where Z - 1 = 4Z - 5.6, and less below; ≤ 0 for Z ≤ 1.4.
+
+    max(s, this) repairs a masked sum s in which classes beside a maximal one were left out: these have e > 0.6, so
+    Z > 1.6. A small s, of which Z - 1 keeps no digit, it leaves alone, and it is continuous, however passes round Z.
+    """
+    return jnp.minimum(z - 1, 4 * z - 5.6)
+
+
+def with_derivative_of(a: Array, b: Array) -> Array:
+    """a, with b's derivative: for a constant m, as over devices, a sum without the maximal class lacks part of it."""
+    # Until JAX 0.12: rules make this unnecessary, but JAX loses them in the head's loop.
+    return lax.stop_gradient(a) + (b - lax.stop_gradient(b))
+
+
+def unless_no_class(number: Array, labels: Array, x: Array, classes: Classes) -> Array:
+    """A number per row, and NaN where its label is out of range."""
+    is_class = (labels >= 0) & (labels < classes.count(x))
+    return jnp.where(is_class, number, jnp.full_like(number, jnp.nan))

@@ -1,6 +1,7 @@
 """The head inside train steps of Flax and Equinox: bfloat16, tied embeddings, micro-batches, checkpointed layers."""
 
 import importlib
+import inspect
 import math
 import pathlib
 import re
@@ -313,3 +314,110 @@ def test_the_examples(name, one_step, rng, capsys, monkeypatch, optax_promotes):
     shapes = "|".join(f"{a},{b}" for a, b in [(example.CLASSES, example.WIDTH), (example.WIDTH, example.CLASSES)])
     made = re.findall(rf"= f32\[(?:{shapes})\]\S* ([a-z-]+)\(", program.as_text())
     assert {*made} <= {"parameter", "get-tuple-element", "bitcast"}
+
+
+# What models give under jce.deferred, whose heads they call themselves
+
+
+class WithHead(nnx.Module):
+    def __init__(self):
+        self.embedding = nnx.Embed(12, 8, rngs=nnx.Rngs(0))
+        self.lm_head = nnx.LoRALinear(8, 12, lora_rank=2, rngs=nnx.Rngs(1))
+
+    def __call__(self, words):
+        h = jnp.tanh(self.embedding(words))
+        return jnp.astype(self.lm_head(h), np.float32), self.embedding.attend(h)
+
+
+class OfEquinox(eqx.Module):
+    embedding: eqx.nn.Embedding
+    lm_head: eqx.nn.Linear
+
+    def __init__(self):
+        keys = jax.random.split(jax.random.key(0))
+        self.embedding, self.lm_head = eqx.nn.Embedding(12, 8, key=keys[0]), eqx.nn.Linear(8, 12, key=keys[1])
+
+    def __call__(self, words):
+        return jax.vmap(self.lm_head)(jnp.tanh(jax.vmap(self.embedding)(words)))
+
+
+def both_losses(rng):
+    words = jnp.asarray(rng.integers(0, 12, (3, 6)), np.int32)
+    y, where = words[:, 1:], words[:, 1:] < 9
+
+    def ours(x):
+        return jce.linear_cross_entropy(y, x[:, :-1], where=where, chunk_size=4)
+
+    def theirs(x):
+        losses = jce.cross_entropy_with_integer_labels(y, x[:, :-1])
+        return jnp.where(where, losses, 0).sum() / where.sum().astype(losses.dtype)
+
+    return words, ours, theirs
+
+
+def all_close(got, expected, rtol=1e-5):
+    assert jax.tree.leaves(got)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
+
+
+def test_deferred_heads_of_flax(rng):
+    """Under nnx.jit, which hands on a copy: an untied head with a low-rank update, and the embedding as the head."""
+    words, ours, theirs = both_losses(rng)
+
+    def deferred(model):
+        with jce.deferred(model.lm_head), jce.deferred(model.embedding, "attend"):
+            x, tied = model(words)
+        return ours(x) + ours(tied)
+
+    model = WithHead()
+    with jax.numpy_rank_promotion("allow"):
+        dense = nnx.value_and_grad(lambda model: sum(map(theirs, model(words))))(model)
+        all_close(nnx.jit(nnx.value_and_grad(deferred))(model), dense)
+
+
+def test_deferred_heads_of_equinox(rng):
+    """Of one state, under a vmap of the model's own, under one of the model."""
+    words, ours, theirs = both_losses(rng)
+
+    def deferred(model, mapped):
+        with jce.deferred(model.lm_head):
+            return ours(mapped(model)(words))
+
+    model = OfEquinox()
+    dense = eqx.filter_value_and_grad(lambda model: theirs(jax.vmap(model)(words)))(model)
+    all_close(eqx.filter_jit(eqx.filter_value_and_grad(deferred))(model, jax.vmap), dense)
+    all_close(deferred(model, lambda model: eqx.filter_vmap(lambda words: model(words))), dense[0])
+    with pytest.raises(TypeError, match=r"its head was another module, or a copy"):
+        deferred(model, eqx.filter_vmap)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_deferred_heads_of_linen(rng):
+    """By the recipe of the docstring, since Linen binds a module anew in each apply."""
+    nn = pytest.importorskip("flax.linen", reason=EXTRA)
+    words, ours, theirs = both_losses(rng)
+    (recipe,) = re.findall(r"( +def deferring.*?)\n\n", jce.deferred.__doc__, re.DOTALL)
+    names: dict = {"jce": jce}
+    exec(inspect.cleandoc("\n" + recipe), names)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, words):
+            return nn.Dense(12, name="lm_head")(jnp.tanh(nn.Embed(12, 8)(words)))
+
+    model = Model()
+    params = model.init(jax.random.key(0), words)
+
+    def deferred(params):
+        with nn.intercept_methods(names["deferring"]):
+            return ours(model.apply(params, words))
+
+    with jax.numpy_rank_promotion("allow"):
+        dense = jax.value_and_grad(lambda params: theirs(model.apply(params, words)))(params)
+        all_close(jax.jit(jax.value_and_grad(deferred))(params), dense)
+    with (
+        pytest.raises(TypeError, match=r"a module of Flax Linen is bound anew.*got module: Dense"),
+        jce.deferred(nn.Dense(12)),
+    ):
+        pass

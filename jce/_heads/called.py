@@ -28,7 +28,7 @@ RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 class Called:
     """A traced head: a tree whose leaves are the arrays that it closes over. A loop takes it `in_pairs`."""
 
-    arrays: list[Any]
+    arrays: Sequence[Any]
     jaxpr: Any = dataclasses.field(metadata={"static": True})
     rank: int = dataclasses.field(metadata={"static": True})  # of the states with which it was traced
     logits: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})  # of one token

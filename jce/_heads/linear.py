@@ -14,12 +14,17 @@ from jce._heads.called import Called
 from jce._jax.arguments import as_array, as_number, described, float_dtype, is_function, positive
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Linear:
     """hidden · headᵀ + bias: the logits [..., n] of tokens under a head, for the functions that never make them all.
 
-    A model may return it instead of logits. Its head may be a function, such as one with a low-rank update, a norm, or
-    weights of a layout of its own:
+    Example:
+      >>> print(jce.linear_map(jnp.argmax, jce.Linear(jnp.eye(2), 20 * jnp.eye(3, 2))))
+      [0 1]
+
+    A model may return it instead of logits; one that others wrote does under `jce.deferred`. What would compute with
+    logits raises a TypeError; x[:, :-1] and its like, with slices and ints, pick tokens. Its head may be a function,
+    such as one with a low-rank update, a norm, or weights of a layout of its own:
 
         Linear(hidden, lambda h: h @ kernel + (h @ a) @ b)
 
@@ -51,16 +56,13 @@ class Linear:
       ValueError: in these functions, if shapes disagree or the cap isn't above 0, or tokens or classes that jce itself
         splits over a mesh meet a function; and here, if a function doesn't give logits, draws random numbers or has an
         effect, or there is a bias beside it.
-
-    Example:
-      >>> print(jce.linear_map(jnp.argmax, jce.Linear(jnp.eye(2), 20 * jnp.eye(3, 2))))
-      [0 1]
     """
 
     hidden: ArrayLike
     head: Any
     bias: ArrayLike | None = None
     logit_soft_cap: ArrayLike | None = None
+    __array_ufunc__ = None  # so that NumPy's arrays leave operators to those that are refused below
 
     def __post_init__(self):
         if is_function(self.head):
@@ -72,10 +74,63 @@ class Linear:
     def of_function(self) -> bool:
         return isinstance(self.head, Called)
 
+    def __getitem__(self, index: Any) -> Linear:
+        """Of some tokens, by slices and ints of their axes; all classes may be said by a last slice."""
+        places, h = index if isinstance(index, tuple) else (index,), jnp.asarray(self.hidden)
+        if len(places) == h.ndim and places[-1] == slice(None):
+            places = places[:-1]
+        if len(places) >= h.ndim or not all(type(i) in (int, slice) for i in places):
+            raise self._refusal("index but slices and ints of tokens' axes")
+        return dataclasses.replace(self, hidden=h[places])
+
+    def astype(self, dtype: Any) -> Linear:
+        """Itself: of the dtype that its logits have, no other is allowed."""
+        if jnp.dtype(dtype) != _logits_dtype(self):
+            raise self._refusal(f"astype({jnp.dtype(dtype).name})")
+        return self
+
+    def __getattr__(self, name: str):
+        if name.startswith("_") or not hasattr(Array, name):
+            raise AttributeError(f"'Linear' object has no attribute {name!r}")
+        raise self._refusal(name)  # an AttributeError too, so that hasattr is False
+
+    def _refusal(self, what: str) -> TypeError:
+        return NoLogits(
+            f"Linear: it stands for logits that are never made, and takes no {what}; got {self!r}. Give it as it is to"
+            f" jce.linear_cross_entropy, linear_log_probs or linear_map, and what would be done to logits too:"
+            f" temperature=, logit_soft_cap=, or in linear_map's function of one token."
+        )
+
     def __repr__(self) -> str:
         """With shapes and dtypes for arrays."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return f"Linear({', '.join(f'{name}={_brief(x)}' for name, x in fields.items())})"
+
+
+class NoLogits(TypeError, AttributeError):
+    """Of what would need a Linear's logits."""
+
+
+# Where one of these isn't refused, Python or JAX would say less, or take a Linear's identity for what is compared.
+BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow", "and", "xor", "or")
+OTHERS = ("neg", "pos", "abs", "invert", "lt", "le", "eq", "ne", "gt", "ge", "iter", "contains", "array", "jax_array")
+
+
+def _refused(name: str):
+    def refuse(self, *_, **__):
+        raise self._refusal(name)
+
+    return refuse
+
+
+for _name in (*BINARY, *(f"r{name}" for name in BINARY), *OTHERS):
+    setattr(Linear, f"__{_name}__", _refused(f"__{_name}__"))
+
+
+def _logits_dtype(x: Linear):
+    if isinstance(x.head, Called):
+        return x.head.logits.dtype
+    return float_dtype("Linear", {"hidden": x.hidden, "head": x.head} | ({} if x.bias is None else {"bias": x.bias}))
 
 
 def _brief(x) -> str:
@@ -103,7 +158,8 @@ def linear_of(
     if head is None:
         raise TypeError(
             f"{function}: head must be [n, d], or a function of hidden states; got none. Pass hidden and head, or"
-            f" jce.Linear(hidden, head) for both."
+            f" jce.Linear(hidden, head) for both. Logits of a model under jce.deferred say that its head was another"
+            f" module, or a copy: enter inside of what copies it, as nnx.jit does."
         )
     if is_function(head):
         if bias is not None:
@@ -133,6 +189,12 @@ def checked_linear(x: Linear, function: str, name: str) -> LinearArrays:
     if isinstance(x.head, Called):
         h = as_array(function, f"{name}.hidden", x.hidden)
         float_dtype(function, {f"{name}.hidden": h})
+        as_traced = [v.aval.shape for v in x.head.jaxpr.constvars]
+        if (shapes := [a.shape for a in x.head.arrays]) != as_traced:
+            raise ValueError(
+                f"{function}: of a Linear, what a function closes over must have the shapes of when it was traced,"
+                f" {as_traced}; got {name}.head with {shapes}. Of a jax.vmap that maps it, map {function} too."
+            )
         return LinearArrays(h, x.head, None, _checked_cap(function, cap, x.head.logits.dtype))
     for field, array in given.items():
         if array is not None or not field.endswith(".bias"):
@@ -160,7 +222,7 @@ def _checked_cap(function: str, cap: ArrayLike | None, dtype) -> Array | None:
 
 def _flatten(x: Linear):
     cap = x.logit_soft_cap
-    number = cap if isinstance(cap, (int, float)) else None
+    number = cap if isinstance(cap, (int, float)) and not isinstance(cap, bool) else None  # a bool marks a leaf
     children = {"hidden": x.hidden, "head": x.head, "bias": x.bias, "logit_soft_cap": cap if number is None else None}
     return [(jax.tree_util.GetAttrKey(name), child) for name, child in children.items()], number
 

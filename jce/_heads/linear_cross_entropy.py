@@ -54,6 +54,11 @@ def linear_cross_entropy(
 ) -> Array:
     """log 1/q_y at q = softmax(x), x = hidden · headᵀ + bias, in nats, of many tokens: a head and its loss in one.
 
+    Example:
+      >>> labels, hidden, head = jnp.array([0, 1]), jnp.eye(2), 20 * jnp.eye(3, 2)
+      >>> print(jce.linear_cross_entropy(labels, hidden, head))
+      4.1223074e-09
+
     What `cross_entropy_with_integer_labels` is of x, but x never exists for more than a chunk of tokens, in any
     derivative of any order. Loss and gradient of a mean or a sum cost three matrix products of the size of x's own, a
     loss for each token four. With label_smoothing ε and z_loss ζ a token's loss is
@@ -129,11 +134,6 @@ def linear_cross_entropy(
 
     Not checked:
       Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
-
-    Example:
-      >>> labels, hidden, head = jnp.array([0, 1]), jnp.eye(2), 20 * jnp.eye(3, 2)
-      >>> print(jce.linear_cross_entropy(labels, hidden, head))
-      4.1223074e-09
     """
     name = "linear_cross_entropy"
     linear = linear_of(name, hidden, head, bias, logit_soft_cap)

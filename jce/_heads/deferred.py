@@ -1,0 +1,178 @@
+"""A head that isn't run where a model calls it: a `Linear` of its states and itself goes on in place of logits."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jce._heads.called import Called
+from jce._heads.linear import Linear
+
+try:  # nothing public tells whether a vmap maps an array (JAX 0.8 to 0.12)
+    from jax._src.interpreters.batching import BatchTracer
+except ImportError:  # then a head comes out of one mapped, which `checked_linear` refuses
+    BatchTracer = ()
+
+# What a method was, as its class itself has it, and how many contexts replace it now
+ABSENT = object()
+_lock = threading.Lock()
+_replaced: dict[tuple[Any, str], tuple[Any, int]] = {}
+_deferred: contextvars.ContextVar[tuple[tuple[Any, str], ...]] = contextvars.ContextVar("deferred", default=())
+
+
+@contextlib.contextmanager
+def deferred(module: Any, method: str = "__call__") -> Iterator[None]:
+    """Within it a call of this module, a model's head, isn't run, but gives a `Linear`: so the model gives one as well.
+
+    Example:
+      >>> class Head:
+      ...     def __call__(self, h):
+      ...         return 20 * h @ jnp.eye(2, 3)
+      >>> head = Head()
+      >>> with jce.deferred(head):
+      ...     x = head(jnp.eye(2))
+      >>> print(x, jce.linear_map(jnp.argmax, x))
+      Linear(hidden=float32[2, 2], head=a function that gives float32[3], bias=None, logit_soft_cap=None) [0 1]
+
+        def loss(model, tokens, labels, where):
+            with jce.deferred(model.lm_head):  # of a tied head, jce.deferred(model.embedder, "decode")
+                x = model(tokens)
+            return jce.linear_cross_entropy(labels, x, where=where)
+
+    No model has to change, unless it computes with its logits: nothing of that is left out, it raises a TypeError. Only
+    tokens may be picked from x, as in x[:, :-1], and `jnp.astype(x, jnp.float32)`, or `x.astype`, is x itself, since
+    its logits are float32. A soft cap that follows is to be switched off in the model and given to jce:
+    `dataclasses.replace(x, logit_soft_cap=30.0)`.
+
+    The head is traced where the model calls it, as `Linear` says of functions, so in the scope that the model calls it
+    in: a precision, a mesh, or Qwix's, which quantizes and adds a low-rank update there alone. Outside of it, as by
+    `jce.linear_cross_entropy(labels, hidden, model.lm_head)`, Qwix leaves both out, and nothing tells.
+
+    This very module is meant, `self is module`; others of its class run as ever. A copy is another one: where
+    `nnx.jit`, `eqx.filter_jit` or a vmap gets the model as an argument, enter inside. Enter inside of `jax.jit` in any
+    case, since what it traced before isn't traced again. A module of Flax NNX is traced as a copy: what it writes to
+    itself in the call is lost. A module of Flax Linen is bound anew in each apply: let Linen intercept its call.
+
+        def deferring(call, args, kwargs, context):
+            if context.module.path != ("lm_head",):
+                return call(*args, **kwargs)
+            module, variables = context.module.unbind()
+            return jce.Linear(*args, lambda h: module.apply(variables, h))
+
+        with flax.linen.intercept_methods(deferring):
+            x = model.apply(params, tokens)
+
+    Under `jax.vmap`, of a model or in it, as of Equinox' heads of one state, the states are mapped, and x closes over
+    the head's arrays: they are differentiated, but are no leaves of x. Where a vmap maps the head too, map the loss.
+
+    Args:
+      module: the head, or what has it as a method: an object whose class has the method, as of Flax NNX or Equinox.
+      method: the method's name. Its first argument by position is the states, real, [..., d]; it gives floating-point
+        logits [..., n]. All others are handed on.
+
+    Returns:
+      A context manager, which gives None. It may be nested, and used again. On leaving, also by an error, the class has
+      its own method back. Calls of other threads run as ever, whoever leaves first.
+
+    Raises:
+      TypeError: the class of module has no such method, or module is one of Flax Linen; in the call, if the first
+        argument isn't an array, or not real.
+      ValueError: in the call, if what is deferred doesn't give logits, draws random numbers or has an effect.
+    """
+    owner = type(module)
+    if not callable(getattr(owner, method, None)):
+        raise TypeError(
+            f"deferred: module must be an object whose class has the method {method!r}; got module: {owner.__name__}."
+            f" Pass the module that the model calls as its head, or of a tied head its module and the method's name."
+        )
+    if hasattr(owner, "unbind"):
+        raise TypeError(
+            f"deferred: a module of Flax Linen is bound anew in each apply, so that the one that is called is another;"
+            f" got module: {owner.__name__}. Use flax.linen.intercept_methods, as help(jce.deferred) says."
+        )
+    before = _deferred.set((*_deferred.get(), (module, method)))
+    try:
+        with _replacing(owner, method, functools.partial(_deferring, method)), _replacing(jnp, "astype", _astype):
+            yield
+    finally:
+        _deferred.reset(before)
+
+
+@contextlib.contextmanager
+def _replacing(owner: Any, name: str, replacement: Callable) -> Iterator[None]:
+    """Until the last of the contexts that replace it is left, in whichever order."""
+    with _lock:
+        own, count = _replaced.get((owner, name), (vars(owner).get(name, ABSENT), 0))
+        _replaced[owner, name] = own, count + 1
+        if not count:
+            setattr(owner, name, replacement(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        with _lock:
+            own, count = _replaced.pop((owner, name))
+            if count > 1:
+                _replaced[owner, name] = own, count - 1
+            elif own is ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+
+
+def _deferring(method: str, original: Callable) -> Callable:
+    @functools.wraps(original)
+    def called(self, *args, **options):
+        if not any(self is module and method == name for module, name in _deferred.get()):
+            return original(self, *args, **options)
+        hidden: Any = args[0] if args else None
+        alike, name = _alike(self), f"{type(self).__name__}.{method}"
+        head = Called.of("deferred", name, lambda h: original(alike(), h, *args[1:], **options), hidden)
+        if isinstance(hidden, BatchTracer) and not any(_is_mapped(x, hidden) for x in head.arrays):
+            head = Called(ClosedOver(head.arrays), head.jaxpr, head.rank, head.logits)
+        return Linear(hidden, head)
+
+    return called
+
+
+def _alike(module: Any) -> Callable[[], Any]:
+    """Of Flax NNX a copy, made where the head is traced: the module itself may not be written to there, which Qwix does
+    when it multiplies."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None or not isinstance(module, nnx.Module):
+        return lambda: module
+    parts = nnx.split(module)
+    return lambda: nnx.merge(*parts)
+
+
+def _astype(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def astype(x, dtype, /, **options):
+        return x.astype(dtype) if isinstance(x, Linear) else original(x, dtype, **options)
+
+    return astype
+
+
+class ClosedOver(tuple):
+    """Arrays that aren't mapped, out of whose vmap they would come once for each of what is: so they are no leaves."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+jax.tree_util.register_static(ClosedOver)
+
+
+def _is_mapped(x: Any, hidden: Any) -> bool:
+    """By the vmap that maps these."""
+    return isinstance(x, BatchTracer) and x._trace is hidden._trace

@@ -421,3 +421,68 @@ def test_deferred_heads_of_linen(rng):
         jce.deferred(nn.Dense(12)),
     ):
         pass
+
+
+def quantized(qwix, model, h):
+    """In training, by int8, by float8 and of weights alone; and low-rank updates of int8 weights, and of plain ones."""
+    for weights, act in (("int8", "int8"), ("float8_e4m3fn", "float8_e4m3fn"), ("int8", None)):
+        rule = qwix.QtRule(module_path=".*", weight_qtype=weights, act_qtype=act)
+        yield qwix.quantize_model(model, qwix.QtProvider([rule]), h), nnx.Param
+    for weights in ("int8", None):
+        lora = qwix.LoraProvider(module_path=".*", rank=2, alpha=2.0, **({"weight_qtype": weights} if weights else {}))
+        yield qwix.apply_lora_to_model(model, lora, h, rngs=nnx.Rngs(1)), nnx.LoRAParam
+
+
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_what_qwix_changes(rng):
+    """Exact where the head is traced in the model's call: by jce.deferred, of a copy, since Qwix writes to what has an
+    einsum that it updates; and by a call of jce in it. Outside, Qwix leaves the head alone, and so its low-rank update
+    has no gradient. A matrix in it is refused."""
+    qwix = pytest.importorskip("qwix", reason=EXTRA)
+    y = jnp.asarray(rng.integers(0, 12, (2, 6)), np.int32)
+    h = jnp.asarray(rng.standard_normal((2, 6, 8)), np.float32)
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+            self.lm_head = nnx.Einsum("bsd,dn->bsn", (8, 12), rngs=nnx.Rngs(1))
+
+        def __call__(self, h, of_head=lambda head, h: head(h)):
+            return of_head(self.lm_head, nnx.gelu(self.layer(h)))
+
+    def dense(model):
+        return jce.cross_entropy_with_integer_labels(y, model(h)).mean()
+
+    def deferred(model):
+        with jce.deferred(model.lm_head):
+            x = model(h)
+        return jce.linear_cross_entropy(y, x, chunk_size=4)
+
+    def inside(model):
+        return model(h, lambda head, h: jce.linear_cross_entropy(y, h, head, chunk_size=4))
+
+    def outside(model):
+        return jce.linear_cross_entropy(y, nnx.gelu(model.layer(h)), model.lm_head, chunk_size=4)
+
+    def of_matrix(model):
+        return model(h, lambda head, h: jce.linear_cross_entropy(y, h, head.kernel[...].T))
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        for model, trained in quantized(qwix, Model(), h):
+            graph, parameters, rest = nnx.split(model, trained, ...)
+            parameters = jax.tree.map(lambda x: x + 0.1, parameters)
+
+            def found(*losses, graph=graph, parameters=parameters, rest=rest):
+                def of(loss):
+                    return jax.value_and_grad(lambda parameters: loss(nnx.merge(graph, parameters, rest)))(parameters)
+
+                return jax.jit(lambda: [of(loss) for loss in losses])()
+
+            expected, *got = found(dense, deferred, *([inside] if trained is nnx.Param else []))
+            for one in got:
+                all_close(one, expected)
+        gradient = jax.tree.leaves(found(outside)[0][1]["lm_head"])
+        assert gradient
+        assert not any(map(jnp.any, gradient))
+        with pytest.raises(ValueError, match=r"a model that Qwix changes, a head must be a function"):
+            of_matrix(model)

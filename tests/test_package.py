@@ -38,10 +38,7 @@ def test_docstring_sections(name):
     places = [doc.find(f"\n{section}\n") for section in SECTIONS]
     assert -1 not in places, [s for s, place in zip(SECTIONS, places, strict=True) if place < 0]
     assert places == sorted(places)
-    assert doc.split("
-
-")[1].startswith("Example:
-")
+    assert doc.split("\n\n")[1].startswith("Example:\n")
     if name not in ("check_distribution", "on_mesh", "Linear", "deferred"):
         assert "nats" in doc.splitlines()[0] or name == "linear_map"
         assert all(f"\n{section}\n" in doc for section in KERNEL_SECTIONS)

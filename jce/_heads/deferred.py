@@ -54,7 +54,8 @@ def deferred(module: Any, method: str = "__call__") -> Iterator[None]:
 
     The head is traced where the model calls it, as `Linear` says of functions, so in the scope that the model calls it
     in: a precision, a mesh, or Qwix's, which quantizes and adds a low-rank update there alone. Outside of it, as by
-    `jce.linear_cross_entropy(labels, hidden, model.lm_head)`, Qwix leaves both out, and nothing tells.
+    `jce.linear_cross_entropy(labels, hidden, model.lm_head)`, Qwix leaves both out, and nothing tells. Called in it, by
+    the model itself, jce's functions take a function as the head, and refuse a matrix, whose product Qwix doesn't see.
 
     This very module is meant, `self is module`; others of its class run as ever. A copy is another one: where
     `nnx.jit`, `eqx.filter_jit` or a vmap gets the model as an argument, enter inside. Enter inside of `jax.jit` in any

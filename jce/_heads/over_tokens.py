@@ -16,6 +16,7 @@ from jce._heads.logits import Logits, capped
 from jce._heads.part import Part, column, of_dtypes, wide
 from jce._heads.places import Arguments, on_each_device
 from jce._heads.products import Products
+from jce._heads.qwix import out_of_qwix
 from jce._heads.token_arguments import (
     REDUCTIONS,
     checked_batch,
@@ -58,6 +59,7 @@ class OfChunk(NamedTuple):
     refused: str = ""  # its effects that a derivative may not have
 
 
+@out_of_qwix
 def over_tokens(
     name: str,
     make: Callable[[list[Array], Any, Hashable | None], OfChunk],

@@ -1,0 +1,42 @@
+"""Qwix replaces JAX's products while a model is called. Heads are traced by then, and ours are no module's products."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jce._heads.called import Called
+from jce._heads.linear import Linear
+
+
+def out_of_qwix(over_tokens: Callable) -> Callable:
+    """Without what it replaces, in this thread: else it quantizes the products by which a loop differentiates a head, a
+    percent off, and adds the model's own low-rank update to those with a matrix."""
+
+    @functools.wraps(over_tokens)
+    def called(name: str, make: Any, arguments: Any, *others: Any, **options: Any):
+        # Nothing public switches it off (Qwix 0.1.8).
+        manager = getattr(sys.modules.get("qwix._src.interception"), "interception_manager", None)
+        if not hasattr(manager, "disable_interception"):
+            return over_tokens(name, make, arguments, *others, **options)
+        replaced = manager.disable_interception()
+        try:
+            if replaced:
+                _require_functions(name, arguments)
+            return over_tokens(name, make, arguments, *others, **options)
+        finally:
+            manager.enable_interception(replaced)
+
+    return called
+
+
+def _require_functions(name: str, arguments: Any) -> None:
+    for x in arguments.values():
+        if isinstance(x, Linear) and not isinstance(x.head, Called):
+            raise ValueError(
+                f"{name}: in the call of a model that Qwix changes, a head must be a function, since Qwix sees no"
+                f" product with a matrix that is given as one; got {x!r}. Give the head's module, or a function"
+                f" such as lambda h: h @ kernel; or call {name} outside, with what the model gives in jce.deferred."
+            )

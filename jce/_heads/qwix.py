@@ -18,7 +18,7 @@ def out_of_qwix(over_tokens: Callable) -> Callable:
     @functools.wraps(over_tokens)
     def called(name: str, make: Any, arguments: Any, *others: Any, **options: Any):
         # Nothing public switches it off (Qwix 0.1.8).
-        manager = getattr(sys.modules.get("qwix._src.interception"), "interception_manager", None)
+        manager: Any = getattr(sys.modules.get("qwix._src.interception"), "interception_manager", None)
         if not hasattr(manager, "disable_interception"):
             return over_tokens(name, make, arguments, *others, **options)
         replaced = manager.disable_interception()

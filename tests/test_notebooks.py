@@ -1,5 +1,6 @@
 """Each notebook runs, its claim holds, and what is rendered is what runs."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -18,7 +19,15 @@ NAMES = [
     "5_devices",
     "6_distillation",
     "7_policy",
+    "8_trainers",
 ]
+MARKS = {
+    "6_distillation": [pytest.mark.long],
+    "8_trainers": [
+        pytest.mark.skipif(importlib.util.find_spec("tunix") is None, reason="needs the extra 'trainers'"),
+        pytest.mark.long,
+    ],
+}
 
 each_notebook = pytest.mark.parametrize("name", NAMES)
 
@@ -29,9 +38,7 @@ def test_every_notebook_is_here():
 
 
 @pytest.mark.needs_jit  # trainings, and what compiled programs need
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] if name == "6_distillation" else []) for name in NAMES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in NAMES])
 @pytest.mark.slow
 def test_runs(name):
     """The last cell asserts what the first line claims."""

@@ -80,8 +80,9 @@ def deferred(module: Any, method: str = "__call__") -> Iterator[None]:
         logits [..., n]. All others are handed on.
 
     Returns:
-      A context manager, which gives None. It may be nested, and used again. On leaving, also by an error, the class has
-      its own method back. Calls of other threads run as ever, whoever leaves first.
+      A context manager, which gives None. Meanwhile the class' method and `jnp.astype` are replaced; on leaving, also
+      by an error, they are back. It may be nested, and used again. Calls of other threads run as ever, whichever leaves
+      first.
 
     Raises:
       TypeError: the class of module has no such method, or module is one of Flax Linen; in the call, if the first

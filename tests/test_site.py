@@ -50,7 +50,7 @@ def test_functions(site):
 
 def test_notebooks(site):
     notebooks = sorted(ROOT.glob("notebooks/*.ipynb"))
-    assert len(notebooks) == 8
+    assert len(notebooks) == 9
     front = (site / "index.html").read_text(encoding="utf-8")
     for notebook in notebooks:
         page = (site / "notebooks" / f"{notebook.stem}.html").read_text(encoding="utf-8")

@@ -28,12 +28,13 @@ class Linear:
 
         Linear(hidden, lambda h: h @ kernel + (h @ a) @ b)
 
-    Such a head is traced here, once, of one token, and is from then on that trace: of each token alone. It may not
-    depend on other tokens, on how many there are or on their place, nor scale or clip by all of them, in values or in
-    the rules of derivatives. What draws random numbers or has an effect is refused; the rest a trace doesn't show. To
-    try: is head(h)[i] what head(h[i:i+1])[0] is? What it closes over, traced or not, takes the matrix' place: it is
-    differentiated, each array in its own dtype, and its gradient is summed over the chunks in float32. Logits that it
-    gives in half precision warn, since their rounding is in losses: a product is summed in float32 by
+    Such a head is traced here, once, with one token's state, and from then on is that trace, applied to each token
+    alone (`jax.vmap`). So it may not depend on other tokens, nor on how many there are or on a token's place, nor may
+    it scale or clip by all of them, in its values or in its derivatives' rules. Random draws and effects are refused;
+    the rest doesn't show in a trace. To check: head(h)[i] must equal head(h[i:i+1])[0]. The arrays that it closes over,
+    traced or not, take the matrix' place: they are differentiated, each in its own dtype, and their gradients are
+    summed over the chunks in float32. Half-precision logits warn, since their rounding would be in the losses; a
+    product is summed in float32 by
 
         lambda h: jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
 
@@ -146,7 +147,7 @@ def linear_of(
     bias: ArrayLike | None,
     logit_soft_cap: ArrayLike | None,
 ) -> Linear:
-    """Of a function's arguments: of these four, or of the first, which then stands for all."""
+    """The `Linear` of a function's arguments: of all four, or the first itself, if it is one."""
     rest = {"head": head, "bias": bias, "logit_soft_cap": logit_soft_cap}
     if isinstance(hidden, Linear):
         if given := [key for key, x in rest.items() if x is not None]:
@@ -169,7 +170,7 @@ def linear_of(
 
 
 class LinearArrays(NamedTuple):
-    """The same, whose shapes agree."""
+    """A `Linear` of arrays whose shapes agree."""
 
     hidden: Array
     head: Array | Called

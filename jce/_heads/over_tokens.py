@@ -44,19 +44,18 @@ class TokenOptions(NamedTuple):
 
 
 class OfChunk(NamedTuple):
-    """A function of a chunk's arguments, whose first axis is of tokens, of what is shared and of what it closes over.
-
-    Its results are the leaves of a tree; `one` is that tree, with a token's shapes and dtypes.
+    """What a loop computes of a chunk: function(arguments, shared, closed over), whose results have the chunk's tokens
+    as their first axis. They are the leaves of a tree; `one` is that tree with one token's shapes and dtypes.
     """
 
     function: Callable[[list[Array], Any, Any], list[Array]]
     one: Any
     closed_over: Any = ()
-    has_aux: bool = False  # the first result alone is differentiated, a number; the function stops the others
-    multiplied: bool = True  # whether it takes logits as arrays, and not as `Logits`
-    halved: bool = False  # whether of bfloat16 numbers' logits it stores no more than such a number each
-    filler: tuple[float, ...] | None = None  # of its other arguments, at which and at hidden states of 0 it is finite
-    refused: str = ""  # its effects that a derivative may not have
+    has_aux: bool = False  # only the first result, a number per token, is differentiated
+    multiplied: bool = True  # False: it takes `Logits`, which aren't multiplied out yet
+    halved: bool = False  # with bfloat16 states and head it stores at most one bfloat16 number per logit
+    filler: tuple[float, ...] | None = None  # its other arguments in padding, where it is finite at a state of 0
+    refused: str = ""  # effects of it that a derivative may not repeat
 
 
 @out_of_qwix
@@ -69,10 +68,11 @@ def over_tokens(
     named_classes: bool = False,
     is_defined: Callable[[list[Array], int], Array] | None = None,
 ) -> Any:
-    """A function of each token of the arguments, `Linear` or arrays with leading token axes, reduced as options say.
+    """A function of each token, reduced as the options say. Arguments are `Linear`, or arrays with leading token axes.
 
-    On each device it is made from a token's arguments, as examples, what is shared, and the mesh axes of the classes.
-    Of tokens where it isn't defined, by all but the logits and the number of classes, a weight of 0 leaves nothing.
+    On each device make(arguments of one token, shared, mesh axes of the classes) gives the function. A token where
+    is_defined(arguments but the logits, number of classes) is False is left out if its weight is 0: its result may be
+    NaN, and 0 times NaN would be NaN.
     """
     reduction = choice(name, reduction=options.reduction, choices=REDUCTIONS)
     chunk = checked_chunk(name, options.chunk_size, options.batch_invariant)
@@ -124,8 +124,8 @@ def over_tokens(
 
 
 class _Given(NamedTuple):
-    """A function's arguments as it takes them. Static: what a loop is made of is kept in JAX's caches, so that it may
-    hold no array, and nothing that is traced."""
+    """How a function takes its arguments. It is static, and JAX's caches keep what a loop is made of: so it holds
+    dtypes in place of arrays, which would be kept alive."""
 
     are_logits: list[bool]
     dtypes: Any  # of what is shared
@@ -141,7 +141,7 @@ class _Given(NamedTuple):
 def _reduced(
     part: Part, of_chunk: OfChunk, function: Callable, chunk: ChunkSize, reduction: str, token_axes, class_axis
 ):
-    """The results of a device's part, or the sums of all devices'."""
+    """The results of the device's tokens, or their weighted sums over all devices."""
     ones, structure = jax.tree.flatten(of_chunk.one)
     inexact = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
     trained = [0] if of_chunk.has_aux else inexact
@@ -166,7 +166,7 @@ def _reduced(
 
 
 def _of_hidden(of_chunk: OfChunk, given: _Given, closed_over: Any, products: Products) -> Callable:
-    """A chunk's function of logits as one of hidden states and heads: 0 for a token that isn't kept."""
+    """The chunk's function, of hidden states and heads in place of logits. It is 0 where a token isn't kept."""
 
     def of_hidden(platform, inputs: Inputs) -> list[Array]:
         (kept, *others), hidden, shared = inputs.tokens, inputs.hidden, inputs.shared
@@ -176,7 +176,7 @@ def _of_hidden(of_chunk: OfChunk, given: _Given, closed_over: Any, products: Pro
 
         if of_chunk.filler is None:
             hidden, others = map(cleaned, (hidden, others), shared["first"])
-        else:  # with which tokens came, but for what isn't 0
+        else:  # padding holds zeros already: only other fillers are put in
             pairs = zip(others, of_chunk.filler, strict=False)
             others = [jnp.where(column(kept, x), x, jnp.full_like(x, f)) if f else x for x, f in pairs]
         logits = []

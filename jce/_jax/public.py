@@ -86,7 +86,7 @@ def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
 
 def _has_function(x) -> bool:
     """Whether x is a head that is a function, or a `Linear` of one."""
-    return is_function(x) or getattr(x, "of_function", False)
+    return not is_array(x) and (is_function(x) or getattr(x, "of_function", False))
 
 
 def _require_own(name, parameters, count: int, options: Mapping[str, Any], static, numbers) -> None:

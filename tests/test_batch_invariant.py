@@ -29,7 +29,7 @@ SHAPES = [(17, 150, np.float32), (33, 257, jnp.bfloat16)]
 @pytest.mark.needs_jit
 @pytest.mark.parametrize(("width", "classes", "dtype"), SHAPES, ids=lambda x: getattr(x, "__name__", str(x)))
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.in_turn(6)
+@pytest.mark.in_turn(12)
 def test_bits(name, width, classes, dtype, rng):
     """Results and hidden states' gradients: alone, first, last, in another chunk, with a mask that is traced."""
     h, w = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((TOKENS, width), (classes, width)))

@@ -46,6 +46,7 @@ def recorder(ordered=False):
 
 
 @each_way
+@pytest.mark.in_turn(2)
 def test_a_callback_is_called_with_each_token_though_nobody_uses_its_result(options):
     effect, called = recorder()
     function = mapped(effect, **options)
@@ -87,6 +88,7 @@ def test_prints(capfd):
 
 
 @each_way
+@pytest.mark.in_turn(2)
 def test_in_a_gradient_a_callback_is_called_once_or_refused(options):
     effect, called = recorder()
     function = mapped(effect, **options)

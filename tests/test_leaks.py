@@ -48,7 +48,7 @@ def test_functions_of_rows_keep_no_array(kernel, rng):
 
 @pytest.mark.needs_jit
 @each_loss
-@pytest.mark.in_turn(12)
+@pytest.mark.slow
 @pytest.mark.long
 def test_no_tracer_is_kept(name):
     """Under jit, grad and vmap, each with the hidden states traced, the head, and the number."""
@@ -61,7 +61,7 @@ def test_no_tracer_is_kept(name):
 
 @pytest.mark.needs_jit
 @each_function
-@pytest.mark.in_turn(16)
+@pytest.mark.slow
 @pytest.mark.long
 def test_no_tracer_is_kept_of_rows(kernel, rng):
     with jax.checking_leaks():

@@ -105,7 +105,7 @@ HEADS_LOSSES = {
 
 @pytest.mark.parametrize("platform", ["cpu", "other"])
 @pytest.mark.parametrize("name", HEADS_LOSSES)
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(8)
 def test_products_of_tokens_of_which_some_are_left_out(name, platform):
     """As many as of all, in every mode, and each in a loop over the chunks of those that are kept."""
     a = matrices(64, 8, 40)

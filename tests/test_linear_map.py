@@ -770,6 +770,7 @@ def loss_and_metrics(y, x):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.in_turn(2)
 def test_metrics_beside_a_loss(reduction, rng):
     """The loss' derivatives as alone; the metrics' only in the weights, and there exact; both to the second order."""
     y, a = rng.integers(0, CLASSES, 20), rng.uniform(0.5, 2, 20)

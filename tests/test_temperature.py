@@ -46,7 +46,7 @@ def by_hand(labels, h, w, b, t, a, probs, tail=False, label_smoothing=0.0, z_los
 
 @OF_EACH
 @pytest.mark.parametrize("of", LOSSES)
-@pytest.mark.in_turn(3)
+@pytest.mark.in_turn(6)
 def test_losses_and_their_derivatives(of, of_each, problem):
     """In everything, the temperature too, and again along a direction; in chunks, the last of which is filled up."""
     labels, h, w, b, t, a = problem

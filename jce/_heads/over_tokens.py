@@ -118,9 +118,11 @@ def over_tokens(
             name, of_part, batch, parts, options.axis_name, whole=reduction != "none", named_classes=named_classes
         )
 
-    # JAX keeps what it compiles for each operation of an eager derivative: 3 MiB a call, of a function that is traced
-    # anew each time. Of a jit that nobody else holds it keeps next to nothing.
-    return jax.jit(on_devices, inline=True)(parts)
+    # Outside of a jit JAX keeps what it compiles for each operation of a derivative: 3 MiB a call, as a head is traced
+    # anew each time. It keeps next to nothing of a jit that nobody else holds. Inside of a jit there is none, since a
+    # rule of the head's that closes over a traced value would leak it.
+    alone = any(parts.shared["called"]) and not isinstance(jnp.zeros(()), jax.core.Tracer)
+    return (jax.jit(on_devices) if alone else on_devices)(parts)
 
 
 class _Given(NamedTuple):

@@ -1,6 +1,7 @@
 """A head that isn't run where a model calls it: the model gives a `Linear`, which does what logits would or says no."""
 
 import dataclasses
+import gc
 import threading
 
 import jax
@@ -238,3 +239,64 @@ def calling(*arguments, method="__call__"):
 def test_errors(p, tokens, call, text):
     with pytest.raises((TypeError, ValueError), match=text), jax.numpy_rank_promotion("allow"):
         call(p, tokens)
+
+
+def test_a_head_of_one_state_is_traced_as_often_as_one_likes(rng):
+    """Under a vmap x closes over the head's arrays, and JAX's caches compare what they know of it: no array stays."""
+    kernel = jnp.asarray(rng.standard_normal((D, N)), jnp.float32)
+    h = jnp.asarray(rng.standard_normal((S, D)), jnp.float32)
+    y = jnp.arange(S)
+
+    def loss(kernel):
+        head = OfOneState(kernel)
+        with jce.deferred(head):
+            x = jax.vmap(head)(h)
+        return jce.linear_cross_entropy(y, x)
+
+    def arrays():
+        np.testing.assert_allclose(jax.grad(loss)(kernel), expected, rtol=1e-5, atol=1e-6)
+        loss(kernel)
+        gc.collect()
+        return len(jax.live_arrays())
+
+    expected = jax.grad(lambda kernel: ce(y, h @ kernel).mean())(kernel)
+    arrays()
+    assert arrays() == arrays()
+
+
+def test_a_head_that_calls_another_or_itself(rng):
+    """As one whose class extends another's that is deferred too: while it is traced, nothing is deferred."""
+
+    class Shifted(Head):
+        def __call__(self, h):
+            return super().__call__(h) + 1.0 if h.ndim == 1 else jax.vmap(self)(h)
+
+    kernel = jnp.asarray(rng.standard_normal((D, N)), jnp.float32)
+    inner, outer, h = Head(kernel), Shifted(kernel), jnp.ones((S, D))
+    with jce.deferred(inner), jce.deferred(outer):
+        x = outer(h)
+    np.testing.assert_allclose(jce.linear_map(lambda x: x, x), h @ kernel + 1, rtol=1e-6)
+
+
+def test_contexts_left_in_any_order(rng):
+    a, b = (Head(jnp.ones((D, N))) for _ in range(2))
+    contexts = [jce.deferred(head) for head in (a, b)]
+    for context in contexts:
+        context.__enter__()
+    contexts[0].__exit__(None, None, None)
+    assert isinstance(b(jnp.ones((S, D))), jce.Linear)
+    contexts[1].__exit__(None, None, None)
+    with jce.deferred(Head(a.kernel)):
+        assert isinstance(a(jnp.ones((S, D))), jax.Array)
+
+
+def test_functions_are_no_modules():
+    """And what can't be entered is as it was."""
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"jce\.Linear\(hidden, function\)"), jce.deferred(lambda h: h):
+            pass
+
+
+def test_tokens_by_an_ellipsis():
+    x = jce.Linear(jnp.ones((B, S, D)), jnp.ones((N, D)))
+    assert x[..., :-1, :].hidden.shape == x[:, :-1].hidden.shape == (B, S - 1, D)

@@ -47,10 +47,11 @@ def deferred(module: Any, method: str = "__call__") -> Iterator[None]:
                 x = model(tokens)
             return jce.linear_cross_entropy(labels, x, where=where)
 
-    No model has to change, unless it computes with its logits: nothing of that is left out, it raises a TypeError. Only
-    tokens may be picked from x, as in x[:, :-1], and `jnp.astype(x, jnp.float32)`, or `x.astype`, is x itself, since
-    its logits are float32. A soft cap that follows is to be switched off in the model and given to jce:
-    `dataclasses.replace(x, logit_soft_cap=30.0)`.
+    No model has to change, unless it computes with its logits: that raises a TypeError. Only functions of trees, such
+    as `jax.tree.map` and `jax.lax.psum`, compute with x's states and arrays, silently: leave them out. Tokens may be
+    picked from x, as in x[:, :-1], and `jnp.astype(x, jnp.float32)`, or `x.astype`, is x itself, since its logits are
+    float32. A soft cap that follows is to be switched off in the model and given to jce: `dataclasses.replace(x,
+    logit_soft_cap=30.0)`.
 
     The head is traced where the model calls it, as `Linear` says of functions, so in the scope that the model calls it
     in: a precision, a mesh, or Qwix's, which quantizes and adds a low-rank update there alone. Outside of it, as by
@@ -59,8 +60,9 @@ def deferred(module: Any, method: str = "__call__") -> Iterator[None]:
 
     This very module is meant, `self is module`; others of its class run as ever. A copy is another one: where
     `nnx.jit`, `eqx.filter_jit` or a vmap gets the model as an argument, enter inside. Enter inside of `jax.jit` in any
-    case, since what it traced before isn't traced again. A module of Flax NNX is traced as a copy: what it writes to
-    itself in the call is lost. A module of Flax Linen is bound anew in each apply: let Linen intercept its call.
+    case, and of `jax.checkpoint`, since what they traced before isn't traced again. A module of Flax NNX is traced as a
+    copy: an attribute that it sets in the call is lost, and Flax refuses to let it write to its variables. A module of
+    Flax Linen is bound anew in each apply: let Linen intercept its call.
 
         def deferring(call, args, kwargs, context):
             if context.module.path != ("lm_head",):
@@ -72,7 +74,9 @@ def deferred(module: Any, method: str = "__call__") -> Iterator[None]:
             x = model.apply(params, tokens)
 
     Under `jax.vmap`, of a model or in it, as of Equinox' heads of one state, the states are mapped, and x closes over
-    the head's arrays: they are differentiated, but are no leaves of x. Where a vmap maps the head too, map the loss.
+    the head's arrays: they are differentiated, but are no leaves of x. So `jax.lax.stop_gradient(x)` doesn't stop them,
+    and x can't leave a `jax.checkpoint`, a scan or a jit: take the loss inside. Where a vmap maps the head too, map the
+    loss.
 
     Args:
       module: the head, or what has it as a method: an object whose class has the method, as of Flax NNX or Equinox.
@@ -81,8 +85,8 @@ def deferred(module: Any, method: str = "__call__") -> Iterator[None]:
 
     Returns:
       A context manager, which gives None. Meanwhile the class' method and `jnp.astype` are replaced; on leaving, also
-      by an error, they are back. It may be nested, and used again. Calls of other threads run as ever, whichever leaves
-      first.
+      by an error, they are back. Contexts may be nested, and left in any order. Calls of other threads run as ever,
+      whichever leaves first.
 
     Raises:
       TypeError: the class of module has no such method, or module is one of Flax Linen; in the call, if the first
@@ -100,12 +104,14 @@ def deferred(module: Any, method: str = "__call__") -> Iterator[None]:
             f"deferred: a module of Flax Linen is bound anew in each apply, so that the one that is called is another;"
             f" got module: {owner.__name__}. Use flax.linen.intercept_methods, as help(jce.deferred) says."
         )
-    before = _deferred.set((*_deferred.get(), (module, method)))
+    entry = (module, method)
+    _deferred.set((*_deferred.get(), entry))
     try:
         with _replacing(owner, method, functools.partial(_deferring, method)), _replacing(jnp, "astype", _astype):
             yield
     finally:
-        _deferred.reset(before)
+        # Not reset to what it was before: contexts, as those of generators, may be left in any order.
+        _deferred.set(tuple(x for x in _deferred.get() if x is not entry))
 
 
 @contextlib.contextmanager
@@ -113,9 +119,15 @@ def _replacing(owner: Any, name: str, replacement: Callable) -> Iterator[None]:
     """Until the last of the contexts that replace it is left, in whichever order."""
     with _lock:
         own, count = _replaced.get((owner, name), (vars(owner).get(name, ABSENT), 0))
-        _replaced[owner, name] = own, count + 1
         if not count:
-            setattr(owner, name, replacement(getattr(owner, name)))
+            try:
+                setattr(owner, name, replacement(getattr(owner, name)))
+            except (AttributeError, TypeError) as error:
+                raise TypeError(
+                    f"deferred: the class of module must let its {name!r} be replaced; got module: {owner.__name__}. Of"
+                    f" a function let the model give jce.Linear(hidden, function)."
+                ) from error
+        _replaced[owner, name] = own, count + 1
     try:
         yield
     finally:
@@ -136,7 +148,12 @@ def _deferring(method: str, original: Callable) -> Callable:
             return original(self, *args, **options)
         hidden: Any = args[0] if args else None
         alike, name = _alike(self), f"{type(self).__name__}.{method}"
-        head = Called.of("deferred", name, lambda h: original(alike(), h, *args[1:], **options), hidden)
+        # While it is traced nothing is deferred: it may call another head, or itself.
+        before = _deferred.set(())
+        try:
+            head = Called.of("deferred", name, lambda h: original(alike(), h, *args[1:], **options), hidden)
+        finally:
+            _deferred.reset(before)
         if isinstance(hidden, BatchTracer) and not any(_is_mapped(x, hidden) for x in head.arrays):
             head = Called(ClosedOver(head.arrays), head.jaxpr, head.rank, head.logits)
         return Linear(hidden, head)
@@ -167,6 +184,9 @@ class ClosedOver(tuple):
 
     def __eq__(self, other: object) -> bool:
         return self is other
+
+    def __ne__(self, other: object) -> bool:  # a tuple's own would compare arrays
+        return self is not other
 
     def __hash__(self) -> int:
         return id(self)

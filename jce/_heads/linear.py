@@ -78,6 +78,8 @@ class Linear:
     def __getitem__(self, index: Any) -> Linear:
         """Of some tokens, by slices and ints of their axes; all classes may be said by a last slice."""
         places, h = index if isinstance(index, tuple) else (index,), jnp.asarray(self.hidden)
+        if places and places[0] is ...:
+            places = (slice(None),) * (h.ndim - len(places) + 1) + places[1:]
         if len(places) == h.ndim and places[-1] == slice(None):
             places = places[:-1]
         if len(places) >= h.ndim or not all(type(i) in (int, slice) for i in places):
@@ -196,7 +198,9 @@ def checked_linear(x: Linear, function: str, name: str) -> LinearArrays:
                 f"{function}: of a Linear, what a function closes over must have the shapes of when it was traced,"
                 f" {as_traced}; got {name}.head with {shapes}. Of a jax.vmap that maps it, map {function} too."
             )
-        return LinearArrays(h, x.head, None, _checked_cap(function, cap, x.head.logits.dtype))
+        # As leaves from here on: as part of the structure, as `deferred` has them under a vmap, JAX's caches keep them.
+        head = dataclasses.replace(x.head, arrays=list(x.head.arrays))
+        return LinearArrays(h, head, None, _checked_cap(function, cap, x.head.logits.dtype))
     for field, array in given.items():
         if array is not None or not field.endswith(".bias"):
             got[field] = as_array(function, field, array)

@@ -160,11 +160,12 @@ def label_cross_entropy(name: str, labels: ArrayLike, linear: Linear, given: Num
     known, traced = given.checked(name)
 
     def make(one, _, class_axis):
+        dtype = one[1].dtype
         loss = LabelLoss(Classes(-1, class_axis), may_be_greedy=is_array(given.temperature), **known)
 
         def of_chunk(chunk, traced, *_):
             y, x, *t = chunk
-            return [loss(Target(y, t[0].astype(one[1].dtype) if t else None, traced), x)]
+            return [loss(Target(y, t[0].astype(dtype) if t else None, traced), x)]
 
         if isinstance(linear.head, Called):
             return OfChunk(of_chunk, jnp.zeros_like(one[1][0]))

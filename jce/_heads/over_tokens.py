@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -169,6 +170,8 @@ def _reduced(
 
 def _of_hidden(of_chunk: OfChunk, given: _Given, closed_over: Any, products: Products) -> Callable:
     """The chunk's function, of hidden states and heads in place of logits. It is 0 where a token isn't kept."""
+    # The inner function, which JAX's caches keep, may not hold of_chunk: there may be tracers in the rest of it.
+    function, multiplied, filler = of_chunk.function, of_chunk.multiplied, of_chunk.filler
 
     def of_hidden(platform, inputs: Inputs) -> list[Array]:
         (kept, *others), hidden, shared = inputs.tokens, inputs.hidden, inputs.shared
@@ -176,10 +179,10 @@ def _of_hidden(of_chunk: OfChunk, given: _Given, closed_over: Any, products: Pro
         def cleaned(arrays, first):
             return [jnp.where(column(kept, x), x, f[None]) for x, f in zip(arrays, first, strict=True)]
 
-        if of_chunk.filler is None:
+        if filler is None:
             hidden, others = map(cleaned, (hidden, others), shared["first"])
         else:  # padding holds zeros already: only other fillers are put in
-            pairs = zip(others, of_chunk.filler, strict=False)
+            pairs = zip(others, filler, strict=False)
             others = [jnp.where(column(kept, x), x, jnp.full_like(x, f)) if f else x for x, f in pairs]
         logits = []
         for h, head, cap in zip(hidden, inputs.heads, shared["caps"], strict=True):
@@ -187,10 +190,10 @@ def _of_hidden(of_chunk: OfChunk, given: _Given, closed_over: Any, products: Pro
                 logits.append(capped(head.of_chunk(h), cap))
             else:
                 x = Logits(h, head, cap, products.on(platform, h, head.weight))
-                logits.append(x.whole() if of_chunk.multiplied else x)
+                logits.append(x.whole() if multiplied else x)
         of_all = given.as_given(shared["given"]), of_dtypes(shared["closed over"], closed_over)
-        results = of_chunk.function(given.in_order(logits, others), *of_all)
-        if of_chunk.filler is not None:
+        results = function(given.in_order(logits, others), *of_all)
+        if filler is not None:
             return results
         return [jnp.where(column(kept, r), r, jnp.zeros_like(r)) for r in results]
 

@@ -65,9 +65,10 @@ def stage(project: pathlib.Path) -> None:
         page = (docs / name).with_name("index.md")
         page.parent.mkdir(exist_ok=True)
         page.write_text(_linked((ROOT / name).read_text(encoding="utf-8")), encoding="utf-8")
-    for picture in [*ROOT.glob("notebooks/*.png"), *ROOT.glob("bench/results/*.png")]:
-        (docs / picture.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-        shutil.copy(picture, docs / picture.relative_to(ROOT))
+    for kind in ("notebooks/*.png", "bench/results/*.png", "notebooks/examples/*.py"):
+        for path in ROOT.glob(kind):
+            (docs / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            shutil.copy(path, docs / path.relative_to(ROOT))
     for notebook in ROOT.glob("notebooks/*.ipynb"):
         _write_notebook(notebook, docs / "notebooks")
 

@@ -21,6 +21,7 @@ from bench import (
     children,
     first_call,
     memory,
+    overview,
     peers,
     pictures,
     readme,
@@ -533,3 +534,20 @@ def test_the_readmes_figures_are_those_of_the_results():
 def test_the_picture_has_its_panels():
     names = {t.label for t in TASKS}
     assert all(function in names for function, _, _ in pictures.PANELS)
+
+
+def test_the_overview(tmp_path, optax_promotes):
+    """Both steps are the same, jce's with less memory; and its loss is never 0, where optax's is from 15 on."""
+    words, labels = np.arange(6).reshape(2, 3), np.arange(1, 7).reshape(2, 3)
+    params = {"table": jax.random.normal(jax.random.key(0), (32, 4)), "dense": jnp.eye(4)}
+    ours, theirs = (
+        jax.value_and_grad(functools.partial(overview.loss, name))(params, words, labels) for name in overview.STYLES
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, theirs)
+    of_step = {n: overview.costs(n, steps=1) for n in (512, 2048)}
+    assert of_step[2048]["jce"].megabytes < of_step[2048]["optax"].megabytes
+    margins = np.linspace(0, 80, 33)
+    losses = overview.surprisals(margins)
+    assert (losses["jce"] > 0).all()
+    assert (losses["optax"] == 0).any()
+    overview.picture(of_step, margins, losses).savefig(tmp_path / "overview.png")

@@ -14,7 +14,16 @@ ROOT = str(pathlib.Path(__file__).parents[1])
 STAYS = "import sys, time\nprint(end='importing', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
 
 # A program, its arguments, what to put in a package's place, and what it says before it is interrupted
-PROGRAMS = ("jce.demo", "jce.next_word", "jce.max_margin", "jce.distill", "bench", "bench.devices", "bench.pages")
+PROGRAMS = (
+    "jce.demo",
+    "jce.next_word",
+    "jce.max_margin",
+    "jce.distill",
+    "bench",
+    "bench.devices",
+    "bench.overview",
+    "bench.pages",
+)
 CASES = {f"while its package is imported, {program}": (program, [], "jax", "importing") for program in PROGRAMS}
 QUICK = set(CASES)
 CASES |= {

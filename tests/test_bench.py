@@ -518,7 +518,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(monkeypatch):
 
 def test_the_readmes_bounds_beside_optax():
     labels, soft, kl = claims.OVER_OPTAX.values()
-    said = f"labels cost up to {labels} times optax's time, soft targets {soft:.0f}, KL {kl:.0f}"
+    said = f"labels cost up to {labels} times optax's time, soft targets {soft}, KL {kl}"
     assert said in (results.FOLDER.parents[1] / "README.md").read_text(encoding="utf-8")
 
 

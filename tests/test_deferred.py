@@ -225,6 +225,7 @@ def calling(*arguments, method="__call__"):
     ("call", "text"),
     [
         (calling(method="decode"), r"deferred: module must be .* the method 'decode'; got module: Head"),
+        (lambda p, _: jce.deferred(p["kernel"]).__enter__(), r"the method '__call__'; got module: ArrayImpl"),
         (calling(), r"deferred: hidden must be an array.*got hidden: NoneType"),
         (calling("text"), r"deferred: hidden must be an array.*got hidden: str"),
         (calling(np.ones((3, D), np.complex64)), r"deferred: hidden must be real.*complex64"),

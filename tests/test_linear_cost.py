@@ -71,7 +71,9 @@ def multiplications(jaxpr, platform, chunks: int | None = None) -> int:
         if equation.primitive.name == "while":  # of rows to be read again (`_softmax/known_label.py`): mostly none is
             times = 0
         if equation.primitive.name == "first_chunks":
-            times = equation.invars[1].aval.shape[0] if chunks is None else chunks
+            # Its arrays of chunks, and of others that it is transposed in: of these shapes the chunks are the fewest.
+            lengths = [x.aval.shape[0] for x in equation.invars if x.aval.ndim]
+            times = min(lengths) if chunks is None else chunks
         count += times * sum(multiplications(j, platform, chunks) for j in inner(equation, platform))
     return count
 

@@ -94,7 +94,8 @@ def deferred(module: Any, method: str = "__call__") -> Iterator[None]:
       ValueError: in the call, if what is deferred doesn't give logits, draws random numbers or has an effect.
     """
     owner = type(module)
-    if not callable(getattr(owner, method, None)):
+    # A class without a __call__ of its own gives its metaclass' one.
+    if not (any(method in vars(c) for c in owner.__mro__) and callable(getattr(owner, method))):
         raise TypeError(
             f"deferred: module must be an object whose class has the method {method!r}; got module: {owner.__name__}."
             f" Pass the module that the model calls as its head, or of a tied head its module and the method's name."

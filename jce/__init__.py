@@ -64,7 +64,7 @@ from jce._quantities.cross_entropy import cross_entropy, cross_entropy_with_inte
 from jce._quantities.entropy import entropy, entropy_with_logits
 from jce._quantities.jensen_shannon import jensen_shannon_divergence, jensen_shannon_divergence_with_logits
 from jce._quantities.kl_divergence import generalized_kl_divergence, kl_divergence, kl_divergence_with_logits
-from jce._quantities.log_probs import log_probs_with_integer_labels
+from jce._quantities.log_probs_with_integer_labels import log_probs_with_integer_labels
 from jce._quantities.sampled_kl_divergence import sampled_kl_divergence
 
 __all__ = [

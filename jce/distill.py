@@ -39,6 +39,7 @@ PROGRAM = "python -m jce.distill"
 with demo_extra(PROGRAM, __name__):
     import matplotlib
     import optax
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from tqdm import tqdm
 
@@ -186,17 +187,7 @@ def picture(
     left.set(title="perplexity of the held-out words", xlabel="step", ylim=(0.8 * taught, top))
     left.legend(title="learns from", handlelength=3, loc="upper right")
     for axes, field, title in zip(right, Cost._fields, ("megabytes", "milliseconds"), strict=True):
-        for k, (label, look) in enumerate({"in chunks": {}, "whole logits": {"hatch": "//", "alpha": 0.5}}.items()):
-            heights = [getattr(pair[k], field) for pair in spent.values()]
-            at = [i + 0.4 * k - 0.2 for i in range(len(spent))]
-            colours = [LESSONS[name].colour for name in spent]
-            axes.bar_label(axes.bar(at, heights, 0.38, color=colours, edgecolor="black", **look), fmt="{:,.0f}")
-            axes.bar(0, 0, color="0.5", label=label, edgecolor="black", **look)
-        axes.set(
-            title=f"{title}, value and gradient",
-            xticks=range(len(spent)),
-            xticklabels=[name.replace(" and ", "\nand ") for name in spent],
-        )
+        _draw_costs(axes, field, title, spent)
     right[0].legend(loc="upper right")
     right[0].margins(y=0.25)
     for axes in (left, *right):
@@ -204,6 +195,17 @@ def picture(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _draw_costs(axes: Axes, field: str, title: str, spent: dict[str, tuple[Cost, Cost]]) -> None:
+    for k, (label, look) in enumerate({"in chunks": {}, "whole logits": {"hatch": "//", "alpha": 0.5}}.items()):
+        heights = [getattr(pair[k], field) for pair in spent.values()]
+        at = [i + 0.4 * k - 0.2 for i in range(len(spent))]
+        colours = [LESSONS[name].colour for name in spent]
+        axes.bar_label(axes.bar(at, heights, 0.38, color=colours, edgecolor="black", **look), fmt="{:,.0f}")
+        axes.bar(0, 0, color="0.5", label=label, edgecolor="black", **look)
+    names = [name.replace(" and ", "\nand ") for name in spent]
+    axes.set(title=f"{title}, value and gradient", xticks=range(len(spent)), xticklabels=names)
 
 
 # The command line
@@ -229,10 +231,10 @@ def _run(corpus: Corpus, steps: int, seed: int, out: str) -> None:
     print(f"{'':24}{'held-out words':>22}{'MB':>30}{'ms':>30}")
     spent = {}
     for name, history in histories.items():
-        apart = float(distance(history[-1].model, corpus.text, corpus.held_out, taught.model))
+        kl = float(distance(history[-1].model, corpus.text, corpus.held_out, taught.model))
         spent[name] = chunks, logits = costs(corpus, name, taught.model)
         sizes, times = ((f"{a:,.1f} / {b:,.1f}") for a, b in zip(chunks, logits, strict=True))
-        print(f"{name:24}{apart:22.4f}{sizes:>30}{times:>30}")
+        print(f"{name:24}{kl:22.4f}{sizes:>30}{times:>30}")
     picture(histories, taught.perplexity, unigram, spent).savefig(out)
     print(f"\npicture: {out}")
 

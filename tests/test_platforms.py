@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jce
 from jce._jax import platforms as _platforms
 from jce._softmax.chain import Chain
-from jce._softmax.reduction import Reduction
+from jce._softmax.reduction import MaskedReduction, Reduction
 from jce._softmax.softmax import surprisal_at_label
 from tests import test_accuracy
 from tests import test_corners as corners
@@ -486,7 +486,9 @@ def test_labels_by_a_mask_or_a_gather(rng):
     """The same numbers, also of a forbidden class, whichever an accelerator takes."""
     y, x = jnp.array([0, 2, 6, 3]), rng.standard_normal((4, 7)).astype(np.float32)
     x[1, 2] = -np.inf
-    np.testing.assert_array_equal(REDUCTION.at_by_mask(jnp.asarray(x), y), REDUCTION.at(jnp.asarray(x), y))
+    np.testing.assert_array_equal(
+        MaskedReduction(-1).at_label(jnp.asarray(x), y), REDUCTION.at_label(jnp.asarray(x), y)
+    )
 
 
 def test_a_labels_logit_of_another_rounding(monkeypatch):

@@ -24,12 +24,12 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | No
     With `kept`, it runs over the chunks of the tokens that are kept, each from a carry of None. So it does if chunks
     must have exactly this size: then a product has the same bits in any number of chunks.
 
-    If `chunked.apart`, a chunk takes every k-th token (strided). Where XLA splits tokens over devices, each device has
+    If `chunked.strided`, a chunk takes every k-th token. Where XLA splits tokens over devices, each device has
     consecutive ones, and so an equal part of every chunk: no token is sent, and for GPUs and TPUs XLA then sums the
     carry over devices after the loop. If `chunked.peeled`, the first step, whose carry is None, runs before the loop,
     so that no zeros are written as an initial carry.
     """
-    size, devices, apart, peeled, whole = chunked
+    size, devices, strided, peeled, whole = chunked
     count = jax.tree.leaves(tokens)[0].shape[0]
     empty = isinstance(count, int) and count == 0
     if whole and not empty:
@@ -43,10 +43,12 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | No
 
     def split(x):
         x = filled(x, chunks * size)
-        return x.reshape(size, chunks, *x.shape[1:]).swapaxes(0, 1) if apart else x.reshape(chunks, size, *x.shape[1:])
+        return (
+            x.reshape(size, chunks, *x.shape[1:]).swapaxes(0, 1) if strided else x.reshape(chunks, size, *x.shape[1:])
+        )
 
     def join(x):
-        return (x.swapaxes(0, 1) if apart else x).reshape(chunks * size, *x.shape[2:])[:count]
+        return (x.swapaxes(0, 1) if strided else x).reshape(chunks * size, *x.shape[2:])[:count]
 
     tokens = jax.tree.map(split, tokens)
     loop = _peeled_scan if peeled and isinstance(count, int) else lax.scan
@@ -59,7 +61,7 @@ def _number_of_chunks(count, size: int, devices: int):
     if not isinstance(count, int):
         return -(-count // size)  # symbolic, as the number of tokens is, which is at least 1
     chunks = max(1, -(-count // size))
-    return next((k for k in range(chunks, chunks + chunks // 8 + 1) if count % (k * devices) == 0), chunks)
+    return next((more for more in range(chunks, chunks + chunks // 8 + 1) if count % (more * devices) == 0), chunks)
 
 
 def _peeled_scan(step: Callable, carry, chunks):

@@ -21,18 +21,8 @@ from jax.experimental import checkify
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jce._jax.classes import vary_over, varying, varying_type
-from jce._jax.primitives import (
-    batch_size,
-    cotangent,
-    linear_in,
-    not_zero,
-    others,
-    placed,
-    primitive,
-    tangent,
-    with_tangents,
-    with_zeros,
-)
+from jce._jax.primitives import batch_size, primitive
+from jce._jax.restricted import cotangent, linear_in, not_zero, others, placed, tangent, with_tangents, with_zeros
 
 
 def first_chunks(step: Callable, count: Array, tokens: Any) -> Any:
@@ -104,9 +94,9 @@ def _loop(count, *arrays, jaxpr, chunks, chunked, results):
     def body(i, state):
         pairs = zip(arrays, chunked, strict=True)
         new = _evaluated(jaxpr, *(lax.dynamic_index_in_dim(x, i, keepdims=False) if c else x for x, c in pairs))
-        for k, (total, x, of_chunk) in enumerate(zip(state, new, results, strict=True)):
+        for i_result, (total, x, of_chunk) in enumerate(zip(state, new, results, strict=True)):
             (x,) = vary_over(varying(total), x)
-            state[k] = lax.dynamic_update_index_in_dim(total, x, i, 0) if of_chunk else total + x
+            state[i_result] = lax.dynamic_update_index_in_dim(total, x, i, 0) if of_chunk else total + x
         return state
 
     return lax.fori_loop(0, count, body, _zeros(count, jaxpr, chunks, results))
@@ -120,19 +110,21 @@ def _differentiate(primals, tangents, *, jaxpr, chunks, chunked, results):
     values = _first_chunks_p.bind(*primals, jaxpr=jaxpr, chunks=chunks, chunked=chunked, results=results)
     (count, *arrays), (_, *steps) = primals, tangents
     live, moved = not_zero(steps), with_tangents(values)
-    along = functools.partial(tangent, functools.partial(_evaluated, jaxpr), live)
+    tangent_of_step = functools.partial(tangent, functools.partial(_evaluated, jaxpr), live)
     arrays += [steps[i] for i in live]
     chunked += tuple(chunked[i] for i in live)
-    return values, with_zeros(values, _bind_derived(along, count, arrays, chunks, chunked, [results[i] for i in moved]))
+    return values, with_zeros(
+        values, _bind_derived(tangent_of_step, count, arrays, chunks, chunked, [results[i] for i in moved])
+    )
 
 
 def _transpose(cotangents, count, *arrays, jaxpr, chunks, chunked, results):
-    linear, some = linear_in(arrays), not_zero(cotangents)
+    linear, nonzero = linear_in(arrays), not_zero(cotangents)
     known, types = others(len(arrays), linear), [v.aval for v in (*jaxpr.invars, *jaxpr.constvars)]
     function = functools.partial(_evaluated, jaxpr)
-    back = functools.partial(cotangent, function, linear, [types[i] for i in linear], some)
-    given = [*(cotangents[i] for i in some), *(arrays[i] for i in known)]
-    of_given = [*(results[i] for i in some), *(chunked[i] for i in known)]
+    back = functools.partial(cotangent, function, linear, [types[i] for i in linear], nonzero)
+    given = [*(cotangents[i] for i in nonzero), *(arrays[i] for i in known)]
+    of_given = [*(results[i] for i in nonzero), *(chunked[i] for i in known)]
     got = _bind_derived(back, count, given, chunks, of_given, [chunked[i] for i in linear])
     return [None, *placed(len(arrays), linear, got)]
 

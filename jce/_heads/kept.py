@@ -10,27 +10,28 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jce._heads.first_chunks import first_chunks
-from jce._jax.primitives import batch_axis_first, primitive, with_zeros
+from jce._jax.primitives import batch_axis_first, primitive
+from jce._jax.restricted import with_zeros
 
 
 def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: Any, size: int | None = None) -> Any:
     """The sums of step(None, chunk), and each token's results, which are 0 for a token that isn't kept.
 
-    Tokens that are kept come first, and zeros after them. Where XLA splits the tokens over devices, each device's share
-    is ordered so, and a chunk takes an equal part of every share: no token is sent. With a given `size`, that of such a
+    Tokens that are kept come first, and zeros after them. Where XLA splits the tokens over devices, each device's part
+    is ordered so, and a chunk takes an equal part of each: no token is sent. With a given `size`, that of such a
     part, all chunks have the same bits: XLA doesn't see how many there are, so it compiles a single one like many.
     """
     (count, *_), n, alike = kept.shape, -(-kept.shape[0] // devices), size is not None
     size = -(-n // chunks) if size is None else size
 
-    def shares(x):
+    def by_device(x):
         return filled(x, devices * n).reshape(devices, n, *x.shape[1:])
 
-    kept = shares(kept)
+    kept = by_device(kept)
     order = _Order.of(kept, chunks * size)
 
     def split(x):
-        x = _taken(shares(x), *order).reshape(devices, chunks, size, *x.shape[1:])
+        x = _taken(by_device(x), *order).reshape(devices, chunks, size, *x.shape[1:])
         return x.swapaxes(0, 1).reshape(chunks, devices * size, *x.shape[3:])
 
     def join(x):
@@ -46,10 +47,10 @@ def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: An
 
 
 class _Order(NamedTuple):
-    """An order of tokens [shares, n] in which those that are kept come first, in the order in which they were."""
+    """An order of tokens [devices, n] in which those that are kept come first, in the order in which they were."""
 
-    there: Array  # [shares, m], the token in each place; n in an empty place
-    back: Array  # [shares, n], the place of each token; m for one that isn't kept
+    there: Array  # [devices, m], the token in each place; n in an empty place
+    back: Array  # [devices, n], the place of each token; m for one that isn't kept
 
     @classmethod
     def of(cls, kept: Array, m: int) -> _Order:
@@ -73,8 +74,8 @@ def filled(x: Array, length: int) -> Array:
 
 
 def _taken(x: Array, there: Array, back: Array) -> Array:
-    """The elements of x [shares, n, ...] at `there` [shares, m], of which `back` [shares, n] is the inverse. More axes
-    may come first in all three."""
+    """The elements of x [devices, n, ...] at `there` [devices, m], of which `back` [devices, n] is the inverse. More
+    axes may come first in all three."""
     return _taken_p.bind(x, there, back)
 
 

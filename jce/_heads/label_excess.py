@@ -33,7 +33,8 @@ from jce._quantities.z_loss import log_z_off_label
 from jce._softmax.kernel import way_of
 from jce._softmax.known_label import at_maximum, off_known_label
 from jce._softmax.softmax import surprisal_at_label
-from jce._softmax.way import OffLabel, Way, unless_no_class
+from jce._softmax.sums import OffLabel
+from jce._softmax.way import Way, unless_no_class
 
 
 class Target(NamedTuple):
@@ -63,7 +64,7 @@ class Terms:
         return not tempered and (self.smoothing == 0 or not capped)
 
 
-def some(number) -> bool:
+def may_be_nonzero(number) -> bool:
     """Whether a number may be other than 0: one that is traced, or Python's if it isn't 0."""
     return is_array(number) or number != 0
 
@@ -89,17 +90,17 @@ def excess_of_product(
 
 def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Array, soft_cap: Array | None) -> Excess:
     """The excess, for logits u, which it reads in several passes."""
-    classes = way_of(terms.classes, named(platform), u)
-    u = classes.stored(u)  # else the label's lookup would compute it once more
-    column, y, t = classes.column, target.labels, target.temperatures
-    of_head = classes.fold(capped(u, soft_cap))
-    x = at_temperature(of_head, t, classes)
-    numbers, n = terms.numbers(target, x.dtype), classes.count(x)
-    off = classes.off_label(y, x)
-    mean = classes.sum(x - column(off.m)) / n if some(numbers[0]) else None
-    row = _of_row(numbers, n, off, mean, lambda log_sum: whole_log_sum(log_sum, of_head, t, classes), classes.masks)
+    way = way_of(terms.classes, named(platform), u)
+    u = way.stored(u)  # else the label's lookup would compute it once more
+    column, y, t = way.column, target.labels, target.temperatures
+    of_head = way.fold(capped(u, soft_cap))
+    x = at_temperature(of_head, t, way)
+    numbers, n = terms.numbers(target, x.dtype), way.count(x)
+    off = way.off_label(y, x)
+    mean = way.sum(x - column(off.m)) / n if may_be_nonzero(numbers[0]) else None
+    row = _of_row(numbers, n, off, mean, lambda log_sum: whole_log_sum(log_sum, of_head, t, way), way.masks)
     e = row.entries(_unless_nan(exp(x - column(off.m))), column)
-    e = classes.put(classes.unfold(e), classes.local(y, x), row.at_label)
+    e = way.put(way.unfold(e), way.local(y, x), row.at_label)
     r = row.r
     if t is not None:
         r /= jnp.where(t == 0, jnp.ones_like(t), t)
@@ -112,59 +113,59 @@ def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Arra
 
 def one_reading(terms: Terms, platform: str | None, target: Target, x: Logits) -> OneReading | None:
     """One pass over the logits, or None where it won't do or isn't faster."""
-    classes = way_of(terms.classes, named(platform), x.head.bias)
+    way = way_of(terms.classes, named(platform), x.head.bias)
     may = terms.may_read_once(target.temperatures is not None, x.soft_cap is not None)
-    return OneReading(terms, classes, target, x) if may and classes.masks and not may_be_split(x.head.bias) else None
+    return OneReading(terms, way, target, x) if may and way.masks and not may_be_split(x.head.bias) else None
 
 
 class OneReading:
     """A single pass over the logits, whose shift m comes from the label's logit, which is computed before it."""
 
-    def __init__(self, terms: Terms, classes: Way, target: Target, x: Logits):
-        self.x, self.classes, self.labels = x, classes, target.labels
-        self.y = classes.local(target.labels, x.head.bias)
-        self.u_y = classes.of_who_has(x.uncapped_at(self.y), x.head.bias, self.y)
+    def __init__(self, terms: Terms, way: Way, target: Target, x: Logits):
+        self.x, self.way, self.labels = x, way, target.labels
+        self.y = way.local(target.labels, x.head.bias)
+        self.u_y = way.of_who_has(x.uncapped_at(self.y), x.head.bias, self.y)
         self.x_y = capped(self.u_y, x.soft_cap)
-        self.numbers, self.n = terms.numbers(target, self.x_y.dtype), classes.count(x.head.bias)
+        self.numbers, self.n = terms.numbers(target, self.x_y.dtype), way.count(x.head.bias)
 
     def losses(self) -> Array:
         return self._of_row(*self._read()).losses
 
     def excess(self, divides_later: bool) -> Excess:
         """The excess. e is scaled as soon as s is known; or, if `divides_later`, as the next product reads it."""
-        classes, cap = self.classes, self.x.soft_cap
+        way, cap = self.way, self.x.soft_cap
         m, s, mean, e = self._read((lambda e, *_: e) if divides_later else self._entries)
         row = self._of_row(m, s, mean)
         at_label = row.at_label if cap is None else row.at_label * slope(self.u_y, cap)
         if divides_later:
-            e = classes.put(row.entries(e.astype(s.dtype), classes.column), self.y, at_label)
+            e = way.put(row.entries(e.astype(s.dtype), way.column), self.y, at_label)
         else:
-            e = classes.scattered(e, self.y, at_label.astype(e.dtype)).astype(s.dtype)
+            e = way.scattered(e, self.y, at_label.astype(e.dtype)).astype(s.dtype)
         return Excess(row.losses, e, row.r)
 
     def _of_row(self, m, s, mean) -> _OfRow:
-        d = unless_no_class(m - self.x_y, self.labels, self.x.head.bias, self.classes)
+        d = unless_no_class(m - self.x_y, self.labels, self.x.head.bias, self.way)
         return _of_row(self.numbers, self.n, OffLabel(m, s, d), mean, lambda log_sum: log_sum, divides=True)
 
     def _entries(self, e, m, s, mean):
-        return self._of_row(m, s, mean).entries(e, self.classes.column)
+        return self._of_row(m, s, mean).entries(e, self.way.column)
 
     def _read(self, stored: Callable | None = None) -> list[Array]:
         """m, s, the mean of x - m, and stored(e, m, s, mean) if `stored` is given."""
         read = functools.partial(self._reading, stored)
-        again = at_maximum(functools.partial(read, again=True), lambda: _maximum(self.x, self.classes))
+        again = at_maximum(functools.partial(read, again=True), lambda: _maximum(self.x, self.way))
         # Where m = x_y, s < 1e9 admits labels up to log 1e9 = 20.7 below the maximum. The digits that x - m loses there
         # are no more than rounded hidden states and head have lost.
         return off_known_label(self.x_y, read, again, most=1e9)
 
     def _reading(self, stored, m, again=False):
         # The label's mask is computed here, in each reading: XLA would store one that both share.
-        x, classes = self.x, self.classes
+        x, way = self.x, self.way
         u = x.uncapped()
         logits = capped(u, x.soft_cap) - m[:, None]
         e = exp(logits)
-        e = jnp.where(classes.is_at(e, self.y), jnp.zeros_like(e), e)
-        s, mean = classes.sum(e), classes.sum(logits) / self.n if some(self.numbers[0]) else jnp.zeros_like(m)
+        e = jnp.where(way.is_at(e, self.y), jnp.zeros_like(e), e)
+        s, mean = way.sum(e), way.sum(logits) / self.n if may_be_nonzero(self.numbers[0]) else jnp.zeros_like(m)
         if stored is None:
             return [s, mean]
         e = stored(e if x.soft_cap is None else e * slope(u, x.soft_cap), m, s, mean)
@@ -198,10 +199,10 @@ def _of_row(numbers: Any, n: int, off: OffLabel, mean: Array | None, whole: Call
     losses, at_label, z, e_y = surprisal_at_label(off), -s, off.z, exp(-d)
     log_z = log_z_off_label(off, losses)
     factor = taken = None
-    if mean is not None and some(smoothing):
+    if mean is not None and may_be_nonzero(smoothing):
         losses, taken = smoothed(losses, log_z - mean, smoothing), smoothing * (z / n)
         at_label += smoothing * (z - z / n)
-    if some(z_loss):
+    if may_be_nonzero(z_loss):
         log_sum = whole(m + log_z)
         losses += scaled_square(z_loss, log_sum)
         at_label += 2 * z_loss * log_sum * e_y
@@ -221,11 +222,11 @@ def _unless_nan(e: Array) -> Array:
     return jnp.where(e == e, e, jnp.zeros_like(e))
 
 
-def _maximum(x: Logits, classes: Way) -> Array:
+def _maximum(x: Logits, way: Way) -> Array:
     """Each token's max x, by halves of the chunk: a program reserves memory for these logits even if it never gets
     here."""
     if not isinstance(count := x.hidden.shape[0], int):  # symbolic
-        return classes.max(x.whole())
+        return way.max(x.whole())
     half = count // 2
     halves = (x._replace(hidden=h) for h in (x.hidden[:half], x.hidden[half:]))
-    return jnp.concatenate([classes.max(part.whole()) for part in halves])
+    return jnp.concatenate([way.max(part.whole()) for part in halves])

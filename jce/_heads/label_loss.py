@@ -15,13 +15,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._heads.label_excess import Excess, Target, Terms, excess_of_logits, excess_of_product, one_reading, some
+from jce._heads.label_excess import (
+    Excess,
+    Target,
+    Terms,
+    excess_of_logits,
+    excess_of_product,
+    may_be_nonzero,
+    one_reading,
+)
 from jce._heads.logits import Logits, capped
 from jce._heads.products import Products
 from jce._heads.temperature import at_temperature, whole_log_sum
 from jce._jax.arguments import is_array
 from jce._jax.platforms import named
-from jce._jax.primitives import is_zero, live_jvp
+from jce._jax.restricted import is_zero, live_jvp
 from jce._jax.waiting import Program, waiting
 from jce._numerics.mul0 import mul0, over
 from jce._quantities.label_surprisal import label_surprisal, smoothed_surprisal
@@ -46,13 +54,13 @@ def _of_logits(loss: LabelLoss, target: Target, of_head: Array) -> Array:
     x = at_temperature(of_head, t, classes)
     smoothing, z_loss = loss.numbers(target, x.dtype)
     if is_array(smoothing):
-        share = jnp.asarray(1 / classes.count(x), x.dtype)
-        total = smoothed_surprisal(y, share, x, smoothing, classes)
+        uniform = jnp.asarray(1 / classes.count(x), x.dtype)
+        total = smoothed_surprisal(y, uniform, x, smoothing, classes)
     else:
         total = label_surprisal(y, x, classes)
         if smoothing:
             total = smoothed(total, classes.sum(surprisal(x, classes)) / classes.count(x), smoothing)
-    if some(z_loss):
+    if may_be_nonzero(z_loss):
         total += scaled_square(z_loss, whole_log_sum(logsumexp(x, classes), of_head, t, classes))
     return total
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple, get_type_hints
 
 import jax
@@ -186,37 +187,42 @@ class LinearArrays(NamedTuple):
 
 
 def checked_linear(x: Linear, function: str, name: str) -> LinearArrays:
-    given = {f"{name}.{field.name}": getattr(x, field.name) for field in dataclasses.fields(x)}
-    cap = given.pop(f"{name}.logit_soft_cap")
-    got: dict[str, Array] = {}
     if isinstance(x.head, Called):
-        h = as_array(function, f"{name}.hidden", x.hidden)
-        float_dtype(function, {f"{name}.hidden": h})
-        as_traced = [v.aval.shape for v in x.head.jaxpr.constvars]
-        if (shapes := [a.shape for a in x.head.arrays]) != as_traced:
-            raise ValueError(
-                f"{function}: of a Linear, what a function closes over must have the shapes of when it was traced,"
-                f" {as_traced}; got {name}.head with {shapes}. Of a jax.vmap that maps it, map {function} too."
-            )
-        # As leaves from here on: as part of the structure, as `deferred` has them under a vmap, JAX's caches keep them.
-        head = dataclasses.replace(x.head, arrays=list(x.head.arrays))
-        return LinearArrays(h, head, None, _checked_cap(function, cap, x.head.logits.dtype))
-    for field, array in given.items():
-        if array is not None or not field.endswith(".bias"):
-            got[field] = as_array(function, field, array)
+        return _checked_called(x, x.head, function, name)
+    given = {"hidden": x.hidden, "head": x.head} | ({} if x.bias is None else {"bias": x.bias})
+    got = {f"{name}.{field}": as_array(function, f"{name}.{field}", array) for field, array in given.items()}
     dtype, (h, w, *b) = float_dtype(function, got), got.values()
-    if h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
-        transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]
-        raise ValueError(
-            f"{function}: of a Linear, hidden must be [..., d] and head [n, d], a row for each class; got"
-            f" {described(got)}. {'Transpose the head.' if transposed else 'The order is hidden, head.'}"
-        )
+    require_head(f"{function}: of a Linear, hidden", h, w, got, "The order is hidden, head.")
     if b and b[0].shape != w.shape[:1]:
         raise ValueError(
             f"{function}: of a Linear, bias must have the shape ({w.shape[0]},), a number for each row of head; got"
             f" {described(got)}."
         )
-    return LinearArrays(h, w, b[0] if b else None, _checked_cap(function, cap, dtype))
+    return LinearArrays(h, w, b[0] if b else None, _checked_cap(function, x.logit_soft_cap, dtype))
+
+
+def _checked_called(x: Linear, head: Called, function: str, name: str) -> LinearArrays:
+    h = as_array(function, f"{name}.hidden", x.hidden)
+    float_dtype(function, {f"{name}.hidden": h})
+    as_traced = [v.aval.shape for v in head.jaxpr.constvars]
+    if (shapes := [a.shape for a in head.arrays]) != as_traced:
+        raise ValueError(
+            f"{function}: of a Linear, what a function closes over must have the shapes of when it was traced,"
+            f" {as_traced}; got {name}.head with {shapes}. Of a jax.vmap that maps it, map {function} too."
+        )
+    # As leaves from here on: as part of the structure, as `deferred` has them under a vmap, JAX's caches keep them.
+    head = dataclasses.replace(head, arrays=list(head.arrays))
+    return LinearArrays(h, head, None, _checked_cap(function, x.logit_soft_cap, head.logits.dtype))
+
+
+def require_head(hidden: str, h: Array, w: Array, got: Mapping[str, Array], order: str) -> None:
+    """Raises unless hidden states and head have the same width, in an error that begins with this name of `hidden`."""
+    if h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
+        transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]
+        raise ValueError(
+            f"{hidden} must be [..., d] and head [n, d], a row for each class; got {described(got)}."
+            f" {'Transpose the head.' if transposed else order}"
+        )
 
 
 def _checked_cap(function: str, cap: ArrayLike | None, dtype) -> Array | None:

@@ -21,8 +21,9 @@ from jce._heads.linear_sparse_cross_entropy import linear_sparse_cross_entropy
 from jce._heads.numbers import Numbers
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._heads.token_arguments import checked
-from jce._jax.arguments import is_array, require_no_tail, wide_enough
+from jce._jax.arguments import is_array
 from jce._jax.classes import Classes
+from jce._jax.labels import require_no_tail, wide_enough
 from jce._jax.public import public
 
 OPTIONS, NUMBERS = (

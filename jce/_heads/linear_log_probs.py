@@ -15,8 +15,9 @@ from jce._heads.linear import Linear, linear_of
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._heads.temperature import at_temperature, whole_log_sum
 from jce._heads.token_arguments import checked
-from jce._jax.arguments import described, wide_enough
+from jce._jax.arguments import described
 from jce._jax.classes import Classes
+from jce._jax.labels import wide_enough
 from jce._jax.public import public
 from jce._numerics.calculus import negative
 from jce._quantities.entropy import entropy_of_softmax

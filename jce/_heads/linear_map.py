@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -130,34 +131,37 @@ def linear_map(
     require_bool(name, has_aux=has_aux)
     paths, structure = jax.tree.flatten_with_path(arguments, is_leaf=lambda x: isinstance(x, Linear))
 
-    def make(one, shared, class_axis):
-        def of_one(one, shared):  # a new function, so that no cache answers for one that has changed
-            return function(*jax.tree.unflatten(structure, one), *shared)
-
-        closed, results = jax.make_jaxpr(of_one, return_shape=True)(one, shared)
-        require_effects(name, closed.effects)
-        if has_aux:
-            _require_pair(name, results)
-        still = {axis for aval in closed.out_avals for axis in varying_type(aval)} & {*mesh_names(class_axis)}
-        if still:
-            raise ValueError(
-                f"{name}: the results of function must be the same on all devices of {class_axis!r}, over which the"
-                f" classes are split; got some that differ between those of {sorted(still)}. Give jce's functions"
-                f" axis_name={class_axis!r}, or sum over the devices with jax.lax.psum."
-            )
-
-        jaxpr = closed.jaxpr
-
-        def of_chunk(chunk, shared, closed_over):
-            shared = jax.tree.leaves(shared)
-            results = jax.vmap(lambda *one: jax.core.eval_jaxpr(jaxpr, closed_over, *one, *shared))(*chunk)
-            return [results[0], *jax.lax.stop_gradient(results[1:])] if has_aux else results
-
-        return OfChunk(of_chunk, results, closed.consts, has_aux, refused=undifferentiable(closed.effects))
-
+    make = functools.partial(_of_chunk, name, function, structure, has_aux)
     named = {f"arguments{jax.tree_util.keystr(path)}": x for path, x in paths}
     options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
     return over_tokens(name, make, named, options, () if shared is None else (shared,), named_classes=True)
+
+
+def _of_chunk(name: str, function: Callable, structure: Any, has_aux: bool, one, shared, class_axis) -> OfChunk:
+    """The function, traced of one token's arguments, of a chunk."""
+
+    def of_one(one, shared):  # a new function, so that no cache answers for one that has changed
+        return function(*jax.tree.unflatten(structure, one), *shared)
+
+    closed, results = jax.make_jaxpr(of_one, return_shape=True)(one, shared)
+    require_effects(name, closed.effects)
+    if has_aux:
+        _require_pair(name, results)
+    differ = {axis for aval in closed.out_avals for axis in varying_type(aval)} & {*mesh_names(class_axis)}
+    if differ:
+        raise ValueError(
+            f"{name}: the results of function must be the same on all devices of {class_axis!r}, over which the"
+            f" classes are split; got some that differ between those of {sorted(differ)}. Give jce's functions"
+            f" axis_name={class_axis!r}, or sum over the devices with jax.lax.psum."
+        )
+    jaxpr = closed.jaxpr
+
+    def of_chunk(chunk, shared, closed_over):
+        shared = jax.tree.leaves(shared)
+        results = jax.vmap(lambda *one: jax.core.eval_jaxpr(jaxpr, closed_over, *one, *shared))(*chunk)
+        return [results[0], *jax.lax.stop_gradient(results[1:])] if has_aux else results
+
+    return OfChunk(of_chunk, results, closed.consts, has_aux, refused=undifferentiable(closed.effects))
 
 
 def _require_pair(name: str, results: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -78,52 +79,41 @@ def over_tokens(
     reduction = choice(name, reduction=options.reduction, choices=REDUCTIONS)
     chunk = checked_chunk(name, options.chunk_size, options.batch_invariant)
     products = Products.checked(name, options.precision)
-    linear = {key: checked_linear(x, name, key) for key, x in arguments.items() if isinstance(x, Linear)}
-    others = {key: as_array(name, key, x) for key, x in arguments.items() if key not in linear}
-    batch = checked_batch(name, linear, others)
-    paths, tree = jax.tree.flatten_with_path(shared)
-    shared = tree.unflatten([as_array(name, f"shared{jax.tree_util.keystr(path[1:])}", x) for path, x in paths])
-    parts = Arguments(
-        {"hidden": [x.hidden for x in linear.values()], "others": list(others.values())}
-        | checked_choice(
-            name, batch, next(iter(linear.values())).classes, weights=options.weights, where=options.where
-        ),
-        [() if isinstance(x.head, Called) else (x.head, x.bias) for x in linear.values()],
-        {
-            "caps": [x.logit_soft_cap for x in linear.values()],
-            "called": [x.head if isinstance(x.head, Called) else None for x in linear.values()],
-            "given": jax.tree.map(wide, shared),
-        },
-    )
-    given = _Given([key in linear for key in arguments], jax.tree.map(lambda x: x.dtype, shared))
-
-    def of_part(parts, token_axes, class_axis):
-        if any(parts.shared["called"]) and (token_axes or class_axis is not None):
-            raise ValueError(
-                f"{name}: a head that is a function is traced of whole arrays, and gives all classes; got tokens or"
-                f" classes that are split, over {mesh_names(token_axes, class_axis)}. Give its matrix; or let XLA split"
-                f" the tokens, under a mesh with Auto axes, or call {name} inside of a jax.shard_map over them."
-            )
-        part = Part.of(name, parts, class_axis, is_defined)
-        of_chunk = make(given.in_order(*part.examples()), given.as_given(part.inputs.shared["given"]), class_axis)
-        if reduction != "none" or options.weights is not None:
-            require_real(name, jax.tree.leaves(of_chunk.one))
-        if chunk.filled or not part.all_kept:
-            require_zeros(name, jax.tree.leaves(of_chunk.one))
-        part, dtypes = part.closing_over(of_chunk.closed_over)
-        function = _of_hidden(of_chunk, given, dtypes, products)
-        return _reduced(part, of_chunk, function, chunk, reduction, token_axes, class_axis)
+    batch, parts, given = _arguments(name, arguments, shared, options)
+    call = _Call(name, make, is_defined, reduction, options.weights is not None, chunk, products, given)
 
     def on_devices(parts):
-        return on_each_device(
-            name, of_part, batch, parts, options.axis_name, whole=reduction != "none", named_classes=named_classes
-        )
+        of_part, whole = functools.partial(_of_part, call), reduction != "none"
+        return on_each_device(name, of_part, batch, parts, options.axis_name, whole=whole, named_classes=named_classes)
 
     # Outside of a jit JAX keeps what it compiles for each operation of a derivative: 3 MiB a call, as a head is traced
     # anew each time. It keeps next to nothing of a jit that nobody else holds. Inside of a jit there is none, since a
     # rule of the head's that closes over a traced value would leak it.
     alone = any(parts.shared["called"]) and not isinstance(jnp.zeros(()), jax.core.Tracer)
     return (jax.jit(on_devices) if alone else on_devices)(parts)
+
+
+def _arguments(
+    name: str, arguments: Mapping[str, Any], shared: Any, options: TokenOptions
+) -> tuple[tuple[int, ...], Arguments, _Given]:
+    """The token axes, the arguments as arrays, and how the function takes them."""
+    linear = {key: checked_linear(x, name, key) for key, x in arguments.items() if isinstance(x, Linear)}
+    others = {key: as_array(name, key, x) for key, x in arguments.items() if key not in linear}
+    batch = checked_batch(name, linear, others)
+    paths, tree = jax.tree.flatten_with_path(shared)
+    shared = tree.unflatten([as_array(name, f"shared{jax.tree_util.keystr(path[1:])}", x) for path, x in paths])
+    heads, n = list(linear.values()), next(iter(linear.values())).classes
+    choice_of_tokens = checked_choice(name, batch, n, weights=options.weights, where=options.where)
+    parts = Arguments(
+        {"hidden": [x.hidden for x in heads], "others": list(others.values())} | choice_of_tokens,
+        [() if isinstance(x.head, Called) else (x.head, x.bias) for x in heads],
+        {
+            "caps": [x.logit_soft_cap for x in heads],
+            "called": [x.head if isinstance(x.head, Called) else None for x in heads],
+            "given": jax.tree.map(wide, shared),
+        },
+    )
+    return batch, parts, _Given([key in linear for key in arguments], jax.tree.map(lambda x: x.dtype, shared))
 
 
 class _Given(NamedTuple):
@@ -141,17 +131,47 @@ class _Given(NamedTuple):
         return of_dtypes(shared, self.dtypes)
 
 
-def _reduced(
-    part: Part, of_chunk: OfChunk, function: Callable, chunk: ChunkSize, reduction: str, token_axes, class_axis
-):
-    """The results of the device's tokens, or their weighted sums over all devices."""
+class _Call(NamedTuple):
+    """What is static of a call of `over_tokens`."""
+
+    name: str
+    make: Callable
+    is_defined: Callable | None
+    reduction: str
+    weighted: bool
+    chunk: ChunkSize
+    products: Products
+    given: _Given
+
+
+def _of_part(call: _Call, parts: Arguments, token_axes: tuple, class_axis: Hashable | None) -> Any:
+    """The results of a device's tokens, or their weighted sums over all devices."""
+    if any(parts.shared["called"]) and (token_axes or class_axis is not None):
+        raise ValueError(
+            f"{call.name}: a head that is a function is traced of whole arrays, and gives all classes; got tokens or"
+            f" classes that are split, over {mesh_names(token_axes, class_axis)}. Give its matrix; or let XLA split the"
+            f" tokens, under a mesh with Auto axes, or call {call.name} inside of a jax.shard_map over them."
+        )
+    part = Part.of(call.name, parts, class_axis, call.is_defined)
+    one, shared = call.given.in_order(*part.examples()), call.given.as_given(part.inputs.shared["given"])
+    of_chunk = call.make(one, shared, class_axis)
+    if call.reduction != "none" or call.weighted:
+        require_real(call.name, jax.tree.leaves(of_chunk.one))
+    if call.chunk.filled or not part.all_kept:
+        require_zeros(call.name, jax.tree.leaves(of_chunk.one))
+    part, dtypes = part.closing_over(of_chunk.closed_over)
+    function = _of_hidden(of_chunk, call.given, dtypes, call.products)
+    return _reduced(call, part, of_chunk, function, token_axes, class_axis)
+
+
+def _reduced(call: _Call, part: Part, of_chunk: OfChunk, function: Callable, token_axes, class_axis) -> Any:
     ones, structure = jax.tree.flatten(of_chunk.one)
     inexact = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
     trained = [0] if of_chunk.has_aux else inexact
-    number = reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
+    number = call.reduction != "none" and len(trained) == 1 and ones[trained[0]].shape == ()
     loop = Loop(
         function,
-        chunk,
+        call.chunk,
         part.logits,
         class_axis,
         trained[0] if number else 0,
@@ -159,9 +179,9 @@ def _reduced(
         of_chunk.halved and part.is_bfloat16,
         of_chunk.refused,
     )
-    w = part.weights_of(reduction, token_axes, jnp.float64 in [ones[i].dtype for i in inexact])
+    w = part.weights_of(call.reduction, token_axes, jnp.float64 in [ones[i].dtype for i in inexact])
     results = part.results(loop, w, total=number, filled=of_chunk.filler is not None)
-    if reduction == "none":
+    if call.reduction == "none":
         results = [x.reshape(*part.batch, *x.shape[1:]) for x in results]
     else:
         results = [over_devices(x if number else x.sum(0), token_axes) for x in results]

@@ -8,6 +8,7 @@ which the function is known to be finite.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jax import Array, lax
 from jce._heads.kept import counts
 from jce._heads.places import Arguments
 from jce._heads.products import Head, head_of
-from jce._heads.token_loop import Inputs, Loop, each, weighted, weighted_sums
+from jce._heads.token_loop import Inputs, Loop, token_results, weighted, weighted_sums
 from jce._heads.tokens import of_tokens
 from jce._jax.classes import Classes, vary_over, varying
 from jce._jax.layout import mesh_names, over_devices
@@ -46,12 +47,8 @@ class Part(NamedTuple):
         tokens = jax.tree.map(flat, tokens)
         kept, w = tokens.get("where"), tokens.get("weights")
         if w is not None:
-            # A token of weight 0 still has a derivative in its weight, its loss, but not where that isn't defined.
-            defined = jnp.stack([jnp.isfinite(h).all(-1) for h in tokens["hidden"]]).all(0)
-            if is_defined is not None:
-                n = Classes(-2, class_axis).count(rows[0][0]) if called[0] is None else called[0].logits.size
-                defined &= is_defined(tokens["others"], n)
-            kept = counts(w) & ((w != 0) | defined) & (True if kept is None else kept)
+            n = Classes(-2, class_axis).count(rows[0][0]) if called[0] is None else called[0].logits.size
+            kept = _counting(tokens, w, is_defined, n) & (True if kept is None else kept)
             w = jnp.where(kept, w, jnp.zeros_like(w))
         if any(row[0].shape[0] == 0 for row in rows if row):  # `head_of` gives it a class; no token is kept
             kept = jnp.zeros(count, bool)
@@ -94,7 +91,7 @@ class Part(NamedTuple):
             return None
         double |= w is not None and w.dtype == jnp.float64
         w = (self.inputs.tokens[0] if w is None else w).astype(jnp.float64 if double else jnp.float32)
-        return _shares(w, token_axes) if reduction == "mean" else w
+        return _normalized(w, token_axes) if reduction == "mean" else w
 
     def results(self, loop: Loop, w: Array | None, total: bool, filled: bool) -> list[Array]:
         """The results r of all tokens, or wr with weights, or with `total` Σ wr, with its gradient from one loop."""
@@ -106,21 +103,30 @@ class Part(NamedTuple):
             inputs = Inputs(arrays[:count], arrays[count:], heads, shared)
             return inputs if filled else _with_first(inputs, all_kept)
 
-        def of_each(*arguments):
-            return each(loop, inputs(arguments if all_kept else _without_nans(count, *arguments)))
+        def per_token(*arguments):
+            return token_results(loop, inputs(arguments if all_kept else _without_nans(count, *arguments)))
 
-        def weighted_of_each(w, *arguments):
-            return [weighted(r, w) for r in of_each(*arguments)]
+        def weighted_per_token(w, *arguments):
+            return [weighted(r, w) for r in per_token(*arguments)]
 
         def sums(w, *arguments):
             return weighted_sums(loop, w, inputs(arguments))
 
         if w is None:
-            return of_tokens(of_each, (*hidden, *tokens), tuple(whole))
-        return of_tokens(weighted_of_each, (w, *hidden, *tokens), tuple(whole), total=sums if total else None)
+            return of_tokens(per_token, (*hidden, *tokens), tuple(whole))
+        return of_tokens(weighted_per_token, (w, *hidden, *tokens), tuple(whole), total=sums if total else None)
 
 
-def _shares(w: Array, token_axes: tuple) -> Array:
+def _counting(tokens: Any, w: Array, is_defined: Callable | None, n: int) -> Array:
+    """Which tokens count: one of weight 0 still has a derivative in its weight, its loss, but not where that isn't
+    defined. The first head has n classes."""
+    defined = jnp.stack([jnp.isfinite(h).all(-1) for h in tokens["hidden"]]).all(0)
+    if is_defined is not None:
+        defined &= is_defined(tokens["others"], n)
+    return counts(w) & ((w != 0) | defined)
+
+
+def _normalized(w: Array, token_axes: tuple) -> Array:
     """w / Σ w, over all devices' tokens, and 0 if Σ w is 0."""
     total = over_devices(w.sum(), token_axes)
     inverse = jnp.where(total == 0, jnp.zeros_like(total), 1 / jnp.where(total == 0, jnp.ones_like(total), total))
@@ -134,10 +140,10 @@ def _with_first(inputs: Inputs, all_kept: bool) -> Inputs:
     at = 0 if all_kept else jnp.argmax(kept)
     first = tuple([_first(x, at) for x in arrays] for arrays in (inputs.hidden, others))
     if not all_kept:
-        some = kept.any()
+        any_kept = kept.any()
 
         def still(x):  # unless x, closed over, varies over fewer mesh axes: the select would make it vary as tokens do
-            return jnp.where(some, x, lax.stop_gradient(x)) if varying(some) <= varying(x) else x
+            return jnp.where(any_kept, x, lax.stop_gradient(x)) if varying(any_kept) <= varying(x) else x
 
         heads, shared = jax.tree.map(still, (inputs.heads, inputs.shared))
         inputs = inputs._replace(heads=heads, shared=shared)

@@ -15,8 +15,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jce._jax.arguments import mesh_axis
 from jce._jax.layout import Layout, mesh_names, split_batch_axes, told_axes
+from jce._jax.rows import mesh_axis
 
 
 class Places(NamedTuple):
@@ -70,12 +70,8 @@ def on_each_device(
         _require_division(name, places, batch, arguments)
     else:
         places, axis_name = by_type(batch, arguments), mesh_axis(name, axis_name, jax.tree.leaves(arguments))
-        if named_classes and places is not None and places.classes:
-            raise ValueError(
-                f"{name}: the types of the heads say that their classes are split over {places.classes}, which function"
-                f" can't know. Use jce.on_mesh, and the axis_name of jce's functions in it, or jax.sharding.reshard the"
-                f" heads."
-            )
+        if named_classes and places is not None:
+            _require_whole_classes(name, places)
     if places is None:
         # Hidden states that are split over d are gathered; a head may stay split. If both were, JAX would raise an
         # error: it wants to be told how the result of a product over a split axis is split.
@@ -97,6 +93,15 @@ def on_each_device(
         # Until JAX no longer fails its type checks under spmd_axis_name: no check where a batch is split.
         check_vma=not split_batch_axes(),
     )(Arguments(placed(tokens, specs.tokens, batch), placed(rows, specs.rows), placed(shared, specs.shared)))
+
+
+def _require_whole_classes(name: str, places: Places) -> None:
+    if places.classes:
+        raise ValueError(
+            f"{name}: the types of the heads say that their classes are split over {places.classes}, which function"
+            f" can't know. Use jce.on_mesh, and the axis_name of jce's functions in it, or jax.sharding.reshard the"
+            f" heads."
+        )
 
 
 def on_axes(name: str, mesh: Mesh, token_axis: Hashable | None, class_axis: Hashable | None) -> Places:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._jax.primitives import is_zero, primitive
+from jce._jax.primitives import primitive
+from jce._jax.restricted import is_zero
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jce._heads.called import Called
-from jce._heads.linear import LinearArrays
+from jce._heads.linear import LinearArrays, require_head
 from jce._heads.temperature import checked_temperature
 from jce._jax.arguments import (
     as_array,
@@ -44,19 +44,14 @@ def checked(
     given |= {name: x for name, x in optional.items() if x is not None}
     got = {name: as_array(function, name, x) for name, x in given.items()}
     y, h = got["labels"], got["hidden"]
-    w = head.logits if isinstance(head, Called) else got["head"]
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(
             f"{function}: labels must be integers, a class index for each token; got {described(got)}. The target comes"
             f" first, then hidden and head."
         )
-    if "head" in got and (h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]):
-        transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]
-        raise ValueError(
-            f"{function}: hidden must be [..., d] and head [n, d], a row for each class; got {described(got)}."
-            f" {'Transpose the head.' if transposed else 'The order is labels, hidden, head.'}"
-        )
-    batch, n = h.shape[:-1], w.shape[0]
+    if not isinstance(head, Called):
+        require_head(f"{function}: hidden", h, got["head"], got, "The order is labels, hidden, head.")
+    batch, n = h.shape[:-1], (head.logits if isinstance(head, Called) else got["head"]).shape[0]
     if y.shape != batch and not (several and y.ndim == h.ndim and y.shape[:-1] == batch):
         or_more = ", or that and an axis for k labels of each token last" if several else ""
         raise ValueError(

@@ -23,7 +23,7 @@ from jce._heads.together import together
 from jce._jax.classes import vary_over, varying
 from jce._jax.layout import mesh_names, over_devices
 from jce._jax.platforms import Chunks, ChunkSize, Platform, on_platform
-from jce._jax.primitives import is_zero, jvp_of_some, live_jvp, replaced
+from jce._jax.restricted import is_zero, jvp_of_some, live_jvp, replaced
 from jce._numerics.mul0 import mul0
 
 
@@ -83,30 +83,30 @@ class Loop(NamedTuple):
 # JAX's own custom_jvp, here and below: before JAX 0.12 ours (`calculus.py`) saves all residuals, which of a loop are
 # the logits of all tokens.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def each(loop: Loop, inputs: Inputs) -> list[Array]:
+def token_results(loop: Loop, inputs: Inputs) -> list[Array]:
     """The results of all tokens, arrays [N, ...]."""
-    return _each(loop, inputs)
+    return _token_results(loop, inputs)
 
 
 # The plain derivative, but the value comes from another call: from one loop for both, reverse-over-reverse mode would
 # drop the checkpoint, and keep the logits of all tokens.
-def _each_rule(loop, primals, tangents):
+def _token_results_rule(loop, primals, tangents):
     require_differentiable(loop.refused)
-    return each(loop, *primals), live_jvp(functools.partial(_each, loop), primals, tangents)[1]
+    return token_results(loop, *primals), live_jvp(functools.partial(_token_results, loop), primals, tangents)[1]
 
 
-each.defjvp(_each_rule, symbolic_zeros=True)
+token_results.defjvp(_token_results_rule, symbolic_zeros=True)
 
 
-def _each(loop, inputs):
-    def on(platform, inputs):
-        def of_chunk(hidden, tokens):
-            return loop.of_chunk(platform, inputs._replace(hidden=hidden, tokens=tokens))
+def _token_results(loop, inputs):
+    return loop.of_devices(functools.partial(_results_on, loop), inputs.together())
 
-        chunks = loop.chunks(platform)
-        return each_token(of_chunk, chunks, inputs.hidden, inputs.tokens, kept=loop.kept(inputs))
 
-    return loop.of_devices(on, inputs.together())
+def _results_on(loop, platform, inputs):
+    def of_chunk(hidden, tokens):
+        return loop.of_chunk(platform, inputs._replace(hidden=hidden, tokens=tokens))
+
+    return each_token(of_chunk, loop.chunks(platform), inputs.hidden, inputs.tokens, kept=loop.kept(inputs))
 
 
 def weighted(result, w):
@@ -118,7 +118,7 @@ def weighted(result, w):
 def weighted_sums(loop: Loop, w: Array, inputs: Inputs) -> list[Array]:
     """Σ wr over tokens, for each result r. In the inputs, only result number `loop.trained`, a number per token, has a
     derivative."""
-    return [weighted(r, w).sum(0) for r in each(loop, inputs)]
+    return [weighted(r, w).sum(0) for r in token_results(loop, inputs)]
 
 
 # d Σ wr = Σ w ∂r · d(inputs) + Σ r dw
@@ -139,7 +139,7 @@ def _weighted_sums_rule(loop, primals, tangents):
     if others:  # in the loop `jax.vjp` would sum their gradients over devices, on each device: so in another pass
 
         def total(*leaves):
-            return weighted(each(loop, structure.unflatten(leaves))[loop.trained], w).sum()
+            return weighted(token_results(loop, structure.unflatten(leaves))[loop.trained], w).sum()
 
         terms.append(jvp_of_some(total, leaves, others, [steps[i] for i in others])[1])
     for i, gradient in zip(live, gradients, strict=True):
@@ -162,7 +162,7 @@ def _results_and_gradients(loop, live, w, inputs):
     return _in_one_loop(loop, live, w, inputs)
 
 
-# The value comes from another call, as in the rule of `each`.
+# The value comes from another call, as in the rule of `token_results`.
 def _results_and_gradients_rule(loop, live, primals, tangents):
     require_differentiable(loop.refused)
 
@@ -176,33 +176,36 @@ _results_and_gradients.defjvp(_results_and_gradients_rule, symbolic_zeros=True)
 
 
 def _in_one_loop(loop, live, w, inputs):
+    return loop.of_devices(functools.partial(_summed, loop, live), w, inputs.together(w))
+
+
+def _summed(loop, live, platform, w, inputs):
+    """`_results_and_gradients` on a platform."""
     first_of_heads = len(inputs.hidden) + len(inputs.tokens)
     of_tokens = sum(i < first_of_heads for i in live)  # the gradients of the others are summed over chunks
+    # Without the checkpoint, the derivative of this loop would keep the logits of all chunks.
+    of_chunk = jax.checkpoint(functools.partial(_chunk_and_gradients, loop, live, platform), prevent_cse=False)
 
-    def on(platform, w, inputs):
-        # Without the checkpoint, the derivative of this loop would keep the logits of all chunks.
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def of_chunk(w, inputs):
-            leaves, structure = jax.tree.flatten(inputs)
+    def step(sums, chunk):
+        w, hidden, tokens = chunk
+        results, gradients = of_chunk(w, inputs._replace(hidden=hidden, tokens=tokens))
+        by_token, parts = gradients[:of_tokens], list(gradients[of_tokens:])
+        return parts if sums is None else jax.tree.map(jnp.add, sums, parts), (results, by_token)
 
-            def total(*values):
-                results = loop.of_chunk(platform, structure.unflatten(replaced(leaves, live, values)))
-                return weighted(results[loop.trained], w).sum(), results
+    leaves = jax.tree.leaves(inputs)
+    zeros = [jnp.zeros_like(leaves[i]) for i in live[of_tokens:]]
+    tokens = w, inputs.hidden, inputs.tokens
+    sums, (results, by_token) = over_chunks(step, loop.chunks(platform), zeros, tokens, loop.kept(inputs))
+    return results, [*by_token, *sums]
 
-            value, pull_back, results = jax.vjp(total, *(leaves[i] for i in live), has_aux=True)
-            gradients = pull_back(jnp.ones_like(value))
-            return results, gradients[:of_tokens], list(gradients[of_tokens:])
 
-        def step(sums, chunk):
-            w, hidden, tokens = chunk
-            results, by_token, parts = of_chunk(w, inputs._replace(hidden=hidden, tokens=tokens))
-            return parts if sums is None else jax.tree.map(jnp.add, sums, parts), (results, by_token)
+def _chunk_and_gradients(loop, live, platform, w, inputs):
+    """The results of a chunk, and the gradients of the trained one's weighted sum."""
+    leaves, structure = jax.tree.flatten(inputs)
 
-        leaves = jax.tree.leaves(inputs)
-        zeros = [jnp.zeros_like(leaves[i]) for i in live[of_tokens:]]
-        chunks = loop.chunks(platform)
-        tokens = w, inputs.hidden, inputs.tokens
-        sums, (results, by_token) = over_chunks(step, chunks, zeros, tokens, loop.kept(inputs))
-        return results, [*by_token, *sums]
+    def total(*values):
+        results = loop.of_chunk(platform, structure.unflatten(replaced(leaves, live, values)))
+        return weighted(results[loop.trained], w).sum(), results
 
-    return loop.of_devices(on, w, inputs.together(w))
+    value, pull_back, results = jax.vjp(total, *(leaves[i] for i in live), has_aux=True)
+    return results, pull_back(jnp.ones_like(value))

@@ -18,22 +18,22 @@ from jax.experimental import checkify
 from jce._jax.primitives import batch_axis_first, derivative_inside, evaluated, primitive
 
 
-def of_tokens(each: Callable, tokens: tuple[Any, ...], shared: tuple, total: Callable | None = None):
-    """each(*tokens, *shared), arrays with a result for each token; or total(*tokens, *shared), the sums of these over
-    tokens, whose gradient comes from the same loop. Neither function may close over traced values.
+def of_tokens(per_token: Callable, tokens: tuple[Any, ...], shared: tuple, total: Callable | None = None):
+    """per_token(*tokens, *shared), arrays with a result for each token; or total(*tokens, *shared), the sums of these
+    over tokens, whose gradient comes from the same loop. Neither function may close over traced values.
     """
     leaves, tree = jax.tree.flatten((tokens, shared))
 
     def flat(*leaves):
         tokens, shared = tree.unflatten(leaves)
-        return (total or each)(*tokens, *shared)
+        return (total or per_token)(*tokens, *shared)
 
     jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-    results = _of_tokens_p.bind(*leaves, jaxpr=jaxpr, each=each, total=total, tree=tree)
+    results = _of_tokens_p.bind(*leaves, jaxpr=jaxpr, per_token=per_token, total=total, tree=tree)
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-def _batch(arguments, axes, *, jaxpr, each, total, tree):
+def _batch(arguments, axes, *, jaxpr, per_token, total, tree):
     count = tree.children()[0].num_leaves
     tokens = arguments[:count]
     largest = max(range(count), key=lambda i: tokens[i].ndim - (axes[i] is not None))  # the hidden states
@@ -44,7 +44,7 @@ def _batch(arguments, axes, *, jaxpr, each, total, tree):
 
     merged = [x.reshape(size * x.shape[1], *x.shape[2:]) for x in batch_axis_first(tokens, axes[:count])]
     more, shared = tree.unflatten([*merged, *arguments[count:]])
-    results = jax.tree.leaves(of_tokens(each, more, shared))
+    results = jax.tree.leaves(of_tokens(per_token, more, shared))
     results = [x.reshape(size, -1, *x.shape[1:]) for x in results]
     return [x.sum(1) for x in results] if total else results, (0,) * len(results)
 

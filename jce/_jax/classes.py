@@ -165,7 +165,7 @@ class Classes:
             axis_names=told_axes(layout.mesh),
         )(x, rows.place(y))
 
-    def each(self, r: Array, x: Array) -> Array:
+    def broadcast(self, r: Array, x: Array) -> Array:
         """r, a number per row, broadcast to x's shape and split as x is."""
         return Layout.of(x.shape, [x]).place(self.column(r))
 

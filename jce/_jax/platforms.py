@@ -1,8 +1,9 @@
 """What differs between a CPU and an accelerator: how rows are summed, and in which order and size a head is computed.
 
-The platform is known when a program is lowered, not when it is traced. So functions of rows wait (`waiting.py`). Loops
-over tokens don't: both versions are traced, and each platform lowers its own. If they waited, a loop's value and its
-tangent would be two loops, which XLA doesn't merge.
+The platform is known when a program is lowered, not when it is traced. There are two ways to ask for it. A function of
+rows waits for it (`waiting.py`), and is traced at lowering, for that platform alone. A loop over tokens asks by
+`on_platform`: all versions are traced, and each platform lowers its own. If a loop waited, its value and its tangent
+would be two loops, which XLA doesn't merge.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Chunks(NamedTuple):
 
     size: int
     devices: int
-    apart: bool
+    strided: bool
     peeled: bool
     filled: bool
 
@@ -40,8 +41,9 @@ class Platform(NamedTuple):
     Per device, its logits fill `chunk_bytes`, but it has at least `least_tokens`: with fewer, reading the head and
     adding to its gradient take longer than multiplying. `least_halved` replaces that where logits are stored in half
     the bytes. With fewer than `few` classes chunks are 8 times as large, since a step of the loop costs more than it
-    saves. `chains`: whether XLA fuses a chain of sums over short rows into one kernel. `fuses_operands`: whether it
-    computes an elementwise operand of a matrix product inside the product, instead of storing it first.
+    saves. `masks_labels`: whether looking up a label by a mask, in a sum over its row, is faster than a gather.
+    `fuses_operands`: whether XLA computes an elementwise operand of a matrix product inside the product, instead of
+    storing it first.
     """
 
     is_cpu: bool
@@ -49,7 +51,7 @@ class Platform(NamedTuple):
     least_tokens: int
     least_halved: int
     few: int = 0
-    chains: bool = False
+    masks_labels: bool = False
     fuses_operands: bool = False
 
     def chunks(self, given: ChunkSize, logits, halved: bool) -> Chunks:
@@ -61,7 +63,7 @@ class Platform(NamedTuple):
             size = devices * max(least, most // (logits.dtype.itemsize * logits.size))
         # Strided tokens cost a CPU a copy of all; a peeled step costs several devices one more sum over devices.
         peeled = not self.is_cpu and devices == 1
-        return Chunks(size, devices, apart=not self.is_cpu or devices > 1, peeled=peeled, filled=filled)
+        return Chunks(size, devices, strided=not self.is_cpu or devices > 1, peeled=peeled, filled=filled)
 
 
 # A CPU is faster at logits that fit in its caches.
@@ -69,8 +71,8 @@ CPU = Platform(True, 2**22, 512, 512, few=256)
 # Adding to the head's float32 gradient reads and writes 8 n d bytes a chunk, which its product of 2 N n d operations
 # hides from N = 4 · (operations/s)/(bytes/s) tokens on: 4 · 989e12/3.35e12 = 1200 on an H100, 4 · 197e12/0.82e12 = 1000
 # on a TPU v5e and 4 · 918e12/1.64e12 = 2200 on a v6e.
-TPU = Platform(False, 2**28, 2048, 4096, fuses_operands=True)
-GPU = Platform(False, 2**28, 2048, 2048, chains=True)
+TPU = Platform(False, 2**28, 2048, 4096, masks_labels=True, fuses_operands=True)
+GPU = Platform(False, 2**28, 2048, 2048)
 
 
 def named(platform: str | None) -> Platform:

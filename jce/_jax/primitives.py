@@ -2,7 +2,7 @@
 and batching rule.
 
 The rest is the same for all primitives: types come from tracing the function, an eager call is jitted, and in a program
-the primitive is lowered to the function. The parts from which rules are built are here too.
+the primitive is lowered to the function.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.core
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 from jax.lax import mul_p
+
+from jce._jax.restricted import is_zero, linear_in, live_jvp, others, placed, replaced
 
 try:  # Until JAX no longer hides how checkify is told what to check in a primitive (0.8 to 0.12): a private import.
     from jax._src import checkify
@@ -62,66 +62,85 @@ def primitive(
     p = Primitive(name)
     p.multiple_results = several
     functions: dict = function if isinstance(function, dict) else {None: function}
-    one, *more = functions.values()
-    alone = p.bind if more else one
-    keywords = [key for key, x in inspect.signature(one).parameters.items() if x.kind is x.KEYWORD_ONLY]
-    jitted = jax.jit(lambda *arrays, **static: alone(*arrays, **static), static_argnames=keywords)
-
-    @p.def_impl
-    def run(*arrays, **static):
-        if holds_arrays:
-            return jax.jit(functools.partial(alone, **static))(*arrays)
-        # Under jax.disable_jit `alone`, here p.bind, would call `run` again, forever.
-        with jax.disable_jit(False) if more else contextlib.nullcontext():
-            return jitted(*arrays, **static)
-
-    def own_types(*avals, **static):
-        found = jax.make_jaxpr(functools.partial(one, **static))(*avals).out_avals
-        return found if several else found[0]
-
-    def of_each(cotangent, *arrays, **static):
-        live, rules = linear_in(arrays), cast(Sequence, transpose)
-        if is_zero(cotangent):
-            return placed(len(arrays), live, (ad.Zero(arrays[i].aval) for i in live))
-        return placed(len(arrays), live, (rules[i](cotangent, *arrays, **static) for i in live))
-
-    def same_of_more(arrays, axes, **static):
-        return p.bind(*batch_axis_first(arrays, axes), **static), 0
-
-    def looked_into(*arguments, **static):
-        assert checkify is not None
-        assert callable(checked)
-        at = next(i for i, x in enumerate(arguments) if isinstance(x, frozenset))
-        # Until JAX 0.12: it passes no context.
-        (*context, error), errors, arrays = arguments[:at], arguments[at], arguments[at + 1 :]
-        found, results = checked(errors, *arrays, **static)
-        leaves, tree = jax.tree.flatten(found)
-        check_error = checkify.check_error
-        check = jax.make_jaxpr(lambda *leaves: check_error(tree.unflatten(leaves)))(*leaves)
-        error, _ = checkify.checkify_jaxpr(*context, check, errors, error, *leaves)
-        return error, results
-
+    one = next(iter(functions.values()))
+    alone = p.bind if len(functions) > 1 else one
+    p.def_impl(_eager(alone, one, holds_arrays))
     # JAX 0.12 under JAX_REMAT3 and similar flags first rewrites a jaxpr's operations, and asks each primitive how.
     p.to_lojax = alone
-
-    @p.def_effectful_abstract_eval
-    def types_and_effects(*avals, **static):
-        effects = static["jaxpr"].effects if holds_arrays else ()
-        # A mutable array inside the function is no effect outside of it.
-        effects = {e for e in effects if type(e).__name__ != "InternalMutableArrayEffect"}
-        return (types or own_types)(*avals, **static), effects
-
+    p.def_effectful_abstract_eval(_types_and_effects(types or _traced_types(one, several), holds_arrays))
     if callable(derivative):
         ad.primitive_jvps[p] = derivative
     else:
         ad.defjvp(p, *derivative)
-    ad.primitive_transposes[p] = transpose if callable(transpose) else of_each
-    batching.primitive_batchers[p] = batch or same_of_more
+    ad.primitive_transposes[p] = transpose if callable(transpose) else functools.partial(_transposed_in_each, transpose)
+    batching.primitive_batchers[p] = batch or functools.partial(_batched_elementwise, p)
     if checkify is not None and checked:
-        checkify.error_checks[p] = looked_into if callable(checked) else functools.partial(checkify.nan_error_check, p)
+        nan_check = functools.partial(checkify.nan_error_check, p)
+        checkify.error_checks[p] = functools.partial(_checked_inside, checked) if callable(checked) else nan_check
     for platform, of_platform in functions.items():
         mlir.register_lowering(p, mlir.lower_fun(of_platform, multiple_results=several), platform=platform)
     return p
+
+
+# What is the same for all primitives
+
+
+def _eager(alone: Callable, one: Callable, holds_arrays: bool) -> Callable:
+    """The rule of an eager call: `alone` under a jit."""
+    keywords = [key for key, x in inspect.signature(one).parameters.items() if x.kind is x.KEYWORD_ONLY]
+    jitted = jax.jit(lambda *arrays, **static: alone(*arrays, **static), static_argnames=keywords)
+
+    def run(*arrays, **static):
+        if holds_arrays:
+            return jax.jit(functools.partial(alone, **static))(*arrays)
+        # Under jax.disable_jit an `alone` that binds the primitive would call `run` again, forever.
+        with contextlib.nullcontext() if alone is one else jax.disable_jit(False):
+            return jitted(*arrays, **static)
+
+    return run
+
+
+def _traced_types(one: Callable, several: bool) -> Callable:
+    def types(*avals, **static):
+        found = jax.make_jaxpr(functools.partial(one, **static))(*avals).out_avals
+        return found if several else found[0]
+
+    return types
+
+
+def _types_and_effects(types: Callable, holds_arrays: bool) -> Callable:
+    def rule(*avals, **static):
+        effects = static["jaxpr"].effects if holds_arrays else ()
+        # A mutable array inside the function is no effect outside of it.
+        return types(*avals, **static), {e for e in effects if type(e).__name__ != "InternalMutableArrayEffect"}
+
+    return rule
+
+
+def _transposed_in_each(rules: Sequence[Callable], cotangent, *arrays, **static) -> list:
+    """The transpose rule of a function that has one for each argument."""
+    live = linear_in(arrays)
+    if is_zero(cotangent):
+        return placed(len(arrays), live, (ad.Zero(arrays[i].aval) for i in live))
+    return placed(len(arrays), live, (rules[i](cotangent, *arrays, **static) for i in live))
+
+
+def _batched_elementwise(p, arrays, axes, **static):
+    return p.bind(*batch_axis_first(arrays, axes), **static), 0
+
+
+def _checked_inside(checked: Callable, *arguments, **static):
+    """checkify's rule of a primitive that reports errors by itself."""
+    assert checkify is not None
+    at = next(i for i, x in enumerate(arguments) if isinstance(x, frozenset))
+    # Until JAX 0.12: it passes no context.
+    (*context, error), errors, arrays = arguments[:at], arguments[at], arguments[at + 1 :]
+    found, results = checked(errors, *arrays, **static)
+    leaves, tree = jax.tree.flatten(found)
+    check_error = checkify.check_error
+    check = jax.make_jaxpr(lambda *leaves: check_error(tree.unflatten(leaves)))(*leaves)
+    error, _ = checkify.checkify_jaxpr(*context, check, errors, error, *leaves)
+    return error, results
 
 
 # Functions as jaxprs
@@ -183,89 +202,3 @@ def batch_axis_first(arrays: Sequence[Array], axes: Sequence[int | None]) -> lis
 
 def batch_size(arrays: Sequence[Array], axes: Sequence[int | None]) -> int:
     return next(x.shape[k] for x, k in zip(arrays, axes, strict=True) if k is not None)
-
-
-# Functions restricted to some of their arguments: those that are differentiated, or in which they are linear
-
-
-def replaced(xs: Iterable, places: Iterable[int], values: Iterable) -> list:
-    """xs, with values in these places."""
-    xs = list(xs)
-    for i, x in zip(places, values, strict=True):
-        xs[i] = x
-    return xs
-
-
-def placed(count: int, places: Iterable[int], values: Iterable) -> list:
-    """A list of this length with values in these places, and None elsewhere."""
-    return replaced([None] * count, places, values)
-
-
-def of_some(function: Callable, arguments: Sequence, places: Sequence[int]) -> Callable:
-    return lambda *values: function(*replaced(arguments, places, values))
-
-
-def jvp_of_some(function: Callable, primals: Sequence, places: Sequence[int], tangents: Sequence):
-    """`jax.jvp` in the primals in these places, along their tangents."""
-    return jax.jvp(of_some(function, primals, places), [primals[i] for i in places], list(tangents))
-
-
-def live_jvp(function: Callable, primals, tangents):
-    """`jax.jvp` in the arguments whose tangents aren't symbolic zeros."""
-    leaves, tree = jax.tree.flatten(primals)
-    tangents = jax.tree.leaves(tangents, is_leaf=is_zero)
-    live = not_zero(tangents)
-    return jvp_of_some(lambda *leaves: function(*tree.unflatten(leaves)), leaves, live, [tangents[i] for i in live])
-
-
-def tangent(function: Callable, live: Sequence[int], *arrays: Array) -> list[Array]:
-    """The tangents of those results that have one. `arrays` are the arguments, then the tangents of the `live` ones."""
-    primals, tangents = arrays[: -len(live)], arrays[-len(live) :]
-
-    def results(*primals):
-        leaves = jax.tree.leaves(function(*primals))
-        return [leaves[i] for i in with_tangents(leaves)]
-
-    return jvp_of_some(results, primals, live, tangents)[1]
-
-
-def cotangent(function: Callable, live: Sequence[int], types: Sequence, some: Sequence[int], *arrays: Array):
-    """The cotangents of the `live` arguments, in which the function is linear and which have these types. `arrays` are
-    the cotangents of `some` results, then the other arguments."""
-    cotangents, known = list(arrays[: len(some)]), arrays[len(some) :]
-    count = len(known) + len(live)
-    arguments = placed(count, others(count, live), known)
-
-    def results(*arguments):
-        leaves = jax.tree.leaves(function(*arguments))
-        return [leaves[i] for i in some]
-
-    return jax.linear_transpose(of_some(results, arguments, live), *types)(cotangents)
-
-
-def others(count: int, places: Sequence[int]) -> list[int]:
-    return [i for i in range(count) if i not in places]
-
-
-def with_tangents(xs: Sequence) -> list[int]:
-    """The places of arrays, or types of arrays, that have a tangent: the inexact ones."""
-    return [i for i, x in enumerate(xs) if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-
-def linear_in(arrays: Sequence) -> tuple[int, ...]:
-    """The places of the arguments in which a function is to be transposed."""
-    return tuple(i for i, x in enumerate(arrays) if ad.is_undefined_primal(x))
-
-
-def not_zero(tangents: Sequence) -> tuple[int, ...]:
-    return tuple(i for i, t in enumerate(tangents) if not is_zero(t))
-
-
-def is_zero(t) -> bool:
-    return isinstance(t, (ad.Zero, SymbolicZero))
-
-
-def with_zeros(results: Sequence[Array], tangents: Iterable) -> list:
-    """The tangents of all results: the given ones where a result has one, and symbolic zeros elsewhere."""
-    zeros = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
-    return replaced(zeros, with_tangents(results), tangents)

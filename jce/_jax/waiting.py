@@ -20,7 +20,8 @@ from jax import Array
 from jax.interpreters import ad
 from jax.sharding import AbstractMesh
 
-from jce._jax.primitives import cotangent, linear_in, not_zero, others, placed, primitive, tangent, with_zeros
+from jce._jax.primitives import primitive
+from jce._jax.restricted import cotangent, linear_in, not_zero, others, placed, tangent, with_zeros
 
 PLATFORMS = ("cpu", "tpu", None)  # as JAX names them; None for all others
 
@@ -85,8 +86,8 @@ def _tangent(program, live, platform, *arrays):
     return tangent(functools.partial(program, platform), live, *arrays)
 
 
-def _cotangent(program, live, types, some, platform, *arrays):
-    return cotangent(functools.partial(program, platform), live, types, some, *arrays)
+def _cotangent(program, live, types, nonzero, platform, *arrays):
+    return cotangent(functools.partial(program, platform), live, types, nonzero, *arrays)
 
 
 def _batched(program, axes, platform, *arrays):
@@ -122,9 +123,9 @@ def _differentiate(primals, tangents, *, program, settings):
 
 def _transpose(cotangents, *arrays, program, settings):
     count, live = len(arrays), linear_in(arrays)
-    types, some = tuple(arrays[i].aval for i in live), tuple(range(len(cotangents)))
+    types, nonzero = tuple(arrays[i].aval for i in live), tuple(range(len(cotangents)))
     known = (arrays[i] for i in others(count, live))
-    back = Program(_cotangent, (program, live, types, some))
+    back = Program(_cotangent, (program, live, types, nonzero))
     return placed(count, live, _bind(back, settings, *map(ad.instantiate_zeros, cotangents), *known))
 
 

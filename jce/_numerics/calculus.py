@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from jce._jax.primitives import as_one, live_jvp
+from jce._jax.primitives import as_one
+from jce._jax.restricted import live_jvp
 from jce._numerics.elementary import unless_negative
 from jce._numerics.mul0 import mul0, over
 
@@ -42,7 +43,7 @@ class custom_jvp:
         return self._kernel(*arguments)
 
 
-def along(tangents, *terms: Callable[[Array], Array]) -> Array:
+def sum_of_tangents(tangents, *terms: Callable[[Array], Array]) -> Array:
     """The sum of term(tangent) over the arguments that are differentiated, whose tangents aren't symbolic zeros."""
     live = [term(t) for term, t in zip(terms, tangents, strict=True) if not isinstance(t, SymbolicZero)]
     return functools.reduce(jnp.add, live)
@@ -50,7 +51,7 @@ def along(tangents, *terms: Callable[[Array], Array]) -> Array:
 
 def directional_derivative(primals, tangents, *partials: Callable[..., Array], static=()) -> Array:
     """Σᵢ ∂ᵢf · tᵢ, elementwise."""
-    return along(tangents, *(lambda t, f=f: mul0(f(*primals, *static), t) for f in partials))
+    return sum_of_tangents(tangents, *(lambda t, f=f: mul0(f(*primals, *static), t) for f in partials))
 
 
 def def_partials(kernel: custom_jvp, *partials: Callable[..., Array]) -> None:
@@ -77,7 +78,7 @@ def def_tangents(kernel: custom_jvp, *tangents_of: Callable[..., Array]) -> None
     arguments."""
 
     def rule(primals, tangents):
-        return kernel(*primals), along(tangents, *(lambda t, f=f: f(t, *primals) for f in tangents_of))
+        return kernel(*primals), sum_of_tangents(tangents, *(lambda t, f=f: f(t, *primals) for f in tangents_of))
 
     kernel.defjvp(rule, symbolic_zeros=True)
 
@@ -91,10 +92,10 @@ def def_at_once(at_once: custom_jvp, *functions: Callable) -> None:
     """Gives a kernel that computes several functions in one go their derivatives, by each function's own rule."""
 
     def rule(classes, primals, tangents):
-        def apart(*arguments):
+        def separately(*arguments):
             return tuple(f(*arguments, classes) for f in functions)
 
-        return at_once(*primals, classes), live_jvp(apart, primals, tangents)[1]
+        return at_once(*primals, classes), live_jvp(separately, primals, tangents)[1]
 
     at_once.defjvp(rule, symbolic_zeros=True)
 

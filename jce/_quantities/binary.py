@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._jax.arguments import elementwise
 from jce._jax.public import public
+from jce._jax.rows import elementwise
 from jce._numerics.calculus import both_zero, custom_jvp, def_partials, def_tangents, def_twin, over_if_present, ratio
 from jce._numerics.deviance import deviance, log_ratio
 from jce._numerics.elementary import log, log1p, log_complement, one_minus, raised, unless_negative

@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._jax.arguments import elementwise
 from jce._jax.public import public
+from jce._jax.rows import elementwise
 from jce._numerics.calculus import custom_jvp, def_partials
 from jce._numerics.elementary import exp, exponential_minus_1, log1p_unit, one_minus, reused, tanh
 from jce._numerics.mul0 import mul0
@@ -227,10 +227,10 @@ def _sigmoid_difference(x, y):
     less, more = jnp.minimum(x, y), jnp.maximum(x, y)
     e, f = _odds_against_again(less), _odds_against_again(more)
     # σ(more) σ(-less) (1 + e)(1 + f), which is one of e, f and 1, so nothing is rounded
-    share = jnp.where(less > 0, e, jnp.where(more < 0, f, jnp.ones_like(e)))
+    largest = jnp.where(less > 0, e, jnp.where(more < 0, f, jnp.ones_like(e)))
     size = jnp.abs(d)
     gap = jnp.where(size < 1.5, -exponential_minus_1(-size), 1 - exp(-size))
-    return jnp.copysign(share * gap / ((1 + e) * (1 + f)), d)
+    return jnp.copysign(largest * gap / ((1 + e) * (1 + f)), d)
 
 
 # ∂/∂x (σ(y) - σ(x)) = -σ(x) σ(-x), ∂/∂y = σ(y) σ(-y)

@@ -8,7 +8,8 @@ from jax.core import Tracer
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jce._jax.arguments import distributions, is_array, is_number
+from jce._jax.arguments import is_array, is_number
+from jce._jax.rows import distributions
 
 
 def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = None) -> None:
@@ -36,13 +37,7 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
     """
     (x,), classes = distributions("check_distribution", axis, None, p=p)
     dtype = jnp.asarray(p).dtype
-    eps = float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.floating) else x.dtype).eps)
-    is_known = is_number(atol) or (is_array(atol) and atol.ndim == 0 and not isinstance(atol, Tracer))
-    if atol is not None and not (is_known and atol >= 0):
-        raise ValueError(
-            f"check_distribution: atol must be a number ≥ 0; got atol={atol!r}. Leave it out for the dtype's own."
-        )
-    tolerance = eps**0.5 if atol is None else float(atol)
+    tolerance = _tolerance(atol, dtype if jnp.issubdtype(dtype, jnp.floating) else x.dtype)
     sums = classes.sum(x)
     smallest = classes.reduce(jnp.min, x)
     if sums.size == 0:
@@ -63,3 +58,14 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
         index = [int(i) for i in np.unravel_index(int(worst), sums.shape)]
         found = {name: f"{float(x):.9g}" for name, x in found.items()}
         raise ValueError(message.format(where=index or "", **found))
+
+
+def _tolerance(atol: float | None, dtype) -> float:
+    if atol is None:
+        return float(jnp.finfo(dtype).eps) ** 0.5
+    is_known = is_number(atol) or (is_array(atol) and atol.ndim == 0 and not isinstance(atol, Tracer))
+    if not (is_known and atol >= 0):
+        raise ValueError(
+            f"check_distribution: atol must be a number ≥ 0; got atol={atol!r}. Leave it out for the dtype's own."
+        )
+    return float(atol)

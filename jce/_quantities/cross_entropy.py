@@ -9,16 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._jax.arguments import (
-    distributions,
-    fraction,
-    is_array,
-    labelled,
-    labelled_with_probs,
-    positive,
-    require_no_tail,
-)
+from jce._jax.arguments import fraction, is_array, positive
+from jce._jax.labels import labelled, labelled_with_probs, require_no_tail
 from jce._jax.public import public
+from jce._jax.rows import distributions
 from jce._numerics.calculus import (
     both_zero,
     custom_jvp,
@@ -245,8 +239,8 @@ def cross_entropy_with_integer_labels(
     smoothing, z_loss = _numbers(name, x, label_smoothing, z_loss)
     if is_array(smoothing) or smoothing:
         all_kept = where is None and jnp.asarray(logits).shape[classes.axis] > 0
-        share = 1 / classes.count(x) if all_kept else kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
-        loss = smoothed_surprisal(y, *(jnp.asarray(a, x.dtype) for a in (share, x, smoothing)), classes)
+        uniform = 1 / classes.count(x) if all_kept else kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
+        loss = smoothed_surprisal(y, *(jnp.asarray(a, x.dtype) for a in (uniform, x, smoothing)), classes)
         return _with_z_loss(z_loss, loss, x, classes)
     if is_array(z_loss) or z_loss:
         return penalized_label_surprisal(y, x, jnp.asarray(z_loss, x.dtype), classes)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._jax.arguments import distributions
 from jce._jax.public import public
+from jce._jax.rows import distributions
 from jce._numerics.calculus import custom_jvp, def_partials_of_sum, def_tangents, negative
 from jce._numerics.elementary import log, log1p
 from jce._numerics.mul0 import mul0, multiply, over
-from jce._softmax.kernel import kernel, kernel_apart
+from jce._softmax.kernel import kernel, kernel_isolated
 from jce._softmax.softmax import centered, softmax, unless_nan
 
 
@@ -128,9 +128,9 @@ def entropy_with_logits(
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel
-def entropy_of_softmax(x, classes):
+def entropy_of_softmax(x, way):
     # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z: no term is negative, so nothing cancels.
-    _, s, t = classes.sums(x)
+    _, s, t = way.sums(x)
     return log1p(s) + t / (1 + s)
 
 
@@ -142,19 +142,19 @@ def _entropy_of_softmax_rule(classes, primals, tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@kernel_apart
-def _weighted_excess(x, classes):
-    return mul0(_surprisal_excess(x, classes), softmax(x, classes))
+@kernel_isolated
+def _weighted_excess(x, way):
+    return mul0(_surprisal_excess(x, way), softmax(x, way))
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@kernel_apart
-def _surprisal_excess(x, classes):
+@kernel_isolated
+def _surprisal_excess(x, way):
     """log 1/qᵢ - H, computed as (m - xᵢ) - Σ q (m - x): near the uniform distribution log 1/qᵢ and H are both near
     log n, and their difference would lose all digits."""
-    n, t = classes.exponentials(x).of_row, classes.sums(x).t
+    n, t = way.exponentials(x).of_row, way.sums(x).t
     # At 10⁴, q has long underflowed to 0. A finite number, unlike +∞, may be multiplied by 0 at every order.
-    return jnp.minimum(-classes.depth(x, n), 1e4) - classes.column(t / n.z)
+    return jnp.minimum(-way.depth(x, n), 1e4) - way.column(t / n.z)
 
 
 # d (log 1/qᵢ - H) = -(tᵢ - Σ q t) - dH
@@ -162,7 +162,7 @@ def _surprisal_excess(x, classes):
 def _surprisal_excess_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
     dh = classes.sum(mul0(_weighted_excess(x, classes), t))
-    return _surprisal_excess(x, classes), -centered(t, x, classes) - classes.each(dh, t)
+    return _surprisal_excess(x, classes), -centered(t, x, classes) - classes.broadcast(dh, t)
 
 
 # d qᵢ (log 1/qᵢ - H) = qᵢ ((tᵢ - Σ q t)(log 1/qᵢ - H - 1) - dH), with dH = Σ qᵢ (log 1/qᵢ - H) tᵢ
@@ -171,10 +171,10 @@ def _weighted_excess_rule(classes, primals, tangents):
     return _weighted_excess(*primals, classes), _tangent_of_weighted_excess(*tangents, *primals, classes)
 
 
-@kernel_apart
-def _tangent_of_weighted_excess(t, x, classes):
-    _, z, u, _, covariance = classes.deviation(t, x)
-    excess = _surprisal_excess(x, classes)
+@kernel_isolated
+def _tangent_of_weighted_excess(t, x, way):
+    _, z, u, _, covariance = way.deviation(t, x)
+    excess = _surprisal_excess(x, way)
     centered = multiply(excess - 1, u)
-    tangent = mul0(softmax(x, classes), centered - classes.column(covariance(excess)))
-    return unless_nan(z, tangent, t, classes)
+    tangent = mul0(softmax(x, way), centered - way.column(covariance(excess)))
+    return unless_nan(z, tangent, t, way)

@@ -18,9 +18,10 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._jax.arguments import distributions, fraction, is_array
+from jce._jax.arguments import fraction, is_array
 from jce._jax.public import public
-from jce._numerics.calculus import along, custom_jvp, def_at_once, over_if_present, ratio
+from jce._jax.rows import distributions
+from jce._numerics.calculus import custom_jvp, def_at_once, over_if_present, ratio, sum_of_tangents
 from jce._numerics.deviance import deviance, difference_from_log, log_ratio
 from jce._numerics.elementary import one_minus, raising, unless_negative
 from jce._numerics.mul0 import mul0
@@ -136,7 +137,7 @@ def _relative_difference(p, q, d, b, c):
 def _relative_difference_rule(primals, tangents):
     p, q, d, b, c = primals
     relative, m = _relative_difference(*primals), b * p + c * q
-    change = along(
+    change = sum_of_tangents(
         tangents,
         lambda dp: -mul0(mul0(relative, b), dp),
         lambda dq: -mul0(mul0(relative, c), dq),
@@ -152,7 +153,7 @@ _relative_difference.defjvp(_relative_difference_rule, symbolic_zeros=True)
 
 def _divergence_rule(primals, tangents):
     p, q, b, c = primals
-    return _divergence(*primals), along(
+    return _divergence(*primals), sum_of_tangents(
         tangents[:3],
         lambda dp: mul0(mul0(_log_p_over_m(p, q, b, c), b), dp),
         lambda dq: mul0(mul0(_log_p_over_m(q, p, c, b), c), dq),
@@ -176,7 +177,7 @@ def _log_p_over_m_rule(primals, tangents):
     (p, q, b, c), (dp, dq, db, _) = primals, tangents
     m, terms = b * p + c * q, []
     if not (isinstance(dp, SymbolicZero) and isinstance(dq, SymbolicZero)):
-        difference = along((dp, dq), lambda dp: mul0(ratio(q, p), dp), lambda dq: -dq)
+        difference = sum_of_tangents((dp, dq), lambda dp: mul0(ratio(q, p), dp), lambda dq: -dq)
         terms.append(mul0(c, over_if_present(difference, p, m)))
     if not isinstance(db, SymbolicZero):
         terms.append(mul0(-ratio(p - q, m), db))
@@ -204,7 +205,7 @@ def imbalance(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
 def _imbalance_rule(primals, tangents):
     p, q, b, c = primals
     relative = _relative_difference(p, q, p - q, b, c)
-    return _imbalance(*primals), along(
+    return _imbalance(*primals), sum_of_tangents(
         tangents[:3],
         lambda dp: mul0(_log_p_over_m(p, q, b, c) - mul0(relative, b), dp),
         lambda dq: mul0(-_log_p_over_m(q, p, c, b) - mul0(relative, c), dq),
@@ -278,8 +279,8 @@ def jensen_shannon_divergence_with_logits(
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel
-def _divergence_of_softmax(x, y, b, c, classes):
-    return classes.sum(divergence(*_consistent(*compare(x, y, None, classes)), b, c))
+def _divergence_of_softmax(x, y, b, c, way):
+    return way.sum(divergence(*_consistent(*compare(x, y, None, way)), b, c))
 
 
 def _consistent(p, q, delta):
@@ -293,7 +294,7 @@ def _consistent(p, q, delta):
 # ∂/∂xᵢ = β pᵢ (log pᵢ/mᵢ - Σ p log p/m), ∂/∂yᵢ = (1-β) qᵢ (log qᵢ/mᵢ - Σ q log q/m), ∂/∂β = Σ (D(p, m) - D(q, m))
 def _divergence_of_softmax_rule(classes, primals, tangents):
     jsd, in_x, in_y = _divergence_and_partials(*primals, classes)
-    return jsd, along(
+    return jsd, sum_of_tangents(
         tangents[:3],
         lambda dx: classes.sum(mul0(in_x, dx)),
         lambda dy: classes.sum(mul0(in_y, dy)),
@@ -306,22 +307,22 @@ _divergence_of_softmax.defjvp(_divergence_of_softmax_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel_sharing
-def _divergence_and_partials(x, y, b, c, classes):
+def _divergence_and_partials(x, y, b, c, way):
     # One kernel for all three, since each of them compares x and y.
-    p, q, delta = compare(x, y, None, classes, stored=True)
-    in_x = _weighted_excess_of(p, _log_p_over_m_up_to(p, q, delta, x, y, b, c, classes), b, x, classes)
-    in_y = _weighted_excess_of(q, _log_p_over_m_up_to(q, p, -delta, y, x, c, b, classes), c, y, classes)
-    return classes.sum(divergence(*_consistent(p, q, delta), b, c)), in_x, in_y
+    p, q, delta = compare(x, y, None, way, stored=True)
+    in_x = _weighted_excess_of(p, _log_p_over_m_up_to(p, q, delta, x, y, b, c, way), b, x, way)
+    in_y = _weighted_excess_of(q, _log_p_over_m_up_to(q, p, -delta, y, x, c, b, way), c, y, way)
+    return way.sum(divergence(*_consistent(p, q, delta), b, c)), in_x, in_y
 
 
-def _weighted_excess(x, y, b, c, classes):
+def _weighted_excess(x, y, b, c, way):
     """β pᵢ (log pᵢ/mᵢ - Σ p log p/m)"""
-    log_p_m = _log_p_over_m_of_softmax(x, y, b, c, classes)
-    return _weighted_excess_of(softmax(x, classes), log_p_m, b, x, classes)
+    log_p_m = _log_p_over_m_of_softmax(x, y, b, c, way)
+    return _weighted_excess_of(softmax(x, way), log_p_m, b, x, way)
 
 
-def _weighted_excess_of(p, log_p_m, b, x, classes):
-    excess = centered(mul0(_where_possible(p, log_p_m), b * jnp.ones_like(p)), x, classes)
+def _weighted_excess_of(p, log_p_m, b, x, way):
+    excess = centered(mul0(_where_possible(p, log_p_m), b * jnp.ones_like(p)), x, way)
     return mul0(excess, p)
 
 
@@ -335,20 +336,20 @@ def_at_once(
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel
-def _log_p_over_m_of_softmax(x, y, b, c, classes):
+def _log_p_over_m_of_softmax(x, y, b, c, way):
     """log p/m plus a constant in each row (it is centered later): log βp/m where p and q barely overlap."""
-    p, q, delta = compare(x, y, None, classes, stored=True)
-    return _log_p_over_m_up_to(p, q, delta, x, y, b, c, classes)
+    p, q, delta = compare(x, y, None, way, stored=True)
+    return _log_p_over_m_up_to(p, q, delta, x, y, b, c, way)
 
 
-def _log_p_over_m_up_to(p, q, delta, x, y, b, c, classes):
+def _log_p_over_m_up_to(p, q, delta, x, y, b, c, way):
     # A centered number keeps the rounding of what it was centered from: so choose what is smaller in the mean, log p/m
-    # or log βp/m. Their sizes are equal where m² = βp², so at q/p = (√β - β)/(1-β) = √β/(1 + √β) = 1/k.
-    k = 1 + 1 / jnp.sqrt(jnp.maximum(b, jnp.finfo(b.dtype).tiny))
-    apart = classes.column(classes.sum(jnp.maximum(p - k * q, -p)) > 0)
+    # or log βp/m. Their sizes are equal where m² = βp², so at q/p = (√β - β)/(1-β) = √β/(1 + √β) = 1/limit.
+    limit = 1 + 1 / jnp.sqrt(jnp.maximum(b, jnp.finfo(b.dtype).tiny))
+    far = way.column(way.sum(jnp.maximum(p - limit * q, -p)) > 0)
     _, p, q, d, m = _with_mixture(p, q, -difference_from_log(p, q, delta), b, c)
-    share = jnp.maximum(b * p, jnp.finfo(p.dtype).tiny)
-    return log_ratio(jnp.where(apart, share, p), m, jnp.where(apart, -c * q, c * d))
+    of_p = jnp.maximum(b * p, jnp.finfo(p.dtype).tiny)
+    return log_ratio(jnp.where(far, of_p, p), m, jnp.where(far, -c * q, c * d))
 
 
 # d log p/m = (1-β) q/m (d log p - d log q) - (p - q)/m dβ
@@ -356,7 +357,7 @@ def _log_p_over_m_of_softmax_rule(classes, primals, tangents):
     x, y, b, c = primals
     p, q = softmax(x, classes), softmax(y, classes)
     m = b * p + c * q
-    return _log_p_over_m_of_softmax(*primals, classes), along(
+    return _log_p_over_m_of_softmax(*primals, classes), sum_of_tangents(
         tangents[:3],
         lambda dx: mul0(c * ratio(q, m), centered(dx, x, classes)),
         lambda dy: -mul0(c * ratio(q, m), centered(dy, y, classes)),
@@ -369,8 +370,8 @@ _log_p_over_m_of_softmax.defjvp(_log_p_over_m_of_softmax_rule, symbolic_zeros=Tr
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel
-def _imbalance_of_softmax(x, y, b, c, classes):
-    return classes.sum(imbalance(*_consistent(*compare(x, y, None, classes)), b, c))
+def _imbalance_of_softmax(x, y, b, c, way):
+    return way.sum(imbalance(*_consistent(*compare(x, y, None, way)), b, c))
 
 
 # d Σ (D(p, m) - D(q, m)): the partials of `_imbalance_rule` in each class, with dpᵢ = pᵢ d log pᵢ
@@ -381,7 +382,7 @@ def _imbalance_of_softmax_rule(classes, primals, tangents):
     relative = _relative_difference(p, q, d, b_, c_)
     slope_p = _where_possible(p, _log_p_over_m_of_softmax(x, y, b, c, classes)) - mul0(relative, b_)
     slope_q = -_where_possible(q, _log_p_over_m_of_softmax(y, x, c, b, classes)) - mul0(relative, c_)
-    terms = along(
+    terms = sum_of_tangents(
         tangents[:3],
         lambda dx: mul0(p * slope_p, centered(dx, x, classes)),
         lambda dy: mul0(q * slope_q, centered(dy, y, classes)),

@@ -10,10 +10,9 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jce._jax.arguments import distributions
 from jce._jax.public import public
+from jce._jax.rows import distributions
 from jce._numerics.calculus import (
-    along,
     both_zero,
     custom_jvp,
     def_at_once,
@@ -23,6 +22,7 @@ from jce._numerics.calculus import (
     def_twin,
     over_if_present,
     ratio,
+    sum_of_tangents,
 )
 from jce._numerics.deviance import deviance, deviance_from_log, difference_from_log, log_ratio
 from jce._numerics.elementary import raised, unless_negative
@@ -85,12 +85,12 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
-def _kl(p, q, classes):
+def _kl(p, q, way):
     # KL is Σ (p log p/q - p + q) + Σ (p - q). Where q is far above p, p log p/q would be lost in the rounding of p - q:
     # there (q > 4p) -3p takes its place in both sums. max(p - q, -3p) is p - min(q, 4p), continuous at q = 4p, so that
     # passes which see p and q rounded differently agree. The two forms differ, or XLA would store what they share.
     deviances = unless_negative(jnp.minimum(p, q), deviance(p, q, p - q, jnp.maximum(p - q, -3 * p)))
-    return classes.sum_with_differences(deviances, p, jnp.minimum(q, 4 * p))
+    return way.sum_with_differences(deviances, p, jnp.minimum(q, 4 * p))
 
 
 # ∂/∂p p log p/q = log p/q + 1, ∂/∂q p log p/q = -p/q
@@ -232,10 +232,10 @@ def kl_divergence_with_logits(
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
-def kl_of_softmax(x, y, d, classes):
+def kl_of_softmax(x, y, d, way):
     """KL(p‖q) for p = softmax(x) and q = softmax(y); d is None, or y - x with more digits than x and y have
     (`compare.py`)."""
-    return classes.sum(deviance_from_log(*compare(x, y, d, classes)))
+    return way.sum(deviance_from_log(*compare(x, y, d, way)))
 
 
 # ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂yᵢ = qᵢ - pᵢ
@@ -245,7 +245,7 @@ def _kl_rule(classes, primals, tangents):
     if isinstance(tangents[0], SymbolicZero):  # along y alone no N × n array is stored
         return kl_of_softmax(*primals, classes), classes.sum(mul0(q_minus_p(*primals, classes), tangents[1]))
     kl, in_x, in_y = _kl_and_partials(*primals, classes)
-    return kl, classes.sum(along(tangents[:2], lambda t: mul0(in_x, t), lambda t: mul0(in_y, t)))
+    return kl, classes.sum(sum_of_tangents(tangents[:2], lambda t: mul0(in_x, t), lambda t: mul0(in_y, t)))
 
 
 kl_of_softmax.defjvp(_kl_rule, symbolic_zeros=True)
@@ -253,11 +253,11 @@ kl_of_softmax.defjvp(_kl_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel_sharing
-def _kl_and_partials(x, y, d, classes):
+def _kl_and_partials(x, y, d, way):
     # One kernel for all three, since each of them compares x and y.
-    p, q, delta = compare(x, y, d, classes, stored=True)
-    kl = classes.sum(deviance_from_log(p, q, delta))
-    return kl, _weighted_excess_of(p, -delta, kl, x, classes), difference_from_log(p, q, delta)
+    p, q, delta = compare(x, y, d, way, stored=True)
+    kl = way.sum(deviance_from_log(p, q, delta))
+    return kl, _weighted_excess_of(p, -delta, kl, x, way), difference_from_log(p, q, delta)
 
 
 # (qᵢ - pᵢ - pᵢδᵢ - pᵢ KL) dxᵢ + (qᵢ - pᵢ) ddᵢ, since in ∂KL/∂xᵢ dxᵢ + ∂KL/∂yᵢ dyᵢ terms of first order in δ cancel.
@@ -271,18 +271,18 @@ def _along_both(primals, tangents, classes):
     return mul0(jnp.where(near, in_both, in_x), dx) + jnp.where(near, mul0(in_y, dd), mul0(in_y, dy))
 
 
-def _weighted_excess(x, y, d, classes):
+def _weighted_excess(x, y, d, way):
     """pᵢ (log pᵢ/qᵢ - KL)"""
-    kl, log_p_q = kl_of_softmax(x, y, d, classes), -log_q_over_p(x, y, d, classes)
-    return _weighted_excess_of(softmax(x, classes), log_p_q, kl, x, classes)
+    kl, log_p_q = kl_of_softmax(x, y, d, way), -log_q_over_p(x, y, d, way)
+    return _weighted_excess_of(softmax(x, way), log_p_q, kl, x, way)
 
 
-def _weighted_excess_of(p, log_p_q, kl, x, classes):
+def _weighted_excess_of(p, log_p_q, kl, x, way):
     impossible = log_p_q == jnp.inf
-    infinite = classes.column(kl) == jnp.inf
+    infinite = way.column(kl) == jnp.inf
     # Unscaled, sums over n classes with weights up to 2¹² (FINE of `passes.py`) might overflow.
-    scale = 2.0 ** -(classes.count(x).bit_length() + 12)
-    excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, classes) / scale
+    scale = 2.0 ** -(way.count(x).bit_length() + 12)
+    excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, way) / scale
     excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)
     return mul0(excess, p)
 

@@ -24,7 +24,7 @@ from jce._numerics.mul0 import mul0
 from jce._softmax.kernel import kernel
 from jce._softmax.over_classes import without_classes
 from jce._softmax.softmax import centered, softmax
-from jce._softmax.way import Normalizer
+from jce._softmax.sums import Normalizer
 
 
 def log_probs_of(y: Array, x: Array, classes: Classes) -> Array:
@@ -46,13 +46,13 @@ def _log_probs(y, x, m, s, classes):
 @_log_probs.defjvp
 def _log_probs_rule(classes, primals, tangents):
     y, x, *_ = primals
-    each = at_labels(centered(tangents[1], x, classes), y, classes)
-    return _log_probs(*primals, classes), _unless_no_class(y, x, each, classes)
+    at_each = at_labels(centered(tangents[1], x, classes), y, classes)
+    return _log_probs(*primals, classes), _unless_no_class(y, x, at_each, classes)
 
 
 @kernel
-def _sums(x, classes):
-    return tuple(classes.normalizer(x))
+def _sums(x, way):
+    return tuple(way.normalizer(x))
 
 
 def log_probs_and_tail(y: Array, x: Array, classes: Classes) -> Array:
@@ -66,7 +66,7 @@ def log_probs_and_tail(y: Array, x: Array, classes: Classes) -> Array:
     # Each weight is exp of a single difference, or Z times one: exp(logs) would add the rounding of log Z.
     weights = jnp.concatenate([exp(depth), (exp(m - most) * z)[..., None]], -1)
     weights = lax.stop_gradient(weights)
-    log_probs = _log_shares(logs, weights) + _zero(log(weights.sum(-1)), x, classes)
+    log_probs = _log_normalized(logs, weights) + _zero(log(weights.sum(-1)), x, classes)
     return jnp.concatenate([_unless_no_class(y, x, log_probs[..., :-1], classes), log_probs[..., -1:]], -1)
 
 
@@ -78,8 +78,8 @@ def _sum_of_exponentials(x, classes):
 
 
 @kernel
-def _max_and_sum(x, classes):
-    return classes.max_and_sum(x)
+def _max_and_sum(x, way):
+    return way.max_and_sum(x)
 
 
 # d log Z = Σᵢ rᵢtᵢ with r = softmax(x), for a constant m. Nothing differentiates Z itself.
@@ -98,46 +98,46 @@ def _sum_of_exponentials_rule(classes, primals, tangents):
 
 
 @custom_jvp
-def _log_shares(logs, w):
+def _log_normalized(logs, w):
     """log qᵢ."""
     total = w.sum(-1, keepdims=True)
-    most = _has(0.55, w)
+    most = _exceeds(0.55, w)
     near = 0 - log1p(_sum_of_others(w, w) / jnp.where(most, w, jnp.ones_like(w)))
     return jnp.where(most, near, logs - log(total))
 
 
 # d log qᵢ = tᵢ - Σⱼ qⱼtⱼ
-@_log_shares.defjvp
-def _log_shares_rule(primals, tangents):
-    return _log_shares(*primals), _from_mean(tangents[0], *primals)
+@_log_normalized.defjvp
+def _log_normalized_rule(primals, tangents):
+    return _log_normalized(*primals), _from_mean(tangents[0], *primals)
 
 
 @custom_jvp
-def _shares(logs, w):
+def _normalized(logs, w):
     return w / w.sum(-1, keepdims=True)
 
 
 # dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
-@_shares.defjvp
-def _shares_rule(primals, tangents):
-    return _shares(*primals), mul0(_shares(*primals), _from_mean(tangents[0], *primals))
+@_normalized.defjvp
+def _normalized_rule(primals, tangents):
+    return _normalized(*primals), mul0(_normalized(*primals), _from_mean(tangents[0], *primals))
 
 
 def _from_mean(t, logs, w):
     """tᵢ - Σⱼ qⱼtⱼ, linear in t. The t of an outcome of q > 1/2 is subtracted first: else its entry would cancel."""
-    center = jnp.where(_has(0.5, w), t, jnp.zeros_like(t)).sum(-1, keepdims=True)
-    mean = _sum_of_others(w, mul0(_shares(logs, w), t - center))
-    return jnp.where(_has(0.55, w), -mean, t - center - mean)
+    center = jnp.where(_exceeds(0.5, w), t, jnp.zeros_like(t)).sum(-1, keepdims=True)
+    mean = _sum_of_others(w, mul0(_normalized(logs, w), t - center))
+    return jnp.where(_exceeds(0.55, w), -mean, t - center - mean)
 
 
 def _sum_of_others(w, a):
     """Σ aᵢ, without that of an outcome of more than 1/2."""
-    return jnp.where(_has(0.5, w), jnp.zeros_like(a), a).sum(-1, keepdims=True)
+    return jnp.where(_exceeds(0.5, w), jnp.zeros_like(a), a).sum(-1, keepdims=True)
 
 
-def _has(share, w):
-    """Where w > share · Σ w. Tests use .55 and .5, so that what .55 selects .5 leaves out, however each rounds."""
-    return w > share * w.sum(-1, keepdims=True)
+def _exceeds(fraction, w):
+    """Where w > fraction · Σ w. Tests use .55 and .5, so that what .55 selects .5 leaves out, however each rounds."""
+    return w > fraction * w.sum(-1, keepdims=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
@@ -149,7 +149,7 @@ def _zero(z, x, classes):
 @_zero.defjvp
 def _zero_rule(classes, primals, tangents):
     z, x, t = *primals, tangents[1]
-    return _zero(z, x, classes), classes.sum(mul0(classes.each(z - z, t), t))[..., None]
+    return _zero(z, x, classes), classes.sum(mul0(classes.broadcast(z - z, t), t))[..., None]
 
 
 # Looking labels up

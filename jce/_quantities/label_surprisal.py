@@ -9,7 +9,7 @@ import functools
 
 import jax.numpy as jnp
 
-from jce._numerics.calculus import along, custom_jvp
+from jce._numerics.calculus import custom_jvp, sum_of_tangents
 from jce._numerics.elementary import exp
 from jce._numerics.mul0 import mul0
 from jce._quantities.soft_targets import scaled, smoothed, soft, soft_excess, terms
@@ -19,9 +19,9 @@ from jce._softmax.softmax import softmax_tangent, surprisal_at_label
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
-def label_surprisal(y, x, classes):
+def label_surprisal(y, x, way):
     """log 1/q_y"""
-    return surprisal_at_label(classes.off_label_of_any_shift(y, x))
+    return surprisal_at_label(way.off_label_of_any_shift(y, x))
 
 
 # ∂/∂xᵢ log 1/q_y = qᵢ - [i = y]
@@ -33,14 +33,14 @@ def _label_surprisal_rule(classes, primals, tangents):
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
-def label_surprisal_and_excess(y, x, classes):
+def label_surprisal_and_excess(y, x, way):
     # One kernel for both: XLA couldn't see that two kernels compute the same sums.
-    off, e = classes.exponentials_off_label(y, x)
-    return surprisal_at_label(off), _excess_of(y, x, off, e, classes)
+    off, e = way.exponentials_off_label(y, x)
+    return surprisal_at_label(off), _excess_of(y, x, off, e, way)
 
 
-def _excess_of(y, x, off, e, classes):
-    return jnp.where(classes.is_at(x, classes.local(y, x)), classes.column(-off.s), e) / classes.column(off.z)
+def _excess_of(y, x, off, e, way):
+    return jnp.where(way.is_at(x, way.local(y, x)), way.column(-off.s), e) / way.column(off.z)
 
 
 @label_surprisal_and_excess.defjvp
@@ -51,19 +51,19 @@ def _label_surprisal_and_excess_rule(classes, primals, tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
-def smoothed_surprisal(y, share, x, smoothing, classes):
-    """(1-ε) log 1/q_y + ε Σᵢ uᵢ log 1/qᵢ; u is `share`: an array, or one number for all, which saves reading one."""
-    return _smoothed_surprisal_and_excess(y, share, x, smoothing, classes)[0]
+def smoothed_surprisal(y, uniform, x, smoothing, classes):
+    """(1-ε) log 1/q_y + ε Σᵢ uᵢ log 1/qᵢ; u is `uniform`: an array, or one number for all, which saves reading one."""
+    return _smoothed_surprisal_and_excess(y, uniform, x, smoothing, classes)[0]
 
 
 # ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - εuᵢ, ∂/∂ε = Σᵢ uᵢ log 1/qᵢ - log 1/q_y
 def _smoothed_surprisal_rule(classes, primals, tangents):
-    y, share, x, _ = primals
+    y, uniform, x, _ = primals
     surprisal, excess = _smoothed_surprisal_and_excess(*primals, classes)
-    return surprisal, along(
+    return surprisal, sum_of_tangents(
         tangents[2:],
         lambda dx: classes.sum(mul0(excess, dx)),
-        lambda t: scaled(t, mean_excess(y, share, x, classes)),
+        lambda t: scaled(t, mean_excess(y, uniform, x, classes)),
     )
 
 
@@ -72,43 +72,43 @@ smoothed_surprisal.defjvp(_smoothed_surprisal_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
-def mean_excess(y, share, x, classes):
+def mean_excess(y, uniform, x, way):
     """Σᵢ uᵢ log 1/qᵢ - log 1/q_y for Σu = 1, computed as Σᵢ uᵢ (m - xᵢ) - (m - x_y): near the uniform distribution both
     losses are about log Z, and their difference would lose all digits."""
-    m, _, d = classes.off_label(y, x)
-    depth = classes.column(m) - x
-    mean = classes.sum(terms(share, depth, classes) if share.ndim else share * depth)
+    m, _, d = way.off_label(y, x)
+    depth = way.column(m) - x
+    mean = way.sum(terms(uniform, depth, way) if uniform.ndim else uniform * depth)
     return mean - d
 
 
 # d = t_y - Σᵢ uᵢtᵢ, and NaN where the row is NaN and t isn't 0
 @mean_excess.defjvp
 def _mean_excess_rule(classes, primals, tangents):
-    (y, share, _), (*_, t) = primals, tangents
+    (y, uniform, _), (*_, t) = primals, tangents
     excess = mean_excess(*primals, classes)
-    nan = classes.each(jnp.where(jnp.isnan(excess), excess, jnp.zeros_like(excess)), t)
-    weighted = classes.sum(mul0(nan - share, t))
+    nan = classes.broadcast(jnp.where(jnp.isnan(excess), excess, jnp.zeros_like(excess)), t)
+    weighted = classes.sum(mul0(nan - uniform, t))
     return excess, classes.at(t, classes.local(y, t)) + weighted
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
 @kernel
-def _smoothed_surprisal_and_excess(y, share, x, smoothing, classes):
+def _smoothed_surprisal_and_excess(y, uniform, x, smoothing, way):
     # `off_label`, not `off_label_of_any_shift`: the mean surprisal needs the maximum, so the label's part shares it.
-    u, off = _of_each(share, x), classes.off_label(y, x)
-    surprisal, excess = surprisal_at_label(off), _excess_of(y, x, off, exp(classes.depth_off_label(x, off)), classes)
-    uniform = soft(u, x, classes) if share.ndim else classes.sum(share * classes.normalizer(x).surprisal(x, classes))
-    return smoothed(surprisal, uniform, smoothing), smoothed(excess, soft_excess(u, x, classes), smoothing)
+    u, off = _as_row(uniform, x), way.off_label(y, x)
+    surprisal, excess = surprisal_at_label(off), _excess_of(y, x, off, exp(way.depth_off_label(x, off)), way)
+    of_uniform = soft(u, x, way) if uniform.ndim else way.sum(uniform * way.normalizer(x).surprisal(x, way))
+    return smoothed(surprisal, of_uniform, smoothing), smoothed(excess, soft_excess(u, x, way), smoothing)
 
 
 # d (qᵢ - (1-ε) [i = y] - εuᵢ) = dqᵢ + ([i = y] - uᵢ) dε
 def _smoothed_surprisal_and_excess_rule(classes, primals, tangents):
-    y, share, x, _ = primals
+    y, uniform, x, _ = primals
 
-    def along_smoothing(t):
-        return scaled(t, soft_excess(_of_each(share, x), x, classes) - label_surprisal_and_excess(y, x, classes)[1])
+    def in_smoothing(t):
+        return scaled(t, soft_excess(_as_row(uniform, x), x, classes) - label_surprisal_and_excess(y, x, classes)[1])
 
-    d_excess = along(tangents[2:], lambda dx: softmax_tangent(dx, x, None, classes), along_smoothing)
+    d_excess = sum_of_tangents(tangents[2:], lambda dx: softmax_tangent(dx, x, None, classes), in_smoothing)
     d_surprisal = _smoothed_surprisal_rule(classes, primals, tangents)[1]
     return _smoothed_surprisal_and_excess(*primals, classes), (d_surprisal, d_excess)
 
@@ -116,5 +116,5 @@ def _smoothed_surprisal_and_excess_rule(classes, primals, tangents):
 _smoothed_surprisal_and_excess.defjvp(_smoothed_surprisal_and_excess_rule, symbolic_zeros=True)
 
 
-def _of_each(share, x):
-    return share + jnp.zeros_like(x)
+def _as_row(uniform, x):
+    return uniform + jnp.zeros_like(x)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._jax.arguments import elementwise
 from jce._jax.public import public
+from jce._jax.rows import elementwise
 from jce._numerics.calculus import custom_jvp, def_partials
 from jce._numerics.elementary import exp, exponential_minus_1, exponential_tail, two_sum
 

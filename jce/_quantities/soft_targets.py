@@ -8,22 +8,22 @@ import jax
 import jax.numpy as jnp
 
 from jce._jax.arguments import is_array
-from jce._numerics.calculus import along, custom_jvp, def_at_once
+from jce._numerics.calculus import custom_jvp, def_at_once, sum_of_tangents
 from jce._numerics.mul0 import mul0
-from jce._softmax.kernel import kernel, kernel_apart
+from jce._softmax.kernel import kernel, kernel_isolated
 from jce._softmax.softmax import complement, softmax, softmax_tangent, surprisal
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
-def soft(p, x, classes):
-    return classes.sum(terms(p, classes.normalizer(x).surprisal(x, classes), classes))
+def soft(p, x, way):
+    return way.sum(terms(p, way.normalizer(x).surprisal(x, way), way))
 
 
 # ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
 def _soft_rule(classes, primals, tangents):
     h, *partials = _soft_and_partials(*primals, classes)
-    return h, classes.sum(along(tangents, *(lambda t, f=f: mul0(f, t) for f in partials)))
+    return h, classes.sum(sum_of_tangents(tangents, *(lambda t, f=f: mul0(f, t) for f in partials)))
 
 
 soft.defjvp(_soft_rule, symbolic_zeros=True)
@@ -31,29 +31,29 @@ soft.defjvp(_soft_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
-def _soft_and_partials(p, x, classes):
+def _soft_and_partials(p, x, way):
     # One kernel for all three, since they share the exponentials.
-    of_x = classes.exponentials(x)
-    surprisals = of_x.of_row.surprisal(x, classes)
-    return classes.sum(terms(p, surprisals, classes)), surprisals, _excess(p, of_x, classes)
+    of_x = way.exponentials(x)
+    surprisals = of_x.of_row.surprisal(x, way)
+    return way.sum(terms(p, surprisals, way)), surprisals, _excess(p, of_x, way)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
-@kernel_apart
-def soft_excess(p, x, classes):
-    return _excess(p, classes.exponentials(x), classes)
+@kernel_isolated
+def soft_excess(p, x, way):
+    return _excess(p, way.exponentials(x), way)
 
 
 def terms(p, surprisals, classes):
     return p * jnp.minimum(surprisals, classes.bound(p, 1))
 
 
-def _excess(p, of_x, classes):
-    (e, _, n), total = of_x, classes.sum(p)
+def _excess(p, of_x, way):
+    (e, _, n), total = of_x, way.sum(p)
     # A dominant class has eᵢ = 1 > 0.6 while others have eᵢ < 1/2, and without one all eᵢ < 1.6. Of it q = 1 - s/Z, so
     # q Σp - p is (Σp - p) - Σp s/Z, in which Σp - p is exact.
-    dominant = (classes.column(total) - p) - classes.column(total * (n.s / n.z))
-    return jnp.where(e > classes.column(0.6 + n.shared), dominant, e * classes.column(total / n.z) - p)
+    dominant = (way.column(total) - p) - way.column(total * (n.s / n.z))
+    return jnp.where(e > way.column(0.6 + n.shared), dominant, e * way.column(total / n.z) - p)
 
 
 def _excess_rule(classes, primals, tangents):
@@ -61,12 +61,12 @@ def _excess_rule(classes, primals, tangents):
 
     def along_p(dp):
         q = softmax(x, classes)
-        d_total = classes.each(classes.sum(dp), p)
+        d_total = classes.broadcast(classes.sum(dp), p)
         # For a class with q > 1/2, q Σdp - dp would cancel: it is the sum of the other dp, minus (1 - q) Σdp.
         others = classes.column(classes.sum(jnp.where(q > 0.5, jnp.zeros_like(dp), dp)))
         return jnp.where(q > 0.5, others - mul0(complement(x, classes), d_total), mul0(q, d_total) - dp)
 
-    tangent = along(tangents, along_p, lambda dx: softmax_tangent(dx, x, classes.sum(p), classes))
+    tangent = sum_of_tangents(tangents, along_p, lambda dx: softmax_tangent(dx, x, classes.sum(p), classes))
     return soft_excess(p, x, classes), tangent
 
 

@@ -6,8 +6,8 @@ import functools
 
 import jax.numpy as jnp
 
-from jce._jax.primitives import live_jvp
-from jce._numerics.calculus import along, custom_jvp
+from jce._jax.restricted import live_jvp
+from jce._numerics.calculus import custom_jvp, sum_of_tangents
 from jce._numerics.elementary import exp, log
 from jce._numerics.mul0 import mul0
 from jce._quantities.label_surprisal import label_surprisal_and_excess
@@ -25,7 +25,7 @@ def log_sum_penalty(x, z_loss, classes):
 # ∂/∂xᵢ ζ (log Σ exp x)² = 2ζqᵢ log Σ exp x, ∂/∂ζ = (log Σ exp x)²
 def _penalty_rule(classes, primals, tangents):
     penalty, slope = _penalty_and_slope(*primals, classes)
-    return penalty, along(
+    return penalty, sum_of_tangents(
         tangents,
         lambda dx: classes.sum(mul0(slope, dx)),
         lambda t: scaled_square(t, logsumexp(primals[0], classes)),
@@ -37,19 +37,19 @@ log_sum_penalty.defjvp(_penalty_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel_sharing
-def _penalty_and_slope(x, z_loss, classes):
-    classes = classes.for_log_sum(x)
-    e, z, n = classes.exponentials(x)
+def _penalty_and_slope(x, z_loss, way):
+    way = way.for_log_sum(x)
+    e, z, n = way.exponentials(x)
     log_sum = n.m + n.log_z
-    return scaled_square(z_loss, log_sum), e * classes.column(scaled(2 * z_loss, log_sum) / z)
+    return scaled_square(z_loss, log_sum), e * way.column(scaled(2 * z_loss, log_sum) / z)
 
 
 def _penalty_and_slope_rule(classes, primals, tangents):
-    def apart(x, z_loss):
+    def separately(x, z_loss):
         slope = scaled(2 * z_loss, logsumexp(x, classes))
-        return log_sum_penalty(x, z_loss, classes), mul0(softmax(x, classes), classes.each(slope, x))
+        return log_sum_penalty(x, z_loss, classes), mul0(softmax(x, classes), classes.broadcast(slope, x))
 
-    return _penalty_and_slope(*primals, classes), live_jvp(apart, primals, tangents)[1]
+    return _penalty_and_slope(*primals, classes), live_jvp(separately, primals, tangents)[1]
 
 
 _penalty_and_slope.defjvp(_penalty_and_slope_rule, symbolic_zeros=True)
@@ -57,9 +57,9 @@ _penalty_and_slope.defjvp(_penalty_and_slope_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
-def penalized_label_surprisal(y, x, z_loss, classes):
+def penalized_label_surprisal(y, x, z_loss, way):
     """log 1/q_y + ζ (log Σ exp x)²"""
-    return _penalized(classes.for_log_sum(x).off_label_of_any_shift(y, x), z_loss)[0]
+    return _penalized(way.for_log_sum(x).off_label_of_any_shift(y, x), z_loss)[0]
 
 
 def _penalized(off, z_loss):
@@ -78,7 +78,7 @@ def log_z_off_label(off, surprisal):
 # ∂/∂xᵢ = qᵢ - [i = y] + 2ζqᵢ log Σ exp x, ∂/∂ζ = (log Σ exp x)²
 def _penalized_rule(classes, primals, tangents):
     loss, excess = _penalized_and_excess(*primals, classes)
-    return loss, along(
+    return loss, sum_of_tangents(
         tangents[1:],
         lambda dx: classes.sum(mul0(excess, dx)),
         lambda t: scaled_square(t, logsumexp(primals[1], classes)),
@@ -90,24 +90,24 @@ penalized_label_surprisal.defjvp(_penalized_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel_sharing
-def _penalized_and_excess(y, x, z_loss, classes):
-    classes = classes.for_log_sum(x)
-    off, e = classes.exponentials_off_label(y, x)
+def _penalized_and_excess(y, x, z_loss, way):
+    way = way.for_log_sum(x)
+    off, e = way.exponentials_off_label(y, x)
     loss, log_sum = _penalized(off, z_loss)
     pull = 2 * z_loss * log_sum
     # At the label q_y - 1 + q_y pull = (e_y pull - s)/Z, without the cancellation in q_y - 1.
-    at_label, others = map(classes.column, (pull * exp(-off.d) - off.s, 1 + pull))
-    excess = jnp.where(classes.is_at(x, classes.local(y, x)), at_label, e * others) / classes.column(off.z)
+    at_label, others = map(way.column, (pull * exp(-off.d) - off.s, 1 + pull))
+    excess = jnp.where(way.is_at(x, way.local(y, x)), at_label, e * others) / way.column(off.z)
     return loss, excess
 
 
 def _penalized_and_excess_rule(classes, primals, tangents):
-    def apart(y, x, z_loss):
+    def separately(y, x, z_loss):
         loss, excess = label_surprisal_and_excess(y, x, classes)
         penalty, slope = _penalty_and_slope(x, z_loss, classes)
         return loss + penalty, excess + slope
 
-    return _penalized_and_excess(*primals, classes), live_jvp(apart, primals, tangents)[1]
+    return _penalized_and_excess(*primals, classes), live_jvp(separately, primals, tangents)[1]
 
 
 _penalized_and_excess.defjvp(_penalized_and_excess_rule, symbolic_zeros=True)

@@ -15,7 +15,8 @@ from jax import Array, lax
 from jce._jax.classes import Classes
 from jce._numerics.elementary import exp
 from jce._softmax.reduction import FAR, Reduction
-from jce._softmax.way import Normalizer, OffLabel, Sums, Way, off_maximum, unless_no_class
+from jce._softmax.sums import Normalizer, OffLabel, Sums
+from jce._softmax.way import Way, off_maximum, unless_no_class
 
 LONGEST_CHAIN = 16_384  # classes: XLA splits the chains of longer rows into several kernels
 
@@ -26,11 +27,11 @@ class Chain(Way):
     def may_be(classes: Classes, x: Array) -> bool:
         return x.shape[classes.axis] <= LONGEST_CHAIN and classes.mesh_axis is None and not classes.are_split(x)
 
-    def results(self, function, arrays, ndim, apart):
+    def results(self, function, arrays, ndim, isolated):
         """Each result from a chain of its own, with a barrier behind a number per row: XLA may not fuse chains that
         share their inputs, nor one that goes on into a sum over the batch."""
         alone = jax.tree.map(lax.optimization_barrier, arrays)  # one each: t and x may vary over different mesh axes
-        results, tree = jax.tree.flatten(function(*(alone if apart else arrays)))
+        results, tree = jax.tree.flatten(function(*(alone if isolated else arrays)))
         results[1:] = [jax.tree.leaves(function(*alone))[i] for i in range(1, len(results))]
         return tree.unflatten([r if r.ndim == ndim else lax.optimization_barrier(r) for r in results])
 

@@ -28,8 +28,8 @@ from jce._softmax.way import Way
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
-def q_minus_p(x, y, d, classes):
-    return difference_from_log(*compare(x, y, d, classes))
+def q_minus_p(x, y, d, way):
+    return difference_from_log(*compare(x, y, d, way))
 
 
 # d (qᵢ - pᵢ) = qᵢ (dyᵢ - Σ q dy) - pᵢ (dxᵢ - Σ p dx) = (qᵢ - pᵢ) d log pᵢ + qᵢ d log qᵢ/pᵢ
@@ -47,8 +47,8 @@ q_minus_p.defjvp(_q_minus_p_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
-def log_q_over_p(x, y, d, classes):
-    return compare(x, y, d, classes)[2]
+def log_q_over_p(x, y, d, way):
+    return compare(x, y, d, way)[2]
 
 
 # d log qᵢ/pᵢ = (dyᵢ - Σ q dy) - (dxᵢ - Σ p dx)
@@ -66,9 +66,9 @@ log_q_over_p.defjvp(_log_q_over_p_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
-def deviances(x, y, d, classes):
+def deviances(x, y, d, way):
     """qᵢ - pᵢ - pᵢ log qᵢ/pᵢ ≥ 0, whose sum is KL(p‖q). Its rule expects tangents of x, y and d."""
-    return deviance_from_log(*compare(x, y, d, classes))
+    return deviance_from_log(*compare(x, y, d, way))
 
 
 # d (qᵢ - pᵢ - pᵢδᵢ) = (qᵢ - pᵢ - pᵢδᵢ) d log pᵢ + (qᵢ - pᵢ) dδᵢ = (qᵢ - pᵢ) d log qᵢ - pᵢδᵢ d log pᵢ
@@ -77,8 +77,8 @@ def _deviances_rule(classes, primals, tangents):
     terms, difference = deviances(*primals, classes), q_minus_p(*primals, classes)
     near, d_log_p, d_log_q, d_delta = _tangents_of_logarithms(primals, tangents, classes)
     weighted = mul0(log_q_over_p(*primals, classes), softmax(primals[0], classes))
-    apart = mul0(difference, d_log_q) - mul0(weighted, d_log_p)
-    return terms, jnp.where(near, mul0(terms, d_log_p) + mul0(difference, d_delta), apart)
+    far = mul0(difference, d_log_q) - mul0(weighted, d_log_p)
+    return terms, jnp.where(near, mul0(terms, d_log_p) + mul0(difference, d_delta), far)
 
 
 def one_at_a_time(tangents) -> bool:
@@ -144,38 +144,38 @@ def _difference_of_rows_rule(classes, primals, tangents):
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def compare(x: Array, y: Array, d: Array | None, classes: Way, stored: bool = False) -> tuple[Array, Array, Array]:
+def compare(x: Array, y: Array, d: Array | None, way: Way, stored: bool = False) -> tuple[Array, Array, Array]:
     """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q.
 
     `stored` is for a kernel that reads them several times: they are computed once and kept in memory.
     """
-    (nx, of_x), (ny, of_y) = (classes.comparison(z, stored) for z in (x, y))
+    (nx, of_x), (ny, of_y) = (way.comparison(z, stored) for z in (x, y))
     log_z_y_x = ny.log_z - nx.log_z
 
-    def of_pass(s, k):
+    def of_pass(s, fraction):
         (m, p, dominant_x), (n, q, dominant_y) = of_x(s), of_y(s)
-        apart = _difference(x, y, m, n, classes, k) if d is None else d
+        difference = _difference(x, y, m, n, way, fraction) if d is None else d
         # A class that dominates both rows has x - m = y - n = 0 by definition; their difference would be rounding.
-        return p, q, jnp.where(dominant_x & dominant_y, jnp.zeros_like(x), apart)
+        return p, q, jnp.where(dominant_x & dominant_y, jnp.zeros_like(x), difference)
 
     # δ = (y - n) - (x - m) - log Z_y/Z_x. The logarithm's rounding error is the same for the whole row, and shows in
     # S = Σ (q - p) = Σ p (e^δ - 1), which would be 0 without it. A second pass subtracts log(1 + S).
     p, q, difference = of_pass(0 * nx.s, 0.25)
-    surplus = classes.sum(difference_from_log(p, q, difference - classes.column(log_z_y_x)))
+    surplus = way.sum(difference_from_log(p, q, difference - way.column(log_z_y_x)))
     p, q, difference = of_pass(surplus * surplus, 0.5)
     # log(1 + S) to first order for either sign of S, as an odd function, so that exchanging p and q gives exactly -δ.
-    delta = difference - classes.column(log_z_y_x + jnp.copysign(log1p(jnp.abs(surplus)), surplus))
-    return (p, q, classes.stored(delta)) if stored else (p, q, delta)
+    delta = difference - way.column(log_z_y_x + jnp.copysign(log1p(jnp.abs(surplus)), surplus))
+    return (p, q, way.stored(delta)) if stored else (p, q, delta)
 
 
-def _difference(x, y, m, n, classes, k):
+def _difference(x, y, m, n, classes, fraction):
     """(y - n) - (x - m) with a single rounding where it is small; -∞ where y is -∞, and finite where only x is.
 
-    Calls differ in k < 1, as in m and n, or XLA would store what two passes share (`passes.py`).
+    Calls differ in the fraction < 1, as in m and n, or XLA would store what two passes share (`passes.py`).
     """
     least = jnp.finfo(x.dtype).min
     # -∞ in x, and in y where its error term would be NaN, is raised to a number whose probability is 0.
-    low_x, low_y = (classes.column(jnp.maximum(maximum + k * least, least)) for maximum in (m, n))
+    low_x, low_y = (classes.column(jnp.maximum(maximum + fraction * least, least)) for maximum in (m, n))
     x, finite_y = jnp.maximum(x, low_x), jnp.maximum(y, low_y)
     n_m, lost = two_sum(n, -m)
     return ((y - x) - classes.column(n_m)) + (two_sum(finite_y, -x)[1] - classes.column(lost))

@@ -33,19 +33,8 @@ from jce._numerics.calculus import ratio
 from jce._numerics.elementary import exp, reused, two_sum
 from jce._numerics.mul0 import multiply
 from jce._softmax.known_label import at_maximum, off_known_label
-from jce._softmax.way import (
-    Compared,
-    Deviation,
-    Exponentials,
-    Normalizer,
-    OffLabel,
-    Sums,
-    Way,
-    exponential,
-    off_maximum,
-    unless_no_class,
-    with_derivative_of,
-)
+from jce._softmax.sums import Compared, Deviation, Exponentials, Normalizer, OffLabel, Sums
+from jce._softmax.way import Way, exponential, off_maximum, unless_no_class, with_derivative_of
 
 FINE = 2.0**12  # eᵢ is rounded down to 12 bits where it is a weight that only centers a tangent (`deviation`)
 
@@ -65,12 +54,12 @@ class Passes(Way):
     def stored(self, e):
         return lax.optimization_barrier(e)
 
-    def exponential_of_pass(self, x, k):
+    def exponential_of_pass(self, x, number):
         m = self.maximum(x)
         if self.blocks == 1:
             return self.stored(exp(x - self.column(m)))
         # The result can't be written over stored eᵢ of folded rows: there each pass computes its own.
-        return exp(x - self.column(self.again(m, k * self.sum(exp(x - self.column(m)))) if k else m))
+        return exp(x - self.column(self.again(m, number * self.sum(exp(x - self.column(m)))) if number else m))
 
     def normalizer(self, x):
         m = self.maximum(x)

@@ -1,8 +1,8 @@
 """An accelerator's way: one reduction with several results reads a row once, and may select.
 
 An accelerator is limited by memory bandwidth alone. m, s and the entropy's sum come from one reading of x, so that they
-agree in its rounding and nothing cancels between them. At a label a TPU masks, during a reading for another sum, since
-its gathers are slow; a GPU gathers, which reads next to nothing.
+agree in its rounding and nothing cancels between them. At a label a GPU gathers, which reads next to nothing; a TPU
+masks, during a reading for another sum.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from jax import lax
 from jce._numerics.calculus import custom_jvp
 from jce._numerics.elementary import exp
 from jce._numerics.mul0 import mul0
-from jce._softmax.way import Normalizer, OffLabel, Sums, Way, off_maximum, unless_no_class
+from jce._softmax.sums import Normalizer, OffLabel, Sums
+from jce._softmax.way import Way, off_maximum, unless_no_class
 
 FAR = 1e4  # so far below the maximum exp is 0, in float64 too (from 745 on)
 
@@ -25,10 +26,6 @@ FAR = 1e4  # so far below the maximum exp is 0, in float64 too (from 745 on)
 class Reduction(Way):
     def maximum(self, x):
         return self.sums(x).m
-
-    def again(self, m, s):
-        # On a TPU passes share m: then two sums become one pass.
-        return lax.platform_dependent(m, s, tpu=lambda m, s: m, default=super().again)
 
     def sums(self, x):
         """m, s and t; s is NaN where m is ±∞ or NaN."""
@@ -45,21 +42,28 @@ class Reduction(Way):
     def off_label(self, labels, x):
         m, s, _ = self.sums(x)
         m = unless_no_class(m, labels, x, self)
-        d = m - self.at_label(x, self.local(labels, x))
+        d = m - self.at_label(x, labels)
         # Where s < 1/2, only the maximal class has d < log 2 = 0.69: so a d below 1/2 is rounding, and set to 0.
         d = jnp.where(jnp.maximum(s, d) < 0.5, d - lax.stop_gradient(d), d)
         return OffLabel(m, s + (1 - exp(-d)), d)
 
-    def at_label(self, x, y):
-        """x at the local label y."""
-        return lax.platform_dependent(x, y, tpu=self.at_by_mask, default=self.at)
-
-    def at_by_mask(self, x, y):
-        return self.sum(jnp.where(self.is_at(x, y), x, jnp.zeros_like(x)))
+    def at_label(self, x, labels):
+        return self.at(x, self.local(labels, x))
 
     def depth_off_label(self, x, off):
         # In the sum of the one reading a class that dominates counts exactly 1, so its depth must be 0 here too.
         return Normalizer(off.m, off.z - 1).depth_and_dominant(x, off.m, self)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedReduction(Reduction):
+    """A TPU's way: its gathers are slow, and it makes one pass of two sums that share m."""
+
+    def again(self, m, s):
+        return m
+
+    def at_label(self, x, labels):
+        return self.sum(jnp.where(self.is_at(x, self.local(labels, x)), x, jnp.zeros_like(x)))
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))

@@ -7,7 +7,7 @@ maximal one: the off-maximum sum. At a margin of 40, s = 4e-18 has all its digit
 
 keep their digits too. A class with logit -∞ has probability 0. A row with a NaN, a +∞ or only -∞ is NaN.
 
-Where x is made in the same program, each pass may see it rounded differently (`_jax/arguments.py` says why). Then
+Where x is made in the same program, each pass may see it rounded differently (`_jax/rows.py` says why). Then
 xᵢ - m at the maximum may be some ulps of m off 0, so no formula tests for x = m. There are two cases instead. If
 Z < 3/2, one class dominates: it alone has eᵢ > 1/2, so a comparison finds it with a margin; its xᵢ - m is set to 0, its
 eᵢ to 1. If Z ≥ 3/2, s = Z - 1, and nothing cancels: each formula has the form log Z - (xᵢ - m) or eᵢ/Z, in which m
@@ -26,8 +26,9 @@ from jax import Array, lax
 from jce._numerics.calculus import custom_jvp, ratio
 from jce._numerics.elementary import exp, log1p
 from jce._numerics.mul0 import mul0
-from jce._softmax.kernel import kernel, kernel_apart
-from jce._softmax.way import OffLabel, Way
+from jce._softmax.kernel import kernel, kernel_isolated
+from jce._softmax.sums import OffLabel
+from jce._softmax.way import Way
 
 
 def surprisal_at_label(off: OffLabel) -> Array:
@@ -45,11 +46,11 @@ def surprisal_at_label(off: OffLabel) -> Array:
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@kernel_apart
-def softmax(x: Array, classes: Way) -> Array:
+@kernel_isolated
+def softmax(x: Array, way: Way) -> Array:
     """qᵢ = eᵢ/Z."""
-    e, z, _ = classes.exponentials(x)
-    return e / classes.column(z)
+    e, z, _ = way.exponentials(x)
+    return e / way.column(z)
 
 
 @softmax.defjvp
@@ -58,35 +59,35 @@ def _softmax_rule(classes, primals, tangents):
 
 
 # dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
-@kernel_apart
-def softmax_tangent(t: Array, x: Array, scale: Array | None, classes: Way) -> Array:
+@kernel_isolated
+def softmax_tangent(t: Array, x: Array, scale: Array | None, way: Way) -> Array:
     """dqᵢ along t, times a scale per row if there is one."""
-    e, z, u, *_ = classes.deviation(t, x)
-    q = e * classes.column(ratio(jnp.ones_like(z) if scale is None else scale, z))
-    return unless_nan(z, mul0(q, u), t, classes)
+    e, z, u, *_ = way.deviation(t, x)
+    q = e * way.column(ratio(jnp.ones_like(z) if scale is None else scale, z))
+    return unless_nan(z, mul0(q, u), t, way)
 
 
-@kernel_apart
-def centered(t: Array, x: Array, classes: Way) -> Array:
+@kernel_isolated
+def centered(t: Array, x: Array, way: Way) -> Array:
     """tᵢ - Σⱼ qⱼtⱼ, linear in t."""
-    _, z, u, *_ = classes.deviation(t, x)
-    return unless_nan(z, u, t, classes)
+    _, z, u, *_ = way.deviation(t, x)
+    return unless_nan(z, u, t, way)
 
 
-def unless_nan(z, tangent, t, classes):
+def unless_nan(z, tangent, t, way):
     """The tangent; in a NaN row NaN, but 0 where t = 0: sums over the row would make its whole tangent NaN."""
-    zero = lax.stop_gradient(classes.column(z - z))  # or NaN; jax_debug_nans would stop at a constant NaN
+    zero = lax.stop_gradient(way.column(z - z))  # or NaN; jax_debug_nans would stop at a constant NaN
     nan = mul0(jnp.broadcast_to(zero, t.shape), t)
     number = z <= jnp.finfo(z.dtype).max  # z ≥ 1 or NaN; isfinite would break the chain of `chain.py`
-    return jnp.where(classes.column(number), tangent, nan)
+    return jnp.where(way.column(number), tangent, nan)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@kernel_apart
-def complement(x: Array, classes: Way) -> Array:
+@kernel_isolated
+def complement(x: Array, way: Way) -> Array:
     """1 - qᵢ = (s + (1 - eᵢ))/Z."""
-    n = classes.exponentials(x).of_row
-    return (classes.column(n.s) + (1 - exp(classes.depth(x, n)))) / classes.column(n.z)
+    n = way.exponentials(x).of_row
+    return (way.column(n.s) + (1 - exp(way.depth(x, n)))) / way.column(n.z)
 
 
 # d(1 - qᵢ) = -qᵢ (tᵢ - Σⱼ qⱼtⱼ)
@@ -97,10 +98,10 @@ def _complement_rule(classes, primals, tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@kernel_apart
-def surprisal(x: Array, classes: Way) -> Array:
+@kernel_isolated
+def surprisal(x: Array, way: Way) -> Array:
     """log 1/qᵢ = log Z - (xᵢ - m) ≥ 0, and +∞ at a class of probability 0."""
-    return classes.exponentials(x).of_row.surprisal(x, classes)
+    return way.exponentials(x).of_row.surprisal(x, way)
 
 
 # d log 1/qᵢ = -(tᵢ - Σⱼ qⱼtⱼ)
@@ -112,9 +113,9 @@ def _surprisal_rule(classes, primals, tangents):
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel
-def logsumexp(x: Array, classes: Way) -> Array:
+def logsumexp(x: Array, way: Way) -> Array:
     """log Σ exp xᵢ = m + log(1 + s)."""
-    n = classes.for_log_sum(x).normalizer(x)
+    n = way.for_log_sum(x).normalizer(x)
     return n.m + n.log_z
 
 
@@ -125,8 +126,8 @@ def _logsumexp_rule(classes, primals, tangents):
 
 
 @kernel
-def _mean(t, x, classes):
-    _, z, _, mean, _ = classes.deviation(t, x)
+def _mean(t, x, way):
+    _, z, _, mean, _ = way.deviation(t, x)
     # Not the sum of softmax(x) t: if passes round x differently, its Σ qᵢ isn't 1. In `mean` it is, to the last digit.
-    nan = classes.sum(mul0(jnp.broadcast_to(classes.column(lax.stop_gradient(z - z)), t.shape), t))
+    nan = way.sum(mul0(jnp.broadcast_to(way.column(lax.stop_gradient(z - z)), t.shape), t))
     return jnp.where(jnp.isfinite(z), mean, nan)

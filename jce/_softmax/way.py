@@ -10,93 +10,16 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Self
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jce._jax.classes import Classes
 from jce._numerics.calculus import custom_jvp, ratio
-from jce._numerics.elementary import exp, log1p, two_sum
+from jce._numerics.elementary import exp, two_sum
 from jce._numerics.mul0 import mul0, multiply
-
-
-class Sums(NamedTuple):
-    """m = max x and, over all classes but one maximal one, s = Σ eᵢ and t = Σ eᵢ (m - xᵢ)."""
-
-    m: Array
-    s: Array
-    t: Array
-
-
-class OffLabel(NamedTuple):
-    """Some m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x_y; d is NaN if the label is no class."""
-
-    m: Array
-    s: Array
-    d: Array
-
-    @property
-    def z(self) -> Array:
-        return self.s + exp(-self.d)
-
-
-class Normalizer(NamedTuple):
-    """m = max x and the off-maximum sum s of each row: Σ exp(xᵢ - m) = 1 + s = Z."""
-
-    m: Array
-    s: Array
-
-    @property
-    def z(self) -> Array:
-        return 1 + self.s
-
-    @property
-    def log_z(self) -> Array:
-        return log1p(self.s)
-
-    @property
-    def shared(self) -> Array:
-        """0 where one class dominates (s < 1/2, so Z < 3/2 and its q > 2/3), and 1 or more where none does."""
-        return jnp.floor(self.s + 0.5)
-
-    def surprisal(self, x: Array, way: Way) -> Array:
-        """log 1/qᵢ = log Z - (xᵢ - m)"""
-        return way.column(self.log_z) - way.depth(x, self)
-
-    def depth_and_dominant(self, x: Array, m: Array, way: Way) -> tuple[Array, Array]:
-        """`Way.depth` in an elementwise pass with its own m, where a select is free; and which class dominates."""
-        d = x - way.column(m)
-        # If one class dominates, its d is near 0 > -0.5, and all others' are below log 1/2 = -0.69. If none does, no d
-        # is above 0.5.
-        dominant = d > way.column(self.shared - 0.5)
-        return jnp.where(dominant, jnp.zeros_like(d), d), dominant
-
-
-class Exponentials(NamedTuple):
-    """eᵢ and Z, for a kernel whose result is an array made of eᵢ; and the normalizer."""
-
-    e: Array
-    z: Array
-    of_row: Normalizer
-
-
-class Compared(NamedTuple):
-    """What one pass of `_softmax/compare.compare` reads of a row: m, qᵢ, and which class dominates."""
-
-    m: Array
-    q: Array
-    dominant: Array
-
-
-class Deviation(NamedTuple):
-    """eᵢ, Z, tᵢ - Σⱼ qⱼtⱼ, Σⱼ qⱼtⱼ, and Σᵢ aᵢqᵢ (tᵢ - Σⱼ qⱼtⱼ) as a function of any a with Σᵢ aᵢqᵢ = 0."""
-
-    e: Array
-    z: Array
-    each: Array
-    mean: Array
-    covariance: Callable[[Array], Array]
+from jce._softmax.sums import Compared, Deviation, Exponentials, Normalizer, OffLabel, Sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +39,8 @@ class Way(Classes, ABC):
     def reduce(self, reduction: Callable, x):
         return self.of_blocks(reduction, x)
 
-    def results(self, function: Callable, arrays, ndim: int, apart: bool):
-        """function(*arrays), where the largest arrays have `ndim` axes; `apart` is as in `kernel`."""
+    def results(self, function: Callable, arrays, ndim: int, isolated: bool):
+        """function(*arrays), where the largest arrays have `ndim` axes; `isolated` is as in `kernel`."""
         return function(*arrays)
 
     # Sums over classes
@@ -191,7 +114,7 @@ class Way(Classes, ABC):
         result of the pass before, so max(m, m - s) is m."""
         return jnp.maximum(m, m - s)
 
-    def exponential_of_pass(self, x: Array, k: int) -> Array:
+    def exponential_of_pass(self, x: Array, number: int) -> Array:
         return exp(x - self.column(self.maximum(x)))
 
     def stored(self, e: Array) -> Array:
@@ -243,8 +166,8 @@ class Way(Classes, ABC):
         from_center = sum_of_others(others)
 
         column = self.column(from_center)
-        each = jnp.where(dominant, -column, (t - self.column(center)) - column)
-        return Deviation(e, z, each, center + from_center, lambda a: sum_of_others(multiply(others, a)))
+        deviations = jnp.where(dominant, -column, (t - self.column(center)) - column)
+        return Deviation(e, z, deviations, center + from_center, lambda a: sum_of_others(multiply(others, a)))
 
 
 def _add(a, b):
@@ -253,15 +176,15 @@ def _add(a, b):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1, 2))
-def exponential(x: Array, k: int, way: Way) -> Array:
-    """eᵢ = exp(xᵢ - m), for a constant m, as pass number k over x computes it."""
-    return way.exponential_of_pass(x, k)
+def exponential(x: Array, number: int, way: Way) -> Array:
+    """eᵢ = exp(xᵢ - m), for a constant m, as pass `number` over x computes it."""
+    return way.exponential_of_pass(x, number)
 
 
 # deᵢ = eᵢtᵢ
 @exponential.defjvp
-def _exponential_rule(k, way, primals, tangents):
-    e = exponential(*primals, k, way)
+def _exponential_rule(number, way, primals, tangents):
+    e = exponential(*primals, number, way)
     return e, mul0(e, tangents[0])
 
 

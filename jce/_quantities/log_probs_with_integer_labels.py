@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._jax.arguments import as_array, labelled, labelled_several
+from jce._jax.arguments import as_array
+from jce._jax.labels import labelled, labelled_several
 from jce._jax.public import public
 from jce._numerics.calculus import negative
 from jce._quantities.label_log_probs import log_probs_and_tail, log_probs_of

@@ -1,0 +1,120 @@
+"""Canonicalizes labels, alone or several with probabilities, and the logits that they are labels of."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jce._jax.arguments import as_array, as_floats, described
+from jce._jax.classes import Classes
+from jce._jax.layout import Layout
+from jce._jax.rows import distributions
+
+
+def labelled(
+    function: str,
+    axis: int,
+    where: ArrayLike | None,
+    axis_name: Hashable | None,
+    labels: ArrayLike,
+    logits: ArrayLike,
+    several: str = "label_probs",
+) -> tuple[Array, Array, Array, Classes]:
+    """Labels of the batch's shape, logits as in `distributions`, an array of 1 for each class kept, and the classes."""
+    got = {"labels": labels, "logits": logits}
+    y = _integer_labels(function, got)
+    x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
+    if y.shape != rows.shape:
+        raise ValueError(
+            f"{function}: labels must have the shape of logits without the class axis, {rows.shape}; got"
+            f" {described(got)}. The target comes first, the model second; for one label against a batch of logits use"
+            f" jax.vmap, for several of each distribution {several}."
+        )
+    y = rows.place(y)
+    if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
+        # In a row with no class left any label is allowed, also one that is no class.
+        y = jnp.where(classes.any(kept != 0), y, jnp.zeros_like(y))
+    return y, x, kept, classes
+
+
+def labelled_with_probs(
+    function: str,
+    axis: int,
+    where: ArrayLike | None,
+    axis_name: Hashable | None,
+    labels: ArrayLike,
+    label_probs: ArrayLike,
+    logits: ArrayLike,
+) -> tuple[Array, Array, Array, Array, Classes]:
+    """Labels and their probabilities, [..., k]; and logits, classes kept and classes as in `labelled`, with the class
+    axis last."""
+    got = {"labels": labels, "label_probs": label_probs, "logits": logits}
+    y = _integer_labels(function, got)
+    p, x = as_floats(function, {name: got[name] for name in ("label_probs", "logits")})
+    x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, x)
+    if y.ndim == 0 or y.shape[:-1] != rows.shape or p.shape != y.shape:
+        raise ValueError(
+            f"{function}: labels and label_probs must both have the shape of logits without the class axis, and an axis"
+            f" for the labels of each distribution last, {rows.shape} and k; got {described(got)}."
+        )
+    few = Layout(y.shape, rows.mesh, (*rows.spec, None))
+    y, p = few.place(y), few.place(p)
+    if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
+        p = jnp.where(jnp.expand_dims(classes.any(kept != 0), -1), p, jnp.zeros_like(p))
+    x, kept = (jnp.moveaxis(a, classes.axis, -1) for a in (x, kept))
+    return y, p, x, kept, Classes(-1, classes.mesh_axis)
+
+
+def labelled_several(
+    function: str, axis: int, where: ArrayLike | None, axis_name: Hashable | None, labels: ArrayLike, logits: ArrayLike
+) -> tuple[Array, Array, Array | None, Classes]:
+    """Labels, [..., k]; logits with the class axis last; which rows have a class left, or None if all have; and the
+    classes."""
+    got = {"labels": labels, "logits": logits}
+    y = _integer_labels(function, got)
+    x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
+    if y.ndim == 0 or y.shape[:-1] != rows.shape:
+        raise ValueError(
+            f"{function}: labels must have the shape of logits without the class axis, {rows.shape}, or that and an"
+            f" axis for k labels of each distribution last, as they must with a tail; got {described(got)}. One label"
+            f" is k = 1: labels[..., None]."
+        )
+    y = Layout(y.shape, rows.mesh, (*rows.spec, None)).place(y)
+    all_kept = where is None and jnp.asarray(logits).shape[classes.axis] > 0
+    any_kept = None if all_kept else jnp.expand_dims(classes.any(kept != 0), -1)
+    return y, jnp.moveaxis(x, classes.axis, -1), any_kept, Classes(-1, classes.mesh_axis)
+
+
+def _integer_labels(function: str, got: Mapping[str, ArrayLike]) -> Array:
+    y = as_array(function, "labels", got["labels"])
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: labels must be integers, a class index for each distribution; got {described(got)}. The"
+            f" target comes first, the model second; for probabilities as targets there is cross_entropy_with_logits."
+        )
+    return wide_enough(y)
+
+
+def _logits_of_labels(function, axis, where, axis_name, logits) -> tuple[Array, Array, Classes, Layout]:
+    """Logits as in `distributions`, an array of 1 for each class kept, the classes, and the layout of rows."""
+    (x,), classes = distributions(function, axis, where, axis_name, in_logits=("logits",), logits=logits)
+    logits, mask = jnp.asarray(logits), jnp.asarray(True if where is None else where)
+    layout = Layout.of(logits.shape, [logits, mask])  # as in `distributions`
+    kept = layout.place(mask).astype(x.dtype) if logits.shape[classes.axis] else jnp.zeros_like(x)
+    return x, kept, classes, layout.without(classes.axis)
+
+
+def require_no_tail(function: str, tail: bool) -> None:
+    if tail:
+        raise ValueError(
+            f"{function}: tail must come with label_probs, the probabilities of labels; got tail={tail!r} alone. A"
+            f" single label leaves nothing for a tail."
+        )
+
+
+def wide_enough(labels: Array) -> Array:
+    """The labels, as int32 if their dtype has one or two bytes, which might not hold the number of classes."""
+    return labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)

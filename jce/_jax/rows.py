@@ -1,0 +1,162 @@
+"""Canonicalizes rows of classes, as functions of quantities take them: dtype, shape, axis and `where`.
+
+Under `jax.jit` an argument need not be an array in memory: XLA fuses the operations that make it into each pass that
+reads it, and recomputes it there, each time rounded a little differently. For example it contracts a product x·t with a
+difference behind it to one fused multiply-add, and has two implementations of tanh. So two reads of one entry may be
+some ulps apart, and no kernel may depend on their being equal: not by ==, a floor, a difference of 0 or the rounding
+error of a sum. Comparisons need a margin, or must be such that either answer is right. tests/test_in_program.py tests
+this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable, Mapping
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jce._jax.arguments import (
+    as_array,
+    as_floats,
+    broadcasts_to,
+    described,
+    integer,
+    joined,
+    require_boolean,
+)
+from jce._jax.classes import Classes, varying
+from jce._jax.layout import Layout, manual_axes, mesh_names, split_batch_axes
+
+
+def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:
+    """The arguments as floating-point arrays of one dtype and shape."""
+    arrays = as_floats(function, arguments)
+    layout = Layout.of(_broadcast_shape(function, "the shapes", arguments, arrays), arrays)
+    return [layout.place(x) for x in arrays]
+
+
+def distributions(
+    function: str,
+    axis: int,
+    where: ArrayLike | None,
+    axis_name: Hashable | None = None,
+    *,
+    in_logits: Collection[str] = (),
+    **arguments: ArrayLike,
+) -> tuple[list[Array], Classes]:
+    """The arguments as floating-point arrays of one dtype and shape, and where their classes are.
+
+    Excluded classes have probability 0: a logit of -∞ in the arguments named by `in_logits`, and 0 in the others. A row
+    of logits with no class left becomes certainty in the first class, for which every function is 0.
+    """
+    arrays, given = as_floats(function, arguments), axis
+    axis = _class_axis(function, axis, arguments, arrays)
+    if len({x.shape[axis] for x in arrays}) > 1:
+        raise ValueError(
+            f"{function}: {joined(arguments)} must have the same number of classes along axis={given}, which is never"
+            f" broadcast; got {described(arguments)}. Say which axis holds the classes with axis=, or pad:"
+            f" probabilities with 0, logits with -inf."
+        )
+    shape = _broadcast_shape(function, "the batch axes", arguments, arrays)
+    classes = Classes(axis, mesh_axis(function, axis_name, arrays))
+    masks = [] if where is None else [_mask(function, where, shape, axis, arguments)]
+    layout = Layout.of(shape, arrays + masks)
+    arrays, masks = ([layout.place(x) for x in xs] for xs in (arrays, masks))
+    if shape[axis] == 0:  # treated as a single class, on each device, that is excluded
+        arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
+        masks = [jnp.zeros(arrays[0].shape, bool)]
+    for mask in masks:
+        # The select stands outside every rule, so an excluded entry's derivative is exactly 0, whatever it holds.
+        arrays = [
+            jnp.where(mask, x, _impossible(mask, classes, x.dtype) if name in in_logits else jnp.zeros_like(x))
+            for name, x in zip(arguments, arrays, strict=True)
+        ]
+    return arrays, classes
+
+
+def mesh_axis(function: str, axis_name: Hashable | None, arrays: Iterable[Array]) -> Hashable | None:
+    """`axis_name`, checked to name axes of a `jax.shard_map` around. With that of a `jax.vmap`, a gradient inside would
+    be too large by a factor of the batch's size.
+    """
+    # Until JAX no longer fails its type checks under spmd_axis_name: batched arrays vary over that mesh axis and others
+    # don't, while it batches one operation after another. So an error of ours comes first.
+    names = mesh_names(axis_name)
+    if not all(isinstance(name, Hashable) and name in manual_axes() for name in names):
+        raise ValueError(
+            f"{function}: axis_name must name an axis of the mesh of a jax.shard_map around the call, over which"
+            f" the classes are split; got axis_name={axis_name!r}. Leave it out where the classes are whole."
+        )
+    batch_axes = sorted(split_batch_axes(), key=str)
+    if names and batch_axes and any(map(varying, arrays)):
+        raise ValueError(
+            f"{function}: inside a jax.vmap with spmd_axis_name, axis_name must be of a jax.shard_map that has"
+            f" check_vma=False; got axis_name={axis_name!r}, and spmd_axis_name of {batch_axes}."
+            f" Pass check_vma=False to the jax.shard_map and differentiate outside of it, or leave out spmd_axis_name."
+        )
+    return axis_name
+
+
+def _impossible(mask: Array, classes: Classes, dtype) -> Array:
+    """Logits for excluded classes: -∞, but 0 for the first class of a row where all are excluded."""
+    first = classes.is_at(mask, classes.local(jnp.zeros(_without(mask.shape, classes.axis), jnp.int32), mask))
+    nothing = ~classes.column(classes.any(mask))
+    return jnp.where(first & nothing, jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[: len(shape) + axis] + shape[len(shape) + axis + 1 :]
+
+
+def _broadcast_shape(function: str, what: str, arguments: Mapping[str, ArrayLike], arrays: list[Array]):
+    try:
+        return jnp.broadcast_shapes(*(x.shape for x in arrays))
+    except ValueError:
+        raise ValueError(
+            f"{function}: {what} of {joined(arguments)} must broadcast; got {described(arguments)}."
+            f" Add axes of length 1 where they differ, or use jax.vmap."
+        ) from None
+
+
+def _class_axis(function: str, axis: int, arguments: Mapping[str, ArrayLike], arrays: list[Array]) -> int:
+    """`axis` of the broadcast arguments as a negative int, which means the same for arrays of different rank."""
+    if min(x.ndim for x in arrays) == 0:
+        raise ValueError(
+            f"{function}: {joined(arguments)} must have a class axis; got {described(arguments)}."
+            f" Pass the probabilities of all classes; for one number alpha that stands for {{alpha, 1 - alpha}} there"
+            f" are the binary functions."
+        )
+    ndim = max(x.ndim for x in arrays)
+    given, at = axis, integer(axis)
+    if at is None:
+        raise ValueError(
+            f"{function}: axis must be one int; got axis={axis!r}. Name the axis that holds the classes; of several,"
+            f" make one with reshape first."
+        )
+    if not -ndim <= at < ndim:
+        raise ValueError(
+            f"{function}: axis must be from {-ndim} to {ndim - 1}; got axis={at} with {described(arguments)}."
+            f" Name the axis that holds the classes."
+        )
+    axis = at - ndim if at >= 0 else at
+    if min(x.ndim for x in arrays) < -axis:
+        raise ValueError(
+            f"{function}: {joined(arguments)} must each have the class axis, which is never broadcast; got axis={given}"
+            f" of the broadcast shape with {described(arguments)}. Add the missing axis, or use jax.vmap."
+        )
+    return axis
+
+
+def _mask(
+    function: str, where: ArrayLike, shape: tuple[int, ...], axis: int, arguments: Mapping[str, ArrayLike]
+) -> Array:
+    got = {"where": where, **arguments}
+    mask = as_array(function, "where", where)
+    require_boolean(function, mask, got)
+    if not broadcasts_to(shape, mask.shape):
+        raise ValueError(
+            f"{function}: where must broadcast to the shape {shape} of {joined(arguments)}; got {described(got)}."
+            f" To drop whole distributions, give it a class axis of length 1: where="
+            f"{'mask[..., None]' if axis == -1 else f'jnp.expand_dims(mask, {axis})'}."
+        )
+    return mask

@@ -1,0 +1,94 @@
+"""What passes over a row give: m = max x, and sums of eᵢ = exp(xᵢ - m), whose normalizer is Z = Σ eᵢ = 1 + s.
+
+`softmax.py` says what s is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jce._numerics.elementary import exp, log1p
+
+if TYPE_CHECKING:
+    from jce._softmax.way import Way
+
+
+class Sums(NamedTuple):
+    """m = max x and, over all classes but one maximal one, s = Σ eᵢ and t = Σ eᵢ (m - xᵢ)."""
+
+    m: Array
+    s: Array
+    t: Array
+
+
+class OffLabel(NamedTuple):
+    """Some m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x_y; d is NaN if the label is no class."""
+
+    m: Array
+    s: Array
+    d: Array
+
+    @property
+    def z(self) -> Array:
+        return self.s + exp(-self.d)
+
+
+class Normalizer(NamedTuple):
+    """m = max x and the off-maximum sum s of each row: Σ exp(xᵢ - m) = 1 + s = Z."""
+
+    m: Array
+    s: Array
+
+    @property
+    def z(self) -> Array:
+        return 1 + self.s
+
+    @property
+    def log_z(self) -> Array:
+        return log1p(self.s)
+
+    @property
+    def shared(self) -> Array:
+        """0 where one class dominates (s < 1/2, so Z < 3/2 and its q > 2/3), and 1 or more where none does."""
+        return jnp.floor(self.s + 0.5)
+
+    def surprisal(self, x: Array, way: Way) -> Array:
+        """log 1/qᵢ = log Z - (xᵢ - m)"""
+        return way.column(self.log_z) - way.depth(x, self)
+
+    def depth_and_dominant(self, x: Array, m: Array, way: Way) -> tuple[Array, Array]:
+        """`Way.depth` in an elementwise pass with its own m, where a select is free; and which class dominates."""
+        d = x - way.column(m)
+        # If one class dominates, its d is near 0 > -0.5, and all others' are below log 1/2 = -0.69. If none does, no d
+        # is above 0.5.
+        dominant = d > way.column(self.shared - 0.5)
+        return jnp.where(dominant, jnp.zeros_like(d), d), dominant
+
+
+class Exponentials(NamedTuple):
+    """eᵢ and Z, for a kernel whose result is an array made of eᵢ; and the normalizer."""
+
+    e: Array
+    z: Array
+    of_row: Normalizer
+
+
+class Compared(NamedTuple):
+    """What one pass of `_softmax/compare.compare` reads of a row: m, qᵢ, and which class dominates."""
+
+    m: Array
+    q: Array
+    dominant: Array
+
+
+class Deviation(NamedTuple):
+    """eᵢ, Z, tᵢ - Σⱼ qⱼtⱼ, Σⱼ qⱼtⱼ, and Σᵢ aᵢqᵢ (tᵢ - Σⱼ qⱼtⱼ) as a function of any a with Σᵢ aᵢqᵢ = 0."""
+
+    e: Array
+    z: Array
+    deviations: Array
+    mean: Array
+    covariance: Callable[[Array], Array]

@@ -174,7 +174,11 @@ def test_chunks_by_the_rule(tokens, n, chunks):
     assert f"f32[{math.ceil(tokens / chunks)},{n}]" in text
 
 
-TEXTS = {"README": README.read_text(encoding="utf-8"), "docstring": jce.linear_cross_entropy.__doc__}
+TEXTS = {
+    "README": README.read_text(encoding="utf-8"),
+    "jce/README": (README.parent / "jce" / "README.md").read_text(encoding="utf-8"),
+    "docstring": jce.linear_cross_entropy.__doc__,
+}
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)

@@ -18,6 +18,8 @@ With two outcomes, p = {α, 1-α} and q = {β, 1-β}:
 
 At zeros, values are limits from inside the domain: 0 log 0 = 0; an outcome with pᵢ = 0 costs nothing, whatever qᵢ is;
 one with pᵢ > 0 = qᵢ costs +∞. An infinite derivative times an exact 0 is 0. Each docstring states its own corners.
+What many functions have in common, such as `where` and `axis_name`, is in the file README.md of this package, in the
+sections that the last line of a docstring names.
 
 Names are `<quantity>[_with_<form>]`: `cross_entropy(p, q)` of probabilities, `cross_entropy_with_logits(p, logits)` of
 the model's logits (or log-probabilities), `cross_entropy_with_integer_labels(labels, logits)` of one-hot targets;

@@ -30,8 +30,7 @@ def binary_entropy(alpha: ArrayLike) -> Array:
       The shape of alpha; float32, or float64 if alpha is.
 
     At the boundary:
-      H = 0 at α = 0 and α = 1, with dH/dα = +∞ and -∞ there, the one-sided limits. An infinite derivative times a
-      tangent or a cotangent that is exactly 0 is 0.
+      H = 0 at α = 0 and α = 1, with dH/dα = +∞ and -∞ there, the one-sided limits.
 
     Derivative:
       dH/dα = log (1-α)/α, in alpha's dtype.
@@ -41,6 +40,8 @@ def binary_entropy(alpha: ArrayLike) -> Array:
 
     Not checked:
       0 ≤ α ≤ 1. Outside, the result is NaN, as the logarithm is.
+
+    See "Conventions" in jce/README.md.
     """
     (alpha,) = elementwise("binary_entropy", alpha=alpha)
     return _entropy(alpha)
@@ -74,8 +75,7 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
     At the boundary:
       A term of weight 0 is 0: at α = β = 0 and at α = β = 1, H = 0, with ∂H/∂β = +1 and -1 and ∂H/∂α = 0. Where β is 0
-      or 1 and α differs from it, H = +∞, with the infinite derivatives of the formulas. An infinite derivative times a
-      tangent or a cotangent that is exactly 0 is 0.
+      or 1 and α differs from it, H = +∞, with the infinite derivatives of the formulas.
 
     Derivative:
       ∂H/∂β = (β-α)/(β(1-β)), ∂H/∂α = log (1-β)/β, each in its argument's dtype.
@@ -86,6 +86,8 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
     Not checked:
       0 ≤ α, β ≤ 1. A β outside gives NaN, as its logarithm does; in α the formula is linear, also outside.
+
+    See "Conventions" in jce/README.md.
     """
     alpha, beta = elementwise("binary_cross_entropy", alpha=alpha, beta=beta)
     return _cross_entropy(alpha, beta)
@@ -122,7 +124,7 @@ def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
     At the boundary:
       At α = β = 0 and at α = β = 1, KL = 0, with ∂KL/∂β = +1 and -1 and ∂KL/∂α = 0. At α = 0 and α = 1 with another β,
       ∂KL/∂α = -∞ and +∞, the one-sided limits. Where β is 0 or 1 and α differs from it, KL = +∞, with the infinite
-      derivatives of the formulas. An infinite derivative times a tangent or a cotangent that is exactly 0 is 0.
+      derivatives of the formulas.
 
     Derivative:
       ∂KL/∂β = (β-α)/(β(1-β)), ∂KL/∂α = log α(1-β)/((1-α)β), each in its argument's dtype.
@@ -133,6 +135,8 @@ def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
     Not checked:
       0 ≤ α, β ≤ 1. Outside, the result is NaN, as a logarithm is.
+
+    See "Conventions" in jce/README.md.
     """
     alpha, beta = elementwise("binary_kl_divergence", alpha=alpha, beta=beta)
     return _kl_divergence(alpha, beta)

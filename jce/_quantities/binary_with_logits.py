@@ -42,8 +42,9 @@ def binary_entropy_with_logits(logits: ArrayLike) -> Array:
       TypeError: an argument is not real.
 
     Not checked:
-      Values. Results of subnormal probabilities, at |logit| > 87.3 (708.3 in float64), are 0 where XLA flushes these,
-      as it does on a CPU.
+      Values. Subnormal probabilities, at |logit| > 87.3 (708.3 in float64), may count as 0.
+
+    See "Conventions" in jce/README.md.
     """
     (x,) = elementwise("binary_entropy_with_logits", logits=logits)
     return _entropy_of_sigmoid(x)
@@ -89,7 +90,9 @@ def binary_cross_entropy_with_logits(alpha: ArrayLike, logits: ArrayLike) -> Arr
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      0 ≤ α ≤ 1. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+      0 ≤ α ≤ 1.
+
+    See "Conventions" in jce/README.md.
     """
     alpha, x = elementwise("binary_cross_entropy_with_logits", alpha=alpha, logits=logits)
     return _cross_entropy_of_sigmoid(alpha, x)
@@ -136,8 +139,9 @@ def binary_kl_divergence_with_logits(alpha_logits: ArrayLike, beta_logits: Array
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      Values. Results of subnormal probabilities, at |logit| > 87.3 (708.3 in float64), are 0 where XLA flushes these,
-      as it does on a CPU.
+      Values. Subnormal probabilities, at |logit| > 87.3 (708.3 in float64), may count as 0.
+
+    See "Conventions" in jce/README.md.
     """
     x, y = elementwise("binary_kl_divergence_with_logits", alpha_logits=alpha_logits, beta_logits=beta_logits)
     return _kl_of_sigmoid(x, y)

@@ -44,28 +44,27 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to the shape of p and q. A class where it is False is excluded, whatever it holds. A
-        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
       pᵢ = 0 contributes 0, whatever number qᵢ is, and ∂H/∂qᵢ = 0. pᵢ > 0 = qᵢ makes H = +∞, with ∂H/∂qᵢ = -∞ and
-      ∂H/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0. An infinite derivative times a tangent or a
-      cotangent that is exactly 0 is 0. n = 0 gives 0.
+      ∂H/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0.
 
     Derivative:
       ∂H/∂qᵢ = -pᵢ/qᵢ, ∂H/∂pᵢ = log 1/qᵢ, each in its argument's dtype.
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
-      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, `axis` is not
-        an int in range, or `where` doesn't broadcast.
+      ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
       Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). In pᵢ the formula is linear, also below 0; a negative qᵢ gives NaN, as
-      its logarithm does. Subnormal numbers count as 0 where XLA flushes them, as it does on a CPU.
+      its logarithm does.
+
+    See "Arguments", "Excluded classes" and "Conventions" in jce/README.md.
     """
     (p, q), classes = distributions("cross_entropy", axis, where, p=p, q=q)
     return negative(_sum_p_log_q(p, q, classes))
@@ -115,33 +114,30 @@ def cross_entropy_with_logits(
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       logits: real, [..., n, ...], the model's logits (or log-probabilities). Batch axes broadcast, the class axis
         doesn't.
-      z_loss: ζ, a number ≥ 0; it draws L towards 0. Python's 0 costs nothing. A traced one isn't checked.
+      z_loss: ζ, a number ≥ 0; it draws L towards 0.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to the shape of p and logits. A class where it is False is excluded, whatever it holds. A
-        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
-        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
+      where: bool, broadcast to p and logits. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
+      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or logits is.
 
     At the boundary:
       A logit of -∞ is a class of probability 0: where pᵢ = 0 it contributes 0, with derivative 0; where pᵢ > 0 it makes
-      H = +∞. ∂H/∂pᵢ = +∞ there. A row whose logits hold NaN or +∞, or only -∞, is NaN. n = 0 gives 0. A traced ζ of 0
-      adds 0, even where L is infinite.
+      H = +∞. ∂H/∂pᵢ = +∞ there. A row whose logits hold NaN or +∞, or only -∞, is NaN. A traced ζ of 0 adds 0, even
+      where L is infinite.
 
     Derivative:
       ∂/∂xᵢ = qᵢ Σp - pᵢ + 2ζLqᵢ, ∂/∂pᵢ = log 1/qᵢ, each in its argument's dtype. In a traced ζ it is L².
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
-      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, z_loss is below
-        0, `axis` is not an int in range, or `where` doesn't broadcast.
+      ValueError: shapes, `axis` or `where` don't fit, or z_loss is below 0.
 
     Not checked:
-      pᵢ ≥ 0 and Σ pᵢ = 1 (see `check_distribution`): the formula is linear in p, also below 0. Results below the
-      smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+      pᵢ ≥ 0 and Σ pᵢ = 1 (see `check_distribution`): the formula is linear in p, also below 0.
+
+    See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """
     name = "cross_entropy_with_logits"
     (p, x), classes = distributions(name, axis, where, axis_name, in_logits=("logits",), p=p, logits=logits)
@@ -186,16 +182,12 @@ def cross_entropy_with_integer_labels(
       label_probs: real, the shape of labels, [..., k], or None. They aren't normalized. Where a label repeats, its
         probabilities add up. Pad a list with probability 0 and any label.
       tail: a static bool: whether all classes without a label count as one more outcome, of target probability 1-Σp.
-      label_smoothing: ε, a number from 0 to 1. A traced one, as from a schedule, isn't checked.
-      z_loss: ζ, a number ≥ 0; it draws L towards 0. Python's 0 costs nothing. A traced one isn't checked.
+      label_smoothing: ε, a number from 0 to 1.
+      z_loss: ζ, a number ≥ 0; it draws L towards 0.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to the shape of logits. A class where it is False has probability 0, whatever it holds, and
-        n counts the others. A distribution with no class left is 0, with gradient 0, whatever its label: so
-        `where=mask[..., None]` drops rows, and `where=(labels >= 0)[..., None]` those with a negative label. A mask of
-        shape [n] masks classes, even if there are n rows.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
-        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
+      where: bool, broadcast to logits. False excludes a class, whatever it holds, and n counts the others;
+        `(labels >= 0)[..., None]` drops the rows with a negative label.
+      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
 
     Returns:
       [..., ...], the shape of logits without `axis`; float32, or float64 if logits or label_probs is.
@@ -206,8 +198,8 @@ def cross_entropy_with_integer_labels(
       A label outside [0, n) makes its own row NaN, in value and gradient; it never counts from the end. With
       label_probs a label outside [0, n) contributes 0 if its probability is 0. A logit of -∞ is a class of probability
       0, with derivative 0; at the label, or with label smoothing, it makes the loss +∞. A row with a NaN, a +∞ or only
-      -∞ is NaN. n = 0 gives 0. A traced ε of 0 smooths nothing: a logit of -∞ costs nothing. Where the label's logit is
-      -∞, the derivative in a traced ε is NaN. A tail without classes, where every class that `where` keeps has a label,
+      -∞ is NaN. A traced ε of 0 smooths nothing: a logit of -∞ costs nothing. Where the label's logit is -∞, the
+      derivative in a traced ε is NaN. A tail without classes, where every class that `where` keeps has a label,
       is 0. A tail whose logits are all -∞ contributes (1-Σp) · ∞; but 0, with derivative 0, if Σp is 1 within 4 eps of
       the dtype of label_probs. So pass label_probs in the dtype in which they were rounded. Where Σp exceeds 1 by no
       more than that, 1-Σp counts as 0 in the value, while its derivative in p is the formula's.
@@ -220,13 +212,14 @@ def cross_entropy_with_integer_labels(
 
     Raises:
       TypeError: labels are not integers, logits or label_probs not real, or `where` not boolean.
-      ValueError: labels don't have the shape of logits without the class axis (with label_probs and one axis more, as
-        these do), label_smoothing is not in [0, 1] or z_loss below 0, tail is no bool or True without label_probs,
-        there is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+      ValueError: shapes, `axis` or `where` don't fit; label_smoothing is not in [0, 1], or z_loss below 0; tail is no
+        bool, or True without label_probs.
 
     Not checked:
-      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU; there entries
-      of the derivative below 1e-31 may be 0 too, where the label's logit is below 0.
+      Values. Where XLA flushes subnormal numbers, entries of the derivative below 1e-31 may be 0 too, if the label's
+      logit is below 0.
+
+    See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """
     name = "cross_entropy_with_integer_labels"
     if label_probs is not None:

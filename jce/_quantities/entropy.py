@@ -31,29 +31,28 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
     Args:
       p: real, [..., n, ...], probabilities of n classes along `axis`.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to the shape of p. A class where it is False is excluded, whatever it holds. A distribution
-        with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+      where: bool, broadcast to p. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
 
     Returns:
       [..., ...], p without `axis`; float32, or float64 if p is.
 
     At the boundary:
-      pᵢ = 0 contributes 0, and ∂H/∂pᵢ = +∞ there, the one-sided limit. An infinite derivative times a tangent or a
-      cotangent that is exactly 0 is 0. n = 0 gives 0.
+      pᵢ = 0 contributes 0, and ∂H/∂pᵢ = +∞ there, the one-sided limit.
 
     Derivative:
       ∂H/∂pᵢ = log 1/pᵢ - 1, in p's dtype.
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
-      ValueError: there is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+      ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
-      Σ pᵢ = 1 (see `check_distribution`). A negative pᵢ gives NaN, as its logarithm does. Subnormal numbers count as 0
-      where XLA flushes them, as it does on a CPU.
+      Σ pᵢ = 1 (see `check_distribution`). A negative pᵢ gives NaN, as its logarithm does.
 
     Source:
       C. E. Shannon, A Mathematical Theory of Communication (1948), section 6.
+
+    See "Arguments", "Excluded classes" and "Conventions" in jce/README.md.
     """
     (p,), classes = distributions("entropy", axis, where, p=p)
     return negative(_sum_p_log_p(p, classes))
@@ -99,28 +98,27 @@ def entropy_with_logits(
     Args:
       logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to the shape of logits. A class where it is False has probability 0, whatever it holds. A
-        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
-        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
+      where: bool, broadcast to logits. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
+      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
 
     Returns:
       [..., ...], logits without `axis`; float32, or float64 if logits is.
 
     At the boundary:
       A logit of -∞ is a class of probability 0: it contributes 0, with derivative 0. A NaN, a +∞ or nothing but -∞
-      makes its row NaN. n = 0 gives 0.
+      makes its row NaN.
 
     Derivative:
       ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H), in logits' dtype.
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
-      ValueError: there is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+      ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
-      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+      Values.
+
+    See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """
     (x,), classes = distributions("entropy_with_logits", axis, where, axis_name, in_logits=("logits",), logits=logits)
     return entropy_of_softmax(x, classes)

@@ -49,19 +49,17 @@ def jensen_shannon_divergence(
     Args:
       p: real, [..., n, ...], probabilities of n classes along `axis`.
       q: real, [..., n, ...], the other's. Batch axes broadcast, the class axis doesn't.
-      beta: β, the weight of p in the mixture, a number above 0 and below 1. One that is traced isn't checked.
+      beta: β, the weight of p in the mixture, a number above 0 and below 1.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to the shape of p and q. A class where it is False is excluded, whatever it holds. A
-        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
       pᵢ = 0 < qᵢ contributes (1-β) qᵢ log 1/(1-β), with ∂/∂pᵢ = -∞, the one-sided limit; the same for qᵢ = 0 < pᵢ with
-      β for 1-β. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0. An infinite derivative times a tangent or a
-      cotangent that is exactly 0 is 0. A traced β of 0 or 1 gives 0, the limit, with derivatives 0 in p and q; the
-      derivative in β is infinite where the mixture lacks a class that p or q has. n = 0 gives 0.
+      β for 1-β. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0. A traced β of 0 or 1 gives 0, the limit, with
+      derivatives 0 in p and q; the derivative in β is infinite where the mixture lacks a class that p or q has.
 
     Derivative:
       ∂/∂pᵢ = β log pᵢ/mᵢ, ∂/∂qᵢ = (1-β) log qᵢ/mᵢ, each in its argument's dtype. In a traced β it is
@@ -69,15 +67,15 @@ def jensen_shannon_divergence(
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
-      ValueError: beta is not above 0 and below 1, the numbers of classes differ, the batch axes don't broadcast, there
-        is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+      ValueError: shapes, `axis` or `where` don't fit, or beta is not above 0 and below 1.
 
     Not checked:
-      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). A negative pᵢ or qᵢ gives NaN, as its logarithm does. Subnormal
-      numbers count as 0 where XLA flushes them, as it does on a CPU.
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). A negative pᵢ or qᵢ gives NaN, as its logarithm does.
 
     Source:
       J. Lin, Divergence Measures Based on the Shannon Entropy (1991), section IV.
+
+    See "Arguments", "Excluded classes" and "Conventions" in jce/README.md.
     """
     name = "jensen_shannon_divergence"
     (p, q), classes = distributions(name, axis, where, p=p, q=q)
@@ -238,13 +236,10 @@ def jensen_shannon_divergence_with_logits(
     Args:
       p_logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
       q_logits: real, [..., n, ...], the other's. Batch axes broadcast, the class axis doesn't.
-      beta: β, the weight of p in the mixture, a number above 0 and below 1. One that is traced isn't checked.
+      beta: β, the weight of p in the mixture, a number above 0 and below 1.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to the shape of both. A class where it is False has probability 0 in both, whatever it
-        holds. A distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
-        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
+      where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
+      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
@@ -253,7 +248,7 @@ def jensen_shannon_divergence_with_logits(
       A logit of -∞ is a class of probability 0, with derivative 0 in it; if it is -∞ in one alone, the other's
       probability still contributes. A row with a NaN, a +∞ or only -∞ is NaN. A traced β of 0 or 1 gives 0, the limit,
       with derivatives 0 in the logits; the derivative in β is infinite where the mixture lacks a class that p or q has.
-      Mixed derivatives in β and the logits are unspecified there. n = 0 gives 0.
+      Mixed derivatives in β and the logits are unspecified there.
 
     Derivative:
       ∂/∂p_logitsᵢ = β pᵢ (log pᵢ/mᵢ - KL(p‖m)), ∂/∂q_logitsᵢ = (1-β) qᵢ (log qᵢ/mᵢ - KL(q‖m)), each in its argument's
@@ -261,13 +256,12 @@ def jensen_shannon_divergence_with_logits(
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
-      ValueError: beta is not above 0 and below 1, the numbers of classes differ, the batch axes don't broadcast, there
-        is no class axis, `axis` is not an int in range, or `where` doesn't broadcast.
+      ValueError: shapes, `axis` or `where` don't fit, or beta is not above 0 and below 1.
 
     Not checked:
-      Values. Probabilities and results below the smallest normal number are 0 where XLA flushes them, as it does on a
-      CPU. Logits may be as low as the lowest float, but not above an eighth of the largest, 4e37 in float32: beyond it
-      their differences overflow.
+      Values. Logits above an eighth of the largest float, 4e37 in float32, overflow.
+
+    See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """
     name = "jensen_shannon_divergence_with_logits"
     (x, y), classes = distributions(

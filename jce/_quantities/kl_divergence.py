@@ -51,33 +51,31 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to the shape of p and q. A class where it is False is excluded, whatever it holds. A
-        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
       pᵢ = 0 contributes 0, with ∂KL/∂qᵢ = 0 and, where qᵢ > 0, ∂KL/∂pᵢ = -∞, the one-sided limit. pᵢ > 0 = qᵢ makes
-      KL = +∞, with ∂KL/∂qᵢ = -∞ and ∂KL/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0. An infinite
-      derivative times a tangent or a cotangent that is exactly 0 is 0. n = 0 gives 0.
+      KL = +∞, with ∂KL/∂qᵢ = -∞ and ∂KL/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0.
 
     Derivative:
       ∂KL/∂pᵢ = log pᵢ/qᵢ + 1, ∂KL/∂qᵢ = -pᵢ/qᵢ, each in its argument's dtype.
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
-      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, `axis` is not
-        an int in range, or `where` doesn't broadcast.
+      ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
       Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). Where rounding left Σ pᵢ 1e-7 below Σ qᵢ, KL of p ≈ q is that far
       below 0. For p ≈ q use `kl_divergence_with_logits`, or `generalized_kl_divergence`, whose derivative in q is
-      1 - pᵢ/qᵢ. A negative pᵢ or qᵢ gives NaN, as its logarithm does. Subnormal numbers count as 0 where XLA flushes
-      them, as it does on a CPU.
+      1 - pᵢ/qᵢ. A negative pᵢ or qᵢ gives NaN, as its logarithm does.
 
     Source:
       S. Kullback and R. A. Leibler, On Information and Sufficiency (1951).
+
+    See "Arguments", "Excluded classes" and "Conventions" in jce/README.md.
     """
     (p, q), classes = distributions("kl_divergence", axis, where, p=p, q=q)
     return _kl(p, q, classes)
@@ -116,31 +114,29 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
       p: real, [..., n, ...], the target's weights of n classes along `axis`.
       q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to the shape of p and q. A class where it is False is excluded, whatever it holds. A
-        distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
+      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
       pᵢ = 0 contributes qᵢ, with ∂/∂qᵢ = 1 and, where qᵢ > 0, ∂/∂pᵢ = -∞, the one-sided limit. pᵢ > 0 = qᵢ makes it +∞,
-      with ∂/∂qᵢ = -∞ and ∂/∂pᵢ = +∞. At pᵢ = qᵢ = 0, ∂/∂qᵢ = 1 and ∂/∂pᵢ = 0. An infinite derivative times a tangent or
-      a cotangent that is exactly 0 is 0. n = 0 gives 0.
+      with ∂/∂qᵢ = -∞ and ∂/∂pᵢ = +∞. At pᵢ = qᵢ = 0, ∂/∂qᵢ = 1 and ∂/∂pᵢ = 0.
 
     Derivative:
       ∂/∂pᵢ = log pᵢ/qᵢ, ∂/∂qᵢ = (qᵢ - pᵢ)/qᵢ, each in its argument's dtype and relatively accurate also where p ≈ q.
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
-      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, `axis` is not
-        an int in range, or `where` doesn't broadcast.
+      ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
-      Values. A negative pᵢ or qᵢ gives NaN, as its logarithm does. Subnormal numbers count as 0 where XLA flushes them,
-      as it does on a CPU.
+      Values. A negative pᵢ or qᵢ gives NaN, as its logarithm does.
 
     Source:
       D. D. Lee and H. S. Seung, Algorithms for Non-negative Matrix Factorization (2000), where it is called divergence.
+
+    See "Arguments", "Excluded classes" and "Conventions" in jce/README.md.
     """
     (p, q), classes = distributions("generalized_kl_divergence", axis, where, p=p, q=q)
     return classes.sum(_deviance(p, q))
@@ -196,11 +192,8 @@ def kl_divergence_with_logits(
       p_logits: real, [..., n, ...], the target's logits (or log-probabilities) of n classes along `axis`.
       q_logits: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to the shape of both. A class where it is False has probability 0 in both, whatever it
-        holds. A distribution with no class left is 0, with gradient 0, so `where=mask[..., None]` drops rows.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
-        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
+      where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
+      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
@@ -208,20 +201,19 @@ def kl_divergence_with_logits(
     At the boundary:
       A logit of -∞ is a class of probability 0. In p it contributes 0, with ∂KL/∂p_logits = 0. In q alone it makes
       KL = +∞, with ∂KL/∂p_logits = +∞ at it and -∞ at the other classes of p > 0, and ∂KL/∂q_logits = q - p as usual.
-      A row with a NaN, a +∞ or only -∞ is NaN. n = 0 gives 0.
+      A row with a NaN, a +∞ or only -∞ is NaN.
 
     Derivative:
       ∂KL/∂p_logitsᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂q_logitsᵢ = qᵢ - pᵢ, each in its argument's dtype.
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
-      ValueError: the numbers of classes differ, the batch axes don't broadcast, there is no class axis, `axis` is not
-        an int in range, or `where` doesn't broadcast.
+      ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
-      Values. Probabilities and results below the smallest normal number are 0 where XLA flushes them, as it does on a
-      CPU. Logits may be as low as the lowest float, but not above an eighth of the largest, 4e37 in float32: beyond it
-      their differences overflow.
+      Values. Logits above an eighth of the largest float, 4e37 in float32, overflow.
+
+    See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """
     names = ("p_logits", "q_logits")
     (x, y), classes = distributions(

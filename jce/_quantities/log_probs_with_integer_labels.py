@@ -55,11 +55,8 @@ def log_probs_with_integer_labels(
       logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
       tail: a static bool: whether one more entry, the last, is for all classes without a label.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to the shape of logits. A class where it is False has probability 0, whatever it holds. A
-        distribution with no class left is 0 in each entry, with gradient 0, so `where=mask[..., None]` drops rows.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes are split; the result
-        is the same on all its devices. None where each device has all classes. Under `check_vma=False`, differentiate
-        outside the `shard_map`: inside, the gradient is silently wrong, as plain JAX's gradient of a `psum` is.
+      where: bool, broadcast to logits. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
+      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
 
     Returns:
       The shape of labels, or with a tail [..., ..., k+1]; float32, or float64 if logits is.
@@ -68,7 +65,7 @@ def log_probs_with_integer_labels(
       A logit of -∞ is a class of probability 0: log q is -∞ at it, with the derivative of the formula. A label outside
       [0, n) makes its own entry NaN, and gradients through it; it never counts from the end, and takes no class from
       the tail. Pad lists with n, and mask the padding in what you do with the result. A tail without classes, or whose
-      logits are all -∞, is -∞. A row with a NaN, a +∞ or only -∞ is NaN. n = 0 gives 0.
+      logits are all -∞, is -∞. A row with a NaN, a +∞ or only -∞ is NaN.
 
     Derivative:
       ∂/∂xᵢ = [i = y] - qᵢ, in logits' dtype; of the tail [no label is i] qᵢ/(1-Σq) - qᵢ. Relatively accurate for every
@@ -76,13 +73,12 @@ def log_probs_with_integer_labels(
 
     Raises:
       TypeError: labels are not integers, logits not real, or `where` not boolean.
-      ValueError: labels don't have the shape of logits without the class axis, or one axis more; tail is no bool, or it
-        is True and labels lack that axis; there is no class axis, `axis` is not an int in range, or `where` doesn't
-        broadcast.
+      ValueError: shapes, `axis` or `where` don't fit; tail is no bool, or it is True and labels lack an axis of k.
 
     Not checked:
-      Values, nor that labels are distinct: with a tail a label that repeats counts twice. Results below the smallest
-      normal number are 0 where XLA flushes them, as it does on a CPU.
+      Values, nor that labels are distinct: with a tail a label that repeats counts twice.
+
+    See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """
     name = "log_probs_with_integer_labels"
     if not tail and as_array(name, "labels", labels).ndim < as_array(name, "logits", logits).ndim:

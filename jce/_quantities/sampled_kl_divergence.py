@@ -40,9 +40,8 @@ def sampled_kl_divergence(log_p: ArrayLike, log_q: ArrayLike) -> Array:
 
     At the boundary:
       Where only q = 0 it is +∞, with ∂/∂log_p = 1 and ∂/∂log_q = -1; where only p = 0, or q/p overflows, it is +∞ with
-      the infinite derivatives of the formulas. Where both are 0 it is 0, with first derivatives 0. An infinite
-      derivative times a tangent or a cotangent that is exactly 0 is 0. A value of +∞ that the caller multiplies by an
-      importance ratio of 0 is NaN, as in plain JAX. NaN gives NaN.
+      the infinite derivatives of the formulas. Where both are 0 it is 0, with first derivatives 0. A value of +∞ that
+      the caller multiplies by an importance ratio of 0 is NaN, as in plain JAX. NaN gives NaN.
 
     Derivative:
       ∂/∂log_p = 1 - q/p, ∂/∂log_q = q/p - 1, each in its argument's dtype and relatively accurate also where p ≈ q.
@@ -62,6 +61,8 @@ def sampled_kl_divergence(log_p: ArrayLike, log_q: ArrayLike) -> Array:
 
     Source:
       J. Schulman, Approximating KL Divergence (2020), http://joschu.net/blog/kl-approx.html.
+
+    See "Conventions" in jce/README.md.
     """
     log_p, log_q = elementwise("sampled_kl_divergence", log_p=log_p, log_q=log_q)
     return _divergence(log_p, log_q)

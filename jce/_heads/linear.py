@@ -41,13 +41,12 @@ class Linear:
 
     Args:
       hidden: real, [..., d], a state for each token.
-      head: real, [n, d], a row for each class: the layout of an embedding table. Of a Dense layer of flax it is
-        kernel.T; where n = d, the wrong layout can't be seen. Or a function: head(h) gives the logits of states h, with
-        their axes but the last; here h is a token's, with the axes of hidden, all but the last of length 1. A bound
-        method, a module of Flax NNX or Equinox (of one state: under `jax.vmap`), a `jax.tree_util.Partial`.
+      head: real, [n, d], a row for each class: kernel.T of a flax Dense, even if n = d. Or a function: head(h) gives
+        the logits of states h, with their axes but the last; here h is a token's, with the axes of hidden, all but the
+        last of length 1. A bound method, a module of Flax NNX or Equinox (of one state: under `jax.vmap`), a
+        `jax.tree_util.Partial`.
       bias: real, [n], or None. A class with bias -∞ is forbidden: its logit is -∞. A function adds its own.
-      logit_soft_cap: c > 0, a number: the logits x are then c tanh((hidden · headᵀ + bias)/c). None for none. A traced
-        one isn't checked.
+      logit_soft_cap: c > 0, a number: the logits x are then c tanh((hidden · headᵀ + bias)/c). None for none.
 
     Returns:
       An argument for the functions of heads, with these attributes; in `linear_cross_entropy` and `linear_log_probs` it
@@ -58,6 +57,8 @@ class Linear:
       ValueError: in these functions, if shapes disagree or the cap isn't above 0, or tokens or classes that jce itself
         splits over a mesh meet a function; and here, if a function doesn't give logits, draws random numbers or has an
         effect, or there is a bias beside it.
+
+    See "Arguments of heads" in jce/README.md.
     """
 
     hidden: ArrayLike

@@ -68,52 +68,28 @@ def linear_cross_entropy(
     Args:
       labels: integer, [...], class indices y: the shape of hidden without its last axis; with label_probs [..., k].
       hidden: real, [..., d], a state for each token. Or a `Linear`, which stands for the next two and the soft cap too.
-      head: real, [n, d], a row for each class: the layout of an embedding table. Of a Dense layer of flax it is
-        kernel.T; where n = d, the wrong layout can't be seen. Or a function of states that gives their logits, such as
-        lambda h: h @ kernel, of each token alone: `Linear` says how. Call it under `jax.jit`, since it is traced and
-        compiled at each call.
+      head: real, [n, d], a row for each class: kernel.T of a flax Dense, even if n = d. Or a function: see `Linear`.
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
       label_probs: real, [..., k], the shape of labels, or None: probabilities p of k labels a token, as of a teacher
         whose likeliest classes are kept. As in `cross_entropy_with_integer_labels`, as is `tail`.
       tail: whether all classes without a label count as one more outcome, of what is left of the target: a static bool.
-      weights: real, broadcasts to the token axes: w, each token's weight. A mean divides by Σ w: advantages,
-        which may sum to 0, would then train nothing, silently, so give them reduction="sum" and divide by a count.
-      where: bool, broadcasts to the token axes. A token where it is False takes no part, whatever it holds, and
-        costs no product in any derivative: those that are kept are put together, and only their chunks are computed.
-        So it is of a weight of 0 where nobody differentiates the weights.
-      reduction: "mean" for Σ wℓ / Σ w, "sum" for Σ wℓ, "none" for wℓ, a number for each token. Without weights w is 1,
-        and 0 where `where` is False; if Σ w = 0, the mean is 0.
-      label_smoothing: ε, a number from 0 to 1. Python's 0 costs nothing. A traced number, as of a schedule, isn't
-        checked, in this and the next two.
-      z_loss: ζ, a number ≥ 0. Python's 0 costs nothing.
-      temperature: T > 0: x is then divided by T, everywhere above, after bias and soft cap. A number, or real, an array
-        of one for each token, which broadcasts to the token axes; as in `linear_log_probs`.
-      logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c), everywhere above. None: none.
-      chunk_size: the number of tokens in a chunk, a static int. None for a rule: max(512, 2²⁰/n) on a CPU, whose
-        float32 logits fill 4 MiB or more, 2²³/n of fewer than 256 classes, and max(2048, 2²⁶/n) on an accelerator, 256
-        MiB or more, so that multiplying hides the reading of the head and the sum of its gradient; on a TPU at least
-        4096 tokens of bfloat16 states and head, of which half as much is stored. Of float64 logits half of 2²⁰, 2²³ and
-        2²⁶. Fewer need less memory; where all tokens are one chunk, none is saved. Of a mesh with Auto axes that
-        `jax.set_mesh` has set, times its number of devices, over which XLA may split the tokens.
-      batch_invariant: whether a token's result, and its hidden state's gradient, have the same bits alone and among any
-        others, however many: a static bool. Each chunk is then filled up to chunk_size, which must be given, so that a
-        token alone costs as much as a chunk. It isn't so of the gradient of what tokens share, a sum over them, nor of
-        a mean's, and not promised between two chunk sizes, kinds of device, or splits of the classes over devices.
-      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting. Where that is none either,
-        an accelerator rounds each token's derivative in the logits to bfloat16, if hidden and head both are, scaled so
-        that the label's entry is exact; "default", as any other, keeps it in float32.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of them) over which head and bias are split; labels
-        are still of all n classes, and the result is the same on all its devices. Under `check_vma=False` differentiate
-        outside of the `shard_map`: inside, a gradient is wrong without an error, as plain JAX's of a `psum` is. None
-        for whole arrays: under Explicit axes of a mesh, where their types say how they are split, each device has its
-        part, and under Auto axes `sharded_linear_cross_entropy` sees to it.
+      weights: real, broadcast to the token axes: w, each token's weight. If Σ w may be 0, take reduction="sum".
+      where: bool, broadcast to the token axes. A token where it is False takes no part, and costs no product.
+      reduction: "mean" for Σ wℓ / Σ w, or 0 if Σ w = 0; "sum" for Σ wℓ; "none" for wℓ, a number for each token.
+      label_smoothing: ε, a number from 0 to 1.
+      z_loss: ζ, a number ≥ 0.
+      temperature: T > 0, a number or an array of one for each token: x is then divided by T, after the soft cap.
+      logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none.
+      chunk_size: the number of tokens in a chunk, a static int. None for about max(512, 2²⁰/n) on a CPU and
+        max(2048, 2²⁶/n) on an accelerator. Fewer need less memory.
+      batch_invariant: a static bool: the same bits for a token in any batch, at a chunk_size, which must be given.
+      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
+      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
 
     Returns:
       A number, or [...] for "none"; float32, or float64 if hidden, head, bias, weights or label_probs is. Beyond
       arguments and results it needs a few arrays of chunk × n, in reverse mode one or two of the head's shape, and some
-      of [..., d]. Products of bfloat16 or float16 arrays are accumulated in float32, and so is the sum of the head's
-      gradient over the chunks; derivatives in the logits are float32, but as `precision` says. Beside float32
-      arrays they are multiplied in float32: cast a float32 head, as by head.astype(hidden.dtype), for faster products.
+      of [..., d]. For faster products of bfloat16 states cast a float32 head, as by head.astype(hidden.dtype).
 
     At the boundary:
       A label outside [0, n) makes its token NaN, in value and gradient, and with it a mean or a sum: mask such labels,
@@ -122,7 +98,6 @@ def linear_cross_entropy(
       class has the derivative below at qᵢ = 0, and 0 under a soft cap. At the label it makes the loss +∞, and with
       label smoothing, which counts every class, every loss +∞: better slice off what pads the vocabulary, head[:n]. A
       traced 0 is none, and costs nothing there.
-      No tokens make a mean or a sum of 0, no classes make every loss 0.
 
     Derivative:
       ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and on to hidden, head, bias and weights, each in its own
@@ -134,7 +109,9 @@ def linear_cross_entropy(
       ValueError: shapes disagree, or an option is none of those above.
 
     Not checked:
-      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+      Values.
+
+    See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """
     name = "linear_cross_entropy"
     linear = linear_of(name, hidden, head, bias, logit_soft_cap)

@@ -55,19 +55,16 @@ def linear_kl_divergence(
     Args:
       p: the target, the teacher: `jce.Linear(hidden, head)`, hidden states [..., d] and a head [n, d].
       q: the model, the student, of the same n classes: `jce.Linear(hidden, head)`, with its own width.
-      weights: real, broadcast to the token axes: w, each token's weight, as in `linear_cross_entropy`.
-      where: bool, broadcast to the token axes. A token where it is False is left out, whatever it holds, and costs no
-        product, as in `linear_cross_entropy`.
+      weights: real, broadcast to the token axes: w, each token's weight. If Σ w may be 0, take reduction="sum".
+      where: bool, broadcast to the token axes. A token where it is False takes no part, and costs no product.
       reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, a number for each token.
-      temperature: T > 0, a number. Python's 1 costs nothing. Another Python number is a constant of the program: pass a
-        schedule's as an array. A traced one isn't checked. T divides the difference of both rows of logits, so that
-        heads nearly the same are compared as exactly as at T = 1. Dividing both rows before a call of
-        `kl_divergence_with_logits` would round each, and lose that difference.
-      chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`, by the
-        logits of both.
-      batch_invariant: a static bool, as in `linear_cross_entropy`.
-      precision: of the matrix products, as in `linear_cross_entropy`.
-      axis_name: as in `linear_cross_entropy`: the mesh axis over which the classes of both are split.
+      temperature: T > 0, a number. T divides the difference of both rows of logits, so that heads nearly the same are
+        compared as exactly as at T = 1. Dividing both rows before a call of `kl_divergence_with_logits` would round
+        each, and lose that difference.
+      chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
+      batch_invariant: a static bool: the same bits for a token in any batch, at a chunk_size, which must be given.
+      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
+      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
 
     Returns:
       A number, or [...] for "none"; float32, or float64 if states, heads, biases or weights are. ≥ 0 to the last bit,
@@ -75,8 +72,7 @@ def linear_kl_divergence(
 
     At the boundary:
       A class that p forbids, by a bias of -∞, contributes 0; one that q alone forbids makes the token's loss +∞, and
-      its derivative in a traced temperature NaN. Without tokens, or if all weights are 0, a mean or a sum is 0. Without
-      classes every loss is 0.
+      its derivative in a traced temperature NaN.
 
     Derivative:
       ∂KL/∂yᵢ = (qᵢ - pᵢ)/T in q's logits, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T in p's, and on to hidden states, heads and
@@ -89,6 +85,8 @@ def linear_kl_divergence(
 
     Not checked:
       Values.
+
+    See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """
     name = "linear_kl_divergence"
     for argument, x in (("p", p), ("q", q)):

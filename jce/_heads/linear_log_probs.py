@@ -86,28 +86,22 @@ def linear_log_probs(
     Args:
       labels: integer, [...], class indices y, the actions: the shape of hidden without its last axis. Or [..., k] for k
         labels of each token, such as a teacher's likeliest classes; [B, S, 1] means k = 1.
-      hidden: real, [..., d], a state for each token. Or a `Linear`, as in `linear_cross_entropy`.
-      head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T. Or a
-        function of states, as there.
+      hidden: real, [..., d], a state for each token. Or a `Linear`, which stands for the next two and the soft cap too.
+      head: real, [n, d], a row for each class: kernel.T of a flax Dense, even if n = d. Or a function: see `Linear`.
       bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
-      where: bool, broadcast to the token axes. Where it is False, all results are 0, with derivative 0, whatever label
-        and hidden hold; and such tokens cost no product, as in `linear_cross_entropy`.
-      temperature: T > 0: q is softmax(x/T). A number; or real, an array of one for each token, broadcast to the token
-        axes. T divides float32 logits minus their maximum, after bias and soft cap, so that an offset which all have in
-        common adds no rounding; dividing hidden would round again. A traced T, or an array, isn't checked: 0 gives the
-        limit, greedy. A Python number is a constant of the program: pass a schedule's as an array. 1 costs nothing.
+      where: bool, broadcast to the token axes. A token where it is False has results of 0, and costs no product.
+      temperature: T > 0, a number or an array of one for each token: q is softmax(x/T). A traced 0 is greedy.
       tail: a static bool. True appends log(1-Σq), of all classes without a label, to the log-probabilities of k labels,
         which must be distinct; it is accurate where 1-Σq would cancel. `kl_divergence_with_logits` of a teacher's k+1
         and a student's is then the KL divergence of k+1 outcomes, as `log_probs_with_integer_labels` says. It costs
         another pass over logits.
       log_normalizer: a static bool. True gives log Z = log Σ exp(xᵢ/T) too, as a third field of that name.
         log Z + log q_y is the label's logit x_y/T; log² Z times a number is a z-loss.
-      logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none. A traced one isn't
-        checked.
+      logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none.
       chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
-      batch_invariant: a static bool, as in `linear_cross_entropy`.
-      precision: of the matrix products, as in `linear_cross_entropy`.
-      axis_name: as in `linear_cross_entropy`.
+      batch_invariant: a static bool: the same bits for a token in any batch, at a chunk_size, which must be given.
+      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
+      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
 
     Returns:
       A named tuple: log_prob ≤ 0, of the shape of labels (with a tail [..., k+1]); entropy ≥ 0, [...]; and with
@@ -117,7 +111,7 @@ def linear_log_probs(
     At the boundary:
       A label outside [0, n) makes its log_prob NaN, in value and gradient, and nothing else. A forbidden class
       contributes 0 to the entropy and to Z, with derivative 0; as the label it has log_prob -∞, and so has a tail all
-      of whose classes are forbidden. Without classes every result is 0.
+      of whose classes are forbidden.
 
     Derivative:
       ∂ log q_y/∂xᵢ = ([i = y] - qᵢ)/T, ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)/T, ∂ log Z/∂xᵢ = qᵢ/T, and on to hidden, head and
@@ -129,7 +123,9 @@ def linear_log_probs(
       ValueError: shapes disagree, there is a tail without an axis of k labels, or an option is none of those above.
 
     Not checked:
-      Values. Results below the smallest normal number are 0 where XLA flushes them, as it does on a CPU.
+      Values.
+
+    See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """
     name = "linear_log_probs"
     x = linear_of(name, hidden, head, bias, logit_soft_cap)

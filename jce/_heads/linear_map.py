@@ -71,27 +71,22 @@ def linear_map(
         arguments.
       *arguments: `jce.Linear(hidden, head)`, at least one, and arrays with the same leading token axes [...], such as
         labels, advantages, masks or random keys; or trees of them.
-      where: bool, broadcast to the token axes. A token where it is False is left out, whatever it holds and whatever
-        function makes of it: its result is 0 (False), with derivative 0. It costs no product, and function doesn't run
-        on it. On a mesh, each device skips its own such tokens; but where each chunk's derivative is summed over
-        devices, as in a traced value that function closes over, all take as many chunks as the one that has most.
-      weights: real, broadcast to the token axes: w, by which each result is multiplied. A token of weight 0 whose
-        hidden state isn't finite is left out as by `where`.
-      reduction: "none" for each token's result r (or wr), "sum" for Σ wr, "mean" for Σ wr / Σ w, which is 0 if Σ w is
-        0: for each array in the tree, over all token axes. Without weights w is 1, and 0 where `where` is False.
+      where: bool, broadcast to the token axes. A token where it is False takes no part, and costs no product: function
+        doesn't run on it, and its result is 0 (False).
+      weights: real, broadcast to the token axes: w, by which each result is multiplied.
+      reduction: "none" for each token's result r (or wr), "sum" for Σ wr, "mean" for Σ wr / Σ w, or 0 if Σ w = 0: for
+        each array in the tree, over all token axes.
       shared: a tree of arrays that all tokens share, such as trained parameters. On a mesh its gradient is summed over
         devices once, after the loop, while that of a value that function closes over takes another pass.
       has_aux: a static bool: whether function gives a pair, of a real number and of metrics, a tree of anything. Only
         the number is trained: metrics have no derivative but in weights, which is exact. They are weighted and reduced
         as the number is.
-      chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`, by the
-        logits of all heads.
-      batch_invariant: a static bool, as in `linear_cross_entropy`.
-      precision: of the matrix products, as in `linear_cross_entropy`.
-      axis_name: inside `jax.shard_map`, the mesh axis (or a tuple of axes) over which the classes of all heads are
-        split. function then gets the device's part of a token's logits, and its results must be the same on all of the
-        axis' devices, as those of jce's functions with the same axis_name are (but JAX 0.8 can't map their sum over
-        devices). For whole arrays use `jce.on_mesh`.
+      chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
+      batch_invariant: a static bool: the same bits for a token in any batch, at a chunk_size, which must be given.
+      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
+      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
+        function then gets the device's part of a token's logits, and its results must be the same on all of the axis'
+        devices (but JAX 0.8 can't map their sum over devices). For whole arrays use `jce.on_mesh`.
 
     Returns:
       The tree of function's results: with "none" arrays [..., *r.shape] of r's dtype, else of r's shape. Results that
@@ -100,8 +95,7 @@ def linear_map(
 
     At the boundary:
       A class with bias -∞ has a logit of -∞. Padding, and tokens that are left out, reach no derivative, even where
-      function is infinite or NaN there. Without tokens a sum or a mean is 0. A head without classes makes every result
-      0, of the shape that one class gives.
+      function is infinite or NaN there. A head without classes makes every result 0, of the shape that one class gives.
 
     Derivative:
       That of function, in hidden states, heads, biases, soft caps, the other arrays, weights, shared and values that
@@ -122,6 +116,8 @@ def linear_map(
       Values, and where function looks up a token's logits. JAX counts an id of -1 from the end, in every mode: it is
       the last class. Where the classes are split, make ids the device's own, and move those below 0 out of range:
       i = ids - jax.lax.axis_index(axis_name) * x.size, then jnp.where(i < 0, x.size, i).
+
+    See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """
     name = "linear_map"
     if not callable(function):

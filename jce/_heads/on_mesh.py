@@ -43,10 +43,8 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
         function that `linear_map` maps gets its device's classes: give jce's functions axis_name=class_axis in it. A
         traced value that it closes over may not be split, and its gradient takes another pass; so pass it as shared.
       mesh: the devices, as from `jax.make_mesh`. Over its other axes everything is replicated.
-      token_axis: the mesh axis, or a tuple of axes, over which the first axis of the tokens is split. None or () for
-        none.
-      class_axis: the mesh axis, or a tuple of axes, over which the classes are split, none of those of token_axis. None
-        or () for none.
+      token_axis: the mesh axis, or a tuple of axes, that splits the first axis of the tokens. None or () for none.
+      class_axis: the mesh axis, or a tuple of axes, that splits the classes, none of token_axis. None or () for none.
 
     Returns:
       A function like the one given. Its results are the same on all devices, or, if there is one for each token, split
@@ -58,6 +56,8 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
       ValueError: mesh is no mesh, an axis isn't one of its axes, or is both token_axis and class_axis; when called, if
         the devices along an axis don't divide the number of classes, or the first axis of the tokens. Pad tokens with
         where=False, and classes with a bias of -∞, but not with label smoothing, which counts them.
+
+    See "Arguments of heads" in jce/README.md.
     """
     if not any(function is f for f in FUNCTIONS):
         names = ", ".join(f"jce.{f.__name__}" for f in FUNCTIONS)

@@ -60,25 +60,22 @@ def sharded_linear_cross_entropy(
     Args:
       labels: integer, [...], class indices y: the shape of hidden without its last axis. At least one axis.
       hidden: real, [..., d], a state for each token.
-      head: real, [n, d], a row for each class, as in `linear_cross_entropy`: of a Dense layer of flax, kernel.T. A
-        function of states only where neither tokens nor classes are split: `Linear`.
-      bias: real, [n].
+      head: real, [n, d], a row for each class: kernel.T of a flax Dense, even if n = d. A function of
+        states only where neither tokens nor classes are split: `Linear`.
+      bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
       mesh: the devices, as from `jax.make_mesh`. Over its other axes everything is replicated.
-      token_axis: the mesh axis, or a tuple of axes, over which the first axis of the tokens is split. None or () for
-        none.
-      class_axis: the mesh axis, or a tuple of axes, over which the classes are split, none of those of token_axis. None
-        or () for none.
-      weights: real, broadcast to the token axes, as in `linear_cross_entropy`, which says what to do if Σ w may be 0.
-      where: bool, broadcast to the token axes. Each device computes the chunks that its own tokens need.
-      reduction: "mean" for Σ wℓ / Σ w over all devices' tokens, "sum" or "none", as in `linear_cross_entropy`.
-      label_smoothing: as there.
-      z_loss: as there.
-      temperature: as there.
-      logit_soft_cap: as there.
-      chunk_size: the number of a device's tokens in a chunk, a static int. None for the rule there, by the number of a
-        device's classes.
-      batch_invariant: a static bool, as in `linear_cross_entropy`.
-      precision: as there.
+      token_axis: the mesh axis, or a tuple of axes, that splits the first axis of the tokens. None or () for none.
+      class_axis: the mesh axis, or a tuple of axes, that splits the classes, none of token_axis. None or () for none.
+      weights: real, broadcast to the token axes: w, each token's weight. If Σ w may be 0, take reduction="sum".
+      where: bool, broadcast to the token axes. A token where it is False takes no part, and costs no product.
+      reduction: "mean" for Σ wℓ / Σ w over all devices' tokens, or 0 if Σ w = 0; "sum" or "none".
+      label_smoothing: ε, a number from 0 to 1.
+      z_loss: ζ, a number ≥ 0.
+      temperature: T > 0, a number or an array of one for each token: x is then divided by T, after the soft cap.
+      logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none.
+      chunk_size: the number of a device's tokens in a chunk, a static int. None for a rule, by its number of classes.
+      batch_invariant: a static bool: the same bits for a token in any batch, at a chunk_size, which must be given.
+      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
 
     Returns:
       A number, the same on all devices, or [...] for "none", split as labels.
@@ -97,6 +94,8 @@ def sharded_linear_cross_entropy(
 
     Not checked:
       Values.
+
+    See "Arguments of heads" and "Conventions" in jce/README.md.
     """
     name = "sharded_linear_cross_entropy"
     options = TokenOptions(

@@ -47,6 +47,19 @@ def test_docstring_sections(name):
 
 
 @each_public
+def test_what_a_docstring_leaves_to_the_readme(name):
+    """Its last line names headings of jce/README.md: of each argument that has a section of its own, that section."""
+    doc, arguments = inspect.getdoc(PUBLIC[name]), inspect.signature(PUBLIC[name]).parameters
+    (line,) = re.findall(r"\n\nSee (.*) in jce/README\.md\.$", doc) or [""]
+    named = re.findall('"([^"]*)"', line)
+    readme = README.parent / "jce" / "README.md"
+    assert set(named) <= set(re.findall("^##+ (.*)$", readme.read_text(encoding="utf-8"), re.MULTILINE))
+    assert ("Excluded classes" in named) == ("axis" in arguments and "where" in arguments)
+    assert ("Arguments of heads" in named) == (name in ("on_mesh", "Linear") or "linear" in name)
+    assert ("Classes split over devices" in named) == ("axis_name" in arguments)
+
+
+@each_public
 @pytest.mark.usefixtures("float32_by_default")
 def test_docstring_examples(name):
     names = {"jce": jce, "jax": jax, "jnp": jnp}

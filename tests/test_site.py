@@ -46,6 +46,10 @@ def test_functions(site):
             shown = {"Args": "Parameters", "Example": "Examples"}.get(title, title)
             assert re.search(rf"<(?:span|summary)[^>]*>{shown}:?<", section), (name, title)
         assert '<span class="gp">&gt;&gt;&gt; </span>' in section, name
+        *_, last = inspect.getdoc(function).splitlines()
+        for title in re.findall(r'"([^"]*)"', last) if last.endswith(" in jce/README.md.") else []:
+            place = title.lower().replace(" ", "-")
+            assert re.search(rf'<a [^>]*href="[^"]*#{place}">{title}</a>', section), (name, title)
 
 
 def test_notebooks(site):

@@ -56,16 +56,15 @@ from jce._heads.linear_map import linear_map
 from jce._heads.on_mesh import on_mesh
 from jce._heads.sharded_linear_cross_entropy import sharded_linear_cross_entropy
 from jce._quantities.binary import binary_cross_entropy, binary_entropy, binary_kl_divergence
-from jce._quantities.binary_with_logits import (
-    binary_cross_entropy_with_logits,
-    binary_entropy_with_logits,
-    binary_kl_divergence_with_logits,
-)
+from jce._quantities.binary_kl_divergence_with_logits import binary_kl_divergence_with_logits
+from jce._quantities.binary_with_logits import binary_cross_entropy_with_logits, binary_entropy_with_logits
 from jce._quantities.check import check_distribution
 from jce._quantities.cross_entropy import cross_entropy, cross_entropy_with_integer_labels, cross_entropy_with_logits
 from jce._quantities.entropy import entropy, entropy_with_logits
-from jce._quantities.jensen_shannon import jensen_shannon_divergence, jensen_shannon_divergence_with_logits
-from jce._quantities.kl_divergence import generalized_kl_divergence, kl_divergence, kl_divergence_with_logits
+from jce._quantities.jensen_shannon import jensen_shannon_divergence
+from jce._quantities.jensen_shannon_with_logits import jensen_shannon_divergence_with_logits
+from jce._quantities.kl_divergence import generalized_kl_divergence, kl_divergence
+from jce._quantities.kl_divergence_with_logits import kl_divergence_with_logits
 from jce._quantities.log_probs_with_integer_labels import log_probs_with_integer_labels
 from jce._quantities.sampled_kl_divergence import sampled_kl_divergence
 

@@ -14,7 +14,7 @@ from jce._jax.row_sum import row_sum
 from jce._numerics.calculus import ratio
 from jce._numerics.elementary import ATANH_TAIL, log1p, log1p_unit, log_complement
 from jce._numerics.mul0 import mul0, mul00, multiply
-from jce._quantities.binary_with_logits import FARTHEST, QUADRATURE
+from jce._quantities.binary_kl_divergence_with_logits import FARTHEST, QUADRATURE
 from jce._softmax.passes import Passes
 from tests.kernels import ROWS
 

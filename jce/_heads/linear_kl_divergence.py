@@ -19,7 +19,7 @@ from jce._jax.arguments import described, is_array, positive
 from jce._jax.classes import Classes, like
 from jce._jax.public import public
 from jce._numerics.mul0 import over
-from jce._quantities.kl_divergence import kl_of_softmax
+from jce._quantities.kl_divergence_with_logits import kl_of_softmax
 from jce._softmax.compare import divided
 
 

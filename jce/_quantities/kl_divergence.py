@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
+from jax import Array
 from jax.typing import ArrayLike
 
 from jce._jax.public import public
@@ -15,21 +13,16 @@ from jce._jax.rows import distributions
 from jce._numerics.calculus import (
     both_zero,
     custom_jvp,
-    def_at_once,
     def_partials,
     def_partials_of_sum,
     def_tangents,
     def_twin,
     over_if_present,
     ratio,
-    sum_of_tangents,
 )
-from jce._numerics.deviance import deviance, deviance_from_log, difference_from_log, log_ratio
+from jce._numerics.deviance import deviance, log_ratio
 from jce._numerics.elementary import raised, unless_negative
-from jce._numerics.mul0 import mul0
-from jce._softmax.compare import compare, deviances, log_q_over_p, one_at_a_time, q_minus_p
-from jce._softmax.kernel import kernel, kernel_sharing
-from jce._softmax.softmax import centered, softmax
+from jce._softmax.kernel import kernel
 
 
 @public("axis")
@@ -169,114 +162,3 @@ def _relative_excess(p, q):
 
 # (q - p)/q = 1 - p/q
 def_twin(_relative_excess, lambda p, q: -ratio(p, q))
-
-
-@public("axis", "axis_name")
-def kl_divergence_with_logits(
-    p_logits: ArrayLike,
-    q_logits: ArrayLike,
-    *,
-    axis: int = -1,
-    where: ArrayLike | None = None,
-    axis_name: Hashable | None = None,
-) -> Array:
-    """KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ of p = softmax(p_logits) and q = softmax(q_logits), in nats.
-
-    Example:
-      >>> print(jce.kl_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
-      1.7358838e-21
-
-    It is ≥ 0 to the last bit, and relatively accurate also where p ≈ q. Not symmetric.
-
-    Args:
-      p_logits: real, [..., n, ...], the target's logits (or log-probabilities) of n classes along `axis`.
-      q_logits: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
-      axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
-      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
-
-    Returns:
-      [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
-
-    At the boundary:
-      A logit of -∞ is a class of probability 0. In p it contributes 0, with ∂KL/∂p_logits = 0. In q alone it makes
-      KL = +∞, with ∂KL/∂p_logits = +∞ at it and -∞ at the other classes of p > 0, and ∂KL/∂q_logits = q - p as usual.
-      A row with a NaN, a +∞ or only -∞ is NaN.
-
-    Derivative:
-      ∂KL/∂p_logitsᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂q_logitsᵢ = qᵢ - pᵢ, each in its argument's dtype.
-
-    Raises:
-      TypeError: an argument is not real, or `where` not boolean.
-      ValueError: shapes, `axis` or `where` don't fit.
-
-    Not checked:
-      Values. Logits above an eighth of the largest float, 4e37 in float32, overflow.
-
-    See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
-    """
-    names = ("p_logits", "q_logits")
-    (x, y), classes = distributions(
-        "kl_divergence_with_logits", axis, where, axis_name, in_logits=names, p_logits=p_logits, q_logits=q_logits
-    )
-    return kl_of_softmax(x, y, None, classes)
-
-
-@functools.partial(custom_jvp, nondiff_argnums=(3,))
-@kernel
-def kl_of_softmax(x, y, d, way):
-    """KL(p‖q) for p = softmax(x) and q = softmax(y); d is None, or y - x with more digits than x and y have
-    (`compare.py`)."""
-    return way.sum(deviance_from_log(*compare(x, y, d, way)))
-
-
-# ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂yᵢ = qᵢ - pᵢ
-def _kl_rule(classes, primals, tangents):
-    if not one_at_a_time(tangents):
-        return kl_of_softmax(*primals, classes), classes.sum(_along_both(primals, tangents, classes))
-    if isinstance(tangents[0], SymbolicZero):  # along y alone no N × n array is stored
-        return kl_of_softmax(*primals, classes), classes.sum(mul0(q_minus_p(*primals, classes), tangents[1]))
-    kl, in_x, in_y = _kl_and_partials(*primals, classes)
-    return kl, classes.sum(sum_of_tangents(tangents[:2], lambda t: mul0(in_x, t), lambda t: mul0(in_y, t)))
-
-
-kl_of_softmax.defjvp(_kl_rule, symbolic_zeros=True)
-
-
-@functools.partial(custom_jvp, nondiff_argnums=(3,))
-@kernel_sharing
-def _kl_and_partials(x, y, d, way):
-    # One kernel for all three, since each of them compares x and y.
-    p, q, delta = compare(x, y, d, way, stored=True)
-    kl = way.sum(deviance_from_log(p, q, delta))
-    return kl, _weighted_excess_of(p, -delta, kl, x, way), difference_from_log(p, q, delta)
-
-
-# (qᵢ - pᵢ - pᵢδᵢ - pᵢ KL) dxᵢ + (qᵢ - pᵢ) ddᵢ, since in ∂KL/∂xᵢ dxᵢ + ∂KL/∂yᵢ dyᵢ terms of first order in δ cancel.
-def _along_both(primals, tangents, classes):
-    (x, y, d), (dx, dy, dd) = primals, tangents
-    rows = x, y, d, classes
-    in_x, in_y, kl = _weighted_excess(*rows), q_minus_p(*rows), classes.column(kl_of_softmax(*rows))
-    in_both = deviances(*rows) - mul0(jnp.broadcast_to(kl, x.shape), softmax(x, classes))
-    # Where q is far above p, the coefficient of dx would be q's rounding, and ∂KL/∂x would lose all its digits.
-    near = jnp.abs(lax.stop_gradient(log_q_over_p(*rows))) < 1.5
-    return mul0(jnp.where(near, in_both, in_x), dx) + jnp.where(near, mul0(in_y, dd), mul0(in_y, dy))
-
-
-def _weighted_excess(x, y, d, way):
-    """pᵢ (log pᵢ/qᵢ - KL)"""
-    kl, log_p_q = kl_of_softmax(x, y, d, way), -log_q_over_p(x, y, d, way)
-    return _weighted_excess_of(softmax(x, way), log_p_q, kl, x, way)
-
-
-def _weighted_excess_of(p, log_p_q, kl, x, way):
-    impossible = log_p_q == jnp.inf
-    infinite = way.column(kl) == jnp.inf
-    # Unscaled, sums over n classes with weights up to 2¹² (FINE of `passes.py`) might overflow.
-    scale = 2.0 ** -(way.count(x).bit_length() + 12)
-    excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, way) / scale
-    excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)
-    return mul0(excess, p)
-
-
-def_at_once(_kl_and_partials, kl_of_softmax, _weighted_excess, q_minus_p)

@@ -1,0 +1,205 @@
+"""The weighted Jensen-Shannon divergence at p = softmax(x) and q = softmax(y), relatively accurate also where p ≈ q."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jce._jax.public import public
+from jce._jax.rows import distributions
+from jce._numerics.calculus import custom_jvp, def_at_once, ratio, sum_of_tangents
+from jce._numerics.deviance import difference_from_log, log_ratio
+from jce._numerics.mul0 import mul0
+from jce._quantities.jensen_shannon import (
+    checked_weights,
+    divergence,
+    imbalance,
+    relative_difference,
+    times,
+    with_mixture,
+)
+from jce._softmax.compare import compare, q_minus_p
+from jce._softmax.kernel import kernel, kernel_sharing
+from jce._softmax.softmax import centered, softmax
+
+
+@public("axis", "axis_name", numbers=("beta",))
+def jensen_shannon_divergence_with_logits(
+    p_logits: ArrayLike,
+    q_logits: ArrayLike,
+    *,
+    beta: ArrayLike = 0.5,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
+) -> Array:
+    """β KL(p‖m) + (1-β) KL(q‖m) of p = softmax(p_logits), q = softmax(q_logits) and m = βp + (1-β)q, in nats.
+
+    Example:
+      >>> print(jce.jensen_shannon_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
+      6.680025e-23
+
+    It is never infinite: it lies between 0, only at p = q, and H(β) ≤ log 2. It is relatively accurate also where
+    p ≈ q. It is symmetric at β = 1/2; otherwise exchanging p and q exchanges β and 1-β.
+
+    Args:
+      p_logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
+      q_logits: real, [..., n, ...], the other's. Batch axes broadcast, the class axis doesn't.
+      beta: β, the weight of p in the mixture, a number above 0 and below 1.
+      axis: the axis of the n classes: a static int, counted in the broadcast shape.
+      where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
+      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
+
+    Returns:
+      [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
+
+    At the boundary:
+      A logit of -∞ is a class of probability 0, with derivative 0 in it; if it is -∞ in one alone, the other's
+      probability still contributes. A row with a NaN, a +∞ or only -∞ is NaN. A traced β of 0 or 1 gives 0, the limit,
+      with derivatives 0 in the logits; the derivative in β is infinite where the mixture lacks a class that p or q has.
+      Mixed derivatives in β and the logits are unspecified there.
+
+    Derivative:
+      ∂/∂p_logitsᵢ = β pᵢ (log pᵢ/mᵢ - KL(p‖m)), ∂/∂q_logitsᵢ = (1-β) qᵢ (log qᵢ/mᵢ - KL(q‖m)), each in its argument's
+      dtype. In a traced β it is KL(p‖m) - KL(q‖m).
+
+    Raises:
+      TypeError: an argument is not real, or `where` not boolean.
+      ValueError: shapes, `axis` or `where` don't fit, or beta is not above 0 and below 1.
+
+    Not checked:
+      Values. Logits above an eighth of the largest float, 4e37 in float32, overflow.
+
+    See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
+    """
+    name = "jensen_shannon_divergence_with_logits"
+    (x, y), classes = distributions(
+        name, axis, where, axis_name, in_logits=("p_logits", "q_logits"), p_logits=p_logits, q_logits=q_logits
+    )
+    b, c = (jnp.asarray(weight, x.dtype) for weight in checked_weights(name, x.dtype, beta))
+    return _divergence_of_softmax(x, y, b, c, classes)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+@kernel
+def _divergence_of_softmax(x, y, b, c, way):
+    return way.sum(divergence(*_consistent(*compare(x, y, None, way)), b, c))
+
+
+def _consistent(p, q, delta):
+    """p, q and p - q for δ = log q/p, such that they agree: where |δ| < 3/2, the greater of p and q is recomputed as
+    the lesser plus the difference. Else D, of second order in p - q, would show how p and q were rounded."""
+    d = -difference_from_log(p, q, delta)
+    near = jnp.abs(delta) < 1.5
+    return jnp.where(near & (d > 0), q + d, p), jnp.where(near & (d < 0), p - d, q), d
+
+
+# ∂/∂xᵢ = β pᵢ (log pᵢ/mᵢ - Σ p log p/m), ∂/∂yᵢ = (1-β) qᵢ (log qᵢ/mᵢ - Σ q log q/m), ∂/∂β = Σ (D(p, m) - D(q, m))
+def _divergence_of_softmax_rule(classes, primals, tangents):
+    jsd, in_x, in_y = _divergence_and_partials(*primals, classes)
+    return jsd, sum_of_tangents(
+        tangents[:3],
+        lambda dx: classes.sum(mul0(in_x, dx)),
+        lambda dy: classes.sum(mul0(in_y, dy)),
+        lambda db: times(_imbalance_of_softmax(*primals, classes), db),
+    )
+
+
+_divergence_of_softmax.defjvp(_divergence_of_softmax_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+@kernel_sharing
+def _divergence_and_partials(x, y, b, c, way):
+    # One kernel for all three, since each of them compares x and y.
+    p, q, delta = compare(x, y, None, way, stored=True)
+    in_x = _weighted_excess_of(p, _log_p_over_m_up_to(p, q, delta, x, y, b, c, way), b, x, way)
+    in_y = _weighted_excess_of(q, _log_p_over_m_up_to(q, p, -delta, y, x, c, b, way), c, y, way)
+    return way.sum(divergence(*_consistent(p, q, delta), b, c)), in_x, in_y
+
+
+def _weighted_excess(x, y, b, c, way):
+    """β pᵢ (log pᵢ/mᵢ - Σ p log p/m)"""
+    log_p_m = _log_p_over_m_of_softmax(x, y, b, c, way)
+    return _weighted_excess_of(softmax(x, way), log_p_m, b, x, way)
+
+
+def _weighted_excess_of(p, log_p_m, b, x, way):
+    excess = centered(mul0(_where_possible(p, log_p_m), b * jnp.ones_like(p)), x, way)
+    return mul0(excess, p)
+
+
+def_at_once(
+    _divergence_and_partials,
+    _divergence_of_softmax,
+    _weighted_excess,
+    lambda x, y, b, c, classes: _weighted_excess(y, x, c, b, classes),
+)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+@kernel
+def _log_p_over_m_of_softmax(x, y, b, c, way):
+    """log p/m plus a constant in each row (it is centered later): log βp/m where p and q barely overlap."""
+    p, q, delta = compare(x, y, None, way, stored=True)
+    return _log_p_over_m_up_to(p, q, delta, x, y, b, c, way)
+
+
+def _log_p_over_m_up_to(p, q, delta, x, y, b, c, way):
+    # A centered number keeps the rounding of what it was centered from: so choose what is smaller in the mean, log p/m
+    # or log βp/m. Their sizes are equal where m² = βp², so at q/p = (√β - β)/(1-β) = √β/(1 + √β) = 1/limit.
+    limit = 1 + 1 / jnp.sqrt(jnp.maximum(b, jnp.finfo(b.dtype).tiny))
+    far = way.column(way.sum(jnp.maximum(p - limit * q, -p)) > 0)
+    _, p, q, d, m = with_mixture(p, q, -difference_from_log(p, q, delta), b, c)
+    of_p = jnp.maximum(b * p, jnp.finfo(p.dtype).tiny)
+    return log_ratio(jnp.where(far, of_p, p), m, jnp.where(far, -c * q, c * d))
+
+
+# d log p/m = (1-β) q/m (d log p - d log q) - (p - q)/m dβ
+def _log_p_over_m_of_softmax_rule(classes, primals, tangents):
+    x, y, b, c = primals
+    p, q = softmax(x, classes), softmax(y, classes)
+    m = b * p + c * q
+    return _log_p_over_m_of_softmax(*primals, classes), sum_of_tangents(
+        tangents[:3],
+        lambda dx: mul0(c * ratio(q, m), centered(dx, x, classes)),
+        lambda dy: -mul0(c * ratio(q, m), centered(dy, y, classes)),
+        lambda db: times(ratio(q_minus_p(x, y, None, classes), m), db),
+    )
+
+
+_log_p_over_m_of_softmax.defjvp(_log_p_over_m_of_softmax_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(4,))
+@kernel
+def _imbalance_of_softmax(x, y, b, c, way):
+    return way.sum(imbalance(*_consistent(*compare(x, y, None, way)), b, c))
+
+
+# d Σ (D(p, m) - D(q, m)): the partials of `_imbalance_rule` in each class, with dpᵢ = pᵢ d log pᵢ
+def _imbalance_of_softmax_rule(classes, primals, tangents):
+    x, y, b, c = primals
+    p, q, d = softmax(x, classes), softmax(y, classes), -q_minus_p(x, y, None, classes)
+    b_, c_ = (weight * jnp.ones_like(p) for weight in (b, c))
+    relative = relative_difference(p, q, d, b_, c_)
+    slope_p = _where_possible(p, _log_p_over_m_of_softmax(x, y, b, c, classes)) - mul0(relative, b_)
+    slope_q = -_where_possible(q, _log_p_over_m_of_softmax(y, x, c, b, classes)) - mul0(relative, c_)
+    terms = sum_of_tangents(
+        tangents[:3],
+        lambda dx: mul0(p * slope_p, centered(dx, x, classes)),
+        lambda dy: mul0(q * slope_q, centered(dy, y, classes)),
+        lambda db: times(-d * relative, db),
+    )
+    return _imbalance_of_softmax(*primals, classes), classes.sum(terms)
+
+
+_imbalance_of_softmax.defjvp(_imbalance_of_softmax_rule, symbolic_zeros=True)
+
+
+def _where_possible(p, log_p_m):
+    return jnp.where(p == 0, jnp.zeros_like(p), log_p_m)

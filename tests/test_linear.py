@@ -9,6 +9,8 @@ import pytest
 from allpairspy import AllPairs
 
 import jce
+from jce._jax import platforms as _platforms
+from tests import dense_head
 from tests.oracle import spacing
 
 INF, NAN = np.inf, np.nan
@@ -17,32 +19,8 @@ N, D, CLASSES = 11, 5, 13
 
 # Every option, against logits that exist
 
-
-def dense_losses(labels, hidden, head, bias, *, label_smoothing, z_loss, logit_soft_cap):
-    x = hidden @ head.T
-    if bias is not None:
-        x = x + jnp.where(bias == -INF, 0, bias)[None]
-    if logit_soft_cap is not None:
-        x = logit_soft_cap * jnp.tanh(x / logit_soft_cap)
-    if bias is not None:
-        x = jnp.where(bias[None] == -INF, -INF, x)
-    log_z = jax.nn.logsumexp(x, -1, keepdims=True)
-    loss = (1 - label_smoothing) * jnp.take_along_axis(log_z - x, labels[:, None], 1)[:, 0]
-    if not isinstance(label_smoothing, float) or label_smoothing:
-        loss = loss + label_smoothing * (log_z - x).mean(-1)
-    return loss + z_loss * log_z[:, 0] ** 2
-
-
-def dense(labels, hidden, head, bias, weights, where, reduction, **options):
-    losses = dense_losses(labels, hidden, head, bias, **options)
-    w = jnp.ones_like(losses) if weights is None else weights
-    w = w if where is None else jnp.where(where, w, 0)
-    if reduction == "none":
-        return w * losses
-    return (w * losses).sum() / (w.sum() if reduction == "mean" else 1)
-
-
 CHOICES = {
+    "target": ["a label", "labels", "labels and a tail"],
     "bias": ["none", "finite", "forbidding"],
     "weights": ["none", "some 0"],
     "where": ["none", "some"],
@@ -50,8 +28,10 @@ CHOICES = {
     "label_smoothing": [0.0, 0.1, 1.0],
     "z_loss": [0.0, 0.01],
     "logit_soft_cap": [None, 3.0],
+    "temperature": ["1", "one for all", "one for each"],
     "chunk_size": [None, 1, 4, 11, 50],
     "numbers": ["Python's", "traced"],
+    "platform": ["CPU", "TPU", "GPU"],
 }
 
 
@@ -64,47 +44,62 @@ def possible(values) -> bool:
 PAIRWISE = [dict(zip(CHOICES, row, strict=True)) for row in AllPairs(list(CHOICES.values()), filter_func=possible)]
 
 
-@pytest.mark.parametrize("options", PAIRWISE, ids=lambda options: "-".join(map(str, options.values())))
-@pytest.mark.slow
-def test_every_pair_of_options(options, rng):
-    """Value, gradient and Hessian-vector product in hidden, head, bias, weights and traced numbers, in float64."""
-    options = dict(options)
-    bias = {"none": None, "finite": rng.standard_normal(CLASSES)}.get(
-        options.pop("bias"), np.append(rng.standard_normal(CLASSES - 1), -INF)
+def chosen_arguments(options, rng):
+    """What the choices stand for: the labels, the arguments that are differentiated, and static options."""
+    target, bias, weights, where, temperature, numbers = (
+        options.pop(name) for name in ("target", "bias", "weights", "where", "temperature", "numbers")
     )
-    labels = rng.integers(0, CLASSES - 1, N)
-    weights = {"none": None, "some 0": rng.uniform(0.5, 2, N) * (np.arange(N) % 4 > 0)}[options.pop("weights")]
-    where = {"none": None, "some": np.arange(N) % 3 > 0}[options.pop("where")]
     arguments = {"hidden": rng.standard_normal((N, D)), "head": rng.standard_normal((CLASSES, D))}
-    arguments |= {name: x for name, x in (("bias", bias), ("weights", weights)) if x is not None}
-    if options.pop("numbers") == "traced":
-        numbers = {name: options.pop(name) for name in ("label_smoothing", "z_loss", "logit_soft_cap")}
-        options |= {name: None for name, x in numbers.items() if x is None}
-        arguments |= {name: np.array(x) for name, x in numbers.items() if x is not None}
+    if bias != "none":
+        arguments["bias"] = np.append(rng.standard_normal(CLASSES - 1), -INF if bias == "forbidding" else 0.5)
+    labels = rng.permuted(np.tile(np.arange(CLASSES - 1), (N, 1)), axis=1)[:, :3]  # unlike each other
+    if target == "a label":
+        labels = labels[:, 0]
+    else:
+        options["tail"] = target == "labels and a tail"
+        arguments["label_probs"] = rng.uniform(0.1, 0.3, labels.shape)
+    if weights == "some 0":
+        arguments["weights"] = rng.uniform(0.5, 2, N) * (np.arange(N) % 4 > 0)
+    if where == "some":
+        options["where"] = np.arange(N) % 3 > 0
+    if temperature == "one for each":
+        arguments["temperature"] = rng.uniform(0.5, 2, N)
+    elif temperature == "one for all":
+        options["temperature"] = 0.7
+    if numbers == "traced":
+        of_all = ("label_smoothing", "z_loss", "logit_soft_cap", "temperature")
+        names = [name for name in of_all if options.get(name) is not None]
+        arguments |= {name: np.array(options.pop(name)) for name in names}
+    return labels, arguments, options
+
+
+@pytest.mark.parametrize("options", PAIRWISE, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.in_turn(12)
+def test_every_pair_of_options(options, rng, monkeypatch):
+    """Value, gradient and Hessian-vector product in each argument that may have one, in float64, on each platform."""
+    options = dict(options)
+    platform = getattr(_platforms, options.pop("platform"))
+    monkeypatch.setattr(_platforms, "CPU", platform._replace(chunk_bytes=0, least_tokens=4))
+    jax.clear_caches()
+    chunk_size = options.pop("chunk_size")
+    labels, arguments, options = chosen_arguments(options, rng)
     directions = {name: np.where(np.isfinite(x), rng.standard_normal(x.shape), 0) for name, x in arguments.items()}
     cotangent = rng.standard_normal(N)
 
-    def results(function, **chosen):
+    def results(function, **more):
         def scalar(a):
-            args, numbers = [a.get(name) for name in ("hidden", "head", "bias")], a.keys() - {"hidden", "head", "bias"}
-            value = function(*args, where=where, **{"weights": None} | {name: a[name] for name in numbers} | chosen)
-            return jnp.vdot(cotangent, value) if chosen["reduction"] == "none" else value
+            value = function(labels, **a, **options, **more)
+            return jnp.vdot(cotangent, value) if options["reduction"] == "none" else value
 
         value, gradient = jax.value_and_grad(scalar)(arguments)
         return value, gradient, jax.jvp(jax.grad(scalar), (arguments,), (directions,))[1]
 
-    def oracle(hidden, head, bias, **chosen):
-        return dense(labels, hidden, head, bias, **chosen)
-
-    def ours(hidden, head, bias, **chosen):
-        return jce.linear_cross_entropy(labels, hidden, head, bias, **chosen)
-
     with jax.enable_x64(True):
-        got = jax.jit(lambda: results(ours, **options))()
-        del options["chunk_size"]
-        expected = jax.jit(lambda: results(oracle, **options))()
+        got = jax.jit(lambda: results(jce.linear_cross_entropy, chunk_size=chunk_size))()
+        expected = jax.jit(lambda: results(dense_head.reduced))()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, np.nan_to_num(b), rtol=1e-11, atol=1e-13)
+        np.testing.assert_allclose(a, np.nan_to_num(b), rtol=1e-10, atol=1e-12)
+    jax.clear_caches()
 
 
 # Accuracy
@@ -161,11 +156,10 @@ def test_confident_tokens_keep_their_digits(rng):
 
     with jax.enable_x64(True):
         h, w = hidden.astype(np.float64), rotation.astype(np.float64)
-        options = {"label_smoothing": 0.0, "z_loss": 0.0, "logit_soft_cap": None}
         exact = np.asarray(jce.cross_entropy_with_integer_labels(labels, h @ w.T))
         assert np.min(exact) < 1e-30
         easy = exact > 1e-9
-        np.testing.assert_allclose(exact[easy], dense_losses(labels, h, w, None, **options)[easy], rtol=1e-6)
+        np.testing.assert_allclose(exact[easy], dense_head.losses(labels, h, w)[easy], rtol=1e-6)
         exact_gradient = np.asarray(jax.grad(lambda h: jce.cross_entropy_with_integer_labels(labels, h @ w.T).sum())(h))
     rounding = 4 * np.finfo(np.float32).eps * (np.abs(hidden) @ np.abs(rotation).T).max(-1)
     assert (np.abs(np.asarray(loss(hidden, rotation), np.float64) - exact) <= rounding * exact).all()
@@ -556,7 +550,7 @@ def test_derivatives_in_a_traced_cap(problem):
         return jce.linear_cross_entropy(labels, h, w, b, reduction="sum", logit_soft_cap=cap, z_loss=z)
 
     def theirs(cap, z, h):
-        return dense_losses(labels, h, w, b, label_smoothing=0.0, z_loss=z, logit_soft_cap=cap).sum()
+        return dense_head.losses(labels, h, w, b, z_loss=z, logit_soft_cap=cap).sum()
 
     def derivatives(f):
         second = lambda cap, z, h: jax.jvp(jax.grad(lambda cap, h: f(cap, z, h), (0, 1)), (cap, h), (1.0, h / 2))  # noqa: E731

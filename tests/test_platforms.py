@@ -42,55 +42,6 @@ def arguments(rng, dtype=np.float32, confident=False):
     return jnp.asarray(y, jnp.int32), jnp.asarray(h, dtype), jnp.asarray(w, dtype)
 
 
-def dense(y, h, w, bias, weights, label_smoothing=0.0, z_loss=0.0, logit_soft_cap=None):
-    x = h @ w.T + bias[None]
-    x = x if logit_soft_cap is None else logit_soft_cap * jnp.tanh(x / logit_soft_cap)
-    loss = jce.cross_entropy_with_integer_labels(y, x, label_smoothing=label_smoothing)
-    loss += z_loss * jnp.square(jax.nn.logsumexp(x, -1))
-    return (weights * loss).sum() / weights.sum()
-
-
-OPTIONS = [
-    {},
-    {"label_smoothing": 0.1},
-    {"z_loss": 1e-2},
-    {"logit_soft_cap": 5.0},
-    {"label_smoothing": 0.1, "z_loss": 1e-2, "logit_soft_cap": 5.0},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(o) or "plain")
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.slow
-def test_it_is_the_dense_loss(accelerator, rng, options, reduction):
-    """Value, gradient, Hessian-vector products and a third derivative, in float64."""
-    with jax.enable_x64(True):
-        y, *numbers = arguments(rng, np.float64, confident=True)
-        numbers += [rng.standard_normal(CLASSES), rng.uniform(0, 1, TOKENS)]
-        numbers, directions = tuple(numbers), tuple(rng.standard_normal(x.shape) for x in numbers)
-
-        def ours(h, w, bias, weights):
-            loss = jce.linear_cross_entropy(y, h, w, bias, weights=weights, reduction=reduction, **options)
-            return loss if reduction == "mean" else loss.sum() / weights.sum()
-
-        def everything(f):
-            gradient = jax.grad(f, (0, 1, 2, 3))
-            along = lambda *x: jax.jvp(gradient, x, directions)[1]  # noqa: E731
-            reverse = jax.grad(lambda *x: sum(map(jnp.vdot, gradient(*x), directions)), (0, 1, 2, 3))
-            return (
-                f(*numbers),
-                gradient(*numbers),
-                along(*numbers),
-                reverse(*numbers),
-                jax.jvp(along, numbers, directions),
-            )
-
-        got = jax.jit(lambda: everything(ours))()
-        expected = jax.jit(lambda: everything(lambda *x: dense(y, *x, **options)))()
-    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(g, e, rtol=1e-9, atol=1e-11 * np.abs(e).max())
-
-
 def test_confident_losses_keep_their_digits(accelerator, rng):
     """In float32: a loss of 1e-30 is 1e-30, whichever class is the largest."""
     x = np.zeros((64, 5), np.float32)

@@ -311,28 +311,6 @@ def test_along_any_axis_with_smoothing(tail, rng):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@with_tail
-@pytest.mark.in_turn(3)
-def test_under_a_head(reduction, tail, rng):
-    """Value and gradients of whole logits, with traced options, padding and tokens left out."""
-    y, p, _ = rows(rng, 11, 9, 3, np.float32)
-    h, w = (rng.standard_normal(s).astype(np.float32) for s in ((11, 4), (9, 4)))
-    where = np.arange(11) % 4 != 2
-
-    def ours(h, w, p, smoothing):
-        options = {"label_smoothing": smoothing, "z_loss": 0.01, "reduction": reduction, "chunk_size": 4}
-        return jce.linear_cross_entropy(y, h, w, label_probs=p, tail=tail, where=where, **options).sum()
-
-    def whole(h, w, p, smoothing):
-        x = h @ w.T
-        losses = loss(y, x, label_probs=p, tail=tail, label_smoothing=smoothing) + 0.01 * jax.nn.logsumexp(x, -1) ** 2
-        return jnp.where(where, losses, 0).sum() / (11 - 3 if reduction == "mean" else 1)
-
-    got, expected = (jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))(h, w, p, np.float32(0.1)) for f in (ours, whole))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
-
-
 def test_dtypes():
     """float64 where an argument is."""
     y = np.zeros((4, 2), int)

@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 import types
 
 import jax
@@ -31,7 +30,7 @@ from bench import (
     tables,
     verify,
 )
-from bench.__main__ import BENCHES, main
+from bench.__main__ import main
 from bench.engines import ALONE, GRADIENT, HVP, MODES, VALUE
 from bench.models import MODELS, Model
 from bench.peers import TASKS, Task
@@ -359,39 +358,9 @@ def test_a_run_writes_a_table_lines_and_a_picture(tmp_path, capsys):
     assert "Moved beyond the noise" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (
-            ["velocity"],
-            "BENCH must be one of accuracy, search, speed, first-call, memory, scale, accelerators, verify, not"
-            " 'velocity'",
-        ),
-        (["--only", "softplus"], "must be part of a function's name, not 'softplus'"),
-        (["--compare", "no.jsonl"], "can't read 'no.jsonl': No such file"),
-        (["--compare", __file__], "line 1, isn't a line of results"),
-        (["--out", __file__], "can't make the folder"),
-        (["--fast"], "unrecognized arguments: --fast"),
-    ],
-)
-def test_wrong_input_is_one_line(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
 def test_a_name_that_a_benchmark_has_not(tmp_path, capsys):
     assert main(["memory", "--quick", "--only", "binary_entropy", "--out", str(tmp_path)]) == 0
     assert "memory: nothing that it measures has 'binary_entropy' in its name" in capsys.readouterr().out
-
-
-def test_help():
-    result = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True, check=True)
-    options = ("--compare", "--seconds", "--seed")
-    assert all(name in result.stdout for name in (*BENCHES, *options))
 
 
 # What is claimed, on this device

@@ -1,5 +1,7 @@
-"""How all programs end: with one line when they are interrupted, whatever they are doing; and when nobody reads on."""
+"""All programs' command lines: wrong input and a missing extra are one line, help names each option, an interrupt
+ends them with one line whatever they are doing, and they end when nobody reads on."""
 
+import importlib
 import os
 import pathlib
 import signal
@@ -8,22 +10,173 @@ import sys
 
 import pytest
 
+from jce._programs import command_line
+
 ROOT = str(pathlib.Path(__file__).parents[1])
+
+# Each program, and the first function of its work
+PROGRAMS = {
+    "jce.demo": "_run",
+    "jce.next_word": "_run",
+    "jce.max_margin": "train",
+    "jce.distill": "_run",
+    "bench": "_run",
+    "bench.devices": "check",
+    "bench.overview": "costs",
+    "bench.pages": "build",
+}
+
+
+def module_of(program: str):
+    """The module whose main is the program, or a skip where its extra isn't installed."""
+    if program == "bench.pages":
+        pytest.importorskip("material", reason="needs the extra 'docs'")
+    return importlib.import_module(f"{program}.__main__" if program in ("bench", "bench.pages") else program)
+
+
+# What ends before the work begins
+
+FILES = {
+    "empty": b"",
+    "binary": b"\x89PNG\xff\xfe",
+    "nuls": b"a\0b\0c\0",
+    "digits": b"1234 !?\n",
+    "one": b"a",
+    "short": b"to be, or",
+}
+
+
+@pytest.fixture
+def ends(tmp_path, monkeypatch, capsys):
+    """Calls a program in a folder with FILES, which it leaves as it is, and returns its status, stdout and stderr."""
+
+    def ends(program: str, *argv: str) -> tuple[int, str, str]:
+        module = module_of(program)
+        monkeypatch.setattr(module, PROGRAMS[program], lambda *args, **options: pytest.fail("the work began"))
+        monkeypatch.setattr(sys, "argv", [program, *argv])
+        monkeypatch.setenv("COLUMNS", "999")  # or help would break lines within options
+        monkeypatch.chdir(tmp_path)
+        for name, content in FILES.items():
+            (tmp_path / name).write_bytes(content)
+        (tmp_path / "folder.png").mkdir()
+        before = set(os.listdir())
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        assert set(os.listdir()) == before
+        return stop.value.code, *capsys.readouterr()
+
+    return ends
+
+
+BENCHES = "accuracy, search, speed, first-call, memory, scale, accelerators, verify"
+
+# A program, its arguments, and what its error says
+WRONG = [
+    ("jce.demo", "missing", "can't read 'missing': No such file or directory"),
+    ("jce.demo", "folder.png", "can't read 'folder.png': Is a directory"),
+    ("jce.demo", "empty", "'empty' is empty"),
+    ("jce.demo", "binary", "'binary' isn't UTF-8 text"),
+    ("jce.demo", "nuls", "'nuls' isn't UTF-8 text"),
+    ("jce.demo", "digits", "'digits' has no letter from a to z"),
+    ("jce.demo", "one", "'one' is a single letter, which nothing follows"),
+    *(
+        ("jce.demo", f"--steps {x}", f"must be an integer from 1 to 1000000000, not '{x}'")
+        for x in ("0", "-1", "1.5", "10000000000")
+    ),
+    *(
+        ("jce.demo", f"--learning-rate {x}", f"must be a positive finite number, not '{x}'")
+        for x in ("0", "-1", "nan", "inf", "abc")
+    ),
+    ("jce.demo", "--seed -1", "must be an integer from 0 to 4294967295, not '-1'"),
+    ("jce.demo", "--optimizer newton", "invalid choice: 'newton'"),
+    ("jce.demo", "--out nowhere/x.png", "can't write 'nowhere/x.png': there is no folder 'nowhere'"),
+    ("jce.demo", "--out folder.png", "can't write 'folder.png': Is a directory"),
+    ("jce.demo", "--out /proc/x.png", "can't write '/proc/x.png'"),
+    ("jce.demo", "--out x.jpg", "must end in .png, not 'x.jpg'"),
+    ("jce.demo", "--steps", "expected one argument"),
+    ("jce.demo", "--wrong", "unrecognized arguments: --wrong"),
+    ("jce.next_word", "short", "'short' has 3 words, which is too few to learn from: at least 2000"),
+    ("jce.next_word", "--steps 0", "must be an integer from 1 to 1000000000, not '0'"),
+    ("jce.max_margin", "--steps 0", "must be an integer from 1 to 1000000000, not '0'"),
+    ("jce.max_margin", "--out nowhere/x.png", "can't write 'nowhere/x.png': there is no folder 'nowhere'"),
+    ("jce.distill", "--out picture.pdf", "must end in .png, not 'picture.pdf'"),
+    ("bench", "velocity", f"BENCH must be one of {BENCHES}, not 'velocity'"),
+    ("bench", "--only softplus", "must be part of a function's name, not 'softplus'"),
+    ("bench", "--compare no.jsonl", "can't read 'no.jsonl': No such file"),
+    ("bench", "--compare one", "one, line 1, isn't a line of results"),
+    ("bench", "--out one", "can't make the folder 'one': File exists"),
+    ("bench", "--fast", "unrecognized arguments: --fast"),
+    ("bench.devices", "--flops many", "invalid float value: 'many'"),
+    ("bench.overview", "--out picture.pdf", "must end in .png, not 'picture.pdf'"),
+    ("bench.pages", "--wrong", "unrecognized arguments: --wrong"),
+]
+
+
+@pytest.mark.parametrize(("program", "argv", "message"), WRONG, ids=[f"{program} {argv}" for program, argv, _ in WRONG])
+def test_wrong_input_is_one_line(program, argv, message, ends):
+    status, out, err = ends(program, *argv.split())
+    assert (status, out) == (2, "")
+    assert err.startswith(f"python -m {program}: ")
+    assert message in err
+    assert err.index("\n") == len(err) - 1
+
+
+# What a program's help names
+NAMED = {
+    "jce.demo": "TEXT, --optimizer {sgd,nesterov,adam,lbfgs}, --learning-rate, --steps, --seed, --out, (default: 1000)",
+    "jce.next_word": "TEXT, --steps, --seed, (default: 300)",
+    "jce.max_margin": "--steps, --out, (default: 100000)",
+    "jce.distill": "TEXT, --steps, --seed, --out, (default: 300)",
+    "bench": f"{BENCHES}, --quick, --only, --of, --out, --compare, --seconds, --seed",
+    "bench.devices": "--flops, --bandwidth, --latency, (default: 4e+14",
+    "bench.overview": "--out, overview-cpu.png",
+    "bench.pages": "[-h] [FOLDER]",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help(program, ends):
+    status, out, err = ends(program, "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith(f"usage: python -m {program} ")
+    assert [name for name in ("--help", *NAMED[program].split(", ")) if name not in out] == []
+
+
+# Programs as processes
 
 # Imports, in the place of a package that the program needs, and stays there.
 STAYS = "import sys, time\nprint(end='importing', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
 
+
+def in_folder(folder: pathlib.Path, program: str, *arguments: str) -> dict:
+    """What subprocess takes to run a program there, where that folder's modules come before those of packages."""
+    command = [sys.executable, "-u", "-W", "error", "-m", program, *arguments]
+    return {"args": command, "cwd": folder, "env": os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), ROOT])}}
+
+
+# A program, a package that isn't there, and what to give to `pip install`
+MISSING = [
+    ("jce.demo", "optax", "'jce[demo]'"),
+    ("jce.demo", "matplotlib", "'jce[demo]'"),
+    ("jce.demo", "tqdm", "'jce[demo]'"),
+    ("jce.next_word", "optax", "'jce[demo]'"),
+    ("jce.max_margin", "sklearn", "'jce[demo]'"),
+    ("jce.distill", "matplotlib", "'jce[demo]'"),
+    ("bench", "rich", "-e '.[bench]'"),
+    ("bench.pages", "material", "-e '.[docs]'"),
+]
+ROWS = [pytest.param(*row, marks=[] if row[1] == "sklearn" else pytest.mark.slow) for row in MISSING]
+
+
+@pytest.mark.parametrize(("program", "package", "install"), ROWS)
+def test_missing_extra(program, package, install, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
+    run = subprocess.run(**in_folder(tmp_path, program), capture_output=True, text=True)
+    needs = f"python -m {program} needs {package}, which isn't installed: pip install {install}\n"
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", needs)
+
+
 # A program, its arguments, what to put in a package's place, and what it says before it is interrupted
-PROGRAMS = (
-    "jce.demo",
-    "jce.next_word",
-    "jce.max_margin",
-    "jce.distill",
-    "bench",
-    "bench.devices",
-    "bench.overview",
-    "bench.pages",
-)
 CASES = {f"while its package is imported, {program}": (program, [], "jax", "importing") for program in PROGRAMS}
 QUICK = set(CASES)
 CASES |= {
@@ -40,16 +193,11 @@ CASES |= {
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in CASES])
 def test_interrupt(case, tmp_path):
     program, arguments, package, says = CASES[case]
-    pytest.importorskip("material" if program == "bench.pages" else "optax", reason="needs the extra 'docs'")
     (tmp_path / "TEXT").write_text(" ".join(f"w{i * i % 997}" for i in range(30_000)))
     if package:
         (tmp_path / f"{package}.py").write_text(STAYS)
     process = subprocess.Popen(
-        [sys.executable, "-u", "-W", "error", "-m", program, *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), ROOT])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        **in_folder(tmp_path, program, *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     with process:
         said = b""
@@ -81,12 +229,13 @@ def without_a_reader(*arguments: str) -> tuple[int, str]:
 def test_nobody_reads_on():
     """What is written at the end, or before."""
     for main in ("lambda: print(1)", "lambda: print(1, flush=True)", "lambda: sys.exit(print(1))"):
-        script = f"import sys; from jce._programs.command_line import run; run({main})"
+        # By its file, since to import it imports JAX, in a second.
+        script = f"import runpy, sys; runpy.run_path({command_line.__file__!r})['run']({main})"
         assert without_a_reader("-c", script) == (141, ""), main
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.slow
 def test_nobody_reads_a_programs_help(program):
-    pytest.importorskip("material" if program == "bench.pages" else "optax", reason="needs the extra 'docs'")
+    module_of(program)
     assert without_a_reader("-m", program, "--help") == (141, "")

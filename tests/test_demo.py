@@ -1,7 +1,5 @@
-"""The demo: p from a text, q = softmax(θ) down to it, the command line with every wrong input, and the picture."""
+"""The demo: p from a text, q = softmax(θ) down to it, the command line, and the picture."""
 
-import os
-import subprocess
 import sys
 
 import jax
@@ -203,66 +201,6 @@ def test_divergence_is_one_line(file, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_help(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        demo.main(["--help"])
-    out = capsys.readouterr().out
-    for option in ("TEXT", "--optimizer", "--learning-rate", "--steps", "--seed", "--out", "--help", *demo.OPTIMIZERS):
-        assert option in out
-    assert "(default: 1000)" in out
-
-
-FILES = {"empty": b"", "binary": b"\x89PNG\xff\xfe", "nuls": b"a\0b\0c\0", "digits": b"1234 !?\n", "one": b"a"}
-
-WRONG = [
-    (["missing"], "can't read 'missing': No such file or directory"),
-    (["folder"], "can't read 'folder': Is a directory"),
-    (["empty"], "'empty' is empty"),
-    (["binary"], "'binary' isn't UTF-8 text"),
-    (["nuls"], "'nuls' isn't UTF-8 text"),
-    (["digits"], "'digits' has no letter from a to z"),
-    (["one"], "'one' is a single letter, which nothing follows"),
-    *(
-        (["--steps", x], f"must be an integer from 1 to 1000000000, not '{x}'")
-        for x in ("0", "-1", "1.5", "10000000000")
-    ),
-    *(
-        (["--learning-rate", x], f"must be a positive finite number, not '{x}'")
-        for x in ("0", "-1", "nan", "inf", "abc")
-    ),
-    (["--seed", "-1"], "must be an integer from 0 to 4294967295, not '-1'"),
-    (["--optimizer", "newton"], "invalid choice: 'newton'"),
-    (["--out", "nowhere/x.png"], "can't write 'nowhere/x.png': there is no folder 'nowhere'"),
-    (["--out", "folder.png"], "can't write 'folder.png': Is a directory"),
-    (["--out", "/proc/x.png"], "can't write '/proc/x.png'"),
-    (["--out", "x.jpg"], "must end in .png, not 'x.jpg'"),
-    (["--steps"], "expected one argument"),
-    (["--wrong"], "unrecognized arguments: --wrong"),
-]
-
-
-@pytest.mark.parametrize(("argv", "message"), WRONG, ids=[" ".join(argv) for argv, _ in WRONG])
-def test_wrong_input_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name, content in FILES.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder.png").mkdir()
-    # Not even the targets may be counted before it is found.
-    monkeypatch.setattr(demo, "_run", lambda args: pytest.fail("the work began"))
-    before = set(os.listdir())
-    with pytest.raises(SystemExit) as exit:
-        demo.main(argv)
-    out, err = capsys.readouterr()
-    assert exit.value.code == 2
-    assert out == ""
-    assert err.startswith("python -m jce.demo: ")
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    assert message in err
-    assert set(os.listdir()) == before
-
-
 def test_the_check_of_out_leaves_a_file_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_run", lambda args: None)
     old, new = tmp_path / "old.png", tmp_path / "new.png"
@@ -270,17 +208,3 @@ def test_the_check_of_out_leaves_a_file_as_it_is(tmp_path, monkeypatch):
     assert demo.main(["--out", str(old)]) == demo.main(["--out", str(new)]) == 0
     assert old.read_bytes() == b"old"
     assert not new.exists()
-
-
-@pytest.mark.parametrize("package", ["optax", "matplotlib", "tqdm"])
-@pytest.mark.slow
-def test_missing_extra(package):
-    hide = f"import sys, runpy; sys.modules[{package!r}] = None; "
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", hide + "runpy.run_module('jce.demo', run_name='__main__')"],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 2
-    assert run.stderr == f"python -m jce.demo needs {package}, which isn't installed: pip install 'jce[demo]'\n"
-    assert run.stdout == ""

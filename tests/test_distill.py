@@ -66,20 +66,3 @@ def test_command_line(tmp_path, capsys):
     assert all(float(last) < float(first) for first, last in zip(steps[0][1:], steps[-1][1:], strict=True))
     for name in distill.LESSONS:
         assert re.search(rf"^{name} +\d\.\d+ +[\d.]+ / [\d.]+ +[\d.]+ / [\d.]+$", out, re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["nowhere.txt"], "can't read 'nowhere.txt': No such file"),
-        (["--steps", "0"], "must be an integer from 1 to 1000000000, not '0'"),
-        (["--out", "picture.pdf"], "must end in .png, not 'picture.pdf'"),
-    ],
-)
-def test_wrong_input_is_one_line(argv, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        distill.main(argv)
-    err = capsys.readouterr().err
-    assert err.startswith("python -m jce.distill: ")
-    assert err.count("\n") == 1
-    assert message in err

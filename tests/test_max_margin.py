@@ -1,8 +1,5 @@
 """Training on the digits: three losses alike while all have their digits, and one that stays right when they don't."""
 
-import subprocess
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,33 +101,3 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     picture = (tmp_path / "max_margin.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert 30_000 < len(picture) < 300_000
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--steps", "0"], "must be an integer from 1 to 1000000000, not '0'"),
-        (["--out", "nowhere/x.png"], "can't write 'nowhere/x.png': there is no folder 'nowhere'"),
-    ],
-)
-def test_wrong_input_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        max_margin.main(argv)
-    err = capsys.readouterr().err
-    assert err.startswith("python -m jce.max_margin: ")
-    assert err.count("\n") == 1
-    assert message in err
-
-
-def test_missing_extra():
-    hide = "import sys, runpy; sys.modules['sklearn'] = None; "
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", hide + "runpy.run_module('jce.max_margin', run_name='__main__')"],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 2
-    assert run.stderr.startswith("python -m jce.max_margin needs sklearn")
-    assert run.stderr.endswith("isn't installed: pip install 'jce[demo]'\n")
-    assert run.stderr.count("\n") == 1

@@ -1,8 +1,6 @@
 """The next-word program: what it counts, that its loss is the dense one, that it learns, and what it prints."""
 
 import re
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -100,36 +98,3 @@ def test_command_line(file, capsys):
     assert best
     assert float(best[1]) == min(float(row[2]) for row in rows)
     assert float(best[1]) < float(best[2])
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["nowhere.txt"], "can't read 'nowhere.txt': No such file"),
-        (["short.txt"], "'short.txt' has 3 words, which is too few to learn from: at least 2000"),
-        (["binary.txt"], "'binary.txt' isn't UTF-8 text"),
-        (["--steps", "0"], "must be an integer from 1 to 1000000000, not '0'"),
-    ],
-)
-def test_wrong_input_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "short.txt").write_text("to be, or")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SystemExit, match="2"):
-        next_word.main(argv)
-    err = capsys.readouterr().err
-    assert err.startswith("python -m jce.next_word: ")
-    assert err.count("\n") == 1
-    assert message in err
-
-
-@pytest.mark.slow
-def test_missing_extra():
-    hide = "import sys, runpy; sys.modules['optax'] = None; "
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", hide + "runpy.run_module('jce.next_word', run_name='__main__')"],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 2
-    assert run.stderr == "python -m jce.next_word needs optax, which isn't installed: pip install 'jce[demo]'\n"

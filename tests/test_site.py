@@ -107,12 +107,3 @@ def test_what_is_wrong_is_found(tmp_path):
     ]
     assert "sheet.css: //cdn.example/x.css is loaded from a network" in found
     assert len(found) == 5 + len(jce.__all__) - 1
-
-
-def test_help_is_no_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["bench.pages", "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        program.main()
-    assert capsys.readouterr().out.startswith("usage: python -m bench.pages [-h] [FOLDER]")
-    assert list(tmp_path.iterdir()) == []

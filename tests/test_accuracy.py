@@ -96,7 +96,7 @@ def test_first_derivatives(kernel, dtype, rng):
 
 @each_dtype
 @each_kernel
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(4)
 def test_hessian_vector_products(kernel, dtype, rng):
     regimes, arguments = sampled(kernel, rng, (4, 3), dtype)
     # Directions in proportion to each entry: mixed ones, where terms cancel, and every term counts.
@@ -131,7 +131,7 @@ def shift(x, d, t):
 
 
 @each_kernel
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_third_derivative(kernel, rng):
     """Along a direction, to 1e-9 of the formula's: all three orders nested, forward over forward over reverse."""
     arguments = easy(kernel, rng, (4, 3), np.float64)
@@ -155,7 +155,7 @@ def test_third_derivative(kernel, rng):
 
 @each_kernel
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_half_precision(kernel, dtype, rng):
     """Half-precision arguments give the float32 results of the same numbers; their gradients are those, rounded."""
     _, arguments = sampled(kernel, rng, (12, 8), np.float32)
@@ -215,6 +215,7 @@ FUSED = ("entropy", "cross_entropy", "cross_entropy_with_logits")  # into the su
         for n in (4096, 30_000)
     ],
 )
+@pytest.mark.in_turn(4)
 def test_a_batch_of_one_row(kernel, n):
     """However it is said to be one; of equal terms, which a sum in sequence rounds all one way. In tangents too."""
     signs = np.where(np.arange(n) % 2, -1, 1)

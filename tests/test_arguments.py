@@ -31,7 +31,7 @@ def test_result_and_gradient_dtypes(kernel, rng):
 
 @each_function
 @pytest.mark.usefixtures("float32_by_default")
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_integers_bools_lists_and_numpy(kernel):
     one_hot = np.eye(3, dtype=np.int32)
     expected = kernel.function(*(one_hot.astype(np.float32) for _ in kernel.arguments))
@@ -120,7 +120,7 @@ def test_labels_that_hold_no_number_of_classes(dtype, n, rng):
 
 
 @each_with_classes
-@pytest.mark.in_turn(12)
+@pytest.mark.slow
 def test_axis(kernel, rng):
     arguments = easy(kernel, rng, (2, 3, 4, 5))
     expected = kernel.function(*arguments)
@@ -134,7 +134,7 @@ def test_axis(kernel, rng):
 
 
 @each_with_classes
-@pytest.mark.in_turn(12)
+@pytest.mark.slow
 def test_where_is_leaving_classes_out(kernel, rng):
     """Whatever an excluded class holds, the value and the gradient are those of the other classes alone."""
     arguments = easy(kernel, rng, (4, 6))
@@ -158,7 +158,7 @@ def test_where_is_leaving_classes_out(kernel, rng):
 
 
 @each_with_classes
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_where_drops_rows(kernel, rng):
     """where=mask[..., None]: a dropped row is 0 with gradient 0, even if it holds NaN."""
     arguments = easy(kernel, rng, (4, 6))
@@ -297,7 +297,7 @@ def test_a_class_axis_is_never_broadcast(function, a, b):
 
 
 @two_distributions
-@pytest.mark.in_turn(3)
+@pytest.mark.in_turn(9)
 def test_an_axis_counts_in_the_broadcast_shape(function, a, b):
     p, q = np.full((2, 3), 1 / 3, np.float32), np.full(3, 1 / 3, np.float32)
     np.testing.assert_array_equal(function(p, q, axis=1), function(p, p))
@@ -548,6 +548,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("option", NUMBERS)
+@pytest.mark.in_turn(3)
 def test_numbers_that_are_parameters(option):
     """They are arrays, differentiated too; and what is no number is said to be none."""
     for function, *arguments in NUMBERS[option]:

@@ -65,7 +65,7 @@ def elements(text: str) -> int:
 
 @each_loss
 @pytest.mark.parametrize("fixed", FIXED)
-@pytest.mark.in_turn(18)
+@pytest.mark.in_turn(36)
 def test_no_loop_has_the_logits_of_all_tokens(name, fixed):
     """Value, gradient, jvp; and of a loop that only goes forward, value and jvp."""
     both_ways, forward = around(LOSSES[name], FIXED[fixed])

@@ -62,7 +62,7 @@ def test_numbers(platform, loss, tokens, rng):
 
 
 @each_loss
-@pytest.mark.in_turn(3)
+@pytest.mark.in_turn(6)
 def test_tokens_stay_where_they_are(platform, loss, rng):
     """Value and gradient send some numbers a token of a chunk, the head's gradient, and before the loop one token."""
     y, *numbers = split(rng, 256)

@@ -29,7 +29,7 @@ SHAPES = [(17, 150, np.float32), (33, 257, jnp.bfloat16)]
 @pytest.mark.needs_jit
 @pytest.mark.parametrize(("width", "classes", "dtype"), SHAPES, ids=lambda x: getattr(x, "__name__", str(x)))
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.in_turn(12)
+@pytest.mark.slow
 def test_bits(name, width, classes, dtype, rng):
     """Results and hidden states' gradients: alone, first, last, in another chunk, with a mask that is traced."""
     h, w = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((TOKENS, width), (classes, width)))
@@ -84,6 +84,7 @@ def test_it_asks_for_a_chunk_of_just_that_size(rng):
 @pytest.mark.parametrize(
     ("kind", "masked"), [(AxisType.Auto, True), (AxisType.Auto, False), (AxisType.Explicit, False)], ids=str
 )
+@pytest.mark.in_turn(3)
 def test_on_a_mesh(kind, masked, rng):
     """Each device fills up its own chunks: the numbers of one device, and the gradients."""
     mesh = jax.make_mesh((2, 2), ("tokens", "classes"), axis_types=(kind,) * 2, devices=jax.devices()[:4])

@@ -505,6 +505,7 @@ def test_the_picture_has_its_panels():
     assert all(function in names for function, _, _ in pictures.PANELS)
 
 
+@pytest.mark.slow
 def test_the_overview(tmp_path, optax_promotes):
     """Both steps are the same, jce's with less memory; and its loss is never 0, where optax's is from 15 on."""
     words, labels = np.arange(6).reshape(2, 3), np.arange(1, 7).reshape(2, 3)

@@ -84,7 +84,7 @@ def custom(p):
 
 
 @pytest.mark.parametrize("name", [*HEADS, "custom"])
-@pytest.mark.in_turn(4)
+@pytest.mark.slow
 def test_first_and_second_derivatives(name, problem):
     """Of a mean over some tokens, whose others are NaN; and under a custom_vjp rule, which has no second."""
     y, h, parameters, where = problem
@@ -106,6 +106,7 @@ def test_first_and_second_derivatives(name, problem):
     close(derivatives(ours)(h, parameters), derivatives(dense)(h, parameters), 2e-5)
 
 
+@pytest.mark.slow
 def test_an_eager_gradient_leaves_nothing_compiled(problem):
     y, h, p, _ = problem
     client = jax.devices()[0].client
@@ -177,6 +178,7 @@ def test_a_model_gives_one_instead_of_logits(problem):
     assert jax.tree.structure(x) == jax.tree.structure(jax.tree.map(lambda a: a, x))
 
 
+@pytest.mark.slow
 def test_nestings(problem):
     """Rows of a vmap, parameters of a vmap, a scan, a token alone, and none."""
     y, h, p, _ = problem
@@ -202,6 +204,7 @@ def test_nestings(problem):
 
 
 @pytest.mark.needs_jit
+@pytest.mark.slow
 def test_what_it_costs():
     """At most what the matrix does; and of what is trained beside a frozen kernel nothing of the kernel's size."""
     tokens, d, n = 1024, 64, 8192
@@ -264,6 +267,7 @@ def test_what_it_holds_is_the_callers_alone(problem):
     assert gone() is None
 
 
+@pytest.mark.slow
 def test_devices(problem):
     """XLA splits tokens under Auto axes, and a caller in a shard_map; what jce would split is refused."""
     y, h, p, _ = problem

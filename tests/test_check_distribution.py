@@ -12,6 +12,7 @@ GOOD = np.array([[0.25, 0.75], [1.0, 0.0]], np.float32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.in_turn(2)
 def test_accepts_distributions(dtype, rng):
     p = jax.nn.softmax(jnp.asarray(rng.standard_normal((5, 1000)), dtype))
     assert jce.check_distribution(p) is None
@@ -35,6 +36,7 @@ def test_accepts_distributions(dtype, rng):
         (np.zeros((2, 0)), "its sum is 0"),
     ],
 )
+@pytest.mark.in_turn(2)
 def test_names_the_worst(p, text):
     with pytest.raises(ValueError, match=r"^check_distribution: ") as error:
         jce.check_distribution(np.asarray(p, np.float32))

@@ -52,7 +52,7 @@ def largest_below(limit):
 
 
 @each_kernel
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(24)
 def test_a_nan_is_found_where_a_result_is_one_and_nowhere_else(kernel):
     arguments, values, gradients = stacked(kernel)
     positions = tuple(range(len(arguments)))
@@ -65,7 +65,7 @@ def test_a_nan_is_found_where_a_result_is_one_and_nowhere_else(kernel):
 
 @each_way
 @pytest.mark.parametrize("change", [lambda f: f, gradient, batch], ids=["value", "gradient", "batch"])
-@pytest.mark.in_turn(3)
+@pytest.mark.slow
 def test_a_check_in_a_mapped_function(options, change):
     h = np.stack([HIDDEN, HIDDEN]) if change is batch else HIDDEN
     for limit, message in ((100, None), (1, "a logit of 1.")):
@@ -75,7 +75,7 @@ def test_a_check_in_a_mapped_function(options, change):
 
 
 @each_way
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_distributions_and_nans_in_a_mapped_function(options):
     def no_distribution(y, x):
         jce.check_distribution(jnp.where(y == 3, 2.0, 1.0) * jax.nn.softmax(x))
@@ -88,6 +88,7 @@ def test_distributions_and_nans_in_a_mapped_function(options):
 
 
 @each_way
+@pytest.mark.slow
 def test_a_label_that_is_no_class(options):
     loss = functools.partial(jce.linear_cross_entropy, **options)
     labels = np.where(np.arange(6) == 0, 99, LABELS)
@@ -112,7 +113,7 @@ OF_SEVERAL = {
 
 
 @pytest.mark.parametrize("function", OF_SEVERAL.values(), ids=OF_SEVERAL)
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_several_labels(function):
     wrong = np.where(np.arange(6)[:, None] == 0, 99, SEVERAL)
     for change in (lambda f: f, gradient):

@@ -226,6 +226,7 @@ def without_a_reader(*arguments: str) -> tuple[int, str]:
     return run.returncode, run.stderr
 
 
+@pytest.mark.slow
 def test_nobody_reads_on():
     """What is written at the end, or before."""
     for main in ("lambda: print(1)", "lambda: print(1, flush=True)", "lambda: sys.exit(print(1))"):

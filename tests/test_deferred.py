@@ -101,6 +101,7 @@ def test_the_loss_of_what_a_model_gives(p, tokens):
     close(*(jax.jit(jax.value_and_grad(f, has_aux=True))(p) for f in (ours, dense)))
 
 
+@pytest.mark.slow
 def test_picking_tokens(p, tokens):
     x, dense = linears(p, tokens)[0], logits(p, tokens)[0]
     for index in (-1, slice(2), (slice(None), -1), (1, slice(1, None, 2)), (slice(None), slice(-1), slice(None)), ()):
@@ -242,6 +243,7 @@ def test_errors(p, tokens, call, text):
         call(p, tokens)
 
 
+@pytest.mark.slow
 def test_a_head_of_one_state_is_traced_as_often_as_one_likes(rng):
     """Under a vmap x closes over the head's arrays, and JAX's caches compare what they know of it: no array stays."""
     kernel = jnp.asarray(rng.standard_normal((D, N)), jnp.float32)

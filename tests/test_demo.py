@@ -115,6 +115,7 @@ def test_lbfgs_never_climbs():
 
 
 @pytest.mark.usefixtures("optax_promotes")
+@pytest.mark.slow
 def test_seed():
     p, _ = demo.transition_distributions(TEXT)
     one, same, other = (list(demo.fit(p, demo.make_optimizer("sgd"), 20, seed=seed)) for seed in (7, 7, 8))
@@ -129,6 +130,7 @@ def test_divergence_raises():
         list(demo.fit(p, demo.make_optimizer("sgd", 1e5), 20))
 
 
+@pytest.mark.slow
 def test_chain_rule_agrees(rng):
     p, _ = demo.transition_distributions(TEXT)
     theta = jnp.asarray(4 * rng.normal(size=p.shape), jnp.float32)

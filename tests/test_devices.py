@@ -76,6 +76,7 @@ def split_rows(kernel):
 
 
 @each_of_logits
+@pytest.mark.in_turn(10)
 def test_corners_with_a_class_a_device(kernel):
     arguments, values, gradients = stacked(kernel)
     split = split_rows(kernel)
@@ -86,7 +87,7 @@ def test_corners_with_a_class_a_device(kernel):
 
 
 @each_of_logits
-@pytest.mark.in_turn(12)
+@pytest.mark.slow
 def test_split_classes_are_as_accurate(kernel, rng):
     """In every regime, float32: a loss of 1e-30 is 1e-30, and a divergence of 1e-12 has its digits."""
     samples = kernel.sample(rng, (3, 16), np.float32)
@@ -259,6 +260,7 @@ def test_log_probs_of_a_sharded_head(rng):
         close(*(scalar(f)((h, w, b), directions) for f in (split, whole)), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_axes_of_one_name_or_several_or_none(rng):
     labels, (h, w, b, _), where = problem(rng, dtype=np.float32)
     expected = jce.linear_cross_entropy(labels, h, w, b, where=where)
@@ -277,6 +279,7 @@ def test_axes_of_one_name_or_several_or_none(rng):
         close(loss, expected)
 
 
+@pytest.mark.slow
 def test_batches_of_sequences_and_scalars_of_weights(rng):
     labels, (h, w, _, _), where = problem(rng, dtype=np.float32)
     options = {"mesh": make_mesh((4, 2)), "token_axis": "tokens", "class_axis": "classes", "weights": 0.5}
@@ -288,6 +291,7 @@ def test_batches_of_sequences_and_scalars_of_weights(rng):
         )
 
 
+@pytest.mark.slow
 def test_a_mesh_whose_axes_are_explicit(rng):
     """Arrays of any sharding, or of none; the gradients have the arguments'."""
     mesh = jax.make_mesh((2, 4), ("tokens", "classes"), axis_types=(AxisType.Explicit,) * 2)
@@ -317,6 +321,7 @@ def test_an_eager_call_is_one_dispatch():
 
 
 @on_meshes
+@pytest.mark.slow
 def test_in_the_loop_go_some_numbers_a_token(shape):
     """Value and gradient: over the classes' axis O(chunk), the hidden states' gradient, the head's once; no gather."""
     tokens, d, n, chunk = 256, 16, 1024, 8
@@ -344,6 +349,7 @@ def test_in_the_loop_go_some_numbers_a_token(shape):
     assert len(whole_head) == (1 if shape[0] > 1 else 0)
 
 
+@pytest.mark.slow
 def test_less_is_sent_than_by_the_partitioner():
     """Bytes a device sends and receives for value and gradient, against the dense loss left to XLA's partitioner."""
     tokens, d, n = 1024, 32, 4096
@@ -371,6 +377,7 @@ def test_less_is_sent_than_by_the_partitioner():
     assert memory[ours] < memory[dense] / 3
 
 
+@pytest.mark.slow
 def test_a_head_that_is_the_same_on_all_devices(rng):
     y, h, w = rng.integers(0, 24, 5), rng.standard_normal((5, 2)), rng.standard_normal((6, 2))
     h, w = h.astype(np.float32), w.astype(np.float32)
@@ -382,6 +389,7 @@ def test_a_head_that_is_the_same_on_all_devices(rng):
     close(*(jax.jit(jax.value_and_grad(f, (0, 1)))(h, w) for f in (split, four)))
 
 
+@pytest.mark.slow
 def test_no_classes_on_several_devices():
     """A sum over no classes is 0 on eight devices as on one."""
     mesh, nothing = make_mesh((2, 4)), np.zeros((2, 0), np.float32)
@@ -451,6 +459,7 @@ def test_group_sizes_as_xla_writes_them(groups, size):
 
 
 @pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (2, 4), (1, 8)], ids=str)
+@pytest.mark.slow
 def test_the_scaling_study_counts_what_is_sent(mesh):
     sizes = (64, 8, 256, *mesh)
     assert study.check(*sizes, chunk=4) == study.sent(*sizes)

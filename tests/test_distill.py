@@ -24,7 +24,7 @@ def teacher(corpus, rng):
 
 @pytest.mark.usefixtures("optax_promotes")
 @pytest.mark.parametrize("name", distill.LESSONS)
-@pytest.mark.in_turn(3)
+@pytest.mark.slow
 def test_the_losses_are_those_of_whole_logits(name, corpus, teacher, rng):
     """Value and gradient, at a student that agrees with nobody."""
     in_chunks, of_whole_logits, given, *_ = distill.LESSONS[name]
@@ -37,6 +37,7 @@ def test_the_losses_are_those_of_whole_logits(name, corpus, teacher, rng):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, dense)
 
 
+@pytest.mark.slow
 def test_what_is_kept_of_the_teacher(corpus, teacher):
     words, log_p = distill.likeliest(teacher, corpus.text)
     assert words.shape == (corpus.text.size, distill.KEPT)

@@ -46,7 +46,7 @@ def recorder(ordered=False):
 
 
 @each_way
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_a_callback_is_called_with_each_token_though_nobody_uses_its_result(options):
     effect, called = recorder()
     function = mapped(effect, **options)
@@ -68,6 +68,7 @@ def test_a_callback_is_called_with_each_token_though_nobody_uses_its_result(opti
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="JAX 0.8 has none in a custom_jvp function")
 @each_way
+@pytest.mark.slow
 def test_an_array_of_its_own_is_no_effect(options):
     def counted(i):
         new_ref(i)[...] += 1
@@ -77,6 +78,7 @@ def test_an_array_of_its_own_is_no_effect(options):
     np.testing.assert_array_equal(jax.jit(function)(HIDDEN), jax.jit(mapped(lambda i: None, **options))(HIDDEN))
 
 
+@pytest.mark.slow
 def test_prints(capfd):
     function = mapped(lambda i: jax.debug.print("token {i}", i=i))
     jax.block_until_ready(jax.jit(function)(HIDDEN))
@@ -88,7 +90,7 @@ def test_prints(capfd):
 
 
 @each_way
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(4)
 def test_in_a_gradient_a_callback_is_called_once_or_refused(options):
     effect, called = recorder()
     function = mapped(effect, **options)

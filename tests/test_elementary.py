@@ -50,7 +50,7 @@ def asked(function, arguments) -> set[tuple]:
 
 
 @pytest.mark.parametrize("kernel", TABLE, ids=label)
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(20)
 def test_functions(kernel, rng):
     found = asked(total(kernel), tuple(map(jnp.asarray, easy(kernel, rng, (2, 5)))))
     assert found
@@ -58,7 +58,7 @@ def test_functions(kernel, rng):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.in_turn(4)
+@pytest.mark.slow
 def test_heads(head):
     def of(h, w):
         return sum(x.sum() for x in jax.tree.leaves(HEADS[head](np.zeros(4, int), h, w)))

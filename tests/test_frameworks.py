@@ -213,6 +213,7 @@ def test_the_readmes_train_step(optax_promotes):
     assert float(names["value"]) > float(expected)  # of the parameters before the step
 
 
+@pytest.mark.slow
 def test_numbers_that_are_parameters_of_flax(rng):
     """A temperature and a soft cap of a module, trained beside the head, which is one too."""
     shapes = (8, WIDTH), (CLASSES, WIDTH)

@@ -203,7 +203,7 @@ def within(kernel: Kernel, got, exact, scale, bar, dtype, row) -> None:
 @pytest.mark.holds_nan
 @each_function
 @given(data=st.data())
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_laws(kernel, data):
     n, axis, dtype, masked = data.draw(st.sampled_from(VARIANTS[:2] if short() else VARIANTS))
     strange = data.draw(st.booleans())
@@ -239,6 +239,7 @@ def test_laws(kernel, data):
 
 @pytest.mark.holds_nan
 @given(data=st.data())
+@pytest.mark.slow
 def test_labels(data):
     """Any label is label 0 of the classes rolled, and one that is none is NaN, as is its gradient; nothing else is."""
     x = data.draw(arrays(np.float64, (BATCH, 4), elements=st.floats(-90, 90))).astype(np.float32)
@@ -305,7 +306,7 @@ def nested(kernel: Kernel, names: tuple[str, ...], mode: str):
 @each_function
 @settings(max_examples=max(3, settings.default.max_examples // 12))
 @given(data=st.data())
-@pytest.mark.in_turn(11)
+@pytest.mark.slow
 def test_nestings(kernel, data):
     """Of any transformations, three deep, and any two modes: the Hessian-vector product of the plain call."""
     names = tuple(data.draw(st.permutations(sorted(TRANSFORMATIONS)))[:3])

@@ -75,6 +75,7 @@ def test_generalized_form_is_never_negative(rng):
     np.testing.assert_allclose(log_ratio[ordinary], exact[ordinary], rtol=4 * EPS)
 
 
+@pytest.mark.slow
 def test_a_sampled_divergence_is_a_divergence_over_what_is_drawn(rng):
     """Its mean under p is KL(p‖q), and the gradients are what the docstring says of each argument."""
     x, y = rng.standard_normal((2, 3))
@@ -113,6 +114,7 @@ def test_neither_is_symmetric():
         assert abs(f(0.25, 0.5) - f(0.5, 0.25)) > 0.01
 
 
+@pytest.mark.slow
 def test_entropy_is_log_n_at_uniform_and_the_maximum(rng):
     for n in (1, 2, 10, 1000):
         uniform = np.full(n, 1 / n, np.float32)
@@ -133,6 +135,7 @@ def test_gradients_as_the_document_derives_them(rng):
     np.testing.assert_allclose(gradient, (beta - alpha) / (beta * (1 - beta)), rtol=4 * EPS)
 
 
+@pytest.mark.slow
 def test_same_minimizer_over_q(rng):
     """min H ≡ min KL: equal gradients on the simplex, both 0 at q = p along it, and H(p, p) = H(p) the minimum."""
     p, q = probability_regimes(rng, (50, 20), np.float32)["dirichlet 1"]
@@ -178,6 +181,7 @@ def test_chain_rule_of_entropy(rng):
     np.testing.assert_allclose(jce.kl_divergence(*product), jce.kl_divergence(p, q).sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_derivatives_where_the_difference_is_subnormal():
     """1 - p/q and log p/q of p = 1 and q = 3/2 of the smallest normal numbers."""
     p, q = np.float32(2.0**-126), np.float32(1.5 * 2.0**-126)
@@ -199,6 +203,7 @@ def value_and_gradient(function):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_jensen_shannon_is_symmetric_to_the_bit(platform, dtype, rng):
     """Far apart, near, and with a class that one of them or both haven't; and so are its derivatives."""
     x = np.tile(3 * rng.standard_normal((40, 8)), (4, 1))

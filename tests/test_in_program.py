@@ -238,7 +238,7 @@ def law(kernel: Kernel, rng, every: int) -> None:
 
 
 @each_function
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(24)
 def test_inputs_made_in_the_same_program(kernel, rng):
     law(kernel, rng, 24)
 
@@ -300,6 +300,7 @@ ONE_ROW_OF_LOGITS = [
 
 
 @pytest.mark.parametrize("kernel", ONE_ROW_OF_LOGITS, ids=lambda kernel: kernel.name)
+@pytest.mark.slow
 def test_classes_forbidden_in_the_same_program(kernel, rng):
     z, w = np.concatenate([raw(rng), raw(rng)]), np.float32(1.7)
     t = rng.standard_normal(z.shape).astype(np.float32)
@@ -318,6 +319,7 @@ def test_classes_forbidden_in_the_same_program(kernel, rng):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.in_turn(4)
 def test_gradient_of_labels_where_another_class_dominates(platform, smoothing, rng):
     """It is 1 there, less what smoothing leaves: not off by as many ulps as the logit has digits before the point."""
     z, y = np.float32(30 * rng.standard_normal((256, 6))), rng.integers(0, 6, 256, np.int32)
@@ -418,7 +420,7 @@ def other_rounding_in_later_passes(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)
-@pytest.mark.in_turn(8)
+@pytest.mark.slow
 def test_another_rounding_in_later_passes(kernel, rng, other_rounding_in_later_passes):
     """A relative error of the exponents is all that it makes, also where one class has all but e^-40 of both."""
     arguments = []

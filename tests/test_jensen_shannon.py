@@ -20,6 +20,7 @@ def distributions(rng):
     return (rng.dirichlet(np.ones(7), 100).astype(np.float32) for _ in range(2))
 
 
+@pytest.mark.slow
 def test_it_is_the_entropy_that_mixing_gains(distributions):
     p, q = distributions
     for beta in (0.2, 0.5):
@@ -77,6 +78,7 @@ PLAIN = [plain, lambda x, y, beta: plain(jax.nn.softmax(x), jax.nn.softmax(y), b
     "mode",
     [x if x in ("forward over reverse", "third order") else pytest.param(x, marks=pytest.mark.slow) for x in MODES],
 )
+@pytest.mark.slow
 def test_a_traced_weight_has_derivatives(function, mode, rng):
     """Of every order, beside those of the formula as it is written, in float64; all made in the same program."""
 
@@ -94,7 +96,7 @@ def test_a_traced_weight_has_derivatives(function, mode, rng):
 
 
 @each_divergence
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_weights_in_a_batch(function, rng):
     """Values, and derivatives in the weight."""
     p, q = np.abs(rng.standard_normal((2, 5))).astype(np.float32)
@@ -121,6 +123,7 @@ def written(function, *distributions):
 
 
 @pytest.mark.parametrize("function", [DIVERGENCES[0], pytest.param(DIVERGENCES[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_class_that_neither_has_changes_nothing(function):
     """In first and second derivatives either, along the weight too."""
     longer, shorter = (written(function, *x) for x in ([[0.5, 0.5, 0], [0.25, 0.75, 0]], [[0.5, 0.5], [0.25, 0.75]]))
@@ -138,6 +141,7 @@ def test_a_class_that_neither_has_changes_nothing(function):
 
 
 @each_divergence
+@pytest.mark.slow
 def test_a_traced_weight_of_0_or_1_is_the_limit(function):
     """And a direction of 0 moves nothing, where derivatives are infinite too."""
 
@@ -161,6 +165,7 @@ def test_a_traced_weight_of_0_or_1_is_the_limit(function):
         np.testing.assert_allclose(slope, expected, rtol=1e-6)
 
 
+@pytest.mark.in_turn(2)
 def test_derivatives_where_the_two_are_apart(platform, rng):
     """There log q/m is log 1/(1-β) but for a little, of which the gradient is made; and p may be next to nothing."""
     x, y = (10 * rng.standard_normal((2, 40, 5))).astype(np.float32)
@@ -178,6 +183,7 @@ def test_derivatives_where_the_two_are_apart(platform, rng):
 
 
 @pytest.mark.parametrize("form", ["probabilities", "logits"])
+@pytest.mark.slow
 def test_a_python_beta_near_1_is_1_less_the_other(form, rng):
     """Exchanging p and q exchanges β and 1-β, which double precision knows of both."""
     x, y = rng.standard_normal((2, 20, 5)).astype(np.float32)
@@ -196,6 +202,7 @@ LACKING = [  # logits of p, of q, which lacks a class, and β, whose product wit
 
 
 @pytest.mark.parametrize("case", LACKING, ids=str)
+@pytest.mark.slow
 def test_the_derivative_in_a_weight_whose_product_underflows(case):
     """Finite, as it is in float64; also differentiated again in β, and of probabilities."""
     *logits, beta = case
@@ -213,6 +220,7 @@ def test_the_derivative_in_a_weight_whose_product_underflows(case):
     np.testing.assert_allclose(*found, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_derivatives_in_both_at_a_weight_of_0_and_1():
     """∂²/∂p∂β of probabilities, in either order and mode: ±∞ where the mixture lacks a class, or p is 0."""
     p, q = np.float32([0.5, 0.5, 0, 0]), np.float32([0, 0.5, 0.5, 0])

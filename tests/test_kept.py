@@ -24,6 +24,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.in_turn(2)
 def test_a_loop_takes_the_chunks_that_hold_a_kept_token(devices):
     """How many they are, the kept tokens in their order, and each token's results in its place."""
     keys = jax.random.split(jax.random.key(0), TOKENS)
@@ -46,6 +47,7 @@ def test_a_loop_takes_the_chunks_that_hold_a_kept_token(devices):
 
 
 @pytest.mark.needs_jit
+@pytest.mark.slow
 def test_a_batch_of_loops_is_its_members(rng):
     """Of masks with unlike numbers of chunks, of tokens, of what is shared, or all; value and gradients."""
 
@@ -162,7 +164,7 @@ def everything(of, wanted, name, reduction, **options):
 @pytest.mark.holds_nan
 @pytest.mark.parametrize(("name", "reduction"), CASES)
 @modes_in_turn
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(16)
 def test_numbers_of_tokens_left_out_afterwards(name, reduction, wanted, rng):
     """In float64; and what is left out changes no bit."""
     with jax.enable_x64(True):
@@ -193,7 +195,7 @@ def make_mesh(shape):
     ],
 )
 @modes_in_turn
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(6)
 def test_devices_of_a_mesh_take_the_chunks_that_their_tokens_need(name, shape, wanted, rng):
     """The numbers of one device, of values that a function closes over too: no device waits for another's chunk."""
     axes = {"token_axis": "tokens", "class_axis": "classes" if shape[1] > 1 else None}
@@ -251,7 +253,7 @@ def test_a_weight_counts_that_is_not_0_or_has_a_derivative():
 
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("name", ["losses", "map of a number"])
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_of_weights_without_a_derivative_zeros_cost_nothing(name, rng, monkeypatch):
     """Nor does a mask of the same tokens; where weights have a derivative, a token of weight 0 has one too."""
     steps = []
@@ -290,6 +292,7 @@ def test_of_weights_without_a_derivative_zeros_cost_nothing(name, rng, monkeypat
 @pytest.mark.holds_nan
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("options", [{}, {"reduction": "mean"}, {"chunk_size": 2}], ids=str)
+@pytest.mark.in_turn(3)
 def test_no_nan_of_a_token_left_out_in_an_eager_gradient(options):
     """What isn't under jit is looked through for NaNs after each operation."""
     h, a, where = jnp.ones((4, 3)).at[1].set(jnp.nan), jnp.ones(4).at[1].set(jnp.nan), np.arange(4) != 1

@@ -55,6 +55,7 @@ def within(found, true, ulps, scale=None):
 
 
 @pytest.mark.parametrize("n", [2, 1000])
+@pytest.mark.in_turn(2)
 def test_every_offset(n, rng):
     """Beyond what half an ulp of each difference does, which a shift of 0 has not."""
     if n == 1000 and not _platforms.CPU.is_cpu:
@@ -145,12 +146,14 @@ def maxima_asked(at, others):
         (50, 70, 1),
     ],
 )
+@pytest.mark.in_turn(2)
 def test_which_rows_ask(at, other, asked):
     assert maxima_asked([at], [other]) == asked
     assert maxima_asked([1.0, at, 1.0], [2.0, other, 2.0]) == asked
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.vmap], ids=["rows", "vmap"])
+@pytest.mark.in_turn(2)
 def test_a_row_that_is_read_again_leaves_the_others_as_they_were(transform, rng):
     y, x = rng.integers(0, 100, (4, 16)), (3 * rng.standard_normal((4, 16, 100))).astype(np.float32)
     far = x.copy()
@@ -170,6 +173,7 @@ def test_a_row_that_is_read_again_leaves_the_others_as_they_were(transform, rng)
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less")
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}], ids=["plain", "z-loss"])
 @pytest.mark.parametrize("shape", [(1024, 1000), (16, 64, 1000), (64, 50_000)])
+@pytest.mark.in_turn(6)
 def test_nothing_of_the_inputs_size_is_stored(shape, options):
     """Nor by a batch of calls, whose rows have one question in common: of each its own would be both readings."""
     y, x = jax.ShapeDtypeStruct(shape[:-1], np.int32), jax.ShapeDtypeStruct(shape, np.float32)
@@ -196,6 +200,7 @@ def on_devices(kind):
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}], ids=["plain", "z-loss"])
+@pytest.mark.in_turn(4)
 def test_rows_on_several_devices_ask_none_of_each_other(kind, options):
     mesh, y, x = on_devices(kind)
     f = lambda y, x: loss(y, x, **options)  # noqa: E731

@@ -24,7 +24,7 @@ def kept(*shapes) -> list:
 
 
 @each_loss
-@pytest.mark.in_turn(12)
+@pytest.mark.slow
 def test_eager_calls_and_gradients_keep_no_array(name):
     """Nor what they make of those: logits, gradients, copies in chunks."""
     for k in range(3):
@@ -35,7 +35,7 @@ def test_eager_calls_and_gradients_keep_no_array(name):
 
 
 @each_function
-@pytest.mark.in_turn(16)
+@pytest.mark.in_turn(32)
 def test_functions_of_rows_keep_no_array(kernel, rng):
     shape = (31, 5)
     rows = [jnp.asarray(x) for x in easy(kernel, rng, shape)]

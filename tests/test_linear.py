@@ -115,7 +115,7 @@ def confident(rng, tokens=24, n=13, dtype=np.float32):
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 7])
 @pytest.mark.parametrize("smoothing", [0.0, 0.25])
-@pytest.mark.in_turn(6)
+@pytest.mark.slow
 def test_an_identity_as_head_changes_nothing(chunk_size, smoothing, rng):
     """Value and gradient of the label loss to a few ulps, so to its bars, whatever the chunks."""
     labels, x = confident(rng)
@@ -145,6 +145,7 @@ def test_an_identity_as_head_changes_nothing(chunk_size, smoothing, rng):
         np.testing.assert_allclose(g, expected, rtol=3e-6, atol=1e-7 * smoothing)
 
 
+@pytest.mark.slow
 def test_confident_tokens_keep_their_digits(rng):
     """Through a head that rotates: what is lost is what rounding x loses, some ulps of |h| |W|, not the tail."""
     labels, x = confident(rng, n=16)
@@ -172,7 +173,7 @@ def test_confident_tokens_keep_their_digits(rng):
     "dtypes", [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float16")]
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.in_turn(12)
+@pytest.mark.slow
 def test_half_precision(dtypes, reduction, rng):
     """Against float64 on the same numbers: the loss as float32's, gradients rounded once, however many the chunks."""
     tokens, d, n = 256, 16, 32
@@ -210,7 +211,7 @@ def test_the_same_bits_each_time(rng):
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7])
 @pytest.mark.parametrize("n", [0, 1, 7, 130])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_padding_enters_no_sum(tokens, n, reduction):
     """At zero logits each loss is log n, q is 1/n, and a row or a column too many would show."""
     h, w, b = np.zeros((tokens, 2), np.float32), np.zeros((n, 2), np.float32), np.zeros(n, np.float32)
@@ -249,7 +250,7 @@ def close(a, b, rtol=2e-6, atol=1e-7):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("how", ["where", "weight 0"])
-@pytest.mark.in_turn(3)
+@pytest.mark.slow
 def test_a_token_left_out_may_hold_anything(problem, reduction, how):
     labels, h, w, b = problem
     kept = np.array([[True, False, True, True], [False, True, True, True]])
@@ -296,6 +297,7 @@ def test_an_infinite_loss_left_out_adds_nothing(problem, reduction):
     np.testing.assert_array_equal(policy.log_prob[~kept], 0)
 
 
+@pytest.mark.slow
 def test_the_mean_divides_by_the_weights_whatever_their_size_and_sign(problem):
     labels, h, w, b = problem
     a = np.linspace(0.5, 2, 8, dtype=np.float32).reshape(2, 4)
@@ -307,6 +309,7 @@ def test_the_mean_divides_by_the_weights_whatever_their_size_and_sign(problem):
 
 
 @pytest.mark.holds_nan
+@pytest.mark.slow
 def test_label_smoothing_of_1_asks_of_the_label_only_that_it_be_one(problem):
     labels, h, w, b = problem
     b[0], labels[0, 0] = -INF, 0
@@ -327,6 +330,7 @@ def test_no_classes_whatever_the_hidden_state():
 
 
 @pytest.mark.holds_nan
+@pytest.mark.slow
 def test_dtypes_of_labels_and_weights(problem):
     labels, h, w, b = problem
     expected = jce.linear_cross_entropy(labels, h, w, b, weights=np.float32(labels > 2), reduction="sum")
@@ -346,6 +350,7 @@ def test_z_loss_of_logits_beyond_the_exponential(problem):
     np.testing.assert_allclose(loss, 1000, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_hessian_vector_products_of_confident_tokens(rng):
     """Through the fused sum, as of the label loss itself: no term of it is a difference of larger ones."""
     labels, x = confident(rng)
@@ -361,7 +366,7 @@ def test_hessian_vector_products_of_confident_tokens(rng):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.in_turn(3)
+@pytest.mark.slow
 def test_nothing_left(problem, reduction):
     labels, h, w, b = problem
     for options in ({"where": np.zeros(labels.shape, bool)}, {"weights": np.zeros(labels.shape, np.float32)}):
@@ -372,6 +377,7 @@ def test_nothing_left(problem, reduction):
                 np.testing.assert_array_equal(g, np.zeros_like(g))
 
 
+@pytest.mark.slow
 def test_the_derivative_in_a_weight_of_0_is_the_loss(problem):
     """A sum of wℓ is linear in w, also at 0; a token that holds no label or no number is left out there too."""
     labels, h, w, b = problem
@@ -390,7 +396,7 @@ def test_the_derivative_in_a_weight_of_0_is_the_loss(problem):
 
 
 @pytest.mark.parametrize("how", ["where", "weight 0"])
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_an_infinite_loss_left_out_spoils_no_derivative_in_a_weight(problem, how):
     """Its label is a forbidden class. In its own weight of 0 the derivative is +∞, unless `where` excludes it."""
     labels, h, w, b = problem
@@ -471,6 +477,7 @@ def test_a_soft_cap_keeps_the_gradient_of_what_it_flattens():
     np.testing.assert_allclose(jax.grad(loss)(h), [[q * slope, -q]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_soft_cap_beyond_what_matters_is_none(problem):
     """Value, gradient and two Hessian-vector products, where logit / cap is subnormal, which XLA takes for 0."""
     labels, h, w, b = problem
@@ -541,6 +548,7 @@ def test_a_traced_label_smoothing_of_1_asks_of_the_label_only_that_it_be_one(pro
     np.testing.assert_allclose(dense, math.log(2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_derivatives_in_a_traced_cap(problem):
     """And in hidden states, first and second; and in another traced number alone."""
     labels, h, w, b = (np.float64(x) if x.dtype == np.float32 else x for x in problem)
@@ -792,6 +800,7 @@ def test_errors(change, error, message):
             assert str(raised.value).startswith(f"{function.__name__}: ")
 
 
+@pytest.mark.slow
 def test_fewer_classes_than_the_width(rng):
     """Value and gradient are the dense loss's, with weights and a bias."""
     y, shapes = np.arange(10) % 3, ((10, 8), (3, 8), (3,))

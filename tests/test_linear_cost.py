@@ -83,6 +83,7 @@ def multiplications(jaxpr, platform, chunks: int | None = None) -> int:
     ("reduction", "gradient", "of_hidden", "of_head", "hvp", "with_gradient", "hvp_of_one"),
     [("mean", 3, 2, 2, 7, 10, 3), ("sum", 3, 2, 2, 7, 10, 3), ("none", 4, 2, 2, 7, 9, 3)],
 )
+@pytest.mark.in_turn(3)
 def test_matrix_products(reduction, gradient, of_hidden, of_head, hvp, with_gradient, hvp_of_one, platform):
     a = matrices(64, 8, 40)
     loss = linear_loss(64, reduction=reduction, chunk_size=16)
@@ -107,7 +108,7 @@ HEADS_LOSSES = {
 
 @pytest.mark.parametrize("platform", ["cpu", "other"])
 @pytest.mark.parametrize("name", HEADS_LOSSES)
-@pytest.mark.in_turn(8)
+@pytest.mark.slow
 def test_products_of_tokens_of_which_some_are_left_out(name, platform):
     """As many as of all, in every mode, and each in a loop over the chunks of those that are kept."""
     a = matrices(64, 8, 40)

@@ -40,7 +40,7 @@ def scalar(results):
 
 @pytest.mark.parametrize("of_each", [False, True], ids=["for all", "for each"])
 @pytest.mark.parametrize("of", ["one", "some", "and a tail"])
-@pytest.mark.in_turn(3)
+@pytest.mark.in_turn(6)
 def test_values_and_derivatives(of, of_each, problem):
     """In everything, the temperature too, and again along a direction; in chunks, the last of which is filled up."""
     labels, h, w, b, t = problem
@@ -83,6 +83,7 @@ def test_a_label_of_no_class_is_nan_in_its_entry_alone(problem):
     assert np.isfinite(entropy).all()
 
 
+@pytest.mark.slow
 def test_a_divergence_of_the_likeliest_classes(problem):
     """From a teacher that is stored as k + 1 log-probabilities: ≥ 0, 0 where the two agree, and as of whole logits."""
     labels, h, w, b, t = problem
@@ -100,6 +101,7 @@ def test_a_divergence_of_the_likeliest_classes(problem):
 
 
 @pytest.mark.needs_jit
+@pytest.mark.slow
 def test_what_is_not_used_costs_nothing():
     """Not one exponential for the others, in the compiled program; and log Z is made of those of the entropy."""
 
@@ -124,6 +126,7 @@ def test_what_is_not_used_costs_nothing():
         assert two[measure] == two_of_three[measure]
 
 
+@pytest.mark.slow
 def test_log_z_is_there_where_it_is_asked_for(problem):
     """Beside the same two numbers; a token that is left out has 0, with derivative 0, whatever it holds."""
     labels, h, w, b, t = problem
@@ -163,6 +166,7 @@ def test_wrong_arguments(options, error, says, problem):
 
 
 @pytest.mark.parametrize("of_each", [False, True], ids=["for all", "for each"])
+@pytest.mark.slow
 def test_on_a_mesh(of_each, rng):
     """Tokens and classes split over two devices each: k labels, a tail and a temperature as on one, and derivatives."""
     mesh = jax.make_mesh((2, 2), ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])

@@ -80,7 +80,7 @@ SECOND = ("jvp", "forward over reverse", "reverse over forward", "reverse over r
     + [pytest.param(name, "sum", SECOND, marks=pytest.mark.slow) for name in FUNCTIONS]
     + [pytest.param(name, "none", SECOND, marks=pytest.mark.slow) for name in ("distillation", "policy")],
 )
-@pytest.mark.in_turn(3)
+@pytest.mark.slow
 def test_functions_of_whole_logits(name, reduction, wanted, arrays, rng):
     """Value and gradients in hidden states, heads and weights; second derivatives in three nestings."""
     function, letters = FUNCTIONS[name]
@@ -135,6 +135,7 @@ def test_trees_and_numbers_of_every_kind(arrays):
     np.testing.assert_allclose(mean["top"][1], 2 * x.mean(0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_token_axes_and_samples(rng):
     """Two axes of tokens, each with a random key: the class that the whole logits give."""
     h, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 5, 3), (CLASSES, 3)))
@@ -156,7 +157,7 @@ def singular(x, scale):
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("how", ["filled up", "where", "weights", "nothing left"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(8)
 def test_what_is_left_out_reaches_no_derivative(how, reduction, rng):
     """61 tokens in chunks of 16; those left out hold NaN."""
     h, w = rng.standard_normal((61, 3)), rng.standard_normal((CLASSES, 3))
@@ -178,6 +179,7 @@ def test_what_is_left_out_reaches_no_derivative(how, reduction, rng):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), got, right)
 
 
+@pytest.mark.slow
 def test_an_infinite_result_of_weight_0_adds_nothing():
     """And its derivative in the weight is what it is."""
     x = Linear(jnp.ones((2, 1)), jnp.zeros((3, 1)), jnp.array([0, 0, -jnp.inf]))
@@ -207,6 +209,7 @@ def test_no_tokens_and_no_classes():
 # What is closed over, or shared
 
 
+@pytest.mark.slow
 def test_traced_values_closed_over_and_shared(arrays):
     """A temperature's derivatives, from either place, to the second order."""
     of_tokens, heads = arrays
@@ -249,6 +252,7 @@ QUICK = ("a number and a bool", "mean"), ("two reals and an integer", "sum"), ("
         for case in itertools.product(TREES, ["mean", "sum", "none"])
     ],
 )
+@pytest.mark.slow
 def test_every_result_has_its_derivative_in_the_weights(tree, reduction, arrays):
     """Of sums, of means and of each, forward and reverse, whatever else has a derivative."""
     of_tokens, heads = arrays
@@ -320,6 +324,7 @@ def test_axes_of_a_vmap():
                 batched(function, **options)
 
 
+@pytest.mark.slow
 def test_a_derivative_in_nothing_but_weights_or_what_is_closed_over(arrays):
     """With heads and tokens frozen."""
     of_tokens, heads = arrays
@@ -337,6 +342,7 @@ def test_a_derivative_in_nothing_but_weights_or_what_is_closed_over(arrays):
 
 
 @pytest.mark.needs_jit
+@pytest.mark.slow
 def test_a_symbolic_number_of_tokens(arrays):
     """Exported once, for as many as there will be."""
     (tokens,) = jax.export.symbolic_shape("tokens")
@@ -383,6 +389,7 @@ def test_a_fresh_lambda_compiles_nothing_anew_in_a_jit():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_half_precision_is_summed_in_float32():
     """bfloat16 shared by 4096 tokens, a chunk each: their gradient's sum has no digits of bfloat16 to lose."""
     x = Linear(jnp.ones((4096, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16))
@@ -401,6 +408,7 @@ def test_half_precision_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("of_head", [jnp.bfloat16, jnp.float32])
+@pytest.mark.slow
 def test_derivatives_in_half_precision(of_head, rng):
     """In hidden states and head at once, forward and reverse, each in its own dtype, to bfloat16's digits."""
     numbers, directions = (
@@ -452,6 +460,7 @@ WAYS = list(itertools.product(OF_HALF, ["accelerator", "cpu"]))
     [WAYS[0], *(pytest.param(*way, marks=pytest.mark.slow) for way in WAYS[1:])],
     indirect=["platform"],
 )
+@pytest.mark.slow
 def test_second_derivatives_in_half_precision(name, platform, rng):
     """They cross from hidden states to heads, whose derivatives are float32: in all nestings, to bfloat16's digits."""
     numbers, directions = (
@@ -502,6 +511,7 @@ def value_and_derivatives(function, static):
         for traced in (False, True)
     ],
 )
+@pytest.mark.slow
 def test_a_temperature_divides_what_the_logits_are_apart(temperature, traced, rng):
     """Of two heads from an ulp to a lot apart, and with what all logits have in common: relative to a token's largest
     entry. That float64 is right it shows where the two are well apart, beside the divergence as it is written."""
@@ -528,6 +538,7 @@ def test_a_temperature_divides_what_the_logits_are_apart(temperature, traced, rn
         assert (np.abs(e - w)[12:] <= 1e-7 * scale[12:]).all()
 
 
+@pytest.mark.slow
 def test_a_traced_temperature_beside_forbidden_classes(rng):
     """One that both forbid isn't there, and of one that p alone forbids p is 0, also in what T makes of a gradient."""
     x, y = rng.standard_normal((2, 4, 6)).astype(np.float32)
@@ -547,6 +558,7 @@ def test_a_traced_temperature_beside_forbidden_classes(rng):
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(run(np.float32(0.7), x, y, 0 * x[0])))
 
 
+@pytest.mark.slow
 def test_second_derivatives_in_a_temperature_beside_what_p_alone_forbids():
     """Or thinks next to impossible: the Hessian in T and q's biases is symmetric, and a float64 formula's."""
     cases = list(itertools.product([-np.inf, -1e30, -200, -30, -3], [-4, -1, 1], [0.7, 1, 2]))
@@ -572,7 +584,7 @@ def test_second_derivatives_in_a_temperature_beside_what_p_alone_forbids():
 
 
 @pytest.mark.parametrize("which", ["by name", "map"])
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_two_heads_are_their_logits_bit_for_bit(which, rng):
     """Where a head is the identity: value, gradient and a Hessian-vector product, near and far apart."""
     x = 3 * rng.standard_normal((12, 9)).astype(np.float32)
@@ -629,6 +641,7 @@ LOSSES = {
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("platform", ["cpu", "other"])
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.in_turn(4)
 def test_products(name, platform):
     loss, of_value, of_gradient = LOSSES[name]
     teacher, student = (
@@ -649,7 +662,7 @@ def test_products(name, platform):
     "mode", ["gradient", "forward over reverse", "reverse over reverse", "third order", "reverse three times"]
 )
 @pytest.mark.parametrize("name", ["map", "distillation"])
-@pytest.mark.in_turn(8)
+@pytest.mark.slow
 def test_no_mode_has_the_logits_of_all_tokens(name, mode):
     tokens, d, n, chunk = 1024, 16, 4096, 32
     options = {"reduction": "mean", "chunk_size": chunk}
@@ -770,7 +783,7 @@ def loss_and_metrics(y, x):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_metrics_beside_a_loss(reduction, rng):
     """The loss' derivatives as alone; the metrics' only in the weights, and there exact; both to the second order."""
     y, a = rng.integers(0, CLASSES, 20), rng.uniform(0.5, 2, 20)

@@ -56,6 +56,7 @@ CASES = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) 
 
 
 @pytest.mark.parametrize(("k", "dtype", "tail"), CASES)
+@pytest.mark.in_turn(4)
 def test_accuracy(k, dtype, tail, platform, rng):
     """Relative, beyond what half an ulp of x - max x does to its exponential: 6 ulps, and 5 with the gradient."""
     y, x = rows(rng, 30, 30, k, dtype)
@@ -79,6 +80,7 @@ def test_accuracy(k, dtype, tail, platform, rng):
 
 
 @with_tail
+@pytest.mark.slow
 def test_every_mode_is_that_of_whole_logits(tail, rng):
     y, x = rows(rng, 4, 9, 3, np.float64)
     x = np.clip(x, -6, 6)
@@ -102,6 +104,7 @@ def test_every_mode_is_that_of_whole_logits(tail, rng):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), got, expected)
 
 
+@pytest.mark.slow
 def test_one_label_is_minus_its_loss(rng):
     """To the bit, along any axis; and k = 1 of it."""
     y, x = rng.integers(0, 7, (3, 5)), rng.standard_normal((3, 7, 5)).astype(np.float32)
@@ -114,6 +117,7 @@ def test_one_label_is_minus_its_loss(rng):
 
 @pytest.mark.holds_nan
 @with_tail
+@pytest.mark.slow
 def test_a_label_that_is_no_class_is_nan_in_its_entry_alone(tail, rng):
     """In value and derivative, and in nothing that leaves it out; in a tail it counts for nothing."""
     x = rng.standard_normal(5).astype(np.float32)
@@ -130,6 +134,7 @@ def test_a_label_that_is_no_class_is_nan_in_its_entry_alone(tail, rng):
 
 
 @pytest.mark.holds_nan
+@pytest.mark.slow
 def test_rows_and_tails_of_nothing():
     x = jnp.array([[2.0, 0.0, -INF], [1.0, NAN, 0.0], [0.0, 1.0, 2.0]])
     y = jnp.array([[0, 1], [2, 9], [1, 1]])
@@ -152,6 +157,7 @@ def test_rows_and_tails_of_nothing():
 KL_BAR = 0.25  # of what rounding the logits does: eps (1 + span) Σ|p - q|
 
 
+@pytest.mark.slow
 def test_a_top_k_divergence_is_a_divergence(platform, rng):
     """KL of the likeliest classes and a tail, either way round, and Jensen-Shannon: ≥ 0, 0 at equality, and right."""
     n, k = 40, 4
@@ -183,6 +189,7 @@ def test_a_top_k_divergence_is_a_divergence(platform, rng):
 
 @with_tail
 @pytest.mark.parametrize("k", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_split_classes_are_whole_ones(tail, k, rng):
     """By axis_name: the same numbers on all devices, and the same gradients."""
     y, x = rows(rng, 8, 24, k, np.float64)
@@ -205,6 +212,7 @@ def test_split_classes_are_whole_ones(tail, k, rng):
 
 @pytest.mark.needs_jit
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
+@pytest.mark.slow
 def test_k_labels_cost_no_array_of_classes_in_the_value():
     """Nothing of N × n but, with a tail, the logits of the others."""
     shapes = jax.ShapeDtypeStruct((64, 20), np.int32), jax.ShapeDtypeStruct((64, 30_000), np.float32)

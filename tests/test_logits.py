@@ -28,7 +28,7 @@ def value_and_gradient(labels, logits, **options):
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("wrong", [-1, -4, 4, 2**31 - 1, -(2**31)])
-@pytest.mark.in_turn(8)
+@pytest.mark.slow
 def test_a_label_of_no_class_makes_its_row_nan_and_no_other(wrong, smoothing, rng):
     logits = rng.standard_normal((3, 4)).astype(np.float32)
     labels = np.array([1, wrong, 3])
@@ -43,7 +43,7 @@ def test_a_label_of_no_class_makes_its_row_nan_and_no_other(wrong, smoothing, rn
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.in_turn(3)
+@pytest.mark.slow
 def test_a_dropped_row_may_hold_any_label_and_any_logit(smoothing, rng):
     logits = rng.standard_normal((3, 4)).astype(np.float32)
     logits[1] = [NAN, INF, -INF, 0]
@@ -62,7 +62,7 @@ def test_a_label_of_an_excluded_class_costs_infinity():
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int32])
-@pytest.mark.in_turn(4)
+@pytest.mark.slow
 def test_label_dtypes(dtype, rng):
     logits = rng.standard_normal((5, 200)).astype(np.float32)
     labels = np.array([0, 1, 77, 100, 127])
@@ -85,6 +85,7 @@ def test_labels_along_any_axis(rng):
             np.testing.assert_allclose(np.moveaxis(g, axis, -1), expected_g, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_labels_are_one_hot_targets(rng):
     for name, logits in logit_rows(rng, (50, 7), np.float32).items():
         labels = rng.integers(7, size=50)
@@ -96,6 +97,7 @@ def test_labels_are_one_hot_targets(rng):
 
 
 @pytest.mark.parametrize("n", [4, 10, 1000])
+@pytest.mark.in_turn(3)
 def test_how_labels_and_one_hot_targets_round(n, rng):
     """On a CPU, as the docstring says: not alike, but most rows are the same to the bit, and few are an ulp apart."""
     x, labels = 3 * rng.standard_normal((2000, n)).astype(np.float32), rng.integers(0, n, 2000)
@@ -115,6 +117,7 @@ def test_a_forbidden_class_beside_the_lowest_numbers():
     np.testing.assert_array_equal(gradients, np.zeros((2, 2)))
 
 
+@pytest.mark.slow
 def test_derivatives_in_a_traced_smoothing(rng):
     """1/n Σ log 1/qᵢ - log 1/q_y, and [i = y] - 1/n in the logits too; of the classes that `where` keeps alike."""
     logits, labels = np.float32(rng.standard_normal((5, 6))), np.array([0, 1, 2, 3, 0])
@@ -181,6 +184,7 @@ def test_logits_are_probabilities_of_the_softmax(rng):
     )
 
 
+@pytest.mark.slow
 def test_binary_logits_are_two_classes(rng):
     x, y = (5 * rng.standard_normal(100).astype(np.float32) for _ in range(2))
     two = [np.stack([z, np.zeros_like(z)], -1) for z in (x, y)]
@@ -219,6 +223,7 @@ def test_a_divergence_of_classes_of_probability_1e_87():
     np.testing.assert_allclose(dy, [p - q, q - p], rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_gradients_of_near_divergences_keep_their_direction(rng):
     """At logits 1e-4 apart q - p, as a difference of two rounded numbers, has three digits left."""
     x = rng.standard_normal((50, 7)).astype(np.float32)
@@ -239,7 +244,7 @@ def test_gradients_of_near_divergences_keep_their_direction(rng):
 @pytest.mark.needs_jit
 @each_of_logits
 @pytest.mark.parametrize("axes", [("rows", None), (None, "classes"), ("rows", "classes")])
-@pytest.mark.in_turn(12)
+@pytest.mark.slow
 def test_sharded_logits_are_not_gathered(kernel, axes, rng):
     """Between devices go some numbers a row, in value and gradient: no collective holds as much as a row's classes."""
     mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)
@@ -265,7 +270,7 @@ def test_sharded_logits_are_not_gathered(kernel, axes, rng):
 @pytest.mark.parametrize(
     "function", [jce.cross_entropy_with_logits, jce.cross_entropy_with_integer_labels], ids=lambda f: f.__name__
 )
-@pytest.mark.in_turn(3)
+@pytest.mark.slow
 def test_no_temporary_of_the_logits_size(function, shape):
     """Value and gradient read their arguments and write the gradient, on a CPU: optax stores two such arrays more."""
     logits = jax.ShapeDtypeStruct(shape, np.float32)
@@ -278,13 +283,14 @@ def test_no_temporary_of_the_logits_size(function, shape):
 
 @pytest.mark.needs_jit
 @each_with_classes
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(16)
 def test_nothing_of_classes_times_classes(kernel):
     arguments = [jax.ShapeDtypeStruct((3000,), np.float32)] * len(kernel.arguments)
     program = gradient(kernel).lower(*arguments).compile()
     assert program.memory_analysis().temp_size_in_bytes < 3000 * 100
 
 
+@pytest.mark.slow
 def test_more_classes_than_float32_tells_apart():
     """Above 2²⁴ classes the distance from the label is an integer's: float32 can't tell neighbours apart."""
     n = 2**24 + 8
@@ -302,6 +308,7 @@ def test_a_hessian_vector_product_at_equal_logits_keeps_its_digits(rng):
     np.testing.assert_allclose(hvp, exact, atol=3e-4 * np.abs(exact).max())
 
 
+@pytest.mark.slow
 def test_the_mixed_derivative_of_soft_targets_at_a_class_that_is_nearly_certain():
     """∂²H/∂p∂x along p₀ is q₀ - 1 = -4e-9 there, in which 1 - q has no digit."""
     p, x = jnp.array([1.0, 0.0, 0.0]), jnp.array([20.0, 0.0, 0.0])
@@ -311,6 +318,7 @@ def test_the_mixed_derivative_of_soft_targets_at_a_class_that_is_nearly_certain(
 
 
 @pytest.mark.parametrize("margin", [6, 12, 16])
+@pytest.mark.slow
 def test_derivatives_keep_their_digits_where_a_class_dominates(margin, rng):
     """Where 1 - q is e^-margin: of targets that are sure too, and the second ones, as float64 has them."""
     x, y, t, u = 0.5 * rng.standard_normal((4, 6, 8))

@@ -82,6 +82,7 @@ def test_any_axis_and_vmap(kernel, rng):
 
 
 @pytest.mark.parametrize("y", [0, 824, 825, N - 1])
+@pytest.mark.in_turn(2)
 def test_labels_of_each_block(y, rng):
     logits = rng.standard_normal(N).astype(np.float32)
     loss, gradient = jax.value_and_grad(jce.cross_entropy_with_integer_labels, 1)(y, logits)
@@ -97,6 +98,7 @@ def test_a_label_of_no_class(y, rng):
 
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("n", [N, 40_000])
+@pytest.mark.in_turn(2)
 def test_a_logit_of_infinity_makes_its_row_nan(n, rng):
     """At the label or not. In a long row it isn't enough that exp(∞ - ∞) is NaN: XLA's minimum may lose that."""
     logits = rng.standard_normal((4, n)).astype(np.float32)
@@ -133,6 +135,7 @@ def test_the_heads_logits(rng):
         np.testing.assert_allclose(g, e, rtol=2e-4, atol=2e-5 * np.abs(e).max())
 
 
+@pytest.mark.slow
 def test_log_probs_of_the_head(rng):
     hidden, head = rng.standard_normal((3, 4)).astype(np.float32), rng.standard_normal((N, 4)).astype(np.float32)
     labels = np.array([0, 825, N - 1])
@@ -151,7 +154,7 @@ def losses(kernel: Kernel, arguments):
 
 @pytest.mark.needs_jit
 @each_of_logits
-@pytest.mark.in_turn(4)
+@pytest.mark.slow
 def test_sharded_rows_stay_where_they_are(kernel, rng):
     """Nothing but some numbers a row goes between devices, though each device's classes are folded."""
     n = 65_536
@@ -164,7 +167,7 @@ def test_sharded_rows_stay_where_they_are(kernel, rng):
 
 
 @pytest.mark.parametrize("spec", [P("rows", None), P(None, "classes"), P("rows", "classes")])
-@pytest.mark.in_turn(3)
+@pytest.mark.slow
 def test_explicit_sharding(spec, rng):
     """JAX can't reshape an axis whose type says that it is sharded: such rows stay whole."""
     kernel = ROWS["cross_entropy_with_logits"]
@@ -199,6 +202,7 @@ def test_blocks_on_each_device(rng):
 @pytest.mark.needs_jit
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
 @pytest.mark.parametrize("n", [1000, 50_257])
+@pytest.mark.in_turn(2)
 def test_a_hessian_vector_product_needs_no_temporary_of_the_logits_size(n):
     rows = 64
     x, y = jax.ShapeDtypeStruct((rows, n), np.float32), np.zeros(rows, np.int32)

@@ -24,6 +24,7 @@ def test_digits():
     assert sorted(set(labels.tolist())) == list(range(10))
 
 
+@pytest.mark.slow
 def test_largest_margin():
     assert max_margin.largest_margin() == pytest.approx(0.0470835, rel=1e-5)
 

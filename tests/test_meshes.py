@@ -329,6 +329,7 @@ def test_a_row_beside_a_batch_sends_itself():
     assert max(c.size for c in sent(gradient, row, batch)) <= 512
 
 
+@pytest.mark.slow
 def test_the_head_sends_what_the_sharded_head_does():
     """Of arguments whose types say how they are split."""
     hidden, head = abstract((256, 16), "rows"), abstract((1024, 16), "classes")
@@ -346,6 +347,7 @@ def test_the_head_sends_what_the_sharded_head_does():
 # What JAX has no way for
 
 
+@pytest.mark.slow
 def test_without_check_vma_a_gradient_inside_is_of_another_function():
     """In plain JAX too, by the number of devices; outside it is right. When this fails, the docstrings can say less."""
     mesh, x = make_mesh(AxisType.Auto), np.arange(4.0, dtype=np.float32)

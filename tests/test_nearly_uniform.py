@@ -42,7 +42,7 @@ def largest(x):
 
 @each_spread
 @pytest.mark.parametrize("of", ["logits", "a head"])
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_the_entropy_s_gradient(of, spread, rng):
     """And its Hessian-vector product; of a head also the derivative in a temperature."""
     x, t = logits(rng, spread), np.float32(rng.standard_normal((ROWS, CLASSES)))
@@ -84,7 +84,7 @@ def difference_of_targets(of):
 
 @each_spread
 @pytest.mark.parametrize("of", ["labels", "legal classes", "a list", "a head", "a head and a list"])
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_the_derivative_in_a_traced_smoothing(of, spread, rng):
     """-Σ (uᵢ - pᵢ) xᵢ of each row, in units of its spread; in both modes, and differentiated again in the logits."""
     x, smoothing = logits(rng, spread), np.float32(SMOOTHING)
@@ -104,6 +104,7 @@ def test_the_derivative_in_a_traced_smoothing(of, spread, rng):
 
 
 @pytest.mark.holds_nan
+@pytest.mark.slow
 def test_the_derivative_in_a_smoothing_at_corners():
     """A row that is no distribution is NaN, a class of probability 0 costs +∞, or, as the label, has no derivative."""
     inf, nan = np.inf, np.nan

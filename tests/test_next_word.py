@@ -26,6 +26,7 @@ def test_words_and_places():
     np.testing.assert_array_equal(np.sort(np.concatenate([held_out, training])), np.arange(4, 2000))
 
 
+@pytest.mark.slow
 def test_unigram_perplexity_by_hand():
     """1999 a and a single b, held out: b was never seen, and counts once all the same."""
     words = ["a"] * 2000
@@ -36,6 +37,7 @@ def test_unigram_perplexity_by_hand():
     assert next_word.unigram_perplexity(corpus) == pytest.approx(np.exp(-(199 * np.log(a) + np.log(b)) / 200), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_hidden_state_is_the_mean_of_the_words_before(corpus):
     model = next_word.initial(len(corpus.words), 0)
     (state,) = next_word.hidden_states(model, corpus.text, jnp.array([10]))

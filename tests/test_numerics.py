@@ -42,7 +42,7 @@ def test_quotients_beyond_the_float_range():
 
 
 @pytest.mark.parametrize("near", [True, False])
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_sum_of_differences_is_exact(near, rng):
     """What rounding left of 1 - 1 has every digit right where each p - q is exact, else is right to some 2⁻⁴⁵."""
     for n in (2, 7, 1000, 100_000):
@@ -98,7 +98,7 @@ def test_quadrature(dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_log_complement(dtype, rng):
     x = np.concatenate([rng.random(500), 10 ** rng.uniform(-30, 0, 500), 0.41421356 + 1e-3 * rng.standard_normal(500)])
     x = x.astype(dtype)
@@ -109,6 +109,7 @@ def test_log_complement(dtype, rng):
     assert max(errors) < 2 * np.finfo(dtype).eps
 
 
+@pytest.mark.slow
 def test_row_sum_is_a_sum(rng):
     """Along every axis, mapped along every axis, and transposed."""
     x = rng.integers(0, 9, (1, 3, 1, 4)).astype(np.float32)
@@ -160,6 +161,7 @@ def test_transposes_of_the_three_products():
 
 
 @pytest.mark.holds_nan
+@pytest.mark.slow
 def test_ratio_at_zero_to_third_order():
     """0/0 = 0 with all derivatives 0; 1/0 = ∞ with infinite ones; and no NaN at any order, in either argument."""
     derivative, zero, one = ratio, jnp.zeros(()), jnp.ones(())

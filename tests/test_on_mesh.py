@@ -84,6 +84,7 @@ def test_numbers_of_one_device(name, shape, rng):
     close(got, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_tokens_over_the_stages_of_a_pipeline_too(rng):
     """Split over two axes of the mesh, and unevenly left out: each function's value, and gradients in all numbers."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "stage", "classes"), axis_types=(AxisType.Auto,) * 3)
@@ -112,7 +113,7 @@ def test_tokens_over_the_stages_of_a_pipeline_too(rng):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)], ids=str)
-@pytest.mark.in_turn(6)
+@pytest.mark.in_turn(18)
 def test_in_the_loop_go_some_numbers_a_token(name, shape):
     """Value and gradient: no gather; in the loop numbers a token; after it each gradient's sum, once."""
     skip_if_jax_cannot(name)
@@ -217,7 +218,7 @@ OF_WIDTHS = {
 
 @pytest.mark.parametrize("name", OF_WIDTHS)
 @pytest.mark.parametrize("head_is_split", [True, False])
-@pytest.mark.in_turn(2)
+@pytest.mark.slow
 def test_states_split_over_their_width_by_type(name, head_is_split, rng):
     """The dense numbers, and gradients that lie as the arguments do, whether the head is so split or not."""
     y, (h, w) = rng.integers(0, 8, 6), (rng.standard_normal(s).astype(np.float32) for s in ((6, 4), (8, 4)))
@@ -268,7 +269,7 @@ SPLIT_BATCHES = {
 
 @pytest.mark.parametrize("own_heads", [False, True], ids=["one head", "heads"])
 @pytest.mark.parametrize("name", SPLIT_BATCHES)
-@pytest.mark.in_turn(3)
+@pytest.mark.slow
 def test_a_batch_split_by_spmd_axis_name(name, own_heads, rng):
     """Values, and gradients of the batch and of each in it, with one head for all, or one for each."""
     mesh = jax.make_mesh((2, 2, 2), ("batch", "tokens", "classes"), axis_types=(AxisType.Auto,) * 3)

@@ -61,6 +61,7 @@ def test_what_a_docstring_leaves_to_the_readme(name):
 
 @each_public
 @pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.in_turn(5)
 def test_docstring_examples(name):
     names = {"jce": jce, "jax": jax, "jnp": jnp}
     examples = doctest.DocTestFinder().find(inspect.unwrap(PUBLIC[name]), name, module=False, globs=names)
@@ -152,6 +153,7 @@ def test_the_readme_is_short():
     assert README.stat().st_size <= 9000
 
 
+@pytest.mark.slow
 def test_import_starts_no_backend_and_needs_only_jax(tmp_path):
     """In a fresh interpreter: no device is touched, no option changed, no extra imported; in little of JAX's time."""
     script = """
@@ -178,6 +180,7 @@ print(of_both / of_jax)
     assert any(ratio() <= 1.12 for _ in range(5))  # the first writes the bytecode, and the machine may be busy
 
 
+@pytest.mark.slow
 def test_import_where_no_metadata_is():
     """As of a folder copied into another project: a version that tools can parse, and that says it isn't known."""
     script = """

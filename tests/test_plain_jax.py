@@ -37,11 +37,13 @@ def test_entr_is_nan_in_forward_mode_beside_a_zero():
 
 
 @pytest.mark.holds_nan
+@pytest.mark.slow
 def test_xlogy_derivatives_at_zero_are_nan():
     assert np.isnan(jax.grad(xlogy, 1)(0.0, 0.0))
     assert jax.grad(jce.cross_entropy, 1)(np.zeros(1), np.zeros(1)) == 0
 
 
+@pytest.mark.slow
 def test_rel_entr_gradient_misses_the_infinity():
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
     assert jax.grad(lambda q: rel_entr(one, q).sum())(zero) == 0
@@ -54,6 +56,7 @@ def test_optax_kl_divergence_is_nan_at_a_zero_target():
     assert jax.grad(jce.kl_divergence)(P, Q)[0] == -np.inf
 
 
+@pytest.mark.slow
 def test_kl_of_near_distributions_is_noise(rng):
     p = rng.dirichlet(np.ones(32), 100)
     q = (p * (1 + 1e-5 * rng.standard_normal(p.shape))).astype(np.float32)

@@ -42,6 +42,7 @@ def arguments(rng, dtype=np.float32, confident=False):
     return jnp.asarray(y, jnp.int32), jnp.asarray(h, dtype), jnp.asarray(w, dtype)
 
 
+@pytest.mark.slow
 def test_confident_losses_keep_their_digits(accelerator, rng):
     """In float32: a loss of 1e-30 is 1e-30, whichever class is the largest."""
     x = np.zeros((64, 5), np.float32)
@@ -70,6 +71,7 @@ ALONE = [
     [*((options, False) for options in ALONE), (ALONE[-2], True)],
     ids=lambda o: ("split" if o else "alone") if isinstance(o, bool) else " ".join(o) or "plain",
 )
+@pytest.mark.slow
 def test_heads_at_every_offset(accelerator, rng, options, split):
     """Whose shift is known before their logits: also of tokens that are read again, beside others that aren't."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -207,6 +209,7 @@ def test_bfloat16_products_lose_no_more_than_the_dense_loss_does(accelerator, co
     assert max(got) < (2.4e-3 if confident else 1.9e-3)
 
 
+@pytest.mark.slow
 def test_where_the_dense_derivative_is_0(accelerator):
     """A margin of 40: every entry of bfloat16 logits' derivative is 0, and ours is as it should be."""
     h, w, y = jnp.full((16, 1), 40, jnp.bfloat16), jnp.asarray([[1], [0], [0]], jnp.bfloat16), jnp.zeros(16, jnp.int32)
@@ -230,6 +233,7 @@ def test_precision_keeps_float32(accelerator):
 
 
 @pytest.mark.parametrize("function", ["linear_cross_entropy", "linear_log_probs"])
+@pytest.mark.slow
 def test_each_platform_lowers_its_own(function, rng):
     """A CPU's program has a CPU's chunks, an accelerator's has larger ones; one export for all of them has both."""
     tokens, n = 8192, 100_000
@@ -267,6 +271,7 @@ ON_DEVICES = [  # each but those that take longest on one of them; CI has all wi
 
 
 @pytest.mark.parametrize(("kernel", "device"), ON_DEVICES)
+@pytest.mark.in_turn(5)
 def test_rows_are_as_accurate(kernel, device, monkeypatch):
     """As on a CPU, whose bars they have, and at each corner; `--as-on` has all other laws hold."""
     monkeypatch.setattr(_platforms, "CPU", getattr(_platforms, device))
@@ -319,6 +324,7 @@ def test_log_probs(accelerator, rng):
             )
 
 
+@pytest.mark.slow
 def test_explicit_meshes(accelerator, rng):
     """Tokens and classes split by their types."""
     y, h, w = arguments(rng)
@@ -342,6 +348,7 @@ OF_HEADS = {
 }
 
 
+@pytest.mark.slow
 def test_gradients_of_bfloat16(accelerator, rng):
     y, *numbers = arguments(rng, jnp.bfloat16)
 
@@ -442,6 +449,7 @@ def test_labels_by_a_mask_or_a_gather(rng):
     )
 
 
+@pytest.mark.slow
 def test_a_labels_logit_of_another_rounding(monkeypatch):
     """As of a program that makes the logits anew for it: losses keep their digits, and none is below 0."""
     for error in (-3e-7, 3e-7):
@@ -454,6 +462,7 @@ def test_a_labels_logit_of_another_rounding(monkeypatch):
         np.testing.assert_allclose(surprisal_at_label(off), exact, rtol=3e-6)
 
 
+@pytest.mark.slow
 def test_the_sums_in_one_pass_have_a_rule(rng):
     """Where a loop forgets the rule of a loss, it is differentiated through its sums: the gradient, and again."""
     with jax.enable_x64(True):

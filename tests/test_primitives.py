@@ -37,6 +37,7 @@ def test_values_and_types():
     assert jax.eval_shape(difference, x, y, w) == jax.ShapeDtypeStruct((3, 4), np.float32)
 
 
+@pytest.mark.slow
 def test_derivatives():
     x, y, w = numbers(4), 2 * numbers(4), numbers(4)[::-1]
     got = jax.jacfwd(difference, (0, 1, 2))(x, y, w)
@@ -69,6 +70,7 @@ def test_each_platform_lowers_its_own():
         assert [name for name in ("cosine", "sine") if f"stablehlo.{name} " in text] == [function]
 
 
+@pytest.mark.slow
 def test_no_program_is_kept_of_what_holds_an_array():
     def run():
         held = jnp.asarray(numbers(3))
@@ -83,6 +85,7 @@ def test_no_program_is_kept_of_what_holds_an_array():
 
 
 @pytest.mark.parametrize("axes", [(0, None), (1, 0)], ids=str)
+@pytest.mark.in_turn(2)
 def test_one_operation_stays_one_in_a_batch(axes):
     """In which 0 / 0 is left out: nothing for checkify."""
 

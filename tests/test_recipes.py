@@ -237,6 +237,7 @@ def test_each_line_is_its_formula(sample):
 
 
 @pytest.mark.needs_jit
+@pytest.mark.slow
 def test_no_line_has_the_logits_of_all_tokens():
     """With its gradients: no array of N × n in the program, and in all some chunks, heads and hidden states."""
     n, d, chunk = 1024, 8, 16
@@ -257,6 +258,7 @@ def test_no_line_has_the_logits_of_all_tokens():
     assert min(largest_and_all({"focal": WHOLE["focal"]})) >= n * n  # which is found where it is
 
 
+@pytest.mark.slow
 def test_ids_that_wrap_round(sample):
     """Of -1 JAX makes the last class, whatever the mode, so that it counts as kept: lists are padded with n."""
     y, _, h, w = (x.astype(np.float32 if x.dtype == np.float64 else np.int32) for x in sample)
@@ -276,6 +278,7 @@ def kept_here(y, ids, x):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="this JAX has no vmap of a psum in a shard_map")
+@pytest.mark.slow
 def test_the_kept_set_where_the_classes_are_split(sample):
     y, ids, h, w = sample
     split = jce.on_mesh(jce.linear_map, mesh=make_mesh((2, 4)), token_axis="tokens", class_axis="classes")

@@ -51,7 +51,7 @@ STORED = stored()
 
 
 @pytest.mark.parametrize(("label", "n"), STORED)
-@pytest.mark.in_turn(6)
+@pytest.mark.in_turn(54)
 def test_the_largest_known_errors_are_within_the_bars(label, n):
     """Today's, of all stored arguments in batches of the size in which they were found."""
     if n == MANY and not _platforms.CPU.is_cpu:
@@ -235,7 +235,7 @@ def drawn(searched: Searched, rng, count: int, off_grid: bool = False):
 
 
 @each_searched
-@pytest.mark.in_turn(6)
+@pytest.mark.in_turn(12)
 def test_the_oracle_is_right(searched, rng):
     """The function in float64 is the formula in mpmath, to far less than an ulp of float32."""
     first, directions = drawn(searched, rng, 4)

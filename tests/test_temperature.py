@@ -22,6 +22,7 @@ def problem(rng):
 
 
 @OF_EACH
+@pytest.mark.in_turn(2)
 def test_what_logits_have_in_common_costs_no_digits(of_each, problem):
     """An offset of 100 at T = .7: of x/T the rounding would be some 60 ulps."""
     labels, h, w, b, *_ = problem
@@ -68,6 +69,7 @@ def test_of_python_s_1_nothing_is_computed(problem):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none", "log-probabilities"])
+@pytest.mark.slow
 def test_a_temperature_of_what_is_left_out_may_be_0(reduction, problem):
     """No derivative of it is anything but 0; and of a token that is kept T = 0 is greedy."""
     labels, h, w, b, t = problem
@@ -118,6 +120,7 @@ def test_at_a_temperature_of_0_a_derivative_is_0_or_infinite(reduction):
 
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("wrong", ["greedy", "no class", "overflow"])
+@pytest.mark.in_turn(3)
 def test_a_loss_that_is_left_out_afterwards_adds_nothing_to_the_head(wrong, problem):
     """Its derivative is infinite, or no number, and its cotangent 0: in a product of matrices that would be NaN."""
     labels, h, w, b, t = problem
@@ -143,6 +146,7 @@ def test_a_loss_that_is_left_out_afterwards_adds_nothing_to_the_head(wrong, prob
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_at_a_temperature_of_0_a_tail_is_infinite_with_its_derivative():
     """Of which no class is the greedy one; but not of one that takes nothing, or of forbidden classes alone."""
     x, labels = np.float32([[3, 1, 0, -1]]), np.array([[0]])
@@ -189,7 +193,7 @@ def test_wrong_arguments(problem):
 
 @OF_EACH
 @pytest.mark.parametrize("of", ["mean", "none", "list"])
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(6)
 def test_on_a_mesh(of, of_each, rng):
     """Tokens and classes split over two devices each, as on one; with tokens left out, and z-loss."""
     mesh = jax.make_mesh((2, 2), ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])

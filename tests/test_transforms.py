@@ -19,7 +19,7 @@ close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
 
 
 @each_kernel
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_jit_eager_vmap_and_loop(kernel, rng):
     arguments = easy(kernel, rng, (3, 4, 5))
     plain = kernel.function(*arguments)
@@ -32,7 +32,7 @@ def test_jit_eager_vmap_and_loop(kernel, rng):
 
 
 @each_kernel
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_mixed_in_axes(kernel, rng):
     """A batch of one argument against a single other."""
     arguments = easy(kernel, rng, (3, 5))
@@ -45,7 +45,7 @@ def test_mixed_in_axes(kernel, rng):
 
 
 @each_kernel
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_forward_equals_reverse(kernel, rng):
     arguments = tuple(easy(kernel, rng, (4, 5)))
     tangents = tuple(rng.standard_normal(x.shape).astype(x.dtype) for x in arguments)
@@ -58,7 +58,7 @@ def test_forward_equals_reverse(kernel, rng):
 
 
 @each_kernel
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_the_value_is_the_same_under_differentiation(kernel, rng):
     arguments = tuple(easy(kernel, rng, (4, 5)))
     plain = kernel.function(*arguments)
@@ -82,7 +82,7 @@ def test_checkpoint_and_scan(kernel, rng):
 
 
 @each_kernel
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_hessians_of_all_nestings_agree(kernel, rng):
     arguments = tuple(x[0] for x in easy(kernel, rng, (1, 3)))
     positions = tuple(range(len(arguments)))
@@ -94,7 +94,7 @@ def test_hessians_of_all_nestings_agree(kernel, rng):
 
 
 @each_kernel
-@pytest.mark.in_turn(12)
+@pytest.mark.slow
 def test_a_batch_of_hessian_vector_products(kernel, rng):
     """Each is that of its direction alone, in a batch so large that XLA makes matrix products of it."""
     arguments = tuple(easy(kernel, rng, (256, 50)))
@@ -110,7 +110,7 @@ def test_a_batch_of_hessian_vector_products(kernel, rng):
 
 @pytest.mark.needs_jit  # what is exported is compiled, and rounds otherwise than op by op
 @each_kernel
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_export(kernel, rng):
     """Serialised and read back, with its gradient and a Hessian-vector product, and with all digits of a tail."""
     by_regime = kernel.sample(rng, (4, 5), np.float32).values()
@@ -136,7 +136,7 @@ def test_export(kernel, rng):
 
 @pytest.mark.needs_jit
 @each_function
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_export_of_any_number_of_rows(kernel, rng):
     """Value and gradient, of a symbolic batch, serialised and read back; the second argument, if any, a single one."""
     (rows,) = jax.export.symbolic_shape("rows")
@@ -244,7 +244,7 @@ def test_a_function_is_one(name):
 
 
 @each_kernel
-@pytest.mark.in_turn(12)
+@pytest.mark.slow
 def test_shapes(kernel, rng):
     """No batch, an empty batch, five axes; one class and none."""
     tail = (4,) if kernel.has_classes else ()
@@ -264,7 +264,7 @@ def test_shapes(kernel, rng):
 
 
 @each_kernel
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(24)
 def test_sharded_arrays(kernel, rng):
     """Rows, classes, or both, in turn, spread over eight devices: the same numbers."""
     axes = [("rows", None), (None, "classes"), ("rows", "classes")][KERNELS.index(kernel) % 3]
@@ -276,7 +276,7 @@ def test_sharded_arrays(kernel, rng):
 
 
 @each_kernel
-@pytest.mark.in_turn(12)
+@pytest.mark.slow
 def test_inside_shard_map(kernel, rng):
     """Rows spread over eight devices, with JAX's checks of varying axes: value, gradient, jvp, and a corner."""
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))

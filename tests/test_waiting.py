@@ -55,6 +55,7 @@ def test_one_platform_is_traced_but_for_types():
     np.testing.assert_allclose(exported.call(a), jnp.sin(a) * jnp.exp(a), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_nesting_is_the_plain_functions(rng):
     """Eight modes to the third order, and of a batch, alone and in a loop."""
     a, t = (tuple(rng.standard_normal((2, 4, 3))) for _ in range(2))

@@ -14,6 +14,7 @@ LOSSES = (jce.cross_entropy_with_integer_labels, jce.cross_entropy_with_logits)
 
 @pytest.mark.parametrize("traced", [False, True], ids=["a number", "traced"])
 @pytest.mark.parametrize("of", TARGETS)
+@pytest.mark.in_turn(10)
 def test_values_and_derivatives(of, traced, rng):
     """In the logits and in ζ, to the third order; of classes that `where` keeps, along an axis that isn't the last."""
     x, direction = (3 * rng.standard_normal((CLASSES, ROWS)) for _ in range(2))
@@ -66,6 +67,7 @@ def test_values_and_derivatives(of, traced, rng):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.in_turn(2)
 def test_nothing_and_0(loss):
     """A row with nothing left is 0; a traced ζ of 0 is none, whatever L is; Python's 0 costs nothing."""
     x, y = jnp.asarray([[1.0, 2.0], [3.0, -jnp.inf]]), jnp.asarray([0, 0])
@@ -89,6 +91,7 @@ def test_wrong_arguments(loss):
 
 
 @pytest.mark.parametrize("of", ["labels", "smoothed", "soft targets", "a head", "a list under a head"])
+@pytest.mark.in_turn(3)
 def test_the_square_alone_may_overflow(of):
     """ζL² that is a number where L² is none, for a number ζ and a traced one."""
     x, label = np.float32([[-3.22e19, 5.09e19]]), np.array([1])

@@ -31,7 +31,8 @@ def fraction(function: str, dtype, *, ends: bool = True, advice: str = SHARE, **
 
 
 def positive(function: str, dtype, *, or_zero: bool = False, **option: Any) -> float | Array:
-    """A traced number, or a Python number above 0 (or 0, with `or_zero`) in the normal range of float32."""
+    """A traced number, or a Python number above 0 (or 0, with `or_zero`) in the normal range of float32, outside of
+    which it might become 0 or ∞ in the program."""
     ((name, value),) = option.items()
     if is_array(value):
         return _traced(function, dtype, name, value)
@@ -45,19 +46,19 @@ def positive(function: str, dtype, *, or_zero: bool = False, **option: Any) -> f
 
 
 def is_array(value) -> TypeGuard[Array]:
-    """Whether a number is traced or in an array: then its value isn't checked, and no branch depends on it."""
+    """Whether a number is an array, traced or not: then its value isn't checked, and no branch depends on it."""
     return isinstance(value, Array | np.ndarray)
 
 
 def is_function(head: Any) -> bool:
-    """Whether a head is to be called. What `jnp.asarray` takes is a matrix, even if it's callable, as in Flax."""
+    """Whether a head is to be called. What `jnp.asarray` takes is a matrix, even if it's callable as in Flax."""
     if not callable(head):
         return False
     return not hasattr(head, "__jax_array__") and not (hasattr(head, "shape") and hasattr(head, "dtype"))
 
 
 def _traced(function: str, dtype, name: str, value: Array) -> Array:
-    """The array of shape () in this dtype: like a Python number, it widens no other array."""
+    """The value, checked to be of shape (), cast to this dtype: like a Python number, it widens no other array."""
     if value.ndim or value.dtype == bool or not is_real(value):
         raise ValueError(
             f"{function}: {name} must be a real number, or a real array of shape (); got {described({name: value})}."
@@ -68,7 +69,7 @@ def _traced(function: str, dtype, name: str, value: Array) -> Array:
 
 
 def as_number(function: str, name: str, value: Any) -> Any:
-    """An array for a list of numbers and for what JAX takes as an array, such as a parameter of flax; others as is."""
+    """The value, made an array if it is a list, a tuple, or what JAX takes as an array, such as a parameter of flax."""
     is_one = isinstance(value, list | tuple) or (hasattr(value, "__jax_array__") and not is_array(value))
     return as_array(function, name, value) if is_one else value
 
@@ -145,7 +146,8 @@ def as_array(function: str, name: str, x: Any) -> Array:
     try:
         if x is None:
             raise TypeError
-        # Under an eager gradient asarray is an operation: jax_debug_nans would stop at a NaN that `where` leaves out.
+        # An array stays as it is: under an eager gradient asarray would be an operation, at which jax_debug_nans stops
+        # for a NaN that `where` leaves out.
         return x if isinstance(x, Array) else jnp.asarray(x)
     except (TypeError, ValueError):
         raise TypeError(

@@ -21,7 +21,7 @@ from jce._jax.waiting import Program, waiting
 # Until JAX no longer sums longer float32 rows 3 to 13 times as slowly per number on a CPU (0.10 and 0.12): longer rows,
 # and float64 rows of half this length, are folded there.
 LONGEST_ROW = 32_768
-LONG_ROW = 128  # rows of fewer classes are short
+LONG_ROW = 128  # a row of fewer classes is short (`Classes.are_few`)
 SHORTEST_BLOCK = 512
 
 
@@ -30,7 +30,8 @@ class Classes:
     """The n classes along `axis` < 0 of each array; with a mesh axis, each of its devices holds some of them.
 
     It is static. It alone knows whether a sum over classes is also a sum over devices or blocks. `any_shift` says
-    whether a label's formula may avoid the maximum: False where another formula computes it, which is then shared.
+    whether a label's formula may subtract another number than the maximum from logits, which saves a pass. It is False
+    where another formula of the same logits computes the maximum anyway: then both share it.
     """
 
     axis: int
@@ -73,7 +74,7 @@ class Classes:
     def of_blocks(self, reduction: Callable, x):
         """The reduction of each block, then of the blocks' results."""
         x = reduction(x, self.axis)
-        # Without the barrier XLA merges the two reductions into one again.
+        # Without the barrier XLA would merge the two reductions into one of the whole row, which is slow.
         return x if self.blocks == 1 else reduction(lax.optimization_barrier(x), self.axis)
 
     def sum(self, x: Array) -> Array:
@@ -117,7 +118,8 @@ class Classes:
         """Whether rows are so short that a CPU sums them fastest by other operations (`passes.py`)."""
         return self.count_here(x) < LONG_ROW
 
-    # In a sum 0 · ∞ must be 0, and a select would cost a CPU a pass. So the infinite factor is clipped to one of these.
+    # In a sum 0 · ∞ must be 0, and a select would cost a CPU a pass. So a factor that may be infinite is clipped to
+    # what one of the next two functions gives.
 
     def lowest(self, x: Array) -> Array:
         """The lowest finite number. For few classes it is computed from x: a plain constant is slow in a sum there."""
@@ -125,7 +127,8 @@ class Classes:
         return jnp.minimum(x, least) if self.are_few(x) else jnp.full((), least, x.dtype)
 
     def bound(self, p: Array, sign: int) -> Array:
-        """sign · (finite at p = 0, ∞ at any normal p): clipped to it, a factor of ±∞ gives 0 times p = 0, not NaN."""
+        """A bound of this sign for p's factor: finite at p = 0, infinite at any normal p. So an infinite factor,
+        clipped to it, gives 0 where p = 0 instead of NaN, and stays infinite elsewhere."""
         info = jnp.finfo(p.dtype)
         if self.are_few(p):
             return sign * jnp.abs((p * info.max) * self.lowest(p))
@@ -147,7 +150,7 @@ class Classes:
         return self.of_who_has(there, x, y)
 
     def of_who_has(self, there: Array, x: Array, y: Array) -> Array:
-        """`there`, a number per row, from the device that has the local label y among its classes of x."""
+        """`there`, a number per row, of the device whose classes of x include the local label y."""
         if self.mesh_axis is None:
             return there
         return self.over_devices(jnp.where(self.has(x, y), there, jnp.zeros_like(there)))

@@ -23,7 +23,8 @@ def labelled(
     logits: ArrayLike,
     several: str = "label_probs",
 ) -> tuple[Array, Array, Array, Classes]:
-    """Labels of the batch's shape, logits as in `distributions`, an array of 1 for each class kept, and the classes."""
+    """Labels of the batch's shape, logits as in `distributions`, an array that is 1 at each class that `where` keeps
+    and 0 at the others, and the `Classes`."""
     got = {"labels": labels, "logits": logits}
     y = _integer_labels(function, got)
     x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
@@ -35,7 +36,8 @@ def labelled(
         )
     y = rows.place(y)
     if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
-        # In a row with no class left any label is allowed, also one that is no class.
+        # A row with no class left is 0 whatever its label, so each label becomes 0: another class would make it +∞, and
+        # a label that is no class NaN.
         y = jnp.where(classes.any(kept != 0), y, jnp.zeros_like(y))
     return y, x, kept, classes
 
@@ -63,6 +65,7 @@ def labelled_with_probs(
     few = Layout(y.shape, rows.mesh, (*rows.spec, None))
     y, p = few.place(y), few.place(p)
     if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
+        # A row with no class left is 0 whatever its labels: probabilities at any but the first would make it +∞.
         p = jnp.where(jnp.expand_dims(classes.any(kept != 0), -1), p, jnp.zeros_like(p))
     x, kept = (jnp.moveaxis(a, classes.axis, -1) for a in (x, kept))
     return y, p, x, kept, Classes(-1, classes.mesh_axis)
@@ -72,7 +75,7 @@ def labelled_several(
     function: str, axis: int, where: ArrayLike | None, axis_name: Hashable | None, labels: ArrayLike, logits: ArrayLike
 ) -> tuple[Array, Array, Array | None, Classes]:
     """Labels, [..., k]; logits with the class axis last; which rows have a class left, or None if all have; and the
-    classes."""
+    `Classes`."""
     got = {"labels": labels, "logits": logits}
     y = _integer_labels(function, got)
     x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
@@ -99,7 +102,7 @@ def _integer_labels(function: str, got: Mapping[str, ArrayLike]) -> Array:
 
 
 def _logits_of_labels(function, axis, where, axis_name, logits) -> tuple[Array, Array, Classes, Layout]:
-    """Logits as in `distributions`, an array of 1 for each class kept, the classes, and the layout of rows."""
+    """Logits, the array of 1 and 0, and the classes, as in `labelled`; and the layout of a number per row."""
     (x,), classes = distributions(function, axis, where, axis_name, in_logits=("logits",), logits=logits)
     logits, mask = jnp.asarray(logits), jnp.asarray(True if where is None else where)
     layout = Layout.of(logits.shape, [logits, mask])  # as in `distributions`

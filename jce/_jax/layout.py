@@ -35,7 +35,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, shape: tuple[int, ...], arrays: Sequence[Array]) -> Layout:
-        """The layout of a shape to which the arrays broadcast, or with which their shapes begin.
+        """The layout of a shape. Arrays either broadcast to it or have it as their first axes.
 
         Each axis is split as it is in some array, in the first one where two disagree.
         """
@@ -49,7 +49,8 @@ class Layout(NamedTuple):
 
     @classmethod
     def said(cls, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, spec: P) -> Layout:
-        """The layout of a shape whose first axes are split by a spec, as far as types say so: over Explicit axes."""
+        """The layout of a shape whose first axes are split by a spec: of its mesh axes only the Explicit ones, since
+        types don't tell of others."""
         types = explicit_axes(mesh)
         split = [tuple(name for name in mesh_names(axes) if name in types) or None for axes in spec]
         return cls(shape, mesh if types else None, (*split, *[None] * (len(shape) - len(split))))
@@ -66,16 +67,16 @@ class Layout(NamedTuple):
     def place(self, x: Array) -> Array:
         """x broadcast to the shape and split as this layout is.
 
-        x is split before it is broadcast: so its cotangent is summed over devices instead of gathered, and is split as
-        x was.
+        x is split before it is broadcast. So its cotangent is first summed over devices and then split as x was,
+        instead of being gathered.
         """
         mesh = self.mesh or Layout.of(x.shape, [x]).mesh  # an array that is split, in a layout that isn't, is gathered
         if mesh is None:
             return jnp.broadcast_to(x, self.shape)
-        tail = len(self.shape) - x.ndim
-        lengths = zip(x.shape, self.shape[tail:], self.spec[tail:], strict=True)
+        first = len(self.shape) - x.ndim
+        lengths = zip(x.shape, self.shape[first:], self.spec[first:], strict=True)
         own = tuple(axes if n == whole else None for n, whole, axes in lengths)
-        if own != Layout.of(x.shape, [x]).spec:  # else resharding would be a needless copy
+        if own != Layout.of(x.shape, [x]).spec:  # where it is split so already, resharding would be a needless copy
             x = jax.sharding.reshard(x, NamedSharding(mesh, P(*own)))
         return jnp.broadcast_to(x, self.shape, out_sharding=NamedSharding(mesh, P(*self.spec)))
 
@@ -123,8 +124,8 @@ def may_be_split(x: Array) -> bool:
 
 
 def told_axes(mesh: Mesh | AbstractMesh | None) -> frozenset:
-    """The Explicit axes, as `axis_names` of a `jax.shard_map`. Empty if all are: there that means all but those of a
-    `jax.vmap` around."""
+    """The Explicit axes, as `axis_names` of a `jax.shard_map`. If all axes are Explicit, it is empty: to
+    `jax.shard_map` that means all axes but those of a `jax.vmap` around it."""
     assert mesh is not None
     explicit = explicit_axes(mesh)
     return frozenset() if explicit == {*mesh.axis_names} else explicit

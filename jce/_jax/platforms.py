@@ -1,4 +1,4 @@
-"""What differs between a CPU and an accelerator: how rows are summed, and in which order and size a head is computed.
+"""What differs between platforms: how rows are summed, and how many tokens, and which, a chunk of a head takes.
 
 The platform is known when a program is lowered, not when it is traced. There are two ways to ask for it. A function of
 rows waits for it (`waiting.py`), and is traced at lowering, for that platform alone. A loop over tokens asks by
@@ -38,12 +38,12 @@ class Chunks(NamedTuple):
 class Platform(NamedTuple):
     """How a platform sums and multiplies a chunk, and how many tokens a chunk has.
 
-    Per device, its logits fill `chunk_bytes`, but it has at least `least_tokens`: with fewer, reading the head and
-    adding to its gradient take longer than multiplying. `least_halved` replaces that where logits are stored in half
-    the bytes. With fewer than `few` classes chunks are 8 times as large, since a step of the loop costs more than it
-    saves. `masks_labels`: whether looking up a label by a mask, in a sum over its row, is faster than a gather.
-    `fuses_operands`: whether XLA computes an elementwise operand of a matrix product inside the product, instead of
-    storing it first.
+    On each device a chunk has so many tokens that their logits fill `chunk_bytes`, and at least `least_tokens`: with
+    fewer, reading the head and adding to its gradient would take longer than multiplying. Where logits are stored in
+    half the bytes, the least number is `least_halved` instead. With fewer than `few` classes chunks are 8 times as
+    large: smaller ones would save less than the loop's steps cost. `masks_labels` says whether looking up a label by a
+    mask, in a sum over its row, is faster than a gather. `fuses_operands` says whether XLA computes an elementwise
+    operand of a matrix product inside the product, instead of storing it first.
     """
 
     is_cpu: bool
@@ -61,7 +61,8 @@ class Platform(NamedTuple):
             least = self.least_halved if halved else self.least_tokens
             most = self.chunk_bytes * (8 if logits.size < self.few else 1)
             size = devices * max(least, most // (logits.dtype.itemsize * logits.size))
-        # Strided tokens cost a CPU a copy of all; a peeled step costs several devices one more sum over devices.
+        # Strided chunks would cost a CPU a copy of all tokens, and a peeled step several devices one more sum over
+        # devices.
         peeled = not self.is_cpu and devices == 1
         return Chunks(size, devices, strided=not self.is_cpu or devices > 1, peeled=peeled, filled=filled)
 

@@ -42,7 +42,7 @@ def primitive(
     holds_arrays: bool = False,
     checked: Callable | bool = True,
 ):
-    """A primitive that computes function(*arrays, *, static): an array, or a list of arrays if `several`.
+    """A primitive that computes function(*arrays, *, static), which is an array, or a list of arrays if `several`.
 
     Args:
       function: the function, or a dict of one for each platform, by JAX's names, with None for all other platforms.
@@ -55,17 +55,20 @@ def primitive(
       types: (*types of the arguments) -> types of the results, where that is faster than tracing the function.
       holds_arrays: a static argument is a jaxpr, which may hold arrays: so no cache of programs may keep it alive. The
         primitive has the jaxpr's effects.
-      checked: (errors, *arrays, *, static) -> an Error of checkify that reports these errors, or a batch of Errors, and
-        the results. By default only the results are checked, for NaN, so that a NaN which the function makes and leaves
-        out is no error. False: nothing is checked.
+      checked: what checkify looks at. By default the results, for NaN, but nothing inside: a NaN that the function
+        makes and leaves out is no error. False for nothing. Or a function (errors, *arrays, *, static) -> an Error of
+        checkify, or a batch of them, that reports errors of these kinds, and the results.
     """
     p = Primitive(name)
     p.multiple_results = several
+    # `one` has the signature and types of all platforms' functions. `alone` is what an eager call runs: if platforms
+    # differ, the primitive itself, so that lowering picks the platform's.
     functions: dict = function if isinstance(function, dict) else {None: function}
     one = next(iter(functions.values()))
     alone = p.bind if len(functions) > 1 else one
     p.def_impl(_eager(alone, one, holds_arrays))
-    # JAX 0.12 under JAX_REMAT3 and similar flags first rewrites a jaxpr's operations, and asks each primitive how.
+    # JAX 0.12 under JAX_REMAT3 and similar flags first rewrites a jaxpr's operations, and asks each primitive how:
+    # without an answer it raises an error.
     p.to_lojax = alone
     p.def_effectful_abstract_eval(_types_and_effects(types or _traced_types(one, several), holds_arrays))
     if callable(derivative):
@@ -111,7 +114,7 @@ def _traced_types(one: Callable, several: bool) -> Callable:
 def _types_and_effects(types: Callable, holds_arrays: bool) -> Callable:
     def rule(*avals, **static):
         effects = static["jaxpr"].effects if holds_arrays else ()
-        # A mutable array inside the function is no effect outside of it.
+        # A mutable array that the function makes for itself has no effect on what is outside.
         return types(*avals, **static), {e for e in effects if type(e).__name__ != "InternalMutableArrayEffect"}
 
     return rule
@@ -151,8 +154,8 @@ def evaluated(*arrays: Array, jaxpr, **_) -> list[Array]:
 
 
 def as_one(function: Callable, static: Sequence[int] = ()) -> Callable:
-    """The function as one operation, into which checkify doesn't look: it may make a NaN, or divide by 0, and leave
-    that out."""
+    """The function as one operation, into which checkify doesn't look. Otherwise it would report each NaN and each
+    division by 0 that the function makes and then leaves out of its result."""
 
     @functools.wraps(function)
     def of_all(*arguments):

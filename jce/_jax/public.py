@@ -16,7 +16,8 @@ from jce._jax.primitives import primitive
 F = TypeVar("F", bound=Callable[..., Any])
 Kind = inspect.Parameter
 
-# Hints for arguments of other libraries: in functions of rows of classes, in elementwise ones, in those of tokens
+# Hints for arguments that other libraries have. Functions of rows of classes, elementwise ones and those of tokens each
+# have their own; all three have OF_EACH.
 OF_EACH = {
     "weights": " Multiply the result, which has a number for each, by them.",
     "reduction": " The result has a number for each: take its .mean() or .sum().",
@@ -46,7 +47,7 @@ def instead(parameters: Collection[str], option: str) -> str:
     """The hint for an option that isn't among a function's parameters; empty if there is none."""
     of_tokens = "hidden" in parameters or "chunk_size" in parameters
     hint = (TOKENS if of_tokens else ROWS if "where" in parameters else ELEMENTWISE).get(option, "")
-    # No hint that names an argument which the function doesn't have either
+    # A hint that names an argument which this function lacks too would only lead to the next error.
     return "" if any(name in hint and name not in parameters for name in ("labels", "weights")) else hint
 
 
@@ -67,12 +68,12 @@ def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
         def program(*traced: str):
             return jax.jit(results, static_argnames=[n for n in static + numbers if n not in traced])
 
-        # Not the jitted function itself: `jax.grad` and others apply `functools.wraps`, which would copy its `lower`:
-        # jax.grad(f).lower would lower f.
+        # A plain function around the jitted one: `jax.grad` and others apply `functools.wraps`, which would copy the
+        # jitted one's `lower`, and jax.grad(f).lower would then lower f instead of its gradient.
         @functools.wraps(function)
         def called(*args, **options):
             # What JAX takes as an array, such as a parameter of flax, becomes one here: as a static argument its value
-            # would be part of the program.
+            # would be part of the program, and each value would compile another.
             options = {key: as_number(name, key, x) if key in numbers else x for key, x in options.items()}
             _require_own(name, parameters, len(args), options, static, numbers)
             if any(_has_function(x) for x in (*args, *(x for key, x in options.items() if key not in static))):
@@ -118,7 +119,7 @@ def _require_own(name, parameters, count: int, options: Mapping[str, Any], stati
             require_bool(name, **{option: value})
 
 
-# The identity, where checkify looks for NaN.
+# The identity, as a primitive at which checkify looks for a NaN in a public result.
 # Until JAX no longer raises a ValueError for the gradient of a function that checkify has transformed, where a check is
 # inside custom_jvp under jax.jit or jax.checkpoint (0.8 to 0.12): so public results are checked, instead of kernels.
 

@@ -27,6 +27,7 @@ def placed(count: int, places: Iterable[int], values: Iterable) -> list:
 
 
 def of_some(function: Callable, arguments: Sequence, places: Sequence[int]) -> Callable:
+    """The function of the arguments in these places alone; the others have the given values."""
     return lambda *values: function(*replaced(arguments, places, values))
 
 
@@ -69,6 +70,7 @@ def cotangent(function: Callable, live: Sequence[int], types: Sequence, nonzero:
 
 
 def others(count: int, places: Sequence[int]) -> list[int]:
+    """Of `count` places those that aren't among these."""
     return [i for i in range(count) if i not in places]
 
 

@@ -1,7 +1,7 @@
 """Σ along an axis, accurate also for a batch of one row on a CPU.
 
-Axes of length 1 are squeezed out of the sum. `jax.vmap` may add them after tracing, so this must happen when the sum is
-lowered: hence a primitive, which is otherwise `jax.lax.reduce_sum`.
+Axes of length 1 are squeezed out before the sum. `jax.vmap` may add such axes after tracing, so this must happen when
+the sum is lowered. Hence a primitive, which otherwise is `jax.lax.reduce_sum`.
 """
 
 # Until JAX no longer sums [1, n] sequentially on a CPU (jaxlib 0.10: 30,000 equal numbers are 200 ulps off), while it

@@ -45,7 +45,7 @@ def distributions(
     in_logits: Collection[str] = (),
     **arguments: ArrayLike,
 ) -> tuple[list[Array], Classes]:
-    """The arguments as floating-point arrays of one dtype and shape, and where their classes are.
+    """The arguments as floating-point arrays of one dtype and shape, and their `Classes`.
 
     Excluded classes have probability 0: a logit of -∞ in the arguments named by `in_logits`, and 0 in the others. A row
     of logits with no class left becomes certainty in the first class, for which every function is 0.
@@ -63,7 +63,7 @@ def distributions(
     masks = [] if where is None else [_mask(function, where, shape, axis, arguments)]
     layout = Layout.of(shape, arrays + masks)
     arrays, masks = ([layout.place(x) for x in xs] for xs in (arrays, masks))
-    if shape[axis] == 0:  # treated as a single class, on each device, that is excluded
+    if shape[axis] == 0:  # each device gets a single class, which is excluded: an empty row has no maximum
         arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
         masks = [jnp.zeros(arrays[0].shape, bool)]
     for mask in masks:
@@ -76,11 +76,12 @@ def distributions(
 
 
 def mesh_axis(function: str, axis_name: Hashable | None, arrays: Iterable[Array]) -> Hashable | None:
-    """`axis_name`, checked to name axes of a `jax.shard_map` around. With that of a `jax.vmap`, a gradient inside would
-    be too large by a factor of the batch's size.
+    """`axis_name`, checked to name axes of a `jax.shard_map` around the call. If it named the axis of a `jax.vmap`, a
+    gradient taken inside would be too large by a factor of the batch's size.
     """
-    # Until JAX no longer fails its type checks under spmd_axis_name: batched arrays vary over that mesh axis and others
-    # don't, while it batches one operation after another. So an error of ours comes first.
+    # Until JAX no longer fails its type checks under spmd_axis_name: it batches one operation after another, and
+    # between two of them batched arrays vary over that mesh axis while others don't. The error below says what to do
+    # instead.
     names = mesh_names(axis_name)
     if not all(isinstance(name, Hashable) and name in manual_axes() for name in names):
         raise ValueError(

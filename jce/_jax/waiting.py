@@ -33,7 +33,8 @@ def waiting(program: Callable, *arrays: Any) -> Any:
 
 
 class Settings(NamedTuple):
-    """JAX's settings where the program was called: tracing at lowering must use them, and they are part of its key."""
+    """JAX's settings where the program was called. Tracing at lowering, when they may have changed, restores them; and
+    as a parameter of the primitive they keep traces under unlike settings apart."""
 
     x64: bool
     precision: Any

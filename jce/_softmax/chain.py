@@ -28,8 +28,8 @@ class Chain(Way):
         return x.shape[classes.axis] <= LONGEST_CHAIN and classes.mesh_axis is None and not classes.are_split(x)
 
     def results(self, function, arrays, ndim, isolated):
-        """Each result from a chain of its own, with a barrier behind a number per row: XLA may not fuse chains that
-        share their inputs, nor one that goes on into a sum over the batch."""
+        """Each result from a chain of its own, and each number per row behind a barrier. Otherwise XLA may leave chains
+        unfused that share their inputs, or one that goes on into a sum over the batch."""
         alone = jax.tree.map(lax.optimization_barrier, arrays)  # one each: t and x may vary over different mesh axes
         results, tree = jax.tree.flatten(function(*(alone if isolated else arrays)))
         results[1:] = [jax.tree.leaves(function(*alone))[i] for i in range(1, len(results))]

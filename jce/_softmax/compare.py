@@ -82,12 +82,14 @@ def _deviances_rule(classes, primals, tangents):
 
 
 def one_at_a_time(tangents) -> bool:
-    """Whether only one row has a tangent, or both have but d hasn't: then the difference of both tangents must do."""
+    """Whether x, y or d has no tangent. Then the formulas above, which need all three, can't be used: a rule takes the
+    difference of both rows' tangents, or the only one."""
     return any(t is None or isinstance(t, SymbolicZero) for t in tangents)
 
 
 def _tangents_of_logarithms(primals, tangents, classes):
-    """Where |log q/p| < 3/2, d log p, d log q, and d log q/p; elsewhere d log q - d log p is accurate enough."""
+    """Where |log q/p| < 3/2; d log p; d log q; and d log q/p as above, which is needed only there: elsewhere
+    d log q - d log p is accurate enough."""
     (x, y, _), (dx, dy, dd) = primals, tangents
     near = jnp.abs(lax.stop_gradient(log_q_over_p(*primals, classes))) < 1.5
     mean = classes.sum(mul0(q_minus_p(*primals, classes), dy))
@@ -109,7 +111,7 @@ def _difference_of_tangents(tangent, primals, tangents, classes):
 
 
 def tempered(x: Array, t: Array, classes: Classes) -> Array:
-    """(x - max x)/t, for a number t per row. In x/t an offset common to all logits would add its rounding to each."""
+    """(x - max x)/t, for a number t per row. In x/t each entry would have the rounding of an offset common to all."""
     t = jnp.broadcast_to(vary_over(varying(x), classes.column(t))[0], x.shape)
     x = x - classes.column(classes.max(lax.stop_gradient(x)))
     return _over_where_possible(x, t, x)
@@ -171,10 +173,12 @@ def compare(x: Array, y: Array, d: Array | None, way: Way, stored: bool = False)
 def _difference(x, y, m, n, classes, fraction):
     """(y - n) - (x - m) with a single rounding where it is small; -∞ where y is -∞, and finite where only x is.
 
-    Calls differ in the fraction < 1, as in m and n, or XLA would store what two passes share (`passes.py`).
+    Each pass calls it with another fraction < 1, as with another m and n: XLA would store what two passes share
+    (`passes.py`).
     """
     least = jnp.finfo(x.dtype).min
-    # -∞ in x, and in y where its error term would be NaN, is raised to a number whose probability is 0.
+    # A -∞ in x is raised to a number whose probability is 0. In y it is raised in the error term alone, which would be
+    # NaN: the difference itself stays -∞.
     low_x, low_y = (classes.column(jnp.maximum(maximum + fraction * least, least)) for maximum in (m, n))
     x, finite_y = jnp.maximum(x, low_x), jnp.maximum(y, low_y)
     n_m, lost = two_sum(n, -m)

@@ -33,8 +33,9 @@ def kernel(function: Callable, isolated: bool = False, stores_shared: bool = Fal
     """Decorates function(*arrays and numbers per row, way). Callers give `Classes` in place of the `Way`, since the
     platform isn't known yet; a kernel that calls another one gives it its own way.
 
-    `isolated`: XLA mustn't merge it with another kernel of the same arrays, where one program with two results would be
-    slower. `stores_shared`: its own results may share intermediate arrays, as in a kernel that compares two rows.
+    With `isolated`, XLA is kept from merging it with another kernel of the same arrays, where one program with two
+    results would be slower. With `stores_shared`, its results may share intermediate arrays in memory, as in a kernel
+    that compares two rows; without it, a way may compute each result by itself (`chain.py`).
     """
 
     @functools.wraps(function)

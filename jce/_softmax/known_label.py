@@ -27,9 +27,9 @@ LOWEST, HIGHEST = -16, 40
 def off_known_label(at: Array, others: Callable, again: Callable, most: float) -> list[Array]:
     """m, and what others(m) returns, whose first is s, for rows whose logit at the label is `at`.
 
-    Where m = 0, s must be in [least, below), or in [0, below) if x_y ≥ 0; where m = x_y, below `most`. Other rows ask,
-    and again(asks, m, s, *more) returns the numbers of all rows, with the maximum as m in rows that ask and the same
-    bits in all others. NaN rows ask too, as rows whose label is at -∞ must.
+    Where m = 0, s must be in [least, below), or in [0, below) if x_y ≥ 0; where m = x_y, below `most`. Other rows ask
+    to be read again: again(asks, m, s, *more) returns the numbers of all rows, with the maximum as m in rows that ask
+    and the same bits in all others. NaN rows ask too, as rows whose label is at -∞ must.
     """
     # Flushing n entries below 2⁻¹²⁶ changes s ≥ 2⁻⁸⁴ by at most n 2⁻⁴² of itself: by 2⁻²⁵ for n = 2¹⁷ classes.
     least, below = (2.0**-700, 2.0**600) if at.dtype == jnp.float64 else (2.0**-84, 2.0**64)
@@ -66,7 +66,7 @@ def _first_of(asks):
     return lax.argmax(jnp.concatenate([*none, asks.astype(none[0].dtype).ravel()]), 0, jnp.int32)
 
 
-# One flag for the whole batch: with a flag for each call in it, the loop would always run, and keep N × n numbers.
+# One flag for the whole batch. If each call in it had its own, the loop would always run, and keep N × n numbers.
 @_first_of.def_vmap
 def _first_of_batch(size, batched, asks):
     return _first_of(asks), False

@@ -1,4 +1,4 @@
-"""Numbers of a few classes put in their classes' places, or -∞ put there.
+"""Puts numbers of a few classes at these classes' places in a row, or -∞.
 
 On a CPU they are scattered, since comparing each class with each label is slow there; an accelerator compares, since
 scattering is slow there. So both wait for the platform (`waiting.py`). That also hides them from checkify, which would
@@ -18,7 +18,7 @@ from jce._jax.classes import Classes
 from jce._jax.platforms import named
 from jce._jax.waiting import Program, waiting
 
-FEW = 16  # labels up to which an accelerator compares; more are scattered there too
+FEW = 16  # an accelerator compares each class with up to so many labels; more are scattered there too
 
 
 def over_classes(y: Array, a: Array, x: Array, classes: Classes) -> Array:

@@ -36,7 +36,7 @@ from jce._softmax.known_label import at_maximum, off_known_label
 from jce._softmax.sums import Compared, Deviation, Exponentials, Normalizer, OffLabel, Sums
 from jce._softmax.way import Way, exponential, off_maximum, unless_no_class, with_derivative_of
 
-FINE = 2.0**12  # eᵢ is rounded down to 12 bits where it is a weight that only centers a tangent (`deviation`)
+FINE = 2.0**12  # 12 bits of eᵢ are enough in a weight that only centers a tangent (`deviation`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Passes(Way):
         if self.mesh_axis is None:
             d = x - self.column(self.again(n.m, n.log_z))
             e = exp(d)
-            # 0 for a class that dominates, since ⌊7/4 - 1⌋ = 0, and eᵢ for all others, where the floor is 1 or more
+            # The weight is 0 for a class that dominates, since ⌊7/4 - 1⌋ = 0, and eᵢ for all others: their floor is ≥
+            # 1.
             weight = jnp.minimum(jnp.floor(self.column(self.again(1.75 + n.shared, n.log_z)) - e), e)
         else:
             d = self.depth(x, n)
@@ -157,11 +158,13 @@ class Passes(Way):
 
     def _sum_off_label(self, labels, x):
         """s as a function of m. min(eᵢ, far |i - y|) is 0 at the label y, and eᵢ elsewhere, since eᵢ < far."""
-        # `known_label.py` rereads rows with s ≥ 2⁶⁴ (2⁶⁰⁰). A power of 2, so that far y is exact, fused or not.
+        # No eᵢ that counts reaches `far`: rows with s ≥ 2⁶⁴ (2⁶⁰⁰) are read again (`known_label.py`). It is a power of
+        # 2, so that far y is exact, fused or not.
         far = 2.0**800 if x.dtype == jnp.float64 else 2.0**96
         exact = self.count(x) <= 2 ** jnp.finfo(x.dtype).nmant
         dtype, scale = (x.dtype, far) if exact else (labels.dtype, 1)
-        # Behind the barrier the class index is an array in memory; without it, an iota inside the sum.
+        # The barrier makes the class indices an array [n] in memory. Without it they would be an iota inside the sum,
+        # and XLA would write the sum's operand to memory.
         index = lax.optimization_barrier(scale * jnp.arange(self.count_here(x), dtype=dtype))
         y = scale * self.local(labels, x).astype(dtype)
 
@@ -193,14 +196,16 @@ class Passes(Way):
         def late(r, total):
             return total if few else multiply(r, total)
 
-        # The center that is subtracted from t may be any number per row: t of the class that dominates, whose weight is
-        # ⌊1.25⌋ = 1 while others have ⌊1.25 eᵢ⌋ = 0, as eᵢ < 1/2; or, if none does, a mean with weights ⌊4097.25 eᵢ⌋.
+        # Any number per row may be subtracted from t as its center. If a class dominates, it is that class's t, whose
+        # weight is ⌊1.25⌋ = 1 while others have ⌊1.25 eᵢ⌋ = 0, as eᵢ < 1/2. If none does, it is a mean with weights
+        # ⌊4097.25 eᵢ⌋.
         weight = jnp.floor(self.column(1.25 + FINE * shared) * exponential(x, 2, self))
         scale = 1 / jnp.maximum(1, FINE * shared * lax.stop_gradient(z))
         center = late(scale, self.sum(multiply(weight, early(scale, t))))
 
-        # For a = eᵢ, or qᵢ of few classes: 0 at a class that dominates, where a = 1 or a > 2/3, so ⌊1.6 - a⌋ = 0; a at
-        # all others, where a < 1/2, so ⌊1.6 - a⌋ = 1. If none dominates, the floor is ⌊3.6 - a⌋ ≥ 2 > a.
+        # `others` is made of a = eᵢ, or a = qᵢ of few classes. It is 0 at a class that dominates, where a = 1 or
+        # a > 2/3, so ⌊1.6 - a⌋ = 0; and a at all others, where a < 1/2, so ⌊1.6 - a⌋ = 1. If no class dominates, it is
+        # a at all classes, since the floor is ⌊3.6 - a⌋ ≥ 2 > a.
         over_z = ratio(jnp.ones_like(z), z)
         e = early(over_z, exponential(x, 3, self))
         others = jnp.minimum(jnp.floor(self.column(1.6 + 2 * shared) - e), e)
@@ -209,8 +214,8 @@ class Passes(Way):
             return late(over_z, self.sum(multiply(a, t - self.column(center))))
 
         mean_from_center = sum_of_others(others)
-        # The barrier keeps the last pass from sharing an array with the sums. It is elementwise, so it may select: 0.6
-        # is between a dominant eᵢ = 1 and the others' eᵢ < 1/2, and 1.6 above all eᵢ.
+        # The barrier keeps the last pass from sharing an array with the sums, which XLA would store. It is elementwise,
+        # so it may select: 0.6 is between a dominant eᵢ = 1 and the others' eᵢ < 1/2, and 1.6 above all eᵢ.
         from_center = t - self.column(lax.optimization_barrier(center))
         mean = self.column(mean_from_center)
         e = exponential(x, 4, self)

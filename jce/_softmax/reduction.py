@@ -32,7 +32,8 @@ class Reduction(Way):
         m, s, t = _sums_here(x, self)
         if self.mesh_axis is not None:
             here, m = m, lax.pmax(lax.stop_gradient(m), self.mesh_axis)
-            # A device leaves its maximal class out if its depth < 0.5: `off_maximum` repairs s, as e^-0.5 = .61 > .6.
+            # Each device whose own maximum is less than 0.5 below m leaves its maximal class out of s. Where several
+            # do, `off_maximum` repairs s, since each of these classes has e > e^-0.5 = .61 > .6.
             depth = jnp.minimum(jnp.maximum(m, jnp.finfo(m.dtype).min) - lax.stop_gradient(here), FAR)
             e, z = exp(-depth), 1 + s
             t, s, z = map(self.over_devices, (e * (t + depth * z), e * jnp.where(depth < 0.5, s, z), e * z))
@@ -57,7 +58,8 @@ class Reduction(Way):
 
 @dataclasses.dataclass(frozen=True)
 class MaskedReduction(Reduction):
-    """A TPU's way: its gathers are slow, and it makes one pass of two sums that share m."""
+    """A TPU's way. Its gathers are slow, so it masks. XLA makes one pass of two sums there if they share m, so `again`
+    doesn't disguise m."""
 
     def again(self, m, s):
         return m

@@ -34,9 +34,10 @@ from jce._softmax.way import Way
 def surprisal_at_label(off: OffLabel) -> Array:
     """log 1/q_y = log(1 + s e^d) = d + log(e^-d + s)."""
     _, s, d = off
-    # With rest = d - near the loss is rest + log1p(s e^near - (1 - e^-rest)). A label near the maximum has near = d, so
-    # the loss is log1p(s e^d), to which the rounding of x and m adds only relative errors. Where s < 1/2 near = d too,
-    # since s + e^-d may be tiny there; e^d doesn't overflow, since d < 16 (`known_label.py`).
+    # With d = near + rest the loss is rest + log1p(s e^near - (1 - e^-rest)). A label near the maximum has near = d, so
+    # the loss is log1p(s e^d), to which the rounding of x and m adds only relative errors. Where s < 1/2, near = d too:
+    # s + e^-d may be tiny there, and log1p's argument would cancel to nearly -1. Since d < 16 there (`known_label.py`),
+    # e^d doesn't overflow.
     near = jnp.where(s < 0.5, d, jnp.minimum(d, 1))
     rest = d - near
     return rest + log1p(s * exp(near) - (1 - exp(-rest)))
@@ -75,10 +76,11 @@ def centered(t: Array, x: Array, way: Way) -> Array:
 
 
 def unless_nan(z, tangent, t, way):
-    """The tangent; in a NaN row NaN, but 0 where t = 0: sums over the row would make its whole tangent NaN."""
+    """The tangent; in a NaN row, NaN where t ≠ 0 and 0 where t = 0. The sums over such a row are NaN, and would make
+    its whole tangent NaN."""
     zero = lax.stop_gradient(way.column(z - z))  # or NaN; jax_debug_nans would stop at a constant NaN
     nan = mul0(jnp.broadcast_to(zero, t.shape), t)
-    number = z <= jnp.finfo(z.dtype).max  # z ≥ 1 or NaN; isfinite would break the chain of `chain.py`
+    number = z <= jnp.finfo(z.dtype).max  # z ≥ 1 or NaN; with isfinite XLA wouldn't fuse the chain of `chain.py`
     return jnp.where(way.column(number), tangent, nan)
 
 
@@ -128,6 +130,7 @@ def _logsumexp_rule(classes, primals, tangents):
 @kernel
 def _mean(t, x, way):
     _, z, _, mean, _ = way.deviation(t, x)
-    # Not the sum of softmax(x) t: if passes round x differently, its Σ qᵢ isn't 1. In `mean` it is, to the last digit.
+    # `mean` instead of the sum of softmax(x) t: if passes round x differently, the qᵢ of that sum don't add up to 1, as
+    # those of `mean` do to the last digit.
     nan = way.sum(mul0(jnp.broadcast_to(way.column(lax.stop_gradient(z - z)), t.shape), t))
     return jnp.where(jnp.isfinite(z), mean, nan)

@@ -1,7 +1,7 @@
 """The interface through which formulas sum over classes: a `Way`, of which each kind of machine has its own.
 
 With m = max x and eᵢ = exp(xᵢ - m), Z = Σ eᵢ = 1 + s; `softmax.py` says what s is for. This file has what all machines
-share, and what suits those on which a select inside a sum costs nothing.
+share; where machines differ, the method here suits those on which a select inside a sum costs nothing.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Way(Classes, ABC):
 
     @abstractmethod
     def off_label(self, labels: Array, x: Array) -> OffLabel:
-        """With m = max x."""
+        """The sums with m = max x."""
 
     def off_label_of_any_shift(self, labels: Array, x: Array) -> OffLabel:
-        """With any m that keeps s and e^-d in range: formulas may assume nothing else of it."""
+        """The sums with any m that keeps s and e^-d in range: formulas may assume nothing else of it."""
         return self.off_label(labels, x)
 
     def exponentials_off_label(self, labels: Array, x: Array) -> tuple[OffLabel, Array]:
@@ -125,7 +125,8 @@ class Way(Classes, ABC):
         """xᵢ - m ≤ 0, and exactly 0 at a class that dominates."""
         # min(max(2d + lift, d), 0). If one class dominates, lift = 0.6: its d is above -0.3, so 2d + 0.6 > 0 and the
         # result is 0; all others have d < log 1/2 = -0.69 < -0.6, so 2d + 0.6 < d. If none does, lift < -9e29, so
-        # 2d + lift < d. The barrier has these numbers, constants too, computed once per row, for this pass alone.
+        # 2d + lift < d. The barrier has these numbers, constants too, computed once per row and for this pass alone:
+        # XLA would store a constant that two passes share (`passes.py`).
         m, lift, zero = map(self.column, lax.optimization_barrier((n.m, 0.6 - 1e30 * n.shared, 0 * n.s)))
         d = x - m
         depth = jnp.minimum(jnp.maximum(d + (d + lift), d), zero)
@@ -192,14 +193,16 @@ def off_maximum(z: Array) -> Array:
     """Z - 1 for Z ≥ 4.6/3 = 1.53, where Z - 1 = 4Z - 5.6, and less below; ≤ 0 for Z ≤ 1.4.
 
     max(s, this) repairs a masked sum s in which classes beside a maximal one were left out: these have e > 0.6, so
-    Z > 1.6. A small s, of which Z - 1 keeps no digit, it leaves alone, and it is continuous, however passes round Z.
+    Z > 1.6. It leaves a small s alone, of which Z - 1 keeps no digit. It is continuous, so that passes which round Z
+    differently get nearly the same s.
     """
     return jnp.minimum(z - 1, 4 * z - 5.6)
 
 
 def with_derivative_of(a: Array, b: Array) -> Array:
-    """a, with b's derivative: for a constant m, as over devices, a sum without the maximal class lacks part of it."""
-    # Until JAX 0.12: rules make this unnecessary, but JAX loses them in the head's loop.
+    """a, with b's derivative. Over devices m is constant, and the derivative of a sum without the maximal class lacks
+    that class's part."""
+    # Until JAX 0.12: JAX loses the kernels' rules, which make this unnecessary, in the head's loop.
     return lax.stop_gradient(a) + (b - lax.stop_gradient(b))
 
 

@@ -1,8 +1,9 @@
 """Closed-form derivative rules that hold to any order, and the quotient that their coefficients are written in.
 
 A rule's coefficients are differentiated again for a Hessian, and again for a third derivative, where a plain `a / b`
-would give 0 · ∞ = NaN at a corner. The rule of `ratio` is written in `ratio` itself, so no order does. Rules divide
-tangents by b instead of multiplying them by 1/b, so that tangents as small as b don't lose the float range.
+would give 0 · ∞ = NaN at a corner. The rule of `ratio` is written in `ratio` itself, so it gives none at any order.
+Rules divide tangents by b instead of multiplying them by 1/b, so that tangents as small as b don't lose the float
+range.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def def_partials_of_sum(kernel: custom_jvp, *partials: Callable[..., Array]) -> 
 
 
 def def_tangents(kernel: custom_jvp, *tangents_of: Callable[..., Array]) -> None:
-    """`def_partials` with terms instead of partials: each a function of the tangent, in which it is linear, and of all
-    arguments."""
+    """`def_partials` with a term for each argument instead of a partial derivative: a function of the argument's
+    tangent, in which it is linear, and of all arguments."""
 
     def rule(primals, tangents):
         return kernel(*primals), sum_of_tangents(tangents, *(lambda t, f=f: f(t, *primals) for f in tangents_of))
@@ -129,5 +130,6 @@ def negative(x: Array) -> Array:
     return 0 - x
 
 
-# Under differentiation it is plain -x, so -0 at 0: XLA moves -x out of a mean, and reads the batch once less.
+# Under differentiation it is plain -x, so -0 at 0: XLA moves -x out of a mean, but not 0 - x, and so reads the batch
+# once less.
 negative.defjvp(lambda primals, tangents: (-primals[0], -tangents[0]))

@@ -31,8 +31,8 @@ def log_ratio(p: Array, q: Array, d: Array) -> Array:
 def deviance(p: Array, q: Array, d: Array, left_out: Array | None = None) -> Array:
     """p log p/q - p + q ≥ 0, for p, q ≥ 0 and d = p - q; q where p = 0, +∞ where only q = 0. Not differentiable.
 
-    `left_out`, if given, is subtracted from p log p/q instead of p - q. It must equal p - q where |v| < 1/2, which for
-    q > p means q < 3p.
+    `left_out`, if given, is subtracted from p log p/q instead of p - q. It must equal p - q where |v| < 1/2 (for q > p,
+    where q < 3p), since the formula that is used there subtracts p - q.
     """
     near, v, log_r = _contrast_and_log_ratio(p, q, d)
     log_r = jnp.maximum(log_r, jnp.finfo(p.dtype).min)  # at p = 0, 0 · -∞ would be NaN

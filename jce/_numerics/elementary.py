@@ -17,8 +17,8 @@ from jax import Array, lax
 exp, log, tanh = (functools.partial(f, accuracy=lax.AccuracyMode.HIGHEST) for f in (lax.exp, lax.log, lax.tanh))
 
 # Coefficients of (atanh v / v - 1) / v² as a polynomial in v², |v| ≤ 1/2, highest power first: Chebyshev approximations
-# with relative errors of 2⁻²⁷ and 2⁻⁵⁵ before the coefficients were rounded. It weighs at most a quarter where it is
-# used: at v = 1/2 it is .394, which makes v (1 + v) .394 = .296 of 1.296.
+# with relative errors of 2⁻²⁷ and 2⁻⁵⁵ before the coefficients were rounded. In the results at most a quarter comes
+# from this polynomial: at v = 1/2 it is .394, and v (1 + v) .394 = .296 of 1.296.
 ATANH_TAIL = {
     np.dtype("float32"): (
         0.1562916538185637,
@@ -78,8 +78,8 @@ log1p.defjvp(lambda primals, tangents: (log1p(*primals), tangents[0] / (1 + prim
 
 @jax.custom_jvp
 def one_minus(a):
-    """1 - α of the rounded α. Without the maximum XLA contracts 1 - uv to a fused multiply-add, which gives ±3e-8 where
-    uv rounds to 1."""
+    """1 - α for α as it is rounded. Without the maximum XLA contracts 1 - uv to a fused multiply-add, which gives ±3e-8
+    instead of 0 where uv rounds to 1."""
     return 1 - jnp.maximum(a, jnp.finfo(a.dtype).min)
 
 

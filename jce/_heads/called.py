@@ -61,7 +61,7 @@ class Called:
 
     def in_pairs(self) -> Called:
         """Each array of half precision is paired with itself in float32, in which a loop sums its gradient. No
-        operation reads the latter."""
+        operation reads the float32 array: only the gradient arrives at it."""
 
         def pair(x):
             is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
@@ -113,8 +113,8 @@ def _product(a, b, shape, *, dimension_numbers, **how):
         kept = [i for i, n in enumerate(x.shape) if n != 1 or any(i in some for some in axes)]
         operands.append(x.reshape([x.shape[i] for i in kept]))
         places.append([tuple(map(kept.index, some)) for some in axes])
-    over, batch = zip(*places, strict=True)
-    return lax.dot_general_p.bind(*varying_alike(*operands), dimension_numbers=(over, batch), **how).reshape(shape)
+    summed, batch = zip(*places, strict=True)
+    return lax.dot_general_p.bind(*varying_alike(*operands), dimension_numbers=(summed, batch), **how).reshape(shape)
 
 
 @jax.custom_jvp

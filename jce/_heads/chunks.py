@@ -21,19 +21,20 @@ from jce._jax.platforms import Chunks
 def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | None = None):
     """`lax.scan` of a step over chunks of at most `chunked.size` tokens, the last padded with zeros.
 
-    With `kept`, it runs over the chunks of the tokens that are kept, each from a carry of None. So it does if chunks
-    must have exactly this size: then a product has the same bits in any number of chunks.
+    With `kept`, it runs over the chunks of the tokens that are kept, each from a carry of None. So it does if
+    `chunked.filled`, where each chunk has exactly this size: then a product has the same bits in any number of chunks.
 
     If `chunked.strided`, a chunk takes every k-th token. Where XLA splits tokens over devices, each device has
     consecutive ones, and so an equal part of every chunk: no token is sent, and for GPUs and TPUs XLA then sums the
     carry over devices after the loop. If `chunked.peeled`, the first step, whose carry is None, runs before the loop,
     so that no zeros are written as an initial carry.
     """
-    size, devices, strided, peeled, whole = chunked
+    size, devices, strided, peeled, exact = chunked
     count = jax.tree.leaves(tokens)[0].shape[0]
     empty = isinstance(count, int) and count == 0
-    if whole and not empty:
-        if kept is None:  # which doesn't vary over the classes' mesh axes, as hidden states do, or results would
+    if exact and not empty:
+        if kept is None:
+            # Unlike hidden states, it may not vary over the classes' mesh axes, since then results would too.
             kept = vary_over(frozenset.intersection(*map(varying, jax.tree.leaves(tokens))), jnp.ones(count, bool))[0]
         return over_kept(step, kept, -(-count // size), devices, tokens, -(-size // devices))
     chunks = _number_of_chunks(count, size, devices)
@@ -71,7 +72,7 @@ def _peeled_scan(step: Callable, carry, chunks):
     number = 1 + jax.tree.leaves(rest)[0].shape[0]
     if number == 1:
         return carry, results
-    # The barrier keeps the first step apart from the loop, and has it end before the loop begins.
+    # The barrier has the first step end before the loop begins: side by side they would take twice the memory.
     carry, first = barrier((carry, first))
     carry, others = lax.scan(step, carry, _after(first, rest) if number == 2 else rest)
     return carry, jax.tree.map(lambda x, others: jnp.concatenate((x[None], others)), first, others)
@@ -89,6 +90,7 @@ _after.defjvp(lambda primals, tangents: (_after(*primals), tangents[1]))
 
 
 def each_token(function: Callable, chunked: Chunks, *tokens: Array, kept: Array | None = None):
-    """The function's results for all tokens. It is checkpointed: no derivative keeps more of a chunk than results."""
+    """The function's results for all tokens. It is checkpointed: no derivative keeps more of a chunk than results. As
+    there is no carry, no step need be peeled."""
     step = jax.checkpoint(lambda carry, chunk: (carry, function(*chunk)), prevent_cse=False)
     return over_chunks(step, chunked._replace(peeled=False), None, tokens, kept)[1]

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from jce._heads.called import Called
 from jce._heads.linear import Linear
 
-try:  # nothing public tells whether a vmap maps an array (JAX 0.8 to 0.12)
+try:  # Until JAX no longer hides whether a vmap maps an array (0.8 to 0.12): a private import.
     from jax._src.interpreters.batching import BatchTracer
 except ImportError:  # then a head comes out of one mapped, which `checked_linear` refuses
     BatchTracer = ()
 
-# What a method was, as its class itself has it, and how many contexts replace it now
 ABSENT = object()
 _lock = threading.Lock()
+# For each class and name: what the class itself had there, or ABSENT, and how many contexts replace it now.
 _replaced: dict[tuple[Any, str], tuple[Any, int]] = {}
 _deferred: contextvars.ContextVar[tuple[tuple[Any, str], ...]] = contextvars.ContextVar("deferred", default=())
 
@@ -117,7 +117,7 @@ def deferred(module: Any, method: str = "__call__") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replacing(owner: Any, name: str, replacement: Callable) -> Iterator[None]:
-    """Until the last of the contexts that replace it is left, in whichever order."""
+    """Replaces an attribute until the last of the contexts that replace it is left, in whichever order."""
     with _lock:
         own, count = _replaced.get((owner, name), (vars(owner).get(name, ABSENT), 0))
         if not count:
@@ -163,8 +163,8 @@ def _deferring(method: str, original: Callable) -> Callable:
 
 
 def _alike(module: Any) -> Callable[[], Any]:
-    """Of Flax NNX a copy, made where the head is traced: the module itself may not be written to there, which Qwix does
-    when it multiplies."""
+    """A function that gives the module, or of Flax NNX a copy. It is called where the head is traced: there Flax
+    refuses to let the module itself be written to, which Qwix does when it multiplies."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(module, nnx.Module):
         return lambda: module
@@ -181,7 +181,8 @@ def _astype(original: Callable) -> Callable:
 
 
 class ClosedOver(tuple):
-    """Arrays that aren't mapped, out of whose vmap they would come once for each of what is: so they are no leaves."""
+    """Arrays that a vmap around doesn't map. They are no leaves of a `Linear`: a leaf that the function under the vmap
+    returns comes out of it with the batch's axis, a copy for each member."""
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -197,5 +198,5 @@ jax.tree_util.register_static(ClosedOver)
 
 
 def _is_mapped(x: Any, hidden: Any) -> bool:
-    """By the vmap that maps these."""
+    """Whether the vmap that maps the hidden states maps x too."""
     return isinstance(x, BatchTracer) and x._trace is hidden._trace

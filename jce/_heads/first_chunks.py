@@ -67,7 +67,7 @@ def _bind(closed, count: Array, arrays: Sequence[Array], chunks, chunked: Sequen
 
 
 def _bind_derived(function: Callable, count: Array, arrays: Sequence[Array], chunks, chunked, results) -> list[Array]:
-    """`_bind` of a function, without operations on which no result depends."""
+    """`_bind` of the trace of a function, from which operations are removed on which no result depends."""
     closed, _ = _traced(function, arrays, chunked)
     jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     return _bind(closed.replace(jaxpr=jaxpr), count, arrays, chunks, chunked, results)
@@ -84,7 +84,8 @@ def _zeros(count: Array, jaxpr, chunks, results: Sequence[bool]) -> list[Array]:
     zeros = []
     for i, (v, of_chunk) in enumerate(zip(jaxpr.outvars, results, strict=True)):
         t, shape = v.aval, (chunks, *v.aval.shape) if of_chunk else v.aval.shape
-        # XLA would copy a zero with which two results begin. Each of these is 0, as count ≥ 0, which XLA can't tell.
+        # If two results began with the same zero, XLA would copy it. Each of these is 0 since count ≥ 0, which XLA
+        # can't tell, so to XLA they differ.
         zero = (count < -i).astype(t.dtype)
         zeros += vary_over(varying_type(t), jnp.broadcast_to(zero, shape))
     return zeros

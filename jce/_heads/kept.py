@@ -18,8 +18,9 @@ def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: An
     """The sums of step(None, chunk), and each token's results, which are 0 for a token that isn't kept.
 
     Tokens that are kept come first, and zeros after them. Where XLA splits the tokens over devices, each device's part
-    is ordered so, and a chunk takes an equal part of each: no token is sent. With a given `size`, that of such a
-    part, all chunks have the same bits: XLA doesn't see how many there are, so it compiles a single one like many.
+    is ordered so, and a chunk takes an equal part of each: no token is sent. If `size` is given, the number of tokens
+    in such a part, a token has the same bits in any number of chunks: XLA, which might compile a single chunk otherwise
+    than many, doesn't see their number.
     """
     (count, *_), n, alike = kept.shape, -(-kept.shape[0] // devices), size is not None
     size = -(-n // chunks) if size is None else size
@@ -64,13 +65,13 @@ class _Order(NamedTuple):
 
 def filled(x: Array, length: int) -> Array:
     """x, padded with zeros to this length."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # no random key is 0: padded with the first one
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # there is no random key 0, so the first key is the padding
         return jnp.concatenate([x, jnp.broadcast_to(x[:1], (length - x.shape[0], *x.shape[1:]))])
     return jnp.pad(x, [(0, length - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
-# A gather, with zeros for empty places. JAX would transpose it to a scatter, which a GPU sums in any order. Here no
-# element is taken twice, so the transpose is a gather too: the way back.
+# A gather, with zeros for empty places. JAX would transpose it to a scatter, which a GPU sums in any order, so that
+# bits would change from run to run. Here no element is taken twice, so the transpose is a gather too: the way back.
 
 
 def _taken(x: Array, there: Array, back: Array) -> Array:

@@ -91,7 +91,7 @@ def excess_of_product(
 def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Array, soft_cap: Array | None) -> Excess:
     """The excess, for logits u, which it reads in several passes."""
     way = way_of(terms.classes, named(platform), u)
-    u = way.stored(u)  # else the label's lookup would compute it once more
+    u = way.stored(u)  # otherwise XLA would compute u once more for the label's lookup
     column, y, t = way.column, target.labels, target.temperatures
     of_head = way.fold(capped(u, soft_cap))
     x = at_temperature(of_head, t, way)
@@ -132,7 +132,8 @@ class OneReading:
         return self._of_row(*self._read()).losses
 
     def excess(self, divides_later: bool) -> Excess:
-        """The excess. e is scaled as soon as s is known; or, if `divides_later`, as the next product reads it."""
+        """The excess. e is scaled as soon as s is known, and stored so; or, if `divides_later`, it is stored unscaled,
+        and scaled where the next product reads it."""
         way, cap = self.way, self.x.soft_cap
         m, s, mean, e = self._read((lambda e, *_: e) if divides_later else self._entries)
         row = self._of_row(m, s, mean)

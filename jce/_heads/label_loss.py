@@ -41,7 +41,7 @@ from jce._softmax.softmax import logsumexp, surprisal
 class LabelLoss(Terms):
     """(1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)²."""
 
-    may_be_greedy: bool = False  # whether a temperature may be 0: e is ±∞ there, and times a cotangent of 0 still 0
+    may_be_greedy: bool = False  # whether a temperature may be 0: e is ±∞ there, and its product with 0 must be 0
 
     def __call__(self, target: Target, x: Logits | Array) -> Array:
         if isinstance(x, Array):  # a head that is a function gives logits multiplied out
@@ -86,7 +86,7 @@ def _loss_rule(loss, products, primals, tangents):
     losses, e, r = _loss_and_excess(target, h, head, soft_cap, loss, products)
     parts, r = [], lax.stop_gradient(r)  # constant: a tangent of zeros would cost a product
     h, r_h = h.astype(e.dtype), r
-    if head.weight.shape[0] < head.weight.shape[1] and not products.narrow:  # r multiplies e, smaller than h
+    if head.weight.shape[0] < head.weight.shape[1] and not products.narrow:  # e is smaller than h, so r multiplies e
         e, r_h = mul0(jnp.broadcast_to(r[:, None], e.shape), e), 1 + (r - r)  # NaN where r is
     if not is_zero(dh):
         pull = products.with_head(e, head, 0)

@@ -97,7 +97,7 @@ class Linear:
     def __getattr__(self, name: str):
         if name.startswith("_") or not hasattr(Array, name):
             raise AttributeError(f"'Linear' object has no attribute {name!r}")
-        raise self._refusal(name)  # an AttributeError too, so that hasattr is False
+        raise self._refusal(name)
 
     def _refusal(self, what: str) -> TypeError:
         return NoLogits(
@@ -113,10 +113,11 @@ class Linear:
 
 
 class NoLogits(TypeError, AttributeError):
-    """Of what would need a Linear's logits."""
+    """The error of what would need a Linear's logits; an AttributeError too, so that hasattr is False."""
 
 
-# Where one of these isn't refused, Python or JAX would say less, or take a Linear's identity for what is compared.
+# The operators that are refused. Otherwise Python or JAX would raise an error that says less, or == would compare which
+# object a Linear is.
 BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow", "and", "xor", "or")
 OTHERS = ("neg", "pos", "abs", "invert", "lt", "le", "eq", "ne", "gt", "ge", "iter", "contains", "array", "jax_array")
 
@@ -183,7 +184,7 @@ class LinearArrays(NamedTuple):
 
     @property
     def classes(self) -> int:
-        """n, here."""
+        """The number of this head's classes; where they are split over devices, of this device's."""
         return (self.head.logits if isinstance(self.head, Called) else self.head).shape[0]
 
 
@@ -211,7 +212,8 @@ def _checked_called(x: Linear, head: Called, function: str, name: str) -> Linear
             f"{function}: of a Linear, what a function closes over must have the shapes of when it was traced,"
             f" {as_traced}; got {name}.head with {shapes}. Of a jax.vmap that maps it, map {function} too."
         )
-    # As leaves from here on: as part of the structure, as `deferred` has them under a vmap, JAX's caches keep them.
+    # From here on the arrays are leaves. Under a vmap `deferred` has them as part of the tree's structure, in which
+    # JAX's caches would keep them alive.
     head = dataclasses.replace(head, arrays=list(head.arrays))
     return LinearArrays(h, head, None, _checked_cap(function, x.logit_soft_cap, head.logits.dtype))
 
@@ -234,7 +236,8 @@ def _checked_cap(function: str, cap: ArrayLike | None, dtype) -> Array | None:
 
 def _flatten(x: Linear):
     cap = x.logit_soft_cap
-    number = cap if isinstance(cap, (int, float)) and not isinstance(cap, bool) else None  # a bool marks a leaf
+    # A bool is no cap, but the mark of a leaf in a tree of marks, and must stay a leaf.
+    number = cap if isinstance(cap, (int, float)) and not isinstance(cap, bool) else None
     children = {"hidden": x.hidden, "head": x.head, "bias": x.bias, "logit_soft_cap": cap if number is None else None}
     return [(jax.tree_util.GetAttrKey(name), child) for name, child in children.items()], number
 

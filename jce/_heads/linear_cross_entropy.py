@@ -124,7 +124,7 @@ def linear_cross_entropy(
 
 
 def label_cross_entropy(name: str, labels: ArrayLike, linear: Linear, given: Numbers, options: TokenOptions) -> Array:
-    """Of one label a token."""
+    """`linear_cross_entropy` with one label for each token."""
     got = checked(
         name,
         labels,

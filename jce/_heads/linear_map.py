@@ -134,7 +134,7 @@ def linear_map(
 
 
 def _of_chunk(name: str, function: Callable, structure: Any, has_aux: bool, one, shared, class_axis) -> OfChunk:
-    """The function, traced of one token's arguments, of a chunk."""
+    """What a loop computes of a chunk: the function, traced with one token's arguments, of each of its tokens."""
 
     def of_one(one, shared):  # a new function, so that no cache answers for one that has changed
         return function(*jax.tree.unflatten(structure, one), *shared)

@@ -1,4 +1,4 @@
-"""What functions of tokens under heads share: arguments read, parts on devices, and a reduction."""
+"""The frame of all functions of heads: it reads arguments, gives each device its part, runs the loop, and reduces."""
 
 from __future__ import annotations
 
@@ -86,9 +86,10 @@ def over_tokens(
         of_part, whole = functools.partial(_of_part, call), reduction != "none"
         return on_each_device(name, of_part, batch, parts, options.axis_name, whole=whole, named_classes=named_classes)
 
-    # Outside of a jit JAX keeps what it compiles for each operation of a derivative: 3 MiB a call, as a head is traced
-    # anew each time. It keeps next to nothing of a jit that nobody else holds. Inside of a jit there is none, since a
-    # rule of the head's that closes over a traced value would leak it.
+    # Outside of a jit, JAX would keep what it compiles for each operation of a derivative: 3 MiB a call, since a head
+    # that is a function is traced anew each time. So such a call gets a jit of its own, of which JAX keeps next to
+    # nothing once nobody holds it. Inside of a jit it gets none: a rule of the head's that closes over a traced value
+    # would leak it.
     alone = any(parts.shared["called"]) and not isinstance(jnp.zeros(()), jax.core.Tracer)
     return (jax.jit(on_devices) if alone else on_devices)(parts)
 
@@ -145,7 +146,7 @@ class _Call(NamedTuple):
 
 
 def _of_part(call: _Call, parts: Arguments, token_axes: tuple, class_axis: Hashable | None) -> Any:
-    """The results of a device's tokens, or their weighted sums over all devices."""
+    """The results of the tokens in a device's part, or the weighted sums of all devices' results."""
     if any(parts.shared["called"]) and (token_axes or class_axis is not None):
         raise ValueError(
             f"{call.name}: a head that is a function is traced of whole arrays, and gives all classes; got tokens or"

@@ -118,8 +118,8 @@ class Part(NamedTuple):
 
 
 def _counting(tokens: Any, w: Array, is_defined: Callable | None, n: int) -> Array:
-    """Which tokens count: one of weight 0 still has a derivative in its weight, its loss, but not where that isn't
-    defined. The first head has n classes."""
+    """Which tokens count. One of weight 0 does if weights are differentiated, since the derivative in its weight is its
+    loss; but not where that loss isn't defined. The first head has n classes."""
     defined = jnp.stack([jnp.isfinite(h).all(-1) for h in tokens["hidden"]]).all(0)
     if is_defined is not None:
         defined &= is_defined(tokens["others"], n)
@@ -142,7 +142,9 @@ def _with_first(inputs: Inputs, all_kept: bool) -> Inputs:
     if not all_kept:
         any_kept = kept.any()
 
-        def still(x):  # unless x, closed over, varies over fewer mesh axes: the select would make it vary as tokens do
+        # An x that is closed over and varies over fewer mesh axes than tokens do stays as it is: the select would make
+        # it vary as they do.
+        def still(x):
             return jnp.where(any_kept, x, lax.stop_gradient(x)) if varying(any_kept) <= varying(x) else x
 
         heads, shared = jax.tree.map(still, (inputs.heads, inputs.shared))
@@ -168,6 +170,7 @@ def _first(x: Array, at: int | Array = 0) -> Array:
 
 
 def column(kept: Array, x: Array) -> Array:
+    """kept, a number per token, with as many axes as x has."""
     return jnp.expand_dims(kept, range(1, x.ndim))
 
 
@@ -177,4 +180,5 @@ def wide(x: Array) -> Array:
 
 
 def of_dtypes(wide: Any, dtypes: Any) -> Any:
+    """A tree of arrays in the dtypes that they had before `wide`."""
     return jax.tree.map(lambda x, dtype: x if x.dtype == dtype else x.astype(dtype), wide, dtypes)

@@ -2,7 +2,8 @@
 
 Inside a `jax.shard_map`, a scan over chunks of tokens sends no hidden states, and sums the head's gradient over devices
 once: JAX's types say what varies over which mesh axis, and derivatives send accordingly. Under Auto axes, where XLA's
-partitioner decides, the same takes strided chunks, and a compiler that moves sums out of loops (`chunks.over_chunks`).
+partitioner decides, this holds only with strided chunks, and if the compiler moves sums over devices out of loops
+(`chunks.over_chunks`).
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def on_each_device(
         # error: it wants to be told how the result of a product over a split axis is split.
         tokens = jax.tree.map(lambda x: Layout(x.shape, None, (None,) * x.ndim).place(x), arguments.tokens)
         return function(arguments._replace(tokens=tokens), (), axis_name)
-    classes = mesh_names(axis_name, places.classes) or None  # the caller's part of them, split again
+    # Inside a caller's shard_map a device may have some classes only, which types say are split once more.
+    classes = mesh_names(axis_name, places.classes) or None
     specs = Arguments(places.tokens, P(places.classes), P())
 
     def placed(tree, spec, first=()):

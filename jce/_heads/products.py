@@ -2,8 +2,8 @@
 
 On an accelerator a product of float32 matrices takes at least twice as long as one of bfloat16. So where hidden states
 and head are bfloat16, a derivative in the logits may be rounded to bfloat16 before it is multiplied with them. Each
-token's is first divided by its largest entry, the label's: so that one is ±1, which rounding leaves exact, and the
-others still add up to it.
+token's derivative is first divided by its largest entry, the label's. That entry becomes ±1, which rounding leaves
+exact; the others still add up to it.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def _dot(a, b, axis_a, axis_b, dtype, precision=None):
     return lax.dot_general(a, b, contract, precision=precision, preferred_element_type=dtype)
 
 
-# a · W, where both may have batch axes. It reads `weight`, but is declared linear in a and `wide`: so its transpose in
-# a and its batched form are products with `weight` again, and its gradient in the head arrives at `wide`.
+# The primitive a · W, where both may have batch axes. It reads `weight`, but is declared linear in a and `wide`. So its
+# transpose in a and its batched form are products with `weight` again, and its gradient in the head arrives at `wide`.
 
 
 def _product(a, weight, wide, axis, products):
@@ -175,7 +175,8 @@ def _transpose_b(ct, a, b, *, axis_a, axis_b):
 
 
 def _scaled(ct):
-    """Each token's largest magnitude [..., C, 1] in a derivative in logits [..., C, n]; that divided by it."""
+    """Each token's largest magnitude [..., C, 1] in a derivative in logits [..., C, n]; the derivative divided by
+    it."""
     largest = jnp.maximum(jnp.abs(lax.stop_gradient(ct)).max(-1, keepdims=True), jnp.finfo(ct.dtype).tiny)
     return largest, ct * (1 / largest)
 
@@ -183,7 +184,7 @@ def _scaled(ct):
 _narrow_p = primitive(
     "narrow_dot",
     _round_and_multiply,
-    (lambda da, a, b, **over: _narrow(da, b, **over), lambda db, a, b, **over: _narrow(a, db, **over)),
+    (lambda da, a, b, **static: _narrow(da, b, **static), lambda db, a, b, **static: _narrow(a, db, **static)),
     (_transpose_a, _transpose_b),
-    lambda arrays, axes, **over: (jax.vmap(functools.partial(_round_and_multiply, **over), axes)(*arrays), 0),
+    lambda arrays, axes, **static: (jax.vmap(functools.partial(_round_and_multiply, **static), axes)(*arrays), 0),
 )

@@ -1,4 +1,5 @@
-"""Qwix replaces JAX's products while a model is called. Heads are traced by then, and ours are no module's products."""
+"""Qwix replaces JAX's products while a model is called. A loop over tokens must not use what it puts in their place:
+heads that are functions are traced already, and the loop's own products are no module's."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from jce._heads.linear import Linear
 
 
 def out_of_qwix(over_tokens: Callable) -> Callable:
-    """Without what it replaces, in this thread: else it quantizes the products by which a loop differentiates a head, a
-    percent off, and adds the model's own low-rank update to those with a matrix."""
+    """`over_tokens` without what Qwix replaces, in this thread. Otherwise Qwix would quantize the products by which a
+    loop differentiates a head, which would be a percent off, and would add the model's own low-rank update to products
+    with a matrix."""
 
     @functools.wraps(over_tokens)
     def called(name: str, make: Any, arguments: Any, *others: Any, **options: Any):

@@ -76,20 +76,21 @@ class Loop(NamedTuple):
         return platform.chunks(self.chunk, self.logits, self.halved)
 
     def of_devices(self, on: Callable, *arguments):
-        """on(platform, *arguments), traced once for platforms with chunks of the same size."""
+        """on(platform, *arguments) for the platform that it is lowered for; traced once for those with chunks of the
+        same size."""
         return on_platform(on, lambda platform: self.chunks(platform).size, *arguments)
 
 
-# JAX's own custom_jvp, here and below: before JAX 0.12 ours (`calculus.py`) saves all residuals, which of a loop are
-# the logits of all tokens.
+# Until JAX 0.12: JAX's own custom_jvp, here and below. Ours (`calculus.py`) saves all residuals there, which of a loop
+# are the logits of all tokens.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def token_results(loop: Loop, inputs: Inputs) -> list[Array]:
     """The results of all tokens, arrays [N, ...]."""
     return _token_results(loop, inputs)
 
 
-# The plain derivative, but the value comes from another call: from one loop for both, reverse-over-reverse mode would
-# drop the checkpoint, and keep the logits of all tokens.
+# The plain derivative, but the value comes from another call. If one loop gave both, reverse-over-reverse mode would
+# drop the checkpoint and keep the logits of all tokens.
 def _token_results_rule(loop, primals, tangents):
     require_differentiable(loop.refused)
     return token_results(loop, *primals), live_jvp(functools.partial(_token_results, loop), primals, tangents)[1]
@@ -136,7 +137,9 @@ def _weighted_sums_rule(loop, primals, tangents):
             (live if typed and varying(w) <= varying(x) else others).append(i)
     results, gradients = _results_and_gradients(loop, live, w, inputs)
     parts, terms = [], [] if is_zero(dw) else [weighted(results[loop.trained], dw).sum()]
-    if others:  # in the loop `jax.vjp` would sum their gradients over devices, on each device: so in another pass
+    # In the loop `jax.vjp` would already sum the gradients of the others over devices, and each device would count the
+    # whole sum. So they take another pass.
+    if others:
 
         def total(*leaves):
             return weighted(token_results(loop, structure.unflatten(leaves))[loop.trained], w).sum()

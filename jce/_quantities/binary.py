@@ -95,7 +95,7 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
 @custom_jvp
 def _cross_entropy(a, b):
-    # 0 log 1/0 = 0 · ∞ would be NaN.
+    # Where α and β agree on a certain outcome, the other's 0 log 1/0 = 0 · ∞ would be NaN, so h is set to 0.
     h = a * -log(b) + one_minus(a) * -log_complement(b)
     return jnp.where(_agree(a, b), jnp.zeros_like(h), h)
 

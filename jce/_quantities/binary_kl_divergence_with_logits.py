@@ -1,6 +1,7 @@
 """KL of two distributions of two outcomes, by a logit each, elementwise.
 
-Near logits have a quadrature, a sum of positive terms; logits far apart a formula in the odds e^-|x|, e^-|y| ≤ 1.
+For logits near each other it is a quadrature, a sum of positive terms; for logits far apart a formula in the odds
+e^-|x|, e^-|y| ≤ 1.
 """
 
 from __future__ import annotations
@@ -75,14 +76,14 @@ def _kl_of_far(x, y):
     e, f = odds_against(x), odds_against(y)
     y = jnp.where(x < 0, y, -y)
     above = jax.nn.relu(y)
-    # max(y, 0) - σ(x) (y - x), over the common denominator 1 + e
+    # This is max(y, 0) - σ(x) (y - x), over the common denominator 1 + e.
     rest = (above - mul0(jnp.where(y > 0, jnp.abs(x), y + jnp.abs(x)), e)) / (1 + e)
     return rest + (log1p_unit(f) - log1p_unit(e))
 
 
 def _mean_variance(x, d):
     """KL(α‖β)/d² = ∫ (1-s) σ'(x + s d) ds from 0 to 1: a quadrature is a sum of positive terms, so nothing cancels."""
-    # e^-|x + s d| as e^-|x| times e^±s d: the rounding of x + s d would cost its exponential up to 32 ulps.
+    # e^-|x + s d| is computed as e^-|x| times e^±s d: the rounding of x + s d would cost its exponential up to 32 ulps.
     e, away = odds_against(x), jnp.where(x < 0, -d, d)
     return sum(w * variance_of_odds(e * exp(-s * away)) for s, w in QUADRATURE[np.dtype(x.dtype)])
 
@@ -118,7 +119,7 @@ def _sigmoid_difference(x, y):
     d = _minus(y, x)
     less, more = jnp.minimum(x, y), jnp.maximum(x, y)
     e, f = odds_against_again(less), odds_against_again(more)
-    # σ(more) σ(-less) (1 + e)(1 + f), which is one of e, f and 1, so nothing is rounded
+    # This is σ(more) σ(-less) (1 + e)(1 + f): one of e, f and 1, so nothing is rounded.
     largest = jnp.where(less > 0, e, jnp.where(more < 0, f, jnp.ones_like(e)))
     size = jnp.abs(d)
     gap = jnp.where(size < 1.5, -exponential_minus_1(-size), 1 - exp(-size))

@@ -52,7 +52,8 @@ def binary_entropy_with_logits(logits: ArrayLike) -> Array:
 def _entropy_of_sigmoid(x):
     e = odds_against(x)
     h = jnp.abs(x) * (e / (1 + e)) + log1p_unit(e)
-    # |x| e is ∞ · 0 at ±∞. The select comes last, so that on a CPU one loop computes h for a sum that follows.
+    # At ±∞, |x| e would be ∞ · 0 = NaN. The select comes last, so that on a CPU one loop computes h for a sum that
+    # follows.
     return jnp.where(e == 0, jnp.zeros_like(h), h)
 
 
@@ -136,7 +137,8 @@ def_partials(variance, lambda x: -variance(x) * tanh(x / 2))
 
 
 def finite(x):
-    """x, but finite at ±∞: there σ(x) σ(-x) = 0, and 0 · ∞ would be NaN."""
+    """x, but finite at ±∞, where σ(x) σ(-x) = 0 and 0 · ∞ would be NaN. Beyond 10⁴ that product has long
+    underflowed."""
     return jnp.clip(x, -1e4, 1e4)
 
 
@@ -151,5 +153,5 @@ def odds_against(x):
 
 
 def odds_against_again(x):
-    """e^-|x| written differently, for derivatives: else XLA would store the value's as a residual for both."""
+    """e^-|x| in another form, for derivatives: of the same form XLA would store the value's, to be read by both."""
     return reused(exp(jnp.minimum(x, -x)))

@@ -60,8 +60,8 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 def _sum_p_log_p(p, classes):
-    # log 0 is raised to the lowest finite number, since 0 · -∞ would be NaN. |p| is p, or log p is NaN; a CPU sums a
-    # computed number times a per-row one faster than an input (`passes.py`).
+    # log 0 is raised to the lowest finite number, since 0 · -∞ would be NaN. |p| is p wherever log p isn't NaN; it is
+    # there since a CPU is slow at combining an input itself with a number computed for its row (`passes.py`).
     return classes.sum(jnp.abs(p) * jnp.maximum(log(p), classes.lowest(p)))
 
 

@@ -102,20 +102,22 @@ def divergence(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
     """β D(p, m) + (1-β) D(q, m) of each class, for d = p - q. Not differentiable."""
     scale, sp, sq, sd, m = with_mixture(p, q, d, b, c)
     terms = (b * deviance(sp, m, c * sd) + c * deviance(sq, m, -b * sd)) / scale
-    # The select comes last: on a CPU XLA then stores the terms in one loop, and its sum is slow at long formulas.
+    # The select comes last, so that on a CPU one loop stores the terms: XLA's sum is slow at long formulas
+    # (`passes.py`).
     return unless_negative(jnp.minimum(p, q), terms)
 
 
 def with_mixture(p, q, d, b, c):
-    """A power of 2, and p, q, p - q and m times it: else a small β p might underflow to m = 0. m > 0 also at β = 0."""
+    """A power of 2, and p, q, p - q and m times it: without it a small β p might underflow to m = 0. m is above 0 also
+    at β = 0."""
     scale = raising(p, q)
     p, q, d = scale * p, scale * q, scale * d
     return scale, p, q, d, jnp.maximum(b * p + c * q, jnp.finfo(p.dtype).tiny)
 
 
 def _is_empty(p, q, b, c):
-    """Where m = 0: in a class that both lack or, at β of 0 or 1, that the one with weight 1 lacks. m == 0 would be true
-    also where β p underflows."""
+    """Where m = 0: in a class that both lack or, at β of 0 or 1, that the one with weight 1 lacks. A test of m == 0
+    would also find classes where β p underflows."""
     return ((b == 0) | (p == 0)) & ((c == 0) | (q == 0))
 
 

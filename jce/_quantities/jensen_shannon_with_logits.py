@@ -92,7 +92,8 @@ def _divergence_of_softmax(x, y, b, c, way):
 
 def _consistent(p, q, delta):
     """p, q and p - q for δ = log q/p, such that they agree: where |δ| < 3/2, the greater of p and q is recomputed as
-    the lesser plus the difference. Else D, of second order in p - q, would show how p and q were rounded."""
+    the lesser plus the difference. Otherwise the rounding of p and q would dominate D, which is of second order in
+    p - q."""
     d = -difference_from_log(p, q, delta)
     near = jnp.abs(delta) < 1.5
     return jnp.where(near & (d > 0), q + d, p), jnp.where(near & (d < 0), p - d, q), d
@@ -150,8 +151,9 @@ def _log_p_over_m_of_softmax(x, y, b, c, way):
 
 
 def _log_p_over_m_up_to(p, q, delta, x, y, b, c, way):
-    # A centered number keeps the rounding of what it was centered from: so choose what is smaller in the mean, log p/m
-    # or log βp/m. Their sizes are equal where m² = βp², so at q/p = (√β - β)/(1-β) = √β/(1 + √β) = 1/limit.
+    # The result is centered later, and keeps the rounding of what it had before: so it is log p/m or log βp/m,
+    # whichever is smaller in the mean. Their sizes are equal where m² = βp², so at q/p = (√β - β)/(1-β) = √β/(1 + √β) =
+    # 1/limit.
     limit = 1 + 1 / jnp.sqrt(jnp.maximum(b, jnp.finfo(b.dtype).tiny))
     far = way.column(way.sum(jnp.maximum(p - limit * q, -p)) > 0)
     _, p, q, d, m = with_mixture(p, q, -difference_from_log(p, q, delta), b, c)

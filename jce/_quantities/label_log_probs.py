@@ -63,7 +63,7 @@ def log_probs_and_tail(y: Array, x: Array, classes: Classes) -> Array:
     most = jnp.maximum(m, lax.stop_gradient(listed).max(-1, initial=-jnp.inf))
     depth = listed - most[..., None]
     logs = jnp.concatenate([depth, (m - most + log_z)[..., None]], -1)
-    # Each weight is exp of a single difference, or Z times one: exp(logs) would add the rounding of log Z.
+    # Each weight is exp of a single difference, the last one times Z: exp(logs) would have the rounding of log Z too.
     weights = jnp.concatenate([exp(depth), (exp(m - most) * z)[..., None]], -1)
     weights = lax.stop_gradient(weights)
     log_probs = _log_normalized(logs, weights) + _zero(log(weights.sum(-1)), x, classes)
@@ -87,7 +87,8 @@ def _max_and_sum(x, way):
 def _sum_of_exponentials_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
     m, z, log_z = _sum_of_exponentials(x, classes)
-    # A row of only -∞ is replaced by 0: its softmax would be NaN. Its derivative is set to 0 in the end.
+    # A row of only -∞ is replaced by zeros, since its softmax would be NaN; its derivative is set to 0 in the last
+    # line.
     nothing, zero = m == -jnp.inf, jnp.zeros_like(m)
     floor = lax.stop_gradient(jnp.where(nothing, zero, jnp.full_like(m, -jnp.inf)))
     mean = classes.sum(mul0(softmax(jnp.maximum(x, classes.column(floor)), classes), t))
@@ -124,7 +125,8 @@ def _normalized_rule(primals, tangents):
 
 
 def _from_mean(t, logs, w):
-    """tᵢ - Σⱼ qⱼtⱼ, linear in t. The t of an outcome of q > 1/2 is subtracted first: else its entry would cancel."""
+    """tᵢ - Σⱼ qⱼtⱼ, linear in t. If an outcome has q > 1/2, its t is subtracted from all t first: otherwise its entry
+    would cancel."""
     center = jnp.where(_exceeds(0.5, w), t, jnp.zeros_like(t)).sum(-1, keepdims=True)
     mean = _sum_of_others(w, mul0(_normalized(logs, w), t - center))
     return jnp.where(_exceeds(0.55, w), -mean, t - center - mean)
@@ -136,7 +138,8 @@ def _sum_of_others(w, a):
 
 
 def _exceeds(fraction, w):
-    """Where w > fraction · Σ w. Tests use .55 and .5, so that what .55 selects .5 leaves out, however each rounds."""
+    """Where w > fraction · Σ w. Of the fractions .55 selects an outcome, and .5 leaves it out of a sum: so what is
+    selected is left out, however each rounds."""
     return w > fraction * w.sum(-1, keepdims=True)
 
 

@@ -1,6 +1,6 @@
 """log 1/q_y, a label's cross-entropy at logits, alone or smoothed over all classes.
 
-The excess is its derivative in the logits, q minus the target. One kernel computes value and excess.
+Its derivative in the logits, q minus the target, is called the excess. One kernel computes value and excess.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def _label_surprisal_rule(classes, primals, tangents):
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
 def label_surprisal_and_excess(y, x, way):
-    # One kernel for both: XLA couldn't see that two kernels compute the same sums.
+    # One kernel for both: of two kernels XLA couldn't see that they compute the same sums, and would compute them
+    # twice.
     off, e = way.exponentials_off_label(y, x)
     return surprisal_at_label(off), _excess_of(y, x, off, e, way)
 

@@ -99,7 +99,8 @@ def_partials(_quotient, lambda a, b: -_quotient(a, b), lambda a, b: _quotient(a,
 
 
 def _log_ratio(a, b):
-    """log q/p, and 0 where p = q = 0. Of finite numbers a = b only where b - a is 0 anyway."""
+    """log q/p, and 0 where a = b: of finite numbers the difference is 0 there anyway, of infinite ones it would be
+    NaN."""
     return jnp.where(a == b, jnp.zeros_like(a), b - a)
 
 

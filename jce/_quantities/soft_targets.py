@@ -45,13 +45,14 @@ def soft_excess(p, x, way):
 
 
 def terms(p, surprisals, classes):
+    """p times surprisals, and 0 where p = 0 even if a surprisal is infinite."""
     return p * jnp.minimum(surprisals, classes.bound(p, 1))
 
 
 def _excess(p, of_x, way):
     (e, _, n), total = of_x, way.sum(p)
-    # A dominant class has eᵢ = 1 > 0.6 while others have eᵢ < 1/2, and without one all eᵢ < 1.6. Of it q = 1 - s/Z, so
-    # q Σp - p is (Σp - p) - Σp s/Z, in which Σp - p is exact.
+    # A dominant class has eᵢ = 1 > 0.6 while others have eᵢ < 1/2; if none dominates, all eᵢ < 1.6. The dominant class
+    # has q = 1 - s/Z, so its q Σp - p is (Σp - p) - Σp s/Z, in which Σp - p is exact.
     dominant = (way.column(total) - p) - way.column(total * (n.s / n.z))
     return jnp.where(e > way.column(0.6 + n.shared), dominant, e * way.column(total / n.z) - p)
 
@@ -75,10 +76,11 @@ def_at_once(_soft_and_partials, soft, lambda p, x, classes: surprisal(x, classes
 
 
 def smoothed(loss, uniform_loss, smoothing):
+    """(1-ε) loss + ε uniform_loss; NaN where loss is NaN, at every ε."""
     if is_array(smoothing):
         both = scaled(1 - smoothing, loss) + scaled(smoothing, uniform_loss)
         return jnp.where(jnp.isnan(loss), loss, both)  # a NaN loss stays NaN also at ε = 1
-    if smoothing == 1:  # the label's loss is left out, even +∞, but a label that is no class still gives NaN
+    if smoothing == 1:  # 0 times a loss of +∞ would be NaN; a label that is no class must give NaN
         return jnp.where(jnp.isnan(loss), loss, uniform_loss)
     return (1 - smoothing) * loss + smoothing * uniform_loss
 

@@ -38,7 +38,8 @@ def sparse_cross_entropy(
     `tail` is None without a tail, else how far rounding may leave Σp off 1.
     """
     known = is_class(y, x, classes)
-    # A label that is no class makes its row NaN by a NaN logit, and its own probability's derivative NaN (below).
+    # A label that is no class makes its row NaN, by a NaN logit here, and the derivative in its probability, by the
+    # last line.
     wrong = ~known & (p != 0)
     x += classes.column(jnp.where(wrong.any(-1), jnp.nan, 0).astype(x.dtype))
     used = jnp.where(known, p, jnp.zeros_like(p))
@@ -57,7 +58,8 @@ def sparse_cross_entropy(
 def _smoothed(loss, uniform_loss, smoothing, y, p, uniform, x, classes):
     if not is_array(smoothing):
         return smoothed(loss, uniform_loss, smoothing)
-    # Both losses without their log Z Σp, in which their difference would lose its digits (as in `mean_excess`).
+    # Both losses are taken without log Z Σp, which they have in common: with it their difference would lose its digits
+    # (as in `mean_excess`).
     m = lax.stop_gradient(classes.max(x))
     mean = mul0(classes.sum(terms(uniform, classes.column(m) - x, classes)), p.sum(-1))
     return smoothed_by(loss, uniform_loss, mean - mul0(m[..., None] - at_labels(x, y, classes), p).sum(-1), smoothing)
@@ -79,14 +81,14 @@ def _with_tail(y, p, x, kept, tail, classes):
 
 def rest_of(p):
     """1 - Σp, with all digits also where Σp is near 1: pairwise sums, whose rounding errors are added in the end."""
-    terms = jnp.concatenate([jnp.ones_like(p.sum(-1, keepdims=True)), -p], -1)
-    lost = jnp.zeros_like(terms)
-    while terms.shape[-1] > 1:
-        odd = [(0, 0)] * (terms.ndim - 1) + [(0, terms.shape[-1] % 2)]
-        pairs = [jnp.pad(a, odd).reshape(*a.shape[:-1], (a.shape[-1] + 1) // 2, 2) for a in (terms, lost)]
-        (terms, more), lost = two_sum(pairs[0][..., 0], pairs[0][..., 1]), pairs[1].sum(-1)
+    sums = jnp.concatenate([jnp.ones_like(p.sum(-1, keepdims=True)), -p], -1)
+    lost = jnp.zeros_like(sums)
+    while sums.shape[-1] > 1:
+        odd = [(0, 0)] * (sums.ndim - 1) + [(0, sums.shape[-1] % 2)]
+        pairs = [jnp.pad(a, odd).reshape(*a.shape[:-1], (a.shape[-1] + 1) // 2, 2) for a in (sums, lost)]
+        (sums, more), lost = two_sum(pairs[0][..., 0], pairs[0][..., 1]), pairs[1].sum(-1)
         lost += lax.stop_gradient(more)
-    return (terms + lost)[..., 0]
+    return (sums + lost)[..., 0]
 
 
 def _without_repetition(y, p, n):

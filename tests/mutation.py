@@ -43,19 +43,9 @@ SECONDS = (
     "not (float64 and (accuracy or corners)) and not hundred_thousand and not third and not second_derivatives"
     " and not nestings and not test_axis and not linear_cost and not long_rows and not devices and not platforms"
 )
-OTHER_TESTS = [
-    "auto_mesh",
-    "on_mesh",
-    "effects",
-    "elementary",
-    "formulas",
-    "in_program",
-    "meshes",
-    "plain_jax",
-    "primitives",
-    "tokens",
-    "transforms",
-]
+OF_PROGRAMS = ["bench", "command_line", "demo", "distill", "frameworks", "max_margin", "next_word", "notebooks", "site"]
+OTHER_TESTS = [name for path in sorted(ROOT.glob("tests/test_*.py")) if (name := path.stem.removeprefix("test_"))]
+OTHER_TESTS = [name for name in OTHER_TESTS if name not in FAST_TESTS + OF_PROGRAMS and "programs" not in name]
 HEAD_TESTS = ["linear", "linear_map", "sparse_targets", "platforms", "linear_cost", "on_mesh", "tokens", "devices"]
 SLOWER = [(FAST_TESTS, f"not ({SECONDS})"), (OTHER_TESTS, "test")]  # the rest of the quick tests
 LIMIT = 600  # seconds, after which a fault that makes a test run forever counts as caught
@@ -88,7 +78,7 @@ EQUIVALENT = {
     "(least < value <= most": "the smallest normal number is nothing that a loss would be given",
     "(least <= value < most": "nor is the largest",
     "trained[0] if number else 1)": "where results stay each token's, none is summed",
-    "((softmax(x, classes)) * (centered": "both factors are finite, for any finite direction",
+    "((softmax(x, way)) * (centered": "both factors are finite, for any finite direction",
     "Platform(False, 2** 2": "how many bytes of logits an accelerator's chunk has is a matter of speed",
     "head.weight.shape[0] > head.weight.shape[1]": "where a token's weight is multiplied with is a matter of speed",
 }

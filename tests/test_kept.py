@@ -8,7 +8,7 @@ import pytest
 import jce
 from jce import Linear
 from jce._heads import chunks
-from jce._heads.kept import counts, over_kept
+from jce._heads.kept_tokens import counts, over_kept
 from tests.kernels import modes
 from tests.test_devices import close
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jce._jax.arguments import as_array, float_dtype
-from jce._jax.classes import vary_over, varying, varying_alike
+from jce._jax.varying import vary_over, varying, varying_alike
 
 RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._heads.kept import filled, over_kept
-from jce._jax.classes import barrier, vary_over, varying
+from jce._heads.kept_tokens import over_kept, padded
 from jce._jax.platforms import Chunks
+from jce._jax.varying import barrier, vary_over, varying
 
 
 def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | None = None):
@@ -43,7 +43,7 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | No
         return over_kept(step, kept, chunks, devices, tokens)
 
     def split(x):
-        x = filled(x, chunks * size)
+        x = padded(x, chunks * size)
         return (
             x.reshape(size, chunks, *x.shape[1:]).swapaxes(0, 1) if strided else x.reshape(chunks, size, *x.shape[1:])
         )

@@ -20,9 +20,9 @@ from jax import Array, lax
 from jax.experimental import checkify
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from jce._jax.classes import vary_over, varying, varying_type
 from jce._jax.primitives import batch_size, primitive
 from jce._jax.restricted import cotangent, linear_in, not_zero, others, placed, tangent, with_tangents, with_zeros
+from jce._jax.varying import vary_over, varying, varying_type
 
 
 def first_chunks(step: Callable, count: Array, tokens: Any) -> Any:

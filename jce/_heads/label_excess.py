@@ -23,9 +23,10 @@ from jce._heads.logits import Logits, capped, slope
 from jce._heads.products import Products
 from jce._heads.temperature import at_temperature, whole_log_sum
 from jce._jax.arguments import is_array
-from jce._jax.classes import Classes, barrier
+from jce._jax.classes import Classes
 from jce._jax.layout import may_be_split
 from jce._jax.platforms import named
+from jce._jax.varying import barrier
 from jce._numerics.elementary import exp
 from jce._numerics.mul0 import over
 from jce._quantities.soft_targets import scaled_square, smoothed
@@ -194,6 +195,7 @@ def _of_row(numbers: Any, n: int, off: OffLabel, mean: Array | None, whole: Call
 
     r = 1/Z for the entries in this file's docstring. If `divides`, these are divided by the larger of s and the label's
     magnitude: where that is the larger, the label's becomes ±1, which rounding to bfloat16 leaves exact.
+    `label_loss._of_logits` has the same terms for the value alone: a change is to be made in both.
     """
     m, s, d = off
     smoothing, z_loss = numbers

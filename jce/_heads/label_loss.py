@@ -50,6 +50,8 @@ class LabelLoss(Terms):
 
 
 def _of_logits(loss: LabelLoss, target: Target, of_head: Array) -> Array:
+    """The loss at logits. `label_excess._of_row` has the same terms beside their derivative: a change is to be made in
+    both."""
     (y, t, _), classes = target, loss.classes
     x = at_temperature(of_head, t, classes)
     smoothing, z_loss = loss.numbers(target, x.dtype)

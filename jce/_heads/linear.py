@@ -183,7 +183,7 @@ class LinearArrays(NamedTuple):
     logit_soft_cap: Array | None
 
     @property
-    def classes(self) -> int:
+    def n(self) -> int:
         """The number of this head's classes; where they are split over devices, of this device's."""
         return (self.head.logits if isinstance(self.head, Called) else self.head).shape[0]
 

@@ -16,8 +16,9 @@ from jce._heads.called import Called
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._jax.arguments import described, is_array, positive
-from jce._jax.classes import Classes, like
+from jce._jax.classes import Classes
 from jce._jax.public import public
+from jce._jax.varying import like
 from jce._numerics.mul0 import over
 from jce._quantities.kl_divergence_with_logits import kl_of_softmax
 from jce._softmax.compare import divided

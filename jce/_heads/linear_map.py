@@ -15,8 +15,8 @@ from jce._heads.effects import require_effects, undifferentiable
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._jax.arguments import require_bool
-from jce._jax.classes import varying_type
 from jce._jax.layout import mesh_names
+from jce._jax.varying import varying_type
 
 
 def linear_map(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jce._heads.products import Head, Products
-from jce._jax.classes import like
+from jce._jax.varying import like
 from jce._numerics.calculus import custom_jvp, def_partials
 from jce._numerics.elementary import exp, tanh
 from jce._numerics.mul0 import mul0

@@ -13,9 +13,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jce._heads.called import Called
+from jce._heads.device_part import Part, expanded, of_dtypes, wide
 from jce._heads.linear import Linear, checked_linear
 from jce._heads.logits import Logits, capped
-from jce._heads.part import Part, column, of_dtypes, wide
 from jce._heads.places import Arguments, on_each_device
 from jce._heads.products import Products
 from jce._heads.qwix import out_of_qwix
@@ -103,7 +103,7 @@ def _arguments(
     batch = checked_batch(name, linear, others)
     paths, tree = jax.tree.flatten_with_path(shared)
     shared = tree.unflatten([as_array(name, f"shared{jax.tree_util.keystr(path[1:])}", x) for path, x in paths])
-    heads, n = list(linear.values()), next(iter(linear.values())).classes
+    heads, n = list(linear.values()), next(iter(linear.values())).n
     choice_of_tokens = checked_choice(name, batch, n, weights=options.weights, where=options.where)
     parts = Arguments(
         {"hidden": [x.hidden for x in heads], "others": list(others.values())} | choice_of_tokens,
@@ -198,13 +198,13 @@ def _of_hidden(of_chunk: OfChunk, given: _Given, closed_over: Any, products: Pro
         (kept, *others), hidden, shared = inputs.tokens, inputs.hidden, inputs.shared
 
         def cleaned(arrays, first):
-            return [jnp.where(column(kept, x), x, f[None]) for x, f in zip(arrays, first, strict=True)]
+            return [jnp.where(expanded(kept, x), x, f[None]) for x, f in zip(arrays, first, strict=True)]
 
         if filler is None:
             hidden, others = map(cleaned, (hidden, others), shared["first"])
         else:  # padding holds zeros already: only other fillers are put in
             pairs = zip(others, filler, strict=False)
-            others = [jnp.where(column(kept, x), x, jnp.full_like(x, f)) if f else x for x, f in pairs]
+            others = [jnp.where(expanded(kept, x), x, jnp.full_like(x, f)) if f else x for x, f in pairs]
         logits = []
         for h, head, cap in zip(hidden, inputs.heads, shared["caps"], strict=True):
             if isinstance(head, Called):
@@ -216,6 +216,6 @@ def _of_hidden(of_chunk: OfChunk, given: _Given, closed_over: Any, products: Pro
         results = function(given.in_order(logits, others), *of_all)
         if filler is not None:
             return results
-        return [jnp.where(column(kept, r), r, jnp.zeros_like(r)) for r in results]
+        return [jnp.where(expanded(kept, r), r, jnp.zeros_like(r)) for r in results]
 
     return of_hidden

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jce._jax.layout import Layout, mesh_names, split_batch_axes, told_axes
-from jce._jax.rows import mesh_axis
+from jce._jax.rows import checked_axis_name
 
 
 class Places(NamedTuple):
@@ -70,7 +70,7 @@ def on_each_device(
         places, axis_name = axis_name, None
         _require_division(name, places, batch, arguments)
     else:
-        places, axis_name = by_type(batch, arguments), mesh_axis(name, axis_name, jax.tree.leaves(arguments))
+        places, axis_name = by_type(batch, arguments), checked_axis_name(name, axis_name, jax.tree.leaves(arguments))
         if named_classes and places is not None:
             _require_whole_classes(name, places)
     if places is None:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jce._jax.arguments import float_dtype
-from jce._jax.classes import varying_alike
 from jce._jax.platforms import Platform
 from jce._jax.primitives import batch_axis_first, primitive
+from jce._jax.varying import varying_alike
 
 
 class Head(NamedTuple):

@@ -19,11 +19,11 @@ from jce._heads.called import Called
 from jce._heads.chunks import each_token, over_chunks
 from jce._heads.effects import require_differentiable
 from jce._heads.products import Head
-from jce._heads.together import together
-from jce._jax.classes import vary_over, varying
+from jce._heads.unhoisted import unhoisted
 from jce._jax.layout import mesh_names, over_devices
 from jce._jax.platforms import Chunks, ChunkSize, Platform, on_platform
 from jce._jax.restricted import is_zero, jvp_of_some, live_jvp, replaced
+from jce._jax.varying import vary_over, varying
 from jce._numerics.mul0 import mul0
 
 
@@ -52,8 +52,8 @@ class Inputs(NamedTuple):
         tokens, shared = vary((self.tokens, self.shared), axes - classes)
         return Inputs(hidden, tokens, heads, shared)
 
-    def together(self, *others) -> Inputs:
-        hidden, tokens = together((self.hidden, self.tokens), self.heads, self.shared, others)
+    def unhoisted(self, *others) -> Inputs:
+        hidden, tokens = unhoisted((self.hidden, self.tokens), self.heads, self.shared, others)
         return self._replace(hidden=hidden, tokens=tokens)
 
 
@@ -75,7 +75,7 @@ class Loop(NamedTuple):
     def chunks(self, platform: Platform) -> Chunks:
         return platform.chunks(self.chunk, self.logits, self.halved)
 
-    def of_devices(self, on: Callable, *arguments):
+    def on_each_platform(self, on: Callable, *arguments):
         """on(platform, *arguments) for the platform that it is lowered for; traced once for those with chunks of the
         same size."""
         return on_platform(on, lambda platform: self.chunks(platform).size, *arguments)
@@ -100,7 +100,7 @@ token_results.defjvp(_token_results_rule, symbolic_zeros=True)
 
 
 def _token_results(loop, inputs):
-    return loop.of_devices(functools.partial(_results_on, loop), inputs.together())
+    return loop.on_each_platform(functools.partial(_results_on, loop), inputs.unhoisted())
 
 
 def _results_on(loop, platform, inputs):
@@ -179,7 +179,7 @@ _results_and_gradients.defjvp(_results_and_gradients_rule, symbolic_zeros=True)
 
 
 def _in_one_loop(loop, live, w, inputs):
-    return loop.of_devices(functools.partial(_summed, loop, live), w, inputs.together(w))
+    return loop.on_each_platform(functools.partial(_summed, loop, live), w, inputs.unhoisted(w))
 
 
 def _summed(loop, live, platform, w, inputs):

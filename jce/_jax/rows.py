@@ -25,8 +25,9 @@ from jce._jax.arguments import (
     joined,
     require_boolean,
 )
-from jce._jax.classes import Classes, varying
+from jce._jax.classes import Classes
 from jce._jax.layout import Layout, manual_axes, mesh_names, split_batch_axes
+from jce._jax.varying import varying
 
 
 def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:
@@ -59,7 +60,7 @@ def distributions(
             f" probabilities with 0, logits with -inf."
         )
     shape = _broadcast_shape(function, "the batch axes", arguments, arrays)
-    classes = Classes(axis, mesh_axis(function, axis_name, arrays))
+    classes = Classes(axis, checked_axis_name(function, axis_name, arrays))
     masks = [] if where is None else [_mask(function, where, shape, axis, arguments)]
     layout = Layout.of(shape, arrays + masks)
     arrays, masks = ([layout.place(x) for x in xs] for xs in (arrays, masks))
@@ -75,7 +76,7 @@ def distributions(
     return arrays, classes
 
 
-def mesh_axis(function: str, axis_name: Hashable | None, arrays: Iterable[Array]) -> Hashable | None:
+def checked_axis_name(function: str, axis_name: Hashable | None, arrays: Iterable[Array]) -> Hashable | None:
     """`axis_name`, checked to name axes of a `jax.shard_map` around the call. If it named the axis of a `jax.vmap`, a
     gradient taken inside would be too large by a factor of the batch's size.
     """

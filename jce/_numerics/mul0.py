@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import mul_p
 
-from jce._jax.classes import varying_alike
 from jce._jax.layout import split_alike
 from jce._jax.primitives import batch_axis_first, primitive
+from jce._jax.varying import varying_alike
 
 
 def mul0(c: Array, t: Array) -> Array:

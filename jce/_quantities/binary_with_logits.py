@@ -142,11 +142,6 @@ def finite(x):
     return jnp.clip(x, -1e4, 1e4)
 
 
-def sigmoid(x, odds_against):
-    e = odds_against(x)
-    return reused(jnp.where(x < 0, e, jnp.ones_like(e)) / (1 + e))
-
-
 def odds_against(x):
     """e^-|x|: the odds of the less probable outcome."""
     return reused(exp(-jnp.abs(x)))

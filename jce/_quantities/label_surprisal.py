@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jce._numerics.calculus import custom_jvp, sum_of_tangents
 from jce._numerics.elementary import exp
 from jce._numerics.mul0 import mul0
-from jce._quantities.soft_targets import scaled, smoothed, soft, soft_excess, terms
+from jce._quantities.soft_targets import scaled, smoothed, soft, soft_excess, surprisal_terms
 from jce._softmax.kernel import kernel
 from jce._softmax.softmax import softmax_tangent, surprisal_at_label
 
@@ -78,7 +78,7 @@ def mean_excess(y, uniform, x, way):
     losses are about log Z, and their difference would lose all digits."""
     m, _, d = way.off_label(y, x)
     depth = way.column(m) - x
-    mean = way.sum(terms(uniform, depth, way) if uniform.ndim else uniform * depth)
+    mean = way.sum(surprisal_terms(uniform, depth, way) if uniform.ndim else uniform * depth)
     return mean - d
 
 

@@ -17,7 +17,7 @@ from jce._softmax.softmax import complement, softmax, softmax_tangent, surprisal
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
 def soft(p, x, way):
-    return way.sum(terms(p, way.normalizer(x).surprisal(x, way), way))
+    return way.sum(surprisal_terms(p, way.normalizer(x).surprisal(x, way), way))
 
 
 # ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
@@ -35,7 +35,7 @@ def _soft_and_partials(p, x, way):
     # One kernel for all three, since they share the exponentials.
     of_x = way.exponentials(x)
     surprisals = of_x.of_row.surprisal(x, way)
-    return way.sum(terms(p, surprisals, way)), surprisals, _excess(p, of_x, way)
+    return way.sum(surprisal_terms(p, surprisals, way)), surprisals, _excess(p, of_x, way)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
@@ -44,7 +44,7 @@ def soft_excess(p, x, way):
     return _excess(p, way.exponentials(x), way)
 
 
-def terms(p, surprisals, classes):
+def surprisal_terms(p, surprisals, classes):
     """p times surprisals, and 0 where p = 0 even if a surprisal is infinite."""
     return p * jnp.minimum(surprisals, classes.bound(p, 1))
 

@@ -18,7 +18,7 @@ from jce._jax.classes import Classes
 from jce._numerics.elementary import two_sum
 from jce._numerics.mul0 import mul0
 from jce._quantities.label_log_probs import at_labels, is_class, log_probs_and_tail
-from jce._quantities.soft_targets import smoothed, smoothed_by, soft, terms
+from jce._quantities.soft_targets import smoothed, smoothed_by, soft, surprisal_terms
 from jce._softmax.over_classes import over_classes
 
 ROUNDINGS = 4  # eps by which a stored Σp may differ from 1: at most 3.3 in softmaxes of up to 10,000 classes
@@ -61,7 +61,7 @@ def _smoothed(loss, uniform_loss, smoothing, y, p, uniform, x, classes):
     # Both losses are taken without log Z Σp, which they have in common: with it their difference would lose its digits
     # (as in `mean_excess`).
     m = lax.stop_gradient(classes.max(x))
-    mean = mul0(classes.sum(terms(uniform, classes.column(m) - x, classes)), p.sum(-1))
+    mean = mul0(classes.sum(surprisal_terms(uniform, classes.column(m) - x, classes)), p.sum(-1))
     return smoothed_by(loss, uniform_loss, mean - mul0(m[..., None] - at_labels(x, y, classes), p).sum(-1), smoothing)
 
 

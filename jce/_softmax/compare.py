@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jce._jax.classes import Classes, like, vary_over, varying
+from jce._jax.classes import Classes
+from jce._jax.varying import like, vary_over, varying
 from jce._numerics.calculus import custom_jvp
 from jce._numerics.deviance import deviance_from_log, difference_from_log
 from jce._numerics.elementary import log1p, two_sum

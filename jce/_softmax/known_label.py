@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from jce._jax.classes import vary_over, varying
+from jce._jax.varying import vary_over, varying
 
 # The shift is 0 if LOWEST < x_y < HIGHEST. Entries of the gradient are eᵢ/Z with Z ≥ e^x_y, and an eᵢ below 1.2e-38 is
 # flushed to 0: so at x_y = -16 entries below 1.2e-38 e¹⁶ = 1e-31 are 0, and for x_y ≥ 0 those below 1.2e-38, as with

@@ -26,7 +26,7 @@ def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: An
     size = -(-n // chunks) if size is None else size
 
     def by_device(x):
-        return filled(x, devices * n).reshape(devices, n, *x.shape[1:])
+        return padded(x, devices * n).reshape(devices, n, *x.shape[1:])
 
     kept = by_device(kept)
     order = _Order.of(kept, chunks * size)
@@ -63,7 +63,7 @@ class _Order(NamedTuple):
         )
 
 
-def filled(x: Array, length: int) -> Array:
+def padded(x: Array, length: int) -> Array:
     """x, padded with zeros to this length."""
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # there is no random key 0, so the first key is the padding
         return jnp.concatenate([x, jnp.broadcast_to(x[:1], (length - x.shape[0], *x.shape[1:]))])

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._heads.kept import counts
+from jce._heads.kept_tokens import counts
+from jce._heads.merged_batches import of_tokens
 from jce._heads.places import Arguments
 from jce._heads.products import Head, head_of
 from jce._heads.token_loop import Inputs, Loop, token_results, weighted, weighted_sums
-from jce._heads.tokens import of_tokens
-from jce._jax.classes import Classes, vary_over, varying
+from jce._jax.classes import Classes
 from jce._jax.layout import mesh_names, over_devices
+from jce._jax.varying import vary_over, varying
 from jce._numerics.mul0 import mul0
 
 
@@ -158,7 +159,7 @@ def _without_nans(count: int, *arguments):
     kept = arguments[count]
 
     def cleaned(x):
-        return jnp.where(column(kept, x), x, jnp.zeros_like(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        return jnp.where(expanded(kept, x), x, jnp.zeros_like(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
     return *map(cleaned, arguments[:-2]), *arguments[-2:]
 
@@ -169,7 +170,7 @@ def _first(x: Array, at: int | Array = 0) -> Array:
     return lax.stop_gradient(x[at])
 
 
-def column(kept: Array, x: Array) -> Array:
+def expanded(kept: Array, x: Array) -> Array:
     """kept, a number per token, with as many axes as x has."""
     return jnp.expand_dims(kept, range(1, x.ndim))
 

@@ -19,10 +19,10 @@ from jce._jax.restricted import is_zero
 T = TypeVar("T")
 
 
-def together(tokens: T, *others) -> T:
+def unhoisted(tokens: T, *others) -> T:
     """The same arrays, but for JAX and XLA each depends on all of them, and on the others."""
     leaves, tree = jax.tree.flatten(tokens)
-    return tree.unflatten([_together_p.bind(x, *leaves, *jax.tree.leaves(others)) for x in leaves])
+    return tree.unflatten([_unhoisted_p.bind(x, *leaves, *jax.tree.leaves(others)) for x in leaves])
 
 
 def _behind_a_barrier(x: Array, *_) -> Array:
@@ -31,14 +31,14 @@ def _behind_a_barrier(x: Array, *_) -> Array:
 
 def _differentiate(primals, tangents):
     t, *_ = tangents
-    return _together_p.bind(*primals), t if is_zero(t) else _together_p.bind(t, *primals)
+    return _unhoisted_p.bind(*primals), t if is_zero(t) else _unhoisted_p.bind(t, *primals)
 
 
-_together_p = primitive(
-    "together",
+_unhoisted_p = primitive(
+    "unhoisted",
     _behind_a_barrier,
     _differentiate,
     (lambda ct, *_: ct,),
-    lambda arrays, axes: (_together_p.bind(*arrays), axes[0]),
+    lambda arrays, axes: (_unhoisted_p.bind(*arrays), axes[0]),
     types=lambda x, *_: x,
 )

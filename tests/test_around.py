@@ -1,7 +1,7 @@
 """A head's loss inside of other loops: no array of tokens × classes there either, whatever is the same at each step.
 
-Where a loop is differentiated, JAX before 0.12 moves out of it what doesn't change from step to step, for all steps to
-share: of a loop over chunks in it, what follows for all tokens from labels, or from a teacher, alone.
+Where a loop is differentiated, JAX moves out of it what doesn't change from step to step, for all steps to share: of a
+loop over chunks in it, what follows for all tokens from labels, or from a teacher, alone.
 """
 
 import math

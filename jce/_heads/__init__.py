@@ -3,9 +3,9 @@
 Each public function has a file, and calls `over_tokens`. On the way through it the arguments take these forms:
 
     TokenOptions, Linear and arrays     what the caller gave
-    Arguments                           arrays with checked shapes: of tokens, of the head's rows, and of both (`places`)
+    Arguments                           arrays with checked shapes: of tokens, of the head's rows, shared (`places`)
     Part                                a device's part of them, tokens in one axis, those that don't count marked
-    Inputs                              what a loop takes: hidden states, other arrays, heads, shared arrays (`token_loop`)
+    Inputs                              what a loop takes: hidden states, others, heads, shared arrays (`token_loop`)
     Logits                              a chunk of states and their head, multiplied out when asked (`logits`)
 
 The function itself is an `OfChunk`. `token_loop` runs it, as a `Loop`, over `chunks` of the tokens, and sums gradients.

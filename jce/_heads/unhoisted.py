@@ -1,7 +1,7 @@
 """Makes the tokens' arrays depend on all inputs of a loop, so that nothing is computed ahead of it from some of them.
 
-Until JAX 0.12: where labels or a teacher's states are the same in each step of a loop around, JAX hoists what depends
-on them alone out of that loop, and keeps it: numbers for every token and class.
+Until JAX no longer hoists out of a loop what is the same in each of its steps: where labels or a teacher's states are,
+it keeps what depends on them alone, numbers for every token and class.
 Until JAX no longer has XLA fold constants of this size: the logits of constants are computed in compilation.
 """
 

@@ -136,7 +136,7 @@ def _checked_inside(checked: Callable, *arguments, **static):
     """checkify's rule of a primitive that reports errors by itself."""
     assert checkify is not None
     at = next(i for i, x in enumerate(arguments) if isinstance(x, frozenset))
-    # Until JAX 0.12: it passes no context.
+    # Until JAX 0.11: it passes no context.
     (*context, error), errors, arrays = arguments[:at], arguments[at], arguments[at + 1 :]
     found, results = checked(errors, *arrays, **static)
     leaves, tree = jax.tree.flatten(found)

@@ -4,7 +4,7 @@ Axes of length 1 are squeezed out before the sum. `jax.vmap` may add such axes a
 the sum is lowered. Hence a primitive, which otherwise is `jax.lax.reduce_sum`.
 """
 
-# Until JAX no longer sums [1, n] sequentially on a CPU (jaxlib 0.10: 30,000 equal numbers are 200 ulps off), while it
+# Until JAX 0.11: it sums [1, n] sequentially on a CPU (jaxlib 0.10: 30,000 equal numbers are 200 ulps off), while it
 # sums [2, n] and [n] in parts.
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def like(number: Array, x: Array) -> Array:
 
 def barrier(tree):
     """`lax.optimization_barrier` of all arrays of a tree."""
-    # Until JAX no longer marks all arrays of one barrier as varying over the same mesh axes: those that vary over
+    # Until JAX 0.11: it marks all arrays of one barrier as varying over the same mesh axes. So those that vary over
     # different axes get barriers of their own.
     arrays, structure = jax.tree.flatten(tree)
     alike = {axes: [i for i, x in enumerate(arrays) if varying(x) == axes] for axes in map(varying, arrays)}

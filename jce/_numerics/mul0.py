@@ -69,8 +69,8 @@ def _divide_and_select(t, b):
 def _batch(args, axes, *, zero):
     c, t = batch_axis_first(args, axes)
     if zero == "neither" and None in axes:
-        # Until JAX no longer makes a wrong dot product of x - (c * x).sum(-1, keepdims=True) on a CPU, with one c for a
-        # whole batch (jaxlib 0.10.2): the maximum, which changes only -∞, prevents it.
+        # Until JAX 0.11: it makes a wrong dot product of x - (c * x).sum(-1, keepdims=True) on a CPU, with one c for a
+        # whole batch (jaxlib 0.10.2). The maximum, which changes only -∞, prevents it.
         zero = "neither, batched"
     return _mul0_p.bind(c, t, zero=zero), 0
 

@@ -1,0 +1,411 @@
+"""When a workaround in jce may go: a row for each says whether plain JAX still behaves as the comment beside it says.
+
+The comment begins with `Until JAX 0.12:` if a release is known that doesn't need the workaround, else with `Until JAX
+no longer`. A row without a version turns red on the first JAX that behaves otherwise. A row with a version turns red
+where JAX behaves otherwise before that version, or still so from it on, and once pyproject.toml admits no older JAX.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.core
+import jax.extend.core
+import jax.interpreters.ad
+import jax.interpreters.batching
+import jax.interpreters.mlir
+import jax.interpreters.partial_eval
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jce._jax.varying import varying
+from tests.jaxprs import equations
+
+ROOT = Path(__file__).parents[1]
+Version = tuple[int, int]
+RUNNING: Version = jax.__version_info__[:2]
+
+
+class Place(NamedTuple):
+    """A comment, by the file in jce and the line in which it begins."""
+
+    file: str
+    line: str
+
+    @property
+    def until(self) -> Version | None:
+        """The first JAX that doesn't need the workaround, if the comment knows one."""
+        found = re.search(r"Until JAX (\d+)\.(\d+):", self.line)
+        return found and (int(found[1]), int(found[2]))
+
+
+class Row(NamedTuple):
+    """A workaround, by its file and words that no other comment there has in its first line."""
+
+    file: str
+    words: str
+    still: Callable[[], bool]  # whether the JAX that runs behaves as the comment says
+    since: Version = (0, 0)  # the first JAX that does so
+
+    def is_of(self, place: Place) -> bool:
+        return self.file == place.file and self.words in place.line
+
+
+def places() -> list[Place]:
+    files = {path.relative_to(ROOT / "jce").as_posix(): path for path in sorted((ROOT / "jce").rglob("*.py"))}
+    lines = ((name, line) for name, path in files.items() for line in path.read_text("utf-8").splitlines())
+    return [Place(name, line[line.index("Until JAX") :]) for name, line in lines if "Until JAX" in line]
+
+
+def place_of(row: Row) -> Place:
+    found = [place for place in places() if row.is_of(place)]
+    assert len(found) == 1, (
+        f"{len(found)} workarounds instead of one are in jce/{row.file} with the words {row.words!r}"
+    )
+    return found[0]
+
+
+def oldest_admitted() -> Version:
+    found = re.search(r'^dependencies = \["jax>=(\d+)\.(\d+)', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+    return int(found[1]), int(found[2])
+
+
+def named(version: Version) -> str:
+    return ".".join(map(str, version))
+
+
+def complaint(row: Row, place: Place, running: Version, oldest: Version, still: bool) -> str | None:
+    """What is to be done about a workaround, or None if it is right as it is."""
+    where = f"in jce/{row.file}: {place.line!r}"
+    if place.until and oldest >= place.until:
+        return f"JAX no longer needs it since {named(place.until)}: delete the workaround {where}"
+    if still == (row.since <= running < (place.until or (math.inf, 0))):
+        return None
+    if still:
+        return f"JAX {named(running)} behaves so too, which the comment or the row denies: correct the versions {where}"
+    return (
+        f"JAX no longer behaves so, in {named(running)}: if all newer ones are like it, write `Until JAX"
+        f" {named(running)}: ...`, and delete the workaround once pyproject.toml admits no older JAX, {where}"
+    )
+
+
+# Loops and products
+
+
+def a_loop_loses_rules() -> bool:
+    """Whether a rule that is called by another rule is lost where the gradient of a loop is differentiated again."""
+
+    @jax.custom_jvp
+    def slope(x):
+        return 0 * x
+
+    @jax.custom_jvp
+    def function(x):
+        return x
+
+    slope.defjvp(lambda x, t: (slope(*x), 7 * t[0]))
+    function.defjvp(lambda x, t: (function(*x), slope(*x) * t[0]))
+
+    def gradient(x):
+        return jax.grad(lambda x: lax.map(function, x).sum())(x)
+
+    return jax.grad(lambda x: gradient(x).sum())(np.ones(1, np.float32)) != 7
+
+
+def a_loop_hoists_what_stays_the_same() -> bool:
+    """Whether gradient steps, differentiated, keep numbers for each token and class that depend on labels alone."""
+    chunk, chunks, classes = 8, 8, 64
+    labels = jnp.arange(chunks * chunk).reshape(chunks, chunk)
+    hidden, head = (np.ones(shape, np.float32) for shape in ((chunks, chunk, 3), (classes, 3)))
+
+    def largest_array(tied: Callable) -> int:
+        @jax.checkpoint
+        def of_chunk(h, y, w):
+            x = h @ w.T
+            return (jax.nn.logsumexp(x, -1) - jnp.take_along_axis(x, y[:, None], 1)[:, 0]).sum()
+
+        def loss(w):
+            h, y, w = tied((hidden, labels, w))
+            return lax.map(lambda tokens: of_chunk(*tokens, w), (h, y)).sum()
+
+        def after_steps(w):
+            return lax.scan(lambda w, _: (w - jax.grad(loss)(w), None), w, length=3)[0].sum()
+
+        program = jax.make_jaxpr(jax.grad(after_steps))(head).jaxpr
+        return max(v.aval.size for e in equations(program) for v in e.outvars)
+
+    assert largest_array(lax.optimization_barrier) <= 2 * chunk * classes
+    return largest_array(lambda arrays: arrays) >= chunks * chunk * classes
+
+
+def products_of_constants_are_folded() -> bool:
+    """Whether a product of two arrays that a program closes over is computed while it is compiled."""
+    rng = np.random.default_rng(0)
+    h, w = (jnp.asarray(rng.standard_normal(shape), np.float32) for shape in ((8, 4), (16, 4)))
+    return " dot(" not in jax.jit(lambda: h @ w.T).lower().compile().as_text()
+
+
+def products_over_unit_axes_are_copied() -> bool:
+    """Whether a sum over two axes copies a factor, though one of the axes has length 1."""
+    a, b = (np.ones(shape, np.float32) for shape in ((64, 1, 32), (64, 1, 48)))
+
+    def temporary(formula: str, *factors) -> int:
+        program = jax.jit(lambda *factors: jnp.einsum(formula, *factors)).lower(*factors).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    return temporary("cud,cun->dn", a, b) >= temporary("cd,cn->dn", a[:, 0], b[:, 0]) + a.nbytes
+
+
+# Sums on a CPU
+
+
+def one_row_is_summed_sequentially() -> bool:
+    """Whether the sum of products is hundreds of ulps off in a batch of one row, but not in a batch of two."""
+    program = jax.jit(lambda x, y: (x * y).sum(-1))
+    one, two = (program(*(np.full((count, 30_000), x, np.float32) for x in (0.1, 0.3)))[0] for count in (1, 2))
+    return bool(np.abs(one - two) > 100 * np.spacing(two))
+
+
+def longer_rows_are_summed_slowly() -> bool:
+    """Whether rows of a little more than 32,768 numbers take 1.6 times as long as those."""
+    program = jax.jit(lambda x, m: ((x - m) * x * (x + m)).sum(-1))
+    batches = [(jnp.ones((128, n), np.float32), jnp.ones((128, 1), np.float32)) for n in (32_768, 32_832)]
+    times = [[], []]
+    for _ in range(20):
+        for batch, seconds in zip(batches, times, strict=True):
+            start = time.perf_counter()
+            program(*batch).block_until_ready()
+            seconds.append(time.perf_counter() - start)
+    short, long = map(min, times)
+    return long > 1.6 * short
+
+
+def a_dot_product_is_wrong() -> bool:
+    """Whether XLA computes something else than x - Σ cx where one c is for a whole batch."""
+    rng = np.random.default_rng(0)
+    c, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((256, 50), (64, 256, 50)))
+    got = jax.jit(jax.vmap(lambda x: x - (c * x).sum(-1, keepdims=True)))(x)
+    return bool(np.abs(got - (x - (c * x).sum(-1, keepdims=True))).max() > 1)
+
+
+# Meshes
+
+
+def error_of(function: Callable, *arguments) -> str:
+    """Its class and its text; empty if there is none."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def types_are_checked_wrongly() -> bool:
+    """Whether a batch that is split has a gradient under `check_vma=False` alone."""
+    mesh = jax.make_mesh((2, 4), ("batch", "classes"), axis_types=(AxisType.Auto,) * 2)
+
+    def sum_of_part(x):
+        return lax.scan(lambda s, x: (s + x, None), 0 * x[0], x)[0][None]
+
+    def error(checked: bool) -> str:
+        split = jax.shard_map(sum_of_part, mesh=mesh, in_specs=P("classes"), out_specs=P("classes"), check_vma=checked)
+        batch = jax.vmap(split, spmd_axis_name="batch")
+        return error_of(jax.jit(jax.grad(lambda x: batch(x).sum())), np.ones((4, 8), np.float32))
+
+    assert not error(checked=False)
+    return error(checked=True).startswith("ValueError")
+
+
+def lookups_along_a_split_axis_are_refused() -> bool:
+    mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(np.ones((2, 16), np.float32), NamedSharding(mesh, P(None, "classes")))
+        labels = np.zeros((2, 1), np.int32)
+        return error_of(lambda: jnp.take_along_axis(x, labels, -1, mode="clip")).startswith("ShardingTypeError")
+
+
+def a_barrier_mixes_types() -> bool:
+    """Whether an array behind a barrier varies over the mesh axes of another array too."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    found = []
+
+    def part(x, y):
+        x, y = lax.optimization_barrier((x, y))
+        found.extend([varying(x), varying(y)])
+        return x.sum() + y.sum()[None]
+
+    jax.make_jaxpr(jax.shard_map(part, mesh=mesh, in_specs=(P("a"), P("b")), out_specs=P(("a", "b"))))(
+        np.ones(4, np.float32), np.ones(4, np.float32)
+    )
+    return found != [{"a"}, {"b"}]
+
+
+def types_have_vma() -> bool:
+    return hasattr(jax.typeof(jnp.ones(1)), "vma")
+
+
+# checkify
+
+
+def checks_get_no_context() -> bool:
+    """Whether the function that checks a primitive gets the error first."""
+    from jax._src.checkify import error_checks
+
+    given = []
+
+    def look(*arguments, **static):
+        given.extend(arguments)
+        return own(*arguments, **static)
+
+    own = error_checks[lax.sin_p]
+    with mock.patch.dict(error_checks, {lax.sin_p: look}):
+        checkify.checkify(lambda x: lax.sin(x), errors=checkify.float_checks)(np.float32(1))
+    return isinstance(given[0], checkify.Error)
+
+
+def checks_in_a_rule_have_no_gradient() -> bool:
+    """Whether the gradient of a checked custom_jvp function under jit is an error of JAX's."""
+
+    @jax.custom_jvp
+    def double(x):
+        return 2 * x
+
+    double.defjvp(lambda x, t: (double(*x), 2 * t[0]))
+    checked = checkify.checkify(jax.jit(double), errors=checkify.float_checks)
+    return error_of(jax.grad(lambda x: checked(x)[1]), np.float32(1)).startswith("ValueError")
+
+
+def lookups_of_several_labels_are_errors() -> bool:
+    """Whether checkify fails at the gradient of a batch of lookups of which only the labels have an axis."""
+    labels = np.array([[0, 1]] * 3)
+
+    def at_labels(x):
+        def at(x, y):
+            return jnp.take_along_axis(x, y[:, None], 1, mode="clip")
+
+        return jax.vmap(at, (None, 1))(x, labels).sum()
+
+    checked = checkify.checkify(jax.grad(at_labels), errors=checkify.index_checks)
+    return error_of(checked, np.ones((3, 4), np.float32)).startswith("IndexError")
+
+
+# Imports
+
+
+def is_hidden(thing: object) -> bool:
+    """Whether no public module of JAX that is imported above, or by JAX itself, has it under any name."""
+    public = re.compile(r"jax(\.(?!_src|experimental).*)?|jax\.experimental\.checkify")
+    modules = [module for name, module in sys.modules.items() if public.fullmatch(name)]
+    return not any(x is thing for module in modules for x in vars(module).values())
+
+
+def effects_are_hidden() -> bool:
+    from jax._src.effects import JaxprInputEffect, ordered_effects, remat_allowed_effects
+
+    return any(map(is_hidden, (JaxprInputEffect, ordered_effects, remat_allowed_effects)))
+
+
+def mapped_arrays_are_hidden() -> bool:
+    from jax._src.interpreters.batching import BatchTracer
+
+    return is_hidden(BatchTracer)
+
+
+def batch_axes_are_hidden() -> bool:
+    from jax._src.core import get_axis_env
+
+    return is_hidden(get_axis_env)
+
+
+def how_to_check_is_hidden() -> bool:
+    from jax._src.checkify import checkify_jaxpr, error_checks, nan_error_check
+
+    return any(map(is_hidden, (checkify_jaxpr, error_checks, nan_error_check)))
+
+
+def the_class_of_primitives_comes_with_pallas() -> bool:
+    line = "import jax.extend.core, sys; print(any('pallas' in name for name in sys.modules))"
+    return subprocess.run([sys.executable, "-c", line], capture_output=True, check=True, text=True).stdout == "True\n"
+
+
+ROWS = [
+    Row("_heads/called.py", "copies both factors", products_over_unit_axes_are_copied),
+    Row("_heads/deferred.py", "hides whether a vmap maps", mapped_arrays_are_hidden),
+    Row("_heads/effects.py", "hides which effects", effects_are_hidden),
+    Row("_heads/places.py", "fails its type checks under spmd_axis_name", types_are_checked_wrongly),
+    Row("_heads/token_loop.py", "JAX's own custom_jvp", a_loop_loses_rules),
+    Row("_heads/unhoisted.py", "hoists out of a loop", a_loop_hoists_what_stays_the_same),
+    Row("_heads/unhoisted.py", "fold constants", products_of_constants_are_folded),
+    Row("_jax/rows.py", "fails its type checks under spmd_axis_name", types_are_checked_wrongly),
+    Row("_jax/classes.py", "sums longer float32 rows", longer_rows_are_summed_slowly, since=(0, 10)),
+    Row("_jax/classes.py", "refuses lookups", lookups_along_a_split_axis_are_refused),
+    Row("_jax/varying.py", "all arrays of one barrier", a_barrier_mixes_types),
+    Row("_jax/varying.py", "have `vma`", types_have_vma),
+    Row("_jax/layout.py", "hides which spmd_axis_name", batch_axes_are_hidden),
+    Row("_jax/primitives.py", "hides how checkify is told", how_to_check_is_hidden),
+    Row("_jax/primitives.py", "imports Pallas", the_class_of_primitives_comes_with_pallas, since=(0, 10)),
+    Row("_jax/primitives.py", "passes no context", checks_get_no_context),
+    Row("_jax/public.py", "raises a ValueError for the gradient", checks_in_a_rule_have_no_gradient),
+    Row("_jax/row_sum.py", "sums [1, n] sequentially", one_row_is_summed_sequentially, since=(0, 10)),
+    Row("_numerics/calculus.py", "inlines the kernels", a_loop_loses_rules),
+    Row("_numerics/mul0.py", "a wrong dot product", a_dot_product_is_wrong, since=(0, 10)),
+    Row("_quantities/label_log_probs.py", "an IndexError of its own", lookups_of_several_labels_are_errors),
+    Row("_softmax/way.py", "loses the kernels' rules", a_loop_loses_rules),
+]
+MEASURED = [longer_rows_are_summed_slowly]  # by a clock, and so wrong at times on a busy machine
+
+
+def test_each_workaround_has_a_row():
+    found = places()
+    assert found
+    for place in found:
+        assert place.until or place.line.startswith("Until JAX no longer "), f"in jce/{place.file}: {place.line!r}"
+        rows = [row for row in ROWS if row.is_of(place)]
+        assert len(rows) == 1, f"{len(rows)} rows instead of one for the workaround in jce/{place.file}: {place.line!r}"
+    for row in ROWS:
+        place_of(row)
+
+
+@pytest.mark.needs_jit
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=f"{row.file} {row.words}", marks=[pytest.mark.slow] if row.still in MEASURED else [])
+        for row in ROWS
+    ],
+)
+def test_a_workaround_is_still_needed(row):
+    wrong = complaint(row, place_of(row), RUNNING, oldest_admitted(), row.still())
+    assert wrong is None, wrong
+
+
+@pytest.mark.parametrize(
+    ("line", "running", "oldest", "still", "said"),
+    [
+        ("Until JAX no longer hides it: an import.", (0, 12), (0, 8), True, None),
+        ("Until JAX no longer hides it: an import.", (0, 13), (0, 8), False, "`Until JAX 0.13: "),
+        ("Until JAX 0.12: it hides it.", (0, 11), (0, 8), True, None),
+        ("Until JAX 0.12: it hides it.", (0, 12), (0, 8), False, None),
+        ("Until JAX 0.12: it hides it.", (0, 11), (0, 8), False, "JAX no longer behaves so, in 0.11"),
+        ("Until JAX 0.12: it hides it.", (0, 12), (0, 8), True, "correct the versions"),
+        ("Until JAX 0.12: it hides it.", (0, 8), (0, 8), True, "correct the versions"),  # before `since`
+        ("Until JAX 0.12: it hides it.", (0, 13), (0, 12), False, "delete the workaround in jce/a.py"),
+    ],
+)
+def test_what_is_said_of_a_workaround(line, running, oldest, still, said):
+    got = complaint(Row("a.py", "hides", lambda: still, since=(0, 9)), Place("a.py", line), running, oldest, still)
+    assert got is None if said is None else said in got

@@ -43,7 +43,18 @@ SECONDS = (
     "not (float64 and (accuracy or corners)) and not hundred_thousand and not third and not second_derivatives"
     " and not nestings and not test_axis and not linear_cost and not long_rows and not devices and not platforms"
 )
-OF_PROGRAMS = ["bench", "command_line", "demo", "distill", "frameworks", "max_margin", "next_word", "notebooks", "site"]
+OF_PROGRAMS = [
+    "bench",
+    "command_line",
+    "demo",
+    "distill",
+    "frameworks",
+    "max_margin",
+    "next_word",
+    "notebooks",
+    "package",
+    "site",
+]
 OTHER_TESTS = [name for path in sorted(ROOT.glob("tests/test_*.py")) if (name := path.stem.removeprefix("test_"))]
 OTHER_TESTS = [name for name in OTHER_TESTS if name not in FAST_TESTS + OF_PROGRAMS and "programs" not in name]
 HEAD_TESTS = ["linear", "linear_map", "sparse_targets", "platforms", "linear_cost", "on_mesh", "tokens", "devices"]

@@ -349,7 +349,9 @@ def test_the_head_sends_what_the_sharded_head_does():
 
 @pytest.mark.slow
 def test_without_check_vma_a_gradient_inside_is_of_another_function():
-    """In plain JAX too, by the number of devices; outside it is right. When this fails, docstrings and jce/README.md can say less."""
+    """In plain JAX too, by the number of devices; outside it is right.
+
+    When this fails, docstrings and jce/README.md can say less."""
     mesh, x = make_mesh(AxisType.Auto), np.arange(4.0, dtype=np.float32)
 
     def squares(x):

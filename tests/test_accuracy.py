@@ -96,7 +96,7 @@ def test_first_derivatives(kernel, dtype, rng):
 
 @each_dtype
 @each_kernel
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(2)
 def test_hessian_vector_products(kernel, dtype, rng):
     regimes, arguments = sampled(kernel, rng, (4, 3), dtype)
     # Directions in proportion to each entry: mixed ones, where terms cancel, and every term counts.

@@ -23,7 +23,6 @@ def agrees(got, expected):
 
 @each_kernel
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
-@pytest.mark.in_turn(2)
 def test_value_and_gradient_in_both_modes(kernel, dtype):
     arguments, values, gradients = stacked(kernel, dtype)
     positions = tuple(range(len(arguments)))
@@ -37,7 +36,7 @@ def test_value_and_gradient_in_both_modes(kernel, dtype):
 
 
 @each_kernel
-@pytest.mark.in_turn(24)
+@pytest.mark.in_turn(12)
 def test_alone_and_eagerly(kernel):
     """Each corner by itself, not in a batch; eager calls are jitted inside, and disable_jit runs them op by op."""
     eager_gradient = jax.grad(total(kernel), tuple(range(len(kernel.arguments))))
@@ -51,7 +50,7 @@ def test_alone_and_eagerly(kernel):
 
 
 @each_kernel
-@pytest.mark.slow
+@pytest.mark.in_turn(12)
 def test_one_argument_at_a_time(kernel):
     """What isn't differentiated adds exactly nothing to a tangent, and a dense zero tangent doesn't either."""
     arguments, _, gradients = stacked(kernel)
@@ -64,7 +63,7 @@ def test_one_argument_at_a_time(kernel):
 
 
 @each_kernel
-@pytest.mark.slow
+@pytest.mark.in_turn(12)
 def test_zero_cotangents(kernel):
     """An outer where, or a weight of 0, removes a row and leaves every gradient finite."""
     arguments, values, _ = stacked(kernel)
@@ -82,7 +81,7 @@ def test_zero_cotangents(kernel):
 
 
 @each_kernel
-@pytest.mark.slow
+@pytest.mark.in_turn(12)
 def test_second_derivatives(kernel):
     """The Hessian is the same in all four nestings; NaN only where an argument is."""
     arguments, values, _ = stacked(kernel)
@@ -140,7 +139,7 @@ def test_nestings_agree_in_a_loop(kernel, rng):
 
 
 @each_kernel
-@pytest.mark.in_turn(36)
+@pytest.mark.in_turn(12)
 def test_third_derivatives(kernel):
     """No NaN at third order either, in any direction, forward or reverse: 0 · ∞ enters at no order."""
     arguments, values, _ = stacked(kernel)
@@ -170,7 +169,7 @@ SMALL = {  # functions of a small p, and the third derivative along p, by p, whe
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.in_turn(10)
+@pytest.mark.in_turn(2)
 def test_third_derivatives_along_a_small_probability(name):
     """d³/ds³ f(p(1 + s)) is of the size of p, in all eight nestings, though 1/p² and p² are no float32."""
     function, expected = SMALL[name]
@@ -207,7 +206,6 @@ def test_infinite_second_derivatives():
         assert jax.grad(jax.grad(jce.binary_kl_divergence))(alpha, 0.5) == inf
 
 
-@pytest.mark.slow
 def test_finite_second_derivatives():
     """Where the first derivative is finite or its other argument's, the second is the formula's: p/q², 1/β², ..."""
     p, q = np.float32([0, 1]), np.float32([0.5, 0.5])
@@ -246,7 +244,7 @@ def test_absent_classes(kernel, rng):
 
 
 @each_kernel
-@pytest.mark.slow
+@pytest.mark.in_turn(12)
 def test_hessian_vector_product_beside_a_corner(kernel):
     """A direction that is 0 at the corners gives a finite product: 0 · ∞ doesn't enter."""
     arguments, _, _ = stacked(kernel)

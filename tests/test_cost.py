@@ -13,7 +13,6 @@ pytestmark = pytest.mark.needs_jit
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
 @pytest.mark.parametrize("shape", [(256, 1000), (4096, 10)])
 @pytest.mark.parametrize("kernel", [ROWS["entropy"], ROWS["cross_entropy"]], ids=lambda kernel: kernel.name)
-@pytest.mark.in_turn(4)
 def test_value_and_gradient_need_no_temporary_of_the_inputs_size(kernel, shape):
     """The entropies read their input and write the gradient, and nothing of its size between, on a CPU."""
     arguments = [jax.ShapeDtypeStruct(shape, np.float32) for _ in kernel.arguments]
@@ -43,7 +42,7 @@ STORED = {
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less")
 @pytest.mark.parametrize("function", STORED, ids=lambda function: function.__name__)
-@pytest.mark.in_turn(12)
+@pytest.mark.in_turn(4)
 def test_what_is_stored(function):
     """On a CPU: no quotient or exponential that is used more than once, nor what a value and a gradient share."""
     kernel = next(k for k in TABLE if k.function is function)
@@ -58,7 +57,6 @@ def test_what_is_stored(function):
 
 
 @pytest.mark.parametrize("kernel", [k for k in TABLE if len(k.arguments) == 2], ids=lambda kernel: kernel.name)
-@pytest.mark.in_turn(2)
 def test_what_is_not_differentiated_costs_nothing(kernel, rng):
     p, q = easy(kernel, rng, (4, 5))
     one = str(jax.make_jaxpr(lambda q: jax.jvp(lambda q: kernel.function(p, q), (q,), (q,)))(q))
@@ -67,7 +65,6 @@ def test_what_is_not_differentiated_costs_nothing(kernel, rng):
 
 
 @each_function
-@pytest.mark.in_turn(2)
 def test_an_eager_call_is_one_dispatch(kernel, rng):
     """One jitted call that carries the function's name, in the value and in what differentiation makes of it."""
     arguments = easy(kernel, rng, (4, 5))

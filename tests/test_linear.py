@@ -297,7 +297,6 @@ def test_an_infinite_loss_left_out_adds_nothing(problem, reduction):
     np.testing.assert_array_equal(policy.log_prob[~kept], 0)
 
 
-@pytest.mark.slow
 def test_the_mean_divides_by_the_weights_whatever_their_size_and_sign(problem):
     labels, h, w, b = problem
     a = np.linspace(0.5, 2, 8, dtype=np.float32).reshape(2, 4)
@@ -309,7 +308,6 @@ def test_the_mean_divides_by_the_weights_whatever_their_size_and_sign(problem):
 
 
 @pytest.mark.holds_nan
-@pytest.mark.slow
 def test_label_smoothing_of_1_asks_of_the_label_only_that_it_be_one(problem):
     labels, h, w, b = problem
     b[0], labels[0, 0] = -INF, 0
@@ -377,7 +375,6 @@ def test_nothing_left(problem, reduction):
                 np.testing.assert_array_equal(g, np.zeros_like(g))
 
 
-@pytest.mark.slow
 def test_the_derivative_in_a_weight_of_0_is_the_loss(problem):
     """A sum of wℓ is linear in w, also at 0; a token that holds no label or no number is left out there too."""
     labels, h, w, b = problem

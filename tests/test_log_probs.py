@@ -134,7 +134,6 @@ def test_a_label_that_is_no_class_is_nan_in_its_entry_alone(tail, rng):
 
 
 @pytest.mark.holds_nan
-@pytest.mark.slow
 def test_rows_and_tails_of_nothing():
     x = jnp.array([[2.0, 0.0, -INF], [1.0, NAN, 0.0], [0.0, 1.0, 2.0]])
     y = jnp.array([[0, 1], [2, 9], [1, 1]])

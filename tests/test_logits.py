@@ -28,7 +28,7 @@ def value_and_gradient(labels, logits, **options):
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("wrong", [-1, -4, 4, 2**31 - 1, -(2**31)])
-@pytest.mark.slow
+@pytest.mark.in_turn(8)
 def test_a_label_of_no_class_makes_its_row_nan_and_no_other(wrong, smoothing, rng):
     logits = rng.standard_normal((3, 4)).astype(np.float32)
     labels = np.array([1, wrong, 3])
@@ -43,7 +43,7 @@ def test_a_label_of_no_class_makes_its_row_nan_and_no_other(wrong, smoothing, rn
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.slow
+@pytest.mark.in_turn(3)
 def test_a_dropped_row_may_hold_any_label_and_any_logit(smoothing, rng):
     logits = rng.standard_normal((3, 4)).astype(np.float32)
     logits[1] = [NAN, INF, -INF, 0]
@@ -117,7 +117,6 @@ def test_a_forbidden_class_beside_the_lowest_numbers():
     np.testing.assert_array_equal(gradients, np.zeros((2, 2)))
 
 
-@pytest.mark.slow
 def test_derivatives_in_a_traced_smoothing(rng):
     """1/n Σ log 1/qᵢ - log 1/q_y, and [i = y] - 1/n in the logits too; of the classes that `where` keeps alike."""
     logits, labels = np.float32(rng.standard_normal((5, 6))), np.array([0, 1, 2, 3, 0])

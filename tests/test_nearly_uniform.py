@@ -84,7 +84,7 @@ def difference_of_targets(of):
 
 @each_spread
 @pytest.mark.parametrize("of", ["labels", "legal classes", "a list", "a head", "a head and a list"])
-@pytest.mark.slow
+@pytest.mark.in_turn(5)
 def test_the_derivative_in_a_traced_smoothing(of, spread, rng):
     """-Σ (uᵢ - pᵢ) xᵢ of each row, in units of its spread; in both modes, and differentiated again in the logits."""
     x, smoothing = logits(rng, spread), np.float32(SMOOTHING)

@@ -100,7 +100,6 @@ def test_every_mode_is_that_of_dense_targets(tail, rng):
 
 
 @pytest.mark.holds_nan
-@pytest.mark.slow
 def test_corners():
     x = jnp.array([2.0, 0.0, 1.0, -INF])
 
@@ -199,7 +198,6 @@ def test_a_tail_over_nothing_is_nothing(way, dtype, rng):
 
 
 @pytest.mark.holds_nan
-@pytest.mark.slow
 def test_a_tail_of_impossible_classes_is_infinite_unless_nothing_is_left():
     """And where Σp is above 1 by a rounding, it is no reward."""
     x, y = jnp.array([0.0, 1.0, 2.0, -INF], np.float32), jnp.arange(3)
@@ -232,7 +230,7 @@ def test_a_tail_of_impossible_classes_is_infinite_unless_nothing_is_left():
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("under", ["logits", "a head"])
 @with_tail
-@pytest.mark.slow
+@pytest.mark.in_turn(2)
 def test_a_label_that_is_no_class_is_nan_in_every_derivative(under, tail):
     """Of its row alone, where its probability isn't 0, in both modes; and 0 where the row doesn't count."""
     y = jnp.array([[0, 9], [0, -1], [9, 0], [1, 2]])
@@ -270,7 +268,6 @@ def test_a_weight_of_0_leaves_out_a_label_that_is_no_class():
 
 
 @with_tail
-@pytest.mark.slow
 def test_no_tokens_no_labels_and_no_nan_beside_a_class(tail):
     def of_head(tokens, k, **options):
         y, p = jnp.zeros((*tokens, k), int), jnp.ones((*tokens, k))

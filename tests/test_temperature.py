@@ -146,7 +146,6 @@ def test_a_loss_that_is_left_out_afterwards_adds_nothing_to_the_head(wrong, prob
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_at_a_temperature_of_0_a_tail_is_infinite_with_its_derivative():
     """Of which no class is the greedy one; but not of one that takes nothing, or of forbidden classes alone."""
     x, labels = np.float32([[3, 1, 0, -1]]), np.array([[0]])

@@ -1,4 +1,4 @@
-"""A process that searches, under x64, as one kind of device sums rows: `python -m bench.search.child TODO`."""
+"""A process that searches, under x64, as one kind of device sums rows: `python -m bench.search.child JSON`."""
 
 from __future__ import annotations
 

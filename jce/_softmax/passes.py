@@ -220,5 +220,5 @@ class Passes(Way):
         mean = self.column(mean_from_center)
         e = exponential(x, 4, self)
         dominant = lax.stop_gradient(e) > self.column(0.6 + shared)
-        each = jnp.where(dominant, -mean, from_center - mean)
-        return Deviation(e, z, each, center + mean_from_center, lambda a: sum_of_others(multiply(others, a)))
+        deviations = jnp.where(dominant, -mean, from_center - mean)
+        return Deviation(e, z, deviations, center + mean_from_center, lambda a: sum_of_others(multiply(others, a)))

@@ -856,3 +856,22 @@ def test_keys_among_the_results(rng):
     for options in ({"where": np.ones(4, bool)}, {"batch_invariant": True, "chunk_size": 2}):
         with pytest.raises(TypeError, match=r"linear_map: .*may not give random keys.*Give jax.random.key_data"):
             drawn(**options)
+
+
+def test_a_metric_beside_a_loss_changes_neither_its_value_nor_its_gradient(rng):
+    y = jnp.asarray(rng.integers(0, 5, 7))
+    h, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((7, 3), (5, 3)))
+
+    def loss(h, w, **options):
+        def function(y, x):
+            alone = jce.cross_entropy_with_integer_labels(y, x)
+            return (alone, 3 * alone) if options else alone
+
+        return jce.linear_map(function, y, jce.Linear(h, w), reduction="sum", chunk_size=4, **options)
+
+    with_metric = jax.jit(jax.value_and_grad(lambda h, w: loss(h, w, has_aux=True), (0, 1), has_aux=True))
+    (value, metric), gradients = with_metric(h, w)
+    expected, expected_gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(h, w)
+    np.testing.assert_allclose([value, metric], [expected, 3 * expected], rtol=1e-6)
+    for got, gradient in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-6)

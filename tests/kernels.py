@@ -540,7 +540,13 @@ def softmax_differential_scale(q, t):
 # The rows
 
 LOGIT = (-INF, INF)
-IMPOSSIBLE = [[NAN, 0.0, 0.0, 0.0], [INF, 0.0, 0.0, 0.0], [-INF] * 4]  # logits of no distribution
+IMPOSSIBLE = [
+    [NAN, 0.0, 0.0, 0.0],
+    [0.0, 0.0, NAN, 0.0],
+    [INF, 0.0, 0.0, 0.0],
+    [0.0, 0.0, 0.0, INF],
+    [-INF] * 4,
+]  # logits of no distribution
 
 TABLE = [
     Kernel(

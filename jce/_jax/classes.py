@@ -118,21 +118,24 @@ class Classes:
         """Whether rows are so short that a CPU sums them fastest by other operations (`passes.py`)."""
         return self.count_here(x) < LONG_ROW
 
-    # In a sum 0 · ∞ must be 0, and a select would cost a CPU a pass. So a factor that may be infinite is clipped to
-    # what one of the next two functions gives.
+    # In a sum 0 · ∞ must be 0, and a select would cost a CPU a pass. So the factor of p is made finite where p = 0.
+    #
+    # Until JAX no longer drops a NaN from a maximum inside a sum on a CPU (0.8 to 0.12): a formula may not rely on a
+    # maximum or a minimum to pass a NaN on. It must reach the sum in another way too, as by the q of q + c.
 
-    def lowest(self, x: Array) -> Array:
-        """The lowest finite number. For few classes it is computed from x: a plain constant is slow in a sum there."""
-        least = jnp.finfo(x.dtype).min
-        return jnp.minimum(x, least) if self.are_few(x) else jnp.full((), least, x.dtype)
+    def above_0(self, q: Array, p: Array) -> Array:
+        """q, plus the smallest normal number where p = 0: then p log q is 0 where p = q = 0."""
+        size = jnp.abs(p)
+        added = jnp.maximum(size, jnp.finfo(p.dtype).tiny) - size
+        # The second abs changes nothing, but without it XLA on a CPU is slow at rows of few classes.
+        return q + (jnp.abs(added) if self.are_few(p) else added)
 
-    def bound(self, p: Array, sign: int) -> Array:
-        """A bound of this sign for p's factor: finite at p = 0, infinite at any normal p. So an infinite factor,
-        clipped to it, gives 0 where p = 0 instead of NaN, and stays infinite elsewhere."""
+    def lower_bound(self, p: Array) -> Array:
+        """A bound that is finite at p = 0 and -∞ at any normal p: a factor of p that may be -∞ is raised to it."""
         info = jnp.finfo(p.dtype)
-        if self.are_few(p):
-            return sign * jnp.abs((p * info.max) * self.lowest(p))
-        return sign * info.max * (0.5 + jnp.abs(p) * (1.5 / info.tiny))  # max/2 at 0; 2 max = ∞ at p = tiny
+        if self.are_few(p):  # a plain constant is slow in a sum there
+            return -jnp.abs((p * info.max) * jnp.minimum(p, info.min))
+        return -info.max * (0.5 + jnp.abs(p) * (1.5 / info.tiny))  # -max/2 at 0; -2 max = -∞ at p = tiny
 
     def local(self, labels: Array, x: Array) -> Array:
         """Labels counted from this device's first class."""

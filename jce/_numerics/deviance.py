@@ -18,7 +18,7 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from jce._numerics.elementary import atanh_tail, exponential_minus_1, exponential_tail, log, reused
+from jce._numerics.elementary import at_least, atanh_tail, exponential_minus_1, exponential_tail, log, reused
 from jce._numerics.mul0 import mul0
 
 
@@ -35,7 +35,7 @@ def deviance(p: Array, q: Array, d: Array, left_out: Array | None = None) -> Arr
     where q < 3p), since the formula that is used there subtracts p - q.
     """
     near, v, log_r = _contrast_and_log_ratio(p, q, d)
-    log_r = jnp.maximum(log_r, jnp.finfo(p.dtype).min)  # at p = 0, 0 · -∞ would be NaN
+    log_r = at_least(jnp.finfo(p.dtype).min, log_r)  # at p = 0, 0 · -∞ would be NaN
     far = p * log_r - (d if left_out is None else left_out)
     return jnp.where(near, d * v * (1 + v * (1 + v) * atanh_tail(v)), far)
 

@@ -78,17 +78,25 @@ log1p.defjvp(lambda primals, tangents: (log1p(*primals), tangents[0] / (1 + prim
 
 @jax.custom_jvp
 def one_minus(a):
-    """1 - α for α as it is rounded. Without the maximum XLA contracts 1 - uv to a fused multiply-add, which gives ±3e-8
-    instead of 0 where uv rounds to 1."""
-    return 1 - jnp.maximum(a, jnp.finfo(a.dtype).min)
+    """1 - α for α as it is rounded. Without the maximum, which is α, XLA contracts 1 - uv to a fused multiply-add, and
+    that gives ±3e-8 instead of 0 where uv rounds to 1."""
+    return 1 - jnp.maximum(a, a - jnp.finfo(a.dtype).max)
 
 
 one_minus.defjvp(lambda primals, tangents: (one_minus(*primals), -tangents[0]))
 
 
 def reused(x: Array) -> Array:
-    """x > -∞, for repeated use: on a CPU XLA stores a quotient or an exponential used twice, but not a maximum."""
-    return jnp.maximum(x, jnp.finfo(x.dtype).min)
+    """x > -∞, for repeated use: on a CPU XLA stores a quotient or an exponential used twice, but not a clamped one."""
+    return at_least(jnp.finfo(x.dtype).min, x)
+
+
+def at_least(least: float, x: Array) -> Array:
+    """max(x, least), and NaN where x is: XLA may drop a NaN from a maximum (`classes.py`), but not from a clamp.
+
+    On a CPU a clamp can't be part of a sum: it is for formulas that end in a select, which can't either.
+    """
+    return lax.clamp(jnp.asarray(least, x.dtype), x, jnp.asarray(jnp.inf, x.dtype))
 
 
 def unless_negative(x, result):

@@ -57,7 +57,7 @@ def _multiply_and_select(c, t, *, zero):
     if zero == "neither":
         return c * t
     if zero == "neither, batched":
-        return jnp.maximum(c * t, jnp.finfo(t.dtype).min)
+        return jnp.maximum(c * t, jnp.finfo(t.dtype).min - jnp.abs(c * t))
     is_zero = t == 0 if zero == "t" else (c == 0) | (t == 0)
     return jnp.where(is_zero, jnp.zeros_like(t), c * t)
 
@@ -70,7 +70,7 @@ def _batch(args, axes, *, zero):
     c, t = batch_axis_first(args, axes)
     if zero == "neither" and None in axes:
         # Until JAX 0.11: it makes a wrong dot product of x - (c * x).sum(-1, keepdims=True) on a CPU, with one c for a
-        # whole batch (jaxlib 0.10.2). The maximum, which changes only -∞, prevents it.
+        # whole batch (jaxlib 0.10.2). The maximum with a lower number, which is NaN where the product is, prevents it.
         zero = "neither, batched"
     return _mul0_p.bind(c, t, zero=zero), 0
 

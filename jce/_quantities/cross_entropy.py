@@ -72,7 +72,7 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _sum_p_log_q(p, q, classes):
-    return classes.sum(p * jnp.maximum(log(q), classes.bound(p, -1)))
+    return classes.sum(p * log(classes.above_0(q, p)))
 
 
 @custom_jvp

@@ -22,7 +22,7 @@ from jce._jax.public import public
 from jce._jax.rows import distributions
 from jce._numerics.calculus import custom_jvp, over_if_present, ratio, sum_of_tangents
 from jce._numerics.deviance import deviance, log_ratio
-from jce._numerics.elementary import one_minus, raising, unless_negative
+from jce._numerics.elementary import at_least, one_minus, raising, unless_negative
 from jce._numerics.mul0 import mul0
 
 
@@ -112,7 +112,7 @@ def with_mixture(p, q, d, b, c):
     at β = 0."""
     scale = raising(p, q)
     p, q, d = scale * p, scale * q, scale * d
-    return scale, p, q, d, jnp.maximum(b * p + c * q, jnp.finfo(p.dtype).tiny)
+    return scale, p, q, d, at_least(jnp.finfo(p.dtype).tiny, b * p + c * q)
 
 
 def _is_empty(p, q, b, c):

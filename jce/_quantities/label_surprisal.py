@@ -76,10 +76,10 @@ smoothed_surprisal.defjvp(_smoothed_surprisal_rule, symbolic_zeros=True)
 def mean_excess(y, uniform, x, way):
     """Σᵢ uᵢ log 1/qᵢ - log 1/q_y for Σu = 1, computed as Σᵢ uᵢ (m - xᵢ) - (m - x_y): near the uniform distribution both
     losses are about log Z, and their difference would lose all digits."""
-    m, _, d = way.off_label(y, x)
-    depth = way.column(m) - x
-    mean = way.sum(surprisal_terms(uniform, depth, way) if uniform.ndim else uniform * depth)
-    return mean - d
+    m, s, d = way.off_label(y, x)
+    if not uniform.ndim:
+        return way.sum(uniform * (way.column(m) - x)) - d
+    return way.sum(surprisal_terms(uniform, m + (s - s), x, way)) - d  # s is NaN in a row with a NaN, unlike m
 
 
 # d = t_y - Σᵢ uᵢtᵢ, and NaN where the row is NaN and t isn't 0

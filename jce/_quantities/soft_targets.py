@@ -17,7 +17,8 @@ from jce._softmax.softmax import complement, softmax, softmax_tangent, surprisal
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
 def soft(p, x, way):
-    return way.sum(surprisal_terms(p, way.normalizer(x).surprisal(x, way), way))
+    n = way.normalizer(x)
+    return way.sum(surprisal_terms(p, n.log_z, way.depth(x, n), way))
 
 
 # ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
@@ -34,8 +35,10 @@ soft.defjvp(_soft_rule, symbolic_zeros=True)
 def _soft_and_partials(p, x, way):
     # One kernel for all three, since they share the exponentials.
     of_x = way.exponentials(x)
-    surprisals = of_x.of_row.surprisal(x, way)
-    return way.sum(surprisal_terms(p, surprisals, way)), surprisals, _excess(p, of_x, way)
+    n = of_x.of_row
+    depth = way.depth(x, n)
+    h = way.sum(surprisal_terms(p, n.log_z, depth, way))
+    return h, way.column(n.log_z) - depth, _excess(p, of_x, way)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
@@ -44,9 +47,9 @@ def soft_excess(p, x, way):
     return _excess(p, way.exponentials(x), way)
 
 
-def surprisal_terms(p, surprisals, classes):
-    """p times surprisals, and 0 where p = 0 even if a surprisal is infinite."""
-    return p * jnp.minimum(surprisals, classes.bound(p, 1))
+def surprisal_terms(p, of_row, depth, classes):
+    """p (of_row - depth), and 0 where p = 0 even if the depth is -∞. A NaN in the row must be in `of_row`."""
+    return p * (classes.column(of_row) - jnp.maximum(depth, classes.lower_bound(p)))
 
 
 def _excess(p, of_x, way):
@@ -93,8 +96,9 @@ def smoothed_by(loss, uniform_loss, difference, smoothing):
 
 @smoothed_by.defjvp
 def _smoothed_by_rule(primals, tangents):
-    _, _, difference, smoothing = primals
+    loss, _, difference, smoothing = primals
     d_loss, d_uniform_loss, _, d_smoothing = tangents
+    difference = jnp.where(jnp.isnan(loss), loss, difference)
     in_losses = scaled(1 - smoothing, d_loss) + scaled(smoothing, d_uniform_loss)
     return smoothed_by(*primals), in_losses + mul0(difference, d_smoothing * jnp.ones_like(difference))
 

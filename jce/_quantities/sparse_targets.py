@@ -61,7 +61,7 @@ def _smoothed(loss, uniform_loss, smoothing, y, p, uniform, x, classes):
     # Both losses are taken without log Z Σp, which they have in common: with it their difference would lose its digits
     # (as in `mean_excess`).
     m = lax.stop_gradient(classes.max(x))
-    mean = mul0(classes.sum(surprisal_terms(uniform, classes.column(m) - x, classes)), p.sum(-1))
+    mean = mul0(classes.sum(surprisal_terms(uniform, m, x, classes)), p.sum(-1))
     return smoothed_by(loss, uniform_loss, mean - mul0(m[..., None] - at_labels(x, y, classes), p).sum(-1), smoothing)
 
 

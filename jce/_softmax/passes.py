@@ -2,7 +2,7 @@
 
 XLA passes reductions to a library with a fixed set of operations. A compare, a select or an iota inside a reduction, or
 between one and the next, makes XLA write its operand to memory first, N × n numbers; so does a constant that two passes
-share. So masks are arithmetic here: min(eᵢ, 2⁹⁶|i - y|) leaves out class y, and eᵢ ⌊7/4 - eᵢ⌋ classes of eᵢ > 3/4. For
+share. So masks are arithmetic here: eᵢ min(|i - y|, 1) leaves out class y, and eᵢ ⌊7/4 - eᵢ⌋ classes of eᵢ > 3/4. For
 short rows the library is slow at two more things: combining an input with a per-row result, and constants not combined
 with any input. It is also slow at long formulas: these end in a select on purpose, so that one loop stores their terms
 for the sum.
@@ -20,6 +20,7 @@ Long rows are folded (`classes.py`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Self
 
 import jax
@@ -124,7 +125,7 @@ class Passes(Way):
         if self._asks_for_maximum(x):
             return self.off_label(labels, x)
         at, sum_off_label = self._at(labels, x), self._sum_off_label(labels, x)
-        m, s = self._off_known_label(at, lambda m: [sum_off_label(m)], x)
+        m, s = self._off_known_label(at, lambda m, again: [sum_off_label(m, keeps_nan=again)], x)
         return self._off_label(labels, x, m, s, at)
 
     def exponentials_off_label(self, labels, x):
@@ -132,7 +133,7 @@ class Passes(Way):
         if self._asks_for_maximum(x) or self.blocks > 1:
             return super().exponentials_off_label(labels, x)
 
-        def others(m):
+        def others(m, again):
             # The mask is computed here: one shared by both readings would be stored.
             is_label, e = self.is_at(x, self.local(labels, x)), exp(x - self.column(m))
             e = self.stored(jnp.where(is_label, jnp.zeros_like(e), e))
@@ -148,7 +149,8 @@ class Passes(Way):
     def _off_known_label(self, at, others, x):
         # For s < most, xᵢ - x_y is at most log(64 + 8n), 9 for n = 1000: its rounding costs eᵢ half as many ulps.
         most = 64.0 + 8 * self.count(x)
-        return off_known_label(at, others, at_maximum(others, lambda: self.maximum(x)), most)
+        first, again = (functools.partial(others, again=again) for again in (False, True))
+        return off_known_label(at, first, at_maximum(again, lambda: self.maximum(x)), most)
 
     def _at(self, labels, x):
         return self.at(x, self.local(labels, x))
@@ -157,9 +159,13 @@ class Passes(Way):
         return OffLabel(m, s, unless_no_class(m - at, labels, x, self))
 
     def _sum_off_label(self, labels, x):
-        """s as a function of m. min(eᵢ, far |i - y|) is 0 at the label y, and eᵢ elsewhere, since eᵢ < far."""
-        # No eᵢ that counts reaches `far`: rows with s ≥ 2⁶⁴ (2⁶⁰⁰) are read again (`known_label.py`). It is a power of
-        # 2, so that far y is exact, fused or not.
+        """s as a function of m. eᵢ min(far |i - y|, 1) is 0 at the label y, and eᵢ elsewhere.
+
+        Without `keeps_nan` it is min(eᵢ, far |i - y|), which takes less time, but XLA may turn a NaN into `far` or more
+        (`Classes.above_0`). Rows with s ≥ 2⁶⁴ (2⁶⁰⁰) are read again (`known_label.py`), so no eᵢ that counts reaches
+        `far`.
+        """
+        # `far` is a power of 2, so that far y is exact, fused or not.
         far = 2.0**800 if x.dtype == jnp.float64 else 2.0**96
         exact = self.count(x) <= 2 ** jnp.finfo(x.dtype).nmant
         dtype, scale = (x.dtype, far) if exact else (labels.dtype, 1)
@@ -168,11 +174,12 @@ class Passes(Way):
         index = lax.optimization_barrier(scale * jnp.arange(self.count_here(x), dtype=dtype))
         y = scale * self.local(labels, x).astype(dtype)
 
-        def total(m):
+        def total(m, keeps_nan=True):
             i = self.fold(jnp.expand_dims(index, range(1, -self.axis)))
             distance = jnp.abs(jnp.expand_dims(i, range(x.ndim - i.ndim)) - self.column(y))
             distance = distance if exact else far * distance.astype(x.dtype)
-            return self.sum(jnp.minimum(exp(x - self.column(m)), distance))
+            e = exp(x - self.column(m))
+            return self.sum(e * jnp.minimum(distance, 1) if keeps_nan else jnp.minimum(e, distance))
 
         return total
 

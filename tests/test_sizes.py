@@ -1,0 +1,332 @@
+"""Every edge case of the table in large arrays too, since XLA on a CPU compiles other programs for them.
+
+When an array has about 4,096 numbers or more, its maximum drops a NaN, and so do `maximum` and `minimum` inside its
+sums (`test_workarounds.py`). Rows longer than `LONGEST_ROW` are summed in blocks. So each edge case stands in a batch
+of many rows, and in one of long rows. Which sums drop a NaN is XLA's choice, and may change. So in the small batch all
+of them do: there the maxima and minima of jax.numpy are replaced by some that drop every NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jce
+from jce._jax.classes import LONGEST_ROW
+from tests.kernels import OF_LOGITS, Corner, Kernel, each_kernel, each_with_classes, easy, label, total
+
+
+class Size(NamedTuple):
+    """The shape of a batch. No other test may have the small one: JAX's caches keep what was traced for a shape."""
+
+    rows: int
+    classes: int
+    drops_nan: bool = False  # whether each maximum and minimum drops a NaN, not only XLA's
+
+
+SIZES = {
+    "small": Size(53, 11, drops_nan=True),
+    "many rows": Size(1_200, 7),
+    "long rows": Size(53, LONGEST_ROW + 132),
+}
+each_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+each_size_long_rows_slowly = pytest.mark.parametrize(
+    "size", [pytest.param(SIZES[s], id=s, marks=[pytest.mark.slow] * (s == "long rows")) for s in SIZES]
+)
+each_dtype = pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float64", "bfloat16", "float16"))]
+)
+pytestmark = [pytest.mark.holds_nan, pytest.mark.needs_jit]
+
+
+# A maximum that drops a NaN
+
+
+def of_two(operation: Callable) -> Callable:
+    def function(a, b):
+        a, b = jnp.asarray(a), jnp.asarray(b)
+        result = operation(a, b)
+        if not jnp.issubdtype(result.dtype, jnp.floating):
+            return result
+        a, b = (jnp.broadcast_to(x, result.shape).astype(result.dtype) for x in (a, b))
+        return jnp.where(jnp.isnan(a), b, jnp.where(jnp.isnan(b), a, result))
+
+    return function
+
+
+def of_axis(x, axis=None, **options):
+    known = jnp.where(jnp.isnan(x), jnp.full_like(x, -jnp.inf), x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return MAXIMUM_OF_AXIS(known, axis, **options)
+
+
+MAXIMUM_OF_AXIS = jnp.max
+DROPPING = {"maximum": of_two(jnp.maximum), "minimum": of_two(jnp.minimum), "max": of_axis}
+
+
+@pytest.fixture
+def dropping(size):
+    with mock.patch.multiple(jnp, **DROPPING) if size.drops_nan else contextlib.nullcontext():
+        yield
+
+
+# Edge cases in a batch
+
+
+def is_exact(x, dtype) -> bool:
+    return np.array_equal(np.asarray(x, dtype).astype(np.float64), x, equal_nan=True)
+
+
+def corners_of(kernel: Kernel, dtype) -> list[Corner]:
+    """The edge cases that are the same in a longer row of this dtype.
+
+    A row is filled up with absent classes. Where a function has none, it is filled up with logits of 0, and only a row
+    with a NaN or a +∞ stays the same.
+    """
+    corners = [c for c in kernel.corners if all(is_exact(x, dtype) for x in c.arguments)]
+    if kernel.has_classes and None in kernel.absent:
+        corners = [c for c in corners if np.isnan(c.value) and np.max(c.arguments) != -np.inf]
+    return corners
+
+
+def places(corner: Corner, n: int) -> np.ndarray:
+    """Where the classes of an edge case stand in a row of n. The first, which may be the label, is at 0."""
+    width = len(corner.arguments[0])
+    return np.arange(width) * (n - 1) // (width - 1)
+
+
+def in_a_row(kernel: Kernel, corner: Corner, n: int) -> list[np.ndarray]:
+    """The arguments of an edge case, each as a row of n classes, of which the others are absent."""
+    if not kernel.has_classes:
+        return [np.asarray(x) for x in corner.arguments]
+    rows = [np.full(n, 0.0 if a is None else a) for a, _ in zip(kernel.absent, corner.arguments, strict=False)]
+    for row, x in zip(rows, corner.arguments, strict=True):
+        row[places(corner, n)] = x
+    return rows
+
+
+def of_corner(kernel: Kernel, corner: Corner, x: np.ndarray) -> np.ndarray:
+    """The numbers of a row that are those of the classes of an edge case."""
+    return x[places(corner, len(x))] if kernel.has_classes else x
+
+
+def ordinary(kernel: Kernel, rng, size: Size, dtype) -> list[np.ndarray]:
+    """A batch without edge cases; for an elementwise function as many numbers, but at most 20,000."""
+    arguments = easy(kernel, rng, (size.rows, size.classes))
+    if not kernel.has_classes:
+        arguments = [x.ravel()[:20_000] for x in arguments]
+    return [x.astype(dtype) for x in arguments]
+
+
+def agrees(got, expected, dtype):
+    exact = dtype in ("float32", "float64")
+    np.testing.assert_allclose(np.float64(got), expected, rtol=2e-5 if exact else 2e-2, atol=1e-30 if exact else 1e-3)
+
+
+@each_kernel
+@each_size
+@each_dtype
+def test_each_row(kernel, size, dtype, rng, dropping):
+    """Values and derivatives in both modes, where every second row is an edge case. The others are as without them."""
+    corners, without = corners_of(kernel, dtype), ordinary(kernel, rng, size, dtype)
+    batch, positions = [x.copy() for x in without], tuple(range(len(without)))
+    at = range(1, 2 * len(corners), 2)
+    for row, corner in zip(at, corners, strict=True):
+        for x, numbers in zip(batch, in_a_row(kernel, corner, size.classes), strict=True):
+            x[row] = numbers
+
+    @jax.jit
+    def derivatives(arguments, along):
+        values, tangents = jax.jvp(kernel.function, tuple(arguments), tuple(along))
+        return values, tangents, jax.grad(total(kernel), positions)(*arguments)
+
+    with jax.enable_x64(dtype == "float64"):
+        values, _, gradients = derivatives(batch, without)
+        for row, corner in zip(at, corners, strict=True):
+            agrees(values[row], corner.value, dtype)
+            for g, expected in zip(gradients, corner.gradient, strict=True):
+                agrees(of_corner(kernel, corner, np.asarray(g[row])), expected, dtype)
+        others = np.delete(np.arange(len(values)), at)
+        for got, plain in zip([values, *gradients], jax.tree.leaves(derivatives(without, without)[::2]), strict=True):
+            agrees(got[others], np.float64(plain[others]), dtype)
+
+        width = max(np.size(corner.arguments[0]) for corner in corners)
+        for i, k in np.ndindex(len(batch), width):
+            along = [np.zeros_like(x) for x in batch]
+            chosen = [(row, c) for row, c in zip(at, corners, strict=True) if k < np.size(c.arguments[0])]
+            for row, corner in chosen:
+                along[i][(row, places(corner, size.classes)[k]) if kernel.has_classes else row] = 1
+            _, tangents, _ = derivatives(batch, along)
+            for row, corner in chosen:
+                agrees(tangents[row], np.ravel(corner.gradient[i])[k], dtype)
+            assert not np.asarray(tangents)[others].any()
+
+
+@each_kernel
+@each_size_long_rows_slowly
+@each_dtype
+def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
+    """A mean over the batch is NaN if one row is, and so is the norm of a gradient that holds one."""
+    without, positions = ordinary(kernel, rng, size, dtype), tuple(range(len(kernel.arguments)))
+
+    @jax.jit
+    def reduced(*arguments):
+        gradients = jax.grad(total(kernel), positions)(*arguments)
+        return kernel.function(*arguments).mean(), [jnp.square(g.astype(jnp.float32)).sum() for g in gradients]
+
+    with jax.enable_x64(dtype == "float64"):
+        for corner in corners_of(kernel, dtype):
+            batch = [x.copy() for x in without]
+            for x, numbers in zip(batch, in_a_row(kernel, corner, size.classes), strict=True):
+                x[7] = numbers
+            mean, norms = reduced(*batch)
+            assert np.isnan(mean) == np.isnan(corner.value)
+            for norm, gradient in zip(norms, corner.gradient, strict=True):
+                assert np.isnan(norm) == np.isnan(gradient).any()
+
+
+@each_with_classes
+@each_size_long_rows_slowly
+def test_a_masked_class(kernel, size, rng, dropping):
+    """A NaN in a class that `where` masks has no effect: the bits are those of a finite number in its place."""
+    masked = size.classes // 2
+    plain = ordinary(kernel, rng, size, "float32")
+    broken = [x.copy() for x in plain]
+    for x in broken:
+        x[:, masked] = np.nan
+    kept, positions = np.arange(size.classes) != masked, tuple(range(len(plain)))
+    program = jax.jit(jax.value_and_grad(lambda *x: kernel.function(*x, where=kept).sum(), positions))
+    for got, expected in zip(jax.tree.leaves(program(*broken)), jax.tree.leaves(program(*plain)), strict=True):
+        np.testing.assert_array_equal(got, expected)
+        assert not np.isnan(got).any()
+
+
+# Heads: a NaN in one class reaches every token, and one in a token no other token
+
+
+TOKENS, CHUNK, CLASSES, WIDTH = 240, 80, 65, 5
+LABELS = np.arange(TOKENS) % 3
+
+
+# Functions (hidden states, a head, a bias) of one number for each token, or of several in a tree
+LISTS = {"label_probs": np.full((TOKENS, 2), 0.4, np.float32), "tail": True}
+OF_TOKENS: dict[str, Callable] = {
+    "labels": lambda h, w, b, **k: jce.linear_cross_entropy(LABELS, h, w, b, reduction="none", **k),
+    "smoothed": lambda h, w, b, **k: jce.linear_cross_entropy(
+        LABELS, h, w, b, reduction="none", label_smoothing=0.1, z_loss=0.1, **k
+    ),
+    "at a temperature": lambda h, w, b, **k: jce.linear_cross_entropy(
+        LABELS, h, w, b, reduction="none", temperature=1.5, logit_soft_cap=9.0, **k
+    ),
+    "lists": lambda h, w, b, **k: jce.linear_cross_entropy(
+        np.stack([LABELS, LABELS + 1], 1), h, w, b, reduction="none", **LISTS, **k
+    ),
+    "log-probabilities": lambda h, w, b, **k: jce.linear_log_probs(LABELS, h, w, b, **k).log_prob,
+    "entropies": lambda h, w, b, **k: jce.linear_log_probs(LABELS, h, w, b, **k).entropy,
+    "a divergence": lambda h, w, b, **k: jce.linear_kl_divergence(
+        jce.Linear(2 * h, w, b), jce.Linear(h, w, b), reduction="none", **k
+    ),
+    "a map": lambda h, w, b, **k: jce.linear_map(
+        jce.cross_entropy_with_integer_labels, LABELS, jce.Linear(h, w, b), **k
+    ),
+    "a function": lambda h, w, b, **k: jce.linear_cross_entropy(
+        LABELS, h, lambda h: h @ w.T + b[None], reduction="none", **k
+    ),
+}
+each_head = pytest.mark.parametrize("name", OF_TOKENS)
+
+
+def arguments_of_head(rng, dtype):
+    return [rng.standard_normal(shape).astype(dtype) for shape in ((TOKENS, WIDTH), (CLASSES, WIDTH), (CLASSES,))]
+
+
+@each_head
+@each_dtype
+def test_one_class_of_a_head(name, dtype, rng):
+    """Every token's loss is NaN, their mean too, every hidden state's gradient, and the head's and the bias'."""
+
+    def mean(*arguments):
+        return OF_TOKENS[name](*arguments, chunk_size=CHUNK).mean()
+
+    @jax.jit
+    def program(*arguments):
+        losses = OF_TOKENS[name](*arguments, chunk_size=CHUNK)
+        return losses, jax.jvp(mean, arguments, arguments), jax.value_and_grad(mean, (0, 1, 2))(*arguments)
+
+    with jax.enable_x64(dtype == "float64"):
+        for argument, at in ((1, (0, 2)), (1, (CLASSES - 2, 2)), (2, 0), (2, CLASSES - 2)):
+            arguments = arguments_of_head(rng, dtype)
+            arguments[argument][at] = np.nan
+            losses, pushed, (value, (of_hidden, of_head, of_bias)) = program(*arguments)
+            for x in (losses, *pushed, value, of_hidden, of_bias, np.asarray(of_head)[:, 2]):
+                assert np.isnan(np.float64(x)).all(), (argument, at)
+
+
+@each_head
+@each_dtype
+def test_one_token_of_a_head(name, dtype, rng):
+    """A NaN in a hidden state makes that token's loss and gradient NaN, and no other's."""
+
+    @jax.jit
+    def program(h, w, b):
+        def total(h):
+            losses = OF_TOKENS[name](h, w, b, chunk_size=CHUNK)
+            return losses.sum(), losses
+
+        return jax.grad(total, has_aux=True)(h)
+
+    with jax.enable_x64(dtype == "float64"):
+        h, *head = arguments_of_head(rng, dtype)
+        h[7, 2] = np.nan
+        of_hidden, losses = program(h, *head)
+        assert np.isnan(np.float64(of_hidden)).any(-1).nonzero()[0].tolist() == [7]
+        assert np.isnan(np.float64(losses)).nonzero()[0].tolist() == [7]
+
+
+# Classes that are split over devices
+
+
+SPLIT = [kernel for kernel in OF_LOGITS if kernel.name != "linear_map"]
+
+
+@pytest.mark.parametrize("kernel", SPLIT, ids=label)
+@pytest.mark.parametrize("by", ["XLA", "shard_map"])
+@pytest.mark.in_turn(3)
+def test_classes_on_several_devices(kernel, by, rng):
+    """A NaN or a +∞ on one device makes its row NaN on all, in value and gradient, and no other row."""
+    arguments, rows = [x.astype(np.float32) for x in easy(kernel, rng, (1_200, 8))], range(1, 9)
+    argument = kernel.arguments.index(next(name for name in kernel.arguments if "logits" in name))
+    for row in rows:
+        arguments[argument][row, row - 1] = np.nan if row % 2 else np.inf
+    mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
+    positions = tuple(range(len(arguments)))
+
+    def derivatives(function, *arguments):
+        return function(*arguments), jax.grad(lambda *x: function(*x).sum(), positions)(*arguments)
+
+    if by == "XLA":
+        arguments = [jax.device_put(x, NamedSharding(mesh, P(None, "classes"))) for x in arguments]
+        program = functools.partial(derivatives, kernel.function)
+    else:
+        function = functools.partial(kernel.function, axis_name="classes")
+        program = jax.shard_map(
+            functools.partial(derivatives, function),
+            mesh=mesh,
+            in_specs=(P(None, "classes"),) * len(arguments),
+            out_specs=(P(), (P(None, "classes"),) * len(arguments)),
+        )
+    values, gradients = jax.jit(program)(*arguments)
+    for x in (values, *(np.isnan(g).all(-1) for g in gradients)):
+        nan = np.isnan(x) if x.dtype != bool else x
+        assert nan.nonzero()[0].tolist() == list(rows)
+    for g in gradients:
+        assert not np.isnan(np.delete(np.asarray(g), rows, 0)).any()

@@ -238,10 +238,15 @@ OF_TOKENS: dict[str, Callable] = {
     "a map": lambda h, w, b, **k: jce.linear_map(
         jce.cross_entropy_with_integer_labels, LABELS, jce.Linear(h, w, b), **k
     ),
-    "a function": lambda h, w, b, **k: jce.linear_cross_entropy(
-        LABELS, h, lambda h: h @ w.T + b[None], reduction="none", **k
-    ),
+    "a function": lambda h, w, b, **k: jce.linear_cross_entropy(LABELS, h, function_of(w, b), reduction="none", **k),
 }
+
+
+def function_of(w, b) -> Callable:
+    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    return lambda h: jnp.matmul(h, w.T, preferred_element_type=dtype) + b.astype(dtype)[None]
+
+
 each_head = pytest.mark.parametrize("name", OF_TOKENS)
 
 
@@ -330,3 +335,15 @@ def test_classes_on_several_devices(kernel, by, rng):
         assert nan.nonzero()[0].tolist() == list(rows)
     for g in gradients:
         assert not np.isnan(np.delete(np.asarray(g), rows, 0)).any()
+
+
+def test_a_head_on_a_mesh(rng):
+    """A NaN in a class that one device has makes every token NaN, on all devices."""
+    mesh = jax.make_mesh((2, 4), ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2)
+    loss = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
+    h, w, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((TOKENS, WIDTH), (128, WIDTH), (128,)))
+    b[100] = np.nan
+    losses = jax.jit(lambda h, w, b: loss(LABELS, h, w, b, reduction="none"))(h, w, b)
+    gradients = jax.jit(jax.grad(lambda h, w, b: loss(LABELS, h, w, b), (0, 1, 2)))(h, w, b)
+    for x in (losses, *gradients):
+        assert np.isnan(x).all()

@@ -194,6 +194,18 @@ def longer_rows_are_summed_slowly() -> bool:
     return long > 1.6 * short
 
 
+def large_arrays_lose_a_nan() -> bool:
+    """Whether a maximum, and a sum over minima, drop a NaN in an array of 4,096 numbers, but not in one of 64."""
+
+    def are_lost(count: int) -> list[bool]:
+        x = jnp.zeros((count, count), np.float32).at[0, 0].set(jnp.nan)
+        operations = [lambda x: x.max(-1), lambda x: jnp.minimum(jnp.exp(x), 2).sum(-1)]
+        return [not np.isnan(jax.jit(operation)(x)[0]) for operation in operations]
+
+    assert not any(are_lost(8))
+    return all(are_lost(64))
+
+
 def a_dot_product_is_wrong() -> bool:
     """Whether XLA computes something else than x - Σ cx where one c is for a whole batch."""
     rng = np.random.default_rng(0)
@@ -352,6 +364,7 @@ ROWS = [
     Row("_heads/unhoisted.py", "fold constants", products_of_constants_are_folded),
     Row("_jax/rows.py", "fails its type checks under spmd_axis_name", types_are_checked_wrongly),
     Row("_jax/classes.py", "sums longer float32 rows", longer_rows_are_summed_slowly, since=(0, 10)),
+    Row("_jax/classes.py", "loses a NaN", large_arrays_lose_a_nan, since=(0, 10)),
     Row("_jax/classes.py", "refuses lookups", lookups_along_a_split_axis_are_refused),
     Row("_jax/varying.py", "all arrays of one barrier", a_barrier_mixes_types),
     Row("_jax/varying.py", "have `vma`", types_have_vma),

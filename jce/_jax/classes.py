@@ -120,8 +120,8 @@ class Classes:
 
     # In a sum 0 · ∞ must be 0, and a select would cost a CPU a pass. So the factor of p is made finite where p = 0.
     #
-    # Until JAX no longer drops a NaN from a maximum inside a sum on a CPU (0.8 to 0.12): a formula may not rely on a
-    # maximum or a minimum to pass a NaN on. It must reach the sum in another way too, as by the q of q + c.
+    # Until JAX no longer loses a NaN in maxima of large arrays on a CPU (0.10 to 0.12), or in sums of these:
+    # in each formula a NaN reaches the result in another way too, such as through q in q + c here.
 
     def above_0(self, q: Array, p: Array) -> Array:
         """q, plus the smallest normal number where p = 0: then p log q is 0 where p = q = 0."""

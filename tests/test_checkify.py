@@ -74,6 +74,44 @@ def test_a_check_in_a_mapped_function(options, change):
     assert found(change(mapped(label_loss, **options)), h, errors=checkify.all_checks) is None
 
 
+INDEXED = {
+    "a logit": lambda y, x: x[y],
+    "an index inside of a jit": lambda y, x: jax.jit(lambda x: x[y])(x),
+    "a part": lambda y, x: jax.lax.dynamic_slice(x, (y,), (2,)).sum(),
+    "a logit that is set": lambda y, x: x.at[y].set(0.0).sum(),
+    "two rows of a constant": lambda y, x: (jnp.ones((5, 4))[y] * x).sum(),
+}
+
+
+@each_way
+@pytest.mark.parametrize("name", INDEXED)
+@pytest.mark.in_turn(4)
+def test_indices_in_a_mapped_function(options, name):
+    """A lookup out of range is reported in values and derivatives, but not in a token that is masked."""
+    good, bad = np.array([0, 1, 2, 1, 0, 1]), np.array([0, 1, 2, 9, 0, 1])
+    masked = np.array([0, 1, 9, 1, 0, 1]) if "where" in options else good
+
+    def of(labels):
+        return lambda h: jce.linear_map(INDEXED[name], labels, jce.Linear(h, HEAD), **options).sum()
+
+    for change, errors in ((lambda f: f, checkify.index_checks), (jax.grad, checkify.all_checks)):
+        if "is set" not in name:  # JAX checks no update of a batch
+            assert "out-of-bounds" in found(change(of(bad)), HIDDEN, errors=errors)
+        assert found(change(of(masked)), HIDDEN, errors=errors) is None
+
+
+def test_indices_in_a_head():
+    table = jnp.ones((5, 3))
+    for classes, message in ((np.array([0, 1, 2]), None), (np.array([0, 1, 7]), "out-of-bounds")):
+
+        def loss(h, classes=classes):
+            return jce.linear_cross_entropy(LABELS % 3, h, lambda h: h @ table[classes].T)
+
+        for change in (lambda f: f, jax.grad):
+            got = found(change(loss), HIDDEN, errors=checkify.index_checks)
+            assert message in got if message else got is None
+
+
 @each_way
 @pytest.mark.slow
 def test_distributions_and_nans_in_a_mapped_function(options):

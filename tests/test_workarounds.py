@@ -301,6 +301,28 @@ def checks_in_a_rule_have_no_gradient() -> bool:
     return error_of(jax.grad(lambda x: checked(x)[1]), np.float32(1)).startswith("ValueError")
 
 
+def indices_in_a_checkpoint_are_errors() -> bool:
+    """Whether checkify fails at an index inside of a jax.checkpoint."""
+    looked_up = checkify.checkify(jax.checkpoint(lambda x, y: x[y]), errors=checkify.index_checks)
+    return error_of(looked_up, np.ones(3, np.float32), np.int32(1)).startswith("ValueError")
+
+
+def batches_of_updates_are_errors() -> bool:
+    """Whether checkify fails at a batch of updates."""
+    updated = checkify.checkify(jax.vmap(lambda x, y: x.at[y].set(0.0)), errors=checkify.index_checks)
+    return error_of(updated, np.ones((2, 3), np.float32), np.array([0, 1])).startswith("IndexError")
+
+
+def derivatives_of_lookups_are_errors() -> bool:
+    """Whether checkify fails at the gradient of a batch of lookups."""
+
+    def total(x, y):
+        return jax.vmap(lambda x, y: x[y])(x, y).sum()
+
+    checked = checkify.checkify(jax.grad(total), errors=checkify.index_checks)
+    return error_of(checked, np.ones((2, 3), np.float32), np.array([0, 1])).startswith("IndexError")
+
+
 def lookups_of_several_labels_are_errors() -> bool:
     """Whether checkify fails at the gradient of a batch of lookups of which only the labels have an axis."""
     labels = np.array([[0, 1]] * 3)
@@ -356,6 +378,9 @@ def the_class_of_primitives_comes_with_pallas() -> bool:
 
 ROWS = [
     Row("_heads/called.py", "copies both factors", products_over_unit_axes_are_copied),
+    Row("_heads/checks.py", "checkify adds a check", indices_in_a_checkpoint_are_errors),
+    Row("_heads/checks.py", "a batch of updates", batches_of_updates_are_errors),
+    Row("_heads/checks.py", "a batch of lookups", derivatives_of_lookups_are_errors),
     Row("_heads/deferred.py", "hides whether a vmap maps", mapped_arrays_are_hidden),
     Row("_heads/effects.py", "hides which effects", effects_are_hidden),
     Row("_heads/places.py", "fails its type checks under spmd_axis_name", types_are_checked_wrongly),

@@ -17,6 +17,7 @@ import jax.core
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jce._heads.checks import with_checks
 from jce._jax.arguments import as_array, float_dtype
 from jce._jax.varying import vary_over, varying, varying_alike
 
@@ -101,7 +102,7 @@ def _evaluated(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> l
         else:
             known = [v for v in equation.invars if not hasattr(v, "val")]
             alone = jaxpr.replace(constvars=known, invars=[], outvars=equation.outvars, eqns=[equation])
-            results = jax.core.eval_jaxpr(alone, varying_alike(*read(known)))
+            results = jax.core.eval_jaxpr(with_checks(alone), varying_alike(*read(known)))
         values |= zip(equation.outvars, results, strict=True)
     return read(jaxpr.outvars)
 

@@ -11,6 +11,7 @@ import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jce._heads.checks import with_checks
 from jce._heads.effects import require_effects, undifferentiable
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
@@ -150,7 +151,7 @@ def _of_chunk(name: str, function: Callable, structure: Any, has_aux: bool, one,
             f" classes are split; got some that differ between those of {sorted(differ)}. Give jce's functions"
             f" axis_name={class_axis!r}, or sum over the devices with jax.lax.psum."
         )
-    jaxpr = closed.jaxpr
+    jaxpr = with_checks(closed.jaxpr)
 
     def of_chunk(chunk, shared, closed_over):
         shared = jax.tree.leaves(shared)

@@ -30,8 +30,10 @@ would come from a softmax or a sigmoid, use the forms with logits: an underflow 
 A "real" argument is floating-point of at least 16 bits, integer or bool. Gradients come back in their argument's dtype,
 and a float of 8 bits would round most of them to 0.
 
-All are pure, jitted functions of arrays, each with its closed-form derivative as a `custom_jvp` rule: they work under
-`jit`, `vmap`, `grad`, `jvp` and every nesting of them, to any order. `jax.export` takes them with a symbolic number of
+All are pure functions of arrays, each with its closed-form derivative as a `custom_jvp` rule: they work under `jit`,
+`vmap`, `grad`, `jvp` and every nesting of them, to any order. All are jitted, except `linear_map` and calls whose head
+is a function. Those compile a program at every call outside of `jax.jit`, which takes some tenths of a second: call
+them inside of your own jitted step. `jax.export` takes them with a symbolic number of
 rows or tokens. They don't work under `jax.experimental.jet`, which knows no `custom_jvp` rule. Before JAX 0.12, the
 tangent_solve of a `jax.lax.custom_root` around their gradients must use `jax.jacfwd` instead of `jax.jacobian`.
 

@@ -1,5 +1,7 @@
 """What the functions accept: dtypes, numbers, lists, axes and masks; and what they say to anything else."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -351,28 +353,142 @@ def test_what_others_call_otherwise():
         jce.kl_divergence: (ones(2, 3), ones(2, 3)),
         jce.binary_entropy: (ones(2),),
         jce.linear_cross_entropy: (np.zeros(2, int), ones(2, 4), ones(3, 4)),
+        jce.linear_kl_divergence: (jce.Linear(ones(2, 4), ones(3, 4)),) * 2,
         jce.linear_log_probs: (np.zeros(2, int), ones(2, 4), ones(3, 4)),
     }
     for function, option, hint in (
         (jce.cross_entropy_with_integer_labels, "mask", "where=mask[..., None]"),
         (jce.cross_entropy_with_integer_labels, "weights", "Multiply the result"),
-        (jce.cross_entropy_with_integer_labels, "weight", "weight[labels]"),
+        (jce.cross_entropy_with_integer_labels, "weight", "by weight for a weight per row, by weight[labels] for one"),
         (jce.cross_entropy_with_integer_labels, "reduction", ".mean()"),
         (jce.kl_divergence, "mask", "where=mask[..., None]"),
-        (jce.kl_divergence, "weight", None),
+        (jce.kl_divergence, "weight", "Multiply the result by weight."),
         (jce.kl_divergence, "ignore_index", None),
         (jce.binary_entropy, "mask", "jnp.where(mask, "),
         (jce.binary_entropy, "where", "jnp.where(where, "),
         (jce.linear_cross_entropy, "mask", "where=mask."),
-        (jce.linear_cross_entropy, "weight", "weights=weight[labels]"),
+        (jce.linear_cross_entropy, "weight", "weights=weight for a weight per token, weights=weight[labels] for one"),
+        (jce.linear_kl_divergence, "weight", "Write weights=weight."),
         (jce.linear_cross_entropy, "axis", None),
-        (jce.linear_log_probs, "weights", "Multiply the result"),
-        (jce.linear_log_probs, "weight", None),
+        (jce.linear_log_probs, "weights", "such as result.log_prob, by them"),
+        (jce.linear_log_probs, "weight", "such as result.log_prob, by weight for a weight per token"),
+        (jce.linear_log_probs, "reduction", ".sum() of a field, such as result.log_prob"),
     ):
         with pytest.raises(TypeError, match=f"^{function.__name__}: no argument '{option}'; it takes ") as raised:
             function(*of[function], **{option: ones(2)})
         _, _, says = str(raised.value).partition(". ")
         assert (hint in says) if hint else not says
+
+
+EACH, CLASSES = np.array([0.5, 2.0], np.float32), np.array([0.5, 2.0, 3.0], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("function", "option", "given", "written", "after"),
+    [
+        ("cross_entropy_with_integer_labels", "weight", EACH, "", "result * weight"),
+        ("cross_entropy_with_integer_labels", "weight", CLASSES, "", "result * weight[labels]"),
+        ("cross_entropy_with_integer_labels", "reduction", "mean", "", "result.mean()"),
+        ("cross_entropy_with_integer_labels", "ignore_index", 1, "where=(labels != index)[..., None]", ""),
+        ("cross_entropy_with_integer_labels", "mask", EACH > 1, "where=mask[..., None]", ""),
+        ("cross_entropy_with_integer_labels", "mask", CLASSES < 3, "where=mask", ""),
+        ("linear_cross_entropy", "weight", EACH, "weights=weight", ""),
+        ("linear_cross_entropy", "weight", CLASSES, "weights=weight[labels]", ""),
+        ("linear_cross_entropy", "ignore_index", 1, "where=labels != index", ""),
+        ("linear_kl_divergence", "weight", EACH, "weights=weight", ""),
+        ("linear_kl_divergence", "mask", EACH > 1, "where=mask", ""),
+        ("linear_log_probs", "weights", EACH, "", "result.log_prob * weights"),
+        ("linear_log_probs", "weight", CLASSES, "", "result.log_prob * weight[labels]"),
+        ("linear_log_probs", "reduction", "sum", "", "result.log_prob.sum()"),
+        ("binary_entropy", "mask", EACH > 1, "", "jnp.where(mask, result, 0)"),
+        ("binary_entropy", "weight", EACH, "", "result * weight"),
+    ],
+)
+def test_following_a_hint(function, option, given, written, after):
+    """What it says to write runs, under jit too; the message has that text, where it is an argument."""
+    labels = jnp.array([1, 0])
+    arguments = {
+        "cross_entropy_with_integer_labels": (labels, ones(2, 3)),
+        "linear_cross_entropy": (labels, ones(2, 4), ones(3, 4)),
+        "linear_kl_divergence": (jce.Linear(ones(2, 4), ones(3, 4)),) * 2,
+        "linear_log_probs": (labels, ones(2, 4), ones(3, 4)),
+        "binary_entropy": (jnp.array([0.5, 0.25]),),
+    }[function]
+    with pytest.raises(TypeError) as raised:
+        getattr(jce, function)(*arguments, **{option: given})
+    assert written in str(raised.value)
+    names = {"jce": jce, "jnp": jnp, "labels": labels, option: given, "index": given, "arguments": arguments}
+
+    def followed():
+        result = eval(f"jce.{function}(*arguments, {written})", names)
+        return eval(after, names | {"result": result}) if after else result
+
+    assert np.isfinite(followed()).all()
+    np.testing.assert_allclose(jax.jit(followed)(), followed(), rtol=1e-6)
+
+
+# A Linear where an array is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "fused"),
+    [
+        ("cross_entropy_with_integer_labels", (jnp.array([0, 1]), "x"), "jce.linear_cross_entropy, or "),
+        ("log_probs_with_integer_labels", (jnp.array([0, 1]), "x"), "jce.linear_log_probs, or "),
+        ("kl_divergence_with_logits", ("x", "x"), "jce.linear_kl_divergence if both are Linears, or "),
+        ("kl_divergence_with_logits", (ones(2, 3), "x"), "jce.linear_kl_divergence if both are Linears, or "),
+        ("jensen_shannon_divergence_with_logits", ("x", ones(2, 3)), ""),
+        ("cross_entropy_with_logits", (ones(2, 3), "x"), ""),
+        ("entropy_with_logits", ("x",), ""),
+        ("binary_entropy_with_logits", ("x",), ""),
+    ],
+)
+def test_a_linear_for_logits(name, arguments, fused):
+    """The error names the functions that take it."""
+    complains(
+        TypeError,
+        getattr(jce, name),
+        *(jce.Linear(ones(2, 4), ones(3, 4)) if isinstance(a, str) else a for a in arguments),
+        wants="logits must be an array",
+        got="logits: Linear. ",
+        do=f"For a Linear use {fused}jce.linear_map(jce.{name}, ...) with the same positional arguments.",
+    )
+
+
+def test_a_linear_for_anything_else():
+    x, labels = jce.Linear(ones(2, 4), ones(3, 4)), jnp.array([0, 1])
+    swapped = jce.cross_entropy_with_integer_labels, x, labels
+    second = jce.linear_cross_entropy, labels, ones(2, 4), x
+    for function, *arguments in ((jce.entropy, x), (jce.check_distribution, x), swapped, second):
+        complains(
+            TypeError,
+            function,
+            *arguments,
+            wants="must be an array",
+            got=": Linear. A Linear stands for hidden states and their head",
+            do="After the target it goes to jce.linear_cross_entropy, linear_log_probs or linear_kl_divergence",
+        )
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (jce.cross_entropy_with_integer_labels, (jnp.array([0, 1]), "x")),
+        (jce.entropy_with_logits, ("x",)),
+        (jce.kl_divergence_with_logits, (np.zeros((2, 3), np.float32), "x")),
+    ],
+)
+@pytest.mark.in_turn(3)
+def test_a_linear_goes_to_linear_map(function, arguments, rng):
+    h, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 4), (3, 4)))
+
+    def of(function, x):
+        return function(*(x if isinstance(a, str) else a for a in arguments))
+
+    expected = of(function, h @ w.T)
+    for mapped in (jce.linear_map, jax.jit(jce.linear_map, static_argnums=0)):
+        got = of(lambda *a, mapped=mapped: mapped(function, *a), jce.Linear(h, w))
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_what_is_given_by_position_but_is_a_keyword():
@@ -424,7 +540,17 @@ def test_where(kernel):
             where=ones(*shape, dtype=bool),
             wants="where must broadcast to the shape (2, 3)",
             got=f"got where: bool[{','.join(map(str, shape))}], {kernel.arguments[0]}: float32[2,3]",
-            do="where=mask[..., None]",
+            do="A mask of classes has the shape (3,). For a mask of rows, of shape (2,), write where=mask[..., None].",
+        )
+        complains(
+            ValueError,
+            kernel.function,
+            *arguments,
+            axis=0,
+            where=ones(*shape, dtype=bool),
+            wants="where must broadcast to the shape (2, 3)",
+            got=f"got where: bool[{','.join(map(str, shape))}], {kernel.arguments[0]}: float32[2,3]",
+            do="has the shape (2, 1). For a mask of rows, of shape (3,), write where=jnp.expand_dims(mask, -2).",
         )
     complains(
         TypeError,
@@ -477,6 +603,37 @@ def test_labels_of_another_shape():
             got=f"got labels: int32[{','.join(map(str, shape))}], logits: float32[2,3]",
             do="jax.vmap",
         )
+
+
+@pytest.mark.parametrize(("labels", "probs"), [((8,), (8, 5)), ((8, 2), (8, 5)), ((8, 5, 1), (8, 5))])
+def test_label_probs_of_all_classes(labels, probs):
+    """Both functions name what takes them, and their text runs."""
+    names = {
+        "jce": jce,
+        "hidden": ones(8, 4),
+        "head": ones(5, 4),
+        "label_probs": ones(*probs) / 5,
+        "logits": ones(8, 5),
+    }
+    for function, arguments, instead in (
+        (jce.cross_entropy_with_integer_labels, ("logits",), "cross_entropy_with_logits(label_probs, logits)"),
+        (
+            jce.linear_cross_entropy,
+            ("hidden", "head"),
+            'linear_map(jce.cross_entropy_with_logits, label_probs, jce.Linear(hidden, head), reduction="mean")',
+        ),
+    ):
+        complains(
+            ValueError,
+            function,
+            ones(*labels, dtype=jnp.int32),
+            *(names[name] for name in arguments),
+            label_probs=names["label_probs"],
+            wants="labels and label_probs must both have the shape of",
+            got="label_probs: float32[8,5]",
+            do=instead,
+        )
+        np.testing.assert_allclose(eval(f"jce.{instead}", names), np.log(5), rtol=1e-6)
 
 
 def test_label_smoothing():
@@ -561,6 +718,33 @@ def test_numbers_that_are_parameters(option):
         for wrong in ({}, object(), ["half"]):
             with pytest.raises((TypeError, ValueError), match=f"^{function.__name__}: {option} must be "):
                 of(wrong)
+
+
+@pytest.mark.parametrize("option", ["z_loss", "temperature", "logit_soft_cap"])
+def test_numbers_out_of_range(option):
+    """A bound at 0 is named alone. Only a number that float32 can't hold is told the range of those that it can."""
+    or_zero = option == "z_loss"
+    bound, zero = ("at least 0", "0, or ") if or_zero else ("greater than 0", "")
+    for value, wants in (
+        (-1, bound),
+        (-1e-40, bound),
+        (-math.inf, bound),
+        *(() if or_zero else ((0, bound), (0.0, bound), (np.float32(0), bound))),
+        (NAN, f"a number that is {bound}"),
+        ("1", f"a number that is {bound}"),
+        (True, f"a number that is {bound}"),
+        *((x, f"{zero}from 1.2e-38 to 3.4e+38, beyond which float32 rounds") for x in (1e-40, 1e39, math.inf)),
+    ):
+        for function, *arguments in NUMBERS[option]:
+            complains(
+                ValueError,
+                function,
+                *arguments,
+                **{option: value},
+                wants=f": {option} must be {wants}",
+                got=f"got {option}={value!r}",
+                do="Leave it out for none",
+            )
 
 
 def test_a_soft_cap_that_is_a_parameter():

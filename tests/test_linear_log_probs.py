@@ -153,7 +153,7 @@ def test_log_z_is_there_where_it_is_asked_for(problem):
     ("options", "error", "says"),
     [
         ({"temperature": np.ones(3)}, ValueError, "temperature must broadcast to the token axes"),
-        ({"temperature": 0.0}, ValueError, "temperature must be a number from"),
+        ({"temperature": 0.0}, ValueError, "temperature must be greater than 0"),
         ({"temperature": np.ones(TOKENS, complex)}, TypeError, "temperature"),
         ({"tail": True, "labels": np.zeros(TOKENS, int)}, ValueError, r"labels must have an axis for k labels"),
         ({"labels": np.zeros((TOKENS, 2, 1), int)}, ValueError, r"or that and an axis for k labels"),

@@ -1,5 +1,6 @@
 """Any function of a head's tokens: against whole logits, in every mode; what is left out, closed over, and its cost."""
 
+import functools
 import itertools
 import math
 import re
@@ -709,6 +710,7 @@ def ones(*shape, dtype=np.float32):
             ValueError,
             r"begin with the token axes.*\(4,\).*arguments\[0\]: int.*shared",
         ),
+        ((sum, "x", Linear(ones(3, 3), ones(5, 3))), {}, ValueError, r"all Linears the states of the same tokens"),
         ((sum, "x", 1.0), {}, ValueError, r"begin with the token axes.*arguments\[1\]: float\d\d\[\]"),
         ((sum, Linear(np.float32(1), ones(5, 3))), {}, ValueError, r"hidden must be .*hidden: float32\[\]"),
         ((sum, Linear(ones(4, 3), ones(3, 5))), {}, ValueError, r"head \[n, d\].*Transpose the head"),
@@ -731,7 +733,7 @@ def ones(*shape, dtype=np.float32):
         ((sum, "x"), {"shared": "scale"}, TypeError, r"shared must be an array"),
         ((sum, "x"), {"where": ones(3, dtype=bool)}, ValueError, r"where must broadcast.*\(4,\)"),
         ((sum, "x"), {"where": ones(4)}, TypeError, r"where must be boolean"),
-        ((sum, "x"), {"weights": ones(3)}, ValueError, r"weights must broadcast.*give it no axis for classes"),
+        ((sum, "x"), {"weights": ones(3)}, ValueError, r"weights must broadcast.*Give a weight per token"),
         ((sum, "x"), {"weights": ones(5)}, ValueError, r"weights must broadcast.*weights=weights\[labels\]"),
         ((sum, "x"), {"reduction": "avg"}, ValueError, r"reduction must be"),
         ((sum, "x"), {"chunk_size": 0}, ValueError, r"chunk_size must be"),
@@ -763,6 +765,35 @@ def test_errors(arguments, options, error, message):
     assert str(raised.value).startswith("linear_map: ")
 
 
+@pytest.mark.parametrize(
+    ("shape", "written"),
+    [
+        ((2, 1), "jnp.broadcast_to(arguments[0], (2, 3))"),
+        ((1, 3), "jnp.broadcast_to(arguments[0], (2, 3))"),
+        ((2, 1, 4), "jnp.broadcast_to(arguments[0], (2, 3, 4))"),
+        ((2,), "jnp.broadcast_to(arguments[0][..., None], (2, 3))"),
+        ((3,), "jnp.broadcast_to(arguments[0], (2, 3))"),
+        ((), "jnp.broadcast_to(arguments[0], (2, 3))"),
+        ((4,), None),
+        ((1, 4), None),
+    ],
+)
+def test_an_argument_without_all_token_axes(shape, written, rng):
+    """It isn't broadcast. The error says how to write that, and that runs."""
+    x, a = Linear(ones(2, 3, 3), ones(5, 3)), rng.standard_normal(shape).astype(np.float32)
+    scaled = functools.partial(jce.linear_map, lambda a, x: a * x.sum())
+    for call in (scaled, jax.jit(scaled)):
+        with pytest.raises(
+            ValueError, match=r"begin with the token axes of hidden, \(2, 3\); .*goes into shared\."
+        ) as raised:
+            call(a, x)
+        assert (f"Write {written} to give each token its own." in str(raised.value)) == (written is not None)
+        assert ("broadcast_to" in str(raised.value)) == (written is not None)
+    if written:
+        of_each = eval(written, {"jnp": jnp, "arguments": [a]})
+        np.testing.assert_array_equal(scaled(of_each, x), 15 * of_each)
+
+
 def test_errors_of_a_divergence():
     x = Linear(ones(4, 3), ones(5, 3))
     with pytest.raises(TypeError, match=r"linear_kl_divergence: p must be a jce.Linear; got an array.*target first"):
@@ -771,7 +802,9 @@ def test_errors_of_a_divergence():
         ValueError, match=r"linear_kl_divergence: p and q must have the same classes.*q.head: float32\[6"
     ):
         jce.linear_kl_divergence(x, Linear(ones(4, 3), ones(6, 3)))
-    with pytest.raises(ValueError, match=r"linear_kl_divergence: temperature must be a number.*got temperature=0"):
+    with pytest.raises(
+        ValueError, match=r"linear_kl_divergence: temperature must be greater than 0; got temperature=0"
+    ):
         jce.linear_kl_divergence(x, x, temperature=0)
 
 

@@ -98,6 +98,15 @@ def test_a_functions_own_page(name):
     assert inspect.getsourcefile(inspect.unwrap(PUBLIC[name])).endswith(".py")
 
 
+def test_the_page_of_a_linear():
+    """It lists what a Linear does, and none of the operators that it refuses."""
+    page = pydoc.plain(pydoc.render_doc(jce.Linear)).partition('See "Arguments of heads"')[2]
+    listed = re.findall(r"^ \|  (\w+)(?:\(.*| = None|)$", page, re.MULTILINE)
+    assert listed == ["__getitem__", "astype", "of_function", "bias", "logit_soft_cap"]
+    with pytest.raises(TypeError, match="it stands for logits that are never made, and takes no __add__"):
+        jce.Linear(jnp.ones((2, 4)), jnp.ones((3, 4))) + 1
+
+
 @each_public
 def test_is_of_the_package(name):
     """What a pickle, a page or an error names: no private file. Types of arguments are found all the same."""

@@ -1,5 +1,7 @@
 """What heads' logits are divided by, in losses and log-probabilities: digits, corners, meshes, errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,7 +184,7 @@ def test_wrong_arguments(problem):
     for given in ({"labels": labels}, lists):
         for wrong, error, says in (
             (np.ones(3), ValueError, r"temperature must broadcast to the token axes, \(7,\); got temperature: float"),
-            (0.0, ValueError, "temperature must be a number from"),
+            (0.0, ValueError, "temperature must be greater than 0"),
             (np.ones(TOKENS, complex), TypeError, "temperature must be real"),
             (np.ones((), complex), TypeError, "temperature must be real"),
         ):
@@ -211,3 +213,100 @@ def test_on_a_mesh(of, of_each, rng):
     split = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
     for x, y in zip(*(jax.tree.leaves(run(f)) for f in (split, jce.linear_cross_entropy)), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+# Two rows of logits at one temperature
+
+
+OF_TWO = (jce.kl_divergence_with_logits, jce.jensen_shannon_divergence_with_logits)
+each_of_two = pytest.mark.parametrize("function", OF_TWO, ids=lambda function: function.__name__)
+
+
+def two_rows(rng, apart, offset, shape=(40, 16)):
+    """Logits on a grid, so that their differences are exact, with a common offset, and nearly alike."""
+    x = np.round(1024 * (3 * rng.standard_normal(shape) + offset)) / 1024
+    return np.float32(x), np.float32(x + np.round(2**16 * apart * rng.standard_normal(shape)) / 2**16)
+
+
+def in_double(function, t, x, y):
+    """Value and gradient in the logits, computed in float64 from logits that are divided first."""
+    with jax.enable_x64(True):
+        x, y = np.float64(x), np.float64(y)
+        value = function(x / t, y / t)
+        return value, jax.grad(lambda x, y: function(x / t, y / t).sum(), (0, 1))(x, y)
+
+
+@each_of_two
+@pytest.mark.parametrize(("apart", "offset"), [(1, 0), (1e-2, 100), (1e-4, 100)])
+@pytest.mark.parametrize("traced", [False, True])
+def test_two_rows_keep_their_difference(function, apart, offset, traced, rng):
+    """Values and gradients are as accurate as at T = 1. Dividing both rows first costs up to all digits."""
+    t = np.float32(0.7)
+    x, y = two_rows(rng, apart, offset)
+    given = t if not traced else jnp.asarray(t)
+
+    def at_t(x, y):
+        return function(x, y, temperature=given)
+
+    value, gradients = in_double(function, np.float64(t), x, y)
+    np.testing.assert_allclose(at_t(x, y), value, rtol=1e-6)
+    for got, exact in zip(jax.grad(lambda *z: at_t(*z).sum(), (0, 1))(x, y), gradients, strict=True):
+        np.testing.assert_allclose(got, exact, rtol=0, atol=2e-6 * float(np.abs(exact).max()))
+    if apart < 1:
+        assert np.abs(np.float64(function(x / t, y / t)) / np.float64(value) - 1).max() > 1e-4
+
+
+def test_a_head_gives_the_same_as_its_logits(rng):
+    x, y = two_rows(rng, 1e-2, 1)
+    eye = np.eye(16, dtype=np.float32)
+    for t in (0.7, 2.0, np.float32(1.3)):
+        of_heads = jce.linear_kl_divergence(jce.Linear(x, eye), jce.Linear(y, eye), temperature=t, reduction="none")
+        np.testing.assert_allclose(jce.kl_divergence_with_logits(x, y, temperature=t), of_heads, rtol=1e-6)
+
+
+@each_of_two
+def test_two_rows_in_every_mode(function, rng):
+    """At T derivatives of first and second order, forward and reverse, in rows and in T, are those of divided rows."""
+    with jax.enable_x64(True):
+        x, y = (np.float64(z) for z in two_rows(rng, 1, 0, (5,)))
+        t, kept = np.float64(1.7), np.arange(5) != 3
+        arguments = (x, y, t)
+
+        def at_t(x, y, t):
+            return function(x, y, temperature=t, where=kept)
+
+        def divided(x, y, t):
+            return function(x / t, y / t, where=kept)
+
+        positions = (0, 1, 2)
+        for mode in (jax.jacfwd, jax.jacrev, jax.hessian, lambda f, p: jax.jacrev(jax.jacfwd(f, p), p)):
+            got, exact = (jax.jit(mode(f, positions))(*arguments) for f in (at_t, divided))
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@each_of_two
+@pytest.mark.holds_nan
+def test_two_rows_at_the_boundary(function):
+    """-∞, NaN and +∞ have the effect that they have at T = 1, in the value and in the gradient of each row."""
+    inf, nan = np.inf, np.nan
+    x = np.float32([[0, 1, -inf], [0, 0, -inf], [nan, 0, 0], [0, inf, 0], [-inf] * 3, [0, 0, 0], [5, 5, 5]])
+    y = np.float32([[0, 2, -inf], [0, -inf, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, nan, 0], [5, 5, 5]])
+
+    def derivatives(f, *rows):
+        return jax.tree.leaves(jax.vmap(jax.value_and_grad(f, (0, 1)))(*rows))
+
+    for t, traced in ((1.7, False), (2.0, False), (1.7, True)):
+        given = jnp.float32(t) if traced else t
+        at_t = derivatives(functools.partial(function, temperature=given), x, y)
+        divided = derivatives(lambda x, y, t=t: function(x / np.float32(t), y / np.float32(t)), x, y)
+        for got, exact in zip(at_t, divided, strict=True):
+            np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-7)
+
+
+@each_of_two
+def test_a_wrong_temperature_of_two_rows(function):
+    x = np.zeros((2, 3), np.float32)
+    for wrong in (0.0, -1.0, "hot", np.ones(2)):
+        with pytest.raises(ValueError, match=rf"{function.__name__}: temperature must be"):
+            function(x, x, temperature=wrong)

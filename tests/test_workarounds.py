@@ -159,6 +159,12 @@ def products_of_constants_are_folded() -> bool:
     return " dot(" not in jax.jit(lambda: h @ w.T).lower().compile().as_text()
 
 
+def large_constants_are_folded() -> bool:
+    """Whether a sum of exponentials of an array that a program closes over is computed while it is compiled."""
+    x = jnp.ones((64, 1024), np.float32)
+    return "exponential" not in jax.jit(lambda: jnp.exp(x).sum(-1)).lower().compile().as_text()
+
+
 def products_over_unit_axes_are_copied() -> bool:
     """Whether a sum over two axes copies a factor, though one of the axes has length 1."""
     a, b = (np.ones(shape, np.float32) for shape in ((64, 1, 32), (64, 1, 48)))
@@ -397,6 +403,7 @@ ROWS = [
     Row("_jax/primitives.py", "hides how checkify is told", how_to_check_is_hidden),
     Row("_jax/primitives.py", "imports Pallas", the_class_of_primitives_comes_with_pallas, since=(0, 10)),
     Row("_jax/primitives.py", "passes no context", checks_get_no_context),
+    Row("_jax/public.py", "XLA fold such constants", large_constants_are_folded),
     Row("_jax/public.py", "raises a ValueError for the gradient", checks_in_a_rule_have_no_gradient),
     Row("_jax/row_sum.py", "sums [1, n] sequentially", one_row_is_summed_sequentially, since=(0, 10)),
     Row("_numerics/calculus.py", "inlines the kernels", a_loop_loses_rules),

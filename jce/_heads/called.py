@@ -39,8 +39,8 @@ class Called:
         h = as_array(function, "hidden", hidden)
         float_dtype(function, {"hidden": h})
         rank = max(h.ndim, 1)
-        token = vary_over(varying(h), jnp.zeros((1,) * (rank - 1) + h.shape[-1:], h.dtype))[0]
-        closed, given = jax.make_jaxpr(lambda h: head(h), return_shape=True)(token)
+        token = jax.ShapeDtypeStruct((1,) * (rank - 1) + h.shape[-1:], h.dtype)
+        closed, given = jax.make_jaxpr(lambda token: head(*vary_over(varying(h), token)), return_shape=True)(token)
         are_logits = isinstance(given, jax.ShapeDtypeStruct) and given.shape[:-1] == token.shape[:-1]
         if not (are_logits and given.ndim == rank and given.size and jnp.issubdtype(given.dtype, jnp.floating)):
             raise ValueError(
@@ -136,6 +136,13 @@ def _require_of_each_token(function: str, name: str, closed: Any) -> None:
         raise ValueError(
             f"{function}: {name} may draw no random numbers, since it is traced of one token, and all tokens would get"
             f" the same; it has {', '.join(drawn)}. Draw outside, and multiply the hidden states by what is drawn."
+        )
+    axes = sorted({str(e.name) for e in closed.effects if type(e).__name__ == "NamedAxisEffect"})
+    if axes:
+        raise ValueError(
+            f"{function}: {name} must not communicate along a named axis, since its derivatives compute it again; it"
+            f" names {', '.join(axes)}. Communicate before: gather the hidden states or the weights that it needs with"
+            f" jax.lax.all_gather(..., tiled=True). If the classes are split, pass the matrix and axis_name."
         )
     if closed.effects:
         raise ValueError(

@@ -8,15 +8,23 @@ from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from jce._heads.called import Called
-from jce._jax.arguments import as_array, as_number, described, float_dtype, is_function, positive
+from jce._jax.arguments import as_array, as_number, described, float_dtype, is_array, is_function, positive
+
+
+class _Listed(type):
+    """The class of `Linear`: `help` lists its own methods, and none of the operators that it refuses."""
+
+    def __dir__(cls) -> list[str]:
+        return [name for name in super().__dir__() if not name.startswith("_") or name == "__getitem__"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Linear:
+class Linear(metaclass=_Listed):
     """hidden · headᵀ + bias: the logits [..., n] of tokens under a head, for the functions that never make them all.
 
     Example:
@@ -75,6 +83,7 @@ class Linear:
 
     @property
     def of_function(self) -> bool:
+        """Whether its head is a function."""
         return isinstance(self.head, Called)
 
     def __getitem__(self, index: Any) -> Linear:
@@ -106,6 +115,17 @@ class Linear:
             f" temperature=, logit_soft_cap=, or in linear_map's function of one token."
         )
 
+    def _taken_by(self, function: str, argument: str) -> str:
+        """Which functions take a `Linear`, in the error of one that takes an array as this argument."""
+        if "logits" in argument:
+            fused = f"{FUSED[function]}, or " if function in FUSED else ""
+            return f"For a Linear use {fused}jce.linear_map(jce.{function}, ...) with the same positional arguments."
+        return (
+            "A Linear stands for hidden states and their head, and so for logits. After the target it goes to"
+            " jce.linear_cross_entropy, linear_log_probs or linear_kl_divergence, or to jce.linear_map with a function"
+            " of logits, such as jce.entropy_with_logits."
+        )
+
     def __repr__(self) -> str:
         """With shapes and dtypes for arrays."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -115,6 +135,13 @@ class Linear:
 class NoLogits(TypeError, AttributeError):
     """The error of what would need a Linear's logits; an AttributeError too, so that hasattr is False."""
 
+
+# For functions of logits, those that take a Linear.
+FUSED = {
+    "cross_entropy_with_integer_labels": "jce.linear_cross_entropy",
+    "log_probs_with_integer_labels": "jce.linear_log_probs",
+    "kl_divergence_with_logits": "jce.linear_kl_divergence if both are Linears",
+}
 
 # The operators that are refused. Otherwise Python or JAX would raise an error that says less, or == would compare which
 # object a Linear is.
@@ -163,9 +190,9 @@ def linear_of(
         return hidden
     if head is None:
         raise TypeError(
-            f"{function}: head must be [n, d], or a function of hidden states; got none. Pass hidden and head, or"
-            f" jce.Linear(hidden, head) for both. Logits of a model under jce.deferred say that its head was another"
-            f" module, or a copy: enter inside of what copies it, as nnx.jit does."
+            f"{function}: head must be [n, d], or a function of hidden states; got none. Pass labels first, then hidden"
+            f" and head, or jce.Linear(hidden, head) for both. Logits of a model under jce.deferred say that its head"
+            f" was another module, or a copy: enter inside of what copies it, as nnx.jit does."
         )
     if is_function(head):
         if bias is not None:
@@ -181,11 +208,6 @@ class LinearArrays(NamedTuple):
     head: Array | Called
     bias: Array | None
     logit_soft_cap: Array | None
-
-    @property
-    def n(self) -> int:
-        """The number of this head's classes; where they are split over devices, of this device's."""
-        return (self.head.logits if isinstance(self.head, Called) else self.head).shape[0]
 
 
 def checked_linear(x: Linear, function: str, name: str) -> LinearArrays:
@@ -231,7 +253,8 @@ def require_head(hidden: str, h: Array, w: Array, got: Mapping[str, Array], orde
 def _checked_cap(function: str, cap: ArrayLike | None, dtype) -> Array | None:
     if cap is None:
         return None
-    return jnp.asarray(positive(function, dtype, logit_soft_cap=as_number(function, "logit_soft_cap", cap)), dtype)
+    number = positive(function, dtype, logit_soft_cap=as_number(function, "logit_soft_cap", cap))
+    return number if is_array(number) else jax.device_put(np.asarray(number, dtype))  # jax.transfer_guard allows this
 
 
 def _flatten(x: Linear):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from jce._heads.called import Called
@@ -18,10 +17,8 @@ from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._jax.arguments import described, is_array, positive
 from jce._jax.classes import Classes
 from jce._jax.public import public
-from jce._jax.varying import like
-from jce._numerics.mul0 import over
 from jce._quantities.kl_divergence_with_logits import kl_of_softmax
-from jce._softmax.compare import divided
+from jce._softmax.compare import at_common_temperature
 
 
 @public("reduction", "chunk_size", "batch_invariant", "precision", "axis_name", numbers=("temperature",))
@@ -112,17 +109,10 @@ def linear_kl_divergence(
 def _of_chunk(number, one, _, class_axis):
     """KL of each token's two rows of logits. T is `number`, or if that is None a traced one, which tokens share."""
     classes = Classes(-1, class_axis)
-    exact = number is not None and math.frexp(number)[0] == 0.5  # a power of 2: x/T isn't rounded
 
     def kl(chunk, traced, *_):
-        (x, y), d = chunk, None
-        t = traced[0] if number is None else jnp.asarray(number, x.dtype)
-        if not exact:
-            x, y, d = divided(x, y, t, classes)
-            d = d if number is None else lax.stop_gradient(d)
-        elif number != 1:
-            x, y = (over(z, like(t, z)) for z in (x, y))
-        return [kl_of_softmax(x, y, d, classes)]
+        t = traced[0] if number is None else number
+        return [kl_of_softmax(*at_common_temperature(*chunk, t, classes), classes)]
 
     double = jnp.float64 in [x.dtype for x in one]
     return OfChunk(kl, jax.ShapeDtypeStruct((), jnp.float64 if double else jnp.float32))

@@ -53,7 +53,8 @@ def _require_shapes(name: str, batch: tuple[int, ...], got: Mapping[str, Any]) -
         raise ValueError(
             f"{name}: labels and label_probs must both have the shape of hidden without its last axis, and an axis for"
             f" the labels of each token last, {batch} and k; got {described(got)}. Without label_probs there is one"
-            f" label a token."
+            f" label a token. If label_probs has a probability for every class, use jce.linear_map("
+            f'jce.cross_entropy_with_logits, label_probs, jce.Linear(hidden, head), reduction="mean").'
         )
     float_dtype(name, {"label_probs": p})
 

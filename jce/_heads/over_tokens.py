@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -31,6 +30,7 @@ from jce._heads.token_loop import Inputs, Loop
 from jce._jax.arguments import as_array, choice
 from jce._jax.layout import mesh_names, over_devices
 from jce._jax.platforms import ChunkSize
+from jce._jax.waiting import in_a_program
 
 
 class TokenOptions(NamedTuple):
@@ -90,7 +90,7 @@ def over_tokens(
     # that is a function is traced anew each time. So such a call gets a jit of its own, of which JAX keeps next to
     # nothing once nobody holds it. Inside of a jit it gets none: a rule of the head's that closes over a traced value
     # would leak it.
-    alone = any(parts.shared["called"]) and not isinstance(jnp.zeros(()), jax.core.Tracer)
+    alone = any(parts.shared["called"]) and not in_a_program()
     return (jax.jit(on_devices) if alone else on_devices)(parts)
 
 
@@ -103,8 +103,8 @@ def _arguments(
     batch = checked_batch(name, linear, others)
     paths, tree = jax.tree.flatten_with_path(shared)
     shared = tree.unflatten([as_array(name, f"shared{jax.tree_util.keystr(path[1:])}", x) for path, x in paths])
-    heads, n = list(linear.values()), next(iter(linear.values())).n
-    choice_of_tokens = checked_choice(name, batch, n, weights=options.weights, where=options.where)
+    heads = list(linear.values())
+    choice_of_tokens = checked_choice(name, batch, weights=options.weights, where=options.where)
     parts = Arguments(
         {"hidden": [x.hidden for x in heads], "others": list(others.values())} | choice_of_tokens,
         [() if isinstance(x.head, Called) else (x.head, x.bias) for x in heads],

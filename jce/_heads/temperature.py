@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -18,7 +19,7 @@ def checked_temperature(function: str, temperature: ArrayLike, batch: tuple[int,
         if is_array(temperature):
             float_dtype(function, {"temperature": temperature})
         number = positive(function, jnp.result_type(float), temperature=temperature)
-        return {"temperature": jnp.asarray(number)} if is_array(number) or number != 1 else {}
+        return {"temperature": jax.device_put(number)} if is_array(number) or number != 1 else {}
     got = {"temperature": as_array(function, "temperature", temperature)}
     float_dtype(function, got)
     if not broadcasts_to(batch, got["temperature"].shape):

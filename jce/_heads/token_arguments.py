@@ -62,21 +62,23 @@ def checked(
         raise ValueError(
             f"{function}: bias must have the shape ({n},), a number for each row of head; got {described(got)}."
         )
-    require_choice_of_tokens(function, got, batch, n)
+    require_choice_of_tokens(function, got, batch)
     float_dtype(function, {name: x for name, x in got.items() if name in ("hidden", "head", "bias", "weights")})
     return got | checked_temperature(function, temperature, batch)
 
 
-def require_choice_of_tokens(function: str, got: Mapping[str, Array], batch: tuple[int, ...], n: int) -> None:
-    """Raises if weights or `where` are given and don't broadcast to the token axes. The head has n classes."""
-    for name in ("weights", "where"):
+OF_TOKENS = {
+    "weights": "Give a weight per token: weights=weights[labels] looks up weights per class.",
+    "where": "It masks tokens, so give it no axis for classes; a bias of -inf excludes a class.",
+}
+
+
+def require_choice_of_tokens(function: str, got: Mapping[str, Array], batch: tuple[int, ...]) -> None:
+    """Raises if weights or `where` are given and don't broadcast to the token axes."""
+    for name, advice in OF_TOKENS.items():
         if name in got and not broadcasts_to(batch, got[name].shape):
-            advice = "give it no axis for classes; those are excluded by a bias of -inf."
-            if name == "weights" and got[name].shape == (n,):
-                advice = "look up those of classes by the tokens' labels: weights=weights[labels]."
             raise ValueError(
-                f"{function}: {name} must broadcast to the token axes, {batch}; got {described(got)}. It is of tokens,"
-                f" so {advice}"
+                f"{function}: {name} must broadcast to the token axes, {batch}; got {described(got)}. {advice}"
             )
     if "where" in got:
         require_boolean(function, got["where"], got)
@@ -108,14 +110,28 @@ def checked_batch(name: str, linear: Mapping[str, LinearArrays], others: Mapping
             f" {described(others) or 'no arguments'}. Without a head there are jax.vmap and jax.lax.map."
         )
     batch = next(iter(linear.values())).hidden.shape[:-1]
-    arrays = {f"{key}.hidden": x.hidden for key, x in linear.items()}
-    same = [x.shape[:-1] == batch for x in arrays.values()] + [x.shape[: len(batch)] == batch for x in others.values()]
-    if not all(same):
+    hidden = {f"{key}.hidden": x.hidden for key, x in linear.items()}
+    advice = [_for_each_token(key, x.shape, batch) for key, x in others.items() if x.shape[: len(batch)] != batch]
+    if any(x.shape[:-1] != batch for x in hidden.values()):
+        advice.insert(0, "Give all Linears the states of the same tokens.")
+    if advice:
         raise ValueError(
             f"{name}: all arguments must begin with the token axes of hidden, {batch}; got"
-            f" {described(arrays | dict(others))}. What all tokens share goes into shared."
+            f" {described(hidden | dict(others))}. {advice[0]}"
         )
     return batch
+
+
+def _for_each_token(key: str, shape: tuple[int, ...], batch: tuple[int, ...]) -> str:
+    """What to do with an argument that lacks token axes, or has length 1 along some, or is shared by all tokens."""
+    # Arguments aren't broadcast: a shared array [1, k] may look like one with token axes, and a random key that was
+    # broadcast would give several tokens the same sample.
+    shared = "What all tokens share goes into shared."
+    leads = shape != () and all(size in (1, tokens) for size, tokens in zip(shape, batch, strict=False))
+    if not leads and not broadcasts_to(batch, shape):
+        return shared
+    array = f"{key}[...{', None' * (len(batch) - len(shape))}]" if leads and len(shape) < len(batch) else key
+    return f"Write jnp.broadcast_to({array}, {batch + shape[len(batch) :]}) to give each token its own. {shared}"
 
 
 def require_real(name: str, results: list) -> None:
@@ -138,10 +154,10 @@ def require_zeros(name: str, results: list) -> None:
         )
 
 
-def checked_choice(name: str, batch: tuple[int, ...], n: int, **given: ArrayLike | None) -> dict[str, Array]:
+def checked_choice(name: str, batch: tuple[int, ...], **given: ArrayLike | None) -> dict[str, Array]:
     """weights and `where`, if they are given, as arrays that broadcast to the token axes."""
     got = {key: as_array(name, key, x) for key, x in given.items() if x is not None}
-    require_choice_of_tokens(name, got, batch, n)
+    require_choice_of_tokens(name, got, batch)
     if "weights" in got:
         got["weights"] = got["weights"].astype(float_dtype(name, {"weights": got["weights"]}))
     return got

@@ -37,11 +37,16 @@ def positive(function: str, dtype, *, or_zero: bool = False, **option: Any) -> f
     if is_array(value):
         return _traced(function, dtype, name, value)
     least, most = map(float, (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-    if not is_number(value) or not (least <= value <= most or (or_zero and value == 0)):
-        raise ValueError(
-            f"{function}: {name} must be a number from {least:.2g} to {most:.2g}{' or 0' if or_zero else ''};"
-            f" got {name}={value!r}. Leave it out for none."
-        )
+    required, bound = "", "at least 0" if or_zero else "greater than 0"
+    if not is_number(value) or value != value:
+        required = f"a number that is {bound}"
+    elif value < 0 or (value == 0 and not or_zero):
+        required = bound
+    elif value and not least <= value <= most:
+        zero = "0, or " if or_zero else ""
+        required = f"{zero}from {least:.2g} to {most:.2g}, beyond which float32 rounds to 0 or infinity"
+    if required:
+        raise ValueError(f"{function}: {name} must be {required}; got {name}={value!r}. Leave it out for none.")
     return float(value)
 
 
@@ -150,9 +155,11 @@ def as_array(function: str, name: str, x: Any) -> Array:
         # for a NaN that `where` leaves out.
         return x if isinstance(x, Array) else jnp.asarray(x)
     except (TypeError, ValueError):
+        taken_by = getattr(x, "_taken_by", None)  # a `Linear` isn't an array, and says which functions take it
+        advice = taken_by(function, name) if taken_by else "Pass what jnp.asarray takes."
         raise TypeError(
             f"{function}: {name} must be an array, a number or a rectangular nest of numbers;"
-            f" got {name}: {type(x).__name__}. Pass what jnp.asarray takes."
+            f" got {name}: {type(x).__name__}. {advice}"
         ) from None
 
 

@@ -8,33 +8,47 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.core
+import jax.numpy as jnp
 from jax import Array
 
 from jce._jax.arguments import as_number, is_array, is_function, require_bool
 from jce._jax.primitives import primitive
+from jce._jax.waiting import in_a_program
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 Kind = inspect.Parameter
 
-# Hints for arguments that other libraries have. Functions of rows of classes, elementwise ones and those of tokens each
-# have their own; all three have OF_EACH.
+# Hints for arguments that other libraries have: for functions of rows of classes, elementwise ones and those of tokens.
+# Of several hints for one argument, a function gets the first that names only arguments which it has.
 OF_EACH = {
-    "weights": " Multiply the result, which has a number for each, by them.",
-    "reduction": " The result has a number for each: take its .mean() or .sum().",
+    "weights": (" Multiply the result by them.",),
+    "weight": (
+        " Multiply the result by weight for a weight per row, by weight[labels] for one per class.",
+        " Multiply the result by weight.",
+    ),
+    "reduction": (" The result isn't reduced: take its .mean() or .sum().",),
 }
 ROWS = OF_EACH | {
-    "mask": " Write where=mask[..., None] for a mask of rows, and where=mask for one of classes.",
-    "weight": " Multiply the result, which has a number for each, by weight[labels].",
-    "ignore_index": " Leave rows out with where=(labels != index)[..., None].",
+    "mask": (" Write where=mask[..., None] for a mask of rows, and where=mask for one of classes.",),
+    "ignore_index": (" Leave rows out with where=(labels != index)[..., None].",),
 }
 ELEMENTWISE = OF_EACH | {
-    "mask": " Write jnp.where(mask, result, 0).",
-    "where": " Write jnp.where(where, result, 0).",
+    "mask": (" Write jnp.where(mask, result, 0).",),
+    "where": (" Write jnp.where(where, result, 0).",),
 }
-TOKENS = OF_EACH | {
-    "mask": " Leave tokens out with where=mask.",
-    "weight": " Write weights=weight[labels].",
-    "ignore_index": " Leave tokens out with where=labels != index.",
+TOKENS = {
+    "mask": (" Leave tokens out with where=mask.",),
+    "weights": (" Multiply a field of the result, such as result.log_prob, by them.",),
+    "weight": (
+        " Write weights=weight for a weight per token, weights=weight[labels] for one per class.",
+        " Write weights=weight.",
+        " Multiply a field of the result, such as result.log_prob, by weight for a weight per token, by weight[labels]"
+        " for one per class.",
+    ),
+    "ignore_index": (" Leave tokens out with where=labels != index.",),
+    "reduction": (" The result isn't reduced: take the .mean() or .sum() of a field, such as result.log_prob.",),
 }
 
 
@@ -46,9 +60,10 @@ STATIC: dict[str, str] = dict.fromkeys(("axis_name", "token_axis", "class_axis")
 def instead(parameters: Collection[str], option: str) -> str:
     """The hint for an option that isn't among a function's parameters; empty if there is none."""
     of_tokens = "hidden" in parameters or "chunk_size" in parameters
-    hint = (TOKENS if of_tokens else ROWS if "where" in parameters else ELEMENTWISE).get(option, "")
+    hints = (TOKENS if of_tokens else ROWS if "where" in parameters else ELEMENTWISE).get(option, ())
     # A hint that names an argument which this function lacks too would only lead to the next error.
-    return "" if any(name in hint and name not in parameters for name in ("labels", "weights")) else hint
+    absent = [name for name in ("labels", "weights") if name not in parameters]
+    return next((hint for hint in hints if not any(name in hint for name in absent)), "")
 
 
 def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
@@ -78,11 +93,30 @@ def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
             _require_own(name, parameters, len(args), options, static, numbers)
             if any(_has_function(x) for x in (*args, *(x for key, x in options.items() if key not in static))):
                 return results(*args, **options)  # jitted, each call would compile a program that no other call reuses
+            args, options = unfolded((args, options))
             return program(*(key for key in numbers if is_array(options.get(key))))(*args, **options)
 
         return cast(F, called)
 
     return jitted
+
+
+LARGE = 2**16  # of so many numbers a softmax takes a CPU some milliseconds to fold
+
+
+def unfolded(arguments: T) -> T:
+    """A tree of arguments, with each large array that is a constant of the program behind a barrier."""
+    # Until JAX no longer has XLA fold such constants: a teacher's logits [64, 32768] take it from 10 to 140 s.
+    leaves, tree = jax.tree.flatten(arguments)
+    if not any(map(_is_large_constant, leaves)) or not in_a_program():
+        return arguments
+    return tree.unflatten(
+        [jax.lax.optimization_barrier(jnp.asarray(x)) if _is_large_constant(x) else x for x in leaves]
+    )
+
+
+def _is_large_constant(x) -> bool:
+    return is_array(x) and not isinstance(x, jax.core.Tracer) and x.size >= LARGE
 
 
 def _has_function(x) -> bool:

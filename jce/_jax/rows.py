@@ -156,9 +156,10 @@ def _mask(
     mask = as_array(function, "where", where)
     require_boolean(function, mask, got)
     if not broadcasts_to(shape, mask.shape):
+        classes, rows = (shape[axis], *(1,) * (-axis - 1)), _without(shape, axis)
+        of_rows = "mask[..., None]" if axis == -1 else f"jnp.expand_dims(mask, {axis})"
         raise ValueError(
             f"{function}: where must broadcast to the shape {shape} of {joined(arguments)}; got {described(got)}."
-            f" To drop whole distributions, give it a class axis of length 1: where="
-            f"{'mask[..., None]' if axis == -1 else f'jnp.expand_dims(mask, {axis})'}."
+            f" A mask of classes has the shape {classes}. For a mask of rows, of shape {rows}, write where={of_rows}."
         )
     return mask

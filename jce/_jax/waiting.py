@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import ad
@@ -30,6 +31,11 @@ def waiting(program: Callable, *arrays: Any) -> Any:
     """program(platform, *arrays): a tree of arrays, whose types must be the same on each of the PLATFORMS."""
     leaves, tree = jax.tree.flatten(arrays)
     return _bind(Program(_of_trees, (program, tree)), Settings.now(), *map(jnp.asarray, leaves))
+
+
+def in_a_program() -> bool:
+    """Whether operations are traced here, as under `jax.jit` or in a loop, instead of run one by one."""
+    return isinstance(jax.device_put(0.0), jax.core.Tracer)  # an explicit transfer, which jax.transfer_guard allows
 
 
 class Settings(NamedTuple):

@@ -6,9 +6,10 @@ import functools
 from collections.abc import Hashable
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
+from jce._jax.arguments import positive
 from jce._jax.public import public
 from jce._jax.rows import distributions
 from jce._numerics.calculus import custom_jvp, def_at_once, ratio, sum_of_tangents
@@ -22,17 +23,18 @@ from jce._quantities.jensen_shannon import (
     times,
     with_mixture,
 )
-from jce._softmax.compare import compare, q_minus_p
+from jce._softmax.compare import at_common_temperature, compare, q_minus_p
 from jce._softmax.kernel import kernel, kernel_sharing
 from jce._softmax.softmax import centered, softmax
 
 
-@public("axis", "axis_name", numbers=("beta",))
+@public("axis", "axis_name", numbers=("beta", "temperature"))
 def jensen_shannon_divergence_with_logits(
     p_logits: ArrayLike,
     q_logits: ArrayLike,
     *,
     beta: ArrayLike = 0.5,
+    temperature: ArrayLike = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
     axis_name: Hashable | None = None,
@@ -50,6 +52,8 @@ def jensen_shannon_divergence_with_logits(
       p_logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
       q_logits: real, [..., n, ...], the other's. Batch axes broadcast, the class axis doesn't.
       beta: β, the weight of p in the mixture, a number above 0 and below 1.
+      temperature: T > 0, a number, by which both rows of logits are divided first. T divides their difference, so rows
+        that are nearly the same are compared as exactly as at T = 1.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
       axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
@@ -65,11 +69,12 @@ def jensen_shannon_divergence_with_logits(
 
     Derivative:
       ∂/∂p_logitsᵢ = β pᵢ (log pᵢ/mᵢ - KL(p‖m)), ∂/∂q_logitsᵢ = (1-β) qᵢ (log qᵢ/mᵢ - KL(q‖m)), each in its argument's
-      dtype. In a traced β it is KL(p‖m) - KL(q‖m).
+      dtype. In a traced β it is KL(p‖m) - KL(q‖m). At a temperature T the first two are divided by T. In a traced T the
+      derivative isn't relatively accurate where p ≈ q.
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
-      ValueError: shapes, `axis` or `where` don't fit, or beta is not above 0 and below 1.
+      ValueError: shapes, `axis` or `where` don't fit, beta is not above 0 and below 1, or temperature not above 0.
 
     Not checked:
       Values. Logits above an eighth of the largest float, 4e37 in float32, overflow.
@@ -81,13 +86,18 @@ def jensen_shannon_divergence_with_logits(
         name, axis, where, axis_name, in_logits=("p_logits", "q_logits"), p_logits=p_logits, q_logits=q_logits
     )
     b, c = (jnp.asarray(weight, x.dtype) for weight in checked_weights(name, x.dtype, beta))
-    return _divergence_of_softmax(x, y, b, c, classes)
+    t = positive(name, x.dtype, temperature=temperature)
+    x, y, d = at_common_temperature(x, y, t, classes)
+    return _divergence_of_softmax(x, y, None if d is None else lax.stop_gradient(d), b, c, classes)
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(4,))
+# d is None, or y - x with more digits than x and y have (`compare.py`). It is constant: rules are written in x and y.
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(5,))
 @kernel
-def _divergence_of_softmax(x, y, b, c, way):
-    return way.sum(divergence(*_consistent(*compare(x, y, None, way)), b, c))
+def _divergence_of_softmax(x, y, d, b, c, way):
+    return way.sum(divergence(*_consistent(*compare(x, y, d, way)), b, c))
 
 
 def _consistent(p, q, delta):
@@ -103,7 +113,7 @@ def _consistent(p, q, delta):
 def _divergence_of_softmax_rule(classes, primals, tangents):
     jsd, in_x, in_y = _divergence_and_partials(*primals, classes)
     return jsd, sum_of_tangents(
-        tangents[:3],
+        _in_rows_and_weight(tangents),
         lambda dx: classes.sum(mul0(in_x, dx)),
         lambda dy: classes.sum(mul0(in_y, dy)),
         lambda db: times(_imbalance_of_softmax(*primals, classes), db),
@@ -113,19 +123,24 @@ def _divergence_of_softmax_rule(classes, primals, tangents):
 _divergence_of_softmax.defjvp(_divergence_of_softmax_rule, symbolic_zeros=True)
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(4,))
+def _in_rows_and_weight(tangents):
+    dx, dy, _, db, _ = tangents
+    return dx, dy, db
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(5,))
 @kernel_sharing
-def _divergence_and_partials(x, y, b, c, way):
+def _divergence_and_partials(x, y, d, b, c, way):
     # One kernel for all three, since each of them compares x and y.
-    p, q, delta = compare(x, y, None, way, stored=True)
+    p, q, delta = compare(x, y, d, way, stored=True)
     in_x = _weighted_excess_of(p, _log_p_over_m_up_to(p, q, delta, x, y, b, c, way), b, x, way)
     in_y = _weighted_excess_of(q, _log_p_over_m_up_to(q, p, -delta, y, x, c, b, way), c, y, way)
     return way.sum(divergence(*_consistent(p, q, delta), b, c)), in_x, in_y
 
 
-def _weighted_excess(x, y, b, c, way):
+def _weighted_excess(x, y, d, b, c, way):
     """β pᵢ (log pᵢ/mᵢ - Σ p log p/m)"""
-    log_p_m = _log_p_over_m_of_softmax(x, y, b, c, way)
+    log_p_m = _log_p_over_m_of_softmax(x, y, d, b, c, way)
     return _weighted_excess_of(softmax(x, way), log_p_m, b, x, way)
 
 
@@ -138,15 +153,19 @@ def_at_once(
     _divergence_and_partials,
     _divergence_of_softmax,
     _weighted_excess,
-    lambda x, y, b, c, classes: _weighted_excess(y, x, c, b, classes),
+    lambda x, y, d, b, c, classes: _weighted_excess(y, x, _negative(d), c, b, classes),
 )
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(4,))
+def _negative(d):
+    return None if d is None else -d
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(5,))
 @kernel
-def _log_p_over_m_of_softmax(x, y, b, c, way):
+def _log_p_over_m_of_softmax(x, y, d, b, c, way):
     """log p/m plus a constant in each row (it is centered later): log βp/m where p and q barely overlap."""
-    p, q, delta = compare(x, y, None, way, stored=True)
+    p, q, delta = compare(x, y, d, way, stored=True)
     return _log_p_over_m_up_to(p, q, delta, x, y, b, c, way)
 
 
@@ -163,39 +182,39 @@ def _log_p_over_m_up_to(p, q, delta, x, y, b, c, way):
 
 # d log p/m = (1-β) q/m (d log p - d log q) - (p - q)/m dβ
 def _log_p_over_m_of_softmax_rule(classes, primals, tangents):
-    x, y, b, c = primals
+    x, y, d, b, c = primals
     p, q = softmax(x, classes), softmax(y, classes)
     m = b * p + c * q
     return _log_p_over_m_of_softmax(*primals, classes), sum_of_tangents(
-        tangents[:3],
+        _in_rows_and_weight(tangents),
         lambda dx: mul0(c * ratio(q, m), centered(dx, x, classes)),
         lambda dy: -mul0(c * ratio(q, m), centered(dy, y, classes)),
-        lambda db: times(ratio(q_minus_p(x, y, None, classes), m), db),
+        lambda db: times(ratio(q_minus_p(x, y, d, classes), m), db),
     )
 
 
 _log_p_over_m_of_softmax.defjvp(_log_p_over_m_of_softmax_rule, symbolic_zeros=True)
 
 
-@functools.partial(custom_jvp, nondiff_argnums=(4,))
+@functools.partial(custom_jvp, nondiff_argnums=(5,))
 @kernel
-def _imbalance_of_softmax(x, y, b, c, way):
-    return way.sum(imbalance(*_consistent(*compare(x, y, None, way)), b, c))
+def _imbalance_of_softmax(x, y, d, b, c, way):
+    return way.sum(imbalance(*_consistent(*compare(x, y, d, way)), b, c))
 
 
 # d Σ (D(p, m) - D(q, m)): the partials of `_imbalance_rule` in each class, with dpᵢ = pᵢ d log pᵢ
 def _imbalance_of_softmax_rule(classes, primals, tangents):
-    x, y, b, c = primals
-    p, q, d = softmax(x, classes), softmax(y, classes), -q_minus_p(x, y, None, classes)
+    x, y, d, b, c = primals
+    p, q, difference = softmax(x, classes), softmax(y, classes), -q_minus_p(x, y, d, classes)
     b_, c_ = (weight * jnp.ones_like(p) for weight in (b, c))
-    relative = relative_difference(p, q, d, b_, c_)
-    slope_p = _where_possible(p, _log_p_over_m_of_softmax(x, y, b, c, classes)) - mul0(relative, b_)
-    slope_q = -_where_possible(q, _log_p_over_m_of_softmax(y, x, c, b, classes)) - mul0(relative, c_)
+    relative = relative_difference(p, q, difference, b_, c_)
+    slope_p = _where_possible(p, _log_p_over_m_of_softmax(x, y, d, b, c, classes)) - mul0(relative, b_)
+    slope_q = -_where_possible(q, _log_p_over_m_of_softmax(y, x, _negative(d), c, b, classes)) - mul0(relative, c_)
     terms = sum_of_tangents(
-        tangents[:3],
+        _in_rows_and_weight(tangents),
         lambda dx: mul0(p * slope_p, centered(dx, x, classes)),
         lambda dy: mul0(q * slope_q, centered(dy, y, classes)),
-        lambda db: times(-d * relative, db),
+        lambda db: times(-difference * relative, db),
     )
     return _imbalance_of_softmax(*primals, classes), classes.sum(terms)
 

@@ -10,21 +10,30 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
+from jce._jax.arguments import positive
 from jce._jax.public import public
 from jce._jax.rows import distributions
 from jce._numerics.calculus import custom_jvp, def_at_once, sum_of_tangents
 from jce._numerics.deviance import deviance_from_log, difference_from_log
 from jce._numerics.mul0 import mul0
-from jce._softmax.compare import compare, deviances, log_q_over_p, one_at_a_time, q_minus_p
+from jce._softmax.compare import (
+    at_common_temperature,
+    compare,
+    deviances,
+    log_q_over_p,
+    one_at_a_time,
+    q_minus_p,
+)
 from jce._softmax.kernel import kernel, kernel_sharing
 from jce._softmax.softmax import centered, softmax
 
 
-@public("axis", "axis_name")
+@public("axis", "axis_name", numbers=("temperature",))
 def kl_divergence_with_logits(
     p_logits: ArrayLike,
     q_logits: ArrayLike,
     *,
+    temperature: ArrayLike = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
     axis_name: Hashable | None = None,
@@ -40,6 +49,9 @@ def kl_divergence_with_logits(
     Args:
       p_logits: real, [..., n, ...], the target's logits (or log-probabilities) of n classes along `axis`.
       q_logits: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
+      temperature: T > 0, a number, by which both are divided first. The result isn't multiplied by T². T divides the
+        difference of the logits, so rows that are nearly the same are compared as exactly as at T = 1. If you divide
+        the logits yourself, each is rounded, and that difference is lost.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
       axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
@@ -50,14 +62,15 @@ def kl_divergence_with_logits(
     At the boundary:
       A logit of -∞ is a class of probability 0. In p it contributes 0, with ∂KL/∂p_logits = 0. In q alone it makes
       KL = +∞, with ∂KL/∂p_logits = +∞ at it and -∞ at the other classes of p > 0, and ∂KL/∂q_logits = q - p as usual.
-      A row with a NaN, a +∞ or only -∞ is NaN.
+      A row with a NaN, a +∞ or only -∞ is NaN. Where KL = +∞, the derivative in a traced temperature is NaN.
 
     Derivative:
-      ∂KL/∂p_logitsᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂q_logitsᵢ = qᵢ - pᵢ, each in its argument's dtype.
+      ∂KL/∂p_logitsᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂q_logitsᵢ = qᵢ - pᵢ, each in its argument's dtype. At a temperature T
+      both are divided by T, and a traced T has a derivative too.
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
-      ValueError: shapes, `axis` or `where` don't fit.
+      ValueError: shapes, `axis` or `where` don't fit, or temperature isn't above 0.
 
     Not checked:
       Values. Logits above an eighth of the largest float, 4e37 in float32, overflow.
@@ -68,7 +81,8 @@ def kl_divergence_with_logits(
     (x, y), classes = distributions(
         "kl_divergence_with_logits", axis, where, axis_name, in_logits=names, p_logits=p_logits, q_logits=q_logits
     )
-    return kl_of_softmax(x, y, None, classes)
+    t = positive("kl_divergence_with_logits", x.dtype, temperature=temperature)
+    return kl_of_softmax(*at_common_temperature(x, y, t, classes), classes)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))

@@ -10,12 +10,14 @@ both rows are combined by formulas in which nothing cancels where p ≈ q:
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from jce._jax.arguments import is_array
 from jce._jax.classes import Classes
 from jce._jax.varying import like, vary_over, varying
 from jce._numerics.calculus import custom_jvp
@@ -122,6 +124,20 @@ def _over_where_possible(z, t, *rows):
     """z/t; where an entry of the rows is -∞, z/t doesn't depend on t, and its derivative in t is 0 instead of NaN."""
     possible = functools.reduce(jnp.minimum, map(lax.stop_gradient, rows)) > -jnp.inf
     return over(z, jnp.where(possible, t, lax.stop_gradient(t)))
+
+
+def at_common_temperature(
+    x: Array, y: Array, temperature: float | Array, classes: Classes
+) -> tuple[Array, Array, Array | None]:
+    """Both rows over one temperature, up to a constant per row, and their difference with more digits; None for that
+    where x/T isn't rounded. The difference has a derivative in a traced temperature alone."""
+    if not is_array(temperature):
+        if temperature == 1:
+            return x, y, None
+        if math.frexp(temperature)[0] == 0.5:  # a power of 2
+            return *(over(z, like(jnp.asarray(temperature, z.dtype), z)) for z in (x, y)), None
+    x, y, d = divided(x, y, jnp.asarray(temperature, x.dtype), classes)
+    return x, y, d if is_array(temperature) else lax.stop_gradient(d)
 
 
 def divided(x: Array, y: Array, t: Array, classes: Classes) -> tuple[Array, Array, Array]:

@@ -51,7 +51,7 @@ class Way(Classes, ABC):
 
     @abstractmethod
     def maximum(self, x: Array) -> Array:
-        """m = max x, and NaN where it is +∞."""
+        """m = max x. Where it is +∞, x - m must be NaN at some class."""
 
     @abstractmethod
     def sums(self, x: Array) -> Sums: ...

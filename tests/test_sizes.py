@@ -35,9 +35,9 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(53, 11, drops_nan=True),
+    "small": Size(29, 11, drops_nan=True),
     "many rows": Size(1_200, 7),
-    "long rows": Size(53, LONGEST_ROW + 132),
+    "long rows": Size(29, LONGEST_ROW + 132),
 }
 QUICK = [(size, "float32") for size in SIZES]
 SLOW = [("many rows", "float64"), ("long rows", "float64"), ("many rows", "bfloat16"), ("many rows", "float16")]
@@ -82,8 +82,10 @@ DROPPING = {"maximum": of_two(jnp.maximum), "minimum": of_two(jnp.minimum), "max
 
 
 @pytest.fixture
-def dropping(size):
-    with mock.patch.multiple(jnp, **DROPPING) if size.drops_nan else contextlib.nullcontext():
+def dropping(size, request):
+    """Only a CPU's sums drop a NaN, so not those of `--as-on` another device."""
+    drops = size.drops_nan and not request.config.option.as_on
+    with mock.patch.multiple(jnp, **DROPPING) if drops else contextlib.nullcontext():
         yield
 
 
@@ -144,10 +146,10 @@ def agrees(got, expected, dtype):
 @each_kernel
 @each_batch(long_rows_are_slow=False)
 def test_each_row(kernel, size, dtype, rng, dropping):
-    """Values and derivatives in both modes, where every second row is an edge case. The others are as without them."""
+    """Values and derivatives in both modes, where some rows are edge cases. The others are as without them."""
     corners, without = corners_of(kernel, dtype), ordinary(kernel, rng, size, dtype)
     batch, positions = [x.copy() for x in without], tuple(range(len(without)))
-    at = range(1, 2 * len(corners), 2)
+    at = range(1, 1 + len(corners))
     for row, corner in zip(at, corners, strict=True):
         for x, numbers in zip(batch, in_a_row(kernel, corner, size.classes), strict=True):
             x[row] = numbers

@@ -111,8 +111,9 @@ def _of_chunk(number, one, _, class_axis):
     classes = Classes(-1, class_axis)
 
     def kl(chunk, traced, *_):
+        x, y = chunk
         t = traced[0] if number is None else number
-        return [kl_of_softmax(*at_common_temperature(*chunk, t, classes), classes)]
+        return [kl_of_softmax(*at_common_temperature(x, y, t, classes), classes)]
 
     double = jnp.float64 in [x.dtype for x in one]
     return OfChunk(kl, jax.ShapeDtypeStruct((), jnp.float64 if double else jnp.float32))

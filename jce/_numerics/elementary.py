@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 # By default a TPU approximates these, which leaves errors of 1e-4 in a loss. On a CPU and a GPU nothing changes.
 exp, log, tanh = (functools.partial(f, accuracy=lax.AccuracyMode.HIGHEST) for f in (lax.exp, lax.log, lax.tanh))
@@ -91,7 +92,7 @@ def reused(x: Array) -> Array:
     return at_least(jnp.finfo(x.dtype).min, x)
 
 
-def at_least(least: float, x: Array) -> Array:
+def at_least(least: ArrayLike, x: Array) -> Array:
     """max(x, least), and NaN where x is: XLA may drop a NaN from a maximum (`classes.py`), but not from a clamp.
 
     On a CPU a clamp can't be part of a sum: it is for formulas that end in a select, which can't either.

@@ -135,7 +135,8 @@ def at_common_temperature(
         if temperature == 1:
             return x, y, None
         if math.frexp(temperature)[0] == 0.5:  # a power of 2
-            return *(over(z, like(jnp.asarray(temperature, z.dtype), z)) for z in (x, y)), None
+            t = like(jnp.asarray(temperature, x.dtype), x)
+            return over(x, t), over(y, t), None
     x, y, d = divided(x, y, jnp.asarray(temperature, x.dtype), classes)
     return x, y, d if is_array(temperature) else lax.stop_gradient(d)
 

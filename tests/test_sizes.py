@@ -203,6 +203,29 @@ def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
                 assert np.isnan(norm) == np.isnan(gradient).any()
 
 
+@pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)
+@each_batch(long_rows_are_slow=True)
+def test_a_hessian_vector_product_of_logits(kernel, size, dtype, rng, dropping):
+    """It is NaN in all classes of a row with a NaN or a +∞ in its logits, and in no other row."""
+    arguments = ordinary(kernel, rng, size, dtype)
+    i = next(i for i, name in enumerate(kernel.arguments) if "logits" in name)
+    broken = {1: (0, np.nan), 2: (size.classes // 2, np.nan), 3: (0, np.inf), 4: (size.classes - 1, np.inf)}
+    for row, (k, number) in broken.items():
+        arguments[i][row, k] = number
+
+    @jax.jit
+    def product(x, along):
+        def gradient(x):
+            return jax.grad(lambda x: total(kernel)(*arguments[:i], x, *arguments[i + 1 :]))(x)
+
+        return jax.jvp(gradient, (x,), (along,))[1]
+
+    with jax.enable_x64(dtype == "float64"):
+        got = np.isnan(np.float64(product(arguments[i], rng.standard_normal(arguments[i].shape).astype(dtype))))
+    assert got[[*broken]].all()
+    assert not np.delete(got, [*broken], 0).any()
+
+
 @each_with_classes
 @each_batch(long_rows_are_slow=True)
 def test_a_masked_class(kernel, size, dtype, rng, dropping):

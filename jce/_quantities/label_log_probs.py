@@ -151,8 +151,9 @@ def _zero(z, x, classes):
 
 @_zero.defjvp
 def _zero_rule(classes, primals, tangents):
-    z, x, t = *primals, tangents[1]
-    return _zero(z, x, classes), classes.sum(mul0(classes.broadcast(z - z, t), t))[..., None]
+    t = tangents[1]
+    zero = _zero(*primals, classes)  # in the tangent too, so that the next derivative is NaN as well
+    return zero, classes.sum(mul0(classes.broadcast(zero[..., 0], t), t))[..., None]
 
 
 # Looking labels up

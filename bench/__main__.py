@@ -3,113 +3,136 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's warnings of a constant that takes a second to fold
 
 from jce._programs.command_line import Parser, run
 
-PROGRAM = "python -m bench"
-
-try:
-    import jax
+if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from bench import (
-        accelerators,
-        accuracy,
-        first_call,
-        memory,
-        peers,
-        pictures,
-        results,
-        scale,
-        search,
-        speed,
-        tables,
-        verify,
-    )
-except ModuleNotFoundError as error:
-    print(f"{PROGRAM} needs {error.name}, which isn't installed: pip install -e '.[bench]'", file=sys.stderr)
-    raise SystemExit(2) from None
+PROGRAM = "python -m bench"
+VERIFY = "verify"
+BENCHES = ("accuracy", "search", "speed", "first-call", "memory", "scale", "accelerators", VERIFY)
+RESULTS = pathlib.Path(__file__).parent / "results"
 
-BENCHES: dict[str, ModuleType] = {
-    "accuracy": accuracy,
-    "search": search,
-    "speed": speed,
-    "first-call": first_call,
-    "memory": memory,
-    "scale": scale,
-    "accelerators": accelerators,
-    "verify": verify,
-}
+
+# What `verify` imports is installed by an extra of its own. So a benchmark's module, and what reports its results, is
+# imported when the command line is known.
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(f"bench.{name.replace('-', '_')}")
+
+
+def import_all(benches: Sequence[str]) -> None:
+    """Imports what these benchmarks need; if a package isn't installed, says which extra to install."""
+    only_verify = set(benches) == {VERIFY}
+    try:
+        for name in ["tables", *benches, *([] if only_verify else ["pictures"])]:
+            module(name)
+    except ModuleNotFoundError as error:
+        extra = VERIFY if only_verify else "bench"
+        print(f"{PROGRAM} needs {error.name}, which isn't installed: pip install -e '.[{extra}]'", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def measured(name: str, quick: bool, only: str, path: pathlib.Path, options: dict) -> list[dict]:
     """The lines of one benchmark, with a progress bar while it runs; they take the place of those in the file.
 
-    Where it didn't run to its end, or for some functions, the file's other lines stay.
+    Where it didn't run to its end, or for some functions or rows, the file's other lines stay.
     """
+    from bench import results
+
     around = results.environment({"quick": quick, "only": only} | options)
     if name == "search":
         options = options | {"known": (str(path),)}
-    kept, lines, cases = results.read(path) if path.exists() else [], [], BENCHES[name].run(quick, only, **options)
+    kept, lines = results.read(path) if path.exists() else [], []
+    for found in with_progress(name, module(name).run(quick, only, **options)):
+        lines += [results.complete(line, name, around) for line in found]
+        results.write(results.merged(kept, lines), path)  # now, since an interrupt ends the process
+    if not only and not options.get("long_rows"):
+        results.write(results.merged([], lines), path)
+    return lines
+
+
+def with_progress(name: str, cases: Iterator[tuple[str, list[dict]]]) -> Iterator[list[dict]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = TextColumn(f"{name} {{task.description}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=int(next(cases)[0]))
         for label, found in cases:
-            lines += [results.complete(line, name, around) for line in found]
-            results.write(results.merged(kept, lines), path)  # now, since an interrupt ends the process
+            yield found
             progress.update(bar, advance=1, description=label)
-    if not only:
-        results.write(results.merged([], lines), path)
-    return lines
 
 
 def report(name: str, lines: list[dict], path: pathlib.Path, old: list[dict], console: Console) -> None:
+    from bench import results, tables
+
     for table in tables.TABLES[name](lines):
         console.print(table)
-    if name in pictures.PICTURES:
-        pictures.PICTURES[name](results.read(path), path.with_suffix(".png"))
+    if name != VERIFY and name in module("pictures").PICTURES:
+        module("pictures").PICTURES[name](results.read(path), path.with_suffix(".png"))
     if old:
         same = [line for line in old if line["bench"] == name]
         console.print(tables.moved(list(results.moved(same, lines))))
 
 
+def file_of(name: str, quick: bool) -> str:
+    import jax
+
+    on = {"accelerators": lambda: "compiled", VERIFY: lambda: module(VERIFY).file_name()}
+    return f"{name}-{on.get(name, jax.default_backend)()}{'-quick' if quick else ''}.jsonl"
+
+
+def cannot(benches: Sequence[str]) -> Iterator[str]:
+    """What isn't installed, and what isn't measured without it."""
+    if set(benches) != {VERIFY} and (skipped := module("peers").missing()):
+        yield f"skipped, since not installed: {', '.join(skipped)} (pip install -e '.[bench]')"
+    if "accelerators" in benches and (packages := module("accelerators").missing()):
+        yield f"accelerators needs {', '.join(packages)}: pip install -e '.[bench,accelerators]'"
+
+
+def options_of_search(args: argparse.Namespace) -> dict:
+    seconds = module("search").SECONDS if args.seconds is None else args.seconds
+    return {"seconds": seconds, "seed": args.seed, "long_rows": args.long_rows}
+
+
 def _run(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
     console = Console(width=None if sys.stdout.isatty() else 200)
-    if skipped := peers.missing():
-        console.print(f"skipped, since not installed: {', '.join(skipped)} (pip install -e '.[bench]')", markup=False)
-    for name in args.benches or BENCHES:
-        if name == "accelerators" and (packages := accelerators.missing()):
-            console.print(f"{name} needs {', '.join(packages)}: pip install -e '.[bench,accelerators]'", markup=False)
+    for line in cannot(args.benches):
+        console.print(line, markup=False)
+    for name in args.benches:
+        if name == "accelerators" and module(name).missing():
             continue
-        on = {"accelerators": "compiled", "verify": verify.file_name()}.get(name, jax.default_backend())
-        path = args.out / f"{name}-{on}{'-quick' if args.quick else ''}.jsonl"
-        options = {"seconds": args.seconds, "seed": args.seed} if name == "search" else {}
-        lines = measured(name, args.quick, args.only, path, options)
+        path = args.out / file_of(name, args.quick)
+        lines = measured(name, args.quick, args.only, path, options_of_search(args) if name == "search" else {})
         if not lines:
             console.print(f"{name}: nothing that it measures has {args.only!r} in its name\n", markup=False)
             continue
-        to_send = f". {verify.TO_SEND}" if name == "verify" else ""
         report(name, lines, path, args.compare, console)
+        to_send = f". {module(name).TO_SEND}" if name == VERIFY else ""
         console.print(f"{len(lines)} lines{to_send}: {path}\n")
-        BENCHES[name].check(lines)
+        module(name).check(lines)
 
 
 def _results(name: str) -> list[dict]:
     try:
-        return results.read(pathlib.Path(name))
+        return module("results").read(pathlib.Path(name))
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"can't read {name!r}: {error.strerror}") from None
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise ValueError(f"can't read {name!r}: {error.strerror}") from None
 
 
 def _folder(name: str) -> pathlib.Path:
@@ -122,30 +145,43 @@ def _folder(name: str) -> pathlib.Path:
 
 
 def _function(text: str) -> str:
-    labels = list(dict.fromkeys([*(task.label for task in peers.TASKS), *search.NAMES]))
+    labels = list(dict.fromkeys([*(task.label for task in module("peers").TASKS), *module("search").NAMES]))
     if not any(text in label for label in labels):
-        raise argparse.ArgumentTypeError(f"must be part of a function's name, not {text!r}: {'; '.join(labels)}")
+        raise ValueError(f"must be part of a function's name, not {text!r}: {'; '.join(labels)}")
     return text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints tables, writes lines and pictures; the exit status is 2 for wrong input, 130 if interrupted."""
-    parser = Parser(
+def parser() -> Parser:
+    made = Parser(
         prog=PROGRAM,
         description="Measure jce beside its peers: accuracy, speed, memory, scale, accelerators; search for errors;"
         " verify what is claimed, on this device.",
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("benches", metavar="BENCH", nargs="*", help=f"Of {', '.join(BENCHES)}; all where none is given.")
     add("--quick", action="store_true", help="Small inputs, some functions: four minutes in all.")
-    add("--only", "--of", type=_function, default="", metavar="NAME", help="Functions with this in their name.")
-    add("--out", type=_folder, default=str(results.FOLDER), metavar="DIR", help="Where lines and pictures go.")
-    add("--compare", type=_results, default=[], metavar="OLD.jsonl", help="Print what moved beyond the noise since.")
-    add("--seconds", type=float, default=search.SECONDS, metavar="S", help="How long search tries each function.")
-    add("--seed", type=int, default=0, metavar="N", help="Of what search draws.")
-    args = parser.parse_args(argv)
+    add("--only", "--of", default="", metavar="NAME", help="Functions with this in their name.")
+    add("--out", type=_folder, default=str(RESULTS), metavar="DIR", help="Where lines and pictures go.")
+    add("--compare", default="", metavar="OLD.jsonl", help="Print what moved beyond the noise since.")
+    add("--seconds", type=float, metavar="S", help="How long search tries each function: 30 where none is given.")
+    add("--seed", type=int, default=0, metavar="N", help="The seed of search's random numbers.")
+    add("--long-rows", action="store_true", help="Search only rows of thousands of classes.")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints tables, writes lines and pictures; the exit status is 2 for wrong input, 130 if interrupted."""
+    parsing = parser()
+    args = parsing.parse_args(argv)
     if unknown := [name for name in args.benches if name not in BENCHES]:
-        parser.error(f"BENCH must be one of {', '.join(BENCHES)}, not {unknown[0]!r}")
+        parsing.error(f"BENCH must be one of {', '.join(BENCHES)}, not {unknown[0]!r}")
+    args.benches = args.benches or list(BENCHES)
+    import_all(args.benches)
+    try:
+        args.only = _function(args.only)
+        args.compare = _results(args.compare) if args.compare else []
+    except ValueError as error:
+        parsing.error(str(error))
     _run(args)
     return 0
 

@@ -15,6 +15,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 
 from bench.engines import GRADIENT
 from bench.results import best_peer, grouped, worst
+from bench.tables import written
 
 EXACT, USABLE, WRONG = 5, 100, 1e5  # ulps: float32 has 1.7e7 of them to lose
 PANELS = [
@@ -24,16 +25,6 @@ PANELS = [
     ("binary_kl_divergence", "value", "KL divergence of two probabilities"),
 ]
 COLOURS = ["#2c7fb8", "#a6d9e4", "#fed98e", "#fe9929", "#cc4c02"]
-
-
-def written(x: float) -> str:
-    if math.isinf(x):
-        return "NaN"
-    return f"{x:.0f}" if x < 1000 else f"10{superscript(math.floor(math.log10(x)))}"
-
-
-def superscript(n: int) -> str:
-    return str(n).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def accuracy(lines: list[dict], path: pathlib.Path) -> None:

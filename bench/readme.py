@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from bench import results
 from bench.accelerators import HEAD, HEAD_FUNCTIONS, TWO_HEADS
@@ -15,14 +15,16 @@ from bench.engines import GRADIENT, MODES, VALUE
 from bench.models import MODELS
 from bench.peers import TASKS, Task
 from bench.results import grouped
+from bench.search import child
 from bench.search.corpus import worst as largest
+from bench.search.functions import BARS, IN_BLOCKS, LONG, OTHERS, WHOLE
 from bench.tables import where
 
 README = pathlib.Path(__file__).parent / "README.md"
 DENSE = ("optax, bfloat16 logits", "jax, bfloat16 logits")  # the first that there is
 BIG = "Llama 3.2 1B"  # where there are two heads
 NOTES = {HEAD: "", "linear_map": ", with entropies", TWO_HEADS: ", KL of two"}
-SEARCHED = ("", "off the grid", "1,000 classes")  # kinds of arguments, at first all others
+CPU, ACCELERATORS = "on a CPU", "as accelerators sum"
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- bench -->)", re.DOTALL)
 
 
@@ -156,31 +158,87 @@ def rows() -> str:
 
 
 def first_call() -> str:
-    """Of value and gradient: seconds of the processor, and how many times the quickest peer's."""
-    groups = grouped([x for x in lines("first-call") if x["mode"] == GRADIENT], "function")
-    table = []
-    for (function,), found in groups.items():
+    """Seconds of processor time, and their ratio to the quickest peer's: value alone, then value and gradient."""
+
+    def cells(function: str, mode: str) -> list[str]:
+        found = groups[function, mode]
         peers = {library: x for library, x in found.items() if library != "jce"}
         best = min(peers, key=lambda library: peers[library]["first_call"])
-        ours = found["jce"]
-        quickest = f"{peers[best]['jce_over_it']:.1f} ({best})"
-        table.append([f"`{function}`", f"{ours['first_call']:.2f}", quickest, f"{ours['jaxpr_lines']:,}"])
-    return markdown(["", "seconds", "over the quickest peer", "lines of its jaxpr"], table)
+        return [f"{found['jce']['first_call']:.2f}", f"{peers[best]['jce_over_it']:.1f} ({best})"]
+
+    groups = dict(grouped(lines("first-call"), "function", "mode").items())
+    functions = dict.fromkeys(function for function, _ in groups)
+    table = [[f"`{function}`", *cells(function, VALUE), *cells(function, GRADIENT)] for function in functions]
+    titles = ("value, seconds", "over the quickest peer", "with gradient, seconds", "over the quickest peer")
+    return markdown(["", *titles], table)
 
 
 def search() -> str:
-    """The largest known errors: of few classes or none, and beside the grid, and of many classes; and where."""
+    """The largest known errors in single numbers and rows of few classes, and where the largest on a CPU is."""
+
+    def column(line):
+        if classes(line):
+            return ""
+        device = CPU if line["device"] == "CPU" else ACCELERATORS
+        return f"{child.OFF_GRID}, {device}" if line["arguments"] == child.OFF_GRID else device
+
+    found = largest_errors(column)
+    columns = [CPU, ACCELERATORS, f"{child.OFF_GRID}, {CPU}", f"{child.OFF_GRID}, {ACCELERATORS}"]
+    rows = {keys: cells for keys, of in found.items() if any(cells := ulps(of, columns))}
+    at = {keys: where(found[keys][CPU]) if CPU in found[keys] else "" for keys in rows}
+    table = [[f"`{keys[0]}`", keys[1], *cells, at[keys]] for keys, cells in rows.items()]
+    return markdown(["function", "quantity", *columns, "largest on a CPU at"], table)
+
+
+def bars() -> str:
+    """The bounds that the tests hold: ulps of a value / a first derivative."""
+    tail = "log_probs_with_integer_labels, tail"
+    named = [
+        ("single numbers, and rows of 2 to 16 classes", "rows"),
+        ("… KL and generalized KL", "kl_divergence"),
+        ("… Jensen–Shannon", "jensen_shannon_divergence"),
+        ("… a tail's log-probability", tail),
+        ("rows of 1,000 to 32,768 classes", WHOLE),
+        ("… a tail's log-probability", f"{tail}, {WHOLE}"),
+        ("rows of 50,257 to 262,144 classes", IN_BLOCKS),
+        ("… a tail's log-probability", f"{tail}, {IN_BLOCKS}"),
+    ]
+    rows = []
+    for name, key in named:
+        on_cpu = BARS[key][:2]
+        others = "not searched" if key.endswith((WHOLE, IN_BLOCKS)) else told(OTHERS * bar for bar in on_cpu)
+        rows.append([name, told(on_cpu), others])
+    return markdown(["at most so many ulps, value / first derivative", CPU, ACCELERATORS], rows)
+
+
+def told(bars: Iterable[float]) -> str:
+    return " / ".join(f"{bar:g}" for bar in bars)
+
+
+def long_rows() -> str:
+    """The largest known errors in rows of many classes, on a CPU."""
+    columns = [f"{n:,} classes" for n in LONG]
+    found = largest_errors(classes)
+    table = [[f"`{function}`", quantity, *ulps(of, columns)] for (function, quantity), of in found.items()]
+    return markdown(["function", "quantity", *columns], [row for row in table if any(row[2:])])
+
+
+def classes(line: dict) -> str:
+    """How many, for rows of many."""
+    return line["arguments"].removesuffix(", structured") if "classes" in line["arguments"] else ""
+
+
+def largest_errors(column: Callable[[dict], str]) -> dict[tuple, dict[str, dict]]:
+    """By function and quantity, and in it by column, the line of the largest error."""
     groups: dict[tuple, dict[str, dict]] = {}
-    for line in lines("search"):
-        column = line["arguments"] if line["arguments"] in SEARCHED[1:] else SEARCHED[0]
+    for line in filter(lambda line: line["worst"], lines("search")):
         found = groups.setdefault((line["function"], line["quantity"]), {})
-        if line["worst"] and (column not in found or largest(line) > largest(found[column])):
-            found[column] = line
-    table = []
-    for (function, quantity), found in groups.items():
-        cells = [f"{largest(found[column]):.3g}" if column in found else "" for column in SEARCHED]
-        table.append([f"`{function}`", quantity, *cells, where(found[SEARCHED[0]]) if SEARCHED[0] in found else ""])
-    return markdown(["function", "quantity", "ulps", *SEARCHED[1:], "at"], table)
+        found[column(line)] = max(found.get(column(line), line), line, key=largest)
+    return groups
+
+
+def ulps(found: dict[str, dict], columns: list[str]) -> list[str]:
+    return [f"{largest(found[column]):.3g}" if column in found else "" for column in columns]
 
 
 TABLES = {
@@ -190,7 +248,9 @@ TABLES = {
     "memory": memory,
     "rows": rows,
     "first_call": first_call,
+    "bars": bars,
     "search": search,
+    "long_rows": long_rows,
 }
 
 

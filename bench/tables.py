@@ -7,9 +7,19 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from bench import verify as verifying
-from bench.pictures import written
 from bench.results import best_peer, grouped, worst
+from bench.search import corpus, long_rows
+from bench.verify.claims import CLAIMS, Claim, Found
+
+
+def written(x: float) -> str:
+    if math.isinf(x):
+        return "NaN"
+    return f"{x:.0f}" if x < 1000 else f"10{superscript(math.floor(math.log10(x)))}"
+
+
+def superscript(n: int) -> str:
+    return str(n).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def table(title: str, columns: list[str], rows: Iterable[list[str]], legend: str) -> Table:
@@ -71,13 +81,16 @@ def search(lines: list[dict]) -> Iterable[Table]:
 
 def where(line: dict) -> str:
     """The worst argument, short."""
+    at = line["worst"][0]["at"]
+    if corpus.is_recipe(at):
+        return "; ".join(map(str, long_rows.recipes(at)))
 
     def short(x):
         if not isinstance(x, list):
             return f"{x:.7g}"
         return f"[{', '.join(f'{y:.4g}' for y in x[:4])}{', …' if len(x) > 4 else ''}]"
 
-    return ", ".join(short(x) for name, x in line["worst"][0]["at"].items())
+    return ", ".join(short(x) for x in at.values())
 
 
 def speed(lines: list[dict]) -> Iterable[Table]:
@@ -198,24 +211,40 @@ def accelerators_row(label: str, found: dict[str, dict]) -> list[str]:
 
 
 def verify(lines: list[dict]) -> Iterable[Table]:
-    """A table for each claim, of each function what is nearest to its bound or beyond; and how many hold."""
+    """A table for each claim, and how many hold."""
     environment = lines[0]["environment"]
     on = f"On {environment['device']}, JAX {environment['jax']}"
     on += f", {environment['driver']}" if "driver" in environment else ""
-    words, counts = {True: "yes", False: "no", None: "–"}, []
-    for claim in verifying.CLAIMS:
-        worst_of: dict[str, verifying.Found] = {}
-        for found in claim.found(lines):
-            worst_of[found.of] = max(worst_of.get(found.of, found), found, key=lambda x: x.measured / (x.said or 1))
-        rows = [
-            [x.of, "–" if x.said is None else f"{x.said:.3g}", f"{x.measured:.3g}", words[claim.holds(x)], x.detail]
-            for x in worst_of.values()
-        ]
-        if rows:
-            yield table(claim.text, ["", "said", "measured", "holds", ""], rows, f"Said: {claim.source}. {on}.")
-            held = [claim.holds(x) for x in worst_of.values() if x.said is not None]
+    counts = []
+    for claim in CLAIMS:
+        found = nearest_to_the_claim(claim.found(lines))
+        if found:
+            yield of_claim(claim, found, on)
+        if held := [claim.holds(x) for x in found if x.said is not None]:
             counts.append([claim.text, f"{sum(held)} of {len(held)}"])
-    yield table("What holds", ["", "holds"], counts, f"{on}; where nothing is said, nothing is counted.")
+    yield table("What holds", ["claim", "holds"], counts, f"{on}.")
+
+
+def nearest_to_the_claim(found: Iterable[Found]) -> list[Found]:
+    """For each function what is nearest to what is claimed, or furthest beyond it."""
+    worst_of: dict[str, Found] = {}
+    for x in found:
+        worst_of[x.of] = max(worst_of.get(x.of, x), x, key=lambda x: x.measured / (x.said or 1))
+    return list(worst_of.values())
+
+
+def of_claim(claim: Claim, found: list[Found], on: str) -> Table:
+    """Its columns are those that have something in them."""
+    words = {True: "yes", False: "no", None: ""}
+    columns = ["function", "claimed", "measured", "holds", "detail"]
+    rows = [
+        [x.of, "" if x.said is None else f"{x.said:.3g}", f"{x.measured:.3g}", words[claim.holds(x)], x.detail]
+        for x in found
+    ]
+    kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    said = any(x.said is not None for x in found)
+    source = f"Claimed in {claim.source}." if said else "Nothing is claimed for this device."
+    return table(claim.text, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows], f"{source} {on}.")
 
 
 def moved(changes: list[tuple[dict, str, float, float]]) -> Table:

@@ -393,6 +393,26 @@ def test_verify_says_what_holds_and_where_to_send_it(tmp_path, capsys):
     assert corners["of"] == 3 * len(ROWS["binary_kl_divergence"].corners)
 
 
+def test_verify_prints_no_empty_column_or_count():
+    corners = {"function": "f", "library": "jce", "wrong": 0, "of": 3, "at": []}
+    optax = {"function": "f", "library": "optax", "model": "m", "mode": "value", "seconds": [1, 1, 1]}
+    lines = on(A100, [corners, optax | {"jce_over_it": [1.0, 1.1, 1.2], "shape": [1]}])
+    printed = {table.title: table for table in tables.TABLES["verify"](lines)}
+    headers = {title: [str(column.header) for column in table.columns] for title, table in printed.items()}
+    assert headers["Time over that of optax"] == ["function", "measured", "detail"]  # nothing is claimed for an A100
+    assert "Nothing is claimed" in printed["Time over that of optax"].caption
+    assert headers["At 0, 1, ±∞ and NaN: entries that aren't the docstrings'"][-1] == "holds"
+    held = dict(zip(*(column.cells for column in printed["What holds"].columns), strict=True))
+    assert "Time over that of optax" not in held
+    assert set(held.values()) == {"1 of 1"}
+
+
+def test_an_accelerator_is_held_to_its_own_bounds():
+    line = {"function": "linear_cross_entropy", "library": "jce", "quantity": "value", "arguments": "any", "ulps": 9.0}
+    assert verdicts(claims.of_ulps, on("CPU, 2 cores", [line])) == {"linear_cross_entropy": [False]}
+    assert verdicts(claims.of_ulps, on(H100, [line])) == {"linear_cross_entropy": [True]}
+
+
 def test_a_kernel_that_loses_its_digits_does_not_hold(monkeypatch):
     def textbook(x):
         return jax.nn.logsumexp(x, axis=-1) - x[..., 0]

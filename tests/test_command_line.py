@@ -127,7 +127,7 @@ NAMED = {
     "jce.next_word": "TEXT, --steps, --seed, (default: 300)",
     "jce.max_margin": "--steps, --out, (default: 100000)",
     "jce.distill": "TEXT, --steps, --seed, --out, (default: 300)",
-    "bench": f"{BENCHES}, --quick, --only, --of, --out, --compare, --seconds, --seed",
+    "bench": f"{BENCHES}, --quick, --only, --of, --out, --compare, --seconds, --seed, --long-rows",
     "bench.devices": "--flops, --bandwidth, --latency, (default: 4e+14",
     "bench.overview": "--out, overview-cpu.png",
     "bench.pages": "[-h] [FOLDER]",
@@ -163,6 +163,7 @@ MISSING = [
     ("jce.max_margin", "sklearn", "'jce[demo]'"),
     ("jce.distill", "matplotlib", "'jce[demo]'"),
     ("bench", "rich", "-e '.[bench]'"),
+    ("bench verify", "mpmath", "-e '.[verify]'"),
     ("bench.pages", "material", "-e '.[docs]'"),
 ]
 ROWS = [pytest.param(*row, marks=[] if row[1] == "sklearn" else pytest.mark.slow) for row in MISSING]
@@ -171,9 +172,21 @@ ROWS = [pytest.param(*row, marks=[] if row[1] == "sklearn" else pytest.mark.slow
 @pytest.mark.parametrize(("program", "package", "install"), ROWS)
 def test_missing_extra(program, package, install, tmp_path):
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
-    run = subprocess.run(**in_folder(tmp_path, program), capture_output=True, text=True)
+    program, *arguments = program.split()
+    run = subprocess.run(**in_folder(tmp_path, program, *arguments), capture_output=True, text=True)
     needs = f"python -m {program} needs {package}, which isn't installed: pip install {install}\n"
     assert (run.returncode, run.stdout, run.stderr) == (2, "", needs)
+
+
+@pytest.mark.slow
+def test_verify_needs_its_extra_alone(tmp_path):
+    for package in ("allpairspy", "chex", "flatbuffers", "hypothesis", "jupytext", "matplotlib", "sklearn", "tqdm"):
+        (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
+    arguments = ["verify", "--quick", "--only", "division", "--out", str(tmp_path)]
+    run = subprocess.run(**in_folder(tmp_path, "bench", *arguments), capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "What holds" in run.stdout
+    assert "installed" not in run.stdout
 
 
 # A program, its arguments, what to put in a package's place, and what it says before it is interrupted

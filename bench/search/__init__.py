@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from bench import children, results
 from bench.search.corpus import worst
@@ -24,29 +25,46 @@ SECONDS = 30.0
 NAMES = [searched.label for searched in ALL] + [elementary.label for elementary in ELEMENTARY] + [DIVISION]
 
 
-def todo(quick: bool, only: str) -> dict[str, list[str]]:
-    """By device, of which functions: only sums of rows differ between devices."""
+class Part(NamedTuple):
+    """A part of the search, in a process of its own."""
+
+    device: str
+    long: bool
+    functions: list[str]
+
+
+def parts(quick: bool, only: str, long_rows: bool) -> list[Part]:
+    """Only sums of rows differ between devices. Long rows are searched as a CPU sums them: this CPU would add the
+    numbers of an accelerator's row one after another, which says nothing about an accelerator."""
     of_rows = [searched.label for searched in ALL if searched.kernel.has_classes]
     on_others = [label for label in of_rows if label in QUICK_ON_OTHERS or not quick]
-    functions = {device: NAMES if device == "CPU" else on_others for device in DEVICES}
-    return {device: [label for label in some if only in label] for device, some in functions.items()}
+    long = [searched.label for searched in ALL if searched.long and searched.label in on_others]
+    some = [Part(device, False, NAMES if device == "CPU" else on_others) for device in DEVICES]
+    some = [Part("CPU", True, long)] if long_rows else [*some, Part("CPU", True, long)]
+    kept = [part._replace(functions=[label for label in part.functions if only in label]) for part in some]
+    return [part for part in kept if part.functions]
 
 
 def run(
-    quick: bool, only: str = "", seconds: float = SECONDS, seed: int = 0, known: tuple[str, ...] = ()
+    quick: bool,
+    only: str = "",
+    seconds: float = SECONDS,
+    seed: int = 0,
+    known: tuple[str, ...] = (),
+    long_rows: bool = False,
 ) -> Iterator[tuple[str, list[dict]]]:
     """A label of what was searched, and its lines; at first the number of them all as a label.
 
-    So many seconds for each function as each device sums rows, all its quantities together, but a few batches when
-    quick. It goes on from the arguments of the first file of `known` that there is.
+    So many seconds for each function as each device sums rows, and as many for its long rows, all its quantities
+    together, but a few batches when quick. It goes on from the arguments of the first file of `known` that there is.
+    With `long_rows` it searches long rows alone.
     """
-    functions = todo(quick, only)
-    yield str(sum(map(len, functions.values()))), []
-    for device, some in functions.items():
-        if some:
-            what = {"device": device, "functions": some, "quick": quick, "seconds": seconds, "seed": seed}
-            what["known"] = [*known, str(PUBLISHED)]
-            yield from children.lines("bench.search.child", what, dict(os.environ))
+    todo = parts(quick, only, long_rows)
+    yield str(sum(len(part.functions) for part in todo)), []
+    for part in todo:
+        what = part._asdict() | {"quick": quick, "seconds": seconds, "seed": seed}
+        what["known"] = [*known, str(PUBLISHED)]
+        yield from children.lines("bench.search.child", what, dict(os.environ))
 
 
 def check(lines: list[dict]) -> None:

@@ -9,8 +9,8 @@ import mpmath as mp
 import numpy as np
 
 from bench import children
-from bench.search import climb, corpus, floats
-from bench.search.functions import ALL, FEW, HVP, MANY, VALUE, Searched
+from bench.search import climb, corpus, floats, long_rows
+from bench.search.functions import ALL, FEW, HVP, MANY, VALUE, Searched, structured
 from bench.search.judging import by_mpmath, judged
 from jce._jax import platforms as _platforms
 
@@ -125,6 +125,18 @@ def line(searched: Searched, quantity: str, arguments: str, device: str, worst: 
     }
 
 
+def lines_of_long_rows(searched: Searched, todo: dict, lines: list[dict]) -> list[dict]:
+    made = []
+    for search in long_rows.searches(searched, todo, lines):
+        for quantity, found in search.worst.items():
+            worst = [
+                {"ulps": rounded(error), "at": long_rows.told(searched, point)}
+                for error, point in found[: corpus.KEPT_OF_MANY]
+            ]
+            made.append(line(searched, quantity, structured(search.classes), todo["device"], worst))
+    return made
+
+
 def lines_of_elementary(label: str, todo: dict, lines: list[dict]) -> list[dict]:
     """Of XLA's own functions."""
     if label == floats.DIVISION:
@@ -150,8 +162,9 @@ def main() -> None:
     by_label = {searched.label: searched for searched in ALL}
     for label in todo["functions"]:
         searched = by_label.get(label)
-        lines = lines_of(searched, todo, known) if searched else lines_of_elementary(label, todo, known)
-        children.tell(f"{label}, {todo['device']}", lines)
+        of = lines_of_long_rows if todo["long"] else lines_of
+        lines = of(searched, todo, known) if searched else lines_of_elementary(label, todo, known)
+        children.tell(f"{label}, {'long rows' if todo['long'] else todo['device']}", lines)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,14 @@ def point(searched: Searched, at: dict) -> list[np.ndarray]:
 
 
 def points(searched: Searched, lines: Iterable[dict]) -> list[tuple[dict, list[np.ndarray]]]:
-    """Of each line of the function the stored points, and the line of each."""
+    """Of each line of the function the points that are stored as numbers, and the line of each."""
     lines = [line for line in lines if line["function"] == searched.label]
-    return [(line, point(searched, worst["at"])) for line in lines for worst in line["worst"]]
+    return [(x, point(searched, of["at"])) for x in lines for of in x["worst"] if not is_recipe(of["at"])]
+
+
+def is_recipe(at: dict) -> bool:
+    """Whether the arguments are stored as recipes (`long_rows.py`)."""
+    return any(isinstance(x, dict) for x in at.values())
 
 
 def read(paths: Iterable[pathlib.Path]) -> list[dict]:

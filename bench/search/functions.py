@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import jce
 from bench.search.scales import HVP
 from tests import kernels
-from tests.kernels import ROWS, SMOOTHING, TABLE, Kernel
+from tests.kernels import ROWS, SMOOTHING, TABLE, Z_LOSS, Kernel
 
 FEW, MANY = (2, 3, 5, 16), 1000
+# Rows that are stored as recipes: vocabularies below and above 32,768 classes. On a CPU jce sums longer rows in blocks.
+LONG = (MANY, 4_096, 32_768, 50_257, 128_256, 262_144)
+WHOLE, IN_BLOCKS = "long rows", "longer rows"
 VALUE = "value"
 
 # How many ulps a function may be off at the worst argument that is known, in value, first derivatives and those of
@@ -36,16 +39,32 @@ BARS = {
     # Of the tail a derivative is the product of two softmaxes.
     "log_probs_with_integer_labels, tail": (8, 14, 14),
     "1,000 classes": (6, 12, 20),  # of a derivative 4 with sums in float64, which cost a CPU 1.2 times a loss's time
+    # Long rows may hold thousands of equal terms: in their sum each addition may round in the same direction.
+    WHOLE: (15, 18),
+    IN_BLOCKS: (28, 42),
+    f"log_probs_with_integer_labels, tail, {WHOLE}": (15, 25),
+    f"log_probs_with_integer_labels, tail, {IN_BLOCKS}": (36, 72),
 }
+OTHERS = 1.25  # times the bar, as accelerators sum rows
+
+
+def structured(classes: int) -> str:
+    """What a line of results calls the arguments."""
+    return f"{classes:,} classes, structured"
+
+
+LONG_ROWS = {structured(n): WHOLE if n <= 32_768 else IN_BLOCKS for n in LONG}  # by kind of arguments, the bars' kind
 
 
 @dataclass(frozen=True, eq=False)
 class Searched:
-    """A row of the table, and what of it is searched: of second order where `hvp`, with many classes where `many`."""
+    """A row of the table, and what of it is searched: of second order if `hvp`, with many classes if `many`, and in the
+    rows of `LONG` if `long`."""
 
     kernel: Kernel
     hvp: bool = False
     many: bool = False
+    long: bool = False
     value_only: bool = False
 
     @property
@@ -65,18 +84,25 @@ class Searched:
         return self.kernel.has_classes and kernels.LOGIT in self.kernel.domains
 
     @property
+    def in_long_rows(self) -> Searched:
+        """Value and first derivatives of the function with labels that aren't constants."""
+        function = functools.wraps(self.kernel.function)(WITH_LABELS.get(self.key, self.kernel.function))
+        return dataclasses.replace(self, kernel=dataclasses.replace(self.kernel, function=function), hvp=False)
+
+    @property
     def quantities(self) -> list[str]:
         names = self.kernel.arguments
         first = [] if self.value_only else [f"∂{name}" for name in names]
         return [VALUE, *first, *([f"{HVP}, {name}" for name in names] if self.hvp else [])]
 
     def bar(self, quantity: str, arguments: str, on_cpu: bool = True) -> float:
-        """Of sums as a CPU's; a quarter more as others sum, which this CPU does one after another."""
+        """Of sums as a CPU's; more as others sum, which this CPU does one after another."""
         kind = "rows" if self.kernel.has_classes else "elementwise"
-        name = self.kernel.name
-        kind = next((k for k in (arguments, f"{name}, {arguments}", self.label, name) if k in BARS), kind)
+        name, rows = self.kernel.name, LONG_ROWS.get(arguments, arguments)
+        names = (f"{self.label}, {rows}", rows, f"{name}, {rows}", self.label, name)
+        kind = next((name for name in names if name in BARS), kind)
         bar = BARS[kind][0 if quantity == VALUE else 2 if quantity.startswith(HVP) else 1]
-        return bar if on_cpu else 1.25 * bar
+        return bar if on_cpu else OTHERS * bar
 
 
 # What has no row of its own
@@ -112,7 +138,32 @@ def derivative_in_smoothing(x):
     return jax.jvp(loss, (jnp.asarray(SMOOTHING, x.dtype),), (jnp.ones((), x.dtype),))[1]
 
 
-LABELS = "cross_entropy_with_integer_labels"
+def zeros(x):
+    """Labels 0 that depend on the logits, so that they are no constants of the program, as a user's labels aren't."""
+    return jnp.isnan(x[..., 0]).astype(jnp.int32)
+
+
+def of_label(**options):
+    return lambda x: jce.cross_entropy_with_integer_labels(zeros(x), x, **options)
+
+
+def of_labels(entry: int, *labels: int, **options):
+    def log_prob(x):
+        several = jnp.stack([zeros(x) + label for label in labels], axis=-1)
+        return jce.log_probs_with_integer_labels(several, x, **options)[..., entry]
+
+    return log_prob
+
+
+LABELS, LOG_PROBS = "cross_entropy_with_integer_labels", "log_probs_with_integer_labels"
+# In long rows: the functions of the table whose labels are constants there
+WITH_LABELS = {
+    LABELS: of_label(),
+    f"{LABELS}-smoothed": of_label(label_smoothing=SMOOTHING),
+    f"{LABELS}-z-loss": of_label(z_loss=Z_LOSS),
+    f"{LOG_PROBS}-of k labels": of_labels(0, 0, 0, 1),
+    f"{LOG_PROBS}-tail": of_labels(-1, 0, tail=True),
+}
 JENSEN_SHANNON = "jensen_shannon_divergence"
 MORE = [
     dataclasses.replace(
@@ -145,12 +196,13 @@ MORE = [
 OF_SECOND_ORDER = {LABELS, "cross_entropy_with_logits", "kl_divergence_with_logits", "entropy_with_logits"} | {
     "binary_cross_entropy_with_logits"
 }
-OF_MANY = {LABELS, "log_probs_with_integer_labels-of k labels"}
+OF_MANY = {LABELS, f"{LOG_PROBS}-of k labels"}
 ALL = [
     Searched(
         kernel,
         hvp=kernels.label(kernel) in OF_SECOND_ORDER,
         many=kernels.label(kernel) in OF_MANY,
+        long=kernel in TABLE and kernel.has_classes,
         value_only=kernel.note == "∂label_smoothing",
     )
     for kernel in [*TABLE, *MORE]

@@ -23,7 +23,7 @@ from bench.search import floats
 from bench.search.functions import ALL
 from bench.search.judging import on_host
 from bench.verify.claims import CLAIMS, of_cpu
-from bench.verify.errors import corner_errors, elementary_errors, function_errors
+from bench.verify.errors import corner_errors, elementary_errors, function_errors, long_row_errors
 from bench.verify.heads import LOSSES_OF_HEADS, head_errors
 from bench.verify.times import temporaries, timed
 from tests.kernels import ROWS
@@ -46,6 +46,8 @@ class Case(NamedTuple):
 def cases(quick: bool) -> list[Case]:
     kept = [searched for searched in ALL if not quick or searched.label in QUICK]
     found = [Case(x.label, f"errors of {x.label}", functools.partial(function_errors, x)) for x in kept]
+    long = [searched for searched in ALL if searched.long and not quick]
+    found += [Case(x.label, f"errors of {x.label} in long rows", functools.partial(long_row_errors, x)) for x in long]
     elementary = [floats.DIVISION, *(x.label for x in floats.ELEMENTARY)]
     found += [Case(x, f"errors of {x}", functools.partial(elementary_errors, x)) for x in elementary]
     rows = [label for label in ROWS if not quick or label in QUICK]

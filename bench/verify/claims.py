@@ -70,7 +70,8 @@ def of_ulps(lines: list[dict]) -> Iterator[Found]:
         if line["library"] == "jce" and "ulps" in line:
             function, quantity, kind = (line[key] for key in ("function", "quantity", "arguments"))
             detail = quantity if kind in (child.ANY, child.ALL_FLOATS) else f"{quantity}, {kind}"
-            yield Found(function, detail, results.worst(line, "ulps"), by_label[function].bar(quantity, kind))
+            bar = by_label[function].bar(quantity, kind, on_cpu="environment" not in line or of_cpu(line))
+            yield Found(function, detail, results.worst(line, "ulps"), bar)
 
 
 def of_corners(lines: list[dict]) -> Iterator[Found]:
@@ -145,15 +146,15 @@ def of_failures(lines: list[dict]) -> Iterator[Found]:
     """What doesn't run, and whose result isn't jce's."""
     failed = [f"{line['quantity']}: {line['cannot']}" for line in lines if "cannot" in line]
     failed += [", ".join(filter(None, what(line))) for line in lines if line.get("agrees") is False]
-    yield Found("programs", "; ".join(failed), len(failed), 0)
+    yield Found("all programs", "; ".join(failed), len(failed), 0)
 
 
 CLAIMS = [
-    Claim("A float32 value or first derivative: ulps", "README, Digits; bench/README, the largest errors", of_ulps),
-    Claim("At 0, 1, ±∞ and NaN: entries that aren't the docstrings'", "docstrings, At the boundary", of_corners),
-    Claim("Heads: what is lost beside the largest entry", "tests/test_linear.py, test_half_precision", of_heads),
+    Claim("A float32 value or first derivative: ulps", "bench/README, the largest errors", of_ulps),
+    Claim("At 0, 1, ±∞ and NaN: entries that aren't the docstrings'", "the docstrings, At the boundary", of_corners),
+    Claim("Heads: errors relative to the largest entry", "tests/test_linear.py, test_half_precision", of_heads),
     Claim(
-        "XLA's float32 functions, exp, log and tanh as jce asks for them: ulps",
+        "XLA's own float32 functions: ulps",
         "bench/README, the largest errors, on a CPU",
         of_xla,
         of_machine=True,
@@ -166,14 +167,14 @@ CLAIMS = [
     ),
     Claim(
         "A head: time over that of its bare products",
-        "bench/README, heads; computed for an accelerator",
+        "bench/README, heads (for an accelerator: a roofline)",
         of_products,
         results.NOISE,
         of_machine=True,
     ),
     Claim(
         "Time over that of optax",
-        "README, when not to use it; computed for an accelerator",
+        "README, when not to use it (for an accelerator: rooflines)",
         of_optax,
         results.NOISE,
         of_machine=True,
@@ -185,5 +186,5 @@ CLAIMS = [
         results.NOISE,
         of_machine=True,
     ),
-    Claim("Programs that fail, or whose result isn't jce's", "each runs, and does the same", of_failures),
+    Claim("Programs that fail or return another result", "bench/verify", of_failures),
 ]

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from bench import search
-from bench.search import child, climb, corpus
-from bench.search.functions import HVP, MANY, Searched
+from bench.search import child, climb, corpus, long_rows
+from bench.search.functions import HVP, LONG, MANY, Searched, structured
 from bench.search.judging import programs
 from tests.kernels import ROWS
 
@@ -43,11 +43,35 @@ def errors_in(searched: Searched, n: int, off_grid: bool, known: list) -> Iterat
     with jax.default_matmul_precision("highest"):
         one.begin(points) if points else one.step()
     for quantity, worst in one.worst.items():
-        line = {"function": searched.label, "library": "jce", "dtype": "float32", "quantity": quantity}
-        line |= {"arguments": child.kind(one), "ulps": 0.0}
-        for error, point in worst.ordered()[:1]:
-            line |= {"ulps": child.rounded(error), "at": corpus.told(searched, quantity, point)}
-        yield line
+        found = [(error, corpus.told(searched, quantity, point)) for error, point in worst.ordered()]
+        yield line(searched, quantity, child.kind(one), found)
+
+
+def line(searched: Searched, quantity: str, arguments: str, found: list[tuple[float, dict]]) -> dict:
+    """Of errors and where they are, the largest first."""
+    of = {"function": searched.label, "library": "jce", "dtype": "float32", "quantity": quantity}
+    of |= {"arguments": arguments, "ulps": 0.0}
+    return of | {"ulps": child.rounded(found[0][0]), "at": found[0][1]} if found else of
+
+
+def long_row_errors(searched: Searched) -> list[dict]:
+    """Of value and first derivatives, in rows of the length at which the largest error is known: at the stored rows,
+    and at some random ones."""
+    stored = [long_rows.known(searched, n, known_errors()) for n in LONG]
+    worst = max(filter(None, stored), key=lambda found: max(corpus.worst(line) for line, _ in found))
+    points = [point for _, point in worst]
+    one = long_rows.Search(searched, points[0][0].classes, seed=0)
+    one.begin(points)
+    one.step()
+    return [
+        line(
+            searched,
+            quantity,
+            structured(one.classes),
+            [(error, long_rows.told(searched, point)) for error, point in found],
+        )
+        for quantity, found in one.worst.items()
+    ]
 
 
 def elementary_errors(label: str) -> list[dict]:

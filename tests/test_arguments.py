@@ -412,7 +412,7 @@ def test_following_a_hint(function, option, given, written, after):
         "linear_cross_entropy": (labels, ones(2, 4), ones(3, 4)),
         "linear_kl_divergence": (jce.Linear(ones(2, 4), ones(3, 4)),) * 2,
         "linear_log_probs": (labels, ones(2, 4), ones(3, 4)),
-        "binary_entropy": (jnp.array([0.5, 0.25]),),
+        "binary_entropy": (jnp.array([0.5, 0.25], jnp.float32),),
     }[function]
     with pytest.raises(TypeError) as raised:
         getattr(jce, function)(*arguments, **{option: given})

@@ -30,7 +30,7 @@ CLOSING_OVER = {
 def test_a_large_constant_is_not_folded(name):
     """The program computes as much from an array that it closes over as from an argument: nothing while it compiles."""
     array, function = CLOSING_OVER[name]
-    array, x = jnp.asarray(array), jnp.zeros((ROWS, CLASSES))
+    array, x = jnp.asarray(array), jnp.zeros((ROWS, CLASSES), jnp.float32)
 
     def operations(program, *arguments):
         text = (

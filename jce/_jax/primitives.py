@@ -19,7 +19,7 @@ from jax import Array
 from jax.interpreters import ad, batching, mlir
 from jax.lax import mul_p
 
-from jce._jax.restricted import is_zero, linear_in, live_jvp, others, placed, replaced
+from jce._jax.restricted import is_zero, linear_in, live_jvp, placed
 
 try:  # Until JAX no longer hides how checkify is told what to check in a primitive (0.8 to 0.12): a private import.
     from jax._src import checkify
@@ -153,45 +153,8 @@ def evaluated(*arrays: Array, jaxpr, **_) -> list[Array]:
     return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *arrays)
 
 
-def as_one(function: Callable, static: Sequence[int] = ()) -> Callable:
-    """The function as one operation, into which checkify doesn't look. Otherwise it would report each NaN and each
-    division by 0 that the function makes and then leaves out of its result."""
-
-    @functools.wraps(function)
-    def of_all(*arguments):
-        places = others(len(arguments), static)
-        leaves, tree = jax.tree.flatten([arguments[i] for i in places])
-        if not any(isinstance(x, jax.core.Tracer) for x in leaves):
-            return function(*arguments)
-
-        def of_leaves(*leaves):
-            return function(*replaced(arguments, places, tree.unflatten(leaves)))
-
-        jaxpr, types = jax.make_jaxpr(of_leaves, return_shape=True)(*leaves)
-        return jax.tree.unflatten(jax.tree.structure(types), _as_one_p.bind(*leaves, jaxpr=jaxpr))
-
-    return of_all
-
-
-def _as_one_of_more(arrays, axes, *, jaxpr):
-    results = as_one(jax.vmap(functools.partial(evaluated, jaxpr=jaxpr), axes))(*arrays)
-    return results, [0] * len(results)
-
-
 def derivative_inside(primals, tangents, *, jaxpr, **_):
     return live_jvp(functools.partial(evaluated, jaxpr=jaxpr), primals, tangents)
-
-
-_as_one_p = primitive(
-    "as_one",
-    evaluated,
-    derivative_inside,
-    batch=_as_one_of_more,
-    types=lambda *_, jaxpr: jaxpr.out_avals,
-    several=True,
-    holds_arrays=True,
-    checked=False,
-)
 
 
 # Batches

@@ -33,6 +33,18 @@ def waiting(program: Callable, *arrays: Any) -> Any:
     return _bind(Program(_of_trees, (program, tree)), Settings.now(), *map(jnp.asarray, leaves))
 
 
+def as_one(function: Callable, static: int = 0) -> Callable:
+    """The function as one operation, the last `static` of its arguments being static. checkify doesn't look into it:
+    otherwise it would report each NaN and each division by 0 that the function computes and then discards."""
+
+    @functools.wraps(function)
+    def of_all(*arguments):
+        count = len(arguments) - static
+        return waiting(Program(_on_any, (function, arguments[count:])), *arguments[:count])
+
+    return of_all
+
+
 def in_a_program() -> bool:
     """Whether operations are traced here, as under `jax.jit` or in a loop, instead of run one by one."""
     return isinstance(jax.device_put(0.0), jax.core.Tracer)  # an explicit transfer, which jax.transfer_guard allows
@@ -83,6 +95,10 @@ class Program:
 
     def __call__(self, platform, *arrays):
         return self.function(*self.static, platform, *arrays)
+
+
+def _on_any(function, static, platform, *arrays):
+    return function(*arrays, *static)
 
 
 def _of_trees(program, tree, platform, *leaves):
@@ -154,4 +170,5 @@ _waiting_p = primitive(
     _batch,
     types=lambda *avals, program, settings: _types(program, settings, *avals)[0].out_avals,
     several=True,
+    checked=False,
 )

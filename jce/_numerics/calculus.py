@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from jce._jax.primitives import as_one
 from jce._jax.restricted import live_jvp
+from jce._jax.waiting import as_one
 from jce._numerics.elementary import unless_negative
 from jce._numerics.mul0 import mul0, over
 
@@ -27,7 +27,7 @@ class custom_jvp:
 
     def __init__(self, kernel: Callable, nondiff_argnums: tuple[int, ...] = ()):
         functools.update_wrapper(self, kernel)
-        self._kernel = with_rule = jax.custom_jvp(as_one(kernel, nondiff_argnums), nondiff_argnums=nondiff_argnums)
+        self._kernel = with_rule = jax.custom_jvp(as_one(kernel, len(nondiff_argnums)), nondiff_argnums=nondiff_argnums)
         self.defjvp = with_rule.defjvp
         # Until JAX 0.12: reverse mode of a loop inlines the kernels that a rule calls. They lose their own rules, and
         # as plain code give 0 · ∞ = NaN when differentiated again. A checkpoint isn't inlined; this one keeps all

@@ -14,7 +14,7 @@ from jce._jax.rows import distributions
 from jce._numerics.calculus import custom_jvp, def_partials_of_sum, def_tangents, negative
 from jce._numerics.elementary import log, log1p
 from jce._numerics.mul0 import mul0, multiply, over
-from jce._softmax.kernel import kernel, kernel_isolated
+from jce._softmax.kernel import kernel
 from jce._softmax.softmax import centered, softmax, unless_nan
 
 
@@ -152,13 +152,13 @@ def _entropy_of_softmax_rule(classes, primals, tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@kernel_isolated
+@kernel
 def _weighted_excess(x, way):
     return mul0(_surprisal_excess(x, way), softmax(x, way))
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@kernel_isolated
+@kernel
 def _surprisal_excess(x, way):
     """log 1/qᵢ - H, computed as (m - xᵢ) - Σ q (m - x): near the uniform distribution log 1/qᵢ and H are both near
     log n, and their difference would lose all digits."""
@@ -181,7 +181,7 @@ def _weighted_excess_rule(classes, primals, tangents):
     return _weighted_excess(*primals, classes), _tangent_of_weighted_excess(*tangents, *primals, classes)
 
 
-@kernel_isolated
+@kernel
 def _tangent_of_weighted_excess(t, x, way):
     _, z, u, _, covariance = way.deviation(t, x)
     excess = _surprisal_excess(x, way)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jce._jax.arguments import is_array
 from jce._numerics.calculus import custom_jvp, def_at_once, sum_of_tangents
 from jce._numerics.mul0 import mul0
-from jce._softmax.kernel import kernel, kernel_isolated
+from jce._softmax.kernel import kernel
 from jce._softmax.softmax import complement, softmax, softmax_tangent, surprisal
 
 
@@ -42,7 +42,7 @@ def _soft_and_partials(p, x, way):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
-@kernel_isolated
+@kernel
 def soft_excess(p, x, way):
     return _excess(p, way.exponentials(x), way)
 

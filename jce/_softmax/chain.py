@@ -27,11 +27,11 @@ class Chain(Way):
     def may_be(classes: Classes, x: Array) -> bool:
         return x.shape[classes.axis] <= LONGEST_CHAIN and classes.mesh_axis is None and not classes.are_split(x)
 
-    def results(self, function, arrays, ndim, isolated):
+    def results(self, function, arrays, ndim):
         """Each result from a chain of its own, and each number per row behind a barrier. Otherwise XLA may leave chains
         unfused that share their inputs, or one that goes on into a sum over the batch."""
         alone = jax.tree.map(lax.optimization_barrier, arrays)  # one each: t and x may vary over different mesh axes
-        results, tree = jax.tree.flatten(function(*(alone if isolated else arrays)))
+        results, tree = jax.tree.flatten(function(*arrays))
         results[1:] = [jax.tree.leaves(function(*alone))[i] for i in range(1, len(results))]
         return tree.unflatten([r if r.ndim == ndim else lax.optimization_barrier(r) for r in results])
 

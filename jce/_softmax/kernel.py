@@ -29,13 +29,12 @@ def way_of(classes: Classes, platform: Platform, x: Array) -> Way:
     return way.of(classes, x)
 
 
-def kernel(function: Callable, isolated: bool = False, stores_shared: bool = False) -> Callable:
+def kernel(function: Callable, stores_shared: bool = False) -> Callable:
     """Decorates function(*arrays and numbers per row, way). Callers give `Classes` in place of the `Way`, since the
     platform isn't known yet; a kernel that calls another one gives it its own way.
 
-    With `isolated`, XLA is kept from merging it with another kernel of the same arrays, where one program with two
-    results would be slower. With `stores_shared`, its results may share intermediate arrays in memory, as in a kernel
-    that compares two rows; without it, a way may compute each result by itself (`chain.py`).
+    With `stores_shared`, its results may share intermediate arrays in memory, as in a kernel that compares two rows.
+    Without it, a way may compute each result by itself (`chain.py`).
     """
 
     @functools.wraps(function)
@@ -43,16 +42,15 @@ def kernel(function: Callable, isolated: bool = False, stores_shared: bool = Fal
         *arrays, classes = arguments
         if isinstance(classes, Way):
             return function(*arguments)
-        return waiting(Program(_of_rows, (function, classes, isolated, stores_shared)), *arrays)
+        return waiting(Program(_of_rows, (function, classes, stores_shared)), *arrays)
 
     return on_rows
 
 
-kernel_isolated = functools.partial(kernel, isolated=True)
 kernel_sharing = functools.partial(kernel, stores_shared=True)
 
 
-def _of_rows(kernel, classes, isolated, stores_shared, platform, *arrays):
+def _of_rows(kernel, classes, stores_shared, platform, *arrays):
     x = max(jax.tree.leaves(arrays), key=jnp.ndim)
     way = way_of(classes, named(platform), x)
     arrays = jax.tree.map(lambda a: way.fold(a) if a.ndim == x.ndim else a, arrays)
@@ -60,5 +58,5 @@ def _of_rows(kernel, classes, isolated, stores_shared, platform, *arrays):
     def function(*arrays):
         return kernel(*arrays, way)
 
-    results = function(*arrays) if stores_shared else way.results(function, arrays, x.ndim, isolated)
+    results = function(*arrays) if stores_shared else way.results(function, arrays, x.ndim)
     return jax.tree.map(lambda r: way.unfold(r) if r.ndim >= x.ndim else r, results)

@@ -26,7 +26,7 @@ from jax import Array, lax
 from jce._numerics.calculus import custom_jvp, ratio
 from jce._numerics.elementary import exp, log1p
 from jce._numerics.mul0 import mul0
-from jce._softmax.kernel import kernel, kernel_isolated
+from jce._softmax.kernel import kernel
 from jce._softmax.sums import OffLabel
 from jce._softmax.way import Way
 
@@ -47,7 +47,7 @@ def surprisal_at_label(off: OffLabel) -> Array:
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@kernel_isolated
+@kernel
 def softmax(x: Array, way: Way) -> Array:
     """qᵢ = eᵢ/Z."""
     e, z, _ = way.exponentials(x)
@@ -60,7 +60,7 @@ def _softmax_rule(classes, primals, tangents):
 
 
 # dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
-@kernel_isolated
+@kernel
 def softmax_tangent(t: Array, x: Array, scale: Array | None, way: Way) -> Array:
     """dqᵢ along t, times a scale per row if there is one."""
     e, z, u, *_ = way.deviation(t, x)
@@ -68,7 +68,7 @@ def softmax_tangent(t: Array, x: Array, scale: Array | None, way: Way) -> Array:
     return unless_nan(z, mul0(q, u), t, way)
 
 
-@kernel_isolated
+@kernel
 def centered(t: Array, x: Array, way: Way) -> Array:
     """tᵢ - Σⱼ qⱼtⱼ, linear in t."""
     _, z, u, *_ = way.deviation(t, x)
@@ -85,7 +85,7 @@ def unless_nan(z, tangent, t, way):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@kernel_isolated
+@kernel
 def complement(x: Array, way: Way) -> Array:
     """1 - qᵢ = (s + (1 - eᵢ))/Z."""
     n = way.exponentials(x).of_row
@@ -100,7 +100,7 @@ def _complement_rule(classes, primals, tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-@kernel_isolated
+@kernel
 def surprisal(x: Array, way: Way) -> Array:
     """log 1/qᵢ = log Z - (xᵢ - m) ≥ 0, and +∞ at a class of probability 0."""
     return way.exponentials(x).of_row.surprisal(x, way)

@@ -39,8 +39,8 @@ class Way(Classes, ABC):
     def reduce(self, reduction: Callable, x):
         return self.of_blocks(reduction, x)
 
-    def results(self, function: Callable, arrays, ndim: int, isolated: bool):
-        """function(*arrays), where the largest arrays have `ndim` axes; `isolated` is as in `kernel`."""
+    def results(self, function: Callable, arrays, ndim: int):
+        """function(*arrays), where the largest arrays have `ndim` axes."""
         return function(*arrays)
 
     # Sums over classes

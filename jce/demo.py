@@ -27,11 +27,11 @@ import numpy as np
 from jax import Array, lax
 
 import jce
-from jce._programs.command_line import Parser, demo_extra, integer, png, run, text_file
+from jce._programs.command_line import Parser, extra, integer, png, run, text_file
 
 PROGRAM = "python -m jce.demo"
 
-with demo_extra(PROGRAM, __name__):
+with extra(PROGRAM, __name__, "'jce[demo]'"):
     import matplotlib
     import optax
     from matplotlib.axes import Axes

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import jce
-from jce.max_margin import CURVES, largest_margin, textbook, train
+from examples.max_margin import CURVES, largest_margin, textbook, train
 
 plt.rcParams.update({"font.size": 12, "figure.dpi": 80})
 
@@ -111,9 +111,9 @@ for name, loss in {"textbook": textbook, "jce": jce.cross_entropy_with_integer_l
 # %% [markdown]
 # ## Training until the digits are gone
 #
-# `jce.max_margin` trains softmax regression, $x = W h$, on scikit-learn's 1797 digits. They are linearly separable, so
-# the loss has no minimum: it goes to 0, and $W$ to infinity, in a direction that goes to the separator of the largest
-# margin,
+# `examples/max_margin.py` trains softmax regression, $x = W h$, on scikit-learn's 1797 digits. They are linearly
+# separable, so the loss has no minimum: it goes to 0, and $W$ to infinity, in a direction that goes to the separator of
+# the largest margin,
 #
 # $$\max_W \ \min_{\text{images}} \ \frac{x_y - \max_{i \ne y} x_i}{\lVert W \rVert}$$
 #

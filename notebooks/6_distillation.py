@@ -11,8 +11,8 @@
 # from some hundred tokens' logits at a time, whatever the two widths, in four products with a head: one each for the
 # logits, two for the student's derivatives.
 #
-# The teacher is the next-word model of `python -m jce.next_word`, of width 64, on Python's own documentation. Its
-# students have width 16. `python -m jce.distill` does the same with a text of yours.
+# The teacher is the next-word model of `examples/next_word.py`, of width 64, on Python's own documentation. Its
+# students have width 16. `python -m notebooks.examples.distill` does the same with a text of yours.
 
 # %%
 import io
@@ -21,9 +21,9 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jce import distill, next_word
+from examples import distill, next_word
+from examples.distill import LESSONS
 from jce.demo import default_text
-from jce.distill import LESSONS
 
 STEPS = 300
 corpus = next_word.read(default_text())

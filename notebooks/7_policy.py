@@ -18,8 +18,8 @@ import numpy as np
 import optax
 
 import jce
+from examples.next_word import read
 from jce.demo import default_text
-from jce.next_word import read
 
 plt.rcParams.update({"font.size": 12, "figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 BLUE, RED, GREEN = "#0072B2", "#D55E00", "#009E73"

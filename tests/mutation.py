@@ -34,7 +34,7 @@ from cosmic_ray.plugins import get_operator
 from rich.progress import track
 
 ROOT = pathlib.Path(__file__).parents[1]
-NOT_KERNELS = {"__init__", "command_line", "interrupts", "demo", "distill", "max_margin", "next_word"}
+NOT_KERNELS = {"__init__", "command_line", "interrupts", "demo"}
 # Of these the tests in SECONDS take seconds with programs that are compiled already, and go first.
 FAST_TESTS = ["accuracy", "identities", "corners", "logits", "linear", "numerics", "arguments", "check_distribution"]
 FAST_TESTS += ["fuzz", "cost", "linear_cost", "linear_map", "sparse_targets", "jensen_shannon", "long_rows"]

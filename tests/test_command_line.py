@@ -14,12 +14,14 @@ from jce._programs import command_line
 
 ROOT = str(pathlib.Path(__file__).parents[1])
 
+MAX_MARGIN, NEXT_WORD, DISTILL = (f"notebooks.examples.{name}" for name in ("max_margin", "next_word", "distill"))
+
 # Each program, and the first function of its work
 PROGRAMS = {
     "jce.demo": "_run",
-    "jce.next_word": "_run",
-    "jce.max_margin": "train",
-    "jce.distill": "_run",
+    NEXT_WORD: "_run",
+    MAX_MARGIN: "train",
+    DISTILL: "_run",
     "bench": "_run",
     "bench.devices": "check",
     "bench.overview": "costs",
@@ -95,11 +97,11 @@ WRONG = [
     ("jce.demo", "--out x.jpg", "must end in .png, not 'x.jpg'"),
     ("jce.demo", "--steps", "expected one argument"),
     ("jce.demo", "--wrong", "unrecognized arguments: --wrong"),
-    ("jce.next_word", "short", "'short' has 3 words, which is too few to learn from: at least 2000"),
-    ("jce.next_word", "--steps 0", "must be an integer from 1 to 1000000000, not '0'"),
-    ("jce.max_margin", "--steps 0", "must be an integer from 1 to 1000000000, not '0'"),
-    ("jce.max_margin", "--out nowhere/x.png", "can't write 'nowhere/x.png': there is no folder 'nowhere'"),
-    ("jce.distill", "--out picture.pdf", "must end in .png, not 'picture.pdf'"),
+    (NEXT_WORD, "short", "'short' has 3 words, which is too few to learn from: at least 2000"),
+    (NEXT_WORD, "--steps 0", "must be an integer from 1 to 1000000000, not '0'"),
+    (MAX_MARGIN, "--steps 0", "must be an integer from 1 to 1000000000, not '0'"),
+    (MAX_MARGIN, "--out nowhere/x.png", "can't write 'nowhere/x.png': there is no folder 'nowhere'"),
+    (DISTILL, "--out picture.pdf", "must end in .png, not 'picture.pdf'"),
     ("bench", "velocity", f"BENCH must be one of {BENCHES}, not 'velocity'"),
     ("bench", "--only softplus", "must be part of a function's name, not 'softplus'"),
     ("bench", "--compare no.jsonl", "can't read 'no.jsonl': No such file"),
@@ -124,9 +126,9 @@ def test_wrong_input_is_one_line(program, argv, message, ends):
 # What a program's help names
 NAMED = {
     "jce.demo": "TEXT, --optimizer {sgd,nesterov,adam,lbfgs}, --learning-rate, --steps, --seed, --out, (default: 1000)",
-    "jce.next_word": "TEXT, --steps, --seed, (default: 300)",
-    "jce.max_margin": "--steps, --out, (default: 100000)",
-    "jce.distill": "TEXT, --steps, --seed, --out, (default: 300)",
+    NEXT_WORD: "TEXT, --steps, --seed, (default: 300)",
+    MAX_MARGIN: "--steps, --out, (default: 100000)",
+    DISTILL: "TEXT, --steps, --seed, --out, (default: 300)",
     "bench": f"{BENCHES}, --quick, --only, --of, --out, --compare, --seconds, --seed, --long-rows",
     "bench.devices": "--flops, --bandwidth, --latency, (default: 4e+14",
     "bench.overview": "--out, overview-cpu.png",
@@ -159,9 +161,9 @@ MISSING = [
     ("jce.demo", "optax", "'jce[demo]'"),
     ("jce.demo", "matplotlib", "'jce[demo]'"),
     ("jce.demo", "tqdm", "'jce[demo]'"),
-    ("jce.next_word", "optax", "'jce[demo]'"),
-    ("jce.max_margin", "sklearn", "'jce[demo]'"),
-    ("jce.distill", "matplotlib", "'jce[demo]'"),
+    (NEXT_WORD, "optax", "-e '.[notebooks]'"),
+    (MAX_MARGIN, "sklearn", "-e '.[notebooks]'"),
+    (DISTILL, "matplotlib", "-e '.[notebooks]'"),
     ("bench", "rich", "-e '.[bench]'"),
     ("bench verify", "mpmath", "-e '.[verify]'"),
     ("bench.pages", "material", "-e '.[docs]'"),
@@ -195,8 +197,8 @@ QUICK = set(CASES)
 CASES |= {
     "while it imports": ("jce.demo", [], "matplotlib", "importing"),
     "while it imports, bench": ("bench", [], "rich", "importing"),
-    "within a compiled loop of a minute": ("jce.next_word", ["TEXT", "--steps", "100000"], None, "\n        0"),
-    "between steps": ("jce.max_margin", ["--steps", "1000000"], None, "Normalized gradient"),
+    "within a compiled loop of a minute": (NEXT_WORD, ["TEXT", "--steps", "100000"], None, "\n        0"),
+    "between steps": (MAX_MARGIN, ["--steps", "1000000"], None, "Normalized gradient"),
     "while it compiles": ("jce.demo", ["--optimizer", "sgd"], None, "perplexity: exp"),
 }
 

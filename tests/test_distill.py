@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jce import distill, next_word
+from notebooks.examples import distill, next_word
 from tests.test_next_word import TEXT
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jce import max_margin
+from notebooks.examples import max_margin
 
 
 def history(name, steps):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jce import next_word
+from notebooks.examples import next_word
 
 # Each word but the first follows from the one before; the numbers make a vocabulary of 50.
 TEXT = " ".join(f"w{i * i % 97 % 50}" for i in range(3000))

@@ -25,12 +25,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 @contextlib.contextmanager
-def demo_extra(program: str, module: str) -> Iterator[None]:
-    """Wraps a program's imports: a package that isn't installed is an error of one line, which says what to do."""
+def extra(program: str, module: str, install: str) -> Iterator[None]:
+    """Wraps a program's imports. If a package isn't installed, the error is one line, which says how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
-        missing = f"{program} needs {error.name}, which isn't installed: pip install 'jce[demo]'"
+        missing = f"{program} needs {error.name}, which isn't installed: pip install {install}"
         if module != "__main__":
             raise ModuleNotFoundError(missing, name=error.name) from error
         print(missing, file=sys.stderr)

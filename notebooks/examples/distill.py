@@ -1,6 +1,6 @@
-"""A wide next-word model teaches narrow ones: `python -m jce.distill [TEXT]`.
+"""A wide next-word model teaches narrow ones: `python -m notebooks.examples.distill [TEXT]`.
 
-The teacher is the model of `jce.next_word`. Three students of a quarter of its width see the same batches, and learn
+The teacher is the model of next_word.py. Three students of a quarter of its width see the same batches, and learn
 
     from every word: KL(teacher‖student) over all words, by `jce.linear_kl_divergence`;
     from 16 words and the text: the mean of two losses, by `jce.linear_map`. One is the KL divergence of 17 outcomes,
@@ -32,20 +32,21 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import jce
-from jce._programs.command_line import demo_extra, png, run
+from jce._programs.command_line import extra, png, run
 
-PROGRAM = "python -m jce.distill"
+PROGRAM = "python -m notebooks.examples.distill"
 
-with demo_extra(PROGRAM, __name__):
+with extra(PROGRAM, __name__, "-e '.[notebooks]'"):
     import matplotlib
     import optax
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from tqdm import tqdm
 
-    from jce import next_word
     from jce.demo import default_text
-    from jce.next_word import BATCH, CHUNK, WIDTH, Corpus, Model, Snapshot, hidden_states, read, train, training_parser
+
+    from . import next_word
+    from .next_word import BATCH, CHUNK, WIDTH, Corpus, Model, Snapshot, hidden_states, read, train, training_parser
 
 STUDENT = WIDTH // 4
 KEPT = 16  # of the teacher's words at each place, the likeliest

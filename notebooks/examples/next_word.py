@@ -1,4 +1,4 @@
-"""A next-word model whose vocabulary is every word of a text: `python -m jce.next_word [TEXT]`.
+"""A next-word model whose vocabulary is every word of a text: `python -m notebooks.examples.next_word [TEXT]`.
 
 The hidden state is the mean of the last few words' embeddings, and `jce.linear_cross_entropy` is head and loss in one:
 however large the vocabulary is, the logits of a batch never exist at once. Optax's Adam trains the model on nine tenths
@@ -28,11 +28,11 @@ import numpy as np
 from jax import Array, lax
 
 import jce
-from jce._programs.command_line import Parser, demo_extra, integer, run, text_file
+from jce._programs.command_line import Parser, extra, integer, run, text_file
 
-PROGRAM = "python -m jce.next_word"
+PROGRAM = "python -m notebooks.examples.next_word"
 
-with demo_extra(PROGRAM, __name__):
+with extra(PROGRAM, __name__, "-e '.[notebooks]'"):
     import optax
     from tqdm import tqdm
 

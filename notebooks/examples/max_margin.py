@@ -1,4 +1,4 @@
-"""What a loss with all its digits can train: `python -m jce.max_margin`.
+"""What a loss with all its digits can train: `python -m notebooks.examples.max_margin`.
 
 Softmax regression on scikit-learn's digits by normalized gradient descent, W ← W - η g/|g|, where g is the gradient of
 the mean loss. The digits are linearly separable, so the loss falls to 0 while W grows without bound, and W's direction
@@ -24,11 +24,11 @@ import numpy as np
 from jax import Array, lax
 
 import jce
-from jce._programs.command_line import Parser, demo_extra, integer, png, run
+from jce._programs.command_line import Parser, extra, integer, png, run
 
-PROGRAM = "python -m jce.max_margin"
+PROGRAM = "python -m notebooks.examples.max_margin"
 
-with demo_extra(PROGRAM, __name__):
+with extra(PROGRAM, __name__, "-e '.[notebooks]'"):
     import matplotlib
     from matplotlib.figure import Figure
     from sklearn.datasets import load_digits

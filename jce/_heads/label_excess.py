@@ -29,11 +29,9 @@ from jce._jax.platforms import named
 from jce._jax.varying import barrier
 from jce._numerics.elementary import exp
 from jce._numerics.mul0 import over
-from jce._quantities.soft_targets import scaled_square, smoothed
-from jce._quantities.z_loss import log_z_off_label
+from jce._quantities.label_loss import OfRow, of_row, or_none
 from jce._softmax.kernel import way_of
 from jce._softmax.known_label import at_maximum, off_known_label
-from jce._softmax.softmax import surprisal_at_label
 from jce._softmax.sums import OffLabel
 from jce._softmax.way import Way, unless_no_class
 
@@ -55,19 +53,14 @@ class Terms:
     z_loss: float | None
 
     def numbers(self, target: Target, dtype) -> Any:
-        """ε and ζ, as arrays of this dtype if they are traced."""
+        """ε and ζ, as arrays of this dtype if they are traced, and None where they are 0."""
         known = {"smoothing": self.smoothing, "z_loss": self.z_loss} | target.traced
-        return tuple(a.astype(dtype) if is_array(a) else a for a in known.values())
+        return tuple(a.astype(dtype) if is_array(a) else or_none(a) for a in known.values())
 
     def may_read_once(self, tempered: bool, capped: bool) -> bool:
         """Whether one pass over logits will do. A temperature needs another, since it divides x - max x; and so does
         smoothing under a soft cap, whose slope multiplies e - εZ/n: Z isn't known before the pass ends."""
         return not tempered and (self.smoothing == 0 or not capped)
-
-
-def may_be_nonzero(number) -> bool:
-    """Whether a number may be other than 0: one that is traced, or Python's if it isn't 0."""
-    return is_array(number) or number != 0
 
 
 class Excess(NamedTuple):
@@ -98,11 +91,11 @@ def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Arra
     x = at_temperature(of_head, t, way)
     numbers, n = terms.numbers(target, x.dtype), way.count(x)
     off = way.off_label(y, x)
-    mean = way.sum(x - column(off.m)) / n if may_be_nonzero(numbers[0]) else None
-    row = _of_row(numbers, n, off, mean, lambda log_sum: whole_log_sum(log_sum, of_head, t, way), way.masks)
+    mean = None if numbers[0] is None else way.sum(x - column(off.m)) / n
+    row = of_row(off, n, mean, *numbers, lambda log_sum: whole_log_sum(log_sum, of_head, t, way))
+    row, r = _scaled(row, off, way.masks)
     e = row.entries(_unless_nan(exp(x - column(off.m))), column)
     e = way.put(way.unfold(e), way.local(y, x), row.at_label)
-    r = row.r
     if t is not None:
         r /= jnp.where(t == 0, jnp.ones_like(t), t)
         # At a temperature of 0 the derivative is ±∞ where it isn't 0.
@@ -130,27 +123,28 @@ class OneReading:
         self.numbers, self.n = terms.numbers(target, self.x_y.dtype), way.count(x.head.bias)
 
     def losses(self) -> Array:
-        return self._of_row(*self._read()).losses
+        return self._of_row(*self._read())[0].losses
 
     def excess(self, divides_later: bool) -> Excess:
         """The excess. e is scaled as soon as s is known, and stored so; or, if `divides_later`, it is stored unscaled,
         and scaled where the next product reads it."""
         way, cap = self.way, self.x.soft_cap
         m, s, mean, e = self._read((lambda e, *_: e) if divides_later else self._entries)
-        row = self._of_row(m, s, mean)
+        row, r = self._of_row(m, s, mean)
         at_label = row.at_label if cap is None else row.at_label * slope(self.u_y, cap)
         if divides_later:
             e = way.put(row.entries(e.astype(s.dtype), way.column), self.y, at_label)
         else:
             e = way.scattered(e, self.y, at_label.astype(e.dtype)).astype(s.dtype)
-        return Excess(row.losses, e, row.r)
+        return Excess(row.losses, e, r)
 
-    def _of_row(self, m, s, mean) -> _OfRow:
+    def _of_row(self, m, s, mean) -> tuple[OfRow, Array]:
         d = unless_no_class(m - self.x_y, self.labels, self.x.head.bias, self.way)
-        return _of_row(self.numbers, self.n, OffLabel(m, s, d), mean, lambda log_sum: log_sum, divides=True)
+        off = OffLabel(m, s, d)
+        return _scaled(of_row(off, self.n, mean, *self.numbers), off, divides=True)
 
     def _entries(self, e, m, s, mean):
-        return self._of_row(m, s, mean).entries(e, self.way.column)
+        return self._of_row(m, s, mean)[0].entries(e, self.way.column)
 
     def _read(self, stored: Callable | None = None) -> list[Array]:
         """m, s, the mean of x - m, and stored(e, m, s, mean) if `stored` is given."""
@@ -167,7 +161,7 @@ class OneReading:
         logits = capped(u, x.soft_cap) - m[:, None]
         e = exp(logits)
         e = jnp.where(way.is_at(e, self.y), jnp.zeros_like(e), e)
-        s, mean = way.sum(e), way.sum(logits) / self.n if may_be_nonzero(self.numbers[0]) else jnp.zeros_like(m)
+        s, mean = way.sum(e), jnp.zeros_like(m) if self.numbers[0] is None else way.sum(logits) / self.n
         if stored is None:
             return [s, mean]
         e = stored(e if x.soft_cap is None else e * slope(u, x.soft_cap), m, s, mean)
@@ -175,50 +169,22 @@ class OneReading:
         return barrier([s, mean, e.astype(jnp.bfloat16) if x.products.narrow else e])
 
 
-class _OfRow(NamedTuple):
-    """ℓ and r for each row, and what makes the entries: e · factor - taken (None for 1, and for 0), and `at_label` at
-    the label."""
+def _scaled(row: OfRow, off: OffLabel, divides: bool) -> tuple[OfRow, Array]:
+    """The row, whose entries times r are the excess; and r.
 
-    losses: Array
-    r: Array
-    factor: Array | None
-    taken: Array | None
-    at_label: Array
-
-    def entries(self, e: Array, column: Callable) -> Array:
-        e = e if self.factor is None else e * column(self.factor)
-        return e if self.taken is None else e - column(self.taken)
-
-
-def _of_row(numbers: Any, n: int, off: OffLabel, mean: Array | None, whole: Callable, divides: bool) -> _OfRow:
-    """The numbers of each row. `mean` is that of x - m; `whole` adds to a log-sum what `at_temperature` takes from x.
-
-    r = 1/Z for the entries in this file's docstring. If `divides`, these are divided by the larger of s and the label's
-    magnitude: where that is the larger, the label's becomes ±1, which rounding to bfloat16 leaves exact.
-    `label_loss._of_logits` has the same terms for the value alone: a change is to be made in both.
+    r = 1/Z. If `divides`, the entries are divided by the larger of s and the label's magnitude: where that is the
+    larger, the label's becomes ±1, which rounding to bfloat16 leaves exact.
     """
-    m, s, d = off
-    smoothing, z_loss = numbers
-    losses, at_label, z, e_y = surprisal_at_label(off), -s, off.z, exp(-d)
-    log_z = log_z_off_label(off, losses)
-    factor = taken = None
-    if mean is not None and may_be_nonzero(smoothing):
-        losses, taken = smoothed(losses, log_z - mean, smoothing), smoothing * (z / n)
-        at_label += smoothing * (z - z / n)
-    if may_be_nonzero(z_loss):
-        log_sum = whole(m + log_z)
-        losses += scaled_square(z_loss, log_sum)
-        at_label += 2 * z_loss * log_sum * e_y
-        factor = 1 + 2 * z_loss * log_sum
+    losses, z, factor, taken, at_label = row
     r = 1 / z
     if divides:
-        largest = jnp.maximum(jnp.maximum(s, jnp.abs(at_label)), jnp.finfo(s.dtype).tiny)
+        largest = jnp.maximum(jnp.maximum(off.s, jnp.abs(at_label)), jnp.finfo(z.dtype).tiny)
         r, factor = largest / z, (1 if factor is None else factor) / largest
         taken, at_label = None if taken is None else taken / largest, at_label / largest
     # In a row with NaN only r is NaN: a NaN in e would spread by products even if the token's cotangent is 0.
     number = z <= jnp.finfo(z.dtype).max
     factor, taken, at_label = jax.tree.map(lambda a: jnp.where(number, a, jnp.zeros_like(a)), (factor, taken, at_label))
-    return _OfRow(losses, r, factor, taken, at_label)
+    return OfRow(losses, z, factor, taken, at_label), r
 
 
 def _unless_nan(e: Array) -> Array:

@@ -21,20 +21,18 @@ from jce._heads.label_excess import (
     Terms,
     excess_of_logits,
     excess_of_product,
-    may_be_nonzero,
     one_reading,
 )
 from jce._heads.logits import Logits, capped
 from jce._heads.products import Products
 from jce._heads.temperature import at_temperature, whole_log_sum
-from jce._jax.arguments import is_array
 from jce._jax.platforms import named
 from jce._jax.restricted import is_zero, live_jvp
 from jce._jax.waiting import Program, waiting
 from jce._numerics.mul0 import mul0, over
-from jce._quantities.label_surprisal import label_surprisal, smoothed_surprisal
-from jce._quantities.soft_targets import scaled_square, smoothed
-from jce._softmax.softmax import logsumexp, surprisal
+from jce._quantities.label_loss import label_loss
+from jce._quantities.soft_targets import scaled_square
+from jce._softmax.softmax import logsumexp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +48,14 @@ class LabelLoss(Terms):
 
 
 def _of_logits(loss: LabelLoss, target: Target, of_head: Array) -> Array:
-    """The loss at logits. `label_excess._of_row` has the same terms beside their derivative: a change is to be made in
-    both."""
+    """The loss at logits."""
     (y, t, _), classes = target, loss.classes
     x = at_temperature(of_head, t, classes)
-    smoothing, z_loss = loss.numbers(target, x.dtype)
-    if is_array(smoothing):
-        uniform = jnp.asarray(1 / classes.count(x), x.dtype)
-        total = smoothed_surprisal(y, uniform, x, smoothing, classes)
-    else:
-        total = label_surprisal(y, x, classes)
-        if smoothing:
-            total = smoothed(total, classes.sum(surprisal(x, classes)) / classes.count(x), smoothing)
-    if may_be_nonzero(z_loss):
-        total += scaled_square(z_loss, whole_log_sum(logsumexp(x, classes), of_head, t, classes))
-    return total
+    smoothing, z_loss = (None if a is None else jnp.asarray(a, x.dtype) for a in loss.numbers(target, x.dtype))
+    if t is None or z_loss is None:
+        return label_loss(y, x, smoothing, None, z_loss, classes)
+    log_sum = whole_log_sum(logsumexp(x, classes), of_head, t, classes)
+    return label_loss(y, x, smoothing, None, None, classes) + scaled_square(z_loss, log_sum)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))

@@ -22,7 +22,7 @@ from jce._jax.public import public
 from jce._numerics.calculus import negative
 from jce._quantities.entropy import entropy_of_softmax
 from jce._quantities.label_log_probs import log_probs_and_tail, log_probs_of
-from jce._quantities.label_surprisal import label_surprisal
+from jce._quantities.label_loss import label_loss
 from jce._softmax.softmax import logsumexp
 
 
@@ -161,4 +161,4 @@ def _of_chunk(tail, log_normalizer, example, _, class_axis):
 
 
 def _log_prob(y, x, classes):
-    return negative(label_surprisal(y, x, classes))
+    return negative(label_loss(y, x, None, None, None, classes))

@@ -45,8 +45,8 @@ class custom_jvp:
 
 
 def sum_of_tangents(tangents, *terms: Callable[[Array], Array]) -> Array:
-    """The sum of term(tangent) over the arguments that are differentiated, whose tangents aren't symbolic zeros."""
-    live = [term(t) for term, t in zip(terms, tangents, strict=True) if not isinstance(t, SymbolicZero)]
+    """The sum of term(tangent) over the arguments that are differentiated: others are None, or have a symbolic zero."""
+    live = [term(t) for term, t in zip(terms, tangents, strict=True) if not isinstance(t, SymbolicZero | None)]
     return functools.reduce(jnp.add, live)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._jax.arguments import fraction, is_array, positive
+from jce._jax.arguments import fraction, positive
 from jce._jax.labels import labelled, labelled_with_probs, require_no_tail
 from jce._jax.public import public
 from jce._jax.rows import distributions
@@ -23,10 +23,10 @@ from jce._numerics.calculus import (
     ratio,
 )
 from jce._numerics.elementary import log
-from jce._quantities.label_surprisal import label_surprisal, smoothed_surprisal
+from jce._quantities.label_loss import label_loss, or_none
 from jce._quantities.soft_targets import soft
 from jce._quantities.sparse_targets import rounding, sparse_cross_entropy
-from jce._quantities.z_loss import log_sum_penalty, penalized_label_surprisal
+from jce._quantities.z_loss import log_sum_penalty
 
 
 @public("axis")
@@ -141,7 +141,7 @@ def cross_entropy_with_logits(
     """
     name = "cross_entropy_with_logits"
     (p, x), classes = distributions(name, axis, where, axis_name, in_logits=("logits",), p=p, logits=logits)
-    z_loss = positive(name, x.dtype, z_loss=z_loss, or_zero=True)
+    _, z_loss = _numbers(name, x, 0.0, z_loss)
     return _with_z_loss(z_loss, soft(p, x, classes), x, classes)
 
 
@@ -226,24 +226,21 @@ def cross_entropy_with_integer_labels(
         y, p, x, kept, classes = labelled_with_probs(name, axis, where, axis_name, labels, label_probs, logits)
         smoothing, z_loss = _numbers(name, x, label_smoothing, z_loss)
         rounded = rounding(jnp.asarray(label_probs), p.dtype) if tail else None
-        return _with_z_loss(z_loss, sparse_cross_entropy(y, p, x, kept, smoothing, rounded, classes), x, classes)
+        loss = sparse_cross_entropy(y, p, x, kept, smoothing, rounded, classes)
+        return _with_z_loss(z_loss, loss, x, classes)
     require_no_tail(name, tail)
     y, x, kept, classes = labelled(name, axis, where, axis_name, labels, logits)
     smoothing, z_loss = _numbers(name, x, label_smoothing, z_loss)
-    if is_array(smoothing) or smoothing:
-        all_kept = where is None and jnp.asarray(logits).shape[classes.axis] > 0
-        uniform = 1 / classes.count(x) if all_kept else kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
-        loss = smoothed_surprisal(y, *(jnp.asarray(a, x.dtype) for a in (uniform, x, smoothing)), classes)
-        return _with_z_loss(z_loss, loss, x, classes)
-    if is_array(z_loss) or z_loss:
-        return penalized_label_surprisal(y, x, jnp.asarray(z_loss, x.dtype), classes)
-    return label_surprisal(y, x, classes)
+    all_kept = where is None and jnp.asarray(logits).shape[classes.axis] > 0
+    return label_loss(y, x, smoothing, None if all_kept else kept, z_loss, classes)
 
 
 def _numbers(name, x, label_smoothing, z_loss):
+    """ε and ζ as arrays, or None for a Python 0."""
     smoothing = fraction(name, x.dtype, label_smoothing=label_smoothing)
-    return smoothing, positive(name, x.dtype, z_loss=z_loss, or_zero=True)
+    numbers = smoothing, positive(name, x.dtype, z_loss=z_loss, or_zero=True)
+    return [None if or_none(number) is None else jnp.asarray(number, x.dtype) for number in numbers]
 
 
 def _with_z_loss(z_loss, loss, x, classes):
-    return loss + log_sum_penalty(x, jnp.asarray(z_loss, x.dtype), classes) if is_array(z_loss) or z_loss else loss
+    return loss if z_loss is None else loss + log_sum_penalty(x, z_loss, classes)

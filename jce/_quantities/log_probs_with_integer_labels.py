@@ -13,7 +13,7 @@ from jce._jax.labels import labelled, labelled_several
 from jce._jax.public import public
 from jce._numerics.calculus import negative
 from jce._quantities.label_log_probs import log_probs_and_tail, log_probs_of
-from jce._quantities.label_surprisal import label_surprisal
+from jce._quantities.label_loss import label_loss
 
 
 @public("axis", "axis_name", "tail")
@@ -83,7 +83,7 @@ def log_probs_with_integer_labels(
     name = "log_probs_with_integer_labels"
     if not tail and as_array(name, "labels", labels).ndim < as_array(name, "logits", logits).ndim:
         y, x, _, classes = labelled(name, axis, where, axis_name, labels, logits, several="one axis more, behind")
-        return negative(label_surprisal(y, x, classes))
+        return negative(label_loss(y, x, None, None, None, classes))
     y, x, kept, classes = labelled_several(name, axis, where, axis_name, labels, logits)
     log_probs = (log_probs_and_tail if tail else log_probs_of)(y, x, classes)
     return log_probs if kept is None else jnp.where(kept, log_probs, jnp.zeros_like(log_probs))

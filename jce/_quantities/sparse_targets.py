@@ -13,12 +13,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._jax.arguments import is_array
 from jce._jax.classes import Classes
 from jce._numerics.elementary import two_sum
 from jce._numerics.mul0 import mul0
 from jce._quantities.label_log_probs import at_labels, is_class, log_probs_and_tail
-from jce._quantities.soft_targets import smoothed, smoothed_by, soft, surprisal_terms
+from jce._quantities.soft_targets import smoothed_by, soft, surprisal_terms
 from jce._softmax.over_classes import over_classes
 
 ROUNDINGS = 4  # eps by which a stored Σp may differ from 1: at most 3.3 in softmaxes of up to 10,000 classes
@@ -31,7 +30,7 @@ def rounding(label_probs: Array, dtype) -> float:
 
 
 def sparse_cross_entropy(
-    y: Array, p: Array, x: Array, kept: Array, smoothing: float | Array, tail: float | None, classes: Classes
+    y: Array, p: Array, x: Array, kept: Array, smoothing: Array | None, tail: float | None, classes: Classes
 ) -> Array:
     """The loss of labels y and probabilities p [..., k] at logits x [..., n]; `kept` is 1 for each class not masked.
 
@@ -47,7 +46,7 @@ def sparse_cross_entropy(
         loss, of_tail = soft(over_classes(y, used, x, classes), x, classes), 0
     else:
         loss, of_tail = _with_tail(y, used, x, kept, tail, classes)
-    if not isinstance(smoothing, float) or smoothing:
+    if smoothing is not None:
         uniform = kept / jnp.maximum(classes.column(classes.sum(kept)), 1)
         loss = _smoothed(loss, mul0(soft(uniform, x, classes), used.sum(-1)), smoothing, y, used, uniform, x, classes)
     loss += of_tail
@@ -56,8 +55,6 @@ def sparse_cross_entropy(
 
 
 def _smoothed(loss, uniform_loss, smoothing, y, p, uniform, x, classes):
-    if not is_array(smoothing):
-        return smoothed(loss, uniform_loss, smoothing)
     # Both losses are taken without log Z Σp, which they have in common: with it their difference would lose its digits
     # (as in `mean_excess`).
     m = lax.stop_gradient(classes.max(x))

@@ -1,0 +1,168 @@
+"""A label's loss at logits x, smoothed and with a z-loss: (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
+
+Its derivative in the logits is called the excess: q minus the target, plus the z-loss' part. With eᵢ = exp(xᵢ - m),
+s = Σ eᵢ over all classes except the label's, and q_y - 1 = -s/Z, Z times the excess is
+
+    eᵢ (1 + 2ζ log Σ exp x) - ε Z/n,   at the label   -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x
+
+so that nothing cancels at ε = 0. `of_row` has these formulas, for rows of logits and for heads. `_excess` has them once
+more, as functions of softmax(x): only its derivatives are used.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jce._jax.arguments import is_array
+from jce._numerics.calculus import custom_jvp, def_at_once, sum_of_tangents
+from jce._numerics.elementary import exp, log
+from jce._numerics.mul0 import mul0
+from jce._quantities.soft_targets import scaled, scaled_square, smoothed, surprisal_terms
+from jce._quantities.z_loss import penalty_slope
+from jce._softmax.kernel import kernel
+from jce._softmax.softmax import logsumexp, softmax, surprisal_at_label
+from jce._softmax.sums import OffLabel
+
+
+def or_none(number):
+    """A number, or None for a Python 0, whose term then costs nothing."""
+    return number if is_array(number) or number != 0 else None
+
+
+class OfRow(NamedTuple):
+    """The loss ℓ of each row, Z, and what makes Z times the excess: e · factor - taken (None for 1, and for 0), and
+    `at_label` at the label."""
+
+    losses: Array
+    z: Array
+    factor: Array | None
+    taken: Array | None
+    at_label: Array
+
+    def entries(self, e: Array, column: Callable) -> Array:
+        e = e if self.factor is None else e * column(self.factor)
+        return e if self.taken is None else e - column(self.taken)
+
+
+def of_row(off: OffLabel, n, mean: Array | None, smoothing, z_loss, whole: Callable = lambda log_sum: log_sum) -> OfRow:
+    """The numbers of each row, of n classes.
+
+    `mean` is that of x - m over the classes; m must be the maximum, unless smoothing is None. `whole` adds to a log-sum
+    what was subtracted from the logits.
+    """
+    m, s, d = off
+    losses, at_label, z, e_y = surprisal_at_label(off), -s, off.z, exp(-d)
+    # Where the label outweighs the others, log 1/q_y - d, since s + e^-d may have rounded s away.
+    log_z = jnp.where(s < e_y, losses - d, log(z))
+    factor = taken = None
+    if smoothing is not None:
+        losses, taken = smoothed(losses, log_z - mean, smoothing), smoothing * (z / n)
+        at_label += smoothing * (z - z / n)
+    if z_loss is not None:
+        log_sum = whole(m + log_z)
+        losses += scaled_square(z_loss, log_sum)
+        at_label += 2 * z_loss * log_sum * e_y
+        factor = 1 + 2 * z_loss * log_sum
+    return OfRow(losses, z, factor, taken, at_label)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(5,))
+@kernel
+def label_loss(y, x, smoothing, kept, z_loss, way):
+    """The loss of labels y. ε and ζ are arrays, or None for 0. `kept` is 1 for each class that counts and 0 for others,
+    whose logit is -∞; or None where all classes count."""
+    if z_loss is not None:
+        way = way.for_log_sum(x)
+    # A mean needs the maximum, so the label's sum shares it.
+    off = way.off_label_of_any_shift(y, x) if smoothing is None else way.off_label(y, x)
+    return _of_row(off, x, smoothing, kept, z_loss, way).losses
+
+
+def _of_row(off, x, smoothing, kept, z_loss, way):
+    if smoothing is None:
+        return of_row(off, 1, None, None, z_loss)
+    n = _count(kept, x, way)
+    return of_row(off, n, -_sum_of_depths(off, x, kept, way) / n, smoothing, z_loss)
+
+
+def _count(kept, x, classes):
+    return classes.count(x) if kept is None else jnp.maximum(classes.sum(kept), 1)
+
+
+def _sum_of_depths(off, x, kept, way):
+    """Σ (m - xᵢ) over the classes that count."""
+    if kept is None:
+        return way.sum(way.column(off.m) - x)
+    return way.sum(surprisal_terms(kept, off.m + (off.s - off.s), x, way))  # unlike m, s is NaN in a row with a NaN
+
+
+# ∂/∂ε = 1/n Σᵢ log 1/qᵢ - log 1/q_y, ∂/∂ζ = (log Σ exp x)²
+def _label_loss_rule(classes, primals, tangents):
+    y, x, _, kept, _ = primals
+    _, dx, d_smoothing, _, d_z_loss = tangents
+    losses, excess = _loss_and_excess(*primals, classes)
+    return losses, sum_of_tangents(
+        (dx, d_smoothing, d_z_loss),
+        lambda t: classes.sum(mul0(excess, t)),
+        lambda t: scaled(t, mean_excess(y, x, kept, classes)),
+        lambda t: scaled_square(t, logsumexp(x, classes)),
+    )
+
+
+label_loss.defjvp(_label_loss_rule, symbolic_zeros=True)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(5,))
+@kernel
+def _loss_and_excess(y, x, smoothing, kept, z_loss, way):
+    if z_loss is not None:
+        way = way.for_log_sum(x)
+    if smoothing is None:
+        off, e = way.exponentials_off_label(y, x)
+    else:
+        off = way.off_label(y, x)
+        e = exp(way.depth_off_label(x, off))
+    row = _of_row(off, x, smoothing, kept, z_loss, way)
+    entries = row.entries(e, way.column if kept is None else lambda a: way.column(a) * kept)
+    return row.losses, jnp.where(way.is_at(x, way.local(y, x)), way.column(row.at_label), entries) / way.column(row.z)
+
+
+def _excess(y, x, smoothing, kept, z_loss, classes):
+    """The excess as an expression whose derivatives are accurate."""
+    q = softmax(x, classes)
+    target = classes.is_at(x, classes.local(y, x)).astype(x.dtype)
+    if smoothing is not None:
+        n = _count(kept, x, classes)
+        uniform = jnp.full_like(x, 1 / n) if kept is None else kept / classes.column(n)
+        target += scaled(smoothing, uniform - target)
+    if z_loss is not None:
+        q += penalty_slope(x, z_loss, classes)
+    return q - target
+
+
+def_at_once(_loss_and_excess, label_loss, _excess)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(3,))
+@kernel
+def mean_excess(y, x, kept, way):
+    """1/n Σᵢ log 1/qᵢ - log 1/q_y, computed as the mean of m - xᵢ, minus m - x_y: near the uniform distribution both
+    losses are about log Z, and their difference would lose all digits."""
+    off = way.off_label(y, x)
+    return _sum_of_depths(off, x, kept, way) / _count(kept, x, way) - off.d
+
+
+# d = t_y - 1/n Σᵢ tᵢ, and NaN where the row is NaN and t isn't 0
+@mean_excess.defjvp
+def _mean_excess_rule(classes, primals, tangents):
+    y, _, kept = primals
+    t, excess = tangents[1], mean_excess(*primals, classes)
+    nan = classes.broadcast(jnp.where(jnp.isnan(excess), excess, jnp.zeros_like(excess)), t)
+    counted = jnp.ones_like(t) if kept is None else kept
+    weighted = classes.sum(mul0(nan - counted, t)) / _count(kept, t, classes)
+    return excess, classes.at(t, classes.local(y, t)) + weighted

@@ -1,11 +1,8 @@
 """A label's loss and its derivative in the logits, by the fewest passes over the logits.
 
-With eᵢ = exp(xᵢ - m), s = Σ eᵢ over all classes but the label's and q_y - 1 = -s/Z, Z ∂ℓ/∂xᵢ is
-
-    eᵢ (1 + 2ζ log Σ exp x) - ε Z/n,   at the label   -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x
-
-The label's logit can be computed before the product that gives the others, and with it m (`known_label.py`).
-Then an accelerator fuses exp, the sum and the rounding of e with that product, and stores only e.
+`_quantities/label_loss.py` has the formulas. The label's logit can be computed before the matrix product that gives the
+others, and with it the shift m (`known_label.py`). Then an accelerator fuses exp, the sum and the rounding of e with
+that product, and stores only e.
 """
 
 from __future__ import annotations
@@ -92,7 +89,7 @@ def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Arra
     numbers, n = terms.numbers(target, x.dtype), way.count(x)
     off = way.off_label(y, x)
     mean = None if numbers[0] is None else way.sum(x - column(off.m)) / n
-    row = of_row(off, n, mean, *numbers, lambda log_sum: whole_log_sum(log_sum, of_head, t, way))
+    row = of_row(off, n, mean, *numbers, whole=lambda log_sum: whole_log_sum(log_sum, of_head, t, way))
     row, r = _scaled(row, off, way.masks)
     e = row.entries(_unless_nan(exp(x - column(off.m))), column)
     e = way.put(way.unfold(e), way.local(y, x), row.at_label)

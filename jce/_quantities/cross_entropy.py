@@ -141,8 +141,7 @@ def cross_entropy_with_logits(
     """
     name = "cross_entropy_with_logits"
     (p, x), classes = distributions(name, axis, where, axis_name, in_logits=("logits",), p=p, logits=logits)
-    _, z_loss = _numbers(name, x, 0.0, z_loss)
-    return _with_z_loss(z_loss, soft(p, x, classes), x, classes)
+    return _with_z_loss(_numbers(name, x, 0.0, z_loss)[1], soft(p, x, classes), x, classes)
 
 
 @public("axis", "axis_name", "tail", numbers=("label_smoothing", "z_loss"))
@@ -224,15 +223,14 @@ def cross_entropy_with_integer_labels(
     name = "cross_entropy_with_integer_labels"
     if label_probs is not None:
         y, p, x, kept, classes = labelled_with_probs(name, axis, where, axis_name, labels, label_probs, logits)
-        smoothing, z_loss = _numbers(name, x, label_smoothing, z_loss)
+        e, z = _numbers(name, x, label_smoothing, z_loss)
         rounded = rounding(jnp.asarray(label_probs), p.dtype) if tail else None
-        loss = sparse_cross_entropy(y, p, x, kept, smoothing, rounded, classes)
-        return _with_z_loss(z_loss, loss, x, classes)
+        return _with_z_loss(z, sparse_cross_entropy(y, p, x, kept, e, rounded, classes), x, classes)
     require_no_tail(name, tail)
     y, x, kept, classes = labelled(name, axis, where, axis_name, labels, logits)
-    smoothing, z_loss = _numbers(name, x, label_smoothing, z_loss)
+    e, z = _numbers(name, x, label_smoothing, z_loss)
     all_kept = where is None and jnp.asarray(logits).shape[classes.axis] > 0
-    return label_loss(y, x, smoothing, None if all_kept else kept, z_loss, classes)
+    return label_loss(y, x, e, None if all_kept else kept, z, classes)
 
 
 def _numbers(name, x, label_smoothing, z_loss):

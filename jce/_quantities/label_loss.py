@@ -49,18 +49,20 @@ class OfRow(NamedTuple):
         return e if self.taken is None else e - column(self.taken)
 
 
-def of_row(off: OffLabel, n, mean: Array | None, smoothing, z_loss, whole: Callable = lambda log_sum: log_sum) -> OfRow:
+def of_row(
+    off: OffLabel, n, mean: Array | None, smoothing, z_loss, *, whole: Callable = lambda log_sum: log_sum
+) -> OfRow:
     """The numbers of each row, of n classes.
 
-    `mean` is that of x - m over the classes; m must be the maximum, unless smoothing is None. `whole` adds to a log-sum
-    what was subtracted from the logits.
+    `mean` is the mean of x - m over the classes, which smoothing needs, with the maximum as m. `whole` adds to a
+    log-sum what was subtracted from the logits.
     """
     m, s, d = off
     losses, at_label, z, e_y = surprisal_at_label(off), -s, off.z, exp(-d)
     # Where the label outweighs the others, log 1/q_y - d, since s + e^-d may have rounded s away.
     log_z = jnp.where(s < e_y, losses - d, log(z))
     factor = taken = None
-    if smoothing is not None:
+    if smoothing is not None and mean is not None:
         losses, taken = smoothed(losses, log_z - mean, smoothing), smoothing * (z / n)
         at_label += smoothing * (z - z / n)
     if z_loss is not None:

@@ -24,7 +24,7 @@ from jce._numerics.elementary import exp, log
 from jce._numerics.mul0 import mul0
 from jce._quantities.soft_targets import scaled, scaled_square, smoothed, surprisal_terms
 from jce._quantities.z_loss import penalty_slope
-from jce._softmax.kernel import kernel
+from jce._softmax.kernel import kernel, kernel_sharing
 from jce._softmax.softmax import logsumexp, softmax, surprisal_at_label
 from jce._softmax.sums import OffLabel
 
@@ -99,7 +99,7 @@ def _count(kept, x, classes):
 def _sum_of_depths(off, x, kept, way):
     """Σ (m - xᵢ) over the classes that count."""
     if kept is None:
-        return way.sum(way.column(off.m) - x)
+        return -way.sum(x - way.column(off.m))
     return way.sum(surprisal_terms(kept, off.m + (off.s - off.s), x, way))  # unlike m, s is NaN in a row with a NaN
 
 
@@ -120,8 +120,13 @@ label_loss.defjvp(_label_loss_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
-@kernel
-def _loss_and_excess(y, x, smoothing, kept, z_loss, way):
+def _loss_and_excess(y, x, smoothing, kept, z_loss, classes):
+    # A GPU computes log Σ exp x outside of a chain, so there both results may share what that stores (`chain.py`).
+    in_rows = kernel if z_loss is None else kernel_sharing
+    return in_rows(_at_once)(y, x, smoothing, kept, z_loss, classes)
+
+
+def _at_once(y, x, smoothing, kept, z_loss, way):
     if z_loss is not None:
         way = way.for_log_sum(x)
     if smoothing is None:

@@ -353,12 +353,6 @@ def is_hidden(thing: object) -> bool:
     return not any(x is thing for module in modules for x in vars(module).values())
 
 
-def effects_are_hidden() -> bool:
-    from jax._src.effects import JaxprInputEffect, ordered_effects, remat_allowed_effects
-
-    return any(map(is_hidden, (JaxprInputEffect, ordered_effects, remat_allowed_effects)))
-
-
 def mapped_arrays_are_hidden() -> bool:
     from jax._src.interpreters.batching import BatchTracer
 
@@ -388,7 +382,6 @@ ROWS = [
     Row("_heads/checks.py", "a batch of updates", batches_of_updates_are_errors),
     Row("_heads/checks.py", "a batch of lookups", derivatives_of_lookups_are_errors),
     Row("_heads/deferred.py", "hides whether a vmap maps", mapped_arrays_are_hidden),
-    Row("_heads/effects.py", "hides which effects", effects_are_hidden),
     Row("_heads/places.py", "fails its type checks under spmd_axis_name", types_are_checked_wrongly),
     Row("_heads/token_loop.py", "JAX's own custom_jvp", a_loop_loses_rules),
     Row("_heads/unhoisted.py", "hoists out of a loop", a_loop_hoists_what_stays_the_same),

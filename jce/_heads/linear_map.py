@@ -108,10 +108,10 @@ def linear_map(
         a number; or it holds random keys where tokens may be left out or padded: with `where`, weights or
         batch_invariant.
       ValueError: there is no Linear; shapes disagree; an option is none of those above; function names the axis of a
-        `jax.vmap`, has an ordered effect or uses a `jax.Ref` of its caller's; or the classes are split and a result
-        differs between their devices.
-      NotImplementedError: function has an effect that `jax.checkpoint` refuses, such as an `io_callback`, and a
-        derivative computes it again: any but the first of a sum or a mean of one number per token.
+        `jax.vmap`, has an ordered `io_callback` or uses a `jax.Ref` of its caller's; or the classes are split and a
+        result differs between their devices.
+      NotImplementedError: function has a side effect that may not be repeated, such as an `io_callback`, and a
+        derivative computes it again. Only the first derivative of a sum or a mean of one number per token doesn't.
 
     Not checked:
       Values, and where function looks up a token's logits. JAX counts an id of -1 from the end, in every mode: it is

@@ -7,12 +7,11 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jce._heads.checks import with_checks
 from jce._heads.effects import require_effects, undifferentiable
+from jce._heads.evaluated import evaluated
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._jax.arguments import require_bool
@@ -151,11 +150,11 @@ def _of_chunk(name: str, function: Callable, structure: Any, has_aux: bool, one,
             f" classes are split; got some that differ between those of {sorted(differ)}. Give jce's functions"
             f" axis_name={class_axis!r}, or sum over the devices with jax.lax.psum."
         )
-    jaxpr = with_checks(closed.jaxpr)
+    jaxpr = closed.jaxpr
 
     def of_chunk(chunk, shared, closed_over):
         shared = jax.tree.leaves(shared)
-        results = jax.vmap(lambda *one: jax.core.eval_jaxpr(jaxpr, closed_over, *one, *shared))(*chunk)
+        results = jax.vmap(lambda *one: evaluated(jaxpr, closed_over, [*one, *shared]))(*chunk)
         return [results[0], *jax.lax.stop_gradient(results[1:])] if has_aux else results
 
     return OfChunk(of_chunk, results, closed.consts, has_aux, refused=undifferentiable(closed.effects))

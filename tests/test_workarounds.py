@@ -353,12 +353,6 @@ def is_hidden(thing: object) -> bool:
     return not any(x is thing for module in modules for x in vars(module).values())
 
 
-def effects_are_hidden() -> bool:
-    from jax._src.effects import JaxprInputEffect, ordered_effects, remat_allowed_effects
-
-    return any(map(is_hidden, (JaxprInputEffect, ordered_effects, remat_allowed_effects)))
-
-
 def mapped_arrays_are_hidden() -> bool:
     from jax._src.interpreters.batching import BatchTracer
 
@@ -383,12 +377,11 @@ def the_class_of_primitives_comes_with_pallas() -> bool:
 
 
 ROWS = [
-    Row("_heads/called.py", "copies both factors", products_over_unit_axes_are_copied),
-    Row("_heads/checks.py", "checkify adds a check", indices_in_a_checkpoint_are_errors),
-    Row("_heads/checks.py", "a batch of updates", batches_of_updates_are_errors),
-    Row("_heads/checks.py", "a batch of lookups", derivatives_of_lookups_are_errors),
     Row("_heads/deferred.py", "hides whether a vmap maps", mapped_arrays_are_hidden),
-    Row("_heads/effects.py", "hides which effects", effects_are_hidden),
+    Row("_heads/evaluated.py", "copies both factors", products_over_unit_axes_are_copied),
+    Row("_heads/evaluated.py", "checkify adds a check", indices_in_a_checkpoint_are_errors),
+    Row("_heads/evaluated.py", "a batch of updates", batches_of_updates_are_errors),
+    Row("_heads/evaluated.py", "a batch of lookups", derivatives_of_lookups_are_errors),
     Row("_heads/places.py", "fails its type checks under spmd_axis_name", types_are_checked_wrongly),
     Row("_heads/token_loop.py", "JAX's own custom_jvp", a_loop_loses_rules),
     Row("_heads/unhoisted.py", "hoists out of a loop", a_loop_hoists_what_stays_the_same),

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._heads.checks import with_checks
+from jce._heads.evaluated import evaluated
 from jce._jax.arguments import as_array, float_dtype
-from jce._jax.varying import vary_over, varying, varying_alike
+from jce._jax.varying import vary_over, varying
 
 RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 
@@ -75,47 +74,10 @@ class Called:
         arrays = [x if wide is None else _narrow(x, wide) for x, wide in self.arrays]
 
         def of_token(h):
-            (x,) = _evaluated(self.jaxpr, arrays, [h.reshape((1,) * (self.rank - 1) + h.shape)])
+            (x,) = evaluated(self.jaxpr, arrays, [h.reshape((1,) * (self.rank - 1) + h.shape)])
             return x.reshape(self.logits.shape).astype(self.logits.dtype)
 
         return jax.vmap(of_token)(h)
-
-
-def _evaluated(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """`jax.core.eval_jaxpr`, but without unit axes in products, of which one token's state has some.
-
-    Until JAX no longer copies both factors of a product over several axes: over a batch of tokens, the gradients of
-    products with unit axes would be such."""
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
-
-    def read(variables):
-        return [v.val if hasattr(v, "val") else values[v] for v in variables]  # a literal, or a variable
-
-    for equation in jaxpr.eqns:
-        if equation.primitive is lax.dot_general_p:
-            results = [_product(*read(equation.invars), equation.outvars[0].aval.shape, **equation.params)]
-        elif equation.primitive.name in ("jit", "pjit"):
-            inner = equation.params["jaxpr"]
-            results = _evaluated(inner.jaxpr, inner.consts, read(equation.invars))
-        elif equation.primitive.name in ("pvary", "pcast"):  # a loop's arrays may vary already
-            results = vary_over(frozenset(equation.params["axes"]), *read(equation.invars))
-        else:
-            known = [v for v in equation.invars if not hasattr(v, "val")]
-            alone = jaxpr.replace(constvars=known, invars=[], outvars=equation.outvars, eqns=[equation])
-            results = jax.core.eval_jaxpr(with_checks(alone), varying_alike(*read(known)))
-        values |= zip(equation.outvars, results, strict=True)
-    return read(jaxpr.outvars)
-
-
-def _product(a, b, shape, *, dimension_numbers, **how):
-    """`lax.dot_general` of a and b without the unit axes that it neither sums nor batches; the result is reshaped."""
-    operands, places = [], []
-    for x, *axes in zip((a, b), *dimension_numbers, strict=True):
-        kept = [i for i, n in enumerate(x.shape) if n != 1 or any(i in some for some in axes)]
-        operands.append(x.reshape([x.shape[i] for i in kept]))
-        places.append([tuple(map(kept.index, some)) for some in axes])
-    summed, batch = zip(*places, strict=True)
-    return lax.dot_general_p.bind(*varying_alike(*operands), dimension_numbers=(summed, batch), **how).reshape(shape)
 
 
 @jax.custom_jvp

@@ -1,7 +1,8 @@
-"""The effects of a function that is mapped over tokens: they are kept, or refused by an error that says what to do.
+"""The side effects of a function that is mapped over tokens: a loop keeps them, except those that are refused here.
 
 A loop's primitives declare the effects of the function that they compute (what it prints, calls or checks), so that JAX
-keeps them. But many tokens are computed at once, in an order that suits the device, so effects can't be ordered.
+keeps them. Tokens are computed many at once, so JAX itself refuses an ordered `io_callback`, as under `jax.vmap`.
+JAX hides the classes of effects, so they are told apart by their names.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from collections.abc import Collection
 
 from jce._jax.layout import manual_axes
 
-try:  # Until JAX no longer hides which effects it orders, or refuses in jax.checkpoint (0.8 to 0.12): a private import.
-    from jax._src import effects as kinds
-except ImportError:  # then JAX refuses both by errors of its own
-    kinds = None
+OF_REFS = ("ReadEffect", "WriteEffect", "AccumEffect")
+REPEATED = (  # in derivatives, as `jax.checkpoint` repeats them; it refuses a callback, unless it is for debugging
+    *("DebugEffect", "OrderedDebugEffect", "ErrorEffect", "ShapeAssertionEffect", "CallTfEffect"),
+    *("NamedAxisEffect", "CommsEffect", "InternalMutableArrayEffect"),
+)
 
 
 def require_effects(name: str, effects: Collection) -> None:
-    """Raises if an effect of a mapped function is ordered or on a `jax.Ref`, or if it names the axis of a `jax.vmap`,
-    whose members' tokens all join in one loop."""
+    """Raises if a mapped function uses a `jax.Ref` of its caller's, or if it names the axis of a `jax.vmap`, whose
+    members' tokens all join in one loop. JAX's own errors for these don't say what is wrong."""
     axes = {e.name for e in effects if type(e).__name__ == "NamedAxisEffect"} - {*manual_axes()}
     if axes:
         raise ValueError(
@@ -26,24 +28,16 @@ def require_effects(name: str, effects: Collection) -> None:
             f" {', '.join(map(repr, sorted(axes, key=str)))}. Sum over the axis outside, and pass its index as an"
             f" argument."
         )
-    ordered = [e for e in effects if kinds is not None and kinds.ordered_effects.contains(e)]
-    if ordered:
+    if _names(effects) & {*OF_REFS}:
         raise ValueError(
-            f"{name}: function may have no ordered effect, since tokens are computed many at once; it has"
-            f" {_names(ordered)}. Leave out ordered=True, and pass the token's number along, or call it in a"
-            f" jax.lax.map of the results."
-        )
-    of_refs = [e for e in effects if kinds is not None and isinstance(e, kinds.JaxprInputEffect)]
-    if of_refs:
-        raise ValueError(
-            f"{name}: function may read or write no jax.Ref of its caller's, since tokens are computed many at once; it"
-            f" has {_names(of_refs)}. Pass what it reads as an array, in shared, and return what it writes."
+            f"{name}: function may read or write no jax.Ref of its caller's, since tokens are computed many at once."
+            f" Pass what it reads as an array, in shared, and return what it writes."
         )
 
 
 def undifferentiable(effects: Collection) -> str:
-    """The names of the effects that `jax.checkpoint` refuses to compute again in a derivative."""
-    return "" if kinds is None else _names(kinds.remat_allowed_effects.filter_not_in(effects))
+    """The names of the effects that a derivative would repeat, but may not."""
+    return ", ".join(sorted(_names(effects) - {*REPEATED}))
 
 
 def require_differentiable(refused: str) -> None:
@@ -55,5 +49,5 @@ def require_differentiable(refused: str) -> None:
         )
 
 
-def _names(effects: Collection) -> str:
-    return ", ".join(sorted({type(e).__name__ for e in effects}))
+def _names(effects: Collection) -> set[str]:
+    return {type(e).__name__ for e in effects}

@@ -7,12 +7,11 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jce._heads.checks import with_checks
 from jce._heads.effects import require_effects, undifferentiable
+from jce._heads.evaluated import evaluated
 from jce._heads.linear import Linear
 from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
 from jce._jax.arguments import require_bool
@@ -108,10 +107,10 @@ def linear_map(
         a number; or it holds random keys where tokens may be left out or padded: with `where`, weights or
         batch_invariant.
       ValueError: there is no Linear; shapes disagree; an option is none of those above; function names the axis of a
-        `jax.vmap`, has an ordered effect or uses a `jax.Ref` of its caller's; or the classes are split and a result
-        differs between their devices.
-      NotImplementedError: function has an effect that `jax.checkpoint` refuses, such as an `io_callback`, and a
-        derivative computes it again: any but the first of a sum or a mean of one number per token.
+        `jax.vmap`, has an ordered `io_callback` or uses a `jax.Ref` of its caller's; or the classes are split and a
+        result differs between their devices.
+      NotImplementedError: function has a side effect that may not be repeated, such as an `io_callback`, and a
+        derivative computes it again. Only the first derivative of a sum or a mean of one number per token doesn't.
 
     Not checked:
       Values, and where function looks up a token's logits. JAX counts an id of -1 from the end, in every mode: it is
@@ -151,11 +150,11 @@ def _of_chunk(name: str, function: Callable, structure: Any, has_aux: bool, one,
             f" classes are split; got some that differ between those of {sorted(differ)}. Give jce's functions"
             f" axis_name={class_axis!r}, or sum over the devices with jax.lax.psum."
         )
-    jaxpr = with_checks(closed.jaxpr)
+    jaxpr = closed.jaxpr
 
     def of_chunk(chunk, shared, closed_over):
         shared = jax.tree.leaves(shared)
-        results = jax.vmap(lambda *one: jax.core.eval_jaxpr(jaxpr, closed_over, *one, *shared))(*chunk)
+        results = jax.vmap(lambda *one: evaluated(jaxpr, closed_over, [*one, *shared]))(*chunk)
         return [results[0], *jax.lax.stop_gradient(results[1:])] if has_aux else results
 
     return OfChunk(of_chunk, results, closed.consts, has_aux, refused=undifferentiable(closed.effects))

@@ -1,0 +1,95 @@
+"""Evaluates the trace of a head that is a function, or of a function that is mapped over tokens, in a loop over chunks.
+
+It does what `jax.core.eval_jaxpr` does, with three exceptions. Inside `jax.shard_map`, the arrays of an operation are
+marked as varying over the mesh axes of any of them: in a loop they vary over more axes than those with which a head was
+traced. Matrix products have no unit axes. An operation that checkify checks (a lookup, an update or a `checkify.check`)
+is put in a form that checkify can check, or doesn't see: JAX fails at checks in a `jax.vmap` and in a `jax.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jce._jax.varying import vary_over, varying_alike
+from jce._jax.waiting import Program, waiting
+
+LOOKUPS = ("dynamic_slice", "gather")
+UPDATES = ("dynamic_update_slice", "scatter", *(f"scatter-{name}" for name in ("add", "max", "min", "mul", "sub")))
+
+
+def evaluated(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """The results of a jaxpr."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
+
+    def read(variables):
+        return [v.val if hasattr(v, "val") else values[v] for v in variables]  # a literal, or a variable
+
+    for equation in jaxpr.eqns:
+        values |= zip(equation.outvars, _results(jaxpr, equation, read(equation.invars)), strict=True)
+    return read(jaxpr.outvars)
+
+
+def _results(jaxpr: Any, equation: Any, arrays: Sequence[Any]) -> list[Any]:
+    """The results of one equation of a jaxpr."""
+    name, params = equation.primitive.name, equation.params
+    if name in ("jit", "pjit"):
+        return evaluated(params["jaxpr"].jaxpr, params["jaxpr"].consts, arrays)
+    if name in ("pvary", "pcast"):
+        return vary_over(frozenset(params["axes"]), *arrays)
+    if name == "dot_general":
+        return [_product(arrays, equation.outvars[0].aval.shape, **params)]
+    if name in ("check", *LOOKUPS, *UPDATES):
+        return _checkable(equation.primitive, params, *varying_alike(*arrays))
+    known = {v: x for v, x in zip(equation.invars, arrays, strict=True) if not hasattr(v, "val")}
+    alone = jaxpr.replace(constvars=[*known], invars=[], outvars=equation.outvars, eqns=[equation])
+    return jax.core.eval_jaxpr(alone, varying_alike(*known.values()))
+
+
+# Until JAX no longer copies both factors of a product over several axes, on a CPU. A head is traced with one token's
+# state [1, 1, d], so the gradient of its product would sum over the chunk's axis and both unit axes. For h @ kernel in
+# float32, with 1,024 tokens, d = 512 and 32,768 classes, value and gradient would take 1.65 times the time there and
+# 1.5 times the temporary memory.
+def _product(factors: Sequence[Array], shape: tuple[int, ...], *, dimension_numbers: Any, **how: Any) -> Array:
+    """`lax.dot_general` without the unit axes that it neither sums nor batches; the result is reshaped."""
+    operands, places = [], []
+    for x, *axes in zip(factors, *dimension_numbers, strict=True):
+        kept = [i for i, n in enumerate(x.shape) if n != 1 or any(i in some for some in axes)]
+        operands.append(x.reshape([x.shape[i] for i in kept]))
+        places.append([tuple(map(kept.index, some)) for some in axes])
+    summed, batch = zip(*places, strict=True)
+    return lax.dot_general_p.bind(*varying_alike(*operands), dimension_numbers=(summed, batch), **how).reshape(shape)
+
+
+def _checkable(primitive: Any, params: dict[str, Any], *arrays: Array) -> list[Array]:
+    """An operation's results, computed in a form that checkify can check, or doesn't see."""
+    is_lookup = primitive.name in LOOKUPS and jnp.issubdtype(arrays[0].dtype, jnp.inexact)
+    # Until JAX no longer raises an IndexError for a batch of updates under checkify: they are hidden.
+    function = waiting if primitive.name in UPDATES else _looked_up if is_lookup else _anywhere
+    program = Program(_bound, (primitive, tuple(params.items())))
+    # Until JAX no longer raises a ValueError where checkify adds a check to a jax.checkpoint, unless it is in a jit.
+    return jax.tree.leaves(jax.jit(functools.partial(function, program))(*arrays))
+
+
+def _bound(primitive, params, _, *arrays):
+    return primitive.bind(*arrays, **dict(params))
+
+
+def _anywhere(program, *arrays):
+    return program(None, *arrays)
+
+
+_looked_up = jax.custom_jvp(_anywhere, nondiff_argnums=(0,))
+
+
+# Until JAX no longer raises an IndexError for the derivative of a batch of lookups under checkify: `waiting` hides the
+# lookup of the tangent. The same indices are checked where the value is looked up.
+@_looked_up.defjvp
+def _looked_up_rule(program, primals, tangents):
+    return _looked_up(program, *primals), waiting(program, tangents[0], *primals[1:])

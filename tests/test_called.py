@@ -299,6 +299,27 @@ def test_devices(problem):
                 function(y[:8], h[:8], head(p))
 
 
+def test_labels_may_vary_over_more_mesh_axes_than_states(problem):
+    """In the loop all arrays vary over more axes than in the trace, except those that the head makes, as by arange."""
+    y, h, p, _ = problem
+    y, h = jnp.stack([y[0, :8], y[1, :8]]), h[0, :8]
+    mesh = jax.make_mesh((2, 4), ("stage", "data"), axis_types=(AxisType.Auto,) * 2)
+
+    def head(p):
+        return loosely(lambda h: h @ p["kernel"] + jnp.where(jnp.arange(N) < 40, 0.0, -3.0))
+
+    def loss(h, p):
+        def part(y, h, p):
+            total = jce.linear_cross_entropy(y[0], h, head(p), chunk_size=1, reduction="sum")
+            return jax.lax.psum(total, ("stage", "data"))
+
+        specs = (P("stage", "data"), P("data"), P())
+        return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P())(y, h, p)
+
+    expected = jax.jit(jax.value_and_grad(lambda h, p: sum(ce(labels, head(p)(h)).sum() for labels in y), (0, 1)))(h, p)
+    close(jax.jit(jax.value_and_grad(loss, (0, 1)))(h, p), expected, 1e-5)
+
+
 def dropped(h):
     return h * jax.random.bernoulli(jax.random.key(0), 0.5, h.shape).astype(h.dtype)
 

@@ -56,7 +56,6 @@ from jce._heads.linear_kl_divergence import linear_kl_divergence
 from jce._heads.linear_log_probs import linear_log_probs
 from jce._heads.linear_map import linear_map
 from jce._heads.on_mesh import on_mesh
-from jce._heads.sharded_linear_cross_entropy import sharded_linear_cross_entropy
 from jce._quantities.binary import binary_cross_entropy, binary_entropy, binary_kl_divergence
 from jce._quantities.binary_kl_divergence_with_logits import binary_kl_divergence_with_logits
 from jce._quantities.binary_with_logits import binary_cross_entropy_with_logits, binary_entropy_with_logits
@@ -97,7 +96,6 @@ __all__ = [
     "log_probs_with_integer_labels",
     "on_mesh",
     "sampled_kl_divergence",
-    "sharded_linear_cross_entropy",
 ]
 # Pickles and pages would name private files otherwise, which may move.
 for _name in __all__:

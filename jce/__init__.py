@@ -46,7 +46,6 @@ tangent_solve of a `jax.lax.custom_root` around their gradients must use `jax.ja
 """
 
 import importlib.metadata as _metadata
-import sys as _sys
 
 import jce._programs.interrupts as _interrupts  # noqa: F401, before JAX, whose import takes a second
 from jce._heads.deferred import deferred
@@ -100,8 +99,6 @@ __all__ = [
 # Pickles and pages would name private files otherwise, which may move.
 for _name in __all__:
     globals()[_name].__module__ = __name__
-# Where pickles of `entropy` look that were made while it had this name.
-_sys.modules["jce._entropy"] = _sys.modules["jce._quantities.entropy"]
 try:
     __version__ = _metadata.version("jce")
 except _metadata.PackageNotFoundError:  # when the folder was copied into another project or built without pip

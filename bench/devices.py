@@ -1,7 +1,7 @@
 """What a step of the sharded head costs on 8 to 4096 devices, from a model: `python -m bench.devices`.
 
 For N tokens, width d and n classes on a mesh of T × K devices (tokens × classes), value and gradient of
-`jce.sharded_linear_cross_entropy` do 6Ndn/TK multiplications and additions a device, and all-reduce
+`jce.linear_cross_entropy` by `jce.on_mesh` do 6Ndn/TK multiplications and additions a device, and all-reduce
 
     over K   3 numbers a token of the device's N/T, chunk by chunk, and the hidden states' gradient, N/T × d, once
     over T   the head's gradient, n/K × d, once
@@ -51,10 +51,10 @@ def check(tokens: int, width: int, classes: int, t: int, k: int, chunk: int) -> 
     def abstract(shape, axis, dtype=np.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(axis)))
 
+    cross_entropy = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
+
     def loss(hidden, head, labels):
-        return jce.sharded_linear_cross_entropy(
-            labels, hidden, head, mesh=mesh, token_axis="tokens", class_axis="classes", chunk_size=chunk
-        )
+        return cross_entropy(labels, hidden, head, chunk_size=chunk)
 
     hidden, head = abstract((tokens, width), "tokens"), abstract((classes, width), "classes")
     labels = abstract((tokens,), "tokens", np.int32)

@@ -46,7 +46,6 @@ tangent_solve of a `jax.lax.custom_root` around their gradients must use `jax.ja
 """
 
 import importlib.metadata as _metadata
-import sys as _sys
 
 import jce._programs.interrupts as _interrupts  # noqa: F401, before JAX, whose import takes a second
 from jce._heads.deferred import deferred
@@ -56,7 +55,6 @@ from jce._heads.linear_kl_divergence import linear_kl_divergence
 from jce._heads.linear_log_probs import linear_log_probs
 from jce._heads.linear_map import linear_map
 from jce._heads.on_mesh import on_mesh
-from jce._heads.sharded_linear_cross_entropy import sharded_linear_cross_entropy
 from jce._quantities.binary import binary_cross_entropy, binary_entropy, binary_kl_divergence
 from jce._quantities.binary_kl_divergence_with_logits import binary_kl_divergence_with_logits
 from jce._quantities.binary_with_logits import binary_cross_entropy_with_logits, binary_entropy_with_logits
@@ -97,13 +95,10 @@ __all__ = [
     "log_probs_with_integer_labels",
     "on_mesh",
     "sampled_kl_divergence",
-    "sharded_linear_cross_entropy",
 ]
 # Pickles and pages would name private files otherwise, which may move.
 for _name in __all__:
     globals()[_name].__module__ = __name__
-# Where pickles of `entropy` look that were made while it had this name.
-_sys.modules["jce._entropy"] = _sys.modules["jce._quantities.entropy"]
 try:
     __version__ = _metadata.version("jce")
 except _metadata.PackageNotFoundError:  # when the folder was copied into another project or built without pip

@@ -9,10 +9,11 @@
 # needs three numbers that no device has alone: the maximum $m$, the sum, and the label's logit $x_y$. Its derivative
 # $g = \partial \ell / \partial x$ needs no more of the others, since $q_i$ is $e^{x_i - m}$ over the sum. The gradients
 # do: with a row of $h$ and $g$ for each token, that of $h$ is $gW$, a sum over classes, and that of $W$ is $g^\top h$,
-# a sum over tokens. `jce.sharded_linear_cross_entropy` sends just that. To see it takes several devices; a CPU can be
-# eight.
+# a sum over tokens. `jce.on_mesh(jce.linear_cross_entropy, ...)` sends just that. To see it takes several devices; a
+# CPU can be eight.
 
 # %%
+import functools
 from collections import Counter
 
 import jax
@@ -38,13 +39,8 @@ def make_mesh(t, k):
 
 def sharded_loss(mesh, **options):
     """The mean loss of (labels, hidden, head)."""
-
-    def loss(labels, hidden, head):
-        return jce.sharded_linear_cross_entropy(
-            labels, hidden, head, mesh=mesh, token_axis="tokens", class_axis="classes", **options
-        )
-
-    return loss
+    cross_entropy = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
+    return functools.partial(cross_entropy, **options)
 
 
 print(len(jax.devices()), jax.devices()[0].platform, "devices")

@@ -59,7 +59,7 @@ def sharded(device):
         jax.ShapeDtypeStruct((length * mesh.shape[place.spec[0]], *rest), dtype, sharding=place)
         for (length, *rest), dtype, place in zip(LOCAL, DTYPES, places, strict=True)
     ]
-    program = gradient(lambda y, h, w: jce.sharded_linear_cross_entropy(y, h, w, **axes))
+    program = gradient(jce.on_mesh(jce.linear_cross_entropy, **axes))
     return jax.jit(program, out_shardings=(None, tuple(places[1:]))).lower(*split).compile()
 
 

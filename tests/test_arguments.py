@@ -339,7 +339,6 @@ def test_what_others_call_ignore_index():
         (jce.cross_entropy_with_integer_labels, (labels, ones(2, 3)), of_rows),
         (jce.linear_cross_entropy, (labels, hidden, head), of_tokens),
         (jce.linear_log_probs, (labels, hidden, head), of_tokens),
-        (jce.sharded_linear_cross_entropy, (labels, hidden, head), of_tokens),
     ):
         message = rf"{function.__name__}: no argument 'ignore_index'; it takes labels, .* with where={where}\."
         with pytest.raises(TypeError, match=message):

@@ -598,7 +598,7 @@ def test_traced_numbers_are_as_pythons(problem):
     def both(numbers):
         def total(h, numbers):
             ours = jce.linear_cross_entropy(labels, h, w, b, **numbers)
-            sharded = jce.sharded_linear_cross_entropy(labels, h, w, b, **numbers, **over)
+            sharded = jce.on_mesh(jce.linear_cross_entropy, **over)(labels, h, w, b, **numbers)
             smoothing = {"label_smoothing": numbers["label_smoothing"]}
             dense = jce.cross_entropy_with_integer_labels(labels, h @ w.T, **smoothing)
             return ours + 2 * sharded + 3 * dense.mean()

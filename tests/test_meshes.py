@@ -89,14 +89,14 @@ def table():
     tokens = {"labels": labels, "where": np.arange(ROWS) % 4 != 3}
     for reduction in ("mean", "none"):
 
-        def loss(others, h, w, b, weights, f=jce.linear_cross_entropy, reduction=reduction, **on):
+        def loss(others, h, w, b, weights, f=jce.linear_cross_entropy, reduction=reduction):
             labels, where = others["labels"], others["where"]
             options = {"reduction": reduction, "label_smoothing": 0.1, "chunk_size": 3}
-            return f(labels, h, w, b, weights=weights, where=where, **options, **on)
+            return f(labels, h, w, b, weights=weights, where=where, **options)
 
         def on_mesh(*x, mesh, loss=loss):
             on = {"mesh": mesh, "token_axis": "rows", "class_axis": "classes"}
-            return loss(*x, f=jce.sharded_linear_cross_entropy, **on)
+            return loss(*x, f=jce.on_mesh(jce.linear_cross_entropy, **on))
 
         arguments = (hidden, head, bias, rng.random(ROWS))
         rows[f"head, {reduction}"] = Row(loss, tokens, arguments)
@@ -336,11 +336,12 @@ def test_the_head_sends_what_the_sharded_head_does():
     labels = abstract((256,), "rows", dtype=np.int32)
     on = {"mesh": hidden.sharding.mesh, "token_axis": "rows", "class_axis": "classes"}
 
-    def gradient(function, **options):
-        return jax.value_and_grad(lambda h, w, y: function(y, h, w, chunk_size=8, **options), (0, 1))
+    def gradient(function):
+        return jax.value_and_grad(lambda h, w, y: function(y, h, w, chunk_size=8), (0, 1))
 
     by_type = sent(gradient(jce.linear_cross_entropy), hidden, head, labels)
-    assert sorted(by_type) == sorted(sent(gradient(jce.sharded_linear_cross_entropy, **on), hidden, head, labels))
+    on_mesh = sent(gradient(jce.on_mesh(jce.linear_cross_entropy, **on)), hidden, head, labels)
+    assert sorted(by_type) == sorted(on_mesh)
     assert {c.kind for c in by_type} == {"all-reduce"}
 
 

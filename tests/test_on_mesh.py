@@ -1,6 +1,7 @@
 """The functions of heads on a mesh: the numbers of one device, in every mode, and no more sent than that takes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -93,21 +94,22 @@ def test_tokens_over_the_stages_of_a_pipeline_too(rng):
     kept = np.arange(len(y)) % 5 != 1
     names = ["log-probabilities", "divergence", *(["map"] if jax.__version_info__ >= (0, 9) else [])]
 
-    def weighted(sharded, a, p, q, t):
-        return sharded(y, q.hidden, q.head, weights=jnp.square(a), where=kept, label_smoothing=0.1, chunk_size=3)
+    def weighted(on, a, p, q, t):
+        weights = jnp.square(a)
+        return on(jce.linear_cross_entropy)(
+            y, q.hidden, q.head, weights=weights, where=kept, label_smoothing=0.1, chunk_size=3
+        )
 
-    def results(on, axis, sharded):
+    def results(on, axis):
         losses = [functools.partial(LOSSES[name], on, axis, y) for name in names]
-        losses.append(functools.partial(weighted, sharded))
+        losses.append(functools.partial(weighted, on))
         return jax.jit(lambda *x: [jax.value_and_grad(f, (0, 1, 2, 3))(*x) for f in losses], compiler_options=QUICKLY)
 
     with jax.enable_x64(True):
-        expected = results(lambda f: f, None, jce.linear_cross_entropy)(a, p, q, t)
+        expected = results(lambda f: f, None)(a, p, q, t)
         tokens = NamedSharding(mesh, P(("data", "stage")))
         a, p, q = (jax.tree.map(lambda x: jax.device_put(x, tokens) if len(x) == len(y) else x, x) for x in (a, p, q))
-        split = results(
-            lambda f: jce.on_mesh(f, **axes), "classes", functools.partial(jce.sharded_linear_cross_entropy, **axes)
-        )
+        split = results(lambda f: jce.on_mesh(f, **axes), "classes")
         close(split(a, p, q, t), expected, rtol=1e-9, atol=1e-11)
 
 
@@ -248,8 +250,10 @@ def mean(y, h, w, where):
 
 
 SPLIT_BATCHES = {
-    "sharded": (
-        lambda mesh: lambda *a: jce.sharded_linear_cross_entropy(*a[:3], where=a[3], mesh=mesh, **AXES),
+    "cross-entropy": (
+        lambda mesh: (
+            lambda y, h, w, where: jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, **AXES)(y, h, w, where=where)
+        ),
         mean,
     ),
     "map": (
@@ -304,12 +308,18 @@ def test_errors():
     x = Linear(np.ones((4, 2), np.float32), np.ones((8, 2), np.float32))
     with pytest.raises(TypeError, match=r"on_mesh: function must be one of jce.linear_cross_entropy, .*got <function"):
         jce.on_mesh(jce.entropy, mesh=mesh, **AXES)
-    with pytest.raises(ValueError, match=r"on_mesh: mesh must be a mesh.*got mesh=None"):
+    with pytest.raises(ValueError, match=r"on_mesh: mesh must be a mesh of devices.*got mesh=None.*On one device"):
         jce.on_mesh(jce.linear_map, mesh=None, **AXES)
-    for wrong in (["classes"], np.ones(2), {}, ("nowhere",)):
+    for wrong in (["classes"], np.ones(2), {}, "nowhere", ("nowhere",)):
         for axis in AXES:
-            with pytest.raises(ValueError, match=rf"on_mesh: {axis} must name axes of the mesh.*got {axis}="):
+            with pytest.raises(
+                ValueError, match=rf"on_mesh: {axis} must name axes of the mesh.*'tokens', 'classes'.*got {axis}="
+            ):
                 jce.on_mesh(jce.linear_map, mesh=mesh, **(AXES | {axis: wrong}))
+    for classes in ("tokens", ("tokens", "classes")):
+        got = re.escape(f"got token_axis='tokens' and class_axis={classes!r}")
+        with pytest.raises(ValueError, match=f"on_mesh: token_axis and class_axis .* unlike axes of the mesh.*{got}"):
+            jce.on_mesh(jce.linear_map, mesh=mesh, token_axis="tokens", class_axis=classes)
     with pytest.raises(ValueError, match=r"linear_map: the number of classes.*multiple of the 4 devices.*got 6"):
         jce.on_mesh(jce.linear_map, mesh=mesh, **AXES)(jnp.max, Linear(x.hidden, x.head[:6]))
     with pytest.raises(

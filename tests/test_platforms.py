@@ -76,7 +76,7 @@ def test_heads_at_every_offset(accelerator, rng, options, split):
     """Whose shift is known before their logits: also of tokens that are read again, beside others that aren't."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     on = {"mesh": mesh, "token_axis": "data", "class_axis": "model"}
-    of_head = functools.partial(jce.sharded_linear_cross_entropy, **on) if split else jce.linear_cross_entropy
+    of_head = jce.on_mesh(jce.linear_cross_entropy, **on) if split else jce.linear_cross_entropy
     places = itertools.product(OFFSETS, (-110, -80, -40, -20, -5, 0, 5, 20, 50, 80, 110))
     y, x = map(np.concatenate, zip(*(rows(rng, 40, *place, count=2) for place in places), strict=True))
     y, ones = y.astype(np.int32), np.ones(len(y), x.dtype)
@@ -143,8 +143,10 @@ def test_tokens_and_classes_on_several_devices(accelerator, rng, options):
     y, h = y[:60], h[:60]
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     on = {"mesh": mesh, "token_axis": "data", "class_axis": "model"}
-    sharded = jax.value_and_grad(lambda h, w: jce.sharded_linear_cross_entropy(y, h, w, **on, **options), (0, 1))
-    alone = jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(y, h, w, **options), (0, 1))
+    sharded, alone = (
+        jax.value_and_grad(lambda h, w, f=f: f(y, h, w, **options), (0, 1))
+        for f in (jce.on_mesh(jce.linear_cross_entropy, **on), jce.linear_cross_entropy)
+    )
     close(jax.jit(sharded)(h, w), alone(h, w))
 
 

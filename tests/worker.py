@@ -40,13 +40,13 @@ def main():
     layer = put(rng.standard_normal((INPUTS, D)).astype(np.float32), P())
     head = put(rng.standard_normal((CLASSES, D)).astype(np.float32), P("model"))
 
+    cross_entropy = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="data", class_axis="model")
+
     @jax.jit
     def step(layer, head, labels, inputs, where):
         def loss(layer, head):
             hidden = jax.numpy.tanh(inputs @ layer)
-            return jce.sharded_linear_cross_entropy(
-                labels, hidden, head, where=where, chunk_size=5, mesh=mesh, token_axis="data", class_axis="model"
-            )
+            return cross_entropy(labels, hidden, head, where=where, chunk_size=5)
 
         value, (g, h) = jax.value_and_grad(loss, (0, 1))(layer, head)
         return value, layer - g, head - h

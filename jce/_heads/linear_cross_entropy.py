@@ -7,6 +7,7 @@ for its cotangent, and computes x again: a fourth product.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -26,13 +27,11 @@ from jce._jax.classes import Classes
 from jce._jax.labels import require_no_tail, wide_enough
 from jce._jax.public import public
 
-OPTIONS, NUMBERS = (
-    ("reduction", "chunk_size", "batch_invariant", "precision"),
-    ("label_smoothing", "z_loss", "temperature", "logit_soft_cap"),
+
+@public(
+    *("tail", "reduction", "chunk_size", "batch_invariant", "precision", "axis_name"),
+    numbers=("label_smoothing", "z_loss", "temperature", "logit_soft_cap"),
 )
-
-
-@public(*OPTIONS, "tail", "axis_name", numbers=NUMBERS)
 def linear_cross_entropy(
     labels: ArrayLike,
     hidden: ArrayLike | Linear,
@@ -114,46 +113,34 @@ def linear_cross_entropy(
     See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """
     name = "linear_cross_entropy"
-    linear = linear_of(name, hidden, head, bias, logit_soft_cap)
+    x = linear_of(name, hidden, head, bias, logit_soft_cap)
     options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
     numbers = Numbers(label_smoothing, z_loss, temperature)
     if label_probs is not None:
-        return linear_sparse_cross_entropy(name, labels, label_probs, linear, tail, numbers, options)
+        return linear_sparse_cross_entropy(name, labels, label_probs, x, tail, numbers, options)
     require_no_tail(name, tail)
-    return label_cross_entropy(name, labels, linear, numbers, options)
-
-
-def label_cross_entropy(name: str, labels: ArrayLike, linear: Linear, given: Numbers, options: TokenOptions) -> Array:
-    """`linear_cross_entropy` with one label for each token."""
-    got = checked(
-        name,
-        labels,
-        linear.hidden,
-        linear.head,
-        temperature=given.temperature,
-        bias=linear.bias,
-        weights=options.weights,
-        where=options.where,
-    )
-    known, traced = given.checked(name)
-
-    def make(one, _, class_axis):
-        dtype = one[1].dtype
-        loss = LabelLoss(Classes(-1, class_axis), may_be_greedy=is_array(given.temperature), **known)
-
-        def of_chunk(chunk, traced, *_):
-            y, x, *t = chunk
-            return [loss(Target(y, t[0].astype(dtype) if t else None, traced), x)]
-
-        if isinstance(linear.head, Called):
-            return OfChunk(of_chunk, jnp.zeros_like(one[1][0]))
-        halved = loss.may_read_once("temperature" in got, linear.logit_soft_cap is not None)
-        return OfChunk(of_chunk, jnp.zeros_like(one[1][0]), multiplied=False, halved=halved, filler=(0, 1))
-
-    arguments = {"labels": wide_enough(got["labels"]), "logits": linear}
+    got = checked(name, labels, x.hidden, x.head, temperature=temperature, bias=x.bias, weights=weights, where=where)
+    known, traced = numbers.checked(name)
+    arguments = {"labels": wide_enough(got["labels"]), "logits": x}
     if "temperature" in got:
         arguments["temperature"] = jnp.broadcast_to(got["temperature"], got["labels"].shape)
+    make = functools.partial(_of_chunk, known, x, is_array(temperature))
     return over_tokens(name, make, arguments, options, traced, is_defined=_is_class)
+
+
+def _of_chunk(known: dict[str, Any], linear: Linear, may_be_greedy: bool, one, _, class_axis) -> OfChunk:
+    _, logits, *temperature = one
+    number, dtype = jnp.zeros_like(logits[0]), logits.dtype
+    loss = LabelLoss(Classes(-1, class_axis), may_be_greedy=may_be_greedy, **known)
+
+    def losses(chunk, traced, *_):
+        y, x, *t = chunk
+        return [loss(Target(y, t[0].astype(dtype) if t else None, traced), x)]
+
+    if isinstance(linear.head, Called):
+        return OfChunk(losses, number)
+    halved = loss.may_read_once(bool(temperature), linear.logit_soft_cap is not None)
+    return OfChunk(losses, number, multiplied=False, halved=halved, filler=(0, 1))
 
 
 def _is_class(targets: list[Array], n: int) -> Array:

@@ -24,19 +24,23 @@ FUNCTIONS = (linear_cross_entropy, linear_kl_divergence, linear_log_probs, linea
 
 
 def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis: Hashable | None) -> F:
-    """A function of heads on a mesh of devices: the same signature, but for axis_name, and the same numbers.
+    """A function of heads on a mesh of devices, which returns the same numbers as the function itself.
 
     Example:
       >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-      >>> log_probs = jce.on_mesh(jce.linear_log_probs, mesh=mesh, token_axis="data", class_axis="model")
-      >>> print(log_probs(jnp.array([0, 2]), jnp.eye(2), 20 * jnp.eye(3, 2)).log_prob)
-      [-4.1223074e-09 -2.0000000e+01]
+      >>> loss = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="data", class_axis="model")
+      >>> print(loss(jnp.array([0, 1]), jnp.eye(2), 20 * jnp.eye(3, 2)))
+      4.1223074e-09
 
-    It takes whole arrays, under `jax.jit` or not. The first axis of hidden states, labels, weights and all other arrays
-    of tokens is split over the devices along `token_axis`, the classes of heads and biases over those along
-    `class_axis`; the shared arrays of `linear_map` are on all devices. Nothing is gathered. Devices exchange some
-    numbers per token, each hidden state's gradient (summed over the classes' axis) and, once, each head's gradient
-    (summed over the tokens' axis).
+    The function on a mesh has the signature of the given one, without axis_name. It takes whole arrays, under `jax.jit`
+    or not. The first axis of hidden states, labels, weights, where and all other arrays of tokens is split over the
+    devices along `token_axis`; the classes of heads and biases are split over the devices along `class_axis`; and the
+    shared arrays of `linear_map` are on all devices. Nothing is gathered. Devices exchange some numbers per token, each
+    hidden state's gradient (summed over the classes' axis) and, once, each head's gradient (summed over the tokens'
+    axis).
+
+    A head must be an array. A head that is a function works only where neither tokens nor classes are split, that is,
+    if both axes are None; under Auto axes call the function itself, and XLA splits the tokens.
 
     Args:
       function: `jce.linear_cross_entropy`, `jce.linear_kl_divergence`, `jce.linear_log_probs` or `jce.linear_map`. The
@@ -47,15 +51,17 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
       class_axis: the mesh axis, or a tuple of axes, that splits the classes, none of token_axis. None or () for none.
 
     Returns:
-      A function like the one given. Its results are the same on all devices, or, if there is one for each token, split
-      as the tokens are. Derivatives are of whole arrays, split like the arguments, in every mode. A chunk_size counts
-      the tokens of one device.
+      A function like the one given. Its reductions are over the tokens of all devices: "mean" is the sum over all
+      tokens, divided by their total weight. The results of "mean" and "sum" are the same on all devices. A result for
+      each token is split over the devices as the tokens are. Derivatives are of whole arrays, split like the arguments,
+      in every mode. A chunk_size counts the tokens of one device.
 
     Raises:
       TypeError: function is none of those.
-      ValueError: mesh is no mesh, an axis isn't one of its axes, or is both token_axis and class_axis; when called, if
-        the devices along an axis don't divide the number of classes, or the first axis of the tokens. Pad tokens with
-        where=False, and classes with a bias of -∞, but not with label smoothing, which counts them.
+      ValueError: mesh is no mesh, an axis isn't one of its axes, or is both token_axis and class_axis. The function on
+        a mesh raises the given function's errors, and a ValueError if the tokens have no first axis, or if the devices
+        along an axis don't divide the number of classes or the first axis of the tokens. Pad tokens with where=False,
+        and classes with a bias of -∞, but not with label smoothing, which counts them.
 
     See "Arguments of heads" in jce/README.md.
     """

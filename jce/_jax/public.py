@@ -54,7 +54,7 @@ TOKENS = {
 
 # Hints for values that can't be static, since they aren't hashable
 A_NUMBER = "Pass a Python value; of an array its number, by float(x) or int(x) outside jax.jit."
-STATIC: dict[str, str] = dict.fromkeys(("axis_name", "token_axis", "class_axis"), "Pass a name, or a tuple of names.")
+STATIC = {"axis_name": "Pass a name, or a tuple of names."}
 
 
 def instead(parameters: Collection[str], option: str) -> str:

@@ -49,7 +49,6 @@ import importlib.metadata as _metadata
 import sys as _sys
 
 import jce._programs.interrupts as _interrupts  # noqa: F401, before JAX, whose import takes a second
-from jce._heads.deferred import deferred
 from jce._heads.linear import Linear
 from jce._heads.linear_cross_entropy import linear_cross_entropy
 from jce._heads.linear_kl_divergence import linear_kl_divergence
@@ -82,7 +81,6 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_with_integer_labels",
     "cross_entropy_with_logits",
-    "deferred",
     "entropy",
     "entropy_with_logits",
     "generalized_kl_divergence",

@@ -359,12 +359,6 @@ def effects_are_hidden() -> bool:
     return any(map(is_hidden, (JaxprInputEffect, ordered_effects, remat_allowed_effects)))
 
 
-def mapped_arrays_are_hidden() -> bool:
-    from jax._src.interpreters.batching import BatchTracer
-
-    return is_hidden(BatchTracer)
-
-
 def batch_axes_are_hidden() -> bool:
     from jax._src.core import get_axis_env
 
@@ -387,7 +381,6 @@ ROWS = [
     Row("_heads/checks.py", "checkify adds a check", indices_in_a_checkpoint_are_errors),
     Row("_heads/checks.py", "a batch of updates", batches_of_updates_are_errors),
     Row("_heads/checks.py", "a batch of lookups", derivatives_of_lookups_are_errors),
-    Row("_heads/deferred.py", "hides whether a vmap maps", mapped_arrays_are_hidden),
     Row("_heads/effects.py", "hides which effects", effects_are_hidden),
     Row("_heads/places.py", "fails its type checks under spmd_axis_name", types_are_checked_wrongly),
     Row("_heads/token_loop.py", "JAX's own custom_jvp", a_loop_loses_rules),

@@ -48,7 +48,6 @@ tangent_solve of a `jax.lax.custom_root` around their gradients must use `jax.ja
 import importlib.metadata as _metadata
 
 import jce._programs.interrupts as _interrupts  # noqa: F401, before JAX, whose import takes a second
-from jce._heads.deferred import deferred
 from jce._heads.linear import Linear
 from jce._heads.linear_cross_entropy import linear_cross_entropy
 from jce._heads.linear_kl_divergence import linear_kl_divergence
@@ -80,7 +79,6 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_with_integer_labels",
     "cross_entropy_with_logits",
-    "deferred",
     "entropy",
     "entropy_with_logits",
     "generalized_kl_divergence",

@@ -1,14 +1,15 @@
 # %% [markdown]
-# # Trainers that others wrote: tunix' losses to rounding, in less than a third of the memory, for 4 to 9 lines
+# # Trainers that others wrote: tunix' losses to rounding, in less than a third of the memory, for 4 to 10 lines each
 #
 # [tunix](https://github.com/google/tunix) (0.1.7) fine-tunes language models by text (SFT), by preferences (DPO) and by
 # reward (GRPO): all of their weights, or low-rank updates, which Qwix adds. Its losses take logits of all tokens. Here
 # its trainers run unmodified on its own toy-sized Qwen3; then with a loss, or log-probabilities, of jce in place of
-# theirs. The model isn't changed either: within `jce.deferred` its head isn't run, and in place of logits it returns a
-# `jce.Linear`, the hidden states and the head as it is called there. It needs the extra `trainers`.
+# theirs. The model isn't modified either. In a shallow copy of it, jce's loss replaces the head, so the copy returns
+# the loss instead of logits. This notebook needs the extra `trainers`.
 
 # %%
 # ruff: noqa: E402 (what tunix imports may warn when it is imported)
+import copy
 import logging
 import time
 import types
@@ -89,13 +90,31 @@ def timed(both):
     return [(*rest, best) for (*rest, _), best in zip(both, seconds.min(0), strict=True)]
 
 
-def head_of(model):
-    """What Qwen3 calls for its logits."""
-    return (model.embedder, "decode") if model.config.use_tied_embedding else (model.lm_head,)
-
-
 config = {"eval_every_n_steps": 1000}
 results = {}
+
+# %% [markdown]
+# ## The head in a copy
+#
+# Qwen3 computes its logits with `model.lm_head(h)`, or, if it is tied, with `model.embedder.decode(h)`. It then casts
+# them with `jnp.astype`. That function accepts only arrays, so the model can't return a `jce.Linear`. Instead, jce's
+# loss itself replaces the head, and the model casts and returns the loss. All losses below share these 8 lines.
+#
+# The loss calls the head while the model is being called, because only then does Qwix add its low-rank update. It calls
+# a clone of the head, because Qwix writes to the module.
+
+
+# %%
+def with_head(model, of_states):
+    """A copy of the model that computes of_states(h, head) where the model computes head(h)."""
+    changed = copy.copy(model)
+    if model.config.use_tied_embedding:
+        changed.embedder = copy.copy(model.embedder)
+        changed.embedder.decode = lambda h: of_states(h, model.embedder.decode)
+    else:
+        changed.lm_head = lambda h: of_states(h, lambda h: nnx.clone(model.lm_head)(h))
+    return changed
+
 
 # %% [markdown]
 # ## SFT
@@ -105,9 +124,10 @@ results = {}
 
 # %%
 def sft_loss(model, input_tokens, input_mask, positions, attention_mask):
-    with jce.deferred(*head_of(model)):
-        x, _ = model(input_tokens, positions, None, attention_mask)
-    return jce.linear_cross_entropy(input_tokens[:, 1:], x[:, :-1], where=input_mask[:, 1:] > 0)
+    def loss(h, head):
+        return jce.linear_cross_entropy(input_tokens[:, 1:], h[:, :-1], head, where=input_mask[:, 1:] > 0)
+
+    return with_head(model, loss)(input_tokens, positions, None, attention_mask)[0]
 
 
 def model_inputs(batch):
@@ -138,9 +158,10 @@ for name, kind in {"SFT, tied": {"tied": True}, "SFT": {}, "SFT, LoRA": {"lora":
 
 # %%
 def get_per_token_logps(model, input_tokens, positions, attn_mask, logits_to_keep, images=None):
-    with jce.deferred(*head_of(model)):
-        x, _ = model(input_tokens, positions=positions, attention_mask=attn_mask, cache=None)
-    return jce.linear_log_probs(input_tokens[:, -logits_to_keep:], x[:, -logits_to_keep - 1 : -1]).log_prob
+    def log_probs(h, head):
+        return jce.linear_log_probs(input_tokens[:, -logits_to_keep:], h[:, -logits_to_keep - 1 : -1], head).log_prob
+
+    return with_head(model, log_probs)(input_tokens, positions, None, attn_mask)[0]
 
 
 def replaced(module, **functions):
@@ -168,7 +189,8 @@ results["DPO, tied"] = timed(both)
 # ## GRPO
 #
 # Its loss asks for log-probabilities at a temperature, and for the logits too, of which it reports the entropy.
-# `jce.linear_log_probs` gives both of one pass over the head; so the entropy is what the new function hands over.
+# `jce.linear_log_probs` computes both in one pass over the head, so the new function returns the entropy instead of
+# logits. The model casts a single array, so the two results pass through it as one.
 
 
 # %%
@@ -177,10 +199,13 @@ def compute_per_token_logps(
 ):
     model, k = nnx.merge(graphdef, state), completion_tokens.shape[1]
     tokens, positions, mask, _ = common.process_ids(prompt_tokens, completion_tokens, pad_id, eos_id)
-    with jce.deferred(*head_of(model)):
-        x, _ = model(tokens, positions=positions, cache=None, attention_mask=mask)
-    found = jce.linear_log_probs(tokens[:, -k:], x[:, -k - 1 : -1], temperature=temperature)
-    return jax.lax.stop_gradient(found) if stop_gradient else (found.log_prob, found.entropy)
+
+    def both(h, head):
+        found = jce.linear_log_probs(tokens[:, -k:], h[:, -k - 1 : -1], head, temperature=temperature)
+        return jnp.stack([found.log_prob, found.entropy])
+
+    log_prob, entropy = with_head(model, both)(tokens, positions, None, mask)[0]
+    return jax.lax.stop_gradient(log_prob) if stop_gradient else (log_prob, entropy)
 
 
 mask = lengths(SEQUENCES, COMPLETION)

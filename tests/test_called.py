@@ -1,5 +1,6 @@
 """Heads that are functions: the dense loss of what they give, in every function of heads, nesting and mode."""
 
+import dataclasses
 import functools
 import gc
 import re
@@ -178,6 +179,48 @@ def test_a_model_gives_one_instead_of_logits(problem):
     assert jax.tree.structure(x) == jax.tree.structure(jax.tree.map(lambda a: a, x))
 
 
+def test_a_model_picks_and_caps_tokens(problem):
+    """The loss of the next tokens, and its gradient, where a Linear has been indexed and has got a soft cap."""
+    y, h, p, where = problem
+
+    def ours(h, p):
+        x = jce.Linear(h, HEADS["two layers"](p)).astype(jnp.float32)[:, :-1]
+        x = dataclasses.replace(x, logit_soft_cap=2.0)
+        return jce.linear_cross_entropy(y[:, 1:], x, where=where[:, 1:], chunk_size=4)
+
+    def dense(h, p):
+        x = HEADS["two layers"](p)(h)[:, :-1]
+        return dense_mean(ce(y[:, 1:], 2 * jnp.tanh(x / 2)), where[:, 1:])
+
+    close(*(jax.jit(jax.value_and_grad(f, (0, 1)))(h, p) for f in (ours, dense)), 1e-5)
+
+
+def test_settings_around_a_linear(problem):
+    """The head is traced when the Linear is made. A setting that holds then also holds for the loss."""
+    _, h, p, _ = problem
+    with jax.default_matmul_precision("float32"):
+        x = jce.Linear(h, lambda h: h @ p["kernel"])
+    (product,) = [e for e in x.head.jaxpr.eqns if e.primitive is jax.lax.dot_general_p]
+    assert {*product.params["precision"]} == {jax.lax.Precision.HIGHEST}
+
+
+def test_a_callable_that_has_a_shape_and_a_dtype(problem):
+    """A module with a shape and a dtype, such as tunix' Einsum, is a function. With `ndim` as well, it is an array."""
+    y, h, p, _ = problem
+
+    class Einsum:
+        shape, dtype = (D, N), jnp.float32
+
+        def __call__(self, h):
+            return jnp.einsum("...d,dn->...n", h, p["kernel"])
+
+    class Weight(Einsum):
+        ndim = 2
+
+    close(jce.linear_cross_entropy(y, h, Einsum()), ce(y, h @ p["kernel"]).mean())
+    assert [jce.Linear(h, head).of_function for head in (Einsum(), Weight())] == [True, False]
+
+
 @pytest.mark.slow
 def test_nestings(problem):
     """Rows of a vmap, parameters of a vmap, a scan, a token alone, and none."""
@@ -327,6 +370,11 @@ def printed(h):
     return h
 
 
+def of_a_mapped_head(y, h, w):
+    x = jax.vmap(lambda w: jce.Linear(h, lambda h: h @ w))(jnp.stack([w, w]))
+    return jce.linear_cross_entropy(jnp.stack([y, y]), x)
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -339,7 +387,10 @@ def printed(h):
         (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: h @ w, jnp.zeros(N)), r"adds its own bias"),
         (lambda y, h, w: jce.Linear(h, lambda h: h @ w, jnp.zeros(N)), r"adds its own bias"),
         (lambda y, h, w: jce.linear_cross_entropy(y, jce.Linear(h, w.T), w.T), r"stands for hidden, head.*got head"),
-        (lambda y, h, w: jce.linear_log_probs(y, h), r"head must be \[n, d\], or a function"),
+        (lambda y, h, w: jce.Linear(None, lambda h: h @ w), r"Linear: hidden must be an array.*got hidden: NoneType"),
+        (lambda y, h, w: jce.Linear(h.astype(complex), lambda h: h @ w), r"Linear: hidden must be real.*complex"),
+        (lambda y, h, w: jce.linear_log_probs(y, h), r"head must be \[n, d\], or a function.*has not been replaced"),
+        (lambda y, h, w: of_a_mapped_head(y, h, w), r"with which the head was traced.*can't leave a jax\.vmap"),
         (
             lambda y, h, w: jce.linear_kl_divergence(jce.Linear(h, w.T[:9]), jce.Linear(h, lambda h: h @ w)),
             r"same classes.*p.head: float32\[9,8\], q.head: float32\[50\]",

@@ -1,7 +1,7 @@
 """The head inside train steps of Flax and Equinox: bfloat16, tied embeddings, micro-batches, checkpointed layers."""
 
+import copy
 import importlib
-import inspect
 import math
 import pathlib
 import re
@@ -317,111 +317,209 @@ def test_the_examples(name, one_step, rng, capsys, monkeypatch, optax_promotes):
     assert {*made} <= {"parameter", "get-tuple-element", "bitcast"}
 
 
-# What models give under jce.deferred, whose heads they call themselves
+# Models that others wrote: each recipe of "A model that you did not write" in jce/README.md, as it is written there
 
 
-class WithHead(nnx.Module):
-    def __init__(self):
-        self.embedding = nnx.Embed(12, 8, rngs=nnx.Rngs(0))
-        self.lm_head = nnx.LoRALinear(8, 12, lora_rank=2, rngs=nnx.Rngs(1))
-
-    def __call__(self, words):
-        h = jnp.tanh(self.embedding(words))
-        return jnp.astype(self.lm_head(h), np.float32), self.embedding.attend(h)
+def recipe(name, **names):
+    text = (pathlib.Path(__file__).parents[1] / "jce" / "README.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"\n### A model that you did not write\n(.*?)\n##", text, re.DOTALL)
+    names |= {"copy": copy, "eqx": eqx, "jax": jax, "jce": jce, "nnx": nnx}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)), names)
+    return names[name]
 
 
-class OfEquinox(eqx.Module):
+class FlaxLM(nnx.Module):
+    """The head has a low-rank update, or is the embedding table. One layer has dropout, and one is checkpointed."""
+
+    def __init__(self, tied=False, casts=False, soft_cap=None):
+        rngs = nnx.Rngs(0, dropout=1)
+        self.embedder, self.layer = Embedder(rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.dropout, self.casts, self.soft_cap = nnx.Dropout(0.2, rngs=rngs), casts, soft_cap
+        self.tied = tied
+        if not tied:
+            self.lm_head = nnx.LoRALinear(8, 12, lora_rank=2, rngs=rngs)
+
+    def __call__(self, tokens):
+        h = nnx.remat(lambda layer, h: jnp.tanh(layer(h)))(self.layer, self.embedder(tokens))
+        h = self.dropout(h)
+        x = self.embedder.decode(h) if self.tied else self.lm_head(h)
+        if self.soft_cap is not None:
+            x = jnp.tanh(x / self.soft_cap) * self.soft_cap
+        return jnp.astype(x, np.float32) if self.casts else x.astype(np.float32)
+
+
+class Embedder(nnx.Embed):
+    def __init__(self, rngs):
+        super().__init__(12, 8, rngs=rngs)
+
+    def decode(self, h):
+        return self.attend(h)
+
+
+class EquinoxLM(eqx.Module):
+    """The head takes the state of one token, or the states of all tokens."""
+
     embedding: eqx.nn.Embedding
-    lm_head: eqx.nn.Linear
+    lm_head: eqx.Module
+    maps: bool
 
-    def __init__(self):
+    def __init__(self, maps=True):
         keys = jax.random.split(jax.random.key(0))
-        self.embedding, self.lm_head = eqx.nn.Embedding(12, 8, key=keys[0]), eqx.nn.Linear(8, 12, key=keys[1])
+        self.embedding, self.maps = eqx.nn.Embedding(12, 8, key=keys[0]), maps
+        self.lm_head = eqx.nn.Linear(8, 12, key=keys[1])
+        if not maps:
+            self.lm_head = EquinoxHead(self.lm_head.weight)
 
-    def __call__(self, words):
-        return jax.vmap(self.lm_head)(jnp.tanh(jax.vmap(self.embedding)(words)))
-
-
-def both_losses(rng):
-    words = jnp.asarray(rng.integers(0, 12, (3, 6)), np.int32)
-    y, where = words[:, 1:], words[:, 1:] < 9
-
-    def ours(x):
-        return jce.linear_cross_entropy(y, x[:, :-1], where=where, chunk_size=4)
-
-    def theirs(x):
-        losses = jce.cross_entropy_with_integer_labels(y, x[:, :-1])
-        return jnp.where(where, losses, 0).sum() / where.sum().astype(losses.dtype)
-
-    return words, ours, theirs
+    def __call__(self, tokens):
+        return (jax.vmap(self.lm_head) if self.maps else self.lm_head)(jnp.tanh(jax.vmap(self.embedding)(tokens)))
 
 
-def all_close(got, expected, rtol=1e-5):
+class EquinoxHead(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, h):
+        return h @ self.weight.T
+
+
+def dense_loss(labels, x):
+    return jce.cross_entropy_with_integer_labels(labels, x).mean()
+
+
+@pytest.fixture
+def tokens(rng):
+    return jnp.asarray(rng.integers(0, 12, (3, 6)), np.int32)
+
+
+@pytest.fixture
+def labels(rng):
+    return jnp.asarray(rng.integers(0, 12, (3, 6)), np.int32)
+
+
+def all_close(got, expected):
     assert jax.tree.leaves(got)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_deferred_heads_of_flax(rng):
-    """Under nnx.jit, which hands on a copy: an untied head with a low-rank update, and the embedding as the head."""
-    words, ours, theirs = both_losses(rng)
+def by_split(loss):
+    """Value and gradient by JAX's own transformations of the model's arrays."""
 
-    def deferred(model):
-        with jce.deferred(model.lm_head), jce.deferred(model.embedding, "attend"):
-            x, tied = model(words)
-        return ours(x) + ours(tied)
+    def found(model):
+        graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+        program = jax.jit(jax.value_and_grad(lambda *parts: loss(nnx.merge(graph, *parts, copy=True))))
+        return program(parameters, rest)
 
-    model = WithHead()
+    return found
+
+
+TRANSFORMS = {
+    "jit and remat": lambda loss: nnx.jit(nnx.value_and_grad(nnx.remat(loss))),
+    "jit": lambda loss: nnx.jit(nnx.value_and_grad(loss)),
+    "split": by_split,
+    "eager": nnx.value_and_grad,
+}
+each_transform = pytest.mark.parametrize(
+    "transform", [pytest.param(name, marks=[pytest.mark.slow] if i else []) for i, name in enumerate(TRANSFORMS)]
+)
+
+
+@each_transform
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nnx_loss", {}),
+        ("tied_loss", {"tied": True}),
+        ("qwix_loss", {}),
+        ("casting_loss", {"casts": True}),
+        ("capped_loss", {"soft_cap": 2.0}),
+    ],
+)
+def test_a_head_replaced_in_flax(name, kind, transform, tokens, labels):
+    """The value, the gradient and the random-number counters are those of the dense loss. The model keeps its head."""
+    loss, models = recipe(name), [FlaxLM(**kind) for _ in range(2)]
+    graph, own = nnx.graphdef(models[0]), {k: x for k, x in vars(models[0]).items() if isinstance(x, nnx.Module)}
     with jax.numpy_rank_promotion("allow"):
-        dense = nnx.value_and_grad(lambda model: sum(map(theirs, model(words))))(model)
-        all_close(nnx.jit(nnx.value_and_grad(deferred))(model), dense)
+        got = TRANSFORMS[transform](lambda model: loss(model, tokens, labels))(models[0])
+        expected = TRANSFORMS[transform](lambda model: dense_loss(labels, model(tokens)))(models[1])
+        all_close(got, expected)
+        assert nnx.graphdef(models[0]) == graph
+        assert all(getattr(models[0], k) is x for k, x in own.items())
+        all_close(*(jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngKey))) for model in models))
+        assert isinstance(models[0](tokens), jax.Array)
 
 
-def test_deferred_heads_of_equinox(rng):
-    """Of one state, under a vmap of the model's own, under one of the model."""
-    words, ours, theirs = both_losses(rng)
+@pytest.mark.parametrize(
+    ("name", "kind", "text"),
+    [
+        ("nnx_loss", {"soft_cap": 2.0}, r"unsupported operand type\(s\) for /: 'Linear' and 'float'"),
+        ("nnx_loss", {"casts": True}, r"Linear: it stands for logits .* cast to another dtype"),
+        (
+            "nnx_loss",
+            {"tied": True},
+            r"linear_cross_entropy: head must be .* the head that it calls has not been replaced",
+        ),
+    ],
+)
+def test_the_wrong_recipe_in_flax(name, kind, text, tokens, labels):
+    with pytest.raises(TypeError, match=text):
+        recipe(name)(FlaxLM(**kind), tokens, labels)
 
-    def deferred(model, mapped):
-        with jce.deferred(model.lm_head):
-            return ours(mapped(model)(words))
 
-    model = OfEquinox()
-    dense = eqx.filter_value_and_grad(lambda model: theirs(jax.vmap(model)(words)))(model)
-    all_close(eqx.filter_jit(eqx.filter_value_and_grad(deferred))(model, jax.vmap), dense)
-    all_close(deferred(model, lambda model: eqx.filter_vmap(lambda words: model(words))), dense[0])
-    with pytest.raises(TypeError, match=r"its head was another module, or a copy"):
-        deferred(model, eqx.filter_vmap)
+def test_a_head_replaced_in_equinox(tokens, labels):
+    """For one sequence, for a vmap of the loss or of the model, and for a head that takes the states of all tokens."""
+    loss = recipe("equinox_loss")
+
+    def of_each(model):
+        return jax.vmap(lambda *sequence: loss(model, *sequence))(tokens, labels).mean()
+
+    def of_all(model):
+        changed = eqx.tree_at(lambda model: model.lm_head, model, lambda h: h)
+        return jce.linear_cross_entropy(labels, jax.vmap(changed)(tokens), jax.vmap(jax.vmap(model.lm_head)))
+
+    def by_linear(model):
+        changed = eqx.tree_at(lambda model: model.lm_head, model, lambda h: jce.Linear(h, model.lm_head))
+        return jce.linear_cross_entropy(labels[0], changed(tokens[0]))
+
+    def found(loss, model):
+        return eqx.filter_jit(eqx.filter_value_and_grad(loss))(model)
+
+    def dense(model):
+        return dense_loss(labels, jax.vmap(model)(tokens))
+
+    def dense_of_one(model):
+        return dense_loss(labels[0], model(tokens[0]))
+
+    model = EquinoxLM()
+    all_close(found(lambda model: loss(model, tokens[0], labels[0]), model), found(dense_of_one, model))
+    all_close(found(of_each, model), found(dense, model))
+    all_close(found(of_all, model), found(dense, model))
+    assert model.lm_head(jnp.ones(8)).shape == (12,)
+    with pytest.raises(ValueError, match=r"A Linear of a function can't leave a jax\.vmap.*pass jax\.vmap\(head\)"):
+        by_linear(model)
+    model = EquinoxLM(maps=False)
+    all_close(found(by_linear, model), found(dense_of_one, model))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_deferred_heads_of_linen(rng):
-    """By the recipe of the docstring, since Linen binds a module anew in each apply."""
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_replaced_in_linen(tied, tokens, labels):
     nn = pytest.importorskip("flax.linen", reason=EXTRA)
-    words, ours, theirs = both_losses(rng)
-    (recipe,) = re.findall(r"( +def deferring.*?)\n\n", jce.deferred.__doc__, re.DOTALL)
-    names: dict = {"jce": jce}
-    exec(inspect.cleandoc("\n" + recipe), names)
+    loss = recipe("linen_loss", flax=importlib.import_module("flax"))
+    head = {"path": ("embedder",), "method": "attend"} if tied else {}
 
     class Model(nn.Module):
-        @nn.compact
-        def __call__(self, words):
-            return nn.Dense(12, name="lm_head")(jnp.tanh(nn.Embed(12, 8)(words)))
+        def setup(self):
+            self.embedder, self.lm_head = nn.Embed(12, 8), nn.Dense(12)
+
+        def __call__(self, tokens):
+            h = jnp.tanh(self.embedder(tokens))
+            return self.embedder.attend(h) if tied else self.lm_head(h)
 
     model = Model()
-    params = model.init(jax.random.key(0), words)
-
-    def deferred(params):
-        with nn.intercept_methods(names["deferring"]):
-            return ours(model.apply(params, words))
-
+    params = model.init(jax.random.key(0), tokens)
     with jax.numpy_rank_promotion("allow"):
-        dense = jax.value_and_grad(lambda params: theirs(model.apply(params, words)))(params)
-        all_close(jax.jit(jax.value_and_grad(deferred))(params), dense)
-    with (
-        pytest.raises(TypeError, match=r"a module of Flax Linen is bound anew.*got module: Dense"),
-        jce.deferred(nn.Dense(12)),
-    ):
-        pass
+        dense = jax.value_and_grad(lambda params: dense_loss(labels, model.apply(params, tokens)))(params)
+        all_close(jax.jit(jax.value_and_grad(lambda p: loss(model, p, tokens, labels, **head)))(params), dense)
 
 
 def quantized(qwix, model, h):
@@ -436,9 +534,10 @@ def quantized(qwix, model, h):
 
 @pytest.mark.filterwarnings("ignore")  # its own
 def test_what_qwix_changes(rng):
-    """Exact where the head is traced in the model's call: by jce.deferred, of a copy, since Qwix writes to what has an
-    einsum that it updates; and by a call of jce in it. Outside, Qwix leaves the head alone, and so its low-rank update
-    has no gradient. A matrix in it is refused."""
+    """The loss is exact if the head is traced in the model's call, by the recipe or by a call of jce in the model. The
+    recipe clones the head, because Qwix writes to it. Outside of the model's call, Qwix doesn't change the head, so its
+    low-rank update has no gradient. Inside, a head that is a matrix is refused."""
+    loss = recipe("qwix_loss")
     qwix = pytest.importorskip("qwix", reason=EXTRA)
     y = jnp.asarray(rng.integers(0, 12, (2, 6)), np.int32)
     h = jnp.asarray(rng.standard_normal((2, 6, 8)), np.float32)
@@ -454,10 +553,8 @@ def test_what_qwix_changes(rng):
     def dense(model):
         return jce.cross_entropy_with_integer_labels(y, model(h)).mean()
 
-    def deferred(model):
-        with jce.deferred(model.lm_head):
-            x = model(h)
-        return jce.linear_cross_entropy(y, x, chunk_size=4)
+    def replaced(model):
+        return loss(model, h, y)
 
     def inside(model):
         return model(h, lambda head, h: jce.linear_cross_entropy(y, h, head, chunk_size=4))
@@ -479,7 +576,7 @@ def test_what_qwix_changes(rng):
 
                 return jax.jit(lambda: [of(loss) for loss in losses])()
 
-            expected, *got = found(dense, deferred, *([inside] if trained is nnx.Param else []))
+            expected, *got = found(dense, replaced, *([inside] if trained is nnx.Param else []))
             for one in got:
                 all_close(one, expected)
         gradient = jax.tree.leaves(found(outside)[0][1]["lm_head"])

@@ -195,7 +195,7 @@ def negated(function):
 
 
 TRANSFORMED = (jax.grad, jax.value_and_grad, jax.jacfwd, jax.vmap, jax.checkpoint, negated)
-PROGRAMS = [n for n in jce.__all__ if hasattr(getattr(jce, n), "__wrapped__") and n != "deferred"]  # under `jax.jit`
+PROGRAMS = [n for n in jce.__all__ if hasattr(getattr(jce, n), "__wrapped__")]  # under `jax.jit`
 each_public = pytest.mark.parametrize("name", PROGRAMS)
 
 

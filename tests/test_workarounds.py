@@ -353,12 +353,6 @@ def is_hidden(thing: object) -> bool:
     return not any(x is thing for module in modules for x in vars(module).values())
 
 
-def mapped_arrays_are_hidden() -> bool:
-    from jax._src.interpreters.batching import BatchTracer
-
-    return is_hidden(BatchTracer)
-
-
 def batch_axes_are_hidden() -> bool:
     from jax._src.core import get_axis_env
 
@@ -377,7 +371,6 @@ def the_class_of_primitives_comes_with_pallas() -> bool:
 
 
 ROWS = [
-    Row("_heads/deferred.py", "hides whether a vmap maps", mapped_arrays_are_hidden),
     Row("_heads/evaluated.py", "copies both factors", products_over_unit_axes_are_copied),
     Row("_heads/evaluated.py", "checkify adds a check", indices_in_a_checkpoint_are_errors),
     Row("_heads/evaluated.py", "a batch of updates", batches_of_updates_are_errors),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,13 +28,13 @@ RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 class Called:
     """A traced head: a tree whose leaves are the arrays that it closes over. A loop takes it `in_pairs`."""
 
-    arrays: Sequence[Any]
+    arrays: list[Any]
     jaxpr: Any = dataclasses.field(metadata={"static": True})
     rank: int = dataclasses.field(metadata={"static": True})  # of the states with which it was traced
     logits: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})  # of one token
 
     @classmethod
-    def of(cls, function: str, name: str, head: Callable, hidden: Any) -> Called:
+    def of(cls, function: str, head: Callable, hidden: Any) -> Called:
         h = as_array(function, "hidden", hidden)
         float_dtype(function, {"hidden": h})
         rank = max(h.ndim, 1)
@@ -43,15 +43,15 @@ class Called:
         are_logits = isinstance(given, jax.ShapeDtypeStruct) and given.shape[:-1] == token.shape[:-1]
         if not (are_logits and given.ndim == rank and given.size and jnp.issubdtype(given.dtype, jnp.floating)):
             raise ValueError(
-                f"{function}: {name} must give logits of hidden states, floating-point, with their axes but the last,"
+                f"{function}: head must give logits of hidden states, floating-point, with their axes but the last,"
                 f" which is of classes; called with {_brief(token)}, a token's state, it gives"
                 f" {jax.tree.map(_brief, given)}. Give a function such as lambda h: h @ kernel."
             )
-        _require_of_each_token(function, name, closed)
+        _require_of_each_token(function, closed)
         dtype = given.dtype
         if dtype.itemsize < 4:
             warnings.warn(
-                f"{function}: {name} gives logits as {dtype}, whose rounding is in losses and gradients. Sum its"
+                f"{function}: head gives logits as {dtype}, whose rounding is in losses and gradients. Sum its"
                 f" product in float32, as by jnp.matmul(..., preferred_element_type=jnp.float32).",
                 stacklevel=2,
             )
@@ -90,25 +90,25 @@ def _narrow_rule(primals, tangents):
     return _narrow(*primals), tangents[1].astype(primals[0].dtype)
 
 
-def _require_of_each_token(function: str, name: str, closed: Any) -> None:
+def _require_of_each_token(function: str, closed: Any) -> None:
     """Raises if the trace draws random numbers, which would be the same for all tokens, or has an effect. Whether the
     function depends on other tokens in other ways, the trace of one doesn't show."""
     drawn = sorted({e.primitive.name for e in _equations(closed.jaxpr)} & {*RANDOM})
     if drawn:
         raise ValueError(
-            f"{function}: {name} may draw no random numbers, since it is traced of one token, and all tokens would get"
+            f"{function}: head may draw no random numbers, since it is traced of one token, and all tokens would get"
             f" the same; it has {', '.join(drawn)}. Draw outside, and multiply the hidden states by what is drawn."
         )
     axes = sorted({str(e.name) for e in closed.effects if type(e).__name__ == "NamedAxisEffect"})
     if axes:
         raise ValueError(
-            f"{function}: {name} must not communicate along a named axis, since its derivatives compute it again; it"
+            f"{function}: head must not communicate along a named axis, since its derivatives compute it again; it"
             f" names {', '.join(axes)}. Communicate before: gather the hidden states or the weights that it needs with"
             f" jax.lax.all_gather(..., tiled=True). If the classes are split, pass the matrix and axis_name."
         )
     if closed.effects:
         raise ValueError(
-            f"{function}: {name} may have no effect, since it is computed again in derivatives; it has"
+            f"{function}: head may have no effect, since it is computed again in derivatives; it has"
             f" {', '.join(sorted({type(e).__name__ for e in closed.effects}))}. Leave out what prints, calls or writes."
         )
 

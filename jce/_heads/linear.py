@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +16,29 @@ from jce._heads.called import Called
 from jce._jax.arguments import as_array, as_number, described, float_dtype, is_array, is_function, positive
 
 
-class _Listed(type):
-    """The class of `Linear`: `help` lists its own methods, and none of the operators that it refuses."""
-
-    def __dir__(cls) -> list[str]:
-        return [name for name in super().__dir__() if not name.startswith("_") or name == "__getitem__"]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Linear(metaclass=_Listed):
+class Linear:
     """hidden · headᵀ + bias: the logits [..., n] of tokens under a head, for the functions that never make them all.
 
     Example:
       >>> print(jce.linear_map(jnp.argmax, jce.Linear(jnp.eye(2), 20 * jnp.eye(3, 2))))
       [0 1]
 
-    A model may return it instead of logits; one that others wrote does under `jce.deferred`. What would compute with
-    logits raises a TypeError; x[:, :-1] and its like, with slices and ints, pick tokens. Its head may be a function,
-    such as one with a low-rank update, a norm, or weights of a layout of its own:
+    A model may return a `Linear` instead of logits. For a model that you did not write, replace the head in a shallow
+    copy (here with Flax NNX). Make the copy inside the function that you differentiate or compile:
+
+        changed = copy.copy(model)  # `model` itself stays as it is
+        changed.lm_head = lambda h: jce.Linear(h, model.lm_head)
+        loss = jce.linear_cross_entropy(labels, changed(tokens))
+
+    "A model that you did not write" in jce/README.md has the same for tied heads, Equinox, Linen and Qwix, and for
+    models that cast or cap their logits.
+
+    To select tokens, index a `Linear` with slices and ints, as in x[:, :-1]. `x.astype(jnp.float32)` returns x, because
+    its logits are float32 already. Arithmetic, comparisons and functions of arrays raise an error. Functions of pytrees
+    don't: `jax.tree.map` and `jax.lax.psum` change the arrays that x consists of, so don't apply them to it.
+
+    The head may be a function, such as one with a low-rank update, a norm, or weights of a layout of its own:
 
         Linear(hidden, lambda h: h @ kernel + (h @ a) @ b)
 
@@ -66,20 +71,22 @@ class Linear(metaclass=_Listed):
         splits over a mesh meet a function; and here, if a function doesn't give logits, draws random numbers or has an
         effect, or there is a bias beside it.
 
-    See "Arguments of heads" in jce/README.md.
+    See "Arguments of heads" and "A model that you did not write" in jce/README.md.
     """
 
     hidden: ArrayLike
     head: Any
     bias: ArrayLike | None = None
     logit_soft_cap: ArrayLike | None = None
-    __array_ufunc__ = None  # so that NumPy's arrays leave operators to those that are refused below
+    # Without these, Python, NumPy and JAX would answer, and the answer would not be about the logits.
+    __array_ufunc__ = None  # functions of NumPy, and operators with its arrays, raise a TypeError
+    __iter__ = None  # otherwise [*x] would index x forever, since an index beyond the end is clipped
 
     def __post_init__(self):
         if is_function(self.head):
             if self.bias is not None:
                 raise ValueError("Linear: a head that is a function adds its own bias; got both. Leave out bias.")
-            object.__setattr__(self, "head", Called.of("Linear", "head", self.head, self.hidden))
+            object.__setattr__(self, "head", Called.of("Linear", self.head, self.hidden))
 
     @property
     def of_function(self) -> bool:
@@ -87,33 +94,31 @@ class Linear(metaclass=_Listed):
         return isinstance(self.head, Called)
 
     def __getitem__(self, index: Any) -> Linear:
-        """Of some tokens, by slices and ints of their axes; all classes may be said by a last slice."""
+        """Selects tokens, by slices and ints of their axes. A last slice may stand for all classes."""
         places, h = index if isinstance(index, tuple) else (index,), jnp.asarray(self.hidden)
         if places and places[0] is ...:
             places = (slice(None),) * (h.ndim - len(places) + 1) + places[1:]
         if len(places) == h.ndim and places[-1] == slice(None):
             places = places[:-1]
         if len(places) >= h.ndim or not all(type(i) in (int, slice) for i in places):
-            raise self._refusal("index but slices and ints of tokens' axes")
+            self._refuse()
         return dataclasses.replace(self, hidden=h[places])
 
     def astype(self, dtype: Any) -> Linear:
-        """Itself: of the dtype that its logits have, no other is allowed."""
+        """Returns the `Linear` itself if its logits have this dtype. Other dtypes raise a TypeError."""
         if jnp.dtype(dtype) != _logits_dtype(self):
-            raise self._refusal(f"astype({jnp.dtype(dtype).name})")
+            self._refuse()
         return self
 
-    def __getattr__(self, name: str):
-        if name.startswith("_") or not hasattr(Array, name):
-            raise AttributeError(f"'Linear' object has no attribute {name!r}")
-        raise self._refusal(name)
-
-    def _refusal(self, what: str) -> TypeError:
-        return NoLogits(
-            f"Linear: it stands for logits that are never made, and takes no {what}; got {self!r}. Give it as it is to"
-            f" jce.linear_cross_entropy, linear_log_probs or linear_map, and what would be done to logits too:"
-            f" temperature=, logit_soft_cap=, or in linear_map's function of one token."
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            f"Linear: it stands for logits that are never computed all at once, so it must not be used as an array,"
+            f" compared, cast to another dtype or indexed except by slices and ints of its token axes; got {self!r}."
+            f" Pass it to jce.linear_cross_entropy, linear_log_probs, linear_kl_divergence or linear_map. Instead of"
+            f" changing the logits, use temperature= and logit_soft_cap=, or the function that linear_map takes."
         )
+
+    __array__ = __jax_array__ = __bool__ = __eq__ = _refuse  # see __iter__
 
     def _taken_by(self, function: str, argument: str) -> str:
         """Which functions take a `Linear`, in the error of one that takes an array as this argument."""
@@ -132,32 +137,12 @@ class Linear(metaclass=_Listed):
         return f"Linear({', '.join(f'{name}={_brief(x)}' for name, x in fields.items())})"
 
 
-class NoLogits(TypeError, AttributeError):
-    """The error of what would need a Linear's logits; an AttributeError too, so that hasattr is False."""
-
-
 # For functions of logits, those that take a Linear.
 FUSED = {
     "cross_entropy_with_integer_labels": "jce.linear_cross_entropy",
     "log_probs_with_integer_labels": "jce.linear_log_probs",
     "kl_divergence_with_logits": "jce.linear_kl_divergence if both are Linears",
 }
-
-# The operators that are refused. Otherwise Python or JAX would raise an error that says less, or == would compare which
-# object a Linear is.
-BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow", "and", "xor", "or")
-OTHERS = ("neg", "pos", "abs", "invert", "lt", "le", "eq", "ne", "gt", "ge", "iter", "contains", "array", "jax_array")
-
-
-def _refused(name: str):
-    def refuse(self, *_, **__):
-        raise self._refusal(name)
-
-    return refuse
-
-
-for _name in (*BINARY, *(f"r{name}" for name in BINARY), *OTHERS):
-    setattr(Linear, f"__{_name}__", _refused(f"__{_name}__"))
 
 
 def _logits_dtype(x: Linear):
@@ -191,13 +176,13 @@ def linear_of(
     if head is None:
         raise TypeError(
             f"{function}: head must be [n, d], or a function of hidden states; got none. Pass labels first, then hidden"
-            f" and head, or jce.Linear(hidden, head) for both. Logits of a model under jce.deferred say that its head"
-            f" was another module, or a copy: enter inside of what copies it, as nnx.jit does."
+            f" and head, or jce.Linear(hidden, head) for both. If a model returned logits where a jce.Linear should be,"
+            f" the head that it calls has not been replaced."
         )
     if is_function(head):
         if bias is not None:
             raise ValueError(f"{function}: a head that is a function adds its own bias; got both. Leave out bias.")
-        head = Called.of(function, "head", head, hidden)
+        head = Called.of(function, head, hidden)
     return Linear(hidden, head, bias, logit_soft_cap)
 
 
@@ -231,12 +216,10 @@ def _checked_called(x: Linear, head: Called, function: str, name: str) -> Linear
     as_traced = [v.aval.shape for v in head.jaxpr.constvars]
     if (shapes := [a.shape for a in head.arrays]) != as_traced:
         raise ValueError(
-            f"{function}: of a Linear, what a function closes over must have the shapes of when it was traced,"
-            f" {as_traced}; got {name}.head with {shapes}. Of a jax.vmap that maps it, map {function} too."
+            f"{function}: the arrays that the head of a Linear closes over must have the shapes with which the head was"
+            f" traced, {as_traced}; got {name}.head with {shapes}. A Linear of a function can't leave a jax.vmap: call"
+            f" {function} inside of it, or return hidden states from it and pass jax.vmap(head) as the head."
         )
-    # From here on the arrays are leaves. Under a vmap `deferred` has them as part of the tree's structure, in which
-    # JAX's caches would keep them alive.
-    head = dataclasses.replace(head, arrays=list(head.arrays))
     return LinearArrays(h, head, None, _checked_cap(function, x.logit_soft_cap, head.logits.dtype))
 
 

@@ -40,5 +40,5 @@ def _require_functions(name: str, arguments: Any) -> None:
             raise ValueError(
                 f"{name}: in the call of a model that Qwix changes, a head must be a function, since Qwix sees no"
                 f" product with a matrix that is given as one; got {x!r}. Give the head's module, or a function"
-                f" such as lambda h: h @ kernel; or call {name} outside, with what the model gives in jce.deferred."
+                f" such as lambda h: h @ kernel; or let the model return jce.Linear(h, head), and call {name} outside."
             )

@@ -56,10 +56,11 @@ def is_array(value) -> TypeGuard[Array]:
 
 
 def is_function(head: Any) -> bool:
-    """Whether a head is to be called. What `jnp.asarray` takes is a matrix, even if it's callable as in Flax."""
-    if not callable(head):
-        return False
-    return not hasattr(head, "__jax_array__") and not (hasattr(head, "shape") and hasattr(head, "dtype"))
+    """Whether a head is a function. What `jnp.asarray` takes is a matrix, even if it's callable, as in Flax.
+
+    A module may have a shape and a dtype (tunix' `Einsum` has both), but only an array has `ndim` as well."""
+    is_matrix = hasattr(head, "__jax_array__") or all(hasattr(head, name) for name in ("shape", "dtype", "ndim"))
+    return callable(head) and not is_matrix
 
 
 def _traced(function: str, dtype, name: str, value: Array) -> Array:

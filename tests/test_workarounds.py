@@ -203,6 +203,7 @@ def longer_rows_are_summed_slowly() -> bool:
 def large_arrays_lose_a_nan() -> bool:
     """Whether a maximum, and a sum over minima, drop a NaN in an array of 4,096 numbers, but not in one of 64."""
 
+    @jax.debug_nans(False)
     def are_lost(count: int) -> list[bool]:
         x = jnp.zeros((count, count), np.float32).at[0, 0].set(jnp.nan)
         operations = [lambda x: x.max(-1), lambda x: jnp.minimum(jnp.exp(x), 2).sum(-1)]

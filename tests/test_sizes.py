@@ -380,3 +380,25 @@ def test_a_head_on_a_mesh(rng):
     gradients = jax.jit(jax.grad(lambda h, w, b: loss(LABELS, h, w, b), (0, 1, 2)))(h, w, b)
     for x in (losses, *gradients):
         assert np.isnan(x).all()
+
+
+# Numbers near the largest float
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("masked", [False, True], ids=["all classes", "masked classes"])
+def test_smoothing_of_many_very_low_logits_stays_finite(size, masked):
+    """Many write a very low number for -∞. The mean of such logits is a float32 even where their sum is too large."""
+    low, n = -float(np.finfo(np.float32).max) / 4, size.classes
+    x = jnp.zeros((size.rows, n)).at[:, 1:].set(low)
+    where = jnp.arange(n) < n - 2 if masked else None
+    mean, y = low * (1 - 1 / (n - 2 if masked else n)), jnp.zeros(size.rows, int)
+
+    def loss(smoothing):
+        return jce.cross_entropy_with_integer_labels(y, x, label_smoothing=smoothing, where=where)
+
+    np.testing.assert_allclose(jax.jit(loss)(0.125), np.full(size.rows, -mean / 8), rtol=1e-5)
+    np.testing.assert_allclose(jax.jacfwd(loss)(0.125), np.full(size.rows, -mean), rtol=1e-5)
+    if not masked:
+        of_head = jce.linear_cross_entropy(y[:4], jnp.ones((4, 1)), x[0][:, None], label_smoothing=0.125)
+        np.testing.assert_allclose(of_head, -mean / 8, rtol=1e-5)

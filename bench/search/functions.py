@@ -86,7 +86,9 @@ class Searched:
     @property
     def in_long_rows(self) -> Searched:
         """Value and first derivatives of the function with labels that aren't constants."""
-        function = functools.wraps(self.kernel.function)(WITH_LABELS.get(self.key, self.kernel.function))
+        function = self.kernel.function
+        if self.key in WITH_LABELS:
+            function = functools.wraps(function)(WITH_LABELS[self.key])
         return dataclasses.replace(self, kernel=dataclasses.replace(self.kernel, function=function), hvp=False)
 
     @property

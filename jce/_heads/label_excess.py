@@ -88,7 +88,7 @@ def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Arra
     x = at_temperature(of_head, t, way)
     numbers, n = terms.numbers(target, x.dtype), way.count(x)
     off = way.off_label(y, x)
-    mean = None if numbers[0] is None else way.sum(x - column(off.m)) / n
+    mean = None if numbers[0] is None else way.sum((x - column(off.m)) / n)
     row = of_row(off, n, mean, *numbers, whole=lambda log_sum: whole_log_sum(log_sum, of_head, t, way))
     row, r = _scaled(row, off, way.masks)
     e = row.entries(_unless_nan(exp(x - column(off.m))), column)
@@ -158,7 +158,7 @@ class OneReading:
         logits = capped(u, x.soft_cap) - m[:, None]
         e = exp(logits)
         e = jnp.where(way.is_at(e, self.y), jnp.zeros_like(e), e)
-        s, mean = way.sum(e), jnp.zeros_like(m) if self.numbers[0] is None else way.sum(logits) / self.n
+        s, mean = way.sum(e), jnp.zeros_like(m) if self.numbers[0] is None else way.sum(logits / self.n)
         if stored is None:
             return [s, mean]
         e = stored(e if x.soft_cap is None else e * slope(u, x.soft_cap), m, s, mean)

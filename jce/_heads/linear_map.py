@@ -150,7 +150,7 @@ def _of_chunk(name: str, function: Callable, structure: Any, has_aux: bool, one,
             f" classes are split; got some that differ between those of {sorted(differ)}. Give jce's functions"
             f" axis_name={class_axis!r}, or sum over the devices with jax.lax.psum."
         )
-    jaxpr = closed.jaxpr
+    jaxpr = closed.jaxpr  # without its arrays, which come as closed_over
 
     def of_chunk(chunk, shared, closed_over):
         shared = jax.tree.leaves(shared)

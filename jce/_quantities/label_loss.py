@@ -88,19 +88,25 @@ def label_loss(y, x, smoothing, kept, z_loss, way):
 def _of_row(off, x, smoothing, kept, z_loss, way):
     if smoothing is None:
         return of_row(off, 1, None, None, z_loss)
-    n = _count(kept, x, way)
-    return of_row(off, n, -_sum_of_depths(off, x, kept, way) / n, smoothing, z_loss)
+    return of_row(off, _count(kept, x, way), -_mean_depth(off, x, kept, way), smoothing, z_loss)
 
 
 def _count(kept, x, classes):
     return classes.count(x) if kept is None else jnp.maximum(classes.sum(kept), 1)
 
 
-def _sum_of_depths(off, x, kept, way):
-    """Σ (m - xᵢ) over the classes that count."""
+def _uniform(kept, x, classes):
+    """uᵢ = 1/n for each class that counts, and 0 for others."""
+    n = _count(kept, x, classes)
+    return jnp.asarray(1 / n, x.dtype) if kept is None else kept / classes.column(n)
+
+
+def _mean_depth(off, x, kept, way):
+    """Σ uᵢ (m - xᵢ). Each term has its weight, since Σ (m - xᵢ) over many classes may overflow."""
+    u = _uniform(kept, x, way)
     if kept is None:
-        return -way.sum(x - way.column(off.m))
-    return way.sum(surprisal_terms(kept, off.m + (off.s - off.s), x, way))  # unlike m, s is NaN in a row with a NaN
+        return -way.sum(u * (x - way.column(off.m)))
+    return way.sum(surprisal_terms(u, off.m + (off.s - off.s), x, way))  # unlike m, s is NaN in a row with a NaN
 
 
 # ∂/∂ε = 1/n Σᵢ log 1/qᵢ - log 1/q_y, ∂/∂ζ = (log Σ exp x)²
@@ -144,9 +150,7 @@ def _excess(y, x, smoothing, kept, z_loss, classes):
     q = softmax(x, classes)
     target = classes.is_at(x, classes.local(y, x)).astype(x.dtype)
     if smoothing is not None:
-        n = _count(kept, x, classes)
-        uniform = jnp.full_like(x, 1 / n) if kept is None else kept / classes.column(n)
-        target += scaled(smoothing, uniform - target)
+        target += scaled(smoothing, _uniform(kept, x, classes) - target)
     if z_loss is not None:
         q += penalty_slope(x, z_loss, classes)
     return q - target
@@ -161,7 +165,7 @@ def mean_excess(y, x, kept, way):
     """1/n Σᵢ log 1/qᵢ - log 1/q_y, computed as the mean of m - xᵢ, minus m - x_y: near the uniform distribution both
     losses are about log Z, and their difference would lose all digits."""
     off = way.off_label(y, x)
-    return _sum_of_depths(off, x, kept, way) / _count(kept, x, way) - off.d
+    return _mean_depth(off, x, kept, way) - off.d
 
 
 # d = t_y - 1/n Σᵢ tᵢ, and NaN where the row is NaN and t isn't 0
@@ -170,6 +174,5 @@ def _mean_excess_rule(classes, primals, tangents):
     y, _, kept = primals
     t, excess = tangents[1], mean_excess(*primals, classes)
     nan = classes.broadcast(jnp.where(jnp.isnan(excess), excess, jnp.zeros_like(excess)), t)
-    counted = jnp.ones_like(t) if kept is None else kept
-    weighted = classes.sum(mul0(nan - counted, t)) / _count(kept, t, classes)
+    weighted = classes.sum(mul0(nan - _uniform(kept, t, classes), t))
     return excess, classes.at(t, classes.local(y, t)) + weighted

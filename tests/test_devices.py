@@ -277,7 +277,6 @@ def test_axes_of_one_name_or_several_or_none(rng):
         close(on_mesh(mesh, tokens, classes)(labels, h, w, b, where=where), expected)
 
 
-@pytest.mark.slow
 def test_batches_of_sequences_and_scalars_of_weights(rng):
     labels, (h, w, _, _), where = problem(rng, dtype=np.float32)
     args = labels.reshape(8, 2), h.reshape(8, 2, -1), w  # only the first axis is split, and divided by 4

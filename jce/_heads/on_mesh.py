@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from jax.sharding import Mesh
 
@@ -57,7 +57,7 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
       in every mode. A chunk_size counts the tokens of one device.
 
     Raises:
-      TypeError: function is none of those.
+      TypeError: function is none of those. The function on a mesh raises one if it gets an axis_name.
       ValueError: mesh is no mesh, an axis isn't one of its axes, or is both token_axis and class_axis. The function on
         a mesh raises the given function's errors, and a ValueError if the tokens have no first axis, or if the devices
         along an axis don't divide the number of classes or the first axis of the tokens. Pad tokens with where=False,
@@ -71,4 +71,15 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
             f"on_mesh: function must be one of {names}; got {function!r}. Other functions of jce take arrays"
             f" that are split as they are."
         )
-    return functools.partial(function, axis_name=on_axes("on_mesh", mesh, token_axis, class_axis))  # pyright: ignore[reportReturnType]
+    places = on_axes("on_mesh", mesh, token_axis, class_axis)
+
+    @functools.wraps(function)
+    def on_devices(*args, **options):
+        if "axis_name" in options:
+            raise TypeError(
+                f"{function.__name__}: on a mesh it takes no axis_name; got axis_name={options['axis_name']!r}. Name"
+                f" the axis of the classes in jce.on_mesh, as class_axis."
+            )
+        return function(*args, axis_name=places, **options)
+
+    return cast(F, on_devices)

@@ -167,10 +167,10 @@ class OneReading:
 
 
 def _scaled(row: OfRow, off: OffLabel, divides: bool) -> tuple[OfRow, Array]:
-    """The row, whose entries times r are the excess; and r.
+    """The row, and r: the row's entries times r are the excess.
 
-    r = 1/Z. If `divides`, the entries are divided by the larger of s and the label's magnitude: where that is the
-    larger, the label's becomes ±1, which rounding to bfloat16 leaves exact.
+    In general r = 1/Z. If `divides`, all entries are divided by the larger of s and the magnitude of the label's entry.
+    If the latter is larger, the label's entry becomes ±1, which rounding to bfloat16 leaves exact.
     """
     losses, z, factor, taken, at_label = row
     r = 1 / z

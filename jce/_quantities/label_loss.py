@@ -35,8 +35,10 @@ def or_none(number):
 
 
 class OfRow(NamedTuple):
-    """The loss ℓ of each row, Z, and what makes Z times the excess: e · factor - taken (None for 1, and for 0), and
-    `at_label` at the label."""
+    """The numbers of each row: its loss, Z, and those from which Z times the excess is computed.
+
+    That is `at_label` at the label and e · factor - taken elsewhere. A factor of 1 and a taken of 0 are None.
+    """
 
     losses: Array
     z: Array
@@ -52,14 +54,14 @@ class OfRow(NamedTuple):
 def of_row(
     off: OffLabel, n, mean: Array | None, smoothing, z_loss, *, whole: Callable = lambda log_sum: log_sum
 ) -> OfRow:
-    """The numbers of each row, of n classes.
+    """The loss of each row of n classes, and the numbers of its excess.
 
-    `mean` is the mean of x - m over the classes, which smoothing needs, with the maximum as m. `whole` adds to a
-    log-sum what was subtracted from the logits.
+    `mean` is the mean of x - m over the classes. Only smoothing needs it, and then m must be the maximum. `whole` adds
+    to log Σ exp x what was subtracted from the logits before.
     """
     m, s, d = off
     losses, at_label, z, e_y = surprisal_at_label(off), -s, off.z, exp(-d)
-    # Where the label outweighs the others, log 1/q_y - d, since s + e^-d may have rounded s away.
+    # Where the label outweighs the others, log Z is log 1/q_y - d: s + e^-d may have rounded s away.
     log_z = jnp.where(s < e_y, losses - d, log(z))
     factor = taken = None
     if smoothing is not None and mean is not None:

@@ -124,3 +124,15 @@ def test_the_derivative_in_a_smoothing_at_corners():
     expected = np.float32([2, -1, -1]) / 3
     np.testing.assert_allclose(mixed[np.array([0, 4])], [expected] * 2, rtol=1e-6)
     assert np.isnan(mixed[np.array([1, 2, 3, 6])]).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.5, 1.0])
+def test_a_smoothed_loss_ignores_an_offset_of_the_logits(smoothing, rng):
+    """At an offset of 39 a label's sum needs no maximum, but a mean does: log Σ exp x is near 39 + log n."""
+    x = np.float32(39) + logits(rng, 1e-3)
+
+    def loss(x):
+        return jce.cross_entropy_with_integer_labels(LABELS, x, label_smoothing=smoothing)
+
+    got, exact = in_both(loss, x)
+    assert_near((got[None], exact[None]), np.log(CLASSES) * np.ones((1, 1)), 2)

@@ -382,6 +382,22 @@ def test_a_head_on_a_mesh(rng):
         assert np.isnan(x).all()
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all classes", "masked classes"])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_the_derivative_in_a_smoothing_of_a_row_with_a_nan(size, masked, dropping):
+    n = size.classes
+    x = jnp.zeros((size.rows, n)).at[1, n // 2].set(jnp.nan)
+    where = jnp.arange(n) < n - 2 if masked else None
+
+    def loss(smoothing):
+        return jce.cross_entropy_with_integer_labels(
+            jnp.zeros(size.rows, int), x, label_smoothing=smoothing, where=where
+        )
+
+    is_nan = np.isnan(jax.jacfwd(loss)(0.125))
+    np.testing.assert_array_equal(is_nan, np.arange(size.rows) == 1)
+
+
 # Numbers near the largest float
 
 

@@ -143,7 +143,7 @@ def _at_once(y, x, smoothing, kept, z_loss, way):
         off = way.off_label(y, x)
         e = exp(way.depth_off_label(x, off))
     row = _of_row(off, x, smoothing, kept, z_loss, way)
-    entries = row.entries(e, way.column if kept is None else lambda a: way.column(a) * kept)
+    entries = row.entries(e, way.column)  # also where a class doesn't count: nothing differentiates its logit of -∞
     return row.losses, jnp.where(way.is_at(x, way.local(y, x)), way.column(row.at_label), entries) / way.column(row.z)
 
 

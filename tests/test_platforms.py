@@ -17,7 +17,7 @@ from jce._softmax.reduction import MaskedReduction, Reduction
 from jce._softmax.softmax import surprisal_at_label
 from tests import test_accuracy
 from tests import test_corners as corners
-from tests.kernels import OF_LOGITS, WITH_CLASSES, label, modes
+from tests.kernels import OF_LOGITS, WITH_CLASSES, each_of_logits, easy, label, modes, total
 from tests.test_known_label import OFFSETS, rows
 
 pytestmark = pytest.mark.needs_jit
@@ -283,6 +283,15 @@ def test_rows_are_as_accurate(kernel, device, monkeypatch):
     test_accuracy.test_hessian_vector_products(kernel, np.float32, np.random.default_rng(2026))
     corners.test_value_and_gradient_in_both_modes(kernel, np.float32)
     jax.clear_caches()
+
+
+@each_of_logits
+def test_a_gradient_alone_is_a_program(kernel):
+    """Of which XLA is given also what nobody reads, such as the value: a call in a reduction for it crashes XLA."""
+    gradient = jax.jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))
+    traced = gradient.trace(*easy(kernel, np.random.default_rng(0), (6, 33)))
+    for platform in ("cpu", "cuda", "tpu"):
+        assert "ENTRY" in traced.lower(lowering_platforms=(platform,)).compiler_ir("hlo").as_hlo_text()
 
 
 def test_rows_are_summed_as_each_platform_does():

@@ -22,7 +22,7 @@ PASSES = {
     ("h100", 1024): {
         "cross_entropy_with_integer_labels": (1, 2, 3, 3),
         "cross_entropy_with_integer_labels, smoothed": (1, 2, 3, 3),
-        "cross_entropy_with_integer_labels, z-loss": (1, 3, 3, 7),
+        "cross_entropy_with_integer_labels, z-loss": (1, 3, 3, 11),
         "cross_entropy_with_logits": (2, 3, 5, 4),
         "entropy_with_logits": (1, 2, 3, 3),
         "kl_divergence_with_logits": (6, 7, 7, 3),

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jce._jax.public import public
 from jce._jax.rows import distributions
-from jce._numerics.calculus import custom_jvp, def_partials_of_sum, def_tangents, negative
+from jce._numerics.calculus import custom_jvp, def_at_once, def_partials_of_sum, def_tangents, negative
 from jce._numerics.elementary import log, log1p
 from jce._numerics.mul0 import mul0, multiply, over
 from jce._softmax.kernel import kernel
@@ -147,8 +147,8 @@ def entropy_of_softmax(x, way):
 # ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)
 @entropy_of_softmax.defjvp
 def _entropy_of_softmax_rule(classes, primals, tangents):
-    (x,), (t,) = primals, tangents
-    return entropy_of_softmax(x, classes), classes.sum(mul0(_weighted_excess(x, classes), t))
+    h, excess = _entropy_and_weighted_excess(*primals, classes)
+    return h, classes.sum(mul0(excess, tangents[0]))
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
@@ -179,6 +179,16 @@ def _surprisal_excess_rule(classes, primals, tangents):
 @_weighted_excess.defjvp
 def _weighted_excess_rule(classes, primals, tangents):
     return _weighted_excess(*primals, classes), _tangent_of_weighted_excess(*tangents, *primals, classes)
+
+
+# One kernel for both: as two, a GPU would read x once more for them.
+@functools.partial(custom_jvp, nondiff_argnums=(1,))
+@kernel
+def _entropy_and_weighted_excess(x, way):
+    return entropy_of_softmax(x, way), _weighted_excess(x, way)
+
+
+def_at_once(_entropy_and_weighted_excess, entropy_of_softmax, _weighted_excess)
 
 
 @kernel

@@ -74,13 +74,16 @@ def _sums_here(x, way):
 
     To merge two sets of classes, the one with the lower maximum is rescaled to the other's, and its maximal class, left
     out before, is added to s and t. All terms are positive, so nothing cancels.
+
+    `merged` calls no function that is jitted, as `jnp.where` is: XLA crashes at such a call in a reduction of which no
+    result is used (jaxlib 0.10 to 0.12).
     """
 
     def merged(a, b):
         a_is_first = a[0] >= b[0]
-        m, (s, t) = jnp.maximum(a[0], b[0]), (jnp.where(a_is_first, *pair) for pair in zip(a[1:], b[1:], strict=True))
-        m_b, s_b, t_b = (jnp.where(a_is_first, *pair) for pair in zip(b, a, strict=True))
-        depth = jnp.where(m_b == -jnp.inf, FAR, jnp.minimum(m - m_b, FAR))
+        m, (s, t) = jnp.maximum(a[0], b[0]), (lax.select(a_is_first, *pair) for pair in zip(a[1:], b[1:], strict=True))
+        m_b, s_b, t_b = (lax.select(a_is_first, *pair) for pair in zip(b, a, strict=True))
+        depth = lax.select(m_b == -jnp.inf, jnp.full_like(m, FAR), jnp.minimum(m - m_b, FAR))
         e, z_b = exp(-depth), 1 + s_b
         return m, s + e * z_b, t + e * (t_b + depth * z_b)
 

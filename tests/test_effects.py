@@ -7,7 +7,7 @@ import pytest
 from jax.experimental import io_callback
 
 import jce
-from jce._heads.effects import REPEATED
+from jce._heads.arguments.effects import REPEATED
 
 LABELS, HEAD = np.array([0, 1, 2, 3, 0, 1]), np.eye(4, 3, dtype=np.float32)
 HIDDEN, NUMBERS = np.arange(18, dtype=np.float32).reshape(6, 3) / 10, np.arange(6)

@@ -7,8 +7,9 @@ import pytest
 
 import jce
 from jce import Linear
-from jce._heads import chunks
-from jce._heads.kept_tokens import counts, over_kept
+from jce._heads.loop import chunks
+from jce._heads.loop.kept_tokens import over_kept
+from jce._heads.places.part import counts
 from tests.kernels import modes
 from tests.test_devices import close
 

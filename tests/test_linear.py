@@ -9,6 +9,7 @@ import pytest
 from allpairspy import AllPairs
 
 import jce
+from jce._heads.loop.chunk_rule import RULES
 from jce._jax import platforms as _platforms
 from tests import dense_head
 from tests.oracle import spacing
@@ -79,7 +80,8 @@ def test_every_pair_of_options(options, rng, monkeypatch):
     """Value, gradient and Hessian-vector product in each argument that may have one, in float64, on each platform."""
     options = dict(options)
     platform = getattr(_platforms, options.pop("platform"))
-    monkeypatch.setattr(_platforms, "CPU", platform._replace(chunk_bytes=0, least_tokens=4))
+    monkeypatch.setattr(_platforms, "CPU", platform)
+    monkeypatch.setitem(RULES, platform.name, RULES[platform.name]._replace(chunk_bytes=0, least_tokens=4))
     jax.clear_caches()
     chunk_size = options.pop("chunk_size")
     labels, arguments, options = chosen_arguments(options, rng)

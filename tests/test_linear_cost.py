@@ -11,7 +11,7 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
 import jce
-from jce._jax.platforms import CPU, TPU
+from jce._heads.loop.chunk_rule import RULES
 from tests.jaxprs import inner
 from tests.kernels import modes
 from tests.test_package import README
@@ -188,11 +188,12 @@ def test_the_rule_is_what_is_said_of_it(text):
     text = " ".join(text.split())
     said = re.findall(r"max\((\d+), 2([⁰¹²³⁴⁵⁶⁷⁸⁹]+)/n\)", text)
     powers = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
-    platforms = CPU, TPU
-    rules = [(p.least_tokens, p.chunk_bytes // 4) for p in platforms]
-    assert [(int(least), 2 ** int(power.translate(powers))) for least, power in said] == rules
+    rules = RULES["cpu"], RULES["tpu"]
+    assert [(int(least), 2 ** int(power.translate(powers))) for least, power in said] == [
+        (rule.least_tokens, rule.chunk_bytes // 4) for rule in rules
+    ]
     filled = re.findall(r"(\d+) MiB or more", text)
-    assert [int(size) * 2**20 for size in filled] in ([], [p.chunk_bytes for p in platforms])
+    assert [int(size) * 2**20 for size in filled] in ([], [rule.chunk_bytes for rule in rules])
 
 
 def test_a_few_more_chunks_that_need_no_filling():

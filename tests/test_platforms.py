@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jce
+from jce._heads.loop.chunk_rule import RULES
 from jce._jax import platforms as _platforms
 from jce._softmax.chain import Chain
 from jce._softmax.reduction import MaskedReduction, Reduction
@@ -29,7 +30,8 @@ REDUCTION = Reduction(-1)
 @pytest.fixture
 def accelerator(monkeypatch):
     """A CPU lowers what an accelerator does, in chunks of 16 tokens."""
-    monkeypatch.setattr(_platforms, "CPU", _platforms.TPU._replace(chunk_bytes=0, least_tokens=16))
+    monkeypatch.setattr(_platforms, "CPU", _platforms.TPU)
+    monkeypatch.setitem(RULES, "tpu", RULES["tpu"]._replace(chunk_bytes=0, least_tokens=16))
     jax.clear_caches()
     yield
     jax.clear_caches()

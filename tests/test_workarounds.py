@@ -372,14 +372,14 @@ def the_class_of_primitives_comes_with_pallas() -> bool:
 
 
 ROWS = [
-    Row("_heads/evaluated.py", "copies both factors", products_over_unit_axes_are_copied),
-    Row("_heads/evaluated.py", "checkify adds a check", indices_in_a_checkpoint_are_errors),
-    Row("_heads/evaluated.py", "a batch of updates", batches_of_updates_are_errors),
-    Row("_heads/evaluated.py", "a batch of lookups", derivatives_of_lookups_are_errors),
-    Row("_heads/places.py", "fails its type checks under spmd_axis_name", types_are_checked_wrongly),
-    Row("_heads/token_loop.py", "JAX's own custom_jvp", a_loop_loses_rules),
-    Row("_heads/unhoisted.py", "hoists out of a loop", a_loop_hoists_what_stays_the_same),
-    Row("_heads/unhoisted.py", "fold constants", products_of_constants_are_folded),
+    Row("_heads/loss/evaluated.py", "copies both factors", products_over_unit_axes_are_copied),
+    Row("_heads/loss/evaluated.py", "checkify adds a check", indices_in_a_checkpoint_are_errors),
+    Row("_heads/loss/evaluated.py", "a batch of updates", batches_of_updates_are_errors),
+    Row("_heads/loss/evaluated.py", "a batch of lookups", derivatives_of_lookups_are_errors),
+    Row("_heads/places/mesh.py", "fails its type checks under spmd_axis_name", types_are_checked_wrongly),
+    Row("_heads/loop/loop.py", "JAX's own custom_jvp", a_loop_loses_rules),
+    Row("_heads/loop/unhoisted.py", "hoists out of a loop", a_loop_hoists_what_stays_the_same),
+    Row("_heads/loop/unhoisted.py", "fold constants", products_of_constants_are_folded),
     Row("_jax/rows.py", "fails its type checks under spmd_axis_name", types_are_checked_wrongly),
     Row("_jax/classes.py", "sums longer float32 rows", longer_rows_are_summed_slowly, since=(0, 10)),
     Row("_jax/classes.py", "loses a NaN", large_arrays_lose_a_nan, since=(0, 10)),

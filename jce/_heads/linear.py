@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array
 from jax.typing import ArrayLike
 
-from jce._heads.called import Called
-from jce._jax.arguments import as_array, as_number, described, float_dtype, is_array, is_function, positive
+from jce._heads.loss.function_head import FunctionHead
+from jce._jax.arguments import brief, float_dtype, is_function
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,12 +83,12 @@ class Linear:
         if is_function(self.head):
             if self.bias is not None:
                 raise ValueError("Linear: a head that is a function adds its own bias; got both. Leave out bias.")
-            object.__setattr__(self, "head", Called.of("Linear", self.head, self.hidden))
+            object.__setattr__(self, "head", FunctionHead.of("Linear", self.head, self.hidden))
 
     @property
     def of_function(self) -> bool:
         """Whether its head is a function."""
-        return isinstance(self.head, Called)
+        return isinstance(self.head, FunctionHead)
 
     def __getitem__(self, index: Any) -> Linear:
         """Selects tokens, by slices and ints of their axes. A last slice may stand for all classes."""
@@ -134,7 +131,7 @@ class Linear:
     def __repr__(self) -> str:
         """With shapes and dtypes for arrays."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return f"Linear({', '.join(f'{name}={_brief(x)}' for name, x in fields.items())})"
+        return f"Linear({', '.join(f'{name}={_shown(x)}' for name, x in fields.items())})"
 
 
 # For functions of logits, those that take a Linear.
@@ -146,98 +143,15 @@ FUSED = {
 
 
 def _logits_dtype(x: Linear):
-    if isinstance(x.head, Called):
+    if isinstance(x.head, FunctionHead):
         return x.head.logits.dtype
     return float_dtype("Linear", {"hidden": x.hidden, "head": x.head} | ({} if x.bias is None else {"bias": x.bias}))
 
 
-def _brief(x) -> str:
-    if isinstance(x, Called):
-        return f"a function that gives {x.logits.dtype}{list(x.logits.shape)}"
-    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") and hasattr(x, "dtype") else repr(x)
-
-
-def linear_of(
-    function: str,
-    hidden: ArrayLike | Linear,
-    head: Any,
-    bias: ArrayLike | None,
-    logit_soft_cap: ArrayLike | None,
-) -> Linear:
-    """The `Linear` of a function's arguments: of all four, or the first itself, if it is one."""
-    rest = {"head": head, "bias": bias, "logit_soft_cap": logit_soft_cap}
-    if isinstance(hidden, Linear):
-        if given := [key for key, x in rest.items() if x is not None]:
-            raise ValueError(
-                f"{function}: a jce.Linear stands for hidden, head, bias and logit_soft_cap; got {', '.join(given)}"
-                f" beside it. Give them to jce.Linear."
-            )
-        return hidden
-    if head is None:
-        raise TypeError(
-            f"{function}: head must be [n, d], or a function of hidden states; got none. Pass labels first, then hidden"
-            f" and head, or jce.Linear(hidden, head) for both. If a model returned logits where a jce.Linear should be,"
-            f" the head that it calls has not been replaced."
-        )
-    if is_function(head):
-        if bias is not None:
-            raise ValueError(f"{function}: a head that is a function adds its own bias; got both. Leave out bias.")
-        head = Called.of(function, head, hidden)
-    return Linear(hidden, head, bias, logit_soft_cap)
-
-
-class LinearArrays(NamedTuple):
-    """A `Linear` of arrays whose shapes agree."""
-
-    hidden: Array
-    head: Array | Called
-    bias: Array | None
-    logit_soft_cap: Array | None
-
-
-def checked_linear(x: Linear, function: str, name: str) -> LinearArrays:
-    if isinstance(x.head, Called):
-        return _checked_called(x, x.head, function, name)
-    given = {"hidden": x.hidden, "head": x.head} | ({} if x.bias is None else {"bias": x.bias})
-    got = {f"{name}.{field}": as_array(function, f"{name}.{field}", array) for field, array in given.items()}
-    dtype, (h, w, *b) = float_dtype(function, got), got.values()
-    require_head(f"{function}: of a Linear, hidden", h, w, got, "The order is hidden, head.")
-    if b and b[0].shape != w.shape[:1]:
-        raise ValueError(
-            f"{function}: of a Linear, bias must have the shape ({w.shape[0]},), a number for each row of head; got"
-            f" {described(got)}."
-        )
-    return LinearArrays(h, w, b[0] if b else None, _checked_cap(function, x.logit_soft_cap, dtype))
-
-
-def _checked_called(x: Linear, head: Called, function: str, name: str) -> LinearArrays:
-    h = as_array(function, f"{name}.hidden", x.hidden)
-    float_dtype(function, {f"{name}.hidden": h})
-    as_traced = [v.aval.shape for v in head.jaxpr.constvars]
-    if (shapes := [a.shape for a in head.arrays]) != as_traced:
-        raise ValueError(
-            f"{function}: the arrays that the head of a Linear closes over must have the shapes with which the head was"
-            f" traced, {as_traced}; got {name}.head with {shapes}. A Linear of a function can't leave a jax.vmap: call"
-            f" {function} inside of it, or return hidden states from it and pass jax.vmap(head) as the head."
-        )
-    return LinearArrays(h, head, None, _checked_cap(function, x.logit_soft_cap, head.logits.dtype))
-
-
-def require_head(hidden: str, h: Array, w: Array, got: Mapping[str, Array], order: str) -> None:
-    """Raises unless hidden states and head have the same width, in an error that begins with this name of `hidden`."""
-    if h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
-        transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]
-        raise ValueError(
-            f"{hidden} must be [..., d] and head [n, d], a row for each class; got {described(got)}."
-            f" {'Transpose the head.' if transposed else order}"
-        )
-
-
-def _checked_cap(function: str, cap: ArrayLike | None, dtype) -> Array | None:
-    if cap is None:
-        return None
-    number = positive(function, dtype, logit_soft_cap=as_number(function, "logit_soft_cap", cap))
-    return number if is_array(number) else jax.device_put(np.asarray(number, dtype))  # jax.transfer_guard allows this
+def _shown(x: Any) -> str:
+    if isinstance(x, FunctionHead):
+        return f"a function that gives {brief(x.logits)}"
+    return brief(x) if hasattr(x, "shape") and hasattr(x, "dtype") else repr(x)
 
 
 def _flatten(x: Linear):

@@ -15,16 +15,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._heads.called import Called
-from jce._heads.label_loss import LabelLoss, Target
-from jce._heads.linear import Linear, linear_of
-from jce._heads.linear_sparse_cross_entropy import linear_sparse_cross_entropy
-from jce._heads.numbers import Numbers
-from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
-from jce._heads.token_arguments import checked
+from jce._heads.arguments.heads import linear_of
+from jce._heads.arguments.labels import checked_label_probs, checked_labels
+from jce._heads.arguments.numbers import checked_numbers, checked_temperature
+from jce._heads.arguments.options import Options
+from jce._heads.linear import Linear
+from jce._heads.loss.chunk import ChunkFunction
+from jce._heads.loss.function_head import FunctionHead
+from jce._heads.loss.label_loss import LabelLoss, Target
+from jce._heads.loss.sparse_labels import are_classes, sparse_labels_loss
+from jce._heads.over_tokens import over_tokens
 from jce._jax.arguments import is_array
 from jce._jax.classes import Classes
-from jce._jax.labels import require_no_tail, wide_enough
+from jce._jax.labels import require_no_tail
 from jce._jax.public import public
 
 
@@ -114,35 +117,35 @@ def linear_cross_entropy(
     """
     name = "linear_cross_entropy"
     x = linear_of(name, hidden, head, bias, logit_soft_cap)
-    options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
-    numbers = Numbers(label_smoothing, z_loss, temperature)
-    if label_probs is not None:
-        return linear_sparse_cross_entropy(name, labels, label_probs, x, tail, numbers, options)
-    require_no_tail(name, tail)
-    got = checked(name, labels, x.hidden, x.head, temperature=temperature, bias=x.bias, weights=weights, where=where)
-    known, traced = numbers.checked(name)
-    arguments = {"labels": wide_enough(got["labels"]), "logits": x}
-    if "temperature" in got:
-        arguments["temperature"] = jnp.broadcast_to(got["temperature"], got["labels"].shape)
-    make = functools.partial(_of_chunk, known, x, is_array(temperature))
-    return over_tokens(name, make, arguments, options, traced, is_defined=_is_class)
+    known, traced = checked_numbers(name, label_smoothing, z_loss)
+    if label_probs is None:
+        require_no_tail(name, tail)
+        of_tokens = {"labels": checked_labels(name, labels, x)}
+        make, is_defined = functools.partial(_of_chunk, known, x, is_array(temperature)), _is_class
+    else:
+        y, p = checked_label_probs(name, labels, label_probs, x)
+        of_tokens = {"labels": y, "label_probs": p}
+        make, is_defined = functools.partial(sparse_labels_loss, name, known, tail), are_classes
+    of_tokens |= checked_temperature(name, temperature, jnp.shape(x.hidden)[:-1])
+    options = Options(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
+    return over_tokens(name, make, {"": x}, of_tokens, options, traced, is_defined=is_defined)
 
 
-def _of_chunk(known: dict[str, Any], linear: Linear, may_be_greedy: bool, one, _, class_axis) -> OfChunk:
-    _, logits, *temperature = one
-    number, dtype = jnp.zeros_like(logits[0]), logits.dtype
+def _of_chunk(known: dict[str, Any], linear: Linear, may_be_greedy: bool, logits, others, _, class_axis):
+    (x,), (_, *temperature) = logits, others
+    number, dtype = jnp.zeros_like(x[0]), x.dtype
     loss = LabelLoss(Classes(-1, class_axis), may_be_greedy=may_be_greedy, **known)
 
-    def losses(chunk, traced, *_):
-        y, x, *t = chunk
+    def losses(logits, others, traced, _):
+        (x,), (y, *t) = logits, others
         return [loss(Target(y, t[0].astype(dtype) if t else None, traced), x)]
 
-    if isinstance(linear.head, Called):
-        return OfChunk(losses, number)
+    if isinstance(linear.head, FunctionHead):
+        return ChunkFunction(losses, number)
     halved = loss.may_read_once(bool(temperature), linear.logit_soft_cap is not None)
-    return OfChunk(losses, number, multiplied=False, halved=halved, filler=(0, 1))
+    return ChunkFunction(losses, number, multiplied=False, halved=halved, filler=(0, 1))
 
 
-def _is_class(targets: list[Array], n: int) -> Array:
-    y, *_ = targets
+def _is_class(others: list[Array], n: int) -> Array:
+    y, *_ = others
     return (y >= 0) & (y < n)

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jce._heads.called import Called
+from jce._heads.arguments.options import Options
 from jce._heads.linear import Linear
-from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
+from jce._heads.loss.chunk import ChunkFunction
+from jce._heads.loss.function_head import FunctionHead
+from jce._heads.over_tokens import over_tokens
 from jce._jax.arguments import described, is_array, positive
 from jce._jax.classes import Classes
 from jce._jax.public import public
@@ -93,27 +95,28 @@ def linear_kl_divergence(
                 f"{name}: {argument} must be a jce.Linear; got {'an array' if is_array(x) else type(x).__name__}."
                 f" Pass jce.Linear(hidden, head), the target first."
             )
-    rows = {f"{key}.head": x.head.logits if isinstance(x.head, Called) else x.head for key, x in (("p", p), ("q", q))}
+    heads = {"p.head": p.head, "q.head": q.head}
+    rows = {key: x.logits if isinstance(x, FunctionHead) else x for key, x in heads.items()}
     if len({jnp.shape(x)[:1] for x in rows.values()}) > 1:
         raise ValueError(
             f"{name}: p and q must have the same classes, as many rows in both heads; got {described(rows)}. Slice"
             f" both to the classes that they share: head[:n]."
         )
     t = positive(name, jnp.result_type(float), temperature=temperature)
-    options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
+    options = Options(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
     traced, number = ((t,), None) if is_array(t) else ((), t)
     make = functools.partial(_of_chunk, number)
-    return over_tokens(name, make, {"p": p, "q": q}, options, traced)
+    return over_tokens(name, make, {"p": p, "q": q}, {}, options, traced)
 
 
-def _of_chunk(number, one, _, class_axis):
+def _of_chunk(number, logits, _, shared, class_axis):
     """KL of each token's two rows of logits. T is `number`, or if that is None a traced one, which tokens share."""
     classes = Classes(-1, class_axis)
 
-    def kl(chunk, traced, *_):
-        x, y = chunk
+    def kl(logits, _, traced, closed_over):
+        x, y = logits
         t = traced[0] if number is None else number
         return [kl_of_softmax(*at_common_temperature(x, y, t, classes), classes)]
 
-    double = jnp.float64 in [x.dtype for x in one]
-    return OfChunk(kl, jax.ShapeDtypeStruct((), jnp.float64 if double else jnp.float32))
+    double = jnp.float64 in [x.dtype for x in logits]
+    return ChunkFunction(kl, jax.ShapeDtypeStruct((), jnp.float64 if double else jnp.float32))

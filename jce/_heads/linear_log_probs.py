@@ -11,13 +11,16 @@ from jax import Array
 from jax.export import register_namedtuple_serialization
 from jax.typing import ArrayLike
 
-from jce._heads.linear import Linear, linear_of
-from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
-from jce._heads.temperature import at_temperature, whole_log_sum
-from jce._heads.token_arguments import checked
+from jce._heads.arguments.heads import linear_of
+from jce._heads.arguments.labels import checked_labels
+from jce._heads.arguments.numbers import checked_temperature
+from jce._heads.arguments.options import Options
+from jce._heads.linear import Linear
+from jce._heads.loss.chunk import ChunkFunction
+from jce._heads.loss.temperature import at_temperature, whole_log_sum
+from jce._heads.over_tokens import over_tokens
 from jce._jax.arguments import described
 from jce._jax.classes import Classes
-from jce._jax.labels import wide_enough
 from jce._jax.public import public
 from jce._numerics.calculus import negative
 from jce._quantities.entropy import entropy_of_softmax
@@ -129,27 +132,24 @@ def linear_log_probs(
     """
     name = "linear_log_probs"
     x = linear_of(name, hidden, head, bias, logit_soft_cap)
-    got = checked(name, labels, x.hidden, x.head, several=True, temperature=temperature, bias=x.bias, where=where)
-    y, h = got["labels"], got["hidden"]
+    y, h = checked_labels(name, labels, x, several=True), jnp.asarray(x.hidden)
     if tail and y.ndim != h.ndim:
         raise ValueError(
             f"{name}: with a tail, labels must have an axis for k labels of each token last, {(*h.shape[:-1], 'k')};"
             f" got {described({'labels': y, 'hidden': h})}. One label is k = 1: labels[..., None]."
         )
-    arguments = {"labels": wide_enough(y), "logits": x}
-    if "temperature" in got:
-        arguments["temperature"] = jnp.broadcast_to(got["temperature"], h.shape[:-1])
-    options = TokenOptions(where, None, "none", chunk_size, precision, axis_name, batch_invariant)
-    results = over_tokens(name, functools.partial(_of_chunk, tail, log_normalizer), arguments, options)
+    of_tokens = {"labels": y} | checked_temperature(name, temperature, h.shape[:-1])
+    options = Options(where, None, "none", chunk_size, precision, axis_name, batch_invariant)
+    results = over_tokens(name, functools.partial(_of_chunk, tail, log_normalizer), {"": x}, of_tokens, options)
     return cast(LogProbs, results)  # type checkers can't tell the two tuples apart by an option
 
 
-def _of_chunk(tail, log_normalizer, example, _, class_axis):
-    classes, (k, dtype) = Classes(-1, class_axis, any_shift=False), (example[0].shape, example[1].dtype)
+def _of_chunk(tail, log_normalizer, logits, others, _, class_axis):
+    classes, (k, dtype) = Classes(-1, class_axis, any_shift=False), (others[0].shape, logits[0].dtype)
     at_labels = log_probs_and_tail if tail else log_probs_of if k else _log_prob
 
-    def statistics(chunk, *_):
-        y, x, *temperature = chunk
+    def statistics(logits, others, *_):
+        (x,), (y, *temperature) = logits, others
         t = temperature[0] if temperature else None
         z = at_temperature(x, t, classes)
         both = [at_labels(y, z, classes), entropy_of_softmax(z, classes)]
@@ -157,7 +157,7 @@ def _of_chunk(tail, log_normalizer, example, _, class_axis):
 
     log_prob, number = jnp.zeros([n + tail for n in k], dtype), jnp.zeros((), dtype)
     one = LogProbsAndNormalizer(log_prob, number, number) if log_normalizer else LogProbs(log_prob, number)
-    return OfChunk(statistics, one)
+    return ChunkFunction(statistics, one)
 
 
 def _log_prob(y, x, classes):

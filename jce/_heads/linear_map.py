@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jce._heads.effects import require_effects, undifferentiable
-from jce._heads.evaluated import evaluated
+from jce._heads.arguments.effects import require_effects, undifferentiable
+from jce._heads.arguments.options import Options
 from jce._heads.linear import Linear
-from jce._heads.over_tokens import OfChunk, TokenOptions, over_tokens
-from jce._jax.arguments import require_bool
+from jce._heads.loss.chunk import ChunkFunction
+from jce._heads.loss.evaluated import evaluated
+from jce._heads.over_tokens import over_tokens
+from jce._jax.arguments import brief, require_bool
 from jce._jax.layout import mesh_names
 from jce._jax.varying import varying_type
 
@@ -127,19 +129,35 @@ def linear_map(
     require_bool(name, has_aux=has_aux)
     paths, structure = jax.tree.flatten_with_path(arguments, is_leaf=lambda x: isinstance(x, Linear))
 
-    make = functools.partial(_of_chunk, name, function, structure, has_aux)
     named = {f"arguments{jax.tree_util.keystr(path)}": x for path, x in paths}
-    options = TokenOptions(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
-    return over_tokens(name, make, named, options, () if shared is None else (shared,), named_classes=True)
+    linear = {key: x for key, x in named.items() if isinstance(x, Linear)}
+    others = {key: x for key, x in named.items() if key not in linear}
+    make = functools.partial(_of_chunk, name, function, structure, [key in linear for key in named], has_aux)
+    options = Options(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
+    return over_tokens(name, make, linear, others, options, () if shared is None else (shared,), named_classes=True)
 
 
-def _of_chunk(name: str, function: Callable, structure: Any, has_aux: bool, one, shared, class_axis) -> OfChunk:
+def _of_chunk(
+    name: str,
+    function: Callable,
+    structure: Any,
+    are_logits: list[bool],
+    has_aux: bool,
+    logits,
+    others,
+    shared,
+    class_axis,
+) -> ChunkFunction:
     """What a loop computes of a chunk: the function, traced with one token's arguments, of each of its tokens."""
+
+    def in_order(logits, others):
+        logits, others = iter(logits), iter(others)
+        return [next(logits if is_one else others) for is_one in are_logits]
 
     def of_one(one, shared):  # a new function, so that no cache answers for one that has changed
         return function(*jax.tree.unflatten(structure, one), *shared)
 
-    closed, results = jax.make_jaxpr(of_one, return_shape=True)(one, shared)
+    closed, results = jax.make_jaxpr(of_one, return_shape=True)(in_order(logits, others), shared)
     require_effects(name, closed.effects)
     if has_aux:
         _require_pair(name, results)
@@ -152,19 +170,19 @@ def _of_chunk(name: str, function: Callable, structure: Any, has_aux: bool, one,
         )
     jaxpr = closed.jaxpr  # without its arrays, which come as closed_over
 
-    def of_chunk(chunk, shared, closed_over):
+    def of_chunk(logits, others, shared, closed_over):
         shared = jax.tree.leaves(shared)
-        results = jax.vmap(lambda *one: evaluated(jaxpr, closed_over, [*one, *shared]))(*chunk)
+        results = jax.vmap(lambda *one: evaluated(jaxpr, closed_over, [*one, *shared]))(*in_order(logits, others))
         return [results[0], *jax.lax.stop_gradient(results[1:])] if has_aux else results
 
-    return OfChunk(of_chunk, results, closed.consts, has_aux, refused=undifferentiable(closed.effects))
+    return ChunkFunction(of_chunk, results, closed.consts, has_aux, refused=undifferentiable(closed.effects))
 
 
 def _require_pair(name: str, results: Any) -> None:
     """Raises unless a token's result is a pair of a number, which is trained, and metrics."""
     loss = results[0] if isinstance(results, tuple | list) and len(results) == 2 else None
     if not (isinstance(loss, jax.ShapeDtypeStruct) and loss.shape == () and jnp.issubdtype(loss.dtype, jnp.floating)):
-        got = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", results)
+        got = jax.tree.map(brief, results)
         raise TypeError(
             f"{name}: with has_aux, function must give a pair for a token, the number that is trained, floating-point"
             f" and of shape (), and a tree of metrics; it gives {got}. Put all but the loss into one tree."

@@ -17,7 +17,7 @@ from jce._heads.linear_cross_entropy import linear_cross_entropy
 from jce._heads.linear_kl_divergence import linear_kl_divergence
 from jce._heads.linear_log_probs import linear_log_probs
 from jce._heads.linear_map import linear_map
-from jce._heads.places import on_axes
+from jce._heads.places.mesh import on_axes
 
 F = TypeVar("F", bound=Callable)
 FUNCTIONS = (linear_cross_entropy, linear_kl_divergence, linear_log_probs, linear_map)

@@ -180,6 +180,11 @@ def joined(arguments: Iterable[str]) -> str:
     return " and ".join(arguments)
 
 
+def brief(x: Any) -> str:
+    """The dtype and shape of an array."""
+    return f"{x.dtype}{list(x.shape)}"
+
+
 def described(arguments: Mapping[str, ArrayLike | jax.ShapeDtypeStruct]) -> str:
     types = {name: jax.eval_shape(jnp.asarray, x) for name, x in arguments.items()}
     return ", ".join(f"{name}: {x.dtype}[{','.join(map(str, x.shape))}]" for name, x in types.items())

@@ -169,11 +169,11 @@ class Classes:
             in_specs=(P(*layout.spec), P(*rows.spec)),
             out_specs=P(*rows.spec),
             axis_names=told_axes(layout.mesh),
-        )(x, rows.place(y))
+        )(x, rows.broadcast(y))
 
     def broadcast(self, r: Array, x: Array) -> Array:
         """r, a number per row, broadcast to x's shape and split as x is."""
-        return Layout.of(x.shape, [x]).place(self.column(r))
+        return Layout.of(x.shape, [x]).broadcast(self.column(r))
 
     def has(self, x: Array, y: Array) -> Array:
         """Whether local labels are among this device's classes."""

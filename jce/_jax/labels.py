@@ -34,7 +34,7 @@ def labelled(
             f" {described(got)}. The target comes first, the model second; for one label against a batch of logits use"
             f" jax.vmap, for several of each distribution {several}."
         )
-    y = rows.place(y)
+    y = rows.broadcast(y)
     if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
         # A row with no class left is 0 whatever its label, so each label becomes 0: another class would make it +∞, and
         # a label that is no class NaN.
@@ -64,7 +64,7 @@ def labelled_with_probs(
             f" probability for every class, use cross_entropy_with_logits(label_probs, logits)."
         )
     few = Layout(y.shape, rows.mesh, (*rows.spec, None))
-    y, p = few.place(y), few.place(p)
+    y, p = few.broadcast(y), few.broadcast(p)
     if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
         # A row with no class left is 0 whatever its labels: probabilities at any but the first would make it +∞.
         p = jnp.where(jnp.expand_dims(classes.any(kept != 0), -1), p, jnp.zeros_like(p))
@@ -86,7 +86,7 @@ def labelled_several(
             f" axis for k labels of each distribution last, as they must with a tail; got {described(got)}. One label"
             f" is k = 1: labels[..., None]."
         )
-    y = Layout(y.shape, rows.mesh, (*rows.spec, None)).place(y)
+    y = Layout(y.shape, rows.mesh, (*rows.spec, None)).broadcast(y)
     all_kept = where is None and jnp.asarray(logits).shape[classes.axis] > 0
     any_kept = None if all_kept else jnp.expand_dims(classes.any(kept != 0), -1)
     return y, jnp.moveaxis(x, classes.axis, -1), any_kept, Classes(-1, classes.mesh_axis)
@@ -107,7 +107,7 @@ def _logits_of_labels(function, axis, where, axis_name, logits) -> tuple[Array, 
     (x,), classes = distributions(function, axis, where, axis_name, in_logits=("logits",), logits=logits)
     logits, mask = jnp.asarray(logits), jnp.asarray(True if where is None else where)
     layout = Layout.of(logits.shape, [logits, mask])  # as in `distributions`
-    kept = layout.place(mask).astype(x.dtype) if logits.shape[classes.axis] else jnp.zeros_like(x)
+    kept = layout.broadcast(mask).astype(x.dtype) if logits.shape[classes.axis] else jnp.zeros_like(x)
     return x, kept, classes, layout.without(classes.axis)
 
 

@@ -64,7 +64,7 @@ class Layout(NamedTuple):
     def sharding(self) -> NamedSharding | None:
         return None if self.mesh is None else NamedSharding(self.mesh, P(*self.spec))
 
-    def place(self, x: Array) -> Array:
+    def broadcast(self, x: Array) -> Array:
         """x broadcast to the shape and split as this layout is.
 
         x is split before it is broadcast. So its cotangent is first summed over devices and then split as x was,
@@ -84,7 +84,7 @@ class Layout(NamedTuple):
 def split_alike(*arrays: Array) -> list[Array]:
     """Arrays of one shape, all split as their common layout is."""
     layout = Layout.of(arrays[0].shape, arrays)
-    return [layout.place(x) for x in arrays]
+    return [layout.broadcast(x) for x in arrays]
 
 
 def over_devices(part: Array, mesh_axes: tuple) -> Array:

@@ -13,13 +13,13 @@ import inspect
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import ad, batching, mlir
 from jax.lax import mul_p
 
-from jce._jax.restricted import is_zero, linear_in, live_jvp, placed
+from jce._jax.jaxprs import results_of
+from jce._jax.restricted import is_zero, linear_in, live_jvp, spread
 
 try:  # Until JAX no longer hides how checkify is told what to check in a primitive (0.8 to 0.12): a private import.
     from jax._src import checkify
@@ -124,8 +124,8 @@ def _transposed_in_each(rules: Sequence[Callable], cotangent, *arrays, **static)
     """The transpose rule of a function that has one for each argument."""
     live = linear_in(arrays)
     if is_zero(cotangent):
-        return placed(len(arrays), live, (ad.Zero(arrays[i].aval) for i in live))
-    return placed(len(arrays), live, (rules[i](cotangent, *arrays, **static) for i in live))
+        return spread(len(arrays), live, (ad.Zero(arrays[i].aval) for i in live))
+    return spread(len(arrays), live, (rules[i](cotangent, *arrays, **static) for i in live))
 
 
 def _batched_elementwise(p, arrays, axes, **static):
@@ -150,7 +150,7 @@ def _checked_inside(checked: Callable, *arguments, **static):
 
 
 def evaluated(*arrays: Array, jaxpr, **_) -> list[Array]:
-    return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *arrays)
+    return results_of(jaxpr.jaxpr, jaxpr.consts, arrays)
 
 
 def derivative_inside(primals, tangents, *, jaxpr, **_):

@@ -13,27 +13,27 @@ from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
 
 
-def replaced(xs: Iterable, places: Iterable[int], values: Iterable) -> list:
-    """xs, with values in these places."""
+def replaced(xs: Iterable, indices: Iterable[int], values: Iterable) -> list:
+    """xs, with values at these indices."""
     xs = list(xs)
-    for i, x in zip(places, values, strict=True):
+    for i, x in zip(indices, values, strict=True):
         xs[i] = x
     return xs
 
 
-def placed(count: int, places: Iterable[int], values: Iterable) -> list:
-    """A list of this length with values in these places, and None elsewhere."""
-    return replaced([None] * count, places, values)
+def spread(count: int, indices: Iterable[int], values: Iterable) -> list:
+    """A list of this length with values at these indices, and None elsewhere."""
+    return replaced([None] * count, indices, values)
 
 
-def of_some(function: Callable, arguments: Sequence, places: Sequence[int]) -> Callable:
-    """The function of the arguments in these places alone; the others have the given values."""
-    return lambda *values: function(*replaced(arguments, places, values))
+def of_some(function: Callable, arguments: Sequence, indices: Sequence[int]) -> Callable:
+    """The function of the arguments at these indices alone; the others have the given values."""
+    return lambda *values: function(*replaced(arguments, indices, values))
 
 
-def jvp_of_some(function: Callable, primals: Sequence, places: Sequence[int], tangents: Sequence):
-    """`jax.jvp` in the primals in these places, along their tangents."""
-    return jax.jvp(of_some(function, primals, places), [primals[i] for i in places], list(tangents))
+def jvp_of_some(function: Callable, primals: Sequence, indices: Sequence[int], tangents: Sequence):
+    """`jax.jvp` in the primals at these indices, along their tangents."""
+    return jax.jvp(of_some(function, primals, indices), [primals[i] for i in indices], list(tangents))
 
 
 def live_jvp(function: Callable, primals, tangents):
@@ -57,10 +57,10 @@ def tangent(function: Callable, live: Sequence[int], *arrays: Array) -> list[Arr
 
 def cotangent(function: Callable, live: Sequence[int], types: Sequence, nonzero: Sequence[int], *arrays: Array):
     """The cotangents of the `live` arguments, in which the function is linear and which have these types. `arrays` are
-    the cotangents of the results at the places `nonzero`, then the other arguments."""
+    the cotangents of the results at the indices `nonzero`, then the other arguments."""
     cotangents, known = list(arrays[: len(nonzero)]), arrays[len(nonzero) :]
     count = len(known) + len(live)
-    arguments = placed(count, others(count, live), known)
+    arguments = spread(count, others(count, live), known)
 
     def results(*arguments):
         leaves = jax.tree.leaves(function(*arguments))
@@ -69,18 +69,18 @@ def cotangent(function: Callable, live: Sequence[int], types: Sequence, nonzero:
     return jax.linear_transpose(of_some(results, arguments, live), *types)(cotangents)
 
 
-def others(count: int, places: Sequence[int]) -> list[int]:
-    """Of `count` places those that aren't among these."""
-    return [i for i in range(count) if i not in places]
+def others(count: int, indices: Sequence[int]) -> list[int]:
+    """Of `count` indices those that aren't among these."""
+    return [i for i in range(count) if i not in indices]
 
 
 def with_tangents(xs: Sequence) -> list[int]:
-    """The places of arrays, or types of arrays, that have a tangent: the inexact ones."""
+    """The indices of arrays, or types of arrays, that have a tangent: the inexact ones."""
     return [i for i, x in enumerate(xs) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def linear_in(arrays: Sequence) -> tuple[int, ...]:
-    """The places of the arguments in which a function is to be transposed."""
+    """The indices of the arguments in which a function is to be transposed."""
     return tuple(i for i, x in enumerate(arrays) if ad.is_undefined_primal(x))
 
 

@@ -34,7 +34,7 @@ def elementwise(function: str, **arguments: ArrayLike) -> list[Array]:
     """The arguments as floating-point arrays of one dtype and shape."""
     arrays = as_floats(function, arguments)
     layout = Layout.of(_broadcast_shape(function, "the shapes", arguments, arrays), arrays)
-    return [layout.place(x) for x in arrays]
+    return [layout.broadcast(x) for x in arrays]
 
 
 def distributions(
@@ -63,7 +63,7 @@ def distributions(
     classes = Classes(axis, checked_axis_name(function, axis_name, arrays))
     masks = [] if where is None else [_mask(function, where, shape, axis, arguments)]
     layout = Layout.of(shape, arrays + masks)
-    arrays, masks = ([layout.place(x) for x in xs] for xs in (arrays, masks))
+    arrays, masks = ([layout.broadcast(x) for x in xs] for xs in (arrays, masks))
     if shape[axis] == 0:  # each device gets a single class, which is excluded: an empty row has no maximum
         arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
         masks = [jnp.zeros(arrays[0].shape, bool)]

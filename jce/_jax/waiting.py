@@ -22,7 +22,7 @@ from jax.interpreters import ad
 from jax.sharding import AbstractMesh
 
 from jce._jax.primitives import primitive
-from jce._jax.restricted import cotangent, linear_in, not_zero, others, placed, tangent, with_zeros
+from jce._jax.restricted import cotangent, linear_in, not_zero, others, spread, tangent, with_zeros
 
 PLATFORMS = ("cpu", "tpu", None)  # as JAX names them; None for all others
 
@@ -149,7 +149,7 @@ def _transpose(cotangents, *arrays, program, settings):
     types, nonzero = tuple(arrays[i].aval for i in live), tuple(range(len(cotangents)))
     known = (arrays[i] for i in others(count, live))
     back = Program(_cotangent, (program, live, types, nonzero))
-    return placed(count, live, _bind(back, settings, *map(ad.instantiate_zeros, cotangents), *known))
+    return spread(count, live, _bind(back, settings, *map(ad.instantiate_zeros, cotangents), *known))
 
 
 def _batch(arrays, axes, *, program, settings):

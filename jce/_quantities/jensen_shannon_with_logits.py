@@ -24,7 +24,7 @@ from jce._quantities.jensen_shannon import (
     with_mixture,
 )
 from jce._softmax.compare import at_common_temperature, compare, q_minus_p
-from jce._softmax.kernel import kernel, kernel_sharing
+from jce._softmax.kernel import kernel, storing_kernel
 from jce._softmax.softmax import centered, softmax
 
 
@@ -129,7 +129,7 @@ def _in_rows_and_weight(tangents):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
-@kernel_sharing
+@storing_kernel
 def _divergence_and_partials(x, y, d, b, c, way):
     # One kernel for all three, since each of them compares x and y.
     p, q, delta = compare(x, y, d, way, stored=True)

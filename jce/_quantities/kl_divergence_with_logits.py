@@ -24,7 +24,7 @@ from jce._softmax.compare import (
     one_at_a_time,
     q_minus_p,
 )
-from jce._softmax.kernel import kernel, kernel_sharing
+from jce._softmax.kernel import kernel, storing_kernel
 from jce._softmax.softmax import centered, softmax
 
 
@@ -107,7 +107,7 @@ kl_of_softmax.defjvp(_kl_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
-@kernel_sharing
+@storing_kernel
 def _kl_and_partials(x, y, d, way):
     # One kernel for all three, since each of them compares x and y.
     p, q, delta = compare(x, y, d, way, stored=True)

@@ -38,7 +38,7 @@ def _log_probs(y, x, m, s, classes):
     n = Normalizer(m[..., None], s[..., None])
     d = n.m - at_labels(x, y, classes)
     # A dominant class has d near 0 < 0.5, all others d > log 2 = 0.69. If none dominates, no d is below -0.5.
-    d = jnp.where(d < 0.5 - n.shared, jnp.zeros_like(d), d)
+    d = jnp.where(d < 0.5 - n.undominated, jnp.zeros_like(d), d)
     return jnp.where(is_class(y, x, classes), 0 - (n.log_z + d), jnp.full_like(d, jnp.nan))
 
 

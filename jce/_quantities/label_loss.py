@@ -24,7 +24,7 @@ from jce._numerics.elementary import exp, log
 from jce._numerics.mul0 import mul0
 from jce._quantities.soft_targets import scaled, scaled_square, smoothed, surprisal_terms
 from jce._quantities.z_loss import penalty_slope
-from jce._softmax.kernel import kernel, kernel_sharing
+from jce._softmax.kernel import kernel, storing_kernel
 from jce._softmax.softmax import logsumexp, softmax, surprisal_at_label
 from jce._softmax.sums import OffLabel
 
@@ -130,7 +130,7 @@ label_loss.defjvp(_label_loss_rule, symbolic_zeros=True)
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
 def _loss_and_excess(y, x, smoothing, kept, z_loss, classes):
     # A GPU computes log Σ exp x outside of a chain, so there both results may share what that stores (`chain.py`).
-    in_rows = kernel if z_loss is None else kernel_sharing
+    in_rows = kernel if z_loss is None else storing_kernel
     return in_rows(_at_once)(y, x, smoothing, kept, z_loss, classes)
 
 

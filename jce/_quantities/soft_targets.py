@@ -57,7 +57,7 @@ def _excess(p, of_x, way):
     # A dominant class has eᵢ = 1 > 0.6 while others have eᵢ < 1/2; if none dominates, all eᵢ < 1.6. The dominant class
     # has q = 1 - s/Z, so its q Σp - p is (Σp - p) - Σp s/Z, in which Σp - p is exact.
     dominant = (way.column(total) - p) - way.column(total * (n.s / n.z))
-    return jnp.where(e > way.column(0.6 + n.shared), dominant, e * way.column(total / n.z) - p)
+    return jnp.where(e > way.column(0.6 + n.undominated), dominant, e * way.column(total / n.z) - p)
 
 
 def _excess_rule(classes, primals, tangents):

@@ -7,7 +7,7 @@ import functools
 from jce._numerics.calculus import custom_jvp, def_at_once, sum_of_tangents
 from jce._numerics.mul0 import mul0
 from jce._quantities.soft_targets import scaled, scaled_square
-from jce._softmax.kernel import kernel_sharing
+from jce._softmax.kernel import storing_kernel
 from jce._softmax.softmax import logsumexp, softmax
 
 
@@ -31,7 +31,7 @@ log_sum_penalty.defjvp(_penalty_rule, symbolic_zeros=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
-@kernel_sharing
+@storing_kernel
 def _penalty_and_slope(x, z_loss, way):
     way = way.for_log_sum(x)
     e, z, n = way.exponentials(x)

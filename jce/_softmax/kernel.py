@@ -29,12 +29,12 @@ def way_of(classes: Classes, platform: Platform, x: Array) -> Way:
     return way.of(classes, x)
 
 
-def kernel(function: Callable, stores_shared: bool = False) -> Callable:
+def kernel(function: Callable, stores_intermediates: bool = False) -> Callable:
     """Decorates function(*arrays and numbers per row, way). Callers give `Classes` in place of the `Way`, since the
     platform isn't known yet; a kernel that calls another one gives it its own way.
 
-    With `stores_shared`, its results may share intermediate arrays in memory, as in a kernel that compares two rows.
-    Without it, a way may compute each result by itself (`chain.py`).
+    With `stores_intermediates` its results may be computed from intermediate arrays in memory, as in a kernel that
+    compares two rows. Without it, a way may compute each result by itself (`chain.py`).
     """
 
     @functools.wraps(function)
@@ -42,15 +42,15 @@ def kernel(function: Callable, stores_shared: bool = False) -> Callable:
         *arrays, classes = arguments
         if isinstance(classes, Way):
             return function(*arguments)
-        return waiting(Program(_of_rows, (function, classes, stores_shared)), *arrays)
+        return waiting(Program(_of_rows, (function, classes, stores_intermediates)), *arrays)
 
     return on_rows
 
 
-kernel_sharing = functools.partial(kernel, stores_shared=True)
+storing_kernel = functools.partial(kernel, stores_intermediates=True)
 
 
-def _of_rows(kernel, classes, stores_shared, platform, *arrays):
+def _of_rows(kernel, classes, stores_intermediates, platform, *arrays):
     x = max(jax.tree.leaves(arrays), key=jnp.ndim)
     way = way_of(classes, named(platform), x)
     arrays = jax.tree.map(lambda a: way.fold(a) if a.ndim == x.ndim else a, arrays)
@@ -58,5 +58,5 @@ def _of_rows(kernel, classes, stores_shared, platform, *arrays):
     def function(*arrays):
         return kernel(*arrays, way)
 
-    results = function(*arrays) if stores_shared else way.results(function, arrays, x.ndim)
+    results = function(*arrays) if stores_intermediates else way.results(function, arrays, x.ndim)
     return jax.tree.map(lambda r: way.unfold(r) if r.ndim >= x.ndim else r, results)

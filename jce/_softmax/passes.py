@@ -79,7 +79,7 @@ class Passes(Way):
             e = exp(d)
             # The weight is 0 for a class that dominates, since ⌊7/4 - 1⌋ = 0, and eᵢ for all others: their floor is ≥
             # 1.
-            weight = jnp.minimum(jnp.floor(self.column(self.again(1.75 + n.shared, n.log_z)) - e), e)
+            weight = jnp.minimum(jnp.floor(self.column(self.again(1.75 + n.undominated, n.log_z)) - e), e)
         else:
             d = self.depth(x, n)
             weight = exp(d)
@@ -94,7 +94,7 @@ class Passes(Way):
         if not stored:
             return super().comparison(x, stored)
         e, _, n = self.exponentials(x)
-        dominant = e > self.column(0.6 + n.shared)
+        dominant = e > self.column(0.6 + n.undominated)
         # `reused`, so that the quotient isn't contracted with a difference: q - p must be exactly -(p - q).
         q = reused(jnp.where(dominant, jnp.ones_like(e), e) / self.column(n.z))
         return n, lambda s: Compared(self.again(n.m, s), q, dominant)
@@ -191,7 +191,7 @@ class Passes(Way):
 
     def deviation(self, t, x):
         z = self.sum(exponential(x, 0, self))
-        shared = jnp.minimum(jnp.floor(z - 0.5), 1)
+        undominated = jnp.minimum(jnp.floor(z - 0.5), 1)
 
         # A per-row factor is cheap on an input if classes are few (`early`), else on the sum (`late`).
         few = self.are_few(x)
@@ -205,8 +205,8 @@ class Passes(Way):
         # Any number per row may be subtracted from t as its center. If a class dominates, it is that class's t, whose
         # weight is ⌊1.25⌋ = 1 while others have ⌊1.25 eᵢ⌋ = 0, as eᵢ < 1/2. If none does, it is a mean with weights
         # ⌊4097.25 eᵢ⌋.
-        weight = jnp.floor(self.column(1.25 + FINE * shared) * exponential(x, 2, self))
-        scale = 1 / jnp.maximum(1, FINE * shared * lax.stop_gradient(z))
+        weight = jnp.floor(self.column(1.25 + FINE * undominated) * exponential(x, 2, self))
+        scale = 1 / jnp.maximum(1, FINE * undominated * lax.stop_gradient(z))
         center = late(scale, self.sum(multiply(weight, early(scale, t))))
 
         # `others` is made of a = eᵢ, or a = qᵢ of few classes. It is 0 at a class that dominates, where a = 1 or
@@ -214,7 +214,7 @@ class Passes(Way):
         # a at all classes, since the floor is ⌊3.6 - a⌋ ≥ 2 > a.
         over_z = ratio(jnp.ones_like(z), z)
         e = early(over_z, exponential(x, 3, self))
-        others = jnp.minimum(jnp.floor(self.column(1.6 + 2 * shared) - e), e)
+        others = jnp.minimum(jnp.floor(self.column(1.6 + 2 * undominated) - e), e)
 
         def sum_of_others(a):
             return late(over_z, self.sum(multiply(a, t - self.column(center))))
@@ -225,6 +225,6 @@ class Passes(Way):
         from_center = t - self.column(lax.optimization_barrier(center))
         mean = self.column(mean_from_center)
         e = exponential(x, 4, self)
-        dominant = lax.stop_gradient(e) > self.column(0.6 + shared)
+        dominant = lax.stop_gradient(e) > self.column(0.6 + undominated)
         deviations = jnp.where(dominant, -mean, from_center - mean)
         return Deviation(e, z, deviations, center + mean_from_center, lambda a: sum_of_others(multiply(others, a)))

@@ -51,7 +51,7 @@ class Normalizer(NamedTuple):
         return log1p(self.s)
 
     @property
-    def shared(self) -> Array:
+    def undominated(self) -> Array:
         """0 where one class dominates (s < 1/2, so Z < 3/2 and its q > 2/3), and 1 or more where none does."""
         return jnp.floor(self.s + 0.5)
 
@@ -64,7 +64,7 @@ class Normalizer(NamedTuple):
         d = x - way.column(m)
         # If one class dominates, its d is near 0 > -0.5, and all others' are below log 1/2 = -0.69. If none does, no d
         # is above 0.5.
-        dominant = d > way.column(self.shared - 0.5)
+        dominant = d > way.column(self.undominated - 0.5)
         return jnp.where(dominant, jnp.zeros_like(d), d), dominant
 
 

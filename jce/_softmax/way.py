@@ -127,7 +127,7 @@ class Way(Classes, ABC):
         # result is 0; all others have d < log 1/2 = -0.69 < -0.6, so 2d + 0.6 < d. If none does, lift < -9e29, so
         # 2d + lift < d. The barrier has these numbers, constants too, computed once per row and for this pass alone:
         # XLA would store a constant that two passes share (`passes.py`).
-        m, lift, zero = map(self.column, lax.optimization_barrier((n.m, 0.6 - 1e30 * n.shared, 0 * n.s)))
+        m, lift, zero = map(self.column, lax.optimization_barrier((n.m, 0.6 - 1e30 * n.undominated, 0 * n.s)))
         d = x - m
         depth = jnp.minimum(jnp.maximum(d + (d + lift), d), zero)
         return depth if self.mesh_axis is None else with_derivative_of(depth, jnp.maximum(d, jnp.finfo(d.dtype).min))

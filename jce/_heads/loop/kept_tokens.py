@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._heads.first_chunks import first_chunks
+from jce._heads.loop.first_chunks import first_chunks
 from jce._jax.primitives import batch_axis_first, primitive
-from jce._jax.restricted import with_zeros
 
 
 def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: Any, size: int | None = None) -> Any:
@@ -106,23 +105,3 @@ _taken_p = primitive(
     (lambda ct, _, there, back: _taken(ct, back, there),),
     _taken_batch,
 )
-
-
-# Weights
-
-
-def counts(w: Array) -> Array:
-    """Whether a token of weight w must be computed: if w ≠ 0, or if w is differentiated.
-
-    The derivative in w is the token's loss, also at w = 0. Only a JVP rule learns whether w is differentiated; so this
-    is a primitive, whose rule answers True for all tokens.
-    """
-    return _counts_p.bind(w)
-
-
-def _counts_rule(primals, _):
-    every = counts(*primals) | True
-    return every, *with_zeros([every], [])
-
-
-_counts_p = primitive("counts", lambda w: w != 0, _counts_rule)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._heads.evaluated import evaluated
-from jce._jax.arguments import as_array, float_dtype
+from jce._heads.loss.evaluated import evaluated
+from jce._jax.arguments import as_array, brief, float_dtype
 from jce._jax.varying import vary_over, varying
 
 RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
@@ -25,7 +25,7 @@ RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Called:
+class FunctionHead:
     """A traced head: a tree whose leaves are the arrays that it closes over. A loop takes it `in_pairs`."""
 
     arrays: list[Any]
@@ -34,7 +34,7 @@ class Called:
     logits: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})  # of one token
 
     @classmethod
-    def of(cls, function: str, head: Callable, hidden: Any) -> Called:
+    def of(cls, function: str, head: Callable, hidden: Any) -> FunctionHead:
         h = as_array(function, "hidden", hidden)
         float_dtype(function, {"hidden": h})
         rank = max(h.ndim, 1)
@@ -44,8 +44,8 @@ class Called:
         if not (are_logits and given.ndim == rank and given.size and jnp.issubdtype(given.dtype, jnp.floating)):
             raise ValueError(
                 f"{function}: head must give logits of hidden states, floating-point, with their axes but the last,"
-                f" which is of classes; called with {_brief(token)}, a token's state, it gives"
-                f" {jax.tree.map(_brief, given)}. Give a function such as lambda h: h @ kernel."
+                f" which is of classes; called with {brief(token)}, a token's state, it gives"
+                f" {jax.tree.map(brief, given)}. Give a function such as lambda h: h @ kernel."
             )
         _require_of_each_token(function, closed)
         dtype = given.dtype
@@ -59,7 +59,7 @@ class Called:
         arrays = [jnp.asarray(x) for x in closed.consts]
         return cls(arrays, closed.jaxpr, rank, jax.ShapeDtypeStruct(given.shape[-1:], dtype))
 
-    def in_pairs(self) -> Called:
+    def in_pairs(self) -> FunctionHead:
         """Each array of half precision is paired with itself in float32, in which a loop sums its gradient. No
         operation reads the float32 array: only the gradient arrives at it."""
 
@@ -71,7 +71,7 @@ class Called:
 
     def of_chunk(self, h: Array) -> Array:
         """The logits [C, n] of states [C, d], by a head that is `in_pairs`."""
-        arrays = [x if wide is None else _narrow(x, wide) for x, wide in self.arrays]
+        arrays = [x if wide is None else _with_gradient_at(x, wide) for x, wide in self.arrays]
 
         def of_token(h):
             (x,) = evaluated(self.jaxpr, arrays, [h.reshape((1,) * (self.rank - 1) + h.shape)])
@@ -81,13 +81,13 @@ class Called:
 
 
 @jax.custom_jvp
-def _narrow(x: Array, wide: Array) -> Array:
+def _with_gradient_at(x: Array, wide: Array) -> Array:
     return x
 
 
-@_narrow.defjvp
-def _narrow_rule(primals, tangents):
-    return _narrow(*primals), tangents[1].astype(primals[0].dtype)
+@_with_gradient_at.defjvp
+def _with_gradient_at_rule(primals, tangents):
+    return _with_gradient_at(*primals), tangents[1].astype(primals[0].dtype)
 
 
 def _require_of_each_token(function: str, closed: Any) -> None:
@@ -124,7 +124,3 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 def _is_jaxpr(x: Any) -> bool:
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
-
-
-def _brief(x: Any) -> str:
-    return f"{x.dtype}{list(x.shape)}"

@@ -8,77 +8,108 @@ rule of `weighted_sums` computes value and gradient in one loop, whatever the fu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from jce._heads.called import Called
-from jce._heads.chunks import each_token, over_chunks
-from jce._heads.effects import require_differentiable
-from jce._heads.products import Head
-from jce._heads.unhoisted import unhoisted
+from jce._heads.arguments.effects import require_differentiable
+from jce._heads.inputs import OF_CLASSES, Inputs, expanded, first_of
+from jce._heads.loop.chunk_rule import Chunks, chunks_of
+from jce._heads.loop.chunks import each_token, over_chunks
+from jce._heads.loop.merged_batches import with_merged_batches
+from jce._heads.loop.unhoisted import unhoisted
 from jce._jax.layout import mesh_names, over_devices
-from jce._jax.platforms import Chunks, ChunkSize, Platform, on_platform
+from jce._jax.platforms import Platform, on_platform
 from jce._jax.restricted import is_zero, jvp_of_some, live_jvp, replaced
-from jce._jax.varying import vary_over, varying
+from jce._jax.varying import varying
 from jce._numerics.mul0 import mul0
 
 
-class Inputs(NamedTuple):
-    """The tokens' hidden states, [N, d] each, and other arrays, [N, ...] each; a head for each array of hidden states;
-    and a tree of arrays that all tokens share."""
-
-    hidden: Sequence[Array]
-    tokens: Sequence[Array]
-    heads: Sequence[Head | Called]
-    shared: Any
-
-    def varying_over(self, axes: frozenset, class_axis: Hashable | None) -> Inputs:
-        """The inputs, marked as varying over these mesh axes, since the type of a loop's carry can't change. Hidden
-        states and heads vary over the classes' axes too, the others don't.
-
-        As they are marked before the loop, gradients are summed over devices once, after it.
-        """
-        classes = frozenset(mesh_names(class_axis))
-
-        def vary(tree, axes):
-            leaves, structure = jax.tree.flatten(tree)
-            return jax.tree.unflatten(structure, vary_over(axes, *leaves))
-
-        hidden, heads = vary((self.hidden, self.heads), axes | classes)
-        tokens, shared = vary((self.tokens, self.shared), axes - classes)
-        return Inputs(hidden, tokens, heads, shared)
-
-    def unhoisted(self, *others) -> Inputs:
-        hidden, tokens = unhoisted((self.hidden, self.tokens), self.heads, self.shared, others)
-        return self._replace(hidden=hidden, tokens=tokens)
-
-
 class Loop(NamedTuple):
-    """What a loop computes of each chunk, and how large a chunk is: static."""
+    """What a loop computes of each chunk, and how many tokens a chunk has.
+
+    JAX's caches keep it, so it holds no array and no tracer: what a function closes over is in `Inputs.shared`.
+    """
 
     of_chunk: Callable  # (platform, inputs of a chunk) -> arrays whose first axis is that of the chunk's tokens
-    chunk: ChunkSize
     logits: jax.ShapeDtypeStruct  # of one token, under all heads
+    chunk_size: int | None  # the caller's choice, or None for the platform's rule
+    filled: bool  # whether each chunk is filled up to this size, however few tokens there are
     class_axis: Hashable | None
-    trained: int = 0  # the number of the result that has a derivative where results are summed
-    some: bool = False  # whether tokens may be left out, so that inputs.tokens[0] says which are kept
-    halved: bool = False  # whether a chunk's logits are stored in half the bytes, on a platform that can
-    refused: str = ""  # the names of effects of `of_chunk` with which it can't be differentiated
+    trained: int  # the number of the result that has a derivative where results are summed
+    skips: bool  # whether tokens may be left out
+    takes_padding: bool  # whether `of_chunk` is finite, with finite derivatives, at padding of zeros
+    halved: bool  # whether a chunk's logits are stored in half the bytes, on a platform that can
+    refused: str  # the names of effects of `of_chunk` with which it can't be differentiated
+
+    def results(self, inputs: Inputs, total: bool) -> list[Array]:
+        """The results r of all tokens, or wr with weights, or with `total` Σ wr, with its gradient from one loop."""
+
+        def per_token(*parts):
+            inputs = Inputs(*parts)
+            results = token_results(self, self._unweighted(_without_nans(inputs) if self.skips else inputs))
+            return results if inputs.weights is None else [weighted(r, inputs.weights) for r in results]
+
+        def sums(*parts):
+            inputs = Inputs(*parts)
+            return weighted_sums(self, inputs.weights, self._unweighted(inputs))
+
+        whole = inputs.heads, inputs.shared
+        return with_merged_batches(per_token, inputs.tokens, whole, total=sums if total else None)
+
+    def _unweighted(self, inputs: Inputs) -> Inputs:
+        inputs = inputs._replace(weights=None)
+        return inputs if self.takes_padding else _with_first(inputs, self.skips)
 
     def kept(self, inputs: Inputs) -> Array | None:
-        return inputs.tokens[0] if self.some else None
+        return inputs.kept if self.skips else None
 
     def chunks(self, platform: Platform) -> Chunks:
-        return platform.chunks(self.chunk, self.logits, self.halved)
+        return chunks_of(platform, self.chunk_size, self.filled, self.logits, self.halved)
 
     def on_each_platform(self, on: Callable, *arguments):
         """on(platform, *arguments) for the platform that it is lowered for; traced once for those with chunks of the
         same size."""
         return on_platform(on, lambda platform: self.chunks(platform).size, *arguments)
+
+
+def _with_first(inputs: Inputs, skips: bool) -> Inputs:
+    """The inputs, and in `shared["first"]` the arguments of the first token that is kept. If none is kept, these may be
+    anything, so heads and shared arrays get no derivative."""
+    kept, at = inputs.kept, jnp.argmax(inputs.kept) if skips else 0
+    first = tuple([first_of(x, at) for x in arrays] for arrays in (inputs.hidden, inputs.others))
+    if skips:
+        any_kept = kept.any()
+
+        # An x that is closed over and varies over fewer mesh axes than tokens do stays as it is: the select would make
+        # it vary as they do.
+        def still(x):
+            return jnp.where(any_kept, x, lax.stop_gradient(x)) if varying(any_kept) <= varying(x) else x
+
+        heads, shared = jax.tree.map(still, (inputs.heads, inputs.shared))
+        inputs = inputs._replace(heads=heads, shared=shared)
+    return inputs.sharing(first=first)
+
+
+def _without_nans(inputs: Inputs) -> Inputs:
+    """The inputs, 0 for tokens that aren't kept. Reverse mode saves the arguments of a function that gives a result
+    for each token, and jax_debug_nans would find a NaN there."""
+
+    def cleaned(x):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        return jnp.where(expanded(inputs.kept, x), x, jnp.zeros_like(x))
+
+    hidden, others = jax.tree.map(cleaned, (inputs.hidden, inputs.others))
+    return inputs._replace(hidden=hidden, others=others)
+
+
+def _unhoisted(inputs: Inputs, *others) -> Inputs:
+    hidden, tokens, kept = unhoisted((inputs.hidden, inputs.others, inputs.kept), inputs.heads, inputs.shared, others)
+    return inputs._replace(hidden=hidden, others=tokens, kept=kept)
 
 
 # Until JAX 0.12: JAX's own custom_jvp, here and below. Ours (`calculus.py`) saves all residuals there, which of a loop
@@ -100,14 +131,14 @@ token_results.defjvp(_token_results_rule, symbolic_zeros=True)
 
 
 def _token_results(loop, inputs):
-    return loop.on_each_platform(functools.partial(_results_on, loop), inputs.unhoisted())
+    return loop.on_each_platform(functools.partial(_results_on, loop), _unhoisted(inputs))
 
 
 def _results_on(loop, platform, inputs):
-    def of_chunk(hidden, tokens):
-        return loop.of_chunk(platform, inputs._replace(hidden=hidden, tokens=tokens))
+    def of_chunk(*tokens):
+        return loop.of_chunk(platform, inputs.with_tokens(tokens))
 
-    return each_token(of_chunk, loop.chunks(platform), inputs.hidden, inputs.tokens, kept=loop.kept(inputs))
+    return each_token(of_chunk, loop.chunks(platform), *inputs.tokens, kept=loop.kept(inputs))
 
 
 def weighted(result, w):
@@ -127,8 +158,7 @@ def _weighted_sums_rule(loop, primals, tangents):
     (w, inputs), (dw, dinputs) = primals, tangents
     leaves, structure = jax.tree.flatten(inputs)
     steps = jax.tree.leaves(dinputs, is_leaf=is_zero)
-    # For each leaf, whether a device's gradient is only its classes' part of it: in hidden states and heads.
-    of_classes = jax.tree.leaves(Inputs(*(jax.tree.map(lambda _, k=k: k in (0, 2), x) for k, x in enumerate(inputs))))
+    of_classes = [name in OF_CLASSES for name, x in inputs._asdict().items() for _ in jax.tree.leaves(x)]
     classes = frozenset(mesh_names(loop.class_axis))
     typed = all(classes <= varying(x) for x in jax.tree.leaves(inputs.heads))  # False under check_vma=False: no types
     live, others = [], []
@@ -179,25 +209,25 @@ _results_and_gradients.defjvp(_results_and_gradients_rule, symbolic_zeros=True)
 
 
 def _in_one_loop(loop, live, w, inputs):
-    return loop.on_each_platform(functools.partial(_summed, loop, live), w, inputs.unhoisted(w))
+    return loop.on_each_platform(functools.partial(_summed, loop, live), w, _unhoisted(inputs, w))
 
 
 def _summed(loop, live, platform, w, inputs):
     """`_results_and_gradients` on a platform."""
-    first_of_heads = len(inputs.hidden) + len(inputs.tokens)
-    of_tokens = sum(i < first_of_heads for i in live)  # the gradients of the others are summed over chunks
+    count = len(jax.tree.leaves(inputs.tokens))
+    of_tokens = sum(i < count for i in live)  # the gradients of the others are summed over chunks
     # Without the checkpoint, the derivative of this loop would keep the logits of all chunks.
     of_chunk = jax.checkpoint(functools.partial(_chunk_and_gradients, loop, live, platform), prevent_cse=False)
 
     def step(sums, chunk):
-        w, hidden, tokens = chunk
-        results, gradients = of_chunk(w, inputs._replace(hidden=hidden, tokens=tokens))
+        w, tokens = chunk
+        results, gradients = of_chunk(w, inputs.with_tokens(tokens))
         by_token, parts = gradients[:of_tokens], list(gradients[of_tokens:])
         return parts if sums is None else jax.tree.map(jnp.add, sums, parts), (results, by_token)
 
     leaves = jax.tree.leaves(inputs)
     zeros = [jnp.zeros_like(leaves[i]) for i in live[of_tokens:]]
-    tokens = w, inputs.hidden, inputs.tokens
+    tokens = w, inputs.tokens
     sums, (results, by_token) = over_chunks(step, loop.chunks(platform), zeros, tokens, loop.kept(inputs))
     return results, [*by_token, *sums]
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._heads.kept_tokens import over_kept, padded
-from jce._jax.platforms import Chunks
+from jce._heads.loop.chunk_rule import Chunks
+from jce._heads.loop.kept_tokens import over_kept, padded
 from jce._jax.varying import barrier, vary_over, varying
 
 

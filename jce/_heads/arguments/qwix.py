@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from jce._heads.called import Called
 from jce._heads.linear import Linear
+from jce._heads.loss.function_head import FunctionHead
 
 
 def out_of_qwix(over_tokens: Callable) -> Callable:
@@ -18,25 +18,25 @@ def out_of_qwix(over_tokens: Callable) -> Callable:
     with a matrix."""
 
     @functools.wraps(over_tokens)
-    def called(name: str, make: Any, arguments: Any, *others: Any, **options: Any):
+    def called(name: str, make: Any, linear: Any, *others: Any, **options: Any):
         # Nothing public switches it off (Qwix 0.1.8).
         manager: Any = getattr(sys.modules.get("qwix._src.interception"), "interception_manager", None)
         if not hasattr(manager, "disable_interception"):
-            return over_tokens(name, make, arguments, *others, **options)
+            return over_tokens(name, make, linear, *others, **options)
         replaced = manager.disable_interception()
         try:
             if replaced:
-                _require_functions(name, arguments)
-            return over_tokens(name, make, arguments, *others, **options)
+                _require_functions(name, linear)
+            return over_tokens(name, make, linear, *others, **options)
         finally:
             manager.enable_interception(replaced)
 
     return called
 
 
-def _require_functions(name: str, arguments: Any) -> None:
-    for x in arguments.values():
-        if isinstance(x, Linear) and not isinstance(x.head, Called):
+def _require_functions(name: str, linear: Mapping[str, Linear]) -> None:
+    for x in linear.values():
+        if not isinstance(x.head, FunctionHead):
             raise ValueError(
                 f"{name}: in the call of a model that Qwix changes, a head must be a function, since Qwix sees no"
                 f" product with a matrix that is given as one; got {x!r}. Give the head's module, or a function"

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jce._heads.logits import Logits, capped, slope
-from jce._heads.products import Products
-from jce._heads.temperature import at_temperature, whole_log_sum
+from jce._heads.loss.logits import Logits, capped, slope
+from jce._heads.loss.products import Products
+from jce._heads.loss.temperature import at_temperature, whole_log_sum
 from jce._jax.arguments import is_array
 from jce._jax.classes import Classes
 from jce._jax.layout import may_be_split

@@ -14,14 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import checkify
-from jax.interpreters.partial_eval import dce_jaxpr
 
+from jce._jax.jaxprs import pruned, results_of
 from jce._jax.primitives import batch_size, primitive
-from jce._jax.restricted import cotangent, linear_in, not_zero, others, placed, tangent, with_tangents, with_zeros
+from jce._jax.restricted import cotangent, linear_in, not_zero, others, spread, tangent, with_tangents, with_zeros
 from jce._jax.varying import vary_over, varying, varying_type
 
 
@@ -69,14 +68,13 @@ def _bind(closed, count: Array, arrays: Sequence[Array], chunks, chunked: Sequen
 def _bind_derived(function: Callable, count: Array, arrays: Sequence[Array], chunks, chunked, results) -> list[Array]:
     """`_bind` of the trace of a function, from which operations are removed on which no result depends."""
     closed, _ = _traced(function, arrays, chunked)
-    jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
-    return _bind(closed.replace(jaxpr=jaxpr), count, arrays, chunks, chunked, results)
+    return _bind(pruned(closed), count, arrays, chunks, chunked, results)
 
 
 def _evaluated(jaxpr, *arrays: Array) -> list[Array]:
     """The results of a jaxpr, given its arguments and then its constants."""
     number = len(jaxpr.invars)
-    return jax.core.eval_jaxpr(jaxpr, arrays[number:], *arrays[:number])
+    return results_of(jaxpr, arrays[number:], arrays[:number])
 
 
 def _zeros(count: Array, jaxpr, chunks, results: Sequence[bool]) -> list[Array]:
@@ -127,7 +125,7 @@ def _transpose(cotangents, count, *arrays, jaxpr, chunks, chunked, results):
     given = [*(cotangents[i] for i in nonzero), *(arrays[i] for i in known)]
     of_given = [*(results[i] for i in nonzero), *(chunked[i] for i in known)]
     got = _bind_derived(back, count, given, chunks, of_given, [chunked[i] for i in linear])
-    return [None, *placed(len(arrays), linear, got)]
+    return [None, *spread(len(arrays), linear, got)]
 
 
 def _batch(arguments, axes, *, jaxpr, chunks, chunked, results):

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from jce._heads.inputs import Inputs
+from jce._heads.loss.function_head import FunctionHead
 from jce._jax.layout import Layout, mesh_names, split_batch_axes, told_axes
 from jce._jax.rows import checked_axis_name
 
@@ -29,21 +32,13 @@ class Places(NamedTuple):
     mesh_axes: frozenset = frozenset()  # for `jax.shard_map`, as by `told_axes`
 
 
-class Arguments(NamedTuple):
-    """Trees of arrays."""
-
-    tokens: Any  # begin with the token axes, or broadcast to them
-    rows: Any  # begin with the axis of classes
-    shared: Any = ()  # whole on each device
-
-
-def by_type(batch: tuple[int, ...], arguments: Arguments) -> Places | None:
+def by_type(inputs: Inputs) -> Places | None:
     """The places by the types of a head's arguments, or None if no type says that an array is split.
 
     A mesh axis that splits the tokens doesn't split the classes too: each device along it needs all of them.
     """
-    tokens = Layout.of(batch, jax.tree.leaves(arguments.tokens))
-    rows = [layout for x in jax.tree.leaves(arguments.rows) if (layout := Layout.of(x.shape[:1], [x])).mesh]
+    tokens = Layout.of(inputs.batch, jax.tree.leaves(inputs.tokens))
+    rows = [layout for x in _matrices(inputs) if (layout := Layout.of(x.shape[:1], [x])).mesh]
     mesh, taken = tokens.mesh or (rows[0].mesh if rows else None), mesh_names(*tokens.spec)
     if mesh is None:
         return None
@@ -51,50 +46,57 @@ def by_type(batch: tuple[int, ...], arguments: Arguments) -> Places | None:
     return Places(mesh, P(*tokens.spec), classes or None, told_axes(mesh))
 
 
+def _matrices(inputs: Inputs) -> list[Array]:
+    """The arrays that begin with the axis of classes."""
+    return jax.tree.leaves([head for head in inputs.heads if not isinstance(head, FunctionHead)])
+
+
 def on_each_device(
     name: str,
     function: Callable,
-    batch: tuple[int, ...],
-    arguments: Arguments,
+    inputs: Inputs,
     axis_name: Hashable | Places,
     *,
     whole: bool,
     named_classes: bool = False,
 ):
-    """function(arguments, mesh axes of tokens, mesh axes of classes), on each device's part if arguments are split.
+    """function(inputs, mesh axes of tokens, mesh axes of classes), on each device's part if inputs are split.
 
     If `whole`, the function's results are the same on all devices; else they begin with the token axes, and are split
     as tokens are. With `named_classes` function names the mesh axes of the classes itself, so types may not split them.
     """
     if isinstance(axis_name, Places):
         places, axis_name = axis_name, None
-        _require_division(name, places, batch, arguments)
+        _require_division(name, places, inputs)
     else:
-        places, axis_name = by_type(batch, arguments), checked_axis_name(name, axis_name, jax.tree.leaves(arguments))
+        places, axis_name = by_type(inputs), checked_axis_name(name, axis_name, jax.tree.leaves(inputs))
         if named_classes and places is not None:
             _require_whole_classes(name, places)
     if places is None:
         # Hidden states that are split over d are gathered; a head may stay split. If both were, JAX would raise an
         # error: it wants to be told how the result of a product over a split axis is split.
-        tokens = jax.tree.map(lambda x: Layout(x.shape, None, (None,) * x.ndim).place(x), arguments.tokens)
-        return function(arguments._replace(tokens=tokens), (), axis_name)
+        tokens = jax.tree.map(lambda x: Layout(x.shape, None, (None,) * x.ndim).broadcast(x), inputs.tokens)
+        return function(inputs.with_tokens(tokens), (), axis_name)
     # Inside a caller's shard_map a device may have some classes only, which types say are split once more.
     classes = mesh_names(axis_name, places.classes) or None
-    specs = Arguments(places.tokens, P(places.classes), P())
 
-    def placed(tree, spec, first=()):
-        return jax.tree.map(lambda x: Layout.said((*first, *x.shape[len(first) :]), places.mesh, spec).place(x), tree)
+    def split(tree, spec, first=()):
+        return jax.tree.map(
+            lambda x: Layout.said((*first, *x.shape[len(first) :]), places.mesh, spec).broadcast(x), tree
+        )
 
-    tokens, rows, shared = arguments
+    of_heads = [P() if isinstance(head, FunctionHead) else P(places.classes) for head in inputs.heads]
+    specs = *[places.tokens] * len(inputs.tokens), of_heads, P()
+    tokens, heads = split(inputs.tokens, places.tokens, inputs.batch), list(map(split, inputs.heads, of_heads))
     return jax.shard_map(
-        lambda arguments: function(arguments, mesh_names(*places.tokens), classes),
+        lambda *inputs: function(Inputs(*inputs), mesh_names(*places.tokens), classes),
         mesh=places.mesh,
-        in_specs=(specs,),
+        in_specs=specs,
         out_specs=P() if whole else places.tokens,
         axis_names=places.mesh_axes,
         # Until JAX no longer fails its type checks under spmd_axis_name: no check where a batch is split.
         check_vma=not split_batch_axes(),
-    )(Arguments(placed(tokens, specs.tokens, batch), placed(rows, specs.rows), placed(shared, specs.shared)))
+    )(*tokens, heads, split(inputs.shared, P()))
 
 
 def _require_whole_classes(name: str, places: Places) -> None:
@@ -128,16 +130,16 @@ def on_axes(name: str, mesh: Mesh, token_axis: Hashable | None, class_axis: Hash
     return Places(mesh, P(tokens) if tokens else P(), classes or None)
 
 
-def _require_division(name: str, places: Places, batch: tuple[int, ...], arguments: Arguments) -> None:
-    if not batch:
+def _require_division(name: str, places: Places, inputs: Inputs) -> None:
+    if not inputs.batch:
         raise ValueError(
             f"{name}: labels and hidden must have a first axis of tokens, which is split over the mesh; got a single"
             f" token. Add an axis, or use the function of one device."
         )
-    heads = [x.shape[0] for x in jax.tree.leaves(arguments.rows)]
+    heads = [x.shape[0] for x in _matrices(inputs)]
     tokens, classes = mesh_names(*places.tokens), mesh_names(places.classes)
     for what, axes, lengths in (
-        ("tokens, the first axis of hidden,", tokens, batch[:1]),
+        ("tokens, the first axis of hidden,", tokens, inputs.batch[:1]),
         ("classes, the rows of head,", classes, heads),
     ):
         devices = math.prod(places.mesh.shape[n] for n in axes)

@@ -12,13 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 from jax.experimental import checkify
 
 from jce._jax.primitives import batch_axis_first, derivative_inside, evaluated, primitive
 
 
-def of_tokens(per_token: Callable, tokens: tuple[Any, ...], shared: tuple, total: Callable | None = None):
+def with_merged_batches(per_token: Callable, tokens: tuple[Any, ...], shared: tuple, total: Callable | None = None):
     """per_token(*tokens, *shared), arrays with a result for each token; or total(*tokens, *shared), the sums of these
     over tokens, whose gradient comes from the same loop. Neither function may close over traced values.
     """
@@ -29,7 +28,7 @@ def of_tokens(per_token: Callable, tokens: tuple[Any, ...], shared: tuple, total
         return (total or per_token)(*tokens, *shared)
 
     jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-    results = _of_tokens_p.bind(*leaves, jaxpr=jaxpr, per_token=per_token, total=total, tree=tree)
+    results = _merged_p.bind(*leaves, jaxpr=jaxpr, per_token=per_token, total=total, tree=tree)
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
@@ -44,7 +43,7 @@ def _batch(arguments, axes, *, jaxpr, per_token, total, tree):
 
     merged = [x.reshape(size * x.shape[1], *x.shape[2:]) for x in batch_axis_first(tokens, axes[:count])]
     more, shared = tree.unflatten([*merged, *arguments[count:]])
-    results = jax.tree.leaves(of_tokens(per_token, more, shared))
+    results = jax.tree.leaves(with_merged_batches(per_token, more, shared))
     results = [x.reshape(size, -1, *x.shape[1:]) for x in results]
     return [x.sum(1) for x in results] if total else results, (0,) * len(results)
 
@@ -53,8 +52,8 @@ def _checked(errors, *arrays, jaxpr, **_):
     return checkify.checkify(jax.jit(functools.partial(evaluated, jaxpr=jaxpr)), errors=errors)(*arrays)
 
 
-_of_tokens_p = primitive(
-    "of_tokens",
+_merged_p = primitive(
+    "merged_batches",
     evaluated,
     derivative_inside,
     batch=_batch,

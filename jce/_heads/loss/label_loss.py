@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jce._heads.label_excess import (
+from jce._heads.loss.label_excess import (
     Excess,
     Target,
     Terms,
@@ -23,9 +23,9 @@ from jce._heads.label_excess import (
     excess_of_product,
     one_reading,
 )
-from jce._heads.logits import Logits, capped
-from jce._heads.products import Products
-from jce._heads.temperature import at_temperature, whole_log_sum
+from jce._heads.loss.logits import Logits, capped
+from jce._heads.loss.products import Products
+from jce._heads.loss.temperature import at_temperature, whole_log_sum
 from jce._jax.platforms import named
 from jce._jax.restricted import is_zero, live_jvp
 from jce._jax.waiting import Program, waiting

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jce._jax.jaxprs import results_of
 from jce._jax.varying import vary_over, varying_alike
 from jce._jax.waiting import Program, waiting
 
@@ -49,7 +49,7 @@ def _results(jaxpr: Any, equation: Any, arrays: Sequence[Any]) -> list[Any]:
         return _checkable(equation.primitive, params, *varying_alike(*arrays))
     known = {v: x for v, x in zip(equation.invars, arrays, strict=True) if not hasattr(v, "val")}
     alone = jaxpr.replace(constvars=[*known], invars=[], outvars=equation.outvars, eqns=[equation])
-    return jax.core.eval_jaxpr(alone, varying_alike(*known.values()))
+    return results_of(alone, varying_alike(*known.values()), [])
 
 
 # Until JAX no longer copies both factors of a product over several axes, on a CPU. A head is traced with one token's

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jce._heads.products import Head, Products
+from jce._heads.loss.products import Head, Products
 from jce._jax.varying import like
 from jce._numerics.calculus import custom_jvp, def_partials
 from jce._numerics.elementary import exp, tanh

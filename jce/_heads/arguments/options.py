@@ -1,0 +1,55 @@
+"""The options of all functions of heads: how results are reduced, and how chunks are made and multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+from jax.typing import ArrayLike
+
+from jce._heads.loss.products import Products
+from jce._jax.arguments import choice, integer, require_bool
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Settings(NamedTuple):
+    """Options that are checked: static."""
+
+    reduction: str
+    chunk_size: int | None  # the number of tokens in a chunk, None for the platform's rule
+    filled: bool  # whether each chunk is filled up to this size, however few tokens there are
+    products: Products
+
+
+class Options(NamedTuple):
+    """As the public functions document them."""
+
+    where: ArrayLike | None = None
+    weights: ArrayLike | None = None
+    reduction: str = "none"
+    chunk_size: int | None = None
+    precision: Any = None
+    axis_name: Hashable | None = None
+    batch_invariant: bool = False
+
+    def checked(self, function: str) -> Settings:
+        reduction = choice(function, reduction=self.reduction, choices=REDUCTIONS)
+        size = _chunk_size(function, self.chunk_size, self.batch_invariant)
+        return Settings(reduction, size, self.batch_invariant, Products.checked(function, self.precision))
+
+
+def _chunk_size(function: str, chunk_size: int | None, batch_invariant: bool) -> int | None:
+    require_bool(function, batch_invariant=batch_invariant)
+    if batch_invariant and chunk_size is None:
+        raise ValueError(
+            f"{function}: batch_invariant must come with a chunk_size, to which each chunk is then filled up; got"
+            f" batch_invariant={batch_invariant!r}, chunk_size={chunk_size!r}."
+        )
+    size = integer(chunk_size)
+    if chunk_size is not None and (size is None or size < 1):
+        raise ValueError(
+            f"{function}: chunk_size must be a static int, the number of tokens in a chunk, at least 1;"
+            f" got chunk_size={chunk_size!r}. Leave it out for a size that suits the head."
+        )
+    return size

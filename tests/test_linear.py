@@ -340,9 +340,15 @@ def test_dtypes_of_labels_and_weights(problem):
     many = np.zeros((300, 3), np.float32)
     close(jce.linear_cross_entropy(np.uint8([255, 1]), h[0, :2], many), math.log(300))
     with jax.enable_x64(True):
-        assert jce.linear_cross_entropy(labels, h, w, b, weights=np.ones(labels.shape)).dtype == np.float64
         assert jce.linear_cross_entropy(labels, h, w.astype(np.float64)).dtype == np.float64
         assert np.isnan(jce.linear_cross_entropy(np.int64([2**32]), h[0, :1], w))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_float64_weights_make_the_loss_float64(problem, reduction):
+    labels, h, w, _ = problem
+    with jax.enable_x64(True):
+        assert jce.linear_cross_entropy(labels, h, w, weights=np.ones(labels.shape), reduction=reduction).dtype == float
 
 
 def test_z_loss_of_logits_beyond_the_exponential(problem):

@@ -175,6 +175,14 @@ def test_chunks_by_the_rule(tokens, n, chunks):
     assert f"f32[{math.ceil(tokens / chunks)},{n}]" in text
 
 
+def test_chunks_of_two_heads_count_the_logits_of_both():
+    """Of 1024 classes each: 512 tokens fill 4 MiB."""
+    h, w = matrices(2048, 2, 1024)
+    text = str(jax.make_jaxpr(lambda h, w: jce.linear_kl_divergence(jce.Linear(h, w), jce.Linear(2 * h, w)))(h, w))
+    assert "f32[512,1024]" in text
+    assert "f32[1024,1024]" not in text
+
+
 TEXTS = {
     "README": README.read_text(encoding="utf-8"),
     "jce/README": (README.parent / "jce" / "README.md").read_text(encoding="utf-8"),

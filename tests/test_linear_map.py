@@ -390,10 +390,27 @@ def test_a_fresh_lambda_compiles_nothing_anew_in_a_jit():
     assert len(traces) == 1
 
 
-@pytest.mark.slow
+def test_a_shared_array_comes_in_its_own_dtype():
+    x = Linear(np.eye(2), np.eye(3, 2))
+    assert jce.linear_map(lambda x, s: s, x, shared=jnp.ones((), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.holds_nan
+def test_a_weight_of_0_where_one_head_has_no_finite_state(rng):
+    """Is left out: its derivative is 0, and the divergence's elsewhere."""
+    w, h = rng.standard_normal((3, 2)).astype(np.float32), np.float32([[1, 2], [3, 4]])
+
+    def total(weights, bad):
+        x, y = Linear(np.where([[False], [True]], bad, h), w), Linear(h, 2 * w)
+        return jce.linear_map(jce.kl_divergence_with_logits, x, y, weights=weights, reduction="sum")
+
+    got, whole = (jax.grad(total)(np.float32([1, 0]), bad) for bad in (np.float32(np.nan), np.float32(1)))
+    np.testing.assert_allclose(got, [whole[0], 0], rtol=1e-6)
+
+
 def test_half_precision_is_summed_in_float32():
-    """bfloat16 shared by 4096 tokens, a chunk each: their gradient's sum has no digits of bfloat16 to lose."""
-    x = Linear(jnp.ones((4096, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16))
+    """bfloat16 shared by 1024 tokens, a chunk each: their gradient's sum has no digits of bfloat16 to lose."""
+    x = Linear(jnp.ones((1024, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16))
 
     def loss(scale, reduction):
         return jce.linear_map(
@@ -405,7 +422,7 @@ def test_half_precision_is_summed_in_float32():
 
     for reduction in ("sum", "none"):
         for f in (loss, closing_over_it):
-            assert jax.grad(f)(jnp.ones((), jnp.bfloat16), reduction) == 4096
+            assert jax.grad(f)(jnp.ones((), jnp.bfloat16), reduction) == 1024
 
 
 @pytest.mark.parametrize("of_head", [jnp.bfloat16, jnp.float32])

@@ -61,6 +61,20 @@ def arguments(rng, tokens=16, widths=(3, 5), n=24, dtype=np.float64):
     return rng.integers(0, n, tokens), (rng.standard_normal(tokens).astype(dtype), p, q, np.array(1.5, dtype))
 
 
+def test_a_weight_of_0_has_its_labels_loss_as_derivative(rng):
+    """Also where the label is of a class that another device has; and 0 where it is no class."""
+    y, h, w = np.arange(4) * 3, rng.standard_normal((4, 3)), rng.standard_normal((8, 3))
+    weights = np.float64([1, 0, 0, 0])
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda weights: function(y, h, w, weights=weights, reduction="sum")))(weights)
+
+    split = jce.on_mesh(jce.linear_cross_entropy, mesh=make_mesh((2, 4)), **AXES)
+    got, expected = map(gradient, (split, jce.linear_cross_entropy))
+    close(got, expected)
+    assert list(expected == 0) == [False, False, False, True]
+
+
 def skip_if_jax_cannot(name):
     if "map" in name and jax.__version_info__ < (0, 9):
         pytest.skip("this JAX has no vmap of a psum in a shard_map")

@@ -158,7 +158,7 @@ def singular(x, scale):
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("how", ["filled up", "where", "weights", "nothing left"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.in_turn(8)
+@pytest.mark.in_turn(2)
 def test_what_is_left_out_reaches_no_derivative(how, reduction, rng):
     """61 tokens in chunks of 16; those left out hold NaN."""
     h, w = rng.standard_normal((61, 3)), rng.standard_normal((CLASSES, 3))

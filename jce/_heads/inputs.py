@@ -12,13 +12,13 @@ from jax import Array, lax
 class Inputs(NamedTuple):
     """Arrays of tokens, their heads, and arrays that all tokens share: a tree.
 
-    As `arguments` gives them, tokens have the axes [...], and what broadcasts to these is not broadcast yet. As the
+    As `arguments` gives them, tokens have the axes [...], but weights and `kept` may only broadcast to them. As the
     loop takes them (`places/part.py`), all tokens are in one axis [N], and heads are ready to be multiplied.
     """
 
     hidden: list[Array]  # [..., d], for each head
     others: list[Array]  # such as labels [...] or teacher's probabilities [..., k]
-    weights: Any  # real, or None
+    weights: Any  # of tokens, or None; then the factors of their results, such as w/Σw for a mean
     kept: Any  # bool: which tokens take part; None for all
     heads: list[Any]  # at first pairs of a matrix [n, d] and its bias or None, then `Head`s; or `FunctionHead`s
     shared: dict[str, Any]
@@ -54,9 +54,9 @@ def first_of(x: Array, at: int | Array = 0) -> Array:
     return lax.stop_gradient(x[at])
 
 
-def expanded(kept: Array, x: Array) -> Array:
-    """kept, a number per token, with as many axes as x has."""
-    return jnp.expand_dims(kept, range(1, x.ndim))
+def expanded(number: Array, x: Array) -> Array:
+    """A number per token, with as many axes as x has."""
+    return jnp.expand_dims(number, range(1, x.ndim))
 
 
 def wide(tree: Any) -> Any:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -133,7 +134,7 @@ def linear_cross_entropy(
 
 def _of_chunk(known: dict[str, Any], linear: Linear, may_be_greedy: bool, logits, others, _, class_axis):
     (x,), (_, *temperature) = logits, others
-    number, dtype = jnp.zeros_like(x[0]), x.dtype
+    number, dtype = jax.ShapeDtypeStruct((), x.dtype), x.dtype
     loss = LabelLoss(Classes(-1, class_axis), may_be_greedy=may_be_greedy, **known)
 
     def losses(logits, others, traced, _):
@@ -143,7 +144,7 @@ def _of_chunk(known: dict[str, Any], linear: Linear, may_be_greedy: bool, logits
     if isinstance(linear.head, FunctionHead):
         return ChunkFunction(losses, number)
     halved = loss.may_read_once(bool(temperature), linear.logit_soft_cap is not None)
-    return ChunkFunction(losses, number, multiplied=False, halved=halved, filler=(0, 1))
+    return ChunkFunction(losses, number, multiplied=False, halved=halved, filler=(0, 1))  # label, temperature
 
 
 def _is_class(others: list[Array], n: int) -> Array:

@@ -39,7 +39,7 @@ def read(
     return Inputs(hidden, list(tokens.values()), w, kept, matrices, of_all), dtypes_of(shared)
 
 
-OF_TOKENS = {
+ADVICE = {
     "weights": "Give a weight per token: weights=weights[labels] looks up weights per class.",
     "where": "It masks tokens, so give it no axis for classes; a bias of -inf excludes a class.",
 }
@@ -54,7 +54,7 @@ def _choice_of_tokens(
     for name, x in got.items():
         if not broadcasts_to(batch, x.shape):
             raise ValueError(
-                f"{function}: {name} must broadcast to the token axes, {batch}; got {described(got)}. {OF_TOKENS[name]}"
+                f"{function}: {name} must broadcast to the token axes, {batch}; got {described(got)}. {ADVICE[name]}"
             )
     if "where" in got:
         require_boolean(function, got["where"], got)

@@ -1,8 +1,7 @@
-"""Tokens in chunks: hidden states, a head, and their logits, of which only one chunk's exist at a time.
+"""Loops over chunks of tokens, so that only one chunk's logits exist at a time.
 
-The head W [n, d] gives a token of hidden state h the logits x = soft_cap(W h + b). A function of them, token by token,
-is a `lax.scan` over chunks of tokens whose body is checkpointed, so that every derivative recomputes a chunk's logits
-instead of keeping all: N × n numbers never exist, in any mode, to any order.
+The body of a loop is checkpointed, by `each_token` or by its caller. So every derivative computes a chunk's logits
+again instead of keeping those of all: N × n numbers never exist, in any mode, to any order.
 """
 
 from __future__ import annotations
@@ -19,10 +18,12 @@ from jce._jax.varying import barrier, vary_over, varying
 
 
 def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | None = None):
-    """`lax.scan` of a step over chunks of at most `chunked.size` tokens, the last padded with zeros.
+    """`lax.scan` of step(carry, chunk) over chunks of at most `chunked.size` tokens, the last padded with zeros. A step
+    must take None for a carry of zeros.
 
-    With `kept`, it runs over the chunks of the tokens that are kept, each from a carry of None. So it does if
-    `chunked.filled`, where each chunk has exactly this size: then a product has the same bits in any number of chunks.
+    With `kept`, it runs over the chunks of the tokens that are kept, and the carry is the sum of those of
+    step(None, chunk). So it does if `chunked.filled`, where each chunk has the same size, whatever the number of
+    tokens: then a product has the same bits in any number of chunks.
 
     If `chunked.strided`, a chunk takes every k-th token. Where XLA splits tokens over devices, each device has
     consecutive ones, and so an equal part of every chunk: no token is sent, and for GPUs and TPUs XLA then sums the

@@ -108,8 +108,7 @@ def _without_nans(inputs: Inputs) -> Inputs:
 
 
 def _unhoisted(inputs: Inputs, *others) -> Inputs:
-    hidden, tokens, kept = unhoisted((inputs.hidden, inputs.others, inputs.kept), inputs.heads, inputs.shared, others)
-    return inputs._replace(hidden=hidden, others=tokens, kept=kept)
+    return inputs.with_tokens(unhoisted(inputs.tokens, inputs.heads, inputs.shared, others))
 
 
 # Until JAX 0.12: JAX's own custom_jvp, here and below. Ours (`calculus.py`) saves all residuals there, which of a loop
@@ -142,8 +141,7 @@ def _results_on(loop, platform, inputs):
 
 
 def weighted(result, w):
-    column = jnp.expand_dims(w, range(1, result.ndim))
-    return mul0(result.astype(w.dtype), jnp.broadcast_to(column, result.shape))
+    return mul0(result.astype(w.dtype), jnp.broadcast_to(expanded(w, result), result.shape))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

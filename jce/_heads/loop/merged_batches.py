@@ -19,7 +19,8 @@ from jce._jax.primitives import batch_axis_first, derivative_inside, evaluated, 
 
 def with_merged_batches(per_token: Callable, tokens: tuple[Any, ...], shared: tuple, total: Callable | None = None):
     """per_token(*tokens, *shared), arrays with a result for each token; or total(*tokens, *shared), the sums of these
-    over tokens, whose gradient comes from the same loop. Neither function may close over traced values.
+    over tokens, whose gradient comes from the same loop. (Where a batch is differentiated, it comes from another loop,
+    that of `per_token`.) `tokens` begin with hidden states. Neither function may close over traced values.
     """
     leaves, tree = jax.tree.flatten((tokens, shared))
 
@@ -35,11 +36,10 @@ def with_merged_batches(per_token: Callable, tokens: tuple[Any, ...], shared: tu
 def _batch(arguments, axes, *, jaxpr, per_token, total, tree):
     count = tree.children()[0].num_leaves
     tokens = arguments[:count]
-    largest = max(range(count), key=lambda i: tokens[i].ndim - (axes[i] is not None))  # the hidden states
-    if axes[largest] is None or any(axis is not None for axis in axes[count:]):
+    if axes[0] is None or any(axis is not None for axis in axes[count:]):
         results = jax.vmap(lambda *a: evaluated(*a, jaxpr=jaxpr), axes)(*arguments)
         return results, (0,) * len(results)
-    size = tokens[largest].shape[axes[largest]]
+    size = tokens[0].shape[axes[0]]
 
     merged = [x.reshape(size * x.shape[1], *x.shape[2:]) for x in batch_axis_first(tokens, axes[:count])]
     more, shared = tree.unflatten([*merged, *arguments[count:]])

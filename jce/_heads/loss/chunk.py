@@ -34,7 +34,7 @@ class ChunkFunction(NamedTuple):
     has_aux: bool = False  # only the first result, a number per token, is differentiated
     multiplied: bool = True  # False: it takes `Logits`, which aren't multiplied out yet
     halved: bool = False  # with bfloat16 states and head it stores at most one bfloat16 number per logit
-    filler: tuple[float, ...] | None = None  # others in padding, where it is finite at a hidden state of 0
+    filler: tuple[float, ...] | None = None  # what others are in padding, so that it is finite at a hidden state of 0
     refused: str = ""  # effects of it that a derivative may not repeat
 
     @property
@@ -55,7 +55,7 @@ class ChunkFunction(NamedTuple):
 
     def of_inputs(self, dtypes: Any, products: Products) -> Callable:
         """function(platform, inputs of a chunk), where what is shared had these dtypes before it was made `wide`. The
-        results of tokens that aren't kept are 0."""
+        results of tokens that aren't kept are 0; with a filler they are not yet, but where the loop joins chunks."""
         # JAX's caches keep this function, so it may not hold `self`: there may be tracers in the rest of it.
         function, multiplied, filler = self.function, self.multiplied, self.filler
         dtypes_closed_over = dtypes_of(self.closed_over)
@@ -69,7 +69,7 @@ class ChunkFunction(NamedTuple):
             if filler is None:
                 hidden, others = map(or_first, (hidden, others), shared["first"])
             else:  # padding holds zeros already: only other fillers are put in
-                pairs = zip(others, filler, strict=False)
+                pairs = zip(others, filler[: len(others)], strict=True)
                 others = [jnp.where(expanded(kept, x), x, jnp.full_like(x, f)) if f else x for x, f in pairs]
             logits = []
             for h, head, cap in zip(hidden, heads, shared["caps"], strict=True):

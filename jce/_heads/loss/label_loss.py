@@ -1,6 +1,7 @@
 """A label's loss, from hidden states and head: its value, and its derivatives by the fewest passes and products.
 
-The plain derivative of a loss in logits x is an array ∂ℓ/∂x, in which the label's entry is minus the sum of all others.
+The plain derivative of a loss in logits u (before the soft cap) is an array ∂ℓ/∂u, in which the label's entry is minus
+the sum of all others.
 Here it is a product r e: a number r for each token, and a matrix e, which is multiplied with hidden states and head as
 it is. So no pass divides e by Z; where matrices are multiplied as bfloat16, the label's entry isn't rounded; and the
 product with the head doesn't wait for a token's cotangent, so that one loop can sum value and gradient.
@@ -71,7 +72,7 @@ def _of_product(loss, products, platform, target, hidden, head, soft_cap) -> Arr
     return _of_logits(loss, target, x.whole()) if reading is None else reading.losses()
 
 
-# dℓ = r (e · dx), where dx = W dh + dW h + db. Tangents of numbers, temperatures and the soft cap, which are rare, take
+# dℓ = r (e · du), where du = W dh + dW h + db. Tangents of numbers, temperatures and the soft cap, which are rare, take
 # another pass.
 def _loss_rule(loss, products, primals, tangents):
     target, h, head, soft_cap = primals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -40,7 +41,7 @@ def sparse_labels_loss(
             total += scaled_square(z_loss, whole_log_sum(logsumexp(x, classes), of_head, t, classes))
         return [total]
 
-    return ChunkFunction(loss, jnp.zeros((), dtype))
+    return ChunkFunction(loss, jax.ShapeDtypeStruct((), dtype))
 
 
 def _greedy_tail(y, p, x, t, rounded, classes):

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jce._heads.arguments.options import Options, Settings
 from jce._heads.arguments.qwix import out_of_qwix
-from jce._heads.arguments.read import read, require_real, require_zeros
+from jce._heads.arguments.read import read
 from jce._heads.inputs import Inputs, in_dtypes, wide
 from jce._heads.linear import Linear
 from jce._heads.loop.loop import Loop
@@ -48,8 +48,8 @@ def over_tokens(
 
     def on_devices(inputs):
         on_device = functools.partial(_on_device, name, make, settings, dtypes, is_defined)
-        whole = settings.reduction != "none"
-        return on_each_device(name, on_device, inputs, options.axis_name, whole=whole, named_classes=named_classes)
+        axis_name, whole = options.axis_name, settings.sums
+        return on_each_device(name, on_device, inputs, axis_name, whole=whole, named_classes=named_classes)
 
     # Outside of a jit, JAX would keep what it compiles for each operation of a derivative: 3 MiB a call, since a head
     # that is a function is traced anew each time. So such a call gets a jit of its own, of which JAX keeps next to
@@ -68,20 +68,17 @@ def _on_device(
     skips = weighted or inputs.kept is not None  # tokens may be left out
     inputs = part_of(name, inputs, class_axis, is_defined)
     chunk = make(*examples(inputs), in_dtypes(inputs.shared["given"], dtypes), class_axis)
-    ones, structure = jax.tree.flatten(chunk.one)
-    summed = settings.reduction != "none"
-    if summed or weighted:
-        require_real(name, ones)
+    if settings.sums or weighted:
+        chunk.require_real(name)
     if settings.filled or skips:
-        require_zeros(name, ones)
-    in_one_loop = summed and chunk.trains_a_number  # the sums, and their gradient
+        chunk.require_zeros(name)
     loop = Loop(
         chunk.of_inputs(dtypes, settings.products),
         one_tokens_logits(inputs),
         settings.chunk_size,
         settings.filled,
         class_axis,
-        trained=chunk.trained[0] if in_one_loop else 0,
+        trained=chunk.trained if settings.sums else None,
         skips=skips,
         takes_padding=chunk.filler is not None,
         halved=chunk.halved and are_bfloat16(inputs),
@@ -89,12 +86,12 @@ def _on_device(
     )
     w = _factors(inputs, settings.reduction, token_axes, chunk.is_double)
     inputs = inputs.sharing(closed_over=wide(chunk.closed_over))._replace(weights=w)
-    results = loop.results(inputs, total=in_one_loop)
-    if summed:
-        results = [over_devices(x if in_one_loop else x.sum(0), token_axes) for x in results]
+    results = loop.results(inputs)
+    if settings.sums:
+        results = [over_devices(x if loop.sums else x.sum(0), token_axes) for x in results]
     else:
         results = [x.reshape(*batch, *x.shape[1:]) for x in results]
-    return jax.tree.unflatten(structure, results)
+    return jax.tree.unflatten(jax.tree.structure(chunk.one), results)
 
 
 def _factors(inputs: Inputs, reduction: str, token_axes: tuple, double: bool) -> Array | None:

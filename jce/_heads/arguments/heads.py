@@ -15,7 +15,7 @@ from jce._jax.arguments import as_array, as_number, described, float_dtype, is_a
 
 
 def linear_of(
-    function: str,
+    name: str,
     hidden: ArrayLike | Linear,
     head: Any,
     bias: ArrayLike | None,
@@ -26,20 +26,20 @@ def linear_of(
     if isinstance(hidden, Linear):
         if given := [key for key, x in rest.items() if x is not None]:
             raise ValueError(
-                f"{function}: a jce.Linear stands for hidden, head, bias and logit_soft_cap; got {', '.join(given)}"
+                f"{name}: a jce.Linear stands for hidden, head, bias and logit_soft_cap; got {', '.join(given)}"
                 f" beside it. Give them to jce.Linear."
             )
         return hidden
     if head is None:
         raise TypeError(
-            f"{function}: head must be [n, d], or a function of hidden states; got none. Pass labels first, then hidden"
+            f"{name}: head must be [n, d], or a function of hidden states; got none. Pass labels first, then hidden"
             f" and head, or jce.Linear(hidden, head) for both. If a model returned logits where a jce.Linear should be,"
             f" the head that it calls has not been replaced."
         )
     if is_function(head):
         if bias is not None:
-            raise ValueError(f"{function}: a head that is a function adds its own bias; got both. Leave out bias.")
-        head = FunctionHead.of(function, head, hidden)
+            raise ValueError(f"{name}: a head that is a function adds its own bias; got both. Leave out bias.")
+        head = FunctionHead.of(name, head, hidden)
     return Linear(hidden, head, bias, logit_soft_cap)
 
 
@@ -51,43 +51,44 @@ class Arrays(NamedTuple):
     logit_soft_cap: Array | None
 
 
-def checked_linear(function: str, key: str, x: Linear) -> Arrays:
+def checked_linear(name: str, key: str, x: Linear) -> Arrays:
     """The arrays of a `Linear`, which errors call by this key; by none if their function takes them one by one."""
     of = f"{key}." if key else ""
     if isinstance(x.head, FunctionHead):
-        return _of_function(function, of, x, x.head)
+        return _of_function(name, of, x, x.head)
     given = {"hidden": x.hidden, "head": x.head} | ({} if x.bias is None else {"bias": x.bias})
-    got = {f"{of}{field}": as_array(function, f"{of}{field}", array) for field, array in given.items()}
-    dtype, (h, w, *b), whose = float_dtype(function, got), got.values(), "of a Linear, " if key else ""
+    got = {f"{of}{field}": as_array(name, f"{of}{field}", array) for field, array in given.items()}
+    dtype, whose = float_dtype(name, got), "of a Linear, " if key else ""
+    h, w, *b = got.values()
     if h.ndim == 0 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
         transposed = w.ndim == 2 and h.ndim > 0 and h.shape[-1] == w.shape[0]
         raise ValueError(
-            f"{function}: {whose}hidden must be [..., d] and head [n, d], a row for each class; got {described(got)}."
+            f"{name}: {whose}hidden must be [..., d] and head [n, d], a row for each class; got {described(got)}."
             f" {'Transpose the head.' if transposed else 'The order is hidden, head; labels come first.'}"
         )
     if b and b[0].shape != w.shape[:1]:
         raise ValueError(
-            f"{function}: {whose}bias must have the shape ({w.shape[0]},), a number for each row of head; got"
+            f"{name}: {whose}bias must have the shape ({w.shape[0]},), a number for each row of head; got"
             f" {described(got)}."
         )
-    return Arrays(h, (w, b[0] if b else None), _checked_cap(function, x.logit_soft_cap, dtype))
+    return Arrays(h, (w, b[0] if b else None), _checked_cap(name, x.logit_soft_cap, dtype))
 
 
-def _of_function(function: str, of: str, x: Linear, head: FunctionHead) -> Arrays:
-    h = as_array(function, f"{of}hidden", x.hidden)
-    float_dtype(function, {f"{of}hidden": h})
+def _of_function(name: str, of: str, x: Linear, head: FunctionHead) -> Arrays:
+    h = as_array(name, f"{of}hidden", x.hidden)
+    float_dtype(name, {f"{of}hidden": h})
     as_traced = [v.aval.shape for v in head.jaxpr.constvars]
     if (shapes := [a.shape for a in head.arrays]) != as_traced:
         raise ValueError(
-            f"{function}: the arrays that the head of a Linear closes over must have the shapes with which the head was"
+            f"{name}: the arrays that the head of a Linear closes over must have the shapes with which the head was"
             f" traced, {as_traced}; got {of}head with {shapes}. A Linear of a function can't leave a jax.vmap: call"
-            f" {function} inside of it, or return hidden states from it and pass jax.vmap(head) as the head."
+            f" {name} inside of it, or return hidden states from it and pass jax.vmap(head) as the head."
         )
-    return Arrays(h, head, _checked_cap(function, x.logit_soft_cap, head.logits.dtype))
+    return Arrays(h, head, _checked_cap(name, x.logit_soft_cap, head.logits.dtype))
 
 
-def _checked_cap(function: str, cap: ArrayLike | None, dtype) -> Array | None:
+def _checked_cap(name: str, cap: ArrayLike | None, dtype) -> Array | None:
     if cap is None:
         return None
-    number = positive(function, dtype, logit_soft_cap=as_number(function, "logit_soft_cap", cap))
+    number = positive(name, dtype, logit_soft_cap=as_number(name, "logit_soft_cap", cap))
     return number if is_array(number) else jax.device_put(np.asarray(number, dtype))  # jax.transfer_guard allows this

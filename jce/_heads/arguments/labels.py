@@ -11,40 +11,38 @@ from jce._jax.arguments import as_array, described, float_dtype
 from jce._jax.labels import wide_enough
 
 
-def checked_labels(function: str, labels: ArrayLike, linear: Linear, several: bool = False) -> Array:
+def checked_labels(name: str, labels: ArrayLike, linear: Linear, several: bool = False) -> Array:
     """Labels of the shape of hidden without its last axis; or, with `several`, with an axis of k labels last."""
-    got = {"labels": as_array(function, "labels", labels), "hidden": as_array(function, "hidden", linear.hidden)}
+    got = {"labels": as_array(name, "labels", labels), "hidden": as_array(name, "hidden", linear.hidden)}
     y, h = got.values()
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(
-            f"{function}: labels must be integers, a class index for each token; got {described(got)}. The target comes"
+            f"{name}: labels must be integers, a class index for each token; got {described(got)}. The target comes"
             f" first, then hidden and head."
         )
     batch = h.shape[:-1]
     if h.ndim and y.shape != batch and not (several and y.ndim == h.ndim and y.shape[:-1] == batch):
         or_more = ", or that and an axis for k labels of each token last" if several else ""
         raise ValueError(
-            f"{function}: labels must have the shape of hidden without its last axis, {batch}{or_more}; got"
+            f"{name}: labels must have the shape of hidden without its last axis, {batch}{or_more}; got"
             f" {described(got)}. The target comes first, then hidden and head."
         )
     return wide_enough(y)
 
 
-def checked_label_probs(
-    function: str, labels: ArrayLike, label_probs: ArrayLike, linear: Linear
-) -> tuple[Array, Array]:
+def checked_label_probs(name: str, labels: ArrayLike, label_probs: ArrayLike, linear: Linear) -> tuple[Array, Array]:
     """k labels of each token, and their probabilities."""
-    y, p = as_array(function, "labels", labels), as_array(function, "label_probs", label_probs)
-    got = {"labels": y, "label_probs": p, "hidden": as_array(function, "hidden", linear.hidden)}
+    y, p = as_array(name, "labels", labels), as_array(name, "label_probs", label_probs)
+    got = {"labels": y, "label_probs": p, "hidden": as_array(name, "hidden", linear.hidden)}
     if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise TypeError(f"{function}: labels must be integers, k class indices for each token; got {described(got)}.")
+        raise TypeError(f"{name}: labels must be integers, k class indices for each token; got {described(got)}.")
     batch = got["hidden"].shape[:-1]
     if y.ndim == 0 or y.shape[:-1] != batch or p.shape != y.shape:
         raise ValueError(
-            f"{function}: labels and label_probs must both have the shape of hidden without its last axis, and an axis"
+            f"{name}: labels and label_probs must both have the shape of hidden without its last axis, and an axis"
             f" for the labels of each token last, {batch} and k; got {described(got)}. Without label_probs there is one"
             f" label a token. If label_probs has a probability for every class, use jce.linear_map("
             f'jce.cross_entropy_with_logits, label_probs, jce.Linear(hidden, head), reduction="mean").'
         )
-    float_dtype(function, {"label_probs": p})
+    float_dtype(name, {"label_probs": p})
     return wide_enough(y), p

@@ -13,31 +13,31 @@ from jce._jax.arguments import as_array, broadcasts_to, described, float_dtype, 
 
 
 def checked_numbers(
-    function: str, label_smoothing: ArrayLike, z_loss: ArrayLike
+    name: str, label_smoothing: ArrayLike, z_loss: ArrayLike
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Smoothing and z-loss: Python's numbers, with None for a traced one; and the traced ones."""
     given = {
-        "smoothing": fraction(function, jnp.result_type(float), label_smoothing=label_smoothing),
-        "z_loss": positive(function, jnp.result_type(float), z_loss=z_loss, or_zero=True),
+        "smoothing": fraction(name, jnp.result_type(float), label_smoothing=label_smoothing),
+        "z_loss": positive(name, jnp.result_type(float), z_loss=z_loss, or_zero=True),
     }
     traced = {key: x for key, x in given.items() if is_array(x)}
     return given | dict.fromkeys(traced), traced
 
 
-def checked_temperature(function: str, temperature: ArrayLike, batch: tuple[int, ...]) -> dict[str, Array]:
+def checked_temperature(name: str, temperature: ArrayLike, batch: tuple[int, ...]) -> dict[str, Array]:
     """A temperature for each token, under its name, [...]; nothing for Python's 1."""
+    if is_array(temperature):
+        float_dtype(name, {"temperature": temperature})
     if not is_array(temperature) or temperature.ndim == 0:
-        if is_array(temperature):
-            float_dtype(function, {"temperature": temperature})
-        number = positive(function, jnp.result_type(float), temperature=temperature)
-        if not is_array(number) and number == 1:
+        t = positive(name, jnp.result_type(float), temperature=temperature)
+        if not is_array(t) and t == 1:
             return {}
-        return {"temperature": jnp.broadcast_to(jax.device_put(number), batch)}
-    got = {"temperature": as_array(function, "temperature", temperature)}
-    float_dtype(function, got)
-    if not broadcasts_to(batch, got["temperature"].shape):
-        raise ValueError(
-            f"{function}: temperature must broadcast to the token axes, {batch}; got {described(got)}. It is of tokens,"
-            f" so give it no axis for classes."
-        )
-    return {"temperature": jnp.broadcast_to(got["temperature"], batch)}
+        t = jax.device_put(t)
+    else:
+        t = as_array(name, "temperature", temperature)
+        if not broadcasts_to(batch, t.shape):
+            raise ValueError(
+                f"{name}: temperature must broadcast to the token axes, {batch}; got {described({'temperature': t})}."
+                f" It is of tokens, so give it no axis for classes."
+            )
+    return {"temperature": jnp.broadcast_to(t, batch)}

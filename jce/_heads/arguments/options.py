@@ -21,6 +21,11 @@ class Settings(NamedTuple):
     filled: bool  # whether each chunk is filled up to this size, however few tokens there are
     products: Products
 
+    @property
+    def sums(self) -> bool:
+        """Whether results are summed over tokens."""
+        return self.reduction != "none"
+
 
 class Options(NamedTuple):
     """As the public functions document them."""
@@ -33,23 +38,23 @@ class Options(NamedTuple):
     axis_name: Hashable | None = None
     batch_invariant: bool = False
 
-    def checked(self, function: str) -> Settings:
-        reduction = choice(function, reduction=self.reduction, choices=REDUCTIONS)
-        size = _chunk_size(function, self.chunk_size, self.batch_invariant)
-        return Settings(reduction, size, self.batch_invariant, Products.checked(function, self.precision))
+    def checked(self, name: str) -> Settings:
+        reduction = choice(name, reduction=self.reduction, choices=REDUCTIONS)
+        size = _chunk_size(name, self.chunk_size, self.batch_invariant)
+        return Settings(reduction, size, self.batch_invariant, Products.checked(name, self.precision))
 
 
-def _chunk_size(function: str, chunk_size: int | None, batch_invariant: bool) -> int | None:
-    require_bool(function, batch_invariant=batch_invariant)
+def _chunk_size(name: str, chunk_size: int | None, batch_invariant: bool) -> int | None:
+    require_bool(name, batch_invariant=batch_invariant)
     if batch_invariant and chunk_size is None:
         raise ValueError(
-            f"{function}: batch_invariant must come with a chunk_size, to which each chunk is then filled up; got"
+            f"{name}: batch_invariant must come with a chunk_size, to which each chunk is then filled up; got"
             f" batch_invariant={batch_invariant!r}, chunk_size={chunk_size!r}."
         )
     size = integer(chunk_size)
     if chunk_size is not None and (size is None or size < 1):
         raise ValueError(
-            f"{function}: chunk_size must be a static int, the number of tokens in a chunk, at least 1;"
+            f"{name}: chunk_size must be a static int, the number of tokens in a chunk, at least 1;"
             f" got chunk_size={chunk_size!r}. Leave it out for a size that suits the head."
         )
     return size

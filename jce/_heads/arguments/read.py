@@ -13,11 +13,11 @@ from jax.typing import ArrayLike
 from jce._heads.arguments.heads import Arrays, checked_linear
 from jce._heads.inputs import Inputs, dtypes_of, wide
 from jce._heads.linear import Linear
-from jce._jax.arguments import as_array, brief, broadcasts_to, described, float_dtype, is_real, require_boolean
+from jce._jax.arguments import as_array, broadcasts_to, described, float_dtype, require_boolean
 
 
 def read(
-    function: str,
+    name: str,
     linear: Mapping[str, Linear],
     others: Mapping[str, ArrayLike],
     shared: Any,
@@ -25,14 +25,14 @@ def read(
     weights: ArrayLike | None,
 ) -> tuple[Inputs, Any]:
     """The inputs, and the dtypes of what is shared, whose arrays are `wide`. Errors name arguments by these keys."""
-    heads = {key: checked_linear(function, key, x) for key, x in linear.items()}
-    tokens = {key: as_array(function, key, x) for key, x in others.items()}
-    batch = _batch(function, heads, tokens)
-    w, kept = _choice_of_tokens(function, batch, weights, where)
+    heads = {key: checked_linear(name, key, x) for key, x in linear.items()}
+    tokens = {key: as_array(name, key, x) for key, x in others.items()}
+    batch = _batch(name, heads, tokens)
+    w, kept = _choice_of_tokens(name, batch, weights, where)
     if any(isinstance(x.head, tuple) and x.head[0].shape[0] == 0 for x in heads.values()):
         kept = jnp.zeros(batch, bool)  # without classes there is nothing to compute of a token
     paths, tree = jax.tree.flatten_with_path(shared)
-    shared = tree.unflatten([as_array(function, f"shared{jax.tree_util.keystr(path[1:])}", x) for path, x in paths])
+    shared = tree.unflatten([as_array(name, f"shared{jax.tree_util.keystr(path[1:])}", x) for path, x in paths])
     of_all = {"caps": [x.logit_soft_cap for x in heads.values()], "given": wide(shared)}
     hidden = [x.hidden for x in heads.values()]
     matrices = [x.head for x in heads.values()]
@@ -46,20 +46,20 @@ ADVICE = {
 
 
 def _choice_of_tokens(
-    function: str, batch: tuple[int, ...], weights: ArrayLike | None, where: ArrayLike | None
+    name: str, batch: tuple[int, ...], weights: ArrayLike | None, where: ArrayLike | None
 ) -> tuple[Array | None, Array | None]:
     """weights and `where`, if they are given, as arrays that broadcast to the token axes."""
     given = {"weights": weights, "where": where}
-    got = {key: as_array(function, key, x) for key, x in given.items() if x is not None}
-    for name, x in got.items():
+    got = {key: as_array(name, key, x) for key, x in given.items() if x is not None}
+    for key, x in got.items():
         if not broadcasts_to(batch, x.shape):
             raise ValueError(
-                f"{function}: {name} must broadcast to the token axes, {batch}; got {described(got)}. {ADVICE[name]}"
+                f"{name}: {key} must broadcast to the token axes, {batch}; got {described(got)}. {ADVICE[key]}"
             )
     if "where" in got:
-        require_boolean(function, got["where"], got)
+        require_boolean(name, got["where"], got)
     if "weights" in got:
-        got["weights"] = got["weights"].astype(float_dtype(function, {"weights": got["weights"]}))
+        got["weights"] = got["weights"].astype(float_dtype(name, {"weights": got["weights"]}))
     return got.get("weights"), got.get("where")
 
 
@@ -93,23 +93,3 @@ def _for_each_token(key: str, shape: tuple[int, ...], batch: tuple[int, ...]) ->
         return shared
     array = f"{key}[...{', None' * (len(batch) - len(shape))}]" if leads and len(shape) < len(batch) else key
     return f"Write jnp.broadcast_to({array}, {batch + shape[len(batch) :]}) to give each token its own. {shared}"
-
-
-def require_real(name: str, results: list) -> None:
-    """Raises if one of a token's results, which are to be summed or weighted, isn't real."""
-    odd = [x for x in results if not is_real(x)]
-    if odd:
-        got = ", ".join(map(brief, odd))
-        raise TypeError(
-            f"{name}: what is summed or weighted must be real (floating-point, integer or bool); function gives {got}"
-            f' for a token. Make real numbers of it, or ask for each with reduction="none" and no weights.'
-        )
-
-
-def require_zeros(name: str, results: list) -> None:
-    """Raises if one of a token's results can't be 0, as it is for a token that is left out."""
-    if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in results):
-        raise TypeError(
-            f"{name}: with `where`, weights or batch_invariant function may not give random keys, of which there is"
-            f" no 0 for a token that is left out. Give jax.random.key_data of them."
-        )

@@ -39,14 +39,18 @@ class Loop(NamedTuple):
     chunk_size: int | None  # the caller's choice, or None for the platform's rule
     filled: bool  # whether each chunk is filled up to this size, however few tokens there are
     class_axis: Hashable | None
-    trained: int  # the number of the result that has a derivative where results are summed
+    trained: int | None  # which result has a derivative, if all are summed and the gradient comes from the same loop
     skips: bool  # whether tokens may be left out
     takes_padding: bool  # whether `of_chunk` is finite, with finite derivatives, at padding of zeros
     halved: bool  # whether a chunk's logits are stored in half the bytes, on a platform that can
     refused: str  # the names of effects of `of_chunk` with which it can't be differentiated
 
-    def results(self, inputs: Inputs, total: bool) -> list[Array]:
-        """The results r of all tokens, or wr with weights, or with `total` Σ wr, with its gradient from one loop."""
+    @property
+    def sums(self) -> bool:
+        return self.trained is not None
+
+    def results(self, inputs: Inputs) -> list[Array]:
+        """The results r of all tokens, or wr with weights; or Σ wr, if the loop sums."""
 
         def per_token(*parts):
             inputs = Inputs(*parts)
@@ -58,7 +62,7 @@ class Loop(NamedTuple):
             return weighted_sums(self, inputs.weights, self._unweighted(inputs))
 
         whole = inputs.heads, inputs.shared
-        return with_merged_batches(per_token, inputs.tokens, whole, total=sums if total else None)
+        return with_merged_batches(per_token, inputs.tokens, whole, total=sums if self.sums else None)
 
     def _unweighted(self, inputs: Inputs) -> Inputs:
         inputs = inputs._replace(weights=None)

@@ -18,6 +18,7 @@ from jce._heads.inputs import Inputs, dtypes_of, expanded, in_dtypes
 from jce._heads.loss.function_head import FunctionHead
 from jce._heads.loss.logits import Logits, capped
 from jce._heads.loss.products import Products
+from jce._jax.arguments import brief, is_real
 from jce._jax.platforms import Platform
 
 
@@ -38,20 +39,35 @@ class ChunkFunction(NamedTuple):
     refused: str = ""  # effects of it that a derivative may not repeat
 
     @property
-    def trained(self) -> list[int]:
-        """The numbers of the results that are differentiated."""
-        inexact = [i for i, x in enumerate(jax.tree.leaves(self.one)) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        return [0] if self.has_aux else inexact
-
-    @property
-    def trains_a_number(self) -> bool:
-        """Whether a single result is differentiated, a number per token."""
-        return len(self.trained) == 1 and jax.tree.leaves(self.one)[self.trained[0]].shape == ()
+    def trained(self) -> int | None:
+        """Which result alone is differentiated, if it is a number per token; None if there is no such result."""
+        ones = jax.tree.leaves(self.one)
+        inexact = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        trained = [0] if self.has_aux else inexact
+        return trained[0] if len(trained) == 1 and ones[trained[0]].shape == () else None
 
     @property
     def is_double(self) -> bool:
         """Whether a result is float64."""
         return jnp.float64 in [x.dtype for x in jax.tree.leaves(self.one)]
+
+    def require_real(self, name: str) -> None:
+        """Raises if a result, which is to be summed or weighted, isn't real."""
+        odd = [x for x in jax.tree.leaves(self.one) if not is_real(x)]
+        if odd:
+            raise TypeError(
+                f"{name}: what is summed or weighted must be real (floating-point, integer or bool); function gives"
+                f" {', '.join(map(brief, odd))} for a token. Make real numbers of it, or ask for each with"
+                f' reduction="none" and no weights.'
+            )
+
+    def require_zeros(self, name: str) -> None:
+        """Raises if a result can't be 0, as it is for a token that is left out."""
+        if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in jax.tree.leaves(self.one)):
+            raise TypeError(
+                f"{name}: with `where`, weights or batch_invariant function may not give random keys, of which there is"
+                f" no 0 for a token that is left out. Give jax.random.key_data of them."
+            )
 
     def of_inputs(self, dtypes: Any, products: Products) -> Callable:
         """function(platform, inputs of a chunk), where what is shared had these dtypes before it was made `wide`. The

@@ -34,24 +34,24 @@ class FunctionHead:
     logits: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})  # of one token
 
     @classmethod
-    def of(cls, function: str, head: Callable, hidden: Any) -> FunctionHead:
-        h = as_array(function, "hidden", hidden)
-        float_dtype(function, {"hidden": h})
+    def of(cls, name: str, head: Callable, hidden: Any) -> FunctionHead:
+        h = as_array(name, "hidden", hidden)
+        float_dtype(name, {"hidden": h})
         rank = max(h.ndim, 1)
         token = jax.ShapeDtypeStruct((1,) * (rank - 1) + h.shape[-1:], h.dtype)
         closed, given = jax.make_jaxpr(lambda token: head(*vary_over(varying(h), token)), return_shape=True)(token)
         are_logits = isinstance(given, jax.ShapeDtypeStruct) and given.shape[:-1] == token.shape[:-1]
         if not (are_logits and given.ndim == rank and given.size and jnp.issubdtype(given.dtype, jnp.floating)):
             raise ValueError(
-                f"{function}: head must give logits of hidden states, floating-point, with their axes but the last,"
+                f"{name}: head must give logits of hidden states, floating-point, with their axes but the last,"
                 f" which is of classes; called with {brief(token)}, a token's state, it gives"
                 f" {jax.tree.map(brief, given)}. Give a function such as lambda h: h @ kernel."
             )
-        _require_of_each_token(function, closed)
+        _require_of_each_token(name, closed)
         dtype = given.dtype
         if dtype.itemsize < 4:
             warnings.warn(
-                f"{function}: head gives logits as {dtype}, whose rounding is in losses and gradients. Sum its"
+                f"{name}: head gives logits as {dtype}, whose rounding is in losses and gradients. Sum its"
                 f" product in float32, as by jnp.matmul(..., preferred_element_type=jnp.float32).",
                 stacklevel=2,
             )
@@ -90,25 +90,25 @@ def _with_gradient_at_rule(primals, tangents):
     return _with_gradient_at(*primals), tangents[1].astype(primals[0].dtype)
 
 
-def _require_of_each_token(function: str, closed: Any) -> None:
+def _require_of_each_token(name: str, closed: Any) -> None:
     """Raises if the trace draws random numbers, which would be the same for all tokens, or has an effect. Whether the
     function depends on other tokens in other ways, the trace of one doesn't show."""
     drawn = sorted({e.primitive.name for e in _equations(closed.jaxpr)} & {*RANDOM})
     if drawn:
         raise ValueError(
-            f"{function}: head may draw no random numbers, since it is traced of one token, and all tokens would get"
+            f"{name}: head may draw no random numbers, since it is traced of one token, and all tokens would get"
             f" the same; it has {', '.join(drawn)}. Draw outside, and multiply the hidden states by what is drawn."
         )
     axes = sorted({str(e.name) for e in closed.effects if type(e).__name__ == "NamedAxisEffect"})
     if axes:
         raise ValueError(
-            f"{function}: head must not communicate along a named axis, since its derivatives compute it again; it"
+            f"{name}: head must not communicate along a named axis, since its derivatives compute it again; it"
             f" names {', '.join(axes)}. Communicate before: gather the hidden states or the weights that it needs with"
             f" jax.lax.all_gather(..., tiled=True). If the classes are split, pass the matrix and axis_name."
         )
     if closed.effects:
         raise ValueError(
-            f"{function}: head may have no effect, since it is computed again in derivatives; it has"
+            f"{name}: head may have no effect, since it is computed again in derivatives; it has"
             f" {', '.join(sorted({type(e).__name__ for e in closed.effects}))}. Leave out what prints, calls or writes."
         )
 

@@ -37,9 +37,9 @@ class Head(NamedTuple):
         return jax.ShapeDtypeStruct(self.bias.shape, self.bias.dtype)
 
 
-def head_of(function: str, h: Array, w: Array, b: Array | None) -> tuple[Array, Head]:
+def head_of(name: str, h: Array, w: Array, b: Array | None) -> tuple[Array, Head]:
     """Hidden states and their head, as they are multiplied. A head without classes gets one whose logit is 0."""
-    dtype = float_dtype(function, {"hidden": h, "head": w} | ({} if b is None else {"bias": b}))
+    dtype = float_dtype(name, {"hidden": h, "head": w} | ({} if b is None else {"bias": b}))
     b = jnp.zeros(w.shape[0], dtype) if b is None else b.astype(dtype)
     if w.shape[0] == 0:
         w, b = jnp.zeros((1, w.shape[1]), w.dtype), jnp.zeros(1, dtype)
@@ -59,7 +59,7 @@ class Products(NamedTuple):
     narrow: bool = False
 
     @classmethod
-    def checked(cls, function: str, precision: Any) -> Products:
+    def checked(cls, name: str, precision: Any) -> Products:
         known = lax.Precision | lax.DotAlgorithm | lax.DotAlgorithmPreset
         if precision is not None and not isinstance(precision, known):
             number = jax.ShapeDtypeStruct((), jnp.float32)
@@ -67,7 +67,7 @@ class Products(NamedTuple):
                 jax.eval_shape(functools.partial(jnp.dot, precision=precision), number, number)
             except (TypeError, ValueError):
                 raise ValueError(
-                    f"{function}: precision must be None, a jax.lax.Precision or DotAlgorithmPreset, or its name, such"
+                    f"{name}: precision must be None, a jax.lax.Precision or DotAlgorithmPreset, or its name, such"
                     f' as "default" or "highest"; got precision={precision!r}. Leave it out for JAX\'s setting.'
                 ) from None
         return cls(precision)

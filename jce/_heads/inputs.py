@@ -9,6 +9,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
+class Shared(NamedTuple):
+    """What all tokens share: a tree of arrays."""
+
+    caps: list[Any]  # each head's soft cap, or None
+    given: Any  # what a caller gives, `wide`
+    closed_over: Any = ()  # what the function of a chunk closes over, `wide`
+    first: Any = ()  # hidden and others of one token that is kept, in place of those of tokens that aren't
+
+
 class Inputs(NamedTuple):
     """Arrays of tokens, their heads, and arrays that all tokens share: a tree.
 
@@ -21,7 +30,7 @@ class Inputs(NamedTuple):
     weights: Any  # of tokens, or None; then the factors of their results, such as w/Σw for a mean
     kept: Any  # bool: which tokens take part; None for all
     heads: list[Any]  # at first pairs of a matrix [n, d] and its bias or None, then `Head`s; or `FunctionHead`s
-    shared: dict[str, Any]
+    shared: Shared
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -40,7 +49,7 @@ class Inputs(NamedTuple):
 
     def sharing(self, **more: Any) -> Inputs:
         """The inputs with more that all tokens share."""
-        return self._replace(shared=self.shared | more)
+        return self._replace(shared=self.shared._replace(**more))
 
 
 # The fields of which a device's gradient is only its classes' part, where classes are split over devices.

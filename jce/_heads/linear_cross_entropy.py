@@ -122,7 +122,7 @@ def linear_cross_entropy(
     if label_probs is None:
         require_no_tail(name, tail)
         of_tokens = {"labels": checked_labels(name, labels, x)}
-        make, is_defined = functools.partial(_of_chunk, known, x, is_array(temperature)), _is_class
+        make, is_defined = functools.partial(_chunk_function, known, x, is_array(temperature)), _is_class
     else:
         y, p = checked_label_probs(name, labels, label_probs, x)
         of_tokens = {"labels": y, "label_probs": p}
@@ -132,7 +132,7 @@ def linear_cross_entropy(
     return over_tokens(name, make, {"": x}, of_tokens, options, traced, is_defined=is_defined)
 
 
-def _of_chunk(known: dict[str, Any], linear: Linear, may_be_greedy: bool, logits, others, _, class_axis):
+def _chunk_function(known: dict[str, Any], linear: Linear, may_be_greedy: bool, logits, others, _, class_axis):
     (x,), (_, *temperature) = logits, others
     number, dtype = jax.ShapeDtypeStruct((), x.dtype), x.dtype
     loss = LabelLoss(Classes(-1, class_axis), may_be_greedy=may_be_greedy, **known)

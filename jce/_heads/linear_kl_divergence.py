@@ -105,11 +105,11 @@ def linear_kl_divergence(
     t = positive(name, jnp.result_type(float), temperature=temperature)
     options = Options(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
     traced, number = ((t,), None) if is_array(t) else ((), t)
-    make = functools.partial(_of_chunk, number)
+    make = functools.partial(_chunk_function, number)
     return over_tokens(name, make, {"p": p, "q": q}, {}, options, traced)
 
 
-def _of_chunk(number, logits, _, shared, class_axis):
+def _chunk_function(number, logits, _, shared, class_axis):
     """KL of each token's two rows of logits. T is `number`, or if that is None a traced one, which tokens share."""
     classes = Classes(-1, class_axis)
 

@@ -140,11 +140,11 @@ def linear_log_probs(
         )
     of_tokens = {"labels": y} | checked_temperature(name, temperature, h.shape[:-1])
     options = Options(where, None, "none", chunk_size, precision, axis_name, batch_invariant)
-    results = over_tokens(name, functools.partial(_of_chunk, tail, log_normalizer), {"": x}, of_tokens, options)
+    results = over_tokens(name, functools.partial(_chunk_function, tail, log_normalizer), {"": x}, of_tokens, options)
     return cast(LogProbs, results)  # type checkers can't tell the two tuples apart by an option
 
 
-def _of_chunk(tail, log_normalizer, logits, others, _, class_axis):
+def _chunk_function(tail, log_normalizer, logits, others, _, class_axis):
     classes, (k, dtype) = Classes(-1, class_axis, any_shift=False), (others[0].shape, logits[0].dtype)
     at_labels = log_probs_and_tail if tail else log_probs_of if k else _log_prob
 

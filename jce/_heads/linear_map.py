@@ -132,12 +132,12 @@ def linear_map(
     named = {f"arguments{jax.tree_util.keystr(path)}": x for path, x in paths}
     linear = {key: x for key, x in named.items() if isinstance(x, Linear)}
     others = {key: x for key, x in named.items() if key not in linear}
-    make = functools.partial(_of_chunk, name, function, structure, [key in linear for key in named], has_aux)
+    make = functools.partial(_chunk_function, name, function, structure, [key in linear for key in named], has_aux)
     options = Options(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)
     return over_tokens(name, make, linear, others, options, () if shared is None else (shared,), named_classes=True)
 
 
-def _of_chunk(
+def _chunk_function(
     name: str,
     function: Callable,
     structure: Any,

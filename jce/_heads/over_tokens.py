@@ -67,7 +67,7 @@ def _on_device(
     batch, weighted = inputs.batch, inputs.weights is not None
     skips = weighted or inputs.kept is not None  # tokens may be left out
     inputs = part_of(name, inputs, class_axis, is_defined)
-    chunk = make(*examples(inputs), in_dtypes(inputs.shared["given"], dtypes), class_axis)
+    chunk = make(*examples(inputs), in_dtypes(inputs.shared.given, dtypes), class_axis)
     if settings.sums or weighted:
         chunk.require_real(name)
     if settings.filled or skips:

@@ -35,7 +35,7 @@ class Options(NamedTuple):
     reduction: str = "none"
     chunk_size: int | None = None
     precision: Any = None
-    axis_name: Hashable | None = None
+    axis_name: Hashable | None = None  # or the `Places` that `on_mesh` gives
     batch_invariant: bool = False
 
     def checked(self, name: str) -> Settings:

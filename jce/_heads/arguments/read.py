@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jce._heads.arguments.heads import Arrays, checked_linear
-from jce._heads.inputs import Inputs, dtypes_of, wide
+from jce._heads.inputs import Inputs, Shared, dtypes_of, wide
 from jce._heads.linear import Linear
 from jce._jax.arguments import as_array, broadcasts_to, described, float_dtype, require_boolean
 
@@ -33,7 +33,7 @@ def read(
         kept = jnp.zeros(batch, bool)  # without classes there is nothing to compute of a token
     paths, tree = jax.tree.flatten_with_path(shared)
     shared = tree.unflatten([as_array(name, f"shared{jax.tree_util.keystr(path[1:])}", x) for path, x in paths])
-    of_all = {"caps": [x.logit_soft_cap for x in heads.values()], "given": wide(shared)}
+    of_all = Shared([x.logit_soft_cap for x in heads.values()], wide(shared))
     hidden = [x.hidden for x in heads.values()]
     matrices = [x.head for x in heads.values()]
     return Inputs(hidden, list(tokens.values()), w, kept, matrices, of_all), dtypes_of(shared)

@@ -30,10 +30,10 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | No
     carry over devices after the loop. If `chunked.peeled`, the first step, whose carry is None, runs before the loop,
     so that no zeros are written as an initial carry.
     """
-    size, devices, strided, peeled, exact = chunked
+    size, devices, strided, peeled, filled = chunked
     count = jax.tree.leaves(tokens)[0].shape[0]
     empty = isinstance(count, int) and count == 0
-    if exact and not empty:
+    if filled and not empty:
         if kept is None:
             # Unlike hidden states, it may not vary over the classes' mesh axes, since then results would too.
             kept = vary_over(frozenset.intersection(*map(varying, jax.tree.leaves(tokens))), jnp.ones(count, bool))[0]

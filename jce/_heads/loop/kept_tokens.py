@@ -21,7 +21,8 @@ def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: An
     in such a part, a token has the same bits in any number of chunks: XLA, which might compile a single chunk otherwise
     than many, doesn't see their number.
     """
-    (count, *_), n, alike = kept.shape, -(-kept.shape[0] // devices), size is not None
+    count, filled = kept.shape[0], size is not None
+    n = -(-count // devices)
     size = -(-n // chunks) if size is None else size
 
     def by_device(x):
@@ -40,7 +41,7 @@ def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: An
         return x.reshape(devices * n, *x.shape[2:])[:count]
 
     needed = -(-kept.sum(1, dtype=jnp.int32).max() // size)
-    if alike:
+    if filled:
         needed = lax.optimization_barrier(needed)
     sums, results = first_chunks(step, needed, jax.tree.map(split, tokens))
     return sums, jax.tree.map(join, results)

@@ -81,7 +81,7 @@ class Loop(NamedTuple):
 
 
 def _with_first(inputs: Inputs, skips: bool) -> Inputs:
-    """The inputs, and in `shared["first"]` the arguments of the first token that is kept. If none is kept, these may be
+    """The inputs, and in `shared.first` the arguments of the first token that is kept. If none is kept, these may be
     anything, so heads and shared arrays get no derivative."""
     kept, at = inputs.kept, jnp.argmax(inputs.kept) if skips else 0
     first = tuple([first_of(x, at) for x in arrays] for arrays in (inputs.hidden, inputs.others))

@@ -83,18 +83,18 @@ class ChunkFunction(NamedTuple):
                 return [jnp.where(expanded(kept, x), x, f[None]) for x, f in zip(arrays, first, strict=True)]
 
             if filler is None:
-                hidden, others = map(or_first, (hidden, others), shared["first"])
+                hidden, others = map(or_first, (hidden, others), shared.first)
             else:  # padding holds zeros already: only other fillers are put in
                 pairs = zip(others, filler[: len(others)], strict=True)
                 others = [jnp.where(expanded(kept, x), x, jnp.full_like(x, f)) if f else x for x, f in pairs]
             logits = []
-            for h, head, cap in zip(hidden, heads, shared["caps"], strict=True):
+            for h, head, cap in zip(hidden, heads, shared.caps, strict=True):
                 if isinstance(head, FunctionHead):
                     logits.append(capped(head.of_chunk(h), cap))
                 else:
                     x = Logits(h, head, cap, products.on(platform, h, head.weight))
                     logits.append(x.whole() if multiplied else x)
-            of_all = in_dtypes(shared["given"], dtypes), in_dtypes(shared["closed_over"], dtypes_closed_over)
+            of_all = in_dtypes(shared.given, dtypes), in_dtypes(shared.closed_over, dtypes_closed_over)
             results = function(logits, others, *of_all)
             if filler is not None:
                 return results

@@ -23,7 +23,7 @@ from jce._heads.loop.merged_batches import with_merged_batches
 from jce._heads.loop.unhoisted import unhoisted
 from jce._jax.layout import mesh_names, over_devices
 from jce._jax.platforms import Platform, on_platform
-from jce._jax.restricted import is_zero, jvp_of_some, live_jvp, replaced
+from jce._jax.restricted import is_zero, jvp_of_some, live_jvp, not_zero, replaced
 from jce._jax.varying import varying
 from jce._numerics.mul0 import mul0
 
@@ -115,25 +115,30 @@ def _unhoisted(inputs: Inputs, *others) -> Inputs:
     return inputs.with_tokens(unhoisted(inputs.tokens, inputs.heads, inputs.shared, others))
 
 
-# Until JAX 0.12: JAX's own custom_jvp, here and below. Ours (`calculus.py`) saves all residuals there, which of a loop
-# are the logits of all tokens.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+# Until JAX 0.12: JAX's own custom_jvp, here and below. Ours (`_numerics/calculus.py`) saves all residuals of a loop
+# there, which are the logits of all tokens.
+def _value_apart(static: int) -> Callable:
+    """Decorates function(loop, *static, *arrays), of so many static arguments. Its derivative is the plain one, but its
+    value then comes from another call: if one loop gave both, reverse-over-reverse mode would drop the checkpoint and
+    keep the logits of all tokens."""
+
+    def decorated(function):
+        value = functools.partial(jax.custom_jvp, nondiff_argnums=tuple(range(static)))(function)
+
+        @functools.partial(value.defjvp, symbolic_zeros=True)
+        def _rule(*arguments):
+            *given, primals, tangents = arguments
+            require_differentiable(given[0].refused)
+            return value(*given, *primals), live_jvp(functools.partial(function, *given), primals, tangents)[1]
+
+        return value
+
+    return decorated
+
+
+@_value_apart(static=1)
 def token_results(loop: Loop, inputs: Inputs) -> list[Array]:
     """The results of all tokens, arrays [N, ...]."""
-    return _token_results(loop, inputs)
-
-
-# The plain derivative, but the value comes from another call. If one loop gave both, reverse-over-reverse mode would
-# drop the checkpoint and keep the logits of all tokens.
-def _token_results_rule(loop, primals, tangents):
-    require_differentiable(loop.refused)
-    return token_results(loop, *primals), live_jvp(functools.partial(_token_results, loop), primals, tangents)[1]
-
-
-token_results.defjvp(_token_results_rule, symbolic_zeros=True)
-
-
-def _token_results(loop, inputs):
     return loop.on_each_platform(functools.partial(_results_on, loop), _unhoisted(inputs))
 
 
@@ -161,23 +166,17 @@ def _weighted_sums_rule(loop, primals, tangents):
     leaves, structure = jax.tree.flatten(inputs)
     steps = jax.tree.leaves(dinputs, is_leaf=is_zero)
     of_classes = [name in OF_CLASSES for name, x in inputs._asdict().items() for _ in jax.tree.leaves(x)]
-    classes = frozenset(mesh_names(loop.class_axis))
-    typed = all(classes <= varying(x) for x in jax.tree.leaves(inputs.heads))  # False under check_vma=False: no types
-    live, others = [], []
-    for i, (x, t) in enumerate(zip(leaves, steps, strict=True)):
-        if not is_zero(t):
-            (live if typed and varying(w) <= varying(x) else others).append(i)
-    results, gradients = _results_and_gradients(loop, live, w, inputs)
+    live = not_zero(steps)
+    in_loop = tuple(i for i in live if _sums_its_own_gradient(loop, w, inputs, leaves[i]))
+    results, gradients = _results_and_gradients(loop, in_loop, w, inputs)
     parts, terms = [], [] if is_zero(dw) else [weighted(results[loop.trained], dw).sum()]
-    # In the loop `jax.vjp` would already sum the gradients of the others over devices, and each device would count the
-    # whole sum. So they take another pass.
-    if others:
+    if apart := [i for i in live if i not in in_loop]:
 
         def total(*leaves):
             return weighted(token_results(loop, structure.unflatten(leaves))[loop.trained], w).sum()
 
-        terms.append(jvp_of_some(total, leaves, others, [steps[i] for i in others])[1])
-    for i, gradient in zip(live, gradients, strict=True):
+        terms.append(jvp_of_some(total, leaves, apart, [steps[i] for i in apart])[1])
+    for i, gradient in zip(in_loop, gradients, strict=True):
         gradient, step = (x.astype(w.dtype) for x in (gradient, steps[i]))  # both may be bfloat16
         (parts if of_classes[i] else terms).append(mul0(gradient, step).sum())
     if parts:
@@ -191,26 +190,17 @@ def _weighted_sums_rule(loop, primals, tangents):
 weighted_sums.defjvp(_weighted_sums_rule, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _sums_its_own_gradient(loop: Loop, w: Array, inputs: Inputs, x: Array) -> bool:
+    """Whether a device sums the gradient in x over its own tokens and classes, as types tell. If not, `jax.vjp` in the
+    loop would sum it over devices, and each device would count the whole sum: so it takes another pass."""
+    classes = frozenset(mesh_names(loop.class_axis))
+    typed = all(classes <= varying(x) for x in jax.tree.leaves(inputs.heads))  # False under check_vma=False: no types
+    return typed and varying(w) <= varying(x)
+
+
+@_value_apart(static=2)
 def _results_and_gradients(loop, live, w, inputs):
     """All results, and the gradients of the trained one's weighted sum in the leaves numbered `live` of the inputs."""
-    return _in_one_loop(loop, live, w, inputs)
-
-
-# The value comes from another call, as in the rule of `token_results`.
-def _results_and_gradients_rule(loop, live, primals, tangents):
-    require_differentiable(loop.refused)
-
-    def in_one_loop(w, inputs):
-        return _in_one_loop(loop, live, w, inputs)
-
-    return _results_and_gradients(loop, live, *primals), live_jvp(in_one_loop, primals, tangents)[1]
-
-
-_results_and_gradients.defjvp(_results_and_gradients_rule, symbolic_zeros=True)
-
-
-def _in_one_loop(loop, live, w, inputs):
     return loop.on_each_platform(functools.partial(_summed, loop, live), w, _unhoisted(inputs, w))
 
 

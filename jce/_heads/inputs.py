@@ -70,11 +70,12 @@ def expanded(number: Array, x: Array) -> Array:
 
 def wide(tree: Any) -> Any:
     """The arrays in the dtypes in which a loop sums their gradients: float32 at least."""
-    return jax.tree.map(_wide, tree)
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_narrow(x) else x, tree)
 
 
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4 else x
+def is_narrow(x: Array) -> bool:
+    """Whether x is of half precision, or narrower."""
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
 
 
 def dtypes_of(tree: Any) -> Any:

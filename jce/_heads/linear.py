@@ -81,9 +81,7 @@ class Linear:
 
     def __post_init__(self):
         if is_function(self.head):
-            if self.bias is not None:
-                raise ValueError("Linear: a head that is a function adds its own bias; got both. Leave out bias.")
-            object.__setattr__(self, "head", FunctionHead.of("Linear", self.head, self.hidden))
+            object.__setattr__(self, "head", FunctionHead.of("Linear", self.head, self.hidden, self.bias))
 
     @property
     def of_function(self) -> bool:

@@ -22,8 +22,8 @@ from jce._heads.arguments.numbers import checked_numbers, checked_temperature
 from jce._heads.arguments.options import Options
 from jce._heads.linear import Linear
 from jce._heads.loss.chunk import ChunkFunction
-from jce._heads.loss.function_head import FunctionHead
-from jce._heads.loss.label_loss import LabelLoss, Target
+from jce._heads.loss.label_excess import LabelLoss, Target
+from jce._heads.loss.label_loss import losses_of
 from jce._heads.loss.sparse_labels import are_classes, sparse_labels_loss
 from jce._heads.over_tokens import over_tokens
 from jce._jax.arguments import is_array
@@ -81,7 +81,8 @@ def linear_cross_entropy(
       reduction: "mean" for Σ wℓ / Σ w, or 0 if Σ w = 0; "sum" for Σ wℓ; "none" for wℓ, a number for each token.
       label_smoothing: ε, a number from 0 to 1.
       z_loss: ζ, a number ≥ 0.
-      temperature: T > 0, a number or an array of one for each token: x is then divided by T, after the soft cap.
+      temperature: T > 0, a number or an array of one for each token: x is then divided by T, after the soft cap. An
+        array, which may hold 0, isn't checked: q is then its limit as T → 0.
       logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none.
       chunk_size: the number of tokens in a chunk, a static int. None for about max(512, 2²⁰/n) on a CPU and
         max(2048, 2²⁶/n) on an accelerator. Fewer need less memory.
@@ -122,7 +123,9 @@ def linear_cross_entropy(
     if label_probs is None:
         require_no_tail(name, tail)
         of_tokens = {"labels": checked_labels(name, labels, x)}
-        make, is_defined = functools.partial(_chunk_function, known, x, is_array(temperature)), _is_class
+        may_be_greedy, is_capped = is_array(temperature), x.logit_soft_cap is not None
+        make = functools.partial(_chunk_function, known, may_be_greedy, is_capped, x.of_function)
+        is_defined = _is_class
     else:
         y, p = checked_label_probs(name, labels, label_probs, x)
         of_tokens = {"labels": y, "label_probs": p}
@@ -132,18 +135,20 @@ def linear_cross_entropy(
     return over_tokens(name, make, {"": x}, of_tokens, options, traced, is_defined=is_defined)
 
 
-def _chunk_function(known: dict[str, Any], linear: Linear, may_be_greedy: bool, logits, others, _, class_axis):
+def _chunk_function(
+    known: dict[str, Any], may_be_greedy: bool, is_capped: bool, of_function: bool, logits, others, _, class_axis
+) -> ChunkFunction:
     (x,), (_, *temperature) = logits, others
     number, dtype = jax.ShapeDtypeStruct((), x.dtype), x.dtype
     loss = LabelLoss(Classes(-1, class_axis), may_be_greedy=may_be_greedy, **known)
 
     def losses(logits, others, traced, _):
         (x,), (y, *t) = logits, others
-        return [loss(Target(y, t[0].astype(dtype) if t else None, traced), x)]
+        return [losses_of(loss, Target(y, t[0].astype(dtype) if t else None, traced), x)]
 
-    if isinstance(linear.head, FunctionHead):
+    if of_function:
         return ChunkFunction(losses, number)
-    halved = loss.may_read_once(bool(temperature), linear.logit_soft_cap is not None)
+    halved = loss.may_read_once(bool(temperature), is_capped)
     return ChunkFunction(losses, number, multiplied=False, halved=halved, filler=(0, 1))  # label, temperature
 
 

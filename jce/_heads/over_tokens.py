@@ -26,7 +26,6 @@ from jce._jax.waiting import in_a_program
 from jce._numerics.mul0 import mul0
 
 
-@out_of_qwix
 def over_tokens(
     name: str,
     make: Callable[[list[Array], list[Array], Any, Hashable | None], ChunkFunction],
@@ -41,22 +40,24 @@ def over_tokens(
 
     On each device make(one token's logits, its others, shared, mesh axes of the classes) gives the function. A token
     where is_defined(others, number of classes) is False is left out if its weight is 0: its result may be NaN, and 0
-    times NaN would be NaN.
+    times NaN would be NaN. `shared` is a tree of arrays for all tokens. With `named_classes` the function itself names
+    the mesh axes of the classes, so the types of heads may not split them.
     """
     settings = options.checked(name)
     inputs, dtypes = read(name, linear, others, shared, options.where, options.weights)
 
     def on_devices(inputs):
         on_device = functools.partial(_on_device, name, make, settings, dtypes, is_defined)
-        axis_name, whole = options.axis_name, settings.sums
-        return on_each_device(name, on_device, inputs, axis_name, whole=whole, named_classes=named_classes)
+        axis_name, sums = options.axis_name, settings.sums
+        return on_each_device(name, on_device, inputs, axis_name, sums=sums, named_classes=named_classes)
 
     # Outside of a jit, JAX would keep what it compiles for each operation of a derivative: 3 MiB a call, since a head
     # that is a function is traced anew each time. So such a call gets a jit of its own, of which JAX keeps next to
     # nothing once nobody holds it. Inside of a jit it gets none: a rule of the head's that closes over a traced value
     # would leak it.
     alone = any(isinstance(head, FunctionHead) for head in inputs.heads) and not in_a_program()
-    return (jax.jit(on_devices) if alone else on_devices)(inputs)
+    with out_of_qwix(name, linear):
+        return (jax.jit(on_devices) if alone else on_devices)(inputs)
 
 
 def _on_device(
@@ -72,7 +73,21 @@ def _on_device(
         chunk.require_real(name)
     if settings.filled or skips:
         chunk.require_zeros(name)
-    loop = Loop(
+    w = _factors(inputs, settings.reduction, token_axes, chunk.is_double)
+    inputs = inputs.sharing(closed_over=wide(chunk.closed_over))._replace(weights=w)
+    loop = _loop_of(chunk, inputs, settings, dtypes, class_axis, skips)
+    results = loop.results(inputs)
+    if settings.sums:
+        results = [over_devices(x if loop.sums else x.sum(0), token_axes) for x in results]
+    else:
+        results = [x.reshape(*batch, *x.shape[1:]) for x in results]
+    return jax.tree.unflatten(jax.tree.structure(chunk.one), results)
+
+
+def _loop_of(
+    chunk: ChunkFunction, inputs: Inputs, settings: Settings, dtypes: Any, class_axis: Hashable | None, skips: bool
+) -> Loop:
+    return Loop(
         chunk.of_inputs(dtypes, settings.products),
         one_tokens_logits(inputs),
         settings.chunk_size,
@@ -84,14 +99,6 @@ def _on_device(
         halved=chunk.halved and are_bfloat16(inputs),
         refused=chunk.refused,
     )
-    w = _factors(inputs, settings.reduction, token_axes, chunk.is_double)
-    inputs = inputs.sharing(closed_over=wide(chunk.closed_over))._replace(weights=w)
-    results = loop.results(inputs)
-    if settings.sums:
-        results = [over_devices(x if loop.sums else x.sum(0), token_axes) for x in results]
-    else:
-        results = [x.reshape(*batch, *x.shape[1:]) for x in results]
-    return jax.tree.unflatten(jax.tree.structure(chunk.one), results)
 
 
 def _factors(inputs: Inputs, reduction: str, token_axes: tuple, double: bool) -> Array | None:

@@ -1,8 +1,9 @@
-"""Jaxprs: their results, and their operations that are needed. JAX has no public functions for these."""
+"""Evaluates jaxprs, removes what they compute in vain, and lists the axes that they name. JAX has nothing public for
+these."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import jax.core
@@ -18,3 +19,8 @@ def pruned(closed: Any) -> Any:
     """The closed jaxpr, without operations on which no result depends."""
     jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     return closed.replace(jaxpr=jaxpr)
+
+
+def named_axes(effects: Collection) -> set[Hashable]:
+    """The mesh axes and batch axes that an operation with these effects names, as `jax.lax.psum` does."""
+    return {e.name for e in effects if type(e).__name__ == "NamedAxisEffect"}

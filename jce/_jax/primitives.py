@@ -149,12 +149,12 @@ def _checked_inside(checked: Callable, *arguments, **static):
 # Functions as jaxprs
 
 
-def evaluated(*arrays: Array, jaxpr, **_) -> list[Array]:
+def evaluated_jaxpr(*arrays: Array, jaxpr, **_) -> list[Array]:
     return results_of(jaxpr.jaxpr, jaxpr.consts, arrays)
 
 
 def derivative_inside(primals, tangents, *, jaxpr, **_):
-    return live_jvp(functools.partial(evaluated, jaxpr=jaxpr), primals, tangents)
+    return live_jvp(functools.partial(evaluated_jaxpr, jaxpr=jaxpr), primals, tangents)
 
 
 # Batches

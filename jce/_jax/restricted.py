@@ -27,7 +27,7 @@ def spread(count: int, indices: Iterable[int], values: Iterable) -> list:
 
 
 def of_some(function: Callable, arguments: Sequence, indices: Sequence[int]) -> Callable:
-    """The function of the arguments at these indices alone; the others have the given values."""
+    """The function of the arguments at these indices alone; the all_but have the given values."""
     return lambda *values: function(*replaced(arguments, indices, values))
 
 
@@ -60,7 +60,7 @@ def cotangent(function: Callable, live: Sequence[int], types: Sequence, nonzero:
     the cotangents of the results at the indices `nonzero`, then the other arguments."""
     cotangents, known = list(arrays[: len(nonzero)]), arrays[len(nonzero) :]
     count = len(known) + len(live)
-    arguments = spread(count, others(count, live), known)
+    arguments = spread(count, all_but(count, live), known)
 
     def results(*arguments):
         leaves = jax.tree.leaves(function(*arguments))
@@ -69,7 +69,7 @@ def cotangent(function: Callable, live: Sequence[int], types: Sequence, nonzero:
     return jax.linear_transpose(of_some(results, arguments, live), *types)(cotangents)
 
 
-def others(count: int, indices: Sequence[int]) -> list[int]:
+def all_but(count: int, indices: Sequence[int]) -> list[int]:
     """Of `count` indices those that aren't among these."""
     return [i for i in range(count) if i not in indices]
 

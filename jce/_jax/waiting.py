@@ -22,7 +22,7 @@ from jax.interpreters import ad
 from jax.sharding import AbstractMesh
 
 from jce._jax.primitives import primitive
-from jce._jax.restricted import cotangent, linear_in, not_zero, others, spread, tangent, with_zeros
+from jce._jax.restricted import all_but, cotangent, linear_in, not_zero, spread, tangent, with_zeros
 
 PLATFORMS = ("cpu", "tpu", None)  # as JAX names them; None for all others
 
@@ -30,7 +30,7 @@ PLATFORMS = ("cpu", "tpu", None)  # as JAX names them; None for all others
 def waiting(program: Callable, *arrays: Any) -> Any:
     """program(platform, *arrays): a tree of arrays, whose types must be the same on each of the PLATFORMS."""
     leaves, tree = jax.tree.flatten(arrays)
-    return _bind(Program(_of_trees, (program, tree)), Settings.now(), *map(jnp.asarray, leaves))
+    return _bind(Program(_of_trees, (program, tree)), JaxSettings.now(), *map(jnp.asarray, leaves))
 
 
 def as_one(function: Callable, static: int = 0) -> Callable:
@@ -50,7 +50,7 @@ def in_a_program() -> bool:
     return isinstance(jax.device_put(0.0), jax.core.Tracer)  # an explicit transfer, which jax.transfer_guard allows
 
 
-class Settings(NamedTuple):
+class JaxSettings(NamedTuple):
     """JAX's settings where the program was called. Tracing at lowering, when they may have changed, restores them; and
     as a parameter of the primitive they keep traces under unlike settings apart."""
 
@@ -61,7 +61,7 @@ class Settings(NamedTuple):
     mesh: AbstractMesh
 
     @classmethod
-    def now(cls) -> Settings:
+    def now(cls) -> JaxSettings:
         c: Any = jax.config
         return cls(
             c.jax_enable_x64,
@@ -132,7 +132,7 @@ def _types(program, settings, *avals):
         return jax.make_jaxpr(_traced, static_argnums=(0, 1), return_shape=True)(program, "cpu", *avals)
 
 
-def _bind(program: Callable, settings: Settings, *leaves: Array) -> Any:
+def _bind(program: Callable, settings: JaxSettings, *leaves: Array) -> Any:
     _, results = _types(program, settings, *map(jax.typeof, leaves))
     return jax.tree.unflatten(jax.tree.structure(results), _waiting_p.bind(*leaves, program=program, settings=settings))
 
@@ -147,7 +147,7 @@ def _differentiate(primals, tangents, *, program, settings):
 def _transpose(cotangents, *arrays, program, settings):
     count, live = len(arrays), linear_in(arrays)
     types, nonzero = tuple(arrays[i].aval for i in live), tuple(range(len(cotangents)))
-    known = (arrays[i] for i in others(count, live))
+    known = (arrays[i] for i in all_but(count, live))
     back = Program(_cotangent, (program, live, types, nonzero))
     return spread(count, live, _bind(back, settings, *map(ad.instantiate_zeros, cotangents), *known))
 

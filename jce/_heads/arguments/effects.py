@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from jce._jax.jaxprs import named_axes
 from jce._jax.layout import manual_axes
 
 OF_REFS = ("ReadEffect", "WriteEffect", "AccumEffect")
@@ -21,7 +22,7 @@ REPEATED = (  # in derivatives, as `jax.checkpoint` repeats them; it refuses a c
 def require_effects(name: str, effects: Collection) -> None:
     """Raises if a mapped function uses a `jax.Ref` of its caller's, or if it names the axis of a `jax.vmap`, whose
     members' tokens all join in one loop. JAX's own errors for these don't say what is wrong."""
-    axes = {e.name for e in effects if type(e).__name__ == "NamedAxisEffect"} - {*manual_axes()}
+    axes = named_axes(effects) - {*manual_axes()}
     if axes:
         raise ValueError(
             f"{name}: function may name no axis of a jax.vmap, since its members' tokens join in one loop; it names"

@@ -37,9 +37,7 @@ def linear_of(
             f" the head that it calls has not been replaced."
         )
     if is_function(head):
-        if bias is not None:
-            raise ValueError(f"{name}: a head that is a function adds its own bias; got both. Leave out bias.")
-        head = FunctionHead.of(name, head, hidden)
+        head = FunctionHead.of(name, head, hidden, bias)
     return Linear(hidden, head, bias, logit_soft_cap)
 
 

@@ -21,6 +21,7 @@ def checked_labels(name: str, labels: ArrayLike, linear: Linear, several: bool =
             f" first, then hidden and head."
         )
     batch = h.shape[:-1]
+    # A hidden state without axes gets its error from checked_linear.
     if h.ndim and y.shape != batch and not (several and y.ndim == h.ndim and y.shape[:-1] == batch):
         or_more = ", or that and an axis for k labels of each token last" if several else ""
         raise ValueError(

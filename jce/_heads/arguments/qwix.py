@@ -3,35 +3,32 @@ heads that are functions are traced already, and the loop's own products are no 
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jce._heads.linear import Linear
 from jce._heads.loss.function_head import FunctionHead
 
 
-def out_of_qwix(over_tokens: Callable) -> Callable:
-    """`over_tokens` without what Qwix replaces, in this thread. Otherwise Qwix would quantize the products by which a
-    loop differentiates a head, which would be a percent off, and would add the model's own low-rank update to products
-    with a matrix."""
-
-    @functools.wraps(over_tokens)
-    def called(name: str, make: Any, linear: Any, *others: Any, **options: Any):
-        # Nothing public switches it off (Qwix 0.1.8).
-        manager: Any = getattr(sys.modules.get("qwix._src.interception"), "interception_manager", None)
-        if not hasattr(manager, "disable_interception"):
-            return over_tokens(name, make, linear, *others, **options)
-        replaced = manager.disable_interception()
-        try:
-            if replaced:
-                _require_functions(name, linear)
-            return over_tokens(name, make, linear, *others, **options)
-        finally:
-            manager.enable_interception(replaced)
-
-    return called
+@contextlib.contextmanager
+def out_of_qwix(name: str, linear: Mapping[str, Linear]) -> Iterator[None]:
+    """A context without what Qwix replaces, in this thread. Otherwise Qwix would quantize the products by which a loop
+    differentiates a head, which would be a percent off, and would add the model's own low-rank update to products with
+    a matrix."""
+    # Nothing public switches it off (Qwix 0.1.8).
+    manager: Any = getattr(sys.modules.get("qwix._src.interception"), "interception_manager", None)
+    if not hasattr(manager, "disable_interception"):
+        yield
+        return
+    replaced = manager.disable_interception()
+    try:
+        if replaced:
+            _require_functions(name, linear)
+        yield
+    finally:
+        manager.enable_interception(replaced)
 
 
 def _require_functions(name: str, linear: Mapping[str, Linear]) -> None:

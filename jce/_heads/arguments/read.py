@@ -32,6 +32,7 @@ def read(
     if any(isinstance(x.head, tuple) and x.head[0].shape[0] == 0 for x in heads.values()):
         kept = jnp.zeros(batch, bool)  # without classes there is nothing to compute of a token
     paths, tree = jax.tree.flatten_with_path(shared)
+    # path[0] is the place in the tuple of what is shared, of which callers know nothing.
     shared = tree.unflatten([as_array(name, f"shared{jax.tree_util.keystr(path[1:])}", x) for path, x in paths])
     of_all = Shared([x.logit_soft_cap for x in heads.values()], wide(shared))
     hidden = [x.hidden for x in heads.values()]

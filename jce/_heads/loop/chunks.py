@@ -17,20 +17,20 @@ from jce._heads.loop.kept_tokens import over_kept, padded
 from jce._jax.varying import barrier, vary_over, varying
 
 
-def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | None = None):
-    """`lax.scan` of step(carry, chunk) over chunks of at most `chunked.size` tokens, the last padded with zeros. A step
+def over_chunks(step: Callable, chunks: Chunks, carry, tokens, kept: Array | None = None):
+    """`lax.scan` of step(carry, chunk) over chunks of at most `chunks.size` tokens, the last padded with zeros. A step
     must take None for a carry of zeros.
 
     With `kept`, it runs over the chunks of the tokens that are kept, and the carry is the sum of those of
-    step(None, chunk). So it does if `chunked.filled`, where each chunk has the same size, whatever the number of
+    step(None, chunk). So it does if `chunks.filled`, where each chunk has the same size, whatever the number of
     tokens: then a product has the same bits in any number of chunks.
 
-    If `chunked.strided`, a chunk takes every k-th token. Where XLA splits tokens over devices, each device has
+    If `chunks.strided`, a chunk takes every k-th token. Where XLA splits tokens over devices, each device has
     consecutive ones, and so an equal part of every chunk: no token is sent, and for GPUs and TPUs XLA then sums the
-    carry over devices after the loop. If `chunked.peeled`, the first step, whose carry is None, runs before the loop,
+    carry over devices after the loop. If `chunks.peeled`, the first step, whose carry is None, runs before the loop,
     so that no zeros are written as an initial carry.
     """
-    size, devices, strided, peeled, filled = chunked
+    size, devices, strided, peeled, filled = chunks
     count = jax.tree.leaves(tokens)[0].shape[0]
     empty = isinstance(count, int) and count == 0
     if filled and not empty:
@@ -38,19 +38,19 @@ def over_chunks(step: Callable, chunked: Chunks, carry, tokens, kept: Array | No
             # Unlike hidden states, it may not vary over the classes' mesh axes, since then results would too.
             kept = vary_over(frozenset.intersection(*map(varying, jax.tree.leaves(tokens))), jnp.ones(count, bool))[0]
         return over_kept(step, kept, -(-count // size), devices, tokens, -(-size // devices))
-    chunks = _number_of_chunks(count, size, devices)
-    size = -(-count // chunks)
+    number = _number_of_chunks(count, size, devices)
+    size = -(-count // number)
     if kept is not None and not empty:
-        return over_kept(step, kept, chunks, devices, tokens)
+        return over_kept(step, kept, number, devices, tokens)
 
     def split(x):
-        x = padded(x, chunks * size)
+        x = padded(x, number * size)
         return (
-            x.reshape(size, chunks, *x.shape[1:]).swapaxes(0, 1) if strided else x.reshape(chunks, size, *x.shape[1:])
+            x.reshape(size, number, *x.shape[1:]).swapaxes(0, 1) if strided else x.reshape(number, size, *x.shape[1:])
         )
 
     def join(x):
-        return (x.swapaxes(0, 1) if strided else x).reshape(chunks * size, *x.shape[2:])[:count]
+        return (x.swapaxes(0, 1) if strided else x).reshape(number * size, *x.shape[2:])[:count]
 
     tokens = jax.tree.map(split, tokens)
     loop = _peeled_scan if peeled and isinstance(count, int) else lax.scan
@@ -90,8 +90,8 @@ def _after(first, rest):
 _after.defjvp(lambda primals, tangents: (_after(*primals), tangents[1]))
 
 
-def each_token(function: Callable, chunked: Chunks, *tokens: Array, kept: Array | None = None):
+def each_token(function: Callable, chunks: Chunks, *tokens: Array, kept: Array | None = None):
     """The function's results for all tokens. It is checkpointed: no derivative keeps more of a chunk than results. As
     there is no carry, no step need be peeled."""
     step = jax.checkpoint(lambda carry, chunk: (carry, function(*chunk)), prevent_cse=False)
-    return over_chunks(step, chunked._replace(peeled=False), None, tokens, kept)[1]
+    return over_chunks(step, chunks._replace(peeled=False), None, tokens, kept)[1]

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import checkify
 
-from jce._jax.jaxprs import pruned, results_of
+from jce._jax.jaxprs import named_axes, pruned, results_of
 from jce._jax.primitives import batch_size, primitive
-from jce._jax.restricted import cotangent, linear_in, not_zero, others, spread, tangent, with_tangents, with_zeros
+from jce._jax.restricted import all_but, cotangent, linear_in, not_zero, spread, tangent, with_tangents, with_zeros
 from jce._jax.varying import vary_over, varying, varying_type
 
 
@@ -34,7 +34,7 @@ def first_chunks(step: Callable, count: Array, tokens: Any) -> Any:
     # So must devices along an axis that a step names, as in a psum.
     own = varying(count)
     unlike = [own - varying(x) for x in closed.consts if jnp.issubdtype(x.dtype, jnp.inexact)]
-    named = {e.name for e in closed.effects if type(e).__name__ == "NamedAxisEffect"}
+    named = named_axes(closed.effects)
     if any(map(varying, [*leaves, *closed.consts])):  # else types don't say what varies: check_vma=False
         named &= own
     count = _largest(count, frozenset(named).union(*unlike))
@@ -52,7 +52,7 @@ def _traced(function: Callable, arrays: Sequence[Array], chunked: Sequence[bool]
     """The function's jaxpr, for one chunk of the `chunked` arrays and the others whole; and its results' types."""
 
     def first(arrays):
-        return [x[0] if of_chunk else x for x, of_chunk in zip(arrays, chunked, strict=True)]
+        return [x[0] if is_chunked else x for x, is_chunked in zip(arrays, chunked, strict=True)]
 
     return jax.make_jaxpr(function, return_shape=True)(*jax.make_jaxpr(first)(list(arrays)).out_avals)
 
@@ -71,7 +71,7 @@ def _bind_derived(function: Callable, count: Array, arrays: Sequence[Array], chu
     return _bind(pruned(closed), count, arrays, chunks, chunked, results)
 
 
-def _evaluated(jaxpr, *arrays: Array) -> list[Array]:
+def _step(jaxpr, *arrays: Array) -> list[Array]:
     """The results of a jaxpr, given its arguments and then its constants."""
     number = len(jaxpr.invars)
     return results_of(jaxpr, arrays[number:], arrays[:number])
@@ -80,8 +80,8 @@ def _evaluated(jaxpr, *arrays: Array) -> list[Array]:
 def _zeros(count: Array, jaxpr, chunks, results: Sequence[bool]) -> list[Array]:
     """The loop's initial carry. It varies over the mesh axes of what is written or added, and over the count's."""
     zeros = []
-    for i, (v, of_chunk) in enumerate(zip(jaxpr.outvars, results, strict=True)):
-        t, shape = v.aval, (chunks, *v.aval.shape) if of_chunk else v.aval.shape
+    for i, (v, is_chunked) in enumerate(zip(jaxpr.outvars, results, strict=True)):
+        t, shape = v.aval, (chunks, *v.aval.shape) if is_chunked else v.aval.shape
         # If two results began with the same zero, XLA would copy it. Each of these is 0 since count ≥ 0, which XLA
         # can't tell, so to XLA they differ.
         zero = (count < -i).astype(t.dtype)
@@ -92,10 +92,10 @@ def _zeros(count: Array, jaxpr, chunks, results: Sequence[bool]) -> list[Array]:
 def _loop(count, *arrays, jaxpr, chunks, chunked, results):
     def body(i, state):
         pairs = zip(arrays, chunked, strict=True)
-        new = _evaluated(jaxpr, *(lax.dynamic_index_in_dim(x, i, keepdims=False) if c else x for x, c in pairs))
-        for i_result, (total, x, of_chunk) in enumerate(zip(state, new, results, strict=True)):
+        new = _step(jaxpr, *(lax.dynamic_index_in_dim(x, i, keepdims=False) if c else x for x, c in pairs))
+        for i_result, (total, x, is_chunked) in enumerate(zip(state, new, results, strict=True)):
             (x,) = vary_over(varying(total), x)
-            state[i_result] = lax.dynamic_update_index_in_dim(total, x, i, 0) if of_chunk else total + x
+            state[i_result] = lax.dynamic_update_index_in_dim(total, x, i, 0) if is_chunked else total + x
         return state
 
     return lax.fori_loop(0, count, body, _zeros(count, jaxpr, chunks, results))
@@ -109,7 +109,7 @@ def _differentiate(primals, tangents, *, jaxpr, chunks, chunked, results):
     values = _first_chunks_p.bind(*primals, jaxpr=jaxpr, chunks=chunks, chunked=chunked, results=results)
     (count, *arrays), (_, *steps) = primals, tangents
     live, moved = not_zero(steps), with_tangents(values)
-    tangent_of_step = functools.partial(tangent, functools.partial(_evaluated, jaxpr), live)
+    tangent_of_step = functools.partial(tangent, functools.partial(_step, jaxpr), live)
     arrays += [steps[i] for i in live]
     chunked += tuple(chunked[i] for i in live)
     return values, with_zeros(
@@ -119,8 +119,8 @@ def _differentiate(primals, tangents, *, jaxpr, chunks, chunked, results):
 
 def _transpose(cotangents, count, *arrays, jaxpr, chunks, chunked, results):
     linear, nonzero = linear_in(arrays), not_zero(cotangents)
-    known, types = others(len(arrays), linear), [v.aval for v in (*jaxpr.invars, *jaxpr.constvars)]
-    function = functools.partial(_evaluated, jaxpr)
+    known, types = all_but(len(arrays), linear), [v.aval for v in (*jaxpr.invars, *jaxpr.constvars)]
+    function = functools.partial(_step, jaxpr)
     back = functools.partial(cotangent, function, linear, [types[i] for i in linear], nonzero)
     given = [*(cotangents[i] for i in nonzero), *(arrays[i] for i in known)]
     of_given = [*(results[i] for i in nonzero), *(chunked[i] for i in known)]
@@ -134,7 +134,7 @@ def _batch(arguments, axes, *, jaxpr, chunks, chunked, results):
     # The batch's axis comes first, but behind that of chunks.
     arrays = [x if k is None else jnp.moveaxis(x, k, int(c)) for x, k, c in zip(arrays, axes, chunked, strict=True)]
     axes = [None if k is None else 0 for k in axes]
-    batched = jax.vmap(functools.partial(_evaluated, jaxpr), axes, axis_size=size)
+    batched = jax.vmap(functools.partial(_step, jaxpr), axes, axis_size=size)
     # Every member takes as many chunks as the one that has most. Those after its own are zeros, like padding.
     most = count if of_count is None else count.max()
     return _bind_derived(batched, most, arrays, chunks, chunked, results), list(map(int, results))
@@ -142,7 +142,7 @@ def _batch(arguments, axes, *, jaxpr, chunks, chunked, results):
 
 def _checked(errors, count, *arrays, jaxpr, chunks, chunked, results):
     """checkify's errors are one more result of each chunk, so that the loop stays differentiable."""
-    step = checkify.checkify(functools.partial(_evaluated, jaxpr), errors=errors)
+    step = checkify.checkify(functools.partial(_step, jaxpr), errors=errors)
     closed, types = _traced(step, arrays, chunked)
     found, structure = jax.tree.flatten(types)
     of_chunks = [True] * (len(found) - len(results)) + list(results)

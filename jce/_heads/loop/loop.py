@@ -62,7 +62,7 @@ class Loop(NamedTuple):
             return weighted_sums(self, inputs.weights, self._unweighted(inputs))
 
         whole = inputs.heads, inputs.shared
-        return with_merged_batches(per_token, inputs.tokens, whole, total=sums if self.sums else None)
+        return with_merged_batches(per_token, inputs.tokens, whole, sums=sums if self.sums else None)
 
     def _unweighted(self, inputs: Inputs) -> Inputs:
         inputs = inputs._replace(weights=None)
@@ -172,10 +172,10 @@ def _weighted_sums_rule(loop, primals, tangents):
     parts, terms = [], [] if is_zero(dw) else [weighted(results[loop.trained], dw).sum()]
     if apart := [i for i in live if i not in in_loop]:
 
-        def total(*leaves):
+        def weighted_sum(*leaves):
             return weighted(token_results(loop, structure.unflatten(leaves))[loop.trained], w).sum()
 
-        terms.append(jvp_of_some(total, leaves, apart, [steps[i] for i in apart])[1])
+        terms.append(jvp_of_some(weighted_sum, leaves, apart, [steps[i] for i in apart])[1])
     for i, gradient in zip(in_loop, gradients, strict=True):
         gradient, step = (x.astype(w.dtype) for x in (gradient, steps[i]))  # both may be bfloat16
         (parts if of_classes[i] else terms).append(mul0(gradient, step).sum())
@@ -228,9 +228,9 @@ def _chunk_and_gradients(loop, live, platform, w, inputs):
     """The results of a chunk, and the gradients of the trained one's weighted sum."""
     leaves, structure = jax.tree.flatten(inputs)
 
-    def total(*values):
+    def weighted_sum(*values):
         results = loop.of_chunk(platform, structure.unflatten(replaced(leaves, live, values)))
         return weighted(results[loop.trained], w).sum(), results
 
-    value, pull_back, results = jax.vjp(total, *(leaves[i] for i in live), has_aux=True)
+    value, pull_back, results = jax.vjp(weighted_sum, *(leaves[i] for i in live), has_aux=True)
     return results, pull_back(jnp.ones_like(value))

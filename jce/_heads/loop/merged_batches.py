@@ -14,11 +14,11 @@ from typing import Any
 import jax
 from jax.experimental import checkify
 
-from jce._jax.primitives import batch_axis_first, derivative_inside, evaluated, primitive
+from jce._jax.primitives import batch_axis_first, derivative_inside, evaluated_jaxpr, primitive
 
 
-def with_merged_batches(per_token: Callable, tokens: tuple[Any, ...], shared: tuple, total: Callable | None = None):
-    """per_token(*tokens, *shared), arrays with a result for each token; or total(*tokens, *shared), the sums of these
+def with_merged_batches(per_token: Callable, tokens: tuple[Any, ...], shared: tuple, sums: Callable | None = None):
+    """per_token(*tokens, *shared), arrays with a result for each token; or sums(*tokens, *shared), the sums of these
     over tokens, whose gradient comes from the same loop. (Where a batch is differentiated, it comes from another loop,
     that of `per_token`.) `tokens` begin with hidden states. Neither function may close over traced values.
     """
@@ -26,18 +26,18 @@ def with_merged_batches(per_token: Callable, tokens: tuple[Any, ...], shared: tu
 
     def flat(*leaves):
         tokens, shared = tree.unflatten(leaves)
-        return (total or per_token)(*tokens, *shared)
+        return (sums or per_token)(*tokens, *shared)
 
     jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-    results = _merged_p.bind(*leaves, jaxpr=jaxpr, per_token=per_token, total=total, tree=tree)
+    results = _merged_p.bind(*leaves, jaxpr=jaxpr, per_token=per_token, sums=sums, tree=tree)
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-def _batch(arguments, axes, *, jaxpr, per_token, total, tree):
+def _batch(arguments, axes, *, jaxpr, per_token, sums, tree):
     count = tree.children()[0].num_leaves
     tokens = arguments[:count]
     if axes[0] is None or any(axis is not None for axis in axes[count:]):
-        results = jax.vmap(lambda *a: evaluated(*a, jaxpr=jaxpr), axes)(*arguments)
+        results = jax.vmap(lambda *a: evaluated_jaxpr(*a, jaxpr=jaxpr), axes)(*arguments)
         return results, (0,) * len(results)
     size = tokens[0].shape[axes[0]]
 
@@ -45,16 +45,16 @@ def _batch(arguments, axes, *, jaxpr, per_token, total, tree):
     more, shared = tree.unflatten([*merged, *arguments[count:]])
     results = jax.tree.leaves(with_merged_batches(per_token, more, shared))
     results = [x.reshape(size, -1, *x.shape[1:]) for x in results]
-    return [x.sum(1) for x in results] if total else results, (0,) * len(results)
+    return [x.sum(1) for x in results] if sums else results, (0,) * len(results)
 
 
 def _checked(errors, *arrays, jaxpr, **_):
-    return checkify.checkify(jax.jit(functools.partial(evaluated, jaxpr=jaxpr)), errors=errors)(*arrays)
+    return checkify.checkify(jax.jit(functools.partial(evaluated_jaxpr, jaxpr=jaxpr)), errors=errors)(*arrays)
 
 
 _merged_p = primitive(
     "merged_batches",
-    evaluated,
+    evaluated_jaxpr,
     derivative_inside,
     batch=_batch,
     types=lambda *_, jaxpr, **__: jaxpr.out_avals,

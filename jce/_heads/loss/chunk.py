@@ -90,7 +90,7 @@ class ChunkFunction(NamedTuple):
             logits = []
             for h, head, cap in zip(hidden, heads, shared.caps, strict=True):
                 if isinstance(head, FunctionHead):
-                    logits.append(capped(head.of_chunk(h), cap))
+                    logits.append(capped(head.logits_of(h), cap))
                 else:
                     x = Logits(h, head, cap, products.on(platform, h, head.weight))
                     logits.append(x.whole() if multiplied else x)

@@ -44,7 +44,7 @@ def _results(jaxpr: Any, equation: Any, arrays: Sequence[Any]) -> list[Any]:
     if name in ("pvary", "pcast"):
         return vary_over(frozenset(params["axes"]), *arrays)
     if name == "dot_general":
-        return [_product(arrays, equation.outvars[0].aval.shape, **params)]
+        return [_dot_general(arrays, equation.outvars[0].aval.shape, **params)]
     if name in ("check", *LOOKUPS, *UPDATES):
         return _checkable(equation.primitive, params, *varying_alike(*arrays))
     known = {v: x for v, x in zip(equation.invars, arrays, strict=True) if not hasattr(v, "val")}
@@ -56,7 +56,7 @@ def _results(jaxpr: Any, equation: Any, arrays: Sequence[Any]) -> list[Any]:
 # state [1, 1, d], so the gradient of its product would sum over the chunk's axis and both unit axes. For h @ kernel in
 # float32, with 1,024 tokens, d = 512 and 32,768 classes, value and gradient would take 1.65 times the time there and
 # 1.5 times the temporary memory.
-def _product(factors: Sequence[Array], shape: tuple[int, ...], *, dimension_numbers: Any, **how: Any) -> Array:
+def _dot_general(factors: Sequence[Array], shape: tuple[int, ...], *, dimension_numbers: Any, **how: Any) -> Array:
     """`lax.dot_general` without the unit axes that it neither sums nor batches; the result is reshaped."""
     operands, places = [], []
     for x, *axes in zip(factors, *dimension_numbers, strict=True):

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jce._heads.inputs import is_narrow
 from jce._heads.loss.evaluated import evaluated
 from jce._jax.arguments import as_array, brief, float_dtype
+from jce._jax.jaxprs import named_axes
 from jce._jax.varying import vary_over, varying
 
 RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
@@ -34,7 +36,9 @@ class FunctionHead:
     logits: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})  # of one token
 
     @classmethod
-    def of(cls, name: str, head: Callable, hidden: Any) -> FunctionHead:
+    def of(cls, name: str, head: Callable, hidden: Any, bias: Any) -> FunctionHead:
+        if bias is not None:
+            raise ValueError(f"{name}: a head that is a function adds its own bias; got both. Leave out bias.")
         h = as_array(name, "hidden", hidden)
         float_dtype(name, {"hidden": h})
         rank = max(h.ndim, 1)
@@ -64,12 +68,11 @@ class FunctionHead:
         operation reads the float32 array: only the gradient arrives at it."""
 
         def pair(x):
-            is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
-            return (lax.stop_gradient(x), x.astype(jnp.float32)) if is_narrow else (x, None)
+            return (lax.stop_gradient(x), x.astype(jnp.float32)) if is_narrow(x) else (x, None)
 
         return dataclasses.replace(self, arrays=[pair(x) for x in self.arrays])
 
-    def of_chunk(self, h: Array) -> Array:
+    def logits_of(self, h: Array) -> Array:
         """The logits [C, n] of states [C, d], by a head that is `in_pairs`."""
         arrays = [x if wide is None else _with_gradient_at(x, wide) for x, wide in self.arrays]
 
@@ -99,7 +102,7 @@ def _require_of_each_token(name: str, closed: Any) -> None:
             f"{name}: head may draw no random numbers, since it is traced of one token, and all tokens would get"
             f" the same; it has {', '.join(drawn)}. Draw outside, and multiply the hidden states by what is drawn."
         )
-    axes = sorted({str(e.name) for e in closed.effects if type(e).__name__ == "NamedAxisEffect"})
+    axes = sorted(map(str, named_axes(closed.effects)))
     if axes:
         raise ValueError(
             f"{name}: head must not communicate along a named axis, since its derivatives compute it again; it"

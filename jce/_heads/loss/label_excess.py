@@ -42,12 +42,14 @@ class Target(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Terms:
-    """What is static of a loss: classes, ε and ζ. A traced number is None here, and in the `Target` instead."""
+class LabelLoss:
+    """What is static of the loss (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)². A traced number is None here,
+    and in the `Target` instead."""
 
     classes: Classes
-    smoothing: float | None
-    z_loss: float | None
+    smoothing: float | None  # ε
+    z_loss: float | None  # ζ
+    may_be_greedy: bool  # whether a temperature may be 0: e is ±∞ there, and its product with 0 must be 0
 
     def numbers(self, target: Target, dtype) -> Any:
         """ε and ζ, as arrays of this dtype if they are traced, and None where they are 0."""
@@ -69,24 +71,24 @@ class Excess(NamedTuple):
 
 
 def excess_of_product(
-    terms: Terms, products: Products, platform: str | None, target: Target, hidden, head, soft_cap
+    loss: LabelLoss, products: Products, platform: str | None, target: Target, hidden, head, soft_cap
 ) -> Excess:
     """The excess, for logits that aren't multiplied out yet."""
     x = Logits(hidden, head, soft_cap, products)
-    reading = one_reading(terms, platform, target, x)
+    reading = one_reading(loss, platform, target, x)
     if reading is None:
-        return excess_of_logits(terms, platform, target, x.uncapped(), x.soft_cap)
+        return excess_of_logits(loss, platform, target, x.uncapped(), x.soft_cap)
     return reading.excess(named(platform).fuses_operands)
 
 
-def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Array, soft_cap: Array | None) -> Excess:
+def excess_of_logits(loss: LabelLoss, platform: str | None, target: Target, u: Array, soft_cap: Array | None) -> Excess:
     """The excess, for logits u, which it reads in several passes."""
-    way = way_of(terms.classes, named(platform), u)
+    way = way_of(loss.classes, named(platform), u)
     u = way.stored(u)  # otherwise XLA would compute u once more for the label's lookup
     column, y, t = way.column, target.labels, target.temperatures
     of_head = way.fold(capped(u, soft_cap))
     x = at_temperature(of_head, t, way)
-    numbers, n = terms.numbers(target, x.dtype), way.count(x)
+    numbers, n = loss.numbers(target, x.dtype), way.count(x)
     off = way.off_label(y, x)
     mean = None if numbers[0] is None else way.sum((x - column(off.m)) / n)
     row = of_row(off, n, mean, *numbers, whole=lambda log_sum: whole_log_sum(log_sum, of_head, t, way))
@@ -102,22 +104,22 @@ def excess_of_logits(terms: Terms, platform: str | None, target: Target, u: Arra
     return Excess(row.losses, e, r)
 
 
-def one_reading(terms: Terms, platform: str | None, target: Target, x: Logits) -> OneReading | None:
+def one_reading(loss: LabelLoss, platform: str | None, target: Target, x: Logits) -> OneReading | None:
     """One pass over the logits, or None where it won't do or isn't faster."""
-    way = way_of(terms.classes, named(platform), x.head.bias)
-    may = terms.may_read_once(target.temperatures is not None, x.soft_cap is not None)
-    return OneReading(terms, way, target, x) if may and way.masks and not may_be_split(x.head.bias) else None
+    way = way_of(loss.classes, named(platform), x.head.bias)
+    may = loss.may_read_once(target.temperatures is not None, x.soft_cap is not None)
+    return OneReading(loss, way, target, x) if may and way.masks and not may_be_split(x.head.bias) else None
 
 
 class OneReading:
     """A single pass over the logits, whose shift m comes from the label's logit, which is computed before it."""
 
-    def __init__(self, terms: Terms, way: Way, target: Target, x: Logits):
+    def __init__(self, loss: LabelLoss, way: Way, target: Target, x: Logits):
         self.x, self.way, self.labels = x, way, target.labels
         self.y = way.local(target.labels, x.head.bias)
         self.u_y = way.of_who_has(x.uncapped_at(self.y), x.head.bias, self.y)
         self.x_y = capped(self.u_y, x.soft_cap)
-        self.numbers, self.n = terms.numbers(target, self.x_y.dtype), way.count(x.head.bias)
+        self.numbers, self.n = loss.numbers(target, self.x_y.dtype), way.count(x.head.bias)
 
     def losses(self) -> Array:
         return self._of_row(*self._read())[0].losses

@@ -9,7 +9,6 @@ product with the head doesn't wait for a token's cotangent, so that one loop can
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -18,8 +17,8 @@ from jax import Array, lax
 
 from jce._heads.loss.label_excess import (
     Excess,
+    LabelLoss,
     Target,
-    Terms,
     excess_of_logits,
     excess_of_product,
     one_reading,
@@ -36,16 +35,11 @@ from jce._quantities.soft_targets import scaled_square
 from jce._softmax.softmax import logsumexp
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelLoss(Terms):
-    """(1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)²."""
-
-    may_be_greedy: bool = False  # whether a temperature may be 0: e is ±∞ there, and its product with 0 must be 0
-
-    def __call__(self, target: Target, x: Logits | Array) -> Array:
-        if isinstance(x, Array):  # a head that is a function gives logits multiplied out
-            return _of_logits(self, target, x)
-        return _loss(target, x.hidden, x.head, x.soft_cap, self, x.products)
+def losses_of(loss: LabelLoss, target: Target, x: Logits | Array) -> Array:
+    """The loss of each token; `Logits` aren't multiplied out where that saves a pass."""
+    if isinstance(x, Array):  # a head that is a function gives logits multiplied out
+        return _of_logits(loss, target, x)
+    return _loss(target, x.hidden, x.head, x.soft_cap, loss, x.products)
 
 
 def _of_logits(loss: LabelLoss, target: Target, of_head: Array) -> Array:

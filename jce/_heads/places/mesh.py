@@ -57,27 +57,32 @@ def on_each_device(
     inputs: Inputs,
     axis_name: Hashable | Places,
     *,
-    whole: bool,
-    named_classes: bool = False,
+    sums: bool,
+    named_classes: bool,
 ):
     """function(inputs, mesh axes of tokens, mesh axes of classes), on each device's part if inputs are split.
 
-    If `whole`, the function's results are the same on all devices; else they begin with the token axes, and are split
-    as tokens are. With `named_classes` function names the mesh axes of the classes itself, so types may not split them.
+    If the results are `sums` over tokens, all devices have the same; else results begin with the token axes, and are
+    split as tokens are. With `named_classes` function names the mesh axes of the classes itself, so types may not split
+    them.
     """
     if isinstance(axis_name, Places):
-        places, axis_name = axis_name, None
-        _require_division(name, places, inputs)
-    else:
-        places, axis_name = by_type(inputs), checked_axis_name(name, axis_name, jax.tree.leaves(inputs))
-        if named_classes and places is not None:
+        _require_division(name, axis_name, inputs)
+        return _on_parts(function, inputs, axis_name, None, sums)
+    places, axis_name = by_type(inputs), checked_axis_name(name, axis_name, jax.tree.leaves(inputs))
+    if places is not None:
+        if named_classes:
             _require_whole_classes(name, places)
-    if places is None:
-        # Hidden states that are split over d are gathered; a head may stay split. If both were, JAX would raise an
-        # error: it wants to be told how the result of a product over a split axis is split.
-        tokens = jax.tree.map(lambda x: Layout(x.shape, None, (None,) * x.ndim).broadcast(x), inputs.tokens)
-        return function(inputs.with_tokens(tokens), (), axis_name)
-    # Inside a caller's shard_map a device may have some classes only, which types say are split once more.
+        return _on_parts(function, inputs, places, axis_name, sums)
+    # Hidden states that are split over d are gathered; a head may stay split. If both were, JAX would raise an error:
+    # it wants to be told how the result of a product over a split axis is split.
+    tokens = jax.tree.map(lambda x: Layout(x.shape, None, (None,) * x.ndim).broadcast(x), inputs.tokens)
+    return function(inputs.with_tokens(tokens), (), axis_name)
+
+
+def _on_parts(function: Callable, inputs: Inputs, places: Places, axis_name: Hashable | None, sums: bool):
+    """`function` in a `jax.shard_map` over these places. Inside a caller's own, over `axis_name`, a device may have
+    some classes only, which types say are split once more."""
     classes = mesh_names(axis_name, places.classes) or None
 
     def split(tree, spec, first=()):
@@ -92,7 +97,7 @@ def on_each_device(
         lambda *inputs: function(Inputs(*inputs), mesh_names(*places.tokens), classes),
         mesh=places.mesh,
         in_specs=specs,
-        out_specs=P() if whole else places.tokens,
+        out_specs=P() if sums else places.tokens,
         axis_names=places.mesh_axes,
         # Until JAX no longer fails its type checks under spmd_axis_name: no check where a batch is split.
         check_vma=not split_batch_axes(),

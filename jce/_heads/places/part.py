@@ -44,14 +44,14 @@ def part_of(name: str, inputs: Inputs, class_axis: Hashable | None, is_defined: 
         else:
             hidden[i], multiplied = head_of(name, hidden[i], *head)
             heads.append(multiplied)
-    return _varying_alike(Inputs(hidden, others, w, kept, heads, inputs.shared), class_axis)
+    return _marked(Inputs(hidden, others, w, kept, heads, inputs.shared), class_axis)
 
 
 def _number_of_classes(head: Any, class_axis: Hashable | None) -> int:
     return head.logits.size if isinstance(head, FunctionHead) else Classes(-2, class_axis).count(head[0])
 
 
-def _varying_alike(inputs: Inputs, class_axis: Hashable | None) -> Inputs:
+def _marked(inputs: Inputs, class_axis: Hashable | None) -> Inputs:
     """The inputs, marked as varying over the mesh axes of any of them, since the type of a loop's carry can't change.
     Hidden states and heads vary over the classes' axes too, the others don't.
 

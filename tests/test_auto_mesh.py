@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from bench.hlo import collectives
+from tests.jaxprs import equations
 from tests.kernels import modes
 
 pytestmark = pytest.mark.needs_jit
@@ -40,6 +41,19 @@ def split(rng, tokens, dtype=np.float32):
     )
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh(), P(*spec)))  # noqa: E731
     return put(y.astype(np.int32), "data"), put(h.astype(dtype), "data"), put(w.astype(dtype))
+
+
+def test_a_chunk_has_the_tokens_of_all_devices(rng):
+    """On each of 8 devices 512 tokens, which suit a CPU: so of 16,384 tokens there are 4 chunks, and alone 32."""
+    y, h, w = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((2**14,), (2**14, WIDTH), (2**11, WIDTH)))
+
+    def steps():
+        jaxpr = jax.make_jaxpr(lambda y, h, w: jce.linear_cross_entropy(y.astype(int), h, w))(y, h, w).jaxpr
+        return [e.params["length"] for e in equations(jaxpr) if e.primitive.name == "scan"]
+
+    assert steps() == [32]
+    with jax.set_mesh(mesh()):
+        assert steps() == [4]
 
 
 @pytest.mark.parametrize("tokens", [256, 72])  # chunks of as many tokens of each device, and chunks that are filled up

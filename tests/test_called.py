@@ -312,7 +312,7 @@ def test_what_it_holds_is_the_callers_alone(problem):
 
 @pytest.mark.slow
 def test_devices(problem):
-    """XLA splits tokens under Auto axes, and a caller in a shard_map; what jce would split is refused."""
+    """XLA splits tokens under Auto axes, and a caller in a shard_map."""
     y, h, p, _ = problem
     y, h = y[:, :16].reshape(12, 4), h[:, :16].reshape(12, 4, D)
     mesh = jax.make_mesh((4, 2), ("data", "stage"), axis_types=(AxisType.Auto,) * 2)
@@ -334,10 +334,16 @@ def test_devices(problem):
     with jax.set_mesh(mesh):
         split = jax.device_put(h, jax.sharding.NamedSharding(mesh, P("data")))
         close(jax.jit(jax.value_and_grad(loss, (0, 1)))(split, p), expected, 1e-5)
-    for axes in ("data", None), (None, "stage"), (("data", "stage"), None):
-        split = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis=axes[0], class_axis=axes[1])
-        with pytest.raises(ValueError, match=r"a head that is a function is traced of whole arrays.*jax.shard_map"):
-            split(y[:8], h[:8], head(p))
+
+
+@pytest.mark.parametrize("axes", [("data", None), (None, "stage"), (("data", "stage"), None)])
+def test_on_a_mesh_that_splits_tokens_or_classes_it_is_refused(problem, axes):
+    y, h, p, _ = problem
+    p = {"gain": p["gain"].mean(), "kernel": p["kernel"]}  # a number can't be split
+    mesh = jax.make_mesh((4, 2), ("data", "stage"), axis_types=(AxisType.Auto,) * 2)
+    split = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis=axes[0], class_axis=axes[1])
+    with pytest.raises(ValueError, match=r"a head that is a function is traced of whole arrays.*jax.shard_map"):
+        split(y[0, :8], h[0, :8], loosely(lambda h: (h + p["gain"]) @ p["kernel"]))
 
 
 def test_labels_may_vary_over_more_mesh_axes_than_states(problem):

@@ -400,6 +400,19 @@ def test_the_derivative_in_a_weight_of_0_is_the_loss(problem):
             np.testing.assert_array_equal(g[0, :2], 0)
 
 
+def test_the_derivative_in_a_weight_of_0_where_a_label_of_probability_0_is_no_class(problem):
+    """Such a label pads the list of a token's labels; one with a probability leaves the token out."""
+    _, h, w, b = problem
+    labels, p = np.array([[1, -100], [1, -100]]), np.float32([[1, 0], [0.5, 0.5]])
+
+    def total(weights):
+        return jce.linear_cross_entropy(labels, h[0, :2], w, b, label_probs=p, weights=weights, reduction="sum")
+
+    gradient = jax.grad(total)(jnp.zeros(2))
+    close(gradient[0], jce.linear_cross_entropy(1, h[0, 0], w, b))
+    assert gradient[1] == 0
+
+
 @pytest.mark.parametrize("how", ["where", "weight 0"])
 @pytest.mark.slow
 def test_an_infinite_loss_left_out_spoils_no_derivative_in_a_weight(problem, how):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from jce._jax.primitives import derivative_inside, evaluated, primitive
+from jce._jax.primitives import derivative_inside, evaluated_jaxpr, primitive
 from jce._jax.waiting import as_one
 
 # k (x - y) w: linear in x and y; of w it has no derivative by decree
@@ -20,7 +20,7 @@ _difference_p = primitive(
     (lambda t, x, y, w, k: difference(t, 0 * t, w, k), lambda t, x, y, w, k: difference(0 * t, t, w, k), None),
     (lambda ct, x, y, w, k: k * ct * w, lambda ct, x, y, w, k: -k * ct * w),
 )
-_inside_p = primitive("inside", evaluated, derivative_inside, several=True, holds_arrays=True)
+_inside_p = primitive("inside", evaluated_jaxpr, derivative_inside, several=True, holds_arrays=True)
 _wave_p = primitive("wave", {"cpu": jnp.sin, None: jnp.cos}, (lambda t, x: t * _wave_p.bind(x),))
 
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 import jce
 from bench.search.scales import HVP
-from tests import kernels
-from tests.kernels import ROWS, SMOOTHING, TABLE, Z_LOSS, Kernel
+from tests.kernels import LOGIT, ROWS, SMOOTHING, TABLE, Z_LOSS, Kernel, formulas, label
 
 FEW, MANY = (2, 3, 5, 16), 1000
 # Rows that are stored as recipes: vocabularies below and above 32,768 classes. On a CPU jce sums longer rows in blocks.
@@ -69,7 +68,7 @@ class Searched:
 
     @property
     def key(self) -> str:
-        return kernels.label(self.kernel)
+        return label(self.kernel)
 
     @property
     def label(self) -> str:
@@ -81,7 +80,7 @@ class Searched:
 
     @property
     def of_logits(self) -> bool:
-        return self.kernel.has_classes and kernels.LOGIT in self.kernel.domains
+        return self.kernel.has_classes and LOGIT in self.kernel.domains
 
     @property
     def in_long_rows(self) -> Searched:
@@ -116,7 +115,7 @@ def at_half(formula: Callable) -> Callable:
     def divergence(x, y):
         p, q = formula(x), formula(y)
         middle = [(pi + qi) / 2 for pi, qi in zip(p, q, strict=True)]
-        return (kernels.kl_divergence(p, middle) + kernels.kl_divergence(q, middle)) / 2
+        return (formulas.kl_divergence(p, middle) + formulas.kl_divergence(q, middle)) / 2
 
     return divergence
 
@@ -175,10 +174,10 @@ MORE = [
         ROWS[f"{JENSEN_SHANNON}_with_logits"],
         function=jce.jensen_shannon_divergence_with_logits,
         note="beta 1/2",
-        formula=at_half(kernels.softmax),
+        formula=at_half(formulas.softmax),
         gradient_scale=(
-            lambda x, y: kernels.jensen_shannon_gradient_scale(x, y, 0.5),
-            lambda x, y: kernels.jensen_shannon_gradient_scale(y, x, 0.5),
+            lambda x, y: formulas.jensen_shannon_gradient_scale(x, y, 0.5),
+            lambda x, y: formulas.jensen_shannon_gradient_scale(y, x, 0.5),
         ),
     ),
     dataclasses.replace(
@@ -202,8 +201,8 @@ OF_MANY = {LABELS, f"{LOG_PROBS}-of k labels"}
 ALL = [
     Searched(
         kernel,
-        hvp=kernels.label(kernel) in OF_SECOND_ORDER,
-        many=kernels.label(kernel) in OF_MANY,
+        hvp=label(kernel) in OF_SECOND_ORDER,
+        many=label(kernel) in OF_MANY,
         long=kernel in TABLE and kernel.has_classes,
         value_only=kernel.note == "∂label_smoothing",
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.search.functions import VALUE, Searched
 from bench.search.scales import HVP, SCALES, conditioning, lost_of_differences, spacing
-from tests import kernels
+from tests.kernels import total
 from tests.oracle import entries, partial, precision, second_partial, to_mp
 
 LEAST, MOST = 2.0**-63, 2.0**63  # beyond them a square is subnormal, which XLA on a CPU takes for 0, or infinite
@@ -24,7 +24,7 @@ LEAST, MOST = 2.0**-63, 2.0**63  # beyond them a square is subnormal, which XLA 
 def programs(searched: Searched) -> list[Callable]:
     """Of arguments and directions: value and gradient, as one program; and where it is searched the HVP, as another."""
     kernel, positions = searched.kernel, tuple(range(len(searched.kernel.arguments)))
-    gradient = jax.grad(kernels.total(kernel), positions)
+    gradient = jax.grad(total(kernel), positions)
 
     def first(arguments, _):
         return [kernel.function(*arguments), *([] if searched.value_only else gradient(*arguments))]

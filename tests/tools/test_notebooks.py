@@ -9,7 +9,7 @@ import sys
 import jupytext
 import pytest
 
-FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
+FOLDER = pathlib.Path(__file__).parents[2] / "notebooks"
 NAMES = [
     "0_switch",
     "1_conventions",

@@ -1,4 +1,4 @@
-"""Small programs whose cost is known by hand, compiled for a device that isn't there, for tests/test_programs.py.
+"""Small programs whose cost is known by hand, compiled for a device that isn't there, for tests/tools/test_programs.py.
 
 Each is a function, its arguments, and by device the bytes that it moves and its operations; None where they depend on
 what a TPU keeps on its chip.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from notebooks.examples import distill, next_word
-from tests.test_next_word import TEXT
+from tests.tools.test_next_word import TEXT
 
 
 @pytest.fixture(scope="module")

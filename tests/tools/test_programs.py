@@ -7,7 +7,7 @@ from bench import children, compilers
 from bench.products import Window, meetings
 from bench.programs import Unreadable, entry
 from bench.roofline import DEVICES, cost, kernels
-from tests.compiled import PROGRAMS
+from tests.tools.compiled import PROGRAMS
 
 
 def module(body: str, before: str = "") -> str:
@@ -521,7 +521,7 @@ def test_kernels_are_named():
 def test_compiled_programs_cost_what_is_known_by_hand(device):
     found = {
         name: cost(text, DEVICES[device])
-        for name, (text,) in children.lines("tests.compiled", device, compilers.environment(), quiet=True)
+        for name, (text,) in children.lines("tests.tools.compiled", device, compilers.environment(), quiet=True)
     }
     assert set(found) == set(PROGRAMS)
     for name, program in PROGRAMS.items():

@@ -199,7 +199,7 @@ def test_training(framework, ours, data):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_readmes_train_step(optax_promotes):
     """It runs as it stands; and its loss is optax's, of logits that are there."""
-    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(import flax.*?)```", text, re.DOTALL)
     names: dict = {}
     exec(code, names)
@@ -321,7 +321,7 @@ def test_the_examples(name, one_step, rng, capsys, monkeypatch, optax_promotes):
 
 
 def recipe(name, **names):
-    text = (pathlib.Path(__file__).parents[1] / "jce" / "README.md").read_text(encoding="utf-8")
+    text = (pathlib.Path(__file__).parents[2] / "jce" / "README.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"\n### A model that you did not write\n(.*?)\n##", text, re.DOTALL)
     names |= {"copy": copy, "eqx": eqx, "jax": jax, "jce": jce, "nnx": nnx}
     exec("\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)), names)

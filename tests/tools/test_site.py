@@ -17,7 +17,7 @@ for package in ("material", "mkdocstrings", "math_core"):
 from bench.pages import __main__ as program  # noqa: E402
 from bench.pages.checked import problems  # noqa: E402
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

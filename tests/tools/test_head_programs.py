@@ -11,8 +11,8 @@ import pytest
 from bench import children, compilers
 from bench.hlo import collectives
 from bench.roofline import DEVICES, cost
-from tests import compiled_heads
-from tests.compiled_heads import CLASSES, LOCAL, LOSSES, TOKENS, WIDTH
+from tests.tools import compiled_heads
+from tests.tools.compiled_heads import CLASSES, LOCAL, LOSSES, TOKENS, WIDTH
 
 pytestmark = [
     pytest.mark.needs_jit,

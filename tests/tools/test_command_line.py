@@ -12,7 +12,7 @@ import pytest
 
 from jce._programs import command_line
 
-ROOT = str(pathlib.Path(__file__).parents[1])
+ROOT = str(pathlib.Path(__file__).parents[2])
 
 MAX_MARGIN, NEXT_WORD, DISTILL = (f"notebooks.examples.{name}" for name in ("max_margin", "next_word", "distill"))
 

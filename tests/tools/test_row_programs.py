@@ -9,7 +9,7 @@ import pytest
 from bench import children, compilers
 from bench.accelerators import MODES
 from bench.roofline import DEVICES, cost
-from tests import compiled_rows
+from tests.tools import compiled_rows
 
 pytestmark = [
     pytest.mark.needs_jit,

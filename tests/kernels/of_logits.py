@@ -1,0 +1,390 @@
+"""Rows of functions of logits and of log-probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import mpmath as mp
+import numpy as np
+
+import jce
+from tests.kernels import formulas
+from tests.kernels.formulas import BETA, SMOOTHING, Z_LOSS
+from tests.kernels.functions import at_beta, label_0, log_prob, penalized
+from tests.kernels.kernel import IMPOSSIBLE, LOG2, LOG8_7, LOGIT, TAIL, Corner, Kernel
+from tests.kernels.samplers import (
+    INF,
+    LOWEST,
+    NAN,
+    TINY,
+    binary_logit_regimes,
+    binary_soft_regimes,
+    log_prob_regimes,
+    logit_regimes,
+    one_row_regimes,
+    soft_regimes,
+)
+
+ROWS_OF_LOGITS = [
+    Kernel(
+        function=jce.entropy_with_logits,
+        arguments=("logits",),
+        regimes=one_row_regimes,
+        domains=(LOGIT,),
+        absent=(-INF,),
+        formula=formulas.entropy_with_logits,
+        value_bar=4,
+        gradient_bar=(5,),
+        gradient_scale=(
+            lambda x: [
+                q * (s + h)
+                for h in [formulas.entropy_with_logits(x)]
+                for q, s in zip(formulas.softmax(x), formulas.surprisals(x), strict=True)
+            ],
+        ),
+        hvp_bar=5,
+        corners=[
+            Corner(([0.0, 0.0, 0.0, 0.0],), 2 * LOG2, ([0.0] * 4,)),
+            Corner(([0.0, 0.0, -INF, -INF],), LOG2, ([0.0] * 4,)),
+            Corner(([1.0, -INF, -INF, -INF],), 0.0, ([0.0] * 4,)),
+            Corner(([200.0, 0.0, 0.0, 0.0],), 0.0, ([0.0] * 4,)),
+            Corner(([3e38, -3e38, 0.0, -INF],), 0.0, ([0.0] * 4,)),
+            *[Corner((x,), NAN, ([NAN] * 4,)) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=jce.cross_entropy_with_logits,
+        arguments=("p", "logits"),
+        regimes=soft_regimes,
+        domains=((0, INF), LOGIT),
+        absent=(0.0, -INF),
+        formula=formulas.cross_entropy_with_logits,
+        value_bar=4,
+        gradient_bar=(4, 8),
+        gradient_scale=(None, lambda p, x: [sum(p) * q + pi for pi, q in zip(p, formulas.softmax(x), strict=True)]),
+        hvp_bar=10,
+        corners=[
+            Corner(([0.25] * 4, [0.0] * 4), 2 * LOG2, ([2 * LOG2] * 4, [0.0] * 4)),
+            Corner(([1.0, 0.0, 0.0, 0.0], [1.0, -INF, -INF, -INF]), 0.0, ([0.0, INF, INF, INF], [0.0] * 4)),
+            Corner(([1.0, 0.0, 0.0, 0.0], [0.0, 0.0, -INF, -INF]), LOG2, ([LOG2, LOG2, INF, INF], [-0.5, 0.5, 0, 0])),
+            Corner(([0.0, 1.0, 0.0, 0.0], [0.0, -INF, 0.0, -INF]), INF, ([LOG2, INF, LOG2, INF], [0.5, -1, 0.5, 0])),
+            Corner(([1.0, TINY, 0.0, 0.0], [0.0, -INF, -INF, -INF]), INF, ([0.0, INF, INF, INF], [0.0, -TINY, 0, 0])),
+            Corner(([0.0] * 4, [0.0] * 4), 0.0, ([2 * LOG2] * 4, [0.0] * 4)),
+            Corner(([1.0, 0.0, 0.0, 0.0], [200.0, 0.0, 0.0, 0.0]), 0.0, ([0.0, 200, 200, 200], [0.0] * 4)),
+            Corner(([-1e-9, 1.0, 0.0, 0.0], [0.0] * 4), 2 * LOG2, ([2 * LOG2] * 4, [0.25, -0.75, 0.25, 0.25])),
+            Corner(([-1.0, 2.0, 0.0, 0.0], [0.0] * 4), 2 * LOG2, ([2 * LOG2] * 4, [1.25, -1.75, 0.25, 0.25])),
+            Corner(([NAN, 0.0, 0.0, 0.0], [0.0] * 4), NAN, ([2 * LOG2] * 4, [NAN] * 4)),
+            *[Corner(([0.25] * 4, x), NAN, ([NAN] * 4, [NAN] * 4)) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=penalized(jce.cross_entropy_with_logits),
+        note="z-loss",
+        arguments=("p", "logits"),
+        regimes=soft_regimes,
+        domains=((0, INF), LOGIT),
+        absent=(0.0, -INF),
+        formula=formulas.soft_with_z_loss,
+        value_bar=4,
+        value_scale=lambda p, x: (
+            formulas.cross_entropy_with_logits(p, x) + Z_LOSS * (max(map(abs, x)) + mp.log(len(x))) ** 2
+        ),
+        gradient_bar=(4, 8),
+        gradient_scale=(
+            None,
+            lambda p, x: [
+                q * (sum(p) + 2 * Z_LOSS * (max(map(abs, x)) + mp.log(len(x)))) + pi
+                for pi, q in zip(p, formulas.softmax(x), strict=True)
+            ],
+        ),
+        hvp_bar=10,
+        corners=[
+            Corner(([0.25] * 4, [0.0] * 4), 2 * LOG2 + LOG2**2, ([2 * LOG2] * 4, [LOG2 / 4] * 4)),
+            Corner(([1.0, 0.0, 0.0, 0.0], [1.0, -INF, -INF, -INF]), 0.25, ([0.0, INF, INF, INF], [0.5, 0.0, 0.0, 0.0])),
+            Corner(
+                ([0.0, 1.0, 0.0, 0.0], [0.0, -INF, 0.0, -INF]),
+                INF,
+                ([LOG2, INF, LOG2, INF], [LOG2 / 4 + 0.5, -1.0, LOG2 / 4 + 0.5, 0.0]),
+            ),
+            Corner(([0.0] * 4, [0.0] * 4), LOG2**2, ([2 * LOG2] * 4, [LOG2 / 4] * 4)),
+            Corner(([1.0, 0.0, 0.0, 0.0], [200.0, 0.0, 0.0, 0.0]), 1e4, ([0.0, 200, 200, 200], [100.0, 0.0, 0.0, 0.0])),
+            Corner(([NAN, 0.0, 0.0, 0.0], [0.0] * 4), NAN, ([2 * LOG2] * 4, [NAN] * 4)),
+            *[Corner(([0.25] * 4, x), NAN, ([NAN] * 4, [NAN] * 4)) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=label_0(),
+        arguments=("logits",),
+        regimes=one_row_regimes,
+        domains=(LOGIT,),
+        absent=(-INF,),
+        formula=formulas.cross_entropy_with_label_0,
+        value_bar=4,
+        gradient_bar=(4,),
+        hvp_bar=8,
+        corners=[
+            Corner(([0.0] * 4,), 2 * LOG2, ([-0.75, 0.25, 0.25, 0.25],)),
+            Corner(([1.0, -INF, -INF, -INF],), 0.0, ([0.0] * 4,)),
+            Corner(([0.0, 0.0, -INF, -INF],), LOG2, ([-0.5, 0.5, 0.0, 0.0],)),
+            Corner(([-INF, 0.0, 0.0, -INF],), INF, ([-1.0, 0.5, 0.5, 0.0],)),
+            Corner(
+                ([20.0, 0.0, 0.0, -INF],), 4.1223072448771e-9, ([-4.1223072278834e-9, 2.0611536e-9, 2.0611536e-9, 0],)
+            ),
+            Corner(([-200.0, 0.0, -INF, -INF],), 200.0, ([-1.0, 1.0, 0.0, 0.0],)),
+            Corner(([200.0, 0.0, 0.0, 0.0],), 0.0, ([0.0] * 4,)),
+            *[Corner((x,), NAN, ([NAN] * 4,)) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=label_0(label_smoothing=SMOOTHING),
+        note="smoothed",
+        arguments=("logits",),
+        regimes=lambda *args: {name: x for name, x in one_row_regimes(*args).items() if name != "masked"},
+        domains=(LOGIT,),
+        absent=(None,),
+        formula=formulas.smoothed,
+        value_bar=4,
+        gradient_bar=(8,),
+        gradient_scale=(
+            lambda x: [q + SMOOTHING / len(x) + (1 - SMOOTHING) * (i == 0) for i, q in enumerate(formulas.softmax(x))],
+        ),
+        hvp_bar=10,
+        corners=[
+            Corner(([0.0] * 4,), 2 * LOG2, ([-0.65625, 0.21875, 0.21875, 0.21875],)),
+            Corner(([0.0, 0.0, -INF, -INF],), INF, ([-0.40625, 0.46875, -0.03125, -0.03125],)),
+            Corner(([-INF, 0.0, 0.0, -INF],), INF, ([-0.90625, 0.46875, 0.46875, -0.03125],)),
+            Corner(([200.0, 0.0, 0.0, 0.0],), 18.75, ([0.09375, -0.03125, -0.03125, -0.03125],)),
+            *[Corner((x,), NAN, ([NAN] * 4,)) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=label_0(z_loss=Z_LOSS),
+        note="z-loss",
+        arguments=("logits",),
+        regimes=one_row_regimes,
+        domains=(LOGIT,),
+        absent=(-INF,),
+        formula=formulas.label_0_with_z_loss,
+        value_bar=4,
+        gradient_bar=(8,),
+        gradient_scale=(
+            lambda x: [
+                q * (1 + 2 * Z_LOSS * (max(map(abs, x)) + mp.log(len(x)))) + (i == 0)
+                for i, q in enumerate(formulas.softmax(x))
+            ],
+        ),
+        hvp_bar=10,
+        corners=[
+            Corner(([0.0] * 4,), 2 * LOG2 + LOG2**2, ([0.25 * (1 + LOG2) - 1, *[0.25 * (1 + LOG2)] * 3],)),
+            Corner(([1.0, -INF, -INF, -INF],), 0.25, ([0.5, 0.0, 0.0, 0.0],)),
+            Corner(([0.0, 0.0, -INF, -INF],), LOG2 + LOG2**2 / 4, ([LOG2 / 4 - 0.5, LOG2 / 4 + 0.5, 0.0, 0.0],)),
+            Corner(([-INF, 0.0, 0.0, -INF],), INF, ([-1.0, LOG2 / 4 + 0.5, LOG2 / 4 + 0.5, 0.0],)),
+            Corner(([200.0, 0.0, 0.0, 0.0],), 10_000.0, ([100.0, 0.0, 0.0, 0.0],)),
+            *[Corner((x,), NAN, ([NAN] * 4,)) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=jce.kl_divergence_with_logits,
+        arguments=("p_logits", "q_logits"),
+        regimes=logit_regimes,
+        domains=(LOGIT, LOGIT),
+        absent=(-INF, -INF),
+        formula=formulas.kl_divergence_with_logits,
+        value_bar=5,
+        gradient_bar=(8, 4),
+        gradient_scale=(
+            lambda x, y: formulas.kl_gradient_scale(x, y),
+            lambda x, y: [p + q for p, q in zip(formulas.softmax(x), formulas.softmax(y), strict=True)],
+        ),
+        hvp_bar=6,
+        hvp_scale=formulas.kl_hvp_scale,
+        never_negative=True,
+        corners=[
+            Corner(([0.0] * 4, [0.0] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([0.0] * 4, [5.0] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([0.0, 0.0, -INF, -INF], [0.0] * 4), LOG2, ([0.0] * 4, [-0.25, -0.25, 0.25, 0.25])),
+            Corner(([1.0, -INF, -INF, -INF], [1.0, -INF, -INF, -INF]), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([LOWEST] * 4, [LOWEST] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([LOWEST] * 4, [0.0] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([0.0] * 4, [LOWEST] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(
+                ([0.0] * 4, [0.0, 0.0, LOWEST, LOWEST]),
+                -LOWEST / 2,
+                ([LOWEST / 8, LOWEST / 8, -LOWEST / 8, -LOWEST / 8], [0.25, 0.25, -0.25, -0.25]),
+                False,
+            ),
+            Corner(
+                ([0.0, 0.0, -INF, -INF], [0.0, -INF, 0.0, -INF]),
+                INF,
+                ([-INF, INF, 0.0, 0.0], [0.0, -0.5, 0.5, 0.0]),
+                False,
+            ),
+            *[Corner((x, [0.0] * 4), NAN, ([NAN] * 4, [NAN] * 4), False) for x in IMPOSSIBLE],
+            *[Corner(([0.0] * 4, x), NAN, ([NAN] * 4, [NAN] * 4), False) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=at_beta(jce.jensen_shannon_divergence_with_logits),
+        arguments=("p_logits", "q_logits"),
+        regimes=logit_regimes,
+        domains=(LOGIT, LOGIT),
+        absent=(-INF, -INF),
+        formula=formulas.jensen_shannon_divergence_with_logits,
+        value_bar=6,
+        gradient_bar=(8, 8),
+        gradient_scale=(
+            lambda x, y: formulas.jensen_shannon_gradient_scale(x, y, BETA),
+            lambda x, y: formulas.jensen_shannon_gradient_scale(y, x, 1 - BETA),
+        ),
+        hvp_bar=8,
+        hvp_scale=formulas.jensen_shannon_hvp_scale,
+        never_negative=True,
+        corners=[
+            Corner(([0.0] * 4, [0.0] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([0.0] * 4, [5.0] * 4), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(([1.0, -INF, -INF, -INF], [1.0, -INF, -INF, -INF]), 0.0, ([0.0] * 4, [0.0] * 4)),
+            Corner(
+                ([0.0, 0.0, -INF, -INF], [0.0] * 4),
+                (np.log(16 / 9) + 3.5 * np.log(64 / 63)) / 8,
+                ([0.0] * 4, [7 / 64 * sign * np.log(9 / 7) for sign in (-1, -1, 1, 1)]),
+            ),
+            Corner(
+                ([0.0, 0.0, -INF, -INF], [0.0, -INF, 0.0, -INF]),
+                3 / 16 * LOG2 + 7 / 16 * LOG8_7,
+                ([-3 / 32 * LOG2, 3 / 32 * LOG2, 0.0, 0.0], [-7 / 32 * LOG8_7, 0.0, 7 / 32 * LOG8_7, 0.0]),
+            ),
+            *[Corner((x, [0.0] * 4), NAN, ([NAN] * 4, [NAN] * 4), False) for x in IMPOSSIBLE],
+            *[Corner(([0.0] * 4, x), NAN, ([NAN] * 4, [NAN] * 4), False) for x in IMPOSSIBLE],
+        ],
+    ),
+    Kernel(
+        function=jce.binary_entropy_with_logits,
+        arguments=("logits",),
+        has_classes=False,
+        regimes=binary_logit_regimes,
+        domains=(LOGIT,),
+        formula=formulas.binary_entropy_with_logits,
+        value_bar=4,
+        gradient_bar=(5,),
+        hvp_bar=5,
+        hvp_scale=lambda x, v: (abs(v) * formulas.sigmoid(x) * formulas.sigmoid(-x) * (1 + abs(x * mp.tanh(x / 2))),),
+        corners=[
+            Corner((0.0,), LOG2, (0.0,)),
+            Corner((INF,), 0.0, (0.0,)),
+            Corner((-INF,), 0.0, (0.0,)),
+            Corner((200.0,), 0.0, (0.0,)),
+            Corner((NAN,), NAN, (NAN,)),
+        ],
+    ),
+    Kernel(
+        function=jce.binary_cross_entropy_with_logits,
+        arguments=("alpha", "logits"),
+        has_classes=False,
+        regimes=binary_soft_regimes,
+        domains=((0, 1), LOGIT),
+        formula=formulas.binary_cross_entropy_with_logits,
+        value_bar=4,
+        gradient_bar=(0.5, 3),
+        gradient_scale=(None, lambda a, x: [a * formulas.sigmoid(-x) + (1 - a) * formulas.sigmoid(x)]),
+        hvp_bar=5,
+        corners=[
+            Corner((0.5, 0.0), LOG2, (0.0, 0.0)),
+            Corner((1.0, INF), 0.0, (-INF, 0.0)),
+            Corner((0.0, -INF), 0.0, (INF, 0.0)),
+            Corner((0.0, INF), INF, (-INF, 1.0)),
+            Corner((1.0, -INF), INF, (INF, -1.0)),
+            Corner((TINY, -INF), INF, (INF, -TINY)),
+            Corner((0.0, -20.0), 2.0611536e-9, (20.0, 2.0611536e-9)),
+            Corner((1.0, 20.0), 2.0611536e-9, (-20.0, -2.0611536e-9)),
+            Corner((-0.5, 0.0), LOG2, (0.0, 1.0)),
+            Corner((1.5, 0.0), LOG2, (0.0, -1.0)),
+            Corner((NAN, 0.0), NAN, (0.0, NAN)),
+            Corner((0.5, NAN), NAN, (NAN, NAN)),
+        ],
+    ),
+    Kernel(
+        function=jce.binary_kl_divergence_with_logits,
+        arguments=("alpha_logits", "beta_logits"),
+        has_classes=False,
+        regimes=binary_logit_regimes,
+        domains=(LOGIT, LOGIT),
+        formula=formulas.binary_kl_divergence_with_logits,
+        value_bar=8,
+        gradient_bar=(8, 8),
+        hvp_bar=8,
+        never_negative=True,
+        corners=[
+            Corner((0.0, 0.0), 0.0, (0.0, 0.0)),
+            Corner((INF, INF), 0.0, (0.0, 0.0)),
+            Corner((-INF, -INF), 0.0, (0.0, 0.0)),
+            Corner((INF, -INF), INF, (0.0, -1.0)),
+            Corner((-INF, INF), INF, (0.0, 1.0)),
+            Corner((INF, 0.0), LOG2, (0.0, -0.5)),
+            Corner((-INF, 0.0), LOG2, (0.0, 0.5)),
+            Corner((0.0, INF), INF, (-INF, 0.5)),
+            Corner((0.0, -INF), INF, (INF, -0.5)),
+            Corner((NAN, 0.0), NAN, (NAN, NAN)),
+            Corner((0.0, NAN), NAN, (NAN, NAN)),
+        ],
+    ),
+    Kernel(
+        function=jce.sampled_kl_divergence,
+        arguments=("log_p", "log_q"),
+        has_classes=False,
+        regimes=log_prob_regimes,
+        domains=(LOGIT, LOGIT),
+        formula=formulas.sampled_kl_divergence,
+        value_bar=4,
+        gradient_bar=(4, 4),
+        hvp_bar=4,
+        never_negative=True,
+        corners=[
+            Corner((0.0, 0.0), 0.0, (0.0, 0.0)),
+            Corner((-5.0, -5.0), 0.0, (0.0, 0.0)),
+            Corner((-INF, -INF), 0.0, (0.0, 0.0)),
+            Corner((LOWEST, LOWEST), 0.0, (0.0, 0.0)),
+            Corner((-1.0, -INF), INF, (1.0, -1.0)),
+            Corner((-INF, -1.0), INF, (-INF, INF)),
+            Corner((-1e4, -1.0), INF, (-INF, INF)),
+            Corner((-1.0, -100.0), 98.0, (1.0, -1.0)),
+            Corner((0.0, LOWEST), -LOWEST, (1.0, -1.0), False),
+            Corner((-1.0, -1.0 - 2.0**-20), 2.0**-41, (2.0**-20, -(2.0**-20))),
+            Corner((NAN, -1.0), NAN, (NAN, NAN)),
+            Corner((-1.0, NAN), NAN, (NAN, NAN)),
+        ],
+    ),
+]
+
+
+# A log-probability is minus a loss; the row of k labels has one that is no class, too, where there is one class.
+LABEL = next(kernel for kernel in ROWS_OF_LOGITS if kernel.name == "cross_entropy_with_integer_labels")
+ROWS_OF_LOGITS += [
+    dataclasses.replace(
+        LABEL,
+        function=log_prob(0, 0, 1),
+        note="of k labels",
+        formula=formulas.log_prob_of_label_0,
+        value_bar=6,
+        gradient_bar=(5,),
+        corners=[Corner(c.arguments, -c.value, tuple(-np.array(g) for g in c.gradient)) for c in LABEL.corners],
+    ),
+    dataclasses.replace(
+        LABEL,
+        function=log_prob(-1, 0, tail=True),
+        note=TAIL,
+        listed=(0,),
+        formula=formulas.log_prob_of_other_labels,
+        value_bar=6,
+        gradient_bar=(5,),
+        corners=[
+            Corner(([0.0] * 4,), np.log(3 / 4), ([-1 / 4, 1 / 12, 1 / 12, 1 / 12],)),
+            Corner(([1.0, -INF, -INF, -INF],), -INF, ([-1.0, 0.0, 0.0, 0.0],)),
+            Corner(([-INF, 0.0, 0.0, -INF],), 0.0, ([0.0] * 4,)),
+            Corner(([20.0, 0.0, 0.0, -INF],), LOG2 - 20, ([-1.0, 0.5, 0.5, 0.0],)),
+            Corner(([200.0, 0.0, 0.0, 0.0],), np.log(3) - 200, ([-1.0, 1 / 3, 1 / 3, 1 / 3],)),
+            Corner(([-20.0, 0.0, -INF, -INF],), -2.0611536e-9, ([-2.0611536e-9, 2.0611536e-9, 0.0, 0.0],)),
+            Corner(([-200.0, 0.0, -INF, -INF],), 0.0, ([0.0] * 4,)),
+            *[Corner((x,), NAN, ([NAN] * 4,)) for x in IMPOSSIBLE],
+        ],
+    ),
+]

@@ -1,0 +1,27 @@
+"""The table: one row a public function. The laws in test_*.py hold for every row; a new function is a new row."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.kernel import LOGIT, label
+from tests.kernels.of_heads import HEADS
+from tests.kernels.of_logits import ROWS_OF_LOGITS
+from tests.kernels.of_probabilities import ROWS_OF_PROBABILITIES
+
+TABLE = ROWS_OF_PROBABILITIES + ROWS_OF_LOGITS
+KERNELS = TABLE + HEADS
+ROWS = {label(kernel): kernel for kernel in TABLE}
+
+# What any function of a head's tokens gives beside `linear_log_probs`, which is one, has quick tests of its own.
+SLOW = ("linear_kl_divergence", "linear_map")
+each_kernel = pytest.mark.parametrize(
+    "kernel",
+    [pytest.param(kernel, marks=[pytest.mark.slow] if kernel.name in SLOW else []) for kernel in KERNELS],
+    ids=label,
+)
+each_function = pytest.mark.parametrize("kernel", TABLE, ids=label)
+WITH_CLASSES = [kernel for kernel in TABLE if kernel.has_classes]
+each_with_classes = pytest.mark.parametrize("kernel", WITH_CLASSES, ids=label)
+OF_LOGITS = [kernel for kernel in WITH_CLASSES if LOGIT in kernel.domains]
+each_of_logits = pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)

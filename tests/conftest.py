@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jce._jax import platforms as _platforms
+from tests import failures
 
 gc.set_threshold(100_000, 50, 100)  # a trace makes many objects and leaves few: a tenth of the time
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -59,6 +60,15 @@ def pytest_collection_modifyitems(config, items):
     if config.option.part:
         part, of = map(int, config.option.part.split("/"))
         items[:] = [item for k, item in enumerate(items) if (k + k // of) % of == part % of]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Below a failure stand its case and the command that repeats it."""
+    report = yield
+    if report.failed and call.excinfo:
+        report.sections += [("Case", failures.case(item, call.excinfo)), ("To repeat it", failures.command(item))]
+    return report
 
 
 def pytest_terminal_summary(terminalreporter, config):

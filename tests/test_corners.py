@@ -17,8 +17,9 @@ def stacked(kernel: Kernel, dtype=np.float32) -> tuple[list[np.ndarray], np.ndar
     return [np.array(x, dtype) for x in arguments], np.array(values), [np.array(x) for x in gradients]
 
 
-def agrees(got, expected):
-    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-30)
+def agrees(got, expected, *what):
+    """To rounding; an error begins with what is compared."""
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-30, err_msg=", ".join(what))
 
 
 @each_kernel
@@ -30,9 +31,9 @@ def test_value_and_gradient_in_both_modes(kernel, dtype):
         agrees(kernel.function(*arguments), values)
         reverse = jax.jit(jax.vmap(jax.jacrev(kernel.function, positions)))(*arguments)
         forward = jax.jit(jax.vmap(jax.jacfwd(kernel.function, positions)))(*arguments)
-    for r, f, expected in zip(reverse, forward, gradients, strict=True):
-        agrees(r, expected)
-        agrees(f, expected)
+    for mode, derivatives in {"reverse": reverse, "forward": forward}.items():
+        for argument, got, expected in zip(kernel.arguments, derivatives, gradients, strict=True):
+            agrees(got, expected, mode, argument)
 
 
 @each_kernel
@@ -43,8 +44,8 @@ def test_alone_and_eagerly(kernel):
     for corner in kernel.corners:
         arguments = [np.float32(x) for x in corner.arguments]
         agrees(kernel.function(*arguments), corner.value)
-        for got, expected in zip(eager_gradient(*arguments), corner.gradient, strict=True):
-            agrees(got, expected)
+        for argument, got, expected in zip(kernel.arguments, eager_gradient(*arguments), corner.gradient, strict=True):
+            agrees(got, expected, argument)
         with op_by_op():
             agrees(kernel.function(*arguments), corner.value)
 
@@ -75,8 +76,8 @@ def test_zero_cotangents(kernel):
     def weighted(*x):
         return jnp.vdot(np.zeros(keep.shape, np.float32), jnp.where(jnp.isfinite(values), kernel.function(*x), 0))
 
-    for function in (selected, weighted):
-        for g in jax.grad(function, tuple(range(len(arguments))))(*arguments):
+    for way in (selected, weighted):
+        for g in jax.grad(way, tuple(range(len(arguments))))(*arguments):
             np.testing.assert_array_equal(g, np.zeros_like(g))
 
 
@@ -88,15 +89,18 @@ def test_second_derivatives(kernel):
     regular = [corner.second_order for corner in kernel.corners]
     arguments, values = [x[regular] for x in arguments], values[regular]
     positions = tuple(range(len(arguments)))
-    nestings = [
-        jax.jit(jax.vmap(outer(inner(kernel.function, positions), positions)))(*arguments)
+    nestings = {
+        f"{outer.__name__} of {inner.__name__}": jax.tree.leaves(
+            jax.jit(jax.vmap(outer(inner(kernel.function, positions), positions)))(*arguments)
+        )
         for outer in (jax.jacfwd, jax.jacrev)
         for inner in (jax.jacfwd, jax.jacrev)
-    ]
-    for blocks in zip(*(jax.tree.leaves(hessian) for hessian in nestings), strict=True):
-        for other in blocks[1:]:
-            agrees(other, blocks[0])
-        assert not np.isnan(blocks[0][~np.isnan(values)]).any()
+    }
+    first = next(iter(nestings.values()))
+    for nesting, blocks in nestings.items():
+        for block, expected in zip(blocks, first, strict=True):
+            agrees(block, expected, nesting)
+            assert not np.isnan(block[~np.isnan(values)]).any()
 
 
 # JAX before 0.12 forgets the rule of the head's own loop inside of another one that isn't checkpointed.

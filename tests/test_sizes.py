@@ -138,9 +138,11 @@ def ordinary(kernel: Kernel, rng, size: Size, dtype) -> list[np.ndarray]:
     return [x.astype(dtype) for x in arguments]
 
 
-def agrees(got, expected, dtype):
+def agrees(got, expected, dtype, what=""):
     exact = dtype in ("float32", "float64")
-    np.testing.assert_allclose(np.float64(got), expected, rtol=2e-5 if exact else 2e-2, atol=1e-30 if exact else 1e-3)
+    np.testing.assert_allclose(
+        np.float64(got), expected, rtol=2e-5 if exact else 2e-2, atol=1e-30 if exact else 1e-3, err_msg=what
+    )
 
 
 @each_kernel
@@ -163,8 +165,8 @@ def test_each_row(kernel, size, dtype, rng, dropping):
         values, _, gradients = derivatives(batch, without)
         for row, corner in zip(at, corners, strict=True):
             agrees(values[row], corner.value, dtype)
-            for g, expected in zip(gradients, corner.gradient, strict=True):
-                agrees(of_corner(kernel, corner, np.asarray(g[row])), expected, dtype)
+            for argument, g, expected in zip(kernel.arguments, gradients, corner.gradient, strict=True):
+                agrees(of_corner(kernel, corner, np.asarray(g[row])), expected, dtype, argument)
         others = np.delete(np.arange(len(values)), at)
         for got, plain in zip([values, *gradients], jax.tree.leaves(derivatives(without, without)[::2]), strict=True):
             agrees(got[others], np.float64(plain[others]), dtype)
@@ -199,8 +201,8 @@ def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
                 x[7] = numbers
             mean, norms = reduced(*batch)
             assert np.isnan(mean) == np.isnan(corner.value)
-            for norm, gradient in zip(norms, corner.gradient, strict=True):
-                assert np.isnan(norm) == np.isnan(gradient).any()
+            for argument, norm, gradient in zip(kernel.arguments, norms, corner.gradient, strict=True):
+                assert np.isnan(norm) == np.isnan(gradient).any(), argument
 
 
 @pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)

@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
 
     hidden: list[Array]  # [..., d], for each head
     others: list[Array]  # such as labels [...] or teacher's probabilities [..., k]
-    weights: Any  # of tokens, or None; then the factors of their results, such as w/Σw for a mean
+    weights: Any  # of tokens, or None; in the loop the factors of their results, such as w/Σw for a mean
     kept: Any  # bool: which tokens take part; None for all
     heads: list[Any]  # at first pairs of a matrix [n, d] and its bias or None, then `Head`s; or `FunctionHead`s
     shared: Shared

@@ -101,7 +101,7 @@ def linear_cross_entropy(
       weight 0 with a label outside [0, n) or a hidden state that isn't finite is left out as by `where`. A forbidden
       class has the derivative below at qᵢ = 0, and 0 under a soft cap. At the label it makes the loss +∞, and with
       label smoothing, which counts every class, every loss +∞: better slice off what pads the vocabulary, head[:n]. A
-      traced 0 is none, and costs nothing there.
+      traced ε of 0 is no smoothing: forbidden classes then cost nothing.
 
     Derivative:
       ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and on to hidden, head, bias and weights, each in its own

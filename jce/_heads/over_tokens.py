@@ -78,7 +78,7 @@ def _on_device(
     loop = _loop_of(chunk, inputs, settings, dtypes, class_axis, skips)
     results = loop.results(inputs)
     if settings.sums:
-        results = [over_devices(x if loop.sums else x.sum(0), token_axes) for x in results]
+        results = [over_devices(x if loop.sums_in_loop else x.sum(0), token_axes) for x in results]
     else:
         results = [x.reshape(*batch, *x.shape[1:]) for x in results]
     return jax.tree.unflatten(jax.tree.structure(chunk.one), results)

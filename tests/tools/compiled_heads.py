@@ -1,4 +1,4 @@
-"""Heads compiled for devices that aren't there, for tests/tools/test_head_programs.py: prints their texts and temporaries."""
+"""Heads compiled for devices that are not there, for test_head_programs.py: prints their texts and temporaries."""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ def over_chunks(step: Callable, chunks: Chunks, carry, tokens, kept: Array | Non
     must take None for a carry of zeros.
 
     With `kept`, it runs over the chunks of the tokens that are kept, and the carry is the sum of those of
-    step(None, chunk). So it does if `chunks.filled`, where each chunk has the same size, whatever the number of
-    tokens: then a product has the same bits in any number of chunks.
+    step(None, chunk). With `chunks.filled` it runs in the same way, over all tokens if `kept` is None. Each
+    chunk then has the same size, whatever the number of tokens, so that a product has the same bits in any number of
+    chunks.
 
     If `chunks.strided`, a chunk takes every k-th token. Where XLA splits tokens over devices, each device has
     consecutive ones, and so an equal part of every chunk: no token is sent, and for GPUs and TPUs XLA then sums the

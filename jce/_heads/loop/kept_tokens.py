@@ -17,9 +17,9 @@ def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: An
     """The sums of step(None, chunk), and each token's results, which are 0 for a token that isn't kept.
 
     Tokens that are kept come first, and zeros after them. Where XLA splits the tokens over devices, each device's part
-    is ordered so, and a chunk takes an equal part of each: no token is sent. If `size` is given, the number of tokens
-    in such a part, a token has the same bits in any number of chunks: XLA, which might compile a single chunk otherwise
-    than many, doesn't see their number.
+    is ordered so, and a chunk takes an equal part of each: no token is sent. `size` is the number of tokens in
+    such a part. If it is given, a token has the same bits in any number of chunks: XLA, which might compile a single
+    chunk otherwise than many, doesn't see their number.
     """
     count, filled = kept.shape[0], size is not None
     n = -(-count // devices)

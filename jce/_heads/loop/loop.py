@@ -46,7 +46,8 @@ class Loop(NamedTuple):
     refused: str  # the names of effects of `of_chunk` with which it can't be differentiated
 
     @property
-    def sums(self) -> bool:
+    def sums_in_loop(self) -> bool:
+        """Whether the loop itself sums the results, and has the gradient of the sum too."""
         return self.trained is not None
 
     def results(self, inputs: Inputs) -> list[Array]:
@@ -62,7 +63,7 @@ class Loop(NamedTuple):
             return weighted_sums(self, inputs.weights, self._unweighted(inputs))
 
         whole = inputs.heads, inputs.shared
-        return with_merged_batches(per_token, inputs.tokens, whole, sums=sums if self.sums else None)
+        return with_merged_batches(per_token, inputs.tokens, whole, sums=sums if self.sums_in_loop else None)
 
     def _unweighted(self, inputs: Inputs) -> Inputs:
         inputs = inputs._replace(weights=None)
@@ -115,12 +116,12 @@ def _unhoisted(inputs: Inputs, *others) -> Inputs:
     return inputs.with_tokens(unhoisted(inputs.tokens, inputs.heads, inputs.shared, others))
 
 
-# Until JAX 0.12: JAX's own custom_jvp, here and below. Ours (`_numerics/calculus.py`) saves all residuals of a loop
-# there, which are the logits of all tokens.
+# Until JAX 0.12: our own custom_jvp (`_numerics/calculus.py`) keeps all residuals of a loop, which are the logits of
+# all tokens. So it is JAX's that is used here and below.
 def _value_apart(static: int) -> Callable:
-    """Decorates function(loop, *static, *arrays), of so many static arguments. Its derivative is the plain one, but its
-    value then comes from another call: if one loop gave both, reverse-over-reverse mode would drop the checkpoint and
-    keep the logits of all tokens."""
+    """Decorates function(loop, *static, *arrays), of so many static arguments. When it is
+    differentiated, one call gives the value and another the derivative. If one loop gave both, reverse-over-reverse
+    mode would drop the checkpoint and keep the logits of all tokens."""
 
     def decorated(function):
         value = functools.partial(jax.custom_jvp, nondiff_argnums=tuple(range(static)))(function)

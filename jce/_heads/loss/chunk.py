@@ -71,7 +71,7 @@ class ChunkFunction(NamedTuple):
 
     def of_inputs(self, dtypes: Any, products: Products) -> Callable:
         """function(platform, inputs of a chunk), where what is shared had these dtypes before it was made `wide`. The
-        results of tokens that aren't kept are 0; with a filler they are not yet, but where the loop joins chunks."""
+        results of tokens that aren't kept are 0. With a filler they are 0 only after the loop has joined the chunks."""
         # JAX's caches keep this function, so it may not hold `self`: there may be tracers in the rest of it.
         function, multiplied, filler = self.function, self.multiplied, self.filler
         dtypes_closed_over = dtypes_of(self.closed_over)

@@ -73,20 +73,22 @@ def _loss_rule(loss, products, primals, tangents):
     d_target, dh, d_head, d_cap = tangents
     losses, e, r = _loss_and_excess(target, h, head, soft_cap, loss, products)
     parts, r = [], lax.stop_gradient(r)  # constant: a tangent of zeros would cost a product
-    h, r_h = h.astype(e.dtype), r
-    if head.weight.shape[0] < head.weight.shape[1] and not products.narrow:  # e is smaller than h, so r multiplies e
-        e, r_h = mul0(jnp.broadcast_to(r[:, None], e.shape), e), 1 + (r - r)  # NaN where r is
+    h, rest = h.astype(e.dtype), r
+    if head.weight.shape[0] < head.weight.shape[1] and not products.narrow:
+        # e is smaller than h, so r multiplies e. What is left of r is 1, or NaN where r is: by mul0 such a NaN stays
+        # out of tokens whose cotangent is 0.
+        e, rest = mul0(jnp.broadcast_to(r[:, None], e.shape), e), 1 + (r - r)
     if not is_zero(dh):
         pull = products.with_head(e, head, 0)
-        parts.append(mul0(r_h, mul0(pull, dh.astype(e.dtype)).sum(-1)))
+        parts.append(mul0(rest, mul0(pull, dh.astype(e.dtype)).sum(-1)))
     if not is_zero(d_head.wide):  # the transpose is eᵀ · (r h)
         if loss.may_be_greedy:
             of_head = mul0(e, products.dot(h, d_head.wide, 1, 1, e.dtype)).sum(-1)
         else:
             of_head = (h * products.dot(e, d_head.wide, 1, 0, e.dtype)).sum(-1)
-        parts.append(mul0(r_h, of_head))
+        parts.append(mul0(rest, of_head))
     if not is_zero(d_head.bias):
-        parts.append(mul0(r_h, mul0(e, jnp.broadcast_to(d_head.bias, e.shape)).sum(-1)))
+        parts.append(mul0(rest, mul0(e, jnp.broadcast_to(d_head.bias, e.shape)).sum(-1)))
     # Each device has the part of its own classes.
     terms = [loss.classes.over_devices(functools.reduce(jnp.add, parts))] if parts else []
     if not all(is_zero(t) for t in jax.tree.leaves((d_target[1:], d_cap))):

@@ -24,7 +24,8 @@ from jce._jax.varying import varying_alike
 class Head(NamedTuple):
     """W [n, d] and b [n]. Derivatives in W are taken in `wide`, the same numbers in the dtype of the logits.
 
-    So where W is bfloat16, a loop over chunks sums its gradient in float32. No operation reads `wide` there.
+    So where W is bfloat16, a loop over chunks sums its gradient in float32: products read `weight`, and only the
+    gradient arrives at `wide`. Where the dtypes are the same, so are the arrays, and products read `wide`.
     """
 
     weight: Array

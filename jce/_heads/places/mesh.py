@@ -81,8 +81,8 @@ def on_each_device(
 
 
 def _on_parts(function: Callable, inputs: Inputs, places: Places, axis_name: Hashable | None, sums: bool):
-    """`function` in a `jax.shard_map` over these places. Inside a caller's own, over `axis_name`, a device may have
-    some classes only, which types say are split once more."""
+    """`function` in a `jax.shard_map` over these places. If that is inside a caller's own `shard_map`, which splits the
+    classes over `axis_name`, types may split each device's part of them again."""
     classes = mesh_names(axis_name, places.classes) or None
 
     def split(tree, spec, first=()):

@@ -9,7 +9,7 @@ import pytest
 
 import jce
 from tests.jaxprs import equations
-from tests.kernels import TABLE, easy, label, modes, total
+from tests.kernels import MODES, TABLE, easy, label, modes, total
 
 pytestmark = pytest.mark.needs_jit
 
@@ -41,28 +41,33 @@ HEADS = {
 }
 
 
-def asked(function, arguments) -> set[tuple]:
-    """The elementary functions in the function's program, in every mode and on every platform, with their accuracy."""
+def asked(function, arguments, names) -> set[tuple]:
+    """The elementary functions in the function's programs in some modes, on every platform, with their accuracy."""
     programs = modes(function, tuple(range(len(arguments))))
-    traced = [jax.make_jaxpr(program)(arguments, arguments).jaxpr for program in programs.values()]
+    traced = [jax.make_jaxpr(programs[name])(arguments, arguments).jaxpr for name in names]
     calls = [e for jaxpr in traced for e in equations(jaxpr, None) if e.primitive.name in ELEMENTARY | OTHERS]
     return {(e.primitive.name, e.params.get("accuracy")) for e in calls}
 
 
+def each_mode(*quick):
+    every = pytest.param(MODES, marks=pytest.mark.slow)
+    return pytest.mark.parametrize("names", [quick, every], ids=["one mode", "every mode"])
+
+
 @pytest.mark.parametrize("kernel", TABLE, ids=label)
-@pytest.mark.in_turn(20)
-def test_functions(kernel, rng):
-    found = asked(total(kernel), tuple(map(jnp.asarray, easy(kernel, rng, (2, 5)))))
+@each_mode("forward over reverse")  # which computes the value and the gradient too
+def test_functions(kernel, names, rng):
+    found = asked(total(kernel), tuple(map(jnp.asarray, easy(kernel, rng, (2, 5)))), names)
     assert found
     assert found <= {(name, HIGHEST) for name in ELEMENTARY}
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.slow
-def test_heads(head):
+@each_mode("gradient")
+def test_heads(head, names):
     def of(h, w):
         return sum(x.sum() for x in jax.tree.leaves(HEADS[head](np.zeros(4, int), h, w)))
 
-    found = asked(of, (jnp.ones((4, 2)), jnp.ones((3, 2))))
+    found = asked(of, (jnp.ones((4, 2)), jnp.ones((3, 2))), names)
     assert {"exp", "log"} <= {name for name, _ in found}
     assert found <= {(name, HIGHEST) for name in ELEMENTARY}

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from jce._jax.classes import LONGEST_ROW
-from tests.kernels import OF_LOGITS, Corner, Kernel, each_kernel, each_with_classes, easy, label, total
+from tests.kernels import KERNELS, OF_LOGITS, WITH_CLASSES, Corner, Kernel, easy, label, total
 
 
 class Size(NamedTuple):
@@ -43,12 +43,21 @@ QUICK = [(size, "float32") for size in SIZES]
 SLOW = [("many rows", "float64"), ("long rows", "float64"), ("many rows", "bfloat16"), ("many rows", "float16")]
 
 
-def each_batch(long_rows_are_slow: bool):
-    """Every size and dtype that a law is tried in, of which those in other dtypes than float32 are slow tests."""
-    slow = [*SLOW, ("long rows", "float32")] if long_rows_are_slow else SLOW
-    marks = {case: [pytest.mark.slow] * (case in slow) for case in QUICK + SLOW}
-    cases = [pytest.param(SIZES[size], dtype, id=f"{size}-{dtype}", marks=m) for (size, dtype), m in marks.items()]
-    return pytest.mark.parametrize(("size", "dtype"), cases)
+def each_row_and_size(kernels, large=("many rows", "long rows")):
+    """Every row in every size and dtype: quick in the small size, and every second row in each of these large ones."""
+    large = [(size, "float32") for size in (*large, "small")]
+    cases = [
+        pytest.param(
+            kernel,
+            SIZES[size],
+            dtype,
+            id=f"{size}-{dtype}-{label(kernel)}",
+            marks=[] if (size, dtype) in (QUICK[0], large[k % 2]) else [pytest.mark.slow],
+        )
+        for k, kernel in enumerate(kernels)
+        for size, dtype in QUICK + SLOW
+    ]
+    return pytest.mark.parametrize(("kernel", "size", "dtype"), cases)
 
 
 each_dtype = pytest.mark.parametrize(
@@ -145,8 +154,7 @@ def agrees(got, expected, dtype, what=""):
     )
 
 
-@each_kernel
-@each_batch(long_rows_are_slow=False)
+@each_row_and_size(KERNELS)
 def test_each_row(kernel, size, dtype, rng, dropping):
     """Values and derivatives in both modes, where some rows are edge cases. The others are as without them."""
     corners, without = corners_of(kernel, dtype), ordinary(kernel, rng, size, dtype)
@@ -183,8 +191,7 @@ def test_each_row(kernel, size, dtype, rng, dropping):
             assert not np.asarray(tangents)[others].any()
 
 
-@each_kernel
-@each_batch(long_rows_are_slow=True)
+@each_row_and_size(KERNELS, ["many rows"])
 def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
     """A mean over the batch is NaN if one row is, and so is the norm of a gradient that holds one."""
     without, positions = ordinary(kernel, rng, size, dtype), tuple(range(len(kernel.arguments)))
@@ -205,8 +212,7 @@ def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
                 assert np.isnan(norm) == np.isnan(gradient).any(), argument
 
 
-@pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)
-@each_batch(long_rows_are_slow=True)
+@each_row_and_size(OF_LOGITS, ["many rows"])
 def test_a_hessian_vector_product_of_logits(kernel, size, dtype, rng, dropping):
     """It is NaN in all classes of a row with a NaN or a +∞ in its logits, and in no other row."""
     arguments = ordinary(kernel, rng, size, dtype)
@@ -228,8 +234,7 @@ def test_a_hessian_vector_product_of_logits(kernel, size, dtype, rng, dropping):
     assert not np.delete(got, [*broken], 0).any()
 
 
-@each_with_classes
-@each_batch(long_rows_are_slow=True)
+@each_row_and_size(WITH_CLASSES, ["many rows"])
 def test_a_masked_class(kernel, size, dtype, rng, dropping):
     """A NaN in a class that `where` masks has no effect: the bits are those of a finite number in its place."""
     masked = size.classes // 2
@@ -278,7 +283,7 @@ OF_TOKENS: dict[str, Callable] = {
 
 
 def function_of(w, b) -> Callable:
-    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    dtype = w.dtype if w.dtype.itemsize >= 4 else jnp.float32
     return lambda h: jnp.matmul(h, w.T, preferred_element_type=dtype) + b.astype(dtype)[None]
 
 

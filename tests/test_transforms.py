@@ -19,78 +19,96 @@ close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
 
 
 @each_kernel
-@pytest.mark.in_turn(24)
-def test_jit_eager_vmap_and_loop(kernel, rng):
-    arguments = easy(kernel, rng, (3, 4, 5))
-    plain = kernel.function(*arguments)
-    close(jax.jit(kernel.function)(*arguments), plain)
-    close(jax.vmap(kernel.function)(*arguments), plain)
-    close(jax.vmap(jax.vmap(kernel.function), in_axes=1, out_axes=1)(*arguments), plain)
-    close(np.stack([kernel.function(*(x[i] for x in arguments)) for i in range(3)]), plain)
+def test_values(kernel, rng):
+    """Under jit, vmap and checkpoint, in a loop, beside a derivative, and op by op."""
+    function, arguments = kernel.function, tuple(easy(kernel, rng, (3, 4, 5)))
+    ways = {
+        "jit": function,
+        "vmap": jax.vmap(function),
+        "vmap of vmap": jax.vmap(jax.vmap(function), in_axes=1, out_axes=1),
+        "checkpoint": jax.checkpoint(function),
+        "map": lambda *x: jax.lax.map(lambda row: function(*row), x),
+        "vjp": lambda *x: jax.vjp(function, *x)[0],
+        "jvp": lambda *x: jax.jvp(function, x, x)[0],
+        "linearize": lambda *x: jax.linearize(function, *x)[0],
+    }
+    expected = {"eager": function(*arguments)}
+    for i, name in enumerate(kernel.arguments):  # a batch of one argument and a single other
+        ways[f"vmap over {name}"] = functools.partial(of_one_batch, function, i)
+        expected[f"vmap over {name}"] = function(*broadcast(arguments, i))
+    found = jax.jit(lambda *x: {name: f(*x) for name, f in ways.items()})(*arguments)
+    for way, got in found.items():
+        close(got, expected.get(way, expected["eager"]), rtol=4e-6 if "v" in way else 1e-6, custom_message=way)
     with op_by_op():
-        close(kernel.function(*arguments), plain)
+        close(function(*arguments), expected["eager"], custom_message="op by op")
+
+
+def of_one_batch(function, i, *arguments):
+    """vmap over argument i, with the first row of each other."""
+    mixed = [x if k == i else x[0] for k, x in enumerate(arguments)]
+    return jax.vmap(function, [0 if k == i else None for k in range(len(mixed))])(*mixed)
+
+
+def broadcast(arguments, i):
+    return [x if k == i else np.broadcast_to(x[0], x.shape) for k, x in enumerate(arguments)]
 
 
 @each_kernel
-@pytest.mark.in_turn(24)
-def test_mixed_in_axes(kernel, rng):
-    """A batch of one argument against a single other."""
-    arguments = easy(kernel, rng, (3, 5))
-    for i in range(len(arguments)):
-        mixed = [x if j == i else x[0] for j, x in enumerate(arguments)]
-        in_axes = [0 if j == i else None for j in range(len(arguments))]
-        broadcast = [np.broadcast_to(x, arguments[0].shape) for x in mixed]
-        close(jax.vmap(kernel.function, in_axes)(*mixed), kernel.function(*broadcast))
-        close(jax.vmap(gradient(kernel), in_axes)(*mixed), gradient(kernel)(*broadcast))
-
-
-@each_kernel
-@pytest.mark.in_turn(24)
-def test_forward_equals_reverse(kernel, rng):
-    arguments = tuple(easy(kernel, rng, (4, 5)))
-    tangents = tuple(rng.standard_normal(x.shape).astype(x.dtype) for x in arguments)
-    value, tangent = jax.jvp(total(kernel), arguments, tangents)
-    close(value, total(kernel)(*arguments))
-    expected = sum(jnp.vdot(g, t) for g, t in zip(gradient(kernel)(*arguments), tangents, strict=True))
-    close(tangent, expected, rtol=1e-5)
-    value, linear = jax.linearize(total(kernel), *arguments)
-    close(linear(*tangents), tangent, rtol=1e-5)
-
-
-@each_kernel
-@pytest.mark.in_turn(24)
-def test_the_value_is_the_same_under_differentiation(kernel, rng):
-    arguments = tuple(easy(kernel, rng, (4, 5)))
-    plain = kernel.function(*arguments)
-    close(jax.vjp(kernel.function, *arguments)[0], plain, rtol=3e-7)
-    close(jax.jvp(kernel.function, arguments, arguments)[0], plain, rtol=3e-7)
-    close(jax.linearize(kernel.function, *arguments)[0], plain, rtol=3e-7)
-
-
-@each_kernel
-@pytest.mark.in_turn(12)
-def test_checkpoint_and_scan(kernel, rng):
-    arguments = tuple(easy(kernel, rng, (4, 5)))
-    expected = gradient(kernel)(*arguments)
-    positions = tuple(range(len(arguments)))
-    close(jax.grad(jax.checkpoint(total(kernel)), positions)(*arguments), expected)
+def test_gradients(kernel, rng):
+    """Of checkpointed, scanned and batched functions; and along a direction in forward mode."""
+    arguments, positions = tuple(easy(kernel, rng, (4, 5))), tuple(range(len(kernel.arguments)))
+    directions = tuple(rng.standard_normal(x.shape).astype(x.dtype) for x in arguments)
+    of_sum = jax.grad(total(kernel), positions)
 
     def scanned(*x):
         return jax.lax.scan(lambda carry, row: (carry + total(kernel)(*row), None), 0.0, x)[0]
 
-    close(jax.jit(jax.grad(scanned, positions))(*arguments), expected)
+    ways = {
+        "checkpoint": jax.grad(jax.checkpoint(total(kernel)), positions),
+        "scan": jax.grad(scanned, positions),
+        "vmap": jax.vmap(of_sum),
+    }
+    expected = {"eager": of_sum(*arguments)}
+    for i, name in enumerate(kernel.arguments):
+        ways[f"vmap over {name}"] = functools.partial(of_one_batch, of_sum, i)
+        expected[f"vmap over {name}"] = gradient(kernel)(*broadcast(arguments, i))
+
+    @jax.jit
+    def run(arguments, directions):
+        forward = {
+            "jvp": jax.jvp(total(kernel), arguments, directions)[1],
+            "linearize": jax.linearize(total(kernel), *arguments)[1](*directions),
+        }
+        return {way: f(*arguments) for way, f in ways.items()}, forward
+
+    gradients, forward = run(arguments, directions)
+    for way, got in gradients.items():
+        close(got, expected.get(way, expected["eager"]), custom_message=way)
+    along = sum(jnp.vdot(g, t) for g, t in zip(expected["eager"], directions, strict=True))
+    for way, got in forward.items():
+        close(got, along, rtol=1e-5, custom_message=way)
 
 
 @each_kernel
-@pytest.mark.in_turn(24)
-def test_hessians_of_all_nestings_agree(kernel, rng):
+def test_hessians(kernel, rng):
+    """The three nestings of forward and reverse mode agree."""
     arguments = tuple(x[0] for x in easy(kernel, rng, (1, 3)))
     positions = tuple(range(len(arguments)))
-    forward_over_reverse = jax.jit(jax.jacfwd(jax.jacrev(total(kernel), positions), positions))(*arguments)
-    reverse_over_forward = jax.jit(jax.jacrev(jax.jacfwd(total(kernel), positions), positions))(*arguments)
-    reverse_over_reverse = jax.jit(jax.jacrev(jax.jacrev(total(kernel), positions), positions))(*arguments)
-    close(reverse_over_forward, forward_over_reverse, rtol=1e-5, atol=0)
-    close(reverse_over_reverse, forward_over_reverse, rtol=1e-5, atol=0)
+    nestings = {
+        "forward over reverse": (jax.jacfwd, jax.jacrev),
+        "reverse over forward": (jax.jacrev, jax.jacfwd),
+        "reverse over reverse": (jax.jacrev, jax.jacrev),
+    }
+
+    @jax.jit
+    def run(*x):
+        return {
+            name: outer(inner(total(kernel), positions), positions)(*x) for name, (outer, inner) in nestings.items()
+        }
+
+    found = run(*arguments)
+    for name, hessian in found.items():
+        close(hessian, found["forward over reverse"], rtol=1e-5, atol=0, custom_message=name)
 
 
 @each_kernel

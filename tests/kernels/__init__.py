@@ -4,7 +4,7 @@ from tests.kernels import formulas
 from tests.kernels.formulas import BETA, SMOOTHING, Z_LOSS, kl_divergence, sigmoid, softmax, surprisals, weighted
 from tests.kernels.functions import at_beta
 from tests.kernels.kernel import LOG_Z, LOGIT, TAIL, Corner, Kernel, label
-from tests.kernels.modes import easy, gradient, modes, op_by_op, total
+from tests.kernels.modes import MODES, easy, gradient, modes, op_by_op, total
 from tests.kernels.of_heads import HEADS
 from tests.kernels.samplers import INF, binary_regimes, logit_rows, probability_regimes
 from tests.kernels.table import (
@@ -26,6 +26,7 @@ __all__ = [
     "KERNELS",
     "LOGIT",
     "LOG_Z",
+    "MODES",
     "OF_LOGITS",
     "ROWS",
     "SMOOTHING",

@@ -27,6 +27,12 @@ def gradient(kernel: Kernel) -> Callable:
     return jax.jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))
 
 
+MODES = (
+    *("value", "gradient", "jvp", "linearize", "forward over reverse", "reverse over forward", "reverse over reverse"),
+    "third order",
+)
+
+
 def modes(function: Callable, positions: tuple[int, ...]) -> dict[str, Callable]:
     """Of a function with one number: programs of (arguments, directions), by name, to the third order."""
 

@@ -43,20 +43,8 @@ SECONDS = (
     "not (float64 and (accuracy or corners)) and not hundred_thousand and not third and not second_derivatives"
     " and not nestings and not test_axis and not linear_cost and not long_rows and not devices and not platforms"
 )
-OF_PROGRAMS = [
-    "bench",
-    "command_line",
-    "demo",
-    "distill",
-    "frameworks",
-    "max_margin",
-    "next_word",
-    "notebooks",
-    "package",
-    "site",
-]
 OTHER_TESTS = [name for path in sorted(ROOT.glob("tests/test_*.py")) if (name := path.stem.removeprefix("test_"))]
-OTHER_TESTS = [name for name in OTHER_TESTS if name not in FAST_TESTS + OF_PROGRAMS and "programs" not in name]
+OTHER_TESTS = [name for name in OTHER_TESTS if name not in [*FAST_TESTS, "package"]]
 HEAD_TESTS = ["linear", "linear_map", "sparse_targets", "platforms", "linear_cost", "on_mesh", "tokens", "devices"]
 SLOWER = [(FAST_TESTS, f"not ({SECONDS})"), (OTHER_TESTS, "test")]  # the rest of the quick tests
 LIMIT = 600  # seconds, after which a fault that makes a test run forever counts as caught

@@ -24,16 +24,42 @@ def agrees(got, expected, *what):
 
 @each_kernel
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
-def test_value_and_gradient_in_both_modes(kernel, dtype):
+def test_value_and_gradient(kernel, dtype):
+    """In both modes; in one argument at a time, of which the others add exactly nothing to a tangent, and neither does
+    a tangent of zeros; and not at all where a cotangent is 0: an outer `where`, or a weight of 0, leaves no NaN."""
     arguments, values, gradients = stacked(kernel, dtype)
-    positions = tuple(range(len(arguments)))
+    function, positions = kernel.function, tuple(range(len(arguments)))
+    kept, finite = np.zeros(values.shape, bool), np.isfinite(values)
+
+    def selected(*x):
+        return jnp.where(kept, function(*x), 0).sum()
+
+    def weighted(*x):
+        return jnp.vdot(kept.astype(dtype), jnp.where(finite, function(*x), 0))
+
+    @jax.jit
+    def run(*x):
+        each = {
+            "reverse": jax.vmap(jax.jacrev(function, positions))(*x),
+            "forward": jax.vmap(jax.jacfwd(function, positions))(*x),
+            "one argument": [jax.vmap(jax.jacfwd(function, i))(*x) for i in positions],
+        }
+        none = {
+            "a tangent of zeros": jax.jvp(function, x, jax.tree.map(jnp.zeros_like, x))[1],
+            "an outer where": jax.grad(selected, positions)(*x),
+            "a weight of 0": jax.grad(weighted, positions)(*x),
+        }
+        return each, none
+
     with jax.enable_x64(dtype == np.float64):
-        agrees(kernel.function(*arguments), values)
-        reverse = jax.jit(jax.vmap(jax.jacrev(kernel.function, positions)))(*arguments)
-        forward = jax.jit(jax.vmap(jax.jacfwd(kernel.function, positions)))(*arguments)
-    for mode, derivatives in {"reverse": reverse, "forward": forward}.items():
-        for argument, got, expected in zip(kernel.arguments, derivatives, gradients, strict=True):
+        agrees(function(*arguments), values)
+        each, none = run(*arguments)
+    for mode, found in each.items():
+        for argument, got, expected in zip(kernel.arguments, found, gradients, strict=True):
             agrees(got, expected, mode, argument)
+    for way, found in none.items():
+        for got in jax.tree.leaves(found):
+            np.testing.assert_array_equal(got, np.zeros_like(got), err_msg=way)
 
 
 @each_kernel
@@ -48,37 +74,6 @@ def test_alone_and_eagerly(kernel):
             agrees(got, expected, argument)
         with op_by_op():
             agrees(kernel.function(*arguments), corner.value)
-
-
-@each_kernel
-@pytest.mark.in_turn(12)
-def test_one_argument_at_a_time(kernel):
-    """What isn't differentiated adds exactly nothing to a tangent, and a dense zero tangent doesn't either."""
-    arguments, _, gradients = stacked(kernel)
-    for i, expected in enumerate(gradients):
-        alone = jax.jacfwd(kernel.function, i)
-        agrees(jax.vmap(alone)(*arguments), expected)
-        tangents = [np.zeros_like(x) for x in arguments]
-        _, tangent = jax.jvp(kernel.function, tuple(arguments), tuple(tangents))
-        np.testing.assert_array_equal(tangent, np.zeros_like(tangent))
-
-
-@each_kernel
-@pytest.mark.in_turn(12)
-def test_zero_cotangents(kernel):
-    """An outer where, or a weight of 0, removes a row and leaves every gradient finite."""
-    arguments, values, _ = stacked(kernel)
-    keep = np.zeros(values.shape, bool)
-
-    def selected(*x):
-        return jnp.where(keep, kernel.function(*x), 0).sum()
-
-    def weighted(*x):
-        return jnp.vdot(np.zeros(keep.shape, np.float32), jnp.where(jnp.isfinite(values), kernel.function(*x), 0))
-
-    for way in (selected, weighted):
-        for g in jax.grad(way, tuple(range(len(arguments))))(*arguments):
-            np.testing.assert_array_equal(g, np.zeros_like(g))
 
 
 @each_kernel

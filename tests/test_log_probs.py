@@ -188,7 +188,6 @@ def test_a_top_k_divergence_is_a_divergence(platform, rng):
 
 @with_tail
 @pytest.mark.parametrize("k", [3, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.slow
 def test_split_classes_are_whole_ones(tail, k, rng):
     """By axis_name: the same numbers on all devices, and the same gradients."""
     y, x = rows(rng, 8, 24, k, np.float64)

@@ -1,5 +1,6 @@
 """What the functions accept: dtypes, numbers, lists, axes and masks; and what they say to anything else."""
 
+import functools
 import math
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import jce
-from tests.kernels import OF_LOGITS, TABLE, each_function, each_with_classes, easy, gradient
+from tests.kernels import OF_LOGITS, TABLE, each_function, each_with_classes, easy, gradient, total
 
 NAN = float("nan")
 
@@ -17,30 +18,34 @@ NAN = float("nan")
 
 
 @each_function
-@pytest.mark.in_turn(12)
-def test_result_and_gradient_dtypes(kernel, rng):
+def test_result_and_gradient_dtypes(kernel):
     """At least float32 out; gradients in the argument's dtype; unlike dtypes promote."""
-    arguments = easy(kernel, rng, (4, 5))
-    for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
-        mixed = [jnp.asarray(x, dtype if i == 0 else jnp.float32) for i, x in enumerate(arguments)]
-        assert kernel.function(*mixed).dtype == jnp.float32
-        assert [g.dtype for g in gradient(kernel)(*mixed)] == [x.dtype for x in mixed]
-    with jax.enable_x64(True):
-        mixed = [jnp.asarray(x, jnp.float64 if i == 0 else jnp.float32) for i, x in enumerate(arguments)]
-        assert kernel.function(*mixed).dtype == jnp.float64
-        assert [g.dtype for g in gradient(kernel)(*mixed)] == [x.dtype for x in mixed]
+    positions = tuple(range(len(kernel.arguments)))
+    for dtype in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
+        with jax.enable_x64(dtype == jnp.float64):
+            mixed = [jax.ShapeDtypeStruct((4, 5), dtype if i == 0 else jnp.float32) for i in positions]
+            of_result = jnp.float64 if dtype == jnp.float64 else jnp.float32
+            assert jax.eval_shape(kernel.function, *mixed).dtype == of_result
+            gradients = jax.eval_shape(jax.grad(total(kernel), positions), *mixed)
+            assert [g.dtype for g in gradients] == [x.dtype for x in mixed]
 
 
 @each_function
 @pytest.mark.usefixtures("float32_by_default")
-@pytest.mark.in_turn(24)
 def test_integers_bools_lists_and_numpy(kernel):
-    one_hot = np.eye(3, dtype=np.int32)
-    expected = kernel.function(*(one_hot.astype(np.float32) for _ in kernel.arguments))
-    for x in (one_hot, one_hot.astype(bool), one_hot.tolist(), one_hot.astype(np.float32).tolist()):
-        value = kernel.function(*(x for _ in kernel.arguments))
-        assert value.dtype == jnp.float32
-        np.testing.assert_array_equal(value, expected)
+    one_hot, count = np.eye(3, dtype=np.int32), len(kernel.arguments)
+    expected = kernel.function(*[one_hot.astype(np.float32)] * count)
+    given = {
+        "integers": one_hot,
+        "bools": one_hot.astype(bool),
+        "a list of integers": one_hot.tolist(),
+        "a list of floats": one_hot.astype(np.float32).tolist(),
+    }
+    # What is no array is part of the program.
+    values = jax.jit(lambda: {name: kernel.function(*[x] * count) for name, x in given.items()})()
+    for name, value in values.items():
+        assert value.dtype == jnp.float32, name
+        np.testing.assert_allclose(value, expected, rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -92,12 +97,13 @@ def test_narrow_integers(dtype):
 
 
 @pytest.mark.parametrize("kernel", [k for k in TABLE if len(k.arguments) == 2], ids=lambda kernel: kernel.name)
-@pytest.mark.in_turn(12)
 def test_broadcasting(kernel, rng):
     p, q = easy(kernel, rng, (3, 4, 5))
-    for a, b in ((p[0, 0], q), (p[:, :1], q[0])):
-        np.testing.assert_allclose(kernel.function(a, b), kernel.function(*np.broadcast_arrays(a, b)), rtol=2e-6)
-    assert gradient(kernel)(p[0, 0], q)[0].shape == (5,)
+    pairs = [(p[0, 0], q), (p[:, :1], q[0])]
+    got = jax.jit(lambda pairs: [kernel.function(*pair) for pair in pairs])(pairs)
+    for value, pair in zip(got, pairs, strict=True):
+        np.testing.assert_allclose(value, kernel.function(*np.broadcast_arrays(*pair)), rtol=2e-6)
+    assert jax.eval_shape(gradient(kernel), p[0, 0], q)[0].shape == (5,)
 
 
 @pytest.mark.parametrize(("dtype", "n"), [(np.uint8, 300), (np.int16, 40_000), (np.uint16, 70_000)])
@@ -122,55 +128,73 @@ def test_labels_that_hold_no_number_of_classes(dtype, n, rng):
 
 
 @each_with_classes
-@pytest.mark.slow
 def test_axis(kernel, rng):
-    arguments = easy(kernel, rng, (2, 3, 4, 5))
-    expected = kernel.function(*arguments)
-    for axis in range(-4, 4):
-        moved = [np.moveaxis(x, -1, axis) for x in arguments]
-        np.testing.assert_allclose(kernel.function(*moved, axis=axis), expected, rtol=1e-6, atol=1e-7)
-        if axis % 3:
-            continue
-        g = jax.grad(lambda *x, axis=axis: kernel.function(*x, axis=axis).sum())(*moved)
-        np.testing.assert_allclose(np.moveaxis(g, axis, -1), gradient(kernel)(*arguments)[0], rtol=1e-6, atol=1e-7)
+    """Value and gradient along axes that aren't the last; and each axis by either of its numbers."""
+    arguments, axes = easy(kernel, rng, (2, 3, 4, 5)), (0, 2)
+    moved = {axis: [np.moveaxis(x, -1, axis) for x in arguments] for axis in axes}
+
+    @jax.jit
+    def run(moved):
+        along = {axis: functools.partial(kernel.function, axis=axis) for axis in moved}
+        values = {axis: along[axis](*x) for axis, x in moved.items()}
+        return values, {axis: jax.grad(lambda *x, f=along[axis]: f(*x).sum())(*x) for axis, x in moved.items()}
+
+    values, gradients = run(moved)
+    expected, expected_gradient = kernel.function(*arguments), gradient(kernel)(*arguments)[0]
+    for axis in axes:
+        np.testing.assert_allclose(values[axis], expected, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(np.moveaxis(gradients[axis], axis, -1), expected_gradient, rtol=1e-6, atol=1e-7)
+
+    def program(axis):
+        return str(jax.make_jaxpr(functools.partial(kernel.function, axis=axis))(*arguments))
+
+    assert [program(axis) for axis in range(4)] == [program(axis - 4) for axis in range(4)]
 
 
 @each_with_classes
-@pytest.mark.slow
 def test_where_is_leaving_classes_out(kernel, rng):
     """Whatever an excluded class holds, the value and the gradient are those of the other classes alone."""
-    arguments = easy(kernel, rng, (4, 6))
+    arguments, positions = easy(kernel, rng, (4, 6)), tuple(range(len(kernel.arguments)))
     mask = np.array([True, False, True, True, False, False])
     kept = [x[:, mask] for x in arguments]
+    expected_value, expected_gradients = kernel.function(*kept), gradient(kernel)(*kept)
+
+    def masked(*x):
+        return kernel.function(*x, where=mask)
+
+    @jax.jit
+    def run(*x):
+        reverse = jax.grad(lambda *x: masked(*x).sum(), positions)(*x)
+        return masked(*x), reverse, jax.vmap(jax.jacfwd(masked, positions))(*x)
+
     for garbage in (0.0, np.nan, -7.0, np.inf):
-        filled = [np.where(mask, x, np.float32(garbage)) for x in arguments]
-
-        def masked(*x):
-            return kernel.function(*x, where=mask)
-
-        positions = tuple(range(len(filled)))
-        np.testing.assert_allclose(masked(*filled), kernel.function(*kept), rtol=1e-6)
-        reverse = jax.grad(lambda *x: masked(*x).sum(), positions)(*filled)
-        forward = jax.vmap(jax.jacfwd(masked, positions))(*filled)
-        for g, f, expected in zip(reverse, forward, gradient(kernel)(*kept), strict=True):
-            close = {"rtol": 1e-6, "atol": 1e-7 * float(np.abs(expected).max())}  # an entry may pass through 0
+        value, reverse, forward = run(*(np.where(mask, x, np.float32(garbage)) for x in arguments))
+        np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+        for argument, g, f, expected in zip(kernel.arguments, reverse, forward, expected_gradients, strict=True):
+            close = {
+                "rtol": 1e-6,
+                "atol": 1e-7 * float(np.abs(expected).max()),
+                "err_msg": argument,
+            }  # one may be near 0
             np.testing.assert_allclose(g[:, mask], expected, **close)
-            np.testing.assert_array_equal(g[:, ~mask], 0 * np.ones((4, 3)))
+            np.testing.assert_array_equal(g[:, ~mask], np.zeros((4, 3)), err_msg=argument)
             np.testing.assert_allclose(f, g, **close)
 
 
 @each_with_classes
-@pytest.mark.in_turn(24)
 def test_where_drops_rows(kernel, rng):
     """where=mask[..., None]: a dropped row is 0 with gradient 0, even if it holds NaN."""
-    arguments = easy(kernel, rng, (4, 6))
+    arguments, mask = easy(kernel, rng, (4, 6)), np.array([True, False, True, True])
     for x in arguments:
         x[1] = np.nan
-    mask = np.array([True, False, True, True])
-    value = kernel.function(*arguments, where=mask[..., None])
+
+    def losses(*x):
+        values = kernel.function(*x, where=mask[..., None])
+        return values.sum(), values
+
+    g, value = jax.jit(jax.grad(losses, has_aux=True))(*arguments)
     assert value[1] == 0
-    np.testing.assert_allclose(value[mask], kernel.function(*(x[mask] for x in arguments)), rtol=3e-7)
-    g = jax.grad(lambda *x: kernel.function(*x, where=mask[..., None]).sum())(*arguments)
+    np.testing.assert_allclose(value[mask], kernel.function(*(x[mask] for x in arguments)), rtol=1e-6)
     np.testing.assert_array_equal(g[1], np.zeros(6))
     assert np.isfinite(g).all()
 

@@ -90,28 +90,6 @@ def test_gradients(kernel, rng):
 
 
 @each_kernel
-def test_hessians(kernel, rng):
-    """The three nestings of forward and reverse mode agree."""
-    arguments = tuple(x[0] for x in easy(kernel, rng, (1, 3)))
-    positions = tuple(range(len(arguments)))
-    nestings = {
-        "forward over reverse": (jax.jacfwd, jax.jacrev),
-        "reverse over forward": (jax.jacrev, jax.jacfwd),
-        "reverse over reverse": (jax.jacrev, jax.jacrev),
-    }
-
-    @jax.jit
-    def run(*x):
-        return {
-            name: outer(inner(total(kernel), positions), positions)(*x) for name, (outer, inner) in nestings.items()
-        }
-
-    found = run(*arguments)
-    for name, hessian in found.items():
-        close(hessian, found["forward over reverse"], rtol=1e-5, atol=0, custom_message=name)
-
-
-@each_kernel
 @pytest.mark.slow
 def test_a_batch_of_hessian_vector_products(kernel, rng):
     """Each is that of its direction alone, in a batch so large that XLA makes matrix products of it."""

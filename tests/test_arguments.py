@@ -171,11 +171,8 @@ def test_where_is_leaving_classes_out(kernel, rng):
         value, reverse, forward = run(*(np.where(mask, x, np.float32(garbage)) for x in arguments))
         np.testing.assert_allclose(value, expected_value, rtol=1e-6)
         for argument, g, f, expected in zip(kernel.arguments, reverse, forward, expected_gradients, strict=True):
-            close = {
-                "rtol": 1e-6,
-                "atol": 1e-7 * float(np.abs(expected).max()),
-                "err_msg": argument,
-            }  # one may be near 0
+            near_0 = 1e-7 * float(np.abs(expected).max())
+            close = {"rtol": 1e-6, "atol": near_0, "err_msg": argument}
             np.testing.assert_allclose(g[:, mask], expected, **close)
             np.testing.assert_array_equal(g[:, ~mask], np.zeros((4, 3)), err_msg=argument)
             np.testing.assert_allclose(f, g, **close)

@@ -377,7 +377,7 @@ ROWS = [
     Row("_heads/loss/evaluated.py", "a batch of updates", batches_of_updates_are_errors),
     Row("_heads/loss/evaluated.py", "a batch of lookups", derivatives_of_lookups_are_errors),
     Row("_heads/places/mesh.py", "fails its type checks under spmd_axis_name", types_are_checked_wrongly),
-    Row("_heads/loop/loop.py", "JAX's own custom_jvp", a_loop_loses_rules),
+    Row("_heads/loop/loop.py", "our own custom_jvp", a_loop_loses_rules),
     Row("_heads/loop/unhoisted.py", "hoists out of a loop", a_loop_hoists_what_stays_the_same),
     Row("_heads/loop/unhoisted.py", "fold constants", products_of_constants_are_folded),
     Row("_jax/rows.py", "fails its type checks under spmd_axis_name", types_are_checked_wrongly),

@@ -67,7 +67,7 @@ def pytest_runtest_makereport(item, call):
     """Below a failure stand its case and the command that repeats it."""
     report = yield
     if report.failed and call.excinfo:
-        report.sections += [("Case", failures.case(item, call.excinfo)), ("To repeat it", failures.command(item))]
+        report.sections += [("Case", failures.case(call.excinfo)), ("To repeat it", failures.command(item))]
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import shlex
 from typing import Any
 
@@ -12,15 +13,16 @@ import numpy as np
 
 from tests.kernels import Kernel, label
 
+FOLDER = pathlib.Path(__file__).parent
 LONGEST = 160  # characters that are shown of a variable
 
 
-def case(item: Any, failure: Any) -> str:
+def case(failure: Any) -> str:
     """The variables of the test where it failed, a line each: numbers, names, options; of an array its dtype and shape.
 
     A law that loops over functions, modes or arguments so says which of them it failed for.
     """
-    frames = [entry.frame.raw for entry in failure.traceback if str(entry.path) == str(item.path)]
+    frames = [entry.frame.raw for entry in failure.traceback if FOLDER in pathlib.Path(entry.path).parents]
     found = {name: x for frame in frames for name, x in frame.f_locals.items() if not name.startswith(("_", "@"))}
     lines = {name: shown(x) for name, x in found.items()}
     # A function that the test itself defines has the variable's name.

@@ -35,15 +35,14 @@ def test_result_and_gradient_dtypes(kernel):
 def test_integers_bools_lists_and_numpy(kernel):
     one_hot, count = np.eye(3, dtype=np.int32), len(kernel.arguments)
     expected = kernel.function(*[one_hot.astype(np.float32)] * count)
-    given = {
-        "integers": one_hot,
-        "bools": one_hot.astype(bool),
-        "a list of integers": one_hot.tolist(),
-        "a list of floats": one_hot.astype(np.float32).tolist(),
-    }
-    # What is no array is part of the program.
-    values = jax.jit(lambda: {name: kernel.function(*[x] * count) for name, x in given.items()})()
-    for name, value in values.items():
+    arrays = {"integers": one_hot, "bools": one_hot.astype(bool)}
+    lists = {"a list of integers": one_hot.tolist(), "a list of floats": one_hot.astype(np.float32).tolist()}
+
+    @jax.jit
+    def run(arrays):
+        return {name: kernel.function(*[x] * count) for name, x in (arrays | lists).items()}
+
+    for name, value in run(arrays).items():
         assert value.dtype == jnp.float32, name
         np.testing.assert_allclose(value, expected, rtol=1e-6, err_msg=name)
 

@@ -45,10 +45,11 @@ def split(rng, tokens, dtype=np.float32):
 
 def test_a_chunk_has_the_tokens_of_all_devices(rng):
     """On each of 8 devices 512 tokens, which suit a CPU: so of 16,384 tokens there are 4 chunks, and alone 32."""
-    y, h, w = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((2**14,), (2**14, WIDTH), (2**11, WIDTH)))
+    y = jax.ShapeDtypeStruct((2**14,), np.int32)
+    h, w = (jax.ShapeDtypeStruct((length, WIDTH), np.float32) for length in (2**14, 2**11))
 
     def steps():
-        jaxpr = jax.make_jaxpr(lambda y, h, w: jce.linear_cross_entropy(y.astype(int), h, w))(y, h, w).jaxpr
+        jaxpr = jax.make_jaxpr(lambda *x: jce.linear_cross_entropy(*x))(y, h, w).jaxpr
         return [e.params["length"] for e in equations(jaxpr) if e.primitive.name == "scan"]
 
     assert steps() == [32]

@@ -90,12 +90,21 @@ def test_second_derivatives(kernel, rng):
     is_number = ~np.isnan(np.append(values[regular], [0, 0]))
     positions, nestings = tuple(range(len(arguments))), list(itertools.product([jax.jacfwd, jax.jacrev], repeat=2))[1:]
 
-    @jax.jit
-    def run(*x):
-        hessians = [outer(inner(kernel.function, positions), positions) for outer, inner in nestings]
-        return [jax.tree.leaves(jax.vmap(hessian)(*x)) for hessian in hessians]
+    directions = tuple(np.concatenate([np.zeros_like(x[:-2]), np.ones_like(x[-2:])]) for x in arguments)
 
-    first, *others = run(*arguments)
+    @jax.jit
+    def run(x, directions):
+        hessians = [outer(inner(kernel.function, positions), positions) for outer, inner in nestings]
+        products = jax.jvp(jax.grad(total(kernel), positions), x, directions)[1]
+        return [jax.tree.leaves(jax.vmap(hessian)(*x)) for hessian in hessians], products
+
+    (first, *others), products = run(tuple(arguments), directions)
+    # A direction that is 0 at corners: the product is 0 there, and elsewhere the sum of a row's second derivatives.
+    for i, product in enumerate(products):
+        blocks = first[i * len(positions) : (i + 1) * len(positions)]
+        ordinary = sum(block[-2:].sum(-1) if kernel.has_classes else block[-2:] for block in blocks)
+        np.testing.assert_allclose(product[-2:], ordinary, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(product[:-2], np.zeros_like(product[:-2]))
     for (outer, inner), blocks in zip(nestings[1:], others, strict=True):
         for got, expected in zip(blocks, first, strict=True):
             nesting = f"{outer.__name__} of {inner.__name__}"

@@ -39,23 +39,22 @@ SIZES = {
     "many rows": Size(1_200, 7),
     "long rows": Size(29, LONGEST_ROW + 132),
 }
-QUICK = [(size, "float32") for size in SIZES]
-SLOW = [("many rows", "float64"), ("long rows", "float64"), ("many rows", "bfloat16"), ("many rows", "float16")]
+BATCHES = [(size, "float32") for size in SIZES]
+BATCHES += [("many rows", "float64"), ("long rows", "float64"), ("many rows", "bfloat16"), ("many rows", "float16")]
 
 
-def each_row_and_size(kernels, large=("many rows", "long rows")):
-    """Every row in every size and dtype: quick in the small size, and every second row in each of these large ones."""
-    large = [(size, "float32") for size in (*large, "small")]
+def each_row_and_size(kernels, in_turn=("many rows", "long rows")):
+    """Every row in every size and dtype. Quick are, in float32, the small size of each row and these sizes in turn."""
     cases = [
         pytest.param(
             kernel,
             SIZES[size],
             dtype,
             id=f"{size}-{dtype}-{label(kernel)}",
-            marks=[] if (size, dtype) in (QUICK[0], large[k % 2]) else [pytest.mark.slow],
+            marks=[] if dtype == "float32" and size in ("small", in_turn[k % 2]) else [pytest.mark.slow],
         )
         for k, kernel in enumerate(kernels)
-        for size, dtype in QUICK + SLOW
+        for size, dtype in BATCHES
     ]
     return pytest.mark.parametrize(("kernel", "size", "dtype"), cases)
 
@@ -191,7 +190,7 @@ def test_each_row(kernel, size, dtype, rng, dropping):
             assert not np.asarray(tangents)[others].any()
 
 
-@each_row_and_size(KERNELS, ["many rows"])
+@each_row_and_size(KERNELS, in_turn=("many rows", "small"))
 def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
     """A mean over the batch is NaN if one row is, and so is the norm of a gradient that holds one."""
     without, positions = ordinary(kernel, rng, size, dtype), tuple(range(len(kernel.arguments)))
@@ -212,7 +211,7 @@ def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
                 assert np.isnan(norm) == np.isnan(gradient).any(), argument
 
 
-@each_row_and_size(OF_LOGITS, ["many rows"])
+@each_row_and_size(OF_LOGITS, in_turn=("many rows", "small"))
 def test_a_hessian_vector_product_of_logits(kernel, size, dtype, rng, dropping):
     """It is NaN in all classes of a row with a NaN or a +∞ in its logits, and in no other row."""
     arguments = ordinary(kernel, rng, size, dtype)
@@ -234,7 +233,7 @@ def test_a_hessian_vector_product_of_logits(kernel, size, dtype, rng, dropping):
     assert not np.delete(got, [*broken], 0).any()
 
 
-@each_row_and_size(WITH_CLASSES, ["many rows"])
+@each_row_and_size(WITH_CLASSES, in_turn=("many rows", "small"))
 def test_a_masked_class(kernel, size, dtype, rng, dropping):
     """A NaN in a class that `where` masks has no effect: the bits are those of a finite number in its place."""
     masked = size.classes // 2

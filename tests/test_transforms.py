@@ -38,7 +38,7 @@ def test_values(kernel, rng):
         expected[f"vmap over {name}"] = function(*broadcast(arguments, i))
     found = jax.jit(lambda *x: {name: f(*x) for name, f in ways.items()})(*arguments)
     for way, got in found.items():
-        close(got, expected.get(way, expected["eager"]), rtol=4e-6 if "v" in way else 1e-6, custom_message=way)
+        close(got, expected.get(way, expected["eager"]), rtol=1e-6, custom_message=way)
     with op_by_op():
         close(function(*arguments), expected["eager"], custom_message="op by op")
 

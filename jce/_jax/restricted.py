@@ -27,7 +27,7 @@ def spread(count: int, indices: Iterable[int], values: Iterable) -> list:
 
 
 def of_some(function: Callable, arguments: Sequence, indices: Sequence[int]) -> Callable:
-    """The function of the arguments at these indices alone; the all_but have the given values."""
+    """The function of the arguments at these indices alone; the others have the given values."""
     return lambda *values: function(*replaced(arguments, indices, values))
 
 

@@ -27,12 +27,6 @@ def gradient(kernel: Kernel) -> Callable:
     return jax.jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))
 
 
-MODES = (
-    *("value", "gradient", "jvp", "linearize", "forward over reverse", "reverse over forward", "reverse over reverse"),
-    "third order",
-)
-
-
 def modes(function: Callable, positions: tuple[int, ...]) -> dict[str, Callable]:
     """Of a function with one number: programs of (arguments, directions), by name, to the third order."""
 
@@ -53,6 +47,9 @@ def modes(function: Callable, positions: tuple[int, ...]) -> dict[str, Callable]
         "reverse over reverse": lambda a, t: jax.grad(lambda a: inner(gradient(*a), t))(a),
         "third order": lambda a, t: jax.grad(lambda a: pushed(lambda *a: pushed(function)(a, t))(a, t))(a),
     }
+
+
+MODES = tuple(modes(lambda x: x, (0,)))
 
 
 def op_by_op():

@@ -14,22 +14,22 @@ from tests.kernels.kernel import IMPOSSIBLE, LOG2, LOG_Z, Corner, label
 from tests.kernels.of_logits import ROWS_OF_LOGITS
 from tests.kernels.samplers import INF, NAN
 
-ROWS = {label(kernel): kernel for kernel in ROWS_OF_LOGITS}
+BY_NAME = {label(kernel): kernel for kernel in ROWS_OF_LOGITS}
 
 HEADS = [
     dataclasses.replace(
-        ROWS["cross_entropy_with_integer_labels"],
+        BY_NAME["cross_entropy_with_integer_labels"],
         function=with_label_0(jce.linear_cross_entropy, reduction="sum"),
     ),
     dataclasses.replace(
-        ROWS["cross_entropy_with_integer_labels-smoothed"],
+        BY_NAME["cross_entropy_with_integer_labels-smoothed"],
         function=with_label_0(jce.linear_cross_entropy, reduction="mean", label_smoothing=SMOOTHING),
     ),
     dataclasses.replace(
-        ROWS["entropy_with_logits"], function=with_label_0(jce.linear_log_probs, lambda result: result.entropy)
+        BY_NAME["entropy_with_logits"], function=with_label_0(jce.linear_log_probs, lambda result: result.entropy)
     ),
     dataclasses.replace(
-        ROWS["entropy_with_logits"],
+        BY_NAME["entropy_with_logits"],
         function=with_label_0(jce.linear_log_probs, lambda result: result.log_normalizer, log_normalizer=True),
         note=LOG_Z,
         formula=formulas.log_sum,
@@ -47,11 +47,11 @@ HEADS = [
         ],
     ),
     dataclasses.replace(
-        ROWS["kl_divergence_with_logits"],
+        BY_NAME["kl_divergence_with_logits"],
         function=of_rows(lambda p, q: jce.linear_kl_divergence(linear(p), linear(q)), jce.linear_kl_divergence),
     ),
     dataclasses.replace(
-        ROWS["cross_entropy_with_integer_labels"],
+        BY_NAME["cross_entropy_with_integer_labels"],
         function=mapped(lambda x: jce.cross_entropy_with_integer_labels(0, x)),
     ),
 ]

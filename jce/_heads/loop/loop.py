@@ -119,9 +119,9 @@ def _unhoisted(inputs: Inputs, *others) -> Inputs:
 # Until JAX 0.12: our own custom_jvp (`_numerics/calculus.py`) keeps all residuals of a loop, which are the logits of
 # all tokens. So it is JAX's that is used here and below.
 def _value_apart(static: int) -> Callable:
-    """Decorates function(loop, *static, *arrays), of so many static arguments. When it is
-    differentiated, one call gives the value and another the derivative. If one loop gave both, reverse-over-reverse
-    mode would drop the checkpoint and keep the logits of all tokens."""
+    """Decorates function(loop, *static, *arrays), of so many static arguments. Where it is differentiated, one call
+    gives the value and another the derivative. If one loop gave both, reverse-over-reverse mode would drop the
+    checkpoint and keep the logits of all tokens."""
 
     def decorated(function):
         value = functools.partial(jax.custom_jvp, nondiff_argnums=tuple(range(static)))(function)

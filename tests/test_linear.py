@@ -1,5 +1,6 @@
 """The head and its loss in one: every option against dense float64 logits, accuracy, corners, transforms, errors."""
 
+import functools
 import math
 
 import jax
@@ -101,6 +102,24 @@ def test_every_pair_of_options(options, rng, monkeypatch):
         expected = jax.jit(lambda: results(dense_head.reduced))()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, np.nan_to_num(b), rtol=1e-10, atol=1e-12)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": np.linspace(0.5, 2, N)}, {"label_smoothing": 0.1, "logit_soft_cap": 2.0}],
+    ids=["a temperature for each token", "smoothing under a soft cap"],
+)
+def test_what_an_accelerator_reads_more_than_once(options, rng, monkeypatch):
+    """Logits that one pass can't reduce, summed as on a TPU: value and gradient, in float64."""
+    monkeypatch.setattr(_platforms, "CPU", _platforms.TPU)
+    labels, h, w = rng.integers(0, CLASSES, N), rng.standard_normal((N, D)), rng.standard_normal((CLASSES, D))
+    jax.clear_caches()
+    with jax.enable_x64(True):
+        losses = [functools.partial(f, labels, **options) for f in (jce.linear_cross_entropy, dense_head.reduced)]
+        got, expected = jax.jit(lambda h, w: [jax.value_and_grad(f, (0, 1))(h, w) for f in losses])(h, w)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
     jax.clear_caches()
 
 
@@ -668,6 +687,29 @@ def linear_mean(labels, h, w):
     return jce.linear_cross_entropy(labels, h, w, chunk_size=3)
 
 
+def test_a_batch_of_means(problem):
+    """Its members' tokens join in one loop, but each has a mean of its own, also where the batch is differentiated."""
+    labels, h, w, _ = problem
+
+    def of_batch(loss, h, w):
+        means = jax.vmap(loss, (0, 0, None))(labels, h, w)
+        return jnp.vdot(jnp.arange(1.0, 1 + len(means)), means), means
+
+    @jax.jit
+    def run(h, w):
+        return [
+            jax.value_and_grad(lambda *x, f=f: of_batch(f, *x), (0, 1), has_aux=True)(h, w)
+            for f in (linear_mean, dense_mean)
+        ]
+
+    @jax.jit
+    def values(h, w):
+        return [of_batch(f, h, w)[1] for f in (linear_mean, dense_mean)]
+
+    for program in (run, values):
+        close(*program(h, w))
+
+
 @pytest.mark.slow
 def test_vmap_over_tokens_and_over_heads(problem):
     labels, h, w, _ = problem
@@ -818,7 +860,6 @@ def test_errors(change, error, message):
             assert str(raised.value).startswith(f"{function.__name__}: ")
 
 
-@pytest.mark.slow
 def test_fewer_classes_than_the_width(rng):
     """Value and gradient are the dense loss's, with weights and a bias."""
     y, shapes = np.arange(10) % 3, ((10, 8), (3, 8), (3,))
@@ -831,7 +872,8 @@ def test_fewer_classes_than_the_width(rng):
     def dense(h, w, b):
         return (weights * jce.cross_entropy_with_integer_labels(y, h @ w.T + b[None])).sum()
 
-    for got, expected in zip(jax.grad(ours, (0, 1, 2))(h, w, b), jax.grad(dense, (0, 1, 2))(h, w, b), strict=True):
+    gradients = jax.jit(lambda *x: [jax.grad(f, (0, 1, 2))(*x) for f in (ours, dense)])(h, w, b)
+    for got, expected in zip(*gradients, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 

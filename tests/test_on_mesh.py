@@ -225,6 +225,25 @@ def test_by_the_types_of_explicit_axes(rng):
         close(jax.device_get(x), jax.device_get(expected), rtol=2e-5, atol=2e-5)
 
 
+def test_tokens_split_by_type_inside_a_shard_map_over_the_classes(rng):
+    """The caller splits the classes, and types say that the tokens are split over another axis of the mesh: the value.
+    JAX (0.8 to 0.12) can't lower a gradient through two `shard_map`s, one in the other."""
+    mesh = jax.make_mesh((2, 4), ("tokens", "classes"), axis_types=(AxisType.Explicit,) * 2)
+    y, (_, _, q, _) = arguments(rng, dtype=np.float32)
+
+    def loss(h, w):
+        def of_part(h, w):
+            return jce.linear_cross_entropy(y, h, w, axis_name="classes", chunk_size=3)
+
+        specs = P(), P("classes")
+        return jax.shard_map(of_part, mesh=mesh, in_specs=specs, out_specs=P(), axis_names={"classes"})(h, w)
+
+    with jax.set_mesh(mesh):
+        parts = zip((q.hidden, q.head), (P("tokens"), P("classes")), strict=True)
+        got = jax.jit(loss)(*(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in parts))
+    close(jax.device_get(got), jce.linear_cross_entropy(y, q.hidden, q.head), rtol=1e-5, atol=0)
+
+
 OF_WIDTHS = {
     "cross-entropy": jce.linear_cross_entropy,
     "divergence": lambda y, h, w: jce.linear_kl_divergence(Linear(h, w), Linear(2 * h, w)),

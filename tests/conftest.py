@@ -46,6 +46,15 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("in_turn"):
             cases[item.function].append(item)
+    of_each = collections.defaultdict(lambda: collections.defaultdict(list))
+    for item in items:
+        if mark := item.get_closest_marker("one_for_each"):
+            of_each[item.function][tuple(id(item.callspec.params[name]) for name in mark.args)].append(item)
+    for groups in of_each.values():
+        for place, some in enumerate(groups.values()):
+            for k, item in enumerate(some):
+                if k != place % len(some):
+                    item.add_marker(pytest.mark.slow)
     for function, some in cases.items():
         every = min(some[0].get_closest_marker("in_turn").args[0], len(some))
         first = sum(map(ord, function.__name__)) % every  # each function begins with another of its cases

@@ -19,6 +19,7 @@ from tests.kernels import (
     label,
 )
 from tests.oracle import conditioning, distributions, hessian, interior, partial, precision, spacing, to_mp, ulps
+from tests.quick_jit import quick_jit
 
 SLOW = [pytest.mark.slow]
 each_dtype = pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=SLOW)])
@@ -96,7 +97,6 @@ def test_first_derivatives(kernel, dtype, rng):
 
 @each_dtype
 @each_kernel
-@pytest.mark.in_turn(2)
 def test_hessian_vector_products(kernel, dtype, rng):
     regimes, arguments = sampled(kernel, rng, (4, 3), dtype)
     # Directions in proportion to each entry: mixed ones, where terms cancel, and every term counts.
@@ -131,7 +131,6 @@ def shift(x, d, t):
 
 
 @each_kernel
-@pytest.mark.in_turn(24)
 def test_third_derivative(kernel, rng):
     """Along a direction, to 1e-9 of the formula's: all three orders nested, forward over forward over reverse."""
     arguments = easy(kernel, rng, (4, 3), np.float64)
@@ -141,7 +140,7 @@ def test_third_derivative(kernel, rng):
         return kernel.function(*(x + t * d for x, d in zip(arguments, direction, strict=True)))
 
     with jax.enable_x64(True):
-        third = jax.jacfwd(jax.jacfwd(jax.jacrev(along)))(0.0)
+        third = quick_jit(jax.jacfwd(jax.jacfwd(jax.jacrev(along))))(0.0)
     rows = zip(distributions(kernel, *arguments), distributions(kernel, *direction), strict=True)
     for (row, step), got in zip(rows, np.ravel(third), strict=True):
         x, d = to_mp(row), to_mp(step)
@@ -155,7 +154,7 @@ def test_third_derivative(kernel, rng):
 
 @each_kernel
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.in_turn(24)
+@pytest.mark.one_for_each("kernel")
 def test_half_precision(kernel, dtype, rng):
     """Half-precision arguments give the float32 results of the same numbers; their gradients are those, rounded."""
     _, arguments = sampled(kernel, rng, (12, 8), np.float32)
@@ -163,7 +162,7 @@ def test_half_precision(kernel, dtype, rng):
     half = [jnp.asarray(np.where(np.isinf(x), x, np.clip(x, -largest, largest)), dtype) for x in arguments]
     exact = [x.astype(np.float32) for x in half]
 
-    @jax.jit
+    @quick_jit
     def value_and_gradient(*x):
         return kernel.function(*x), gradient(kernel)(*x)
 

@@ -1,7 +1,5 @@
 """At 0, 1, ±∞ and NaN: the value and the derivative of the table, in both modes, and never a NaN beside them."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 
 import jce
 from tests.kernels import KERNELS, Kernel, each_kernel, each_with_classes, easy, gradient, modes, op_by_op, total
+from tests.quick_jit import quick_jit
 
 
 def stacked(kernel: Kernel, dtype=np.float32) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
@@ -22,6 +21,18 @@ def stacked(kernel: Kernel, dtype=np.float32) -> tuple[list[np.ndarray], np.ndar
 def agrees(got, expected, *what):
     """To rounding; an error begins with what is compared."""
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-30, err_msg=", ".join(what))
+
+
+def along_each(kernel: Kernel, arguments: list[np.ndarray]) -> tuple[tuple, tuple]:
+    """The batch once for each number of a row, and as directions those numbers: so every derivative is one of a batch.
+
+    The arguments and the directions, of the shape (arguments × classes, rows, classes); elementwise without the last.
+    """
+    numbers = len(arguments) * (arguments[0].shape[-1] if kernel.has_classes else 1)
+    of_row = np.eye(numbers, dtype=arguments[0].dtype).reshape(numbers, len(arguments), -1)
+    batch = tuple(np.broadcast_to(x, (numbers, *x.shape)) for x in arguments)
+    directions = (of_row[:, i, None] if kernel.has_classes else of_row[:, i] for i in range(len(arguments)))
+    return batch, tuple(np.broadcast_to(t, x.shape) for t, x in zip(directions, batch, strict=True))
 
 
 @each_kernel
@@ -40,12 +51,15 @@ def test_value_and_gradient(kernel, dtype):
     def weighted(*x):
         return jnp.vdot(kept.astype(dtype), jnp.where(finite, function(*x), 0))
 
-    @jax.jit
-    def run(x, zeros):
-        each = {
-            "reverse": jax.vmap(jax.jacrev(function, positions))(*x),
-            "forward": jax.vmap(jax.jacfwd(function, positions))(*x),
-            "one argument": [jax.vmap(jax.jacfwd(function, i))(*x) for i in positions],
+    def of_one(x, directions, i):
+        """The derivatives in an argument, of a function of that argument alone."""
+        return jax.jvp(lambda y: function(*x[:i], y, *x[i + 1 :]), (x[i],), (directions[i],))[1]
+
+    @quick_jit
+    def run(x, zeros, batch, directions):
+        derivatives = {
+            "forward": jax.jvp(function, batch, directions)[1],
+            "one argument": sum(of_one(batch, directions, i) for i in positions),
         }
         none = {
             "a tangent of zeros": jax.jvp(function, x, zeros)[1],
@@ -53,25 +67,27 @@ def test_value_and_gradient(kernel, dtype):
             "an outer where": jax.grad(selected, positions)(*x),
             "a weight of 0": jax.grad(weighted, positions)(*x),
         }
-        return each, none
+        return jax.grad(total(kernel), positions)(*x), derivatives, none
 
     with jax.enable_x64(dtype == np.float64):
         agrees(function(*arguments), values)
-        each, none = run(tuple(arguments), tuple(map(np.zeros_like, arguments)))
-    for mode, found in each.items():
-        for argument, got, expected in zip(kernel.arguments, found, gradients, strict=True):
-            agrees(got, expected, mode, argument)
+        x = tuple(arguments)
+        found, derivatives, none = run(x, tuple(map(np.zeros_like, x)), *along_each(kernel, arguments))
+    for argument, got, expected in zip(kernel.arguments, found, gradients, strict=True):
+        agrees(got, expected, "reverse", argument)
+    for mode, got in derivatives.items():  # numbers × rows
+        agrees(np.transpose(got), np.concatenate([g.reshape(len(values), -1) for g in gradients], 1), mode)
     for way, found in none.items():
         for got in jax.tree.leaves(found):
             np.testing.assert_array_equal(got, np.zeros_like(got), err_msg=way)
 
 
 @each_kernel
-@pytest.mark.in_turn(12)
-def test_alone_and_eagerly(kernel):
-    """Each corner by itself, not in a batch; eager calls are jitted inside, and disable_jit runs them op by op."""
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_alone_and_eagerly(kernel, step):
+    """Corners by themselves, not in a batch; eager calls are jitted inside, and disable_jit runs them op by op."""
     eager_gradient = jax.grad(total(kernel), tuple(range(len(kernel.arguments))))
-    for corner in kernel.corners:
+    for corner in kernel.corners[::step]:
         arguments = [np.float32(x) for x in corner.arguments]
         agrees(kernel.function(*arguments), corner.value)
         for argument, got, expected in zip(kernel.arguments, eager_gradient(*arguments), corner.gradient, strict=True):
@@ -80,37 +96,34 @@ def test_alone_and_eagerly(kernel):
             agrees(kernel.function(*arguments), corner.value)
 
 
+NESTINGS = ("forward over reverse", "reverse over forward", "reverse over reverse")
+
+
 @each_kernel
 def test_second_derivatives(kernel, rng):
-    """The Hessian is the same in all nestings, in ordinary rows and at corners; NaN only where an argument is."""
+    """The Hessian is the same in all nestings, in ordinary rows and at corners; NaN only where an argument is. Along a
+    direction that is 0 at corners, the product is 0 there, and elsewhere the sum of a row's second derivatives."""
     arguments, values, _ = stacked(kernel)
     regular = [corner.second_order for corner in kernel.corners]
     ordinary = easy(kernel, rng, (2, *arguments[0].shape[1:]))
     arguments = [np.concatenate([x[regular], y]) for x, y in zip(arguments, ordinary, strict=True)]
     is_number = ~np.isnan(np.append(values[regular], [0, 0]))
-    positions, nestings = tuple(range(len(arguments))), list(itertools.product([jax.jacfwd, jax.jacrev], repeat=2))[1:]
+    batch, directions = along_each(kernel, arguments)
+    along = [np.concatenate([np.zeros_like(x[:-2]), np.ones_like(x[-2:])]) for x in arguments]
+    batch = tuple(np.concatenate([x, x[:1]]) for x in batch)
+    directions = tuple(np.concatenate([t, x[None]]) for t, x in zip(directions, along, strict=True))
 
-    directions = tuple(np.concatenate([np.zeros_like(x[:-2]), np.ones_like(x[-2:])]) for x in arguments)
-
-    @jax.jit
-    def run(x, directions):
-        hessians = [outer(inner(kernel.function, positions), positions) for outer, inner in nestings]
-        products = jax.jvp(jax.grad(total(kernel), positions), x, directions)[1]
-        return [jax.tree.leaves(jax.vmap(hessian)(*x)) for hessian in hessians], products
-
-    (first, *others), products = run(tuple(arguments), directions)
-    # A direction that is 0 at corners: the product is 0 there, and elsewhere the sum of a row's second derivatives.
-    for i, product in enumerate(products):
-        blocks = first[i * len(positions) : (i + 1) * len(positions)]
-        ordinary = sum(block[-2:].sum(-1) if kernel.has_classes else block[-2:] for block in blocks)
-        np.testing.assert_allclose(product[-2:], ordinary, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(product[:-2], np.zeros_like(product[:-2]))
-    for (outer, inner), blocks in zip(nestings[1:], others, strict=True):
-        for got, expected in zip(blocks, first, strict=True):
-            nesting = f"{outer.__name__} of {inner.__name__}"
-            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7, err_msg=nesting)
-    for block in first:
-        assert not np.isnan(block[is_number]).any()
+    programs = modes(total(kernel), tuple(range(len(arguments))))
+    run = quick_jit(lambda x, t: {nesting: programs[nesting](x, t) for nesting in NESTINGS})
+    hessians = []  # numbers of a row × rows × numbers, of which the first are those of the outer derivative
+    for nesting, found in run(batch, directions).items():
+        columns = np.concatenate([np.reshape(x, (*batch[0].shape[:2], -1)) for x in found], -1)
+        hessian, product = columns[:-1], columns[-1]
+        np.testing.assert_allclose(product[-2:], hessian[:, -2:].sum(0), rtol=1e-5, atol=1e-6, err_msg=nesting)
+        np.testing.assert_array_equal(product[:-2], np.zeros_like(product[:-2]), err_msg=nesting)
+        assert not np.isnan(hessian[:, is_number]).any(), nesting
+        hessians.append(hessian if nesting.startswith("forward") else hessian.swapaxes(0, 2))
+        np.testing.assert_allclose(hessians[-1], hessians[0], rtol=1e-5, atol=1e-7, err_msg=nesting)
 
 
 # JAX before 0.12 forgets the rule of the head's own loop inside of another one that isn't checkpointed.
@@ -119,9 +132,10 @@ LOOPS = {"map": lambda function: function, "checkpointed map": jax.checkpoint}
 
 
 @each_kernel
+@pytest.mark.parametrize("nesting", NESTINGS)
 @pytest.mark.needs_jit
-@pytest.mark.slow
-def test_nestings_agree_in_a_loop(kernel, rng):
+@pytest.mark.one_for_each("kernel")
+def test_a_loop_over_rows(kernel, nesting, rng):
     """A Hessian times a direction, where cotangents vary with the row and, if all is finite, with its value; one
     loop or the other in turn."""
     needs_the_checkpoint = kernel.function.__name__ == "linear_cross_entropy" and not KEPT
@@ -143,27 +157,38 @@ def test_nestings_agree_in_a_loop(kernel, rng):
         return loss(jax.lax.map(LOOPS[loop](lambda row: kernel.function(*row)), arguments))
 
     def program(function, nesting):
-        return jax.jit(modes(function, tuple(range(count)))[nesting])(arguments, along)
+        return quick_jit(modes(function, tuple(range(count)))[nesting])(arguments, along)
 
     expected = program(lambda *arguments: loss(kernel.function(*arguments)), "forward over reverse")
-    for nesting in ("forward over reverse", "reverse over forward", "reverse over reverse"):
-        for got, x in zip(program(in_a_loop, nesting), expected, strict=True):
-            np.testing.assert_allclose(got, x, rtol=1e-5, atol=1e-6, err_msg=nesting)
-            assert not np.isnan(got).any()
+    for got, x in zip(program(in_a_loop, nesting), expected, strict=True):
+        np.testing.assert_allclose(got, x, rtol=1e-5, atol=1e-6)
+        assert not np.isnan(got).any()
 
 
 @each_kernel
-@pytest.mark.in_turn(12)
 def test_third_derivatives(kernel):
-    """No NaN at third order either, in any direction, forward or reverse: 0 · ∞ enters at no order."""
+    """No NaN at third order either, along each two numbers, forward or reverse: 0 · ∞ enters at no order."""
     arguments, values, _ = stacked(kernel)
-    last = len(arguments) - 1
     # Not at the smallest normal number: there 1/q² is beyond the float range, and no corner.
     huge = [((x != 0) & (np.abs(x) < 1e-30)).reshape(len(values), -1).any(1) for x in arguments]
     inside = ~np.isnan(values) & ~np.any(huge, axis=0) & [corner.second_order for corner in kernel.corners]
-    arguments = [x[inside] for x in arguments]
-    for outer in (jax.jacfwd, jax.jacrev):
-        third = jax.jit(jax.vmap(outer(jax.jacfwd(jax.jacrev(kernel.function, last), last), last)))(*arguments)
+    *others, x = (x[inside] for x in arguments)
+    n = x.shape[-1] if kernel.has_classes else 1
+    each = np.eye(n, dtype=np.float32)[:, None] if kernel.has_classes else np.ones((1, 1), np.float32)
+
+    @quick_jit
+    def thirds(x, t, s):
+        def along(f, t):
+            return lambda x: jax.jvp(f, (x,), (t,))[1]
+
+        def function(x):
+            return kernel.function(*(jnp.broadcast_to(y, x.shape) for y in others), x).sum()
+
+        second = along(jax.grad(function), t)
+        return along(second, s)(x), jax.grad(lambda x: jnp.vdot(second(x), s))(x)
+
+    shape = (n, n, *x.shape)
+    for third in thirds(*(np.broadcast_to(y, shape) for y in (x, each[:, None], each))):
         assert not np.isnan(third).any()
 
 
@@ -196,7 +221,7 @@ def test_third_derivatives_along_a_small_probability(name):
     def reverse(f):
         return lambda s: jax.vjp(f, s)[1](ones)[0]
 
-    @jax.jit
+    @quick_jit
     def thirds(s):
         modes = (forward, reverse)
         return [a(b(c(lambda s: function(p * (1 + s)))))(s) for a in modes for b in modes for c in modes]
@@ -239,7 +264,7 @@ def test_the_exponential_of_a_sampled_divergence():
     second = jax.hessian(lambda x: jce.sampled_kl_divergence(*x))
     of_second = np.outer(signs, signs)
     for derivative, of_each in ((second, of_second), (jax.jacfwd(second), np.multiply.outer(signs, of_second))):
-        got = jax.jit(jax.vmap(derivative))(np.stack([log_p, log_q], -1))
+        got = quick_jit(jax.vmap(derivative))(np.stack([log_p, log_q], -1))
         np.testing.assert_allclose(got, np.multiply.outer(q_over_p, of_each), rtol=1e-6)
 
 
@@ -250,7 +275,7 @@ def test_absent_classes(kernel, rng):
         pytest.skip("every class counts")
     arguments = easy(kernel, rng, (4, 5))
     padded = [np.pad(x, [(0, 0), (0, 3)], constant_values=a) for x, a in zip(arguments, kernel.absent, strict=False)]
-    run = jax.jit(lambda *both: [(kernel.function(*x), gradient(kernel)(*x)) for x in both])
+    run = quick_jit(lambda *both: [(kernel.function(*x), gradient(kernel)(*x)) for x in both])
     (value, gradients), (expected_value, expected_gradients) = run(padded, arguments)
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     for argument, g, expected in zip(kernel.arguments, gradients, expected_gradients, strict=True):

@@ -11,6 +11,7 @@ import jce
 from bench import devices as study
 from bench.hlo import collectives, group_size
 from tests.kernels import LOGIT, OF_LOGITS, each_of_logits, easy, modes
+from tests.quick_jit import quick_jit
 from tests.test_corners import agrees, stacked
 
 pytestmark = pytest.mark.needs_jit  # a jax.shard_map is compiled: without, JAX takes minutes or fails in itself
@@ -36,7 +37,7 @@ def second_order(function, positions):
     """Value, gradient, jvp and Hessian-vector products of three nestings: one program of (arguments, directions)."""
     programs = modes(function, positions)
     wanted = [name for name in programs if name not in ("linearize", "third order")]
-    return jax.jit(lambda a, t: {name: programs[name](a, t) for name in wanted})
+    return quick_jit(lambda a, t: {name: programs[name](a, t) for name in wanted})
 
 
 # Functions of logits
@@ -83,8 +84,8 @@ def split_rows(kernel):
 def test_corners_with_a_class_a_device(kernel):
     arguments, values, gradients = stacked(kernel)
     split = split_rows(kernel)
-    agrees(jax.jit(split)(*arguments), values)
-    g = jax.jit(jax.grad(lambda *x: split(*x).sum(), tuple(range(len(arguments)))))(*arguments)
+    agrees(quick_jit(split)(*arguments), values)
+    g = quick_jit(jax.grad(lambda *x: split(*x).sum(), tuple(range(len(arguments)))))(*arguments)
     for got, expected in zip(g, gradients, strict=True):
         agrees(got, expected)
 
@@ -97,8 +98,8 @@ def test_split_classes_are_as_accurate(kernel, rng):
     arguments = tuple(np.concatenate(x) for x in zip(*samples.values(), strict=True))
     split = split_rows(kernel)
     positions = tuple(range(len(arguments)))
-    np.testing.assert_allclose(jax.jit(split)(*arguments), kernel.function(*arguments), rtol=1e-6, atol=1e-37)
-    got = jax.jit(jax.grad(lambda *x: split(*x).sum(), positions))(*arguments)
+    np.testing.assert_allclose(quick_jit(split)(*arguments), kernel.function(*arguments), rtol=1e-6, atol=1e-37)
+    got = quick_jit(jax.grad(lambda *x: split(*x).sum(), positions))(*arguments)
     expected = jax.grad(lambda *x: kernel.function(*x).sum(), positions)(*arguments)
     for g, e in zip(got, map(np.asarray, expected), strict=True):
         finite = np.isfinite(e)
@@ -232,7 +233,7 @@ def test_third_order_of_the_sharded_head(reduction, rng):
         def along(f):
             return lambda *a: jax.jvp(f, a, t)[1]
 
-        return jax.jit(jax.grad(along(along(loss)), (0, 1)))(*a)
+        return quick_jit(jax.grad(along(along(loss)), (0, 1)))(*a)
 
     with jax.enable_x64(True):
         close(third(on_mesh(make_mesh((2, 4)))), third(jce.linear_cross_entropy), rtol=1e-9, atol=1e-11)
@@ -297,7 +298,7 @@ def test_a_mesh_whose_axes_are_explicit(rng):
     expected = jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(labels, h, w, where=where), (0, 1))(h, w)
     split = [jax.device_put(x, NamedSharding(mesh, P(axis))) for x, axis in ((h, "tokens"), (w, "classes"))]
     for arguments in ((h, w), split):
-        close(jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments), expected)
+        close(quick_jit(jax.value_and_grad(loss, (0, 1)))(*arguments), expected)
 
 
 # What is sent
@@ -373,7 +374,7 @@ def test_a_head_that_is_the_same_on_all_devices(rng):
         lambda h, w: jce.linear_cross_entropy(y, h, w, axis_name="classes"), mesh=mesh, in_specs=P(), out_specs=P()
     )
     four = lambda h, w: jce.linear_cross_entropy(y, h, jnp.tile(w, (4, 1)))  # noqa: E731
-    close(*(jax.jit(jax.value_and_grad(f, (0, 1)))(h, w) for f in (split, four)))
+    close(*(quick_jit(jax.value_and_grad(f, (0, 1)))(h, w) for f in (split, four)))
 
 
 @pytest.mark.slow

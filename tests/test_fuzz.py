@@ -18,6 +18,7 @@ from hypothesis.extra.numpy import arrays
 import jce
 from tests.kernels import INF, LOGIT, Kernel, each_function, softmax, surprisals, weighted
 from tests.oracle import conditioning, interior, partial, spacing, to_mp, ulps
+from tests.quick_jit import quick_jit
 
 BATCH = 16
 BITS = {np.float32: 900, np.float64: 2600}  # for sums of numbers of every exponent
@@ -104,7 +105,7 @@ def program(kernel: Kernel, axis: int, masked: bool):
     def each(row):
         return function(*row), jax.grad(total, positions)(*row), jax.jacfwd(total, positions)(*row)
 
-    @jax.jit
+    @quick_jit
     def run(mask, x):
         return function(mask, *x), jax.grad(total, positions)(mask, *x), jax.lax.map(each, (mask, *x))
 
@@ -258,7 +259,7 @@ def test_labels(data):
 @functools.cache
 def labelled():
     function = jce.cross_entropy_with_integer_labels
-    return jax.jit(lambda y, x: (function(y, x), jax.grad(lambda x: function(y, x).sum())(x)))
+    return quick_jit(lambda y, x: (function(y, x), jax.grad(lambda x: function(y, x).sum())(x)))
 
 
 # Nestings
@@ -300,7 +301,7 @@ def nested(kernel: Kernel, names: tuple[str, ...], mode: str):
     function = kernel.function
     for name in names:
         function = TRANSFORMATIONS[name](function)
-    return jax.jit(lambda x, t: MODES[mode](lambda *x: function(*x).sum(), x, t))
+    return quick_jit(lambda x, t: MODES[mode](lambda *x: function(*x).sum(), x, t))
 
 
 @each_function

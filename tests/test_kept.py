@@ -11,6 +11,7 @@ from jce._heads.loop import chunks
 from jce._heads.loop.kept_tokens import over_kept
 from jce._heads.places.part import counts
 from tests.kernels import modes
+from tests.quick_jit import quick_jit
 from tests.test_devices import close
 
 TOKENS, CLASSES, WIDTH, CHUNK = 11, 8, 3, 4
@@ -35,7 +36,7 @@ def test_a_loop_takes_the_chunks_that_hold_a_kept_token(devices):
         i, key = chunk
         return (jnp.ones((), int), i.sum()), (i + 1, jax.vmap(jax.random.bits)(key), i.shape[0] * jnp.ones_like(i))
 
-    run = jax.jit(lambda kept: over_kept(step, kept, 3, devices, (jnp.arange(TOKENS), keys)))
+    run = quick_jit(lambda kept: over_kept(step, kept, 3, devices, (jnp.arange(TOKENS), keys)))
     for kept in MASKS.values():
         (chunks, total), (results, bits, size) = run(kept)
         shares = np.array_split(kept, [6]) if devices == 2 else [kept]
@@ -77,7 +78,7 @@ def test_a_batch_of_loops_is_its_members(rng):
         some = (0, None, None), (None, 1, None), (None, None, 0), at
         return [(jax.vmap(program, axes)(*of_batch(axes)), one_by_one(axes)) for axes in some]
 
-    for got, expected in jax.jit(both)():
+    for got, expected in quick_jit(both)():
         close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -158,7 +159,7 @@ def everything(of, wanted, name, reduction, **options):
         programs = modes(lambda *x: of(name, reduction, kept, y, label, fill, x, **options), tuple(range(len(x))))
         return [programs[mode](x, directions) for mode in wanted]
 
-    return jax.jit(program)
+    return quick_jit(program)
 
 
 @pytest.mark.needs_jit
@@ -225,7 +226,7 @@ def test_devices_that_meet_in_each_step_take_as_many(typed, rng):
 
     p = jax.sharding.PartitionSpec("tokens")
     split = jax.shard_map(each, mesh=make_mesh((4, 1)), in_specs=(p, p, p), out_specs=p, check_vma=typed)
-    close(jax.jit(split)(h, kept, np.arange(4.0)), np.where(kept, 6 * (h @ w.T).sum(1), 0), rtol=1e-5)
+    close(quick_jit(split)(h, kept, np.arange(4.0)), np.where(kept, 6 * (h @ w.T).sum(1), 0), rtol=1e-5)
 
 
 # Weights of 0
@@ -238,7 +239,7 @@ def test_a_weight_counts_that_is_not_0_or_has_a_derivative():
     def in_a_loop(w):
         return jax.lax.scan(lambda c, w: (c, counts(w)), 0, w)[1]
 
-    for f in (counts, jax.jit(counts), jax.vmap(counts), in_a_loop, jax.checkpoint(counts)):
+    for f in (counts, quick_jit(counts), jax.vmap(counts), in_a_loop, jax.checkpoint(counts)):
         np.testing.assert_array_equal(f(w), [False, True, True, False])
         value, _ = jax.jvp(lambda w, f=f: (f(w), w), (w,), (w,))
         np.testing.assert_array_equal(value[0], True)
@@ -282,11 +283,11 @@ def test_of_weights_without_a_derivative_zeros_cost_nothing(name, rng, monkeypat
 
     jax.clear_caches()
     few = (np.arange(TOKENS) % 4 == 1).astype(np.float32)
-    for program in (jax.jit(loss), jax.jit(jax.grad(loss))):
+    for program in (quick_jit(loss), quick_jit(jax.grad(loss))):
         assert taken(program, few > 0, None) == taken(program, None, few) == 2
         assert taken(program, few < 2, None) == taken(program, None, 1 + few) == 6
         assert taken(program, few < 0, None) == taken(program, None, 0 * few) == 0
-    assert taken(jax.jit(jax.grad(loss, 2)), None, few) == 6
+    assert taken(quick_jit(jax.grad(loss, 2)), None, few) == 6
     jax.clear_caches()
 
 

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType
 
 import jce
+from tests.quick_jit import quick_jit
 from tests.test_linear_cost import matrices
 
 TOKENS, WIDTH, CLASSES, K, CAP = 7, 4, 11, 3, 5.0
@@ -62,7 +63,7 @@ def test_values_and_derivatives(of, of_each, problem):
                 still = jnp.zeros_like(a[2])
                 return f(*a), gradients(*a), jax.jvp(gradients, a, (a[0], a[1], still, jnp.ones_like(a[3])))[1]
 
-            return jax.jit(run)
+            return quick_jit(run)
 
         a = tuple(map(jnp.asarray, (h, w, b, t)))
         jax.tree.map(
@@ -92,7 +93,7 @@ def test_a_divergence_of_the_likeliest_classes(problem):
         return jce.linear_log_probs(labels, h, w, b, temperature=t, tail=True, chunk_size=3).log_prob
 
     teacher = log_probs(h)
-    divergence = jax.jit(lambda h: jce.kl_divergence_with_logits(teacher, log_probs(h)))
+    divergence = quick_jit(lambda h: jce.kl_divergence_with_logits(teacher, log_probs(h)))
     np.testing.assert_array_equal(divergence(h), 0)
     near = divergence(h + 1e-3 * h[::-1])
     assert (near > 0).all()
@@ -106,14 +107,14 @@ def test_what_is_not_used_costs_nothing():
     """Not one exponential for the others, in the compiled program; and log Z is made of those of the entropy."""
 
     def cost(use, **options):
-        program = jax.jit(lambda h, w: use(jce.linear_log_probs(np.zeros(64, int), h, w, chunk_size=64, **options)))
+        program = quick_jit(lambda h, w: use(jce.linear_log_probs(np.zeros(64, int), h, w, chunk_size=64, **options)))
         return program.lower(*matrices(64, 8, 256)).compile().cost_analysis()
 
     def transcendentals(use, **options):
         return cost(use, **options)["transcendentals"]
 
     def alone(function):
-        program = jax.jit(lambda h, w: jce.linear_map(function, jce.Linear(h, w), chunk_size=64))
+        program = quick_jit(lambda h, w: jce.linear_map(function, jce.Linear(h, w), chunk_size=64))
         return program.lower(*matrices(64, 8, 256)).compile().cost_analysis()["transcendentals"]
 
     of_log_prob = transcendentals(lambda both: both.log_prob)
@@ -178,7 +179,7 @@ def test_on_a_mesh(of_each, rng):
         def results(h, w, t):
             return function(labels, h, w, temperature=t, tail=True, log_normalizer=True, chunk_size=2)
 
-        return jax.jit(lambda *a: (results(*a), jax.grad(lambda *a: scalar(results(*a)), (0, 1, 2))(*a)))(h, w, t)
+        return quick_jit(lambda *a: (results(*a), jax.grad(lambda *a: scalar(results(*a)), (0, 1, 2))(*a)))(h, w, t)
 
     split = jce.on_mesh(jce.linear_log_probs, mesh=mesh, token_axis="tokens", class_axis="classes")
     for x, y in zip(*(jax.tree.leaves(run(f)) for f in (split, jce.linear_log_probs)), strict=True):

@@ -14,6 +14,7 @@ import pytest
 
 import jce
 from jce import Linear
+from tests.quick_jit import quick_jit
 from tests.test_devices import make_mesh
 
 N, WIDTH, KEPT, CHUNK = 12, 3, 4, 5  # tokens, also of classes, as of the other's features
@@ -230,7 +231,7 @@ def test_each_line_is_its_formula(sample):
         ]
 
     with jax.enable_x64(True):
-        got, expected = jax.jit(results)(*sample)
+        got, expected = quick_jit(results)(*sample)
     for name, numbers in expected.items():
         for g, e in zip(jax.tree.leaves(got[name]), jax.tree.leaves(numbers), strict=True):
             np.testing.assert_allclose(g, e, rtol=1e-9, atol=1e-12, err_msg=name)
@@ -287,7 +288,7 @@ def test_the_kept_set_where_the_classes_are_split(sample):
         return split(kept_here, y, ids, Linear(h, w), reduction="mean", chunk_size=CHUNK)
 
     with jax.enable_x64(True):
-        got = jax.jit(jax.value_and_grad(line, (0, 1)))(h, w)
+        got = quick_jit(jax.value_and_grad(line, (0, 1)))(h, w)
         expected = jax.value_and_grad(functools.partial(whole_kept, y, ids), (0, 1))(h, w)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, expected)
 
@@ -333,7 +334,7 @@ def test_a_trainers_ratio_to_the_sampler_is_1(rng):
     kept = jnp.arange(tokens) % 3 != 1
     options = {"temperature": TEMPERATURE, "chunk_size": 16, "batch_invariant": True}
 
-    @jax.jit
+    @quick_jit
     def sampled(y, h):
         return jce.linear_log_probs(y, h, w, **options).log_prob
 
@@ -343,7 +344,7 @@ def test_a_trainers_ratio_to_the_sampler_is_1(rng):
         ratio = jnp.exp(jce.linear_log_probs(y, h, w, where=kept, **options).log_prob - old)
         return -(ratio * advantages).sum(where=kept), ratio
 
-    ratio = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(h, w)[1]
+    ratio = quick_jit(jax.grad(loss, (0, 1), has_aux=True))(h, w)[1]
     np.testing.assert_array_equal(ratio[kept], 1)
 
 

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 import jce
 from jce._jax.classes import LONGEST_ROW
 from tests.kernels import KERNELS, OF_LOGITS, WITH_CLASSES, Corner, Kernel, easy, label, total
+from tests.quick_jit import quick_jit
 
 
 class Size(NamedTuple):
@@ -32,6 +33,11 @@ class Size(NamedTuple):
     rows: int
     classes: int
     drops_nan: bool = False  # whether each maximum and minimum drops a NaN, not only XLA's
+
+    @property
+    def jit(self) -> Callable:
+        """Only large arrays need XLA's optimized code."""
+        return quick_jit if self.drops_nan else jax.jit
 
 
 SIZES = {
@@ -163,17 +169,20 @@ def test_each_row(kernel, size, dtype, rng, dropping):
         for x, numbers in zip(batch, in_a_row(kernel, corner, size.classes), strict=True):
             x[row] = numbers
 
-    @jax.jit
-    def derivatives(arguments, along):
+    @size.jit
+    def program(arguments, along):
         values, tangents = jax.jvp(kernel.function, tuple(arguments), tuple(along))
         return values, tangents, jax.grad(total(kernel), positions)(*arguments)
+
+    def derivatives(arguments, along):
+        return jax.tree.map(np.asarray, program(arguments, along))
 
     with jax.enable_x64(dtype == "float64"):
         values, _, gradients = derivatives(batch, without)
         for row, corner in zip(at, corners, strict=True):
             agrees(values[row], corner.value, dtype)
             for argument, g, expected in zip(kernel.arguments, gradients, corner.gradient, strict=True):
-                agrees(of_corner(kernel, corner, np.asarray(g[row])), expected, dtype, argument)
+                agrees(of_corner(kernel, corner, g[row]), expected, dtype, argument)
         others = np.delete(np.arange(len(values)), at)
         for got, plain in zip([values, *gradients], jax.tree.leaves(derivatives(without, without)[::2]), strict=True):
             agrees(got[others], np.float64(plain[others]), dtype)
@@ -187,7 +196,7 @@ def test_each_row(kernel, size, dtype, rng, dropping):
             _, tangents, _ = derivatives(batch, along)
             for row, corner in chosen:
                 agrees(tangents[row], np.ravel(corner.gradient[i])[k], dtype)
-            assert not np.asarray(tangents)[others].any()
+            assert not tangents[others].any()
 
 
 @each_row_and_size(KERNELS, in_turn=("many rows", "small"))
@@ -195,7 +204,7 @@ def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
     """A mean over the batch is NaN if one row is, and so is the norm of a gradient that holds one."""
     without, positions = ordinary(kernel, rng, size, dtype), tuple(range(len(kernel.arguments)))
 
-    @jax.jit
+    @size.jit
     def reduced(*arguments):
         gradients = jax.grad(total(kernel), positions)(*arguments)
         return kernel.function(*arguments).mean(), [jnp.square(g.astype(jnp.float32)).sum() for g in gradients]
@@ -220,7 +229,7 @@ def test_a_hessian_vector_product_of_logits(kernel, size, dtype, rng, dropping):
     for row, (k, number) in broken.items():
         arguments[i][row, k] = number
 
-    @jax.jit
+    @size.jit
     def product(x, along):
         def gradient(x):
             return jax.grad(lambda x: total(kernel)(*arguments[:i], x, *arguments[i + 1 :]))(x)
@@ -242,7 +251,7 @@ def test_a_masked_class(kernel, size, dtype, rng, dropping):
     for x in broken:
         x[:, masked] = np.nan
     kept, positions = np.arange(size.classes) != masked, tuple(range(len(plain)))
-    program = jax.jit(jax.value_and_grad(lambda *x: kernel.function(*x, where=kept).sum(), positions))
+    program = size.jit(jax.value_and_grad(lambda *x: kernel.function(*x, where=kept).sum(), positions))
     with jax.enable_x64(dtype == "float64"):
         for got, expected in zip(jax.tree.leaves(program(*broken)), jax.tree.leaves(program(*plain)), strict=True):
             np.testing.assert_array_equal(got, expected)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from tests.kernels import modes
+from tests.quick_jit import quick_jit
 from tests.test_devices import make_mesh
 
 INF, NAN = np.inf, np.nan
@@ -59,8 +60,10 @@ def test_accuracy(k, dtype, tail, platform, rng):
     """Beyond what half an ulp of x - max x does to its exponential, a few ulps."""
     y, p, x = rows(rng, 15, 30, k, dtype)
     with jax.enable_x64(dtype == np.float64):
-        program = jax.jit(jax.value_and_grad(lambda x: loss(y, x, label_probs=p, tail=tail).sum()))
-        values, gradients = map(np.asarray, (jax.jit(lambda x: loss(y, x, label_probs=p, tail=tail))(x), program(x)[1]))
+        program = quick_jit(jax.value_and_grad(lambda x: loss(y, x, label_probs=p, tail=tail).sum()))
+        values, gradients = map(
+            np.asarray, (quick_jit(lambda x: loss(y, x, label_probs=p, tail=tail))(x), program(x)[1])
+        )
     eps = np.finfo(dtype).eps
     for row, value, gradient in zip(zip(y, p, x, strict=True), values, gradients, strict=True):
         expected, slope, scale = truth(*row, tail)
@@ -93,7 +96,7 @@ def test_every_mode_is_that_of_dense_targets(tail, rng):
     directions = tuple(rng.standard_normal(a.shape) for a in (p, x))
     with jax.enable_x64(True):
         got, expected = (
-            jax.jit(lambda a, t, of=programs: {m: f(a, t) for m, f in of.items()})((p, x), directions)
+            quick_jit(lambda a, t, of=programs: {m: f(a, t) for m, f in of.items()})((p, x), directions)
             for programs in (modes(f, (0, 1)) for f in (ours, dense))
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), got, expected)
@@ -103,7 +106,7 @@ def test_every_mode_is_that_of_dense_targets(tail, rng):
 def test_corners():
     x = jnp.array([2.0, 0.0, 1.0, -INF])
 
-    @functools.partial(jax.jit, static_argnames="tail")
+    @functools.partial(quick_jit, static_argnames="tail")
     def of_lists(y, p, tail):
         return jax.value_and_grad(lambda p, x: loss(y, x, label_probs=p, tail=tail), (0, 1))(p, x)
 
@@ -189,7 +192,7 @@ def test_a_tail_over_nothing_is_nothing(way, dtype, rng):
         return loss(y, x, label_probs=p, where=legal)
 
     got, expected = (
-        jax.jit(jax.value_and_grad(of, (1, 2)), static_argnums=0)(f, p, x) for f in (WAYS_OF_EXCLUDING[way], plain)
+        quick_jit(jax.value_and_grad(of, (1, 2)), static_argnums=0)(f, p, x) for f in (WAYS_OF_EXCLUDING[way], plain)
     )
     digits = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(np.float32(got[1][0]), np.float32(expected[1][0]), rtol=4 * digits, atol=digits)
@@ -246,11 +249,11 @@ def test_a_label_that_is_no_class_is_nan_in_every_derivative(under, tail):
     assert (np.isnan(each(p, x)) == wrong).all()
     rows = np.arange(4)
     for mode in (jax.jacfwd, jax.jacrev):
-        for jacobian in jax.jit(mode(each, (0, 1)))(p, x):
+        for jacobian in quick_jit(mode(each, (0, 1)))(p, x):
             of_row = np.asarray(jacobian)[rows, rows]
             assert (np.isnan(of_row) == wrong[:, None]).all()
             assert not np.asarray(jacobian).sum(1, where=rows[:, None] != rows[:, None, None]).any()
-    dropped = jax.jit(jax.grad(lambda p, x: jnp.where(wrong, 0, each(p, x)).sum(), (0, 1)))(p, x)
+    dropped = quick_jit(jax.grad(lambda p, x: jnp.where(wrong, 0, each(p, x)).sum(), (0, 1)))(p, x)
     assert all(np.isfinite(g).all() and not g[wrong].any() for g in dropped)
 
 
@@ -370,7 +373,7 @@ def test_split_classes_are_whole_ones(tail, rng):
         return loss(y, x, label_probs=p, tail=tail).sum()
 
     for f, g in ((split, whole), (jax.grad(split), jax.grad(whole))):
-        np.testing.assert_allclose(jax.jit(f)(x), g(x), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(quick_jit(f)(x), g(x), rtol=1e-5, atol=1e-6)
     h, w = (rng.standard_normal(s).astype(np.float32) for s in ((8, 4), (24, 4)))
     on = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
     got, expected = (

@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 
 import jce
 from tests.kernels import modes
+from tests.quick_jit import quick_jit
 
 SECOND = ("forward over reverse", "reverse over forward", "reverse over reverse")
 TOKENS, WIDTH, CLASSES = 7, 4, 11
@@ -55,7 +56,7 @@ def test_what_logits_have_in_common_costs_no_digits(of_each, problem):
         return [sign * x for x in jax.grad(lambda *a: f(*a).sum(), (0, 1))(t, h)]
 
     functions = (log_prob, -1), (surprisals, 1), (total, 1)
-    run = jax.jit(lambda: [(sign * f(t, h), gradients(f, sign)) for f, sign in functions])
+    run = quick_jit(lambda: [(sign * f(t, h), gradients(f, sign)) for f, sign in functions])
     for (value, (of_t, of_h)), (f, _) in zip(run(), functions, strict=True):
         np.testing.assert_allclose(value, exact.sum() if f is total else exact, rtol=4e-7)
         np.testing.assert_allclose(of_t, along_t if of_each else along_t.sum(), rtol=2e-6)
@@ -210,7 +211,7 @@ def test_on_a_mesh(of, of_each, rng):
         def total(h, w, t):
             return jnp.sin(function(labels, h, w, temperature=t, chunk_size=2, **options)).sum()
 
-        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(h, w, t)
+        return quick_jit(jax.value_and_grad(total, (0, 1, 2)))(h, w, t)
 
     split = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
     for x, y in zip(*(jax.tree.leaves(run(f)) for f in (split, jce.linear_cross_entropy)), strict=True):
@@ -245,7 +246,7 @@ def test_two_rows_keep_their_difference(function, traced, rng):
     t = np.float32(0.7)
     given = t if not traced else jnp.asarray(t)
 
-    @jax.jit
+    @quick_jit
     def at_t(x, y):
         def total(x, y):
             values = function(x, y, temperature=given)
@@ -286,7 +287,7 @@ def test_two_rows_in_every_mode(function, rng):
         def divided(x, y, t):
             return function(x / t, y / t, where=kept)
 
-        @jax.jit
+        @quick_jit
         def run(arguments, directions):
             names = ("jvp", *SECOND)
             return [{name: modes(f, (0, 1, 2))[name](arguments, directions) for name in names} for f in (at_t, divided)]

@@ -56,11 +56,12 @@ def pytest_collection_modifyitems(config, items):
                 if k != place % len(some):
                     item.add_marker(pytest.mark.slow)
     for function, some in cases.items():
-        every = min(some[0].get_closest_marker("in_turn").args[0], len(some))
+        every, *others = some[0].get_closest_marker("in_turn").args
+        every = min(every, len(some))
         first = sum(map(ord, function.__name__)) % every  # each function begins with another of its cases
         for k, item in enumerate(some):
             if (k + k // every) % every != first:  # the next place each time, or all would be of one inner parameter
-                item.add_marker(pytest.mark.slow)
+                item.add_marker(*others or ["slow"])
     for mark, setting in UNLESS.items():
         if getattr(jax.config, setting):
             for item in filter(lambda item, mark=mark: item.get_closest_marker(mark), items):

@@ -97,6 +97,7 @@ def test_first_derivatives(kernel, dtype, rng):
 
 @each_dtype
 @each_kernel
+@pytest.mark.in_turn(2, "wide")
 def test_hessian_vector_products(kernel, dtype, rng):
     regimes, arguments = sampled(kernel, rng, (4, 3), dtype)
     # Directions in proportion to each entry: mixed ones, where terms cancel, and every term counts.
@@ -131,6 +132,7 @@ def shift(x, d, t):
 
 
 @each_kernel
+@pytest.mark.in_turn(8, "wide")
 def test_third_derivative(kernel, rng):
     """Along a direction, to 1e-9 of the formula's: all three orders nested, forward over forward over reverse."""
     arguments = easy(kernel, rng, (4, 3), np.float64)
@@ -154,7 +156,7 @@ def test_third_derivative(kernel, rng):
 
 @each_kernel
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.one_for_each("kernel")
+@pytest.mark.in_turn(14, "wide")
 def test_half_precision(kernel, dtype, rng):
     """Half-precision arguments give the float32 results of the same numbers; their gradients are those, rounded."""
     _, arguments = sampled(kernel, rng, (12, 8), np.float32)

@@ -35,7 +35,6 @@ def test_result_and_gradient_dtypes(kernel):
 @pytest.mark.usefixtures("float32_by_default")
 def test_integers_bools_lists_and_numpy(kernel):
     one_hot, count = np.eye(3, dtype=np.int32), len(kernel.arguments)
-    expected = kernel.function(*[one_hot.astype(np.float32)] * count)
     arrays = {"integers": one_hot, "bools": one_hot.astype(bool)}
     lists = {"a list of integers": one_hot.tolist(), "a list of floats": one_hot.astype(np.float32).tolist()}
 
@@ -43,6 +42,7 @@ def test_integers_bools_lists_and_numpy(kernel):
     def run(arrays):
         return {name: kernel.function(*[x] * count) for name, x in (arrays | lists).items()}
 
+    expected = quick_jit(kernel.function)(*[one_hot.astype(np.float32)] * count)
     for name, value in run(arrays).items():
         assert value.dtype == jnp.float32, name
         np.testing.assert_allclose(value, expected, rtol=1e-6, err_msg=name)
@@ -100,9 +100,9 @@ def test_narrow_integers(dtype):
 def test_broadcasting(kernel, rng):
     p, q = easy(kernel, rng, (3, 4, 5))
     pairs = [(p[0, 0], q), (p[:, :1], q[0])]
-    got = quick_jit(lambda pairs: [kernel.function(*pair) for pair in pairs])(pairs)
-    for value, pair in zip(got, pairs, strict=True):
-        np.testing.assert_allclose(value, kernel.function(*np.broadcast_arrays(*pair)), rtol=2e-6)
+    run = quick_jit(lambda pairs: [kernel.function(*pair) for pair in pairs])
+    for value, expected in zip(run(pairs), run([np.broadcast_arrays(*pair) for pair in pairs]), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=2e-6)
     assert jax.eval_shape(gradient(kernel), p[0, 0], q)[0].shape == (5,)
 
 
@@ -128,6 +128,7 @@ def test_labels_that_hold_no_number_of_classes(dtype, n, rng):
 
 
 @each_with_classes
+@pytest.mark.in_turn(2, "wide")
 def test_axis(kernel, rng):
     """Value and gradient along axes that aren't the last; and each axis by either of its numbers."""
     arguments, axes = easy(kernel, rng, (2, 3, 4, 5)), (0, 2)
@@ -139,8 +140,8 @@ def test_axis(kernel, rng):
         values = {axis: along[axis](*x) for axis, x in moved.items()}
         return values, {axis: jax.grad(lambda *x, f=along[axis]: f(*x).sum())(*x) for axis, x in moved.items()}
 
-    values, gradients = run(moved)
-    expected, expected_gradient = kernel.function(*arguments), gradient(kernel)(*arguments)[0]
+    values, gradients = run(moved | {-1: arguments})
+    expected, expected_gradient = values[-1], gradients[-1]
     for axis in axes:
         np.testing.assert_allclose(values[axis], expected, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(np.moveaxis(gradients[axis], axis, -1), expected_gradient, rtol=1e-6, atol=1e-7)
@@ -152,12 +153,13 @@ def test_axis(kernel, rng):
 
 
 @each_with_classes
+@pytest.mark.in_turn(2, "wide")
 def test_where_is_leaving_classes_out(kernel, rng):
     """Whatever an excluded class holds, the value and the gradient are those of the other classes alone."""
     arguments, positions = easy(kernel, rng, (4, 6)), tuple(range(len(kernel.arguments)))
     mask = np.array([True, False, True, True, False, False])
     kept = [x[:, mask] for x in arguments]
-    expected_value, expected_gradients = kernel.function(*kept), gradient(kernel)(*kept)
+    expected_value, expected_gradients = quick_jit(lambda *x: (kernel.function(*x), gradient(kernel)(*x)))(*kept)
 
     def masked(*x):
         return kernel.function(*x, where=mask)
@@ -191,7 +193,7 @@ def test_where_drops_rows(kernel, rng):
 
     g, value = quick_jit(jax.grad(losses, has_aux=True))(*arguments)
     assert value[1] == 0
-    np.testing.assert_allclose(value[mask], kernel.function(*(x[mask] for x in arguments)), rtol=1e-6)
+    np.testing.assert_allclose(value[mask], quick_jit(kernel.function)(*(x[mask] for x in arguments)), rtol=1e-6)
     np.testing.assert_array_equal(g[1], np.zeros(6))
     assert np.isfinite(g).all()
 

@@ -54,6 +54,7 @@ def largest_below(limit):
 
 @each_kernel
 @pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.in_turn(8, "wide")
 def test_a_nan_is_found_where_a_result_is_one_and_nowhere_else(kernel, step):
     arguments, values, gradients = stacked(kernel)
     positions = tuple(range(len(arguments)))
@@ -165,6 +166,7 @@ def test_several_labels(function):
 
 
 @each_function
+@pytest.mark.in_turn(8, "wide")
 def test_the_gradient_of_what_is_checked(kernel):
     """But of a head, whose checks are in a custom_jvp function: there it is an error of JAX's own (0.8 to 0.12)."""
     arguments, *_ = stacked(kernel)

@@ -84,6 +84,7 @@ def test_value_and_gradient(kernel, dtype):
 
 @each_kernel
 @pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.in_turn(8, "wide")
 def test_alone_and_eagerly(kernel, step):
     """Corners by themselves, not in a batch; eager calls are jitted inside, and disable_jit runs them op by op."""
     eager_gradient = jax.grad(total(kernel), tuple(range(len(kernel.arguments))))
@@ -134,7 +135,7 @@ LOOPS = {"map": lambda function: function, "checkpointed map": jax.checkpoint}
 @each_kernel
 @pytest.mark.parametrize("nesting", NESTINGS)
 @pytest.mark.needs_jit
-@pytest.mark.one_for_each("kernel")
+@pytest.mark.in_turn(28, "wide")
 def test_a_loop_over_rows(kernel, nesting, rng):
     """A Hessian times a direction, where cotangents vary with the row and, if all is finite, with its value; one
     loop or the other in turn."""
@@ -166,6 +167,7 @@ def test_a_loop_over_rows(kernel, nesting, rng):
 
 
 @each_kernel
+@pytest.mark.in_turn(8, "wide")
 def test_third_derivatives(kernel):
     """No NaN at third order either, along each two numbers, forward or reverse: 0 · ∞ enters at no order."""
     arguments, values, _ = stacked(kernel)

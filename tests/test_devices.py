@@ -45,7 +45,7 @@ def second_order(function, positions):
 
 @each_of_logits
 @pytest.mark.parametrize("shape", MESHES[1:], ids=str)
-@pytest.mark.slow
+@pytest.mark.in_turn(7, "wide")
 def test_split_classes_are_whole_ones(kernel, shape, rng):
     """Value, gradient, jvp and Hessian-vector products, in float64, with a −∞ and a tie."""
     arguments = tuple(easy(kernel, rng, (16, 24), np.float64))
@@ -84,23 +84,32 @@ def split_rows(kernel):
 def test_corners_with_a_class_a_device(kernel):
     arguments, values, gradients = stacked(kernel)
     split = split_rows(kernel)
-    agrees(quick_jit(split)(*arguments), values)
-    g = quick_jit(jax.grad(lambda *x: split(*x).sum(), tuple(range(len(arguments)))))(*arguments)
+
+    @quick_jit
+    def run(*x):
+        return split(*x), jax.grad(lambda *x: split(*x).sum(), tuple(range(len(x))))(*x)
+
+    found, g = run(*arguments)
+    agrees(found, values)
     for got, expected in zip(g, gradients, strict=True):
         agrees(got, expected)
 
 
 @each_of_logits
-@pytest.mark.slow
+@pytest.mark.in_turn(5, "wide")
 def test_split_classes_are_as_accurate(kernel, rng):
     """In every regime, float32: a loss of 1e-30 is 1e-30, and a divergence of 1e-12 has its digits."""
     samples = kernel.sample(rng, (3, 16), np.float32)
     arguments = tuple(np.concatenate(x) for x in zip(*samples.values(), strict=True))
     split = split_rows(kernel)
     positions = tuple(range(len(arguments)))
-    np.testing.assert_allclose(quick_jit(split)(*arguments), kernel.function(*arguments), rtol=1e-6, atol=1e-37)
-    got = quick_jit(jax.grad(lambda *x: split(*x).sum(), positions))(*arguments)
-    expected = jax.grad(lambda *x: kernel.function(*x).sum(), positions)(*arguments)
+
+    @quick_jit
+    def run(*x):
+        return [(f(*x), jax.grad(lambda *x, f=f: f(*x).sum(), positions)(*x)) for f in (split, kernel.function)]
+
+    (values, got), (of_whole, expected) = run(*arguments)
+    np.testing.assert_allclose(values, of_whole, rtol=1e-6, atol=1e-37)
     for g, e in zip(got, map(np.asarray, expected), strict=True):
         finite = np.isfinite(e)
         np.testing.assert_array_equal(np.asarray(g)[~finite], e[~finite])

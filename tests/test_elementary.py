@@ -56,6 +56,7 @@ def each_mode(*quick):
 
 @pytest.mark.parametrize("kernel", TABLE, ids=label)
 @each_mode("forward over reverse")  # which computes the value and the gradient too
+@pytest.mark.in_turn(2, "wide")
 def test_functions(kernel, names, rng):
     found = asked(total(kernel), tuple(map(jnp.asarray, easy(kernel, rng, (2, 5)))), names)
     assert found

@@ -204,7 +204,7 @@ def within(kernel: Kernel, got, exact, scale, bar, dtype, row) -> None:
 @pytest.mark.holds_nan
 @each_function
 @given(data=st.data())
-@pytest.mark.in_turn(24)
+@pytest.mark.in_turn(8, "wide")
 def test_laws(kernel, data):
     n, axis, dtype, masked = data.draw(st.sampled_from(VARIANTS[:2] if short() else VARIANTS))
     strange = data.draw(st.booleans())
@@ -305,9 +305,9 @@ def nested(kernel: Kernel, names: tuple[str, ...], mode: str):
 
 
 @each_function
-@settings(max_examples=max(3, settings.default.max_examples // 12))
+@settings(max_examples=settings.default.max_examples // 12)
 @given(data=st.data())
-@pytest.mark.slow
+@pytest.mark.in_turn(8, "wide")
 def test_nestings(kernel, data):
     """Of any transformations, three deep, and any two modes: the Hessian-vector product of the plain call."""
     names = tuple(data.draw(st.permutations(sorted(TRANSFORMATIONS)))[:3])

@@ -33,6 +33,7 @@ from tests.kernels import (
     surprisals,
 )
 from tests.oracle import to_mp
+from tests.quick_jit import quick_jit
 
 pytestmark = pytest.mark.needs_jit
 
@@ -184,7 +185,7 @@ def known_scale(kernel: Kernel, arguments, directions, cotangent) -> list[np.nda
     return [np.abs(cotangent)[:, None] * np.float64(x) for x in zip(*scales, strict=True)]
 
 
-def holds(kernel: Kernel, makers, rng, exactly: Callable, from_memory: Callable, classes=CLASSES) -> None:
+def holds(kernel: Kernel, makers, rng, from_memory: Callable, classes=CLASSES) -> None:
     z, w = (raw(rng, classes), raw(rng, classes)), np.float32(1.7)
     got = jax.jit(lambda z, w: results(kernel)(*made(kernel, makers, z, w)))(z, w)
     with jax.disable_jit():
@@ -192,7 +193,7 @@ def holds(kernel: Kernel, makers, rng, exactly: Callable, from_memory: Callable,
     memory = from_memory(*inputs)
     with jax.enable_x64(True):
         wanted = jax.tree.map(np.asarray, made(kernel, makers, tuple(map(jnp.float64, z)), jnp.float64(w)))
-        expected = truth(kernel, exactly, inputs, wanted)
+        expected = truth(kernel, from_memory, inputs, wanted)
     eps = np.finfo(np.float32).eps
     # The third derivative's terms are of the order of t² x, and some of 1 cancel.
     arguments, directions, cotangent = inputs
@@ -231,14 +232,14 @@ def holds(kernel: Kernel, makers, rng, exactly: Callable, from_memory: Callable,
 
 def law(kernel: Kernel, rng, every: int) -> None:
     """Every so many makers, each function beginning with the next."""
-    exactly, from_memory = jax.jit(results(kernel)), jax.jit(results(kernel))
+    run = quick_jit(results(kernel))
     makers = combinations(kernel)
     for combination in makers[TABLE.index(kernel) % min(every, len(makers)) :: every]:
-        holds(kernel, combination, rng, exactly, from_memory)
+        holds(kernel, combination, rng, run)
 
 
 @each_function
-@pytest.mark.in_turn(24)
+@pytest.mark.in_turn(8, "wide")
 def test_inputs_made_in_the_same_program(kernel, rng):
     law(kernel, rng, 24)
 
@@ -256,9 +257,8 @@ MANY = 96  # classes, which XLA sums otherwise
 @pytest.mark.slow
 def test_many_classes_made_in_the_same_program(kernel, rng):
     makers = combinations(kernel)
-    holds(
-        kernel, makers[TABLE.index(kernel) % len(makers)], rng, jax.jit(results(kernel)), jax.jit(results(kernel)), MANY
-    )
+    maker, run = makers[TABLE.index(kernel) % len(makers)], quick_jit(results(kernel))
+    holds(kernel, maker, rng, run, MANY)
 
 
 def mapped(f):
@@ -285,7 +285,8 @@ def test_what_is_made_of_the_result_in_the_same_program(consumer, rng):
     kernel = WITH_CLASSES[k]
     consumed = dataclasses.replace(kernel, function=CONSUMERS[consumer](kernel.function))
     combination = combinations(kernel)[2 * k % len(combinations(kernel))]
-    holds(consumed, combination, rng, jax.jit(results(consumed)), jax.jit(results(consumed)))
+    run = quick_jit(results(consumed))
+    holds(consumed, combination, rng, run)
 
 
 def forbidding(z, w):

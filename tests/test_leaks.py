@@ -35,7 +35,7 @@ def test_eager_calls_and_gradients_keep_no_array(name):
 
 
 @each_function
-@pytest.mark.in_turn(32)
+@pytest.mark.in_turn(8, "wide")
 def test_functions_of_rows_keep_no_array(kernel, rng):
     shape = (31, 5)
     rows = [jnp.asarray(x) for x in easy(kernel, rng, shape)]

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jce
 from bench.hlo import collectives
 from tests.kernels import each_of_logits, each_with_classes, easy, gradient, logit_rows, total
+from tests.quick_jit import quick_jit
 
 INF, NAN = np.inf, np.nan
 
@@ -243,7 +244,7 @@ def test_gradients_of_near_divergences_keep_their_direction(rng):
 @pytest.mark.needs_jit
 @each_of_logits
 @pytest.mark.parametrize("axes", [("rows", None), (None, "classes"), ("rows", "classes")])
-@pytest.mark.slow
+@pytest.mark.one_for_each("kernel")
 def test_sharded_logits_are_not_gathered(kernel, axes, rng):
     """Between devices go some numbers a row, in value and gradient: no collective holds as much as a row's classes."""
     mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)
@@ -251,10 +252,11 @@ def test_sharded_logits_are_not_gathered(kernel, axes, rng):
     rows, n = 8, 512
     arguments = easy(kernel, rng, (rows, n))
     positions = tuple(range(len(arguments)))
-    function = jax.jit(jax.value_and_grad(total(kernel), positions), in_shardings=(sharding,) * len(arguments))
+    function = quick_jit(jax.value_and_grad(total(kernel), positions), in_shardings=(sharding,) * len(arguments))
     value, g = function(*arguments)
-    np.testing.assert_allclose(value, total(kernel)(*arguments), rtol=4e-6)
-    for a, b in zip(g, gradient(kernel)(*arguments), strict=True):
+    expected, of_one_device = quick_jit(jax.value_and_grad(total(kernel), positions))(*arguments)
+    np.testing.assert_allclose(value, expected, rtol=4e-6)
+    for a, b in zip(g, of_one_device, strict=True):
         np.testing.assert_allclose(a, b, rtol=4e-6, atol=1e-7)
     for collective in collectives(function.lower(*arguments).compile().as_text()):
         assert collective.size <= 8 * rows
@@ -282,7 +284,7 @@ def test_no_temporary_of_the_logits_size(function, shape):
 
 @pytest.mark.needs_jit
 @each_with_classes
-@pytest.mark.in_turn(16)
+@pytest.mark.in_turn(5, "wide")
 def test_nothing_of_classes_times_classes(kernel):
     arguments = [jax.ShapeDtypeStruct((3000,), np.float32)] * len(kernel.arguments)
     program = gradient(kernel).lower(*arguments).compile()

@@ -11,6 +11,7 @@ import jce
 from bench.hlo import collectives
 from jce._jax.classes import Classes
 from tests.kernels import ROWS, Kernel, each_of_logits, each_with_classes, easy
+from tests.quick_jit import quick_jit
 
 N = 33_000  # 40 blocks of 825
 
@@ -38,7 +39,7 @@ def derivatives(function, positions):
     def gradient(*arguments):
         return jax.grad(lambda *a: function(*a).sum(), positions)(*arguments)
 
-    @jax.jit
+    @quick_jit
     def all_three(arguments, directions):
         return function(*arguments), *jax.jvp(gradient, arguments, directions)
 
@@ -46,7 +47,7 @@ def derivatives(function, positions):
 
 
 @each_with_classes
-@pytest.mark.slow
+@pytest.mark.in_turn(5, "wide")
 def test_leaving_out_classes_by_where_is_leaving_them_out(kernel, rng):
     """Of the kept classes, which are in all blocks, a short row holds the same; in each order of derivatives."""
     kept = rng.random(N) < 0.5
@@ -73,12 +74,16 @@ def test_leaving_out_classes_by_where_is_leaving_them_out(kernel, rng):
 
 
 @each_with_classes
-@pytest.mark.slow
+@pytest.mark.in_turn(5, "wide")
 def test_any_axis_and_vmap(kernel, rng):
-    arguments = easy(kernel, rng, (2, N))
-    value = kernel.function(*arguments)
-    np.testing.assert_allclose(kernel.function(*(x.T for x in arguments), axis=0), value, rtol=1e-5)
-    np.testing.assert_allclose(jax.vmap(kernel.function)(*arguments), value, rtol=1e-5)
+    @quick_jit
+    def run(*x):
+        f = kernel.function
+        return f(*x), f(*(y.T for y in x), axis=0), jax.vmap(f)(*x)
+
+    value, of_columns, batch = run(*easy(kernel, rng, (2, N)))
+    np.testing.assert_allclose(of_columns, value, rtol=1e-5)
+    np.testing.assert_allclose(batch, value, rtol=1e-5)
 
 
 @pytest.mark.parametrize("y", [0, 824, 825, N - 1])
@@ -154,13 +159,13 @@ def losses(kernel: Kernel, arguments):
 
 @pytest.mark.needs_jit
 @each_of_logits
-@pytest.mark.slow
+@pytest.mark.in_turn(5, "wide")
 def test_sharded_rows_stay_where_they_are(kernel, rng):
     """Nothing but some numbers a row goes between devices, though each device's classes are folded."""
     n = 65_536
     sharding = NamedSharding(mesh_of(AxisType.Auto), P("rows", "classes"))
     arguments = easy(kernel, rng, (4, n))
-    program = jax.jit(lambda *a: losses(kernel, a), in_shardings=(sharding,) * len(arguments))
+    program = quick_jit(lambda *a: losses(kernel, a), in_shardings=(sharding,) * len(arguments))
     for collective in collectives(program.lower(*arguments).compile().as_text()):
         assert collective.size <= 8 * 4
     np.testing.assert_allclose(program(*arguments)[0], losses(kernel, arguments)[0], rtol=1e-5)

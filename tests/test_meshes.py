@@ -18,10 +18,10 @@ import jce
 from bench.hlo import collectives
 from jce._jax.layout import Layout
 from tests.kernels import TABLE, easy, label, modes
+from tests.quick_jit import quick_jit
 
 pytestmark = pytest.mark.needs_jit  # where an array lies is known of compiled programs
 ROWS, CLASSES, WIDTH = 8, 16, 4
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 MODES = ("gradient", "jvp", "forward over reverse", "reverse over reverse")
 PLACES = {
     "anywhere": None,  # an array of NumPy's, of which nothing is said
@@ -141,10 +141,6 @@ def in_mode(function, mode, others, arguments, directions):
     return modes(total, tuple(range(len(arguments))))[mode](arguments, directions)
 
 
-def compiled(function):
-    return jax.jit(function, compiler_options=QUICKLY)
-
-
 @pytest.mark.parametrize("name", TABLE_OF_ROWS)
 @pytest.mark.slow
 def test_numbers_of_one_device(name, rng):
@@ -161,7 +157,7 @@ def test_numbers_of_one_device(name, rng):
         }
 
     with jax.enable_x64(True):
-        expected = compiled(one_device)((row.others, row.arguments, directions))
+        expected = quick_jit(one_device)((row.others, row.arguments, directions))
         for (kind, context), group in cases.items():
             mesh = make_mesh(kind)
             function = row.function if row.on_mesh is None else functools.partial(row.on_mesh, mesh=mesh)
@@ -177,7 +173,7 @@ def test_numbers_of_one_device(name, rng):
                 )
 
             with jax.set_mesh(mesh) if context else contextlib.nullcontext():
-                run = compiled(
+                run = quick_jit(
                     lambda xs, f=function, g=group: [in_mode(f, m, *x) for (m, *_), x in zip(g, xs, strict=True)]
                 )
                 got = run([placed(*places) for _, *places in group])
@@ -239,9 +235,9 @@ def test_arguments_that_broadcast(rng):
 
     with jax.enable_x64(True):
         with jax.set_mesh(mesh):
-            got = compiled(run)([[on_mesh(*x) if x[1:] else x[0] for x in given] for _, given in cases])
+            got = quick_jit(run)([[on_mesh(*x) if x[1:] else x[0] for x in given] for _, given in cases])
         on_mesh = lambda x, *_: x  # noqa: E731
-        close(got, compiled(run)([[x for x, *_ in given] for _, given in cases]))
+        close(got, quick_jit(run)([[x for x, *_ in given] for _, given in cases]))
 
 
 @pytest.mark.holds_nan
@@ -288,7 +284,7 @@ def test_axes_of_more_than_one_kind(rng):
                 some = functools.partial(both, axis_name="classes")
                 function = jax.shard_map(some, in_specs=split, out_specs=P(), axis_names={"classes"})
             with jax.set_mesh(m):
-                close(compiled(function)(*arguments), expected)
+                close(quick_jit(function)(*arguments), expected)
 
 
 # What is sent

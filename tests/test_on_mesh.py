@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 import jce
 from bench.hlo import collectives
 from jce import Linear
+from tests.quick_jit import quick_jit
 from tests.test_devices import close, make_mesh, second_order
-from tests.test_meshes import QUICKLY
 
 pytestmark = pytest.mark.needs_jit
 AXES = {"token_axis": "tokens", "class_axis": "classes"}
@@ -117,7 +117,7 @@ def test_tokens_over_the_stages_of_a_pipeline_too(rng):
     def results(on, axis):
         losses = [functools.partial(LOSSES[name], on, axis, y) for name in names]
         losses.append(functools.partial(weighted, on))
-        return jax.jit(lambda *x: [jax.value_and_grad(f, (0, 1, 2, 3))(*x) for f in losses], compiler_options=QUICKLY)
+        return quick_jit(lambda *x: [jax.value_and_grad(f, (0, 1, 2, 3))(*x) for f in losses])
 
     with jax.enable_x64(True):
         expected = results(lambda f: f, None)(a, p, q, t)

@@ -304,8 +304,9 @@ def arguments_of_head(rng, dtype):
 
 @each_head
 @each_dtype
-def test_one_class_of_a_head(name, dtype, rng):
-    """Every token's loss is NaN, their mean too, every hidden state's gradient, and the head's and the bias'."""
+def test_a_nan_in_a_head(name, dtype, rng):
+    """In one class: every token's loss is NaN, their mean too, every hidden state's gradient, and the head's and the
+    bias'. In a hidden state: that token's loss and gradient, and no other's."""
 
     def mean(*arguments):
         return OF_TOKENS[name](*arguments, chunk_size=CHUNK).mean()
@@ -315,34 +316,22 @@ def test_one_class_of_a_head(name, dtype, rng):
         losses = OF_TOKENS[name](*arguments, chunk_size=CHUNK)
         return losses, jax.jvp(mean, arguments, arguments), jax.value_and_grad(mean, (0, 1, 2))(*arguments)
 
+    def is_nan(argument, at):
+        """Of a number in an argument: losses, their mean by both derivatives, and the gradients."""
+        arguments = arguments_of_head(rng, dtype)
+        arguments[argument][at] = np.nan
+        losses, pushed, (value, gradients) = jax.tree.map(lambda x: np.isnan(np.float64(x)), program(*arguments))
+        return losses, (*pushed, value), gradients
+
     with jax.enable_x64(dtype == "float64"):
         for argument, at in ((1, (0, 2)), (1, (CLASSES - 2, 2)), (2, 0), (2, CLASSES - 2)):
-            arguments = arguments_of_head(rng, dtype)
-            arguments[argument][at] = np.nan
-            losses, pushed, (value, (of_hidden, of_head, of_bias)) = program(*arguments)
-            for x in (losses, *pushed, value, of_hidden, of_bias, np.asarray(of_head)[:, 2]):
-                assert np.isnan(np.float64(x)).all(), (argument, at)
-
-
-@each_head
-@each_dtype
-def test_one_token_of_a_head(name, dtype, rng):
-    """A NaN in a hidden state makes that token's loss and gradient NaN, and no other's."""
-
-    @jax.jit
-    def program(h, w, b):
-        def total(h):
-            losses = OF_TOKENS[name](h, w, b, chunk_size=CHUNK)
-            return losses.sum(), losses
-
-        return jax.grad(total, has_aux=True)(h)
-
-    with jax.enable_x64(dtype == "float64"):
-        h, *head = arguments_of_head(rng, dtype)
-        h[7, 2] = np.nan
-        of_hidden, losses = program(h, *head)
-        assert np.isnan(np.float64(of_hidden)).any(-1).nonzero()[0].tolist() == [7]
-        assert np.isnan(np.float64(losses)).nonzero()[0].tolist() == [7]
+            losses, of_mean, (of_hidden, of_head, of_bias) = is_nan(argument, at)
+            for x in (losses, *of_mean, of_hidden, of_bias, of_head[:, 2]):
+                assert x.all(), (argument, at)
+        losses, of_mean, (of_hidden, *_) = is_nan(0, (7, 2))
+        assert all(of_mean)
+        assert losses.nonzero()[0].tolist() == [7]
+        assert of_hidden.any(-1).nonzero()[0].tolist() == [7]
 
 
 # Classes that are split over devices
@@ -353,7 +342,7 @@ SPLIT = [kernel for kernel in OF_LOGITS if kernel.name != "linear_map"]
 
 @pytest.mark.parametrize("kernel", SPLIT, ids=label)
 @pytest.mark.parametrize("by", ["XLA", "shard_map"])
-@pytest.mark.in_turn(3)
+@pytest.mark.one_for_each("kernel")
 def test_classes_on_several_devices(kernel, by, rng):
     """A NaN or a +∞ on one device makes its row NaN on all, in value and gradient, and no other row."""
     arguments, rows = [x.astype(np.float32) for x in easy(kernel, rng, (1_200, 8))], range(1, 9)

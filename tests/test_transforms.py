@@ -20,6 +20,7 @@ close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
 
 
 @each_kernel
+@pytest.mark.in_turn(4, "wide")
 def test_values(kernel, rng):
     """Under jit, vmap and checkpoint, in a loop, beside a derivative, and op by op."""
     function, arguments = kernel.function, tuple(easy(kernel, rng, (3, 4, 5)))
@@ -55,6 +56,7 @@ def broadcast(arguments, i):
 
 
 @each_kernel
+@pytest.mark.in_turn(4, "wide")
 def test_gradients(kernel, rng):
     """Of checkpointed, scanned and batched functions; and along a direction in forward mode."""
     arguments, positions = tuple(easy(kernel, rng, (4, 5))), tuple(range(len(kernel.arguments)))
@@ -91,6 +93,7 @@ def test_gradients(kernel, rng):
 
 
 @each_kernel
+@pytest.mark.in_turn(8, "wide")
 def test_a_batch_of_hessian_vector_products(kernel, rng):
     """Each is that of its direction alone, in a batch so large that XLA makes matrix products of it."""
     arguments = tuple(easy(kernel, rng, (256, 50)))
@@ -106,6 +109,7 @@ def test_a_batch_of_hessian_vector_products(kernel, rng):
 
 @pytest.mark.needs_jit  # what is exported is compiled, and rounds otherwise than op by op
 @each_kernel
+@pytest.mark.in_turn(8, "wide")
 def test_export(kernel, rng):
     """Serialised and read back, with its gradient and a Hessian-vector product, and with all digits of a tail."""
     by_regime = kernel.sample(rng, (4, 5), np.float32).values()
@@ -132,6 +136,7 @@ def test_export(kernel, rng):
 
 @pytest.mark.needs_jit
 @each_function
+@pytest.mark.in_turn(8, "wide")
 def test_export_of_any_number_of_rows(kernel, rng):
     """Value and gradient, of a symbolic batch, serialised and read back; the second argument, if any, a single one."""
     (rows,) = jax.export.symbolic_shape("rows")
@@ -234,6 +239,7 @@ def test_a_function_is_one(name):
 
 
 @each_kernel
+@pytest.mark.in_turn(8, "wide")
 def test_shapes(kernel, rng):
     """No batch, an empty batch, five axes; one class and none."""
     tail = (4,) if kernel.has_classes else ()
@@ -260,6 +266,7 @@ def test_shapes(kernel, rng):
 
 
 @each_kernel
+@pytest.mark.in_turn(8, "wide")
 def test_sharded_arrays(kernel, rng):
     """Rows, classes, or both, in turn, spread over eight devices: the same numbers."""
     axes = [("rows", None), (None, "classes"), ("rows", "classes")][KERNELS.index(kernel) % 3]
@@ -275,6 +282,7 @@ def test_sharded_arrays(kernel, rng):
 
 
 @each_kernel
+@pytest.mark.in_turn(8, "wide")
 def test_inside_shard_map(kernel, rng):
     """Rows spread over eight devices, with JAX's checks of varying axes: value, gradient, jvp, and a corner."""
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))

@@ -13,13 +13,7 @@ TABLE = ROWS_OF_PROBABILITIES + ROWS_OF_LOGITS
 KERNELS = TABLE + HEADS
 ROWS = {label(kernel): kernel for kernel in TABLE}
 
-# What any function of a head's tokens gives beside `linear_log_probs`, which is one, has quick tests of its own.
-SLOW = ("linear_kl_divergence", "linear_map")
-each_kernel = pytest.mark.parametrize(
-    "kernel",
-    [pytest.param(kernel, marks=[pytest.mark.slow] if kernel.name in SLOW else []) for kernel in KERNELS],
-    ids=label,
-)
+each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=label)
 each_function = pytest.mark.parametrize("kernel", TABLE, ids=label)
 WITH_CLASSES = [kernel for kernel in TABLE if kernel.has_classes]
 each_with_classes = pytest.mark.parametrize("kernel", WITH_CLASSES, ids=label)

@@ -33,6 +33,7 @@ def test_result_and_gradient_dtypes(kernel):
 
 @each_function
 @pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.in_turn(3, "wide")
 def test_integers_bools_lists_and_numpy(kernel):
     one_hot, count = np.eye(3, dtype=np.int32), len(kernel.arguments)
     arrays = {"integers": one_hot, "bools": one_hot.astype(bool)}
@@ -181,6 +182,7 @@ def test_where_is_leaving_classes_out(kernel, rng):
 
 
 @each_with_classes
+@pytest.mark.in_turn(3, "wide")
 def test_where_drops_rows(kernel, rng):
     """where=mask[..., None]: a dropped row is 0 with gradient 0, even if it holds NaN."""
     arguments, mask = easy(kernel, rng, (4, 6)), np.array([True, False, True, True])
@@ -426,6 +428,7 @@ EACH, CLASSES = np.array([0.5, 2.0], np.float32), np.array([0.5, 2.0, 3.0], np.f
         ("binary_entropy", "weight", EACH, "", "result * weight"),
     ],
 )
+@pytest.mark.in_turn(4, "wide")
 def test_following_a_hint(function, option, given, written, after):
     """What it says to write runs, under jit too; the message has that text, where it is an argument."""
     labels = jnp.array([1, 0])

@@ -161,6 +161,7 @@ def test_every_function_takes_one(problem):
     close(found(), expected, 1e-5)
 
 
+@pytest.mark.wide
 def test_a_model_gives_one_instead_of_logits(problem):
     """Through jit, grad and vmap: it is a tree of the states and of what the head closes over."""
     y, h, p, _ = problem

@@ -27,6 +27,7 @@ CLOSING_OVER = {
 
 
 @pytest.mark.parametrize("name", CLOSING_OVER)
+@pytest.mark.in_turn(3, "wide")
 def test_a_large_constant_is_not_folded(name):
     """The program computes as much from an array that it closes over as from an argument: nothing while it compiles."""
     array, function = CLOSING_OVER[name]
@@ -49,6 +50,7 @@ HEADS = {"a matrix": lambda: W, "a function": lambda: lambda h: jnp.matmul(h, W.
 
 
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.in_turn(2, "wide")
 def test_an_eager_call_transfers_nothing(head):
     linear = jce.Linear(H, HEADS[head]())
     calls = [

@@ -91,7 +91,7 @@ def test_prints(capfd):
 
 
 @each_way
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(4, "wide")
 def test_in_a_gradient_a_callback_is_called_once_or_refused(options):
     effect, called = recorder()
     function = mapped(effect, **options)

@@ -56,7 +56,7 @@ def each_mode(*quick):
 
 @pytest.mark.parametrize("kernel", TABLE, ids=label)
 @each_mode("forward over reverse")  # which computes the value and the gradient too
-@pytest.mark.in_turn(2, "wide")
+@pytest.mark.in_turn(6, "wide")
 def test_functions(kernel, names, rng):
     found = asked(total(kernel), tuple(map(jnp.asarray, easy(kernel, rng, (2, 5)))), names)
     assert found
@@ -65,6 +65,7 @@ def test_functions(kernel, names, rng):
 
 @pytest.mark.parametrize("head", HEADS)
 @each_mode("gradient")
+@pytest.mark.in_turn(4, "wide")
 def test_heads(head, names):
     def of(h, w):
         return sum(x.sum() for x in jax.tree.leaves(HEADS[head](np.zeros(4, int), h, w)))

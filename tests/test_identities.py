@@ -205,6 +205,7 @@ def value_and_gradient(function):
 
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("device", ["CPU", "GPU"])
+@pytest.mark.in_turn(2, "wide")
 def test_jensen_shannon_is_symmetric_to_the_bit(device, dtype, rng, monkeypatch):
     """Far apart, near, and with a class that one of them or both haven't; and so are its derivatives.
 

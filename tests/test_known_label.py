@@ -146,7 +146,7 @@ def maxima_asked(at, others):
         (50, 70, 1),
     ],
 )
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(2, "wide")
 def test_which_rows_ask(at, other, asked):
     assert maxima_asked([at], [other]) == asked
     assert maxima_asked([1.0, at, 1.0], [2.0, other, 2.0]) == asked

@@ -101,6 +101,7 @@ SECOND = ("jvp", "forward over reverse", "reverse over forward", "reverse over r
     + [pytest.param(name, "sum", SECOND, marks=pytest.mark.slow) for name in FUNCTIONS]
     + [pytest.param(name, "none", SECOND, marks=pytest.mark.slow) for name in ("distillation", "policy")],
 )
+@pytest.mark.in_turn(3, "wide")
 def test_functions_of_whole_logits(name, reduction, wanted, arrays, rng):
     """Value and gradients in hidden states, heads and weights; second derivatives in three nestings."""
     function, names = FUNCTIONS[name]

@@ -123,6 +123,7 @@ def test_a_pickled_linear_loads():
 
 
 @pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.wide
 def test_the_modules_page():
     """`help(jce)`: the mathematics, then each function's own page, and examples that run."""
     page = pydoc.plain(pydoc.render_doc(jce))
@@ -139,6 +140,7 @@ each_readme = pytest.mark.parametrize("path", READMES, ids=lambda path: path.par
 @pytest.mark.holds_nan
 @pytest.mark.usefixtures("float32_by_default")
 @each_readme
+@pytest.mark.wide
 def test_readme_examples(path):
     """The README's train step of Flax is test_frameworks.py's."""
     results = doctest.testfile(str(path), module_relative=False, globs={}, encoding="utf-8")

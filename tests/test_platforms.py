@@ -275,7 +275,7 @@ ON_DEVICES = [  # each but those that take longest on one of them; CI has all wi
 
 
 @pytest.mark.parametrize(("kernel", "device"), ON_DEVICES)
-@pytest.mark.in_turn(5)
+@pytest.mark.in_turn(9, "wide")
 def test_rows_are_as_accurate(kernel, device, monkeypatch):
     """As on a CPU, whose bars they have, and at each corner; `--as-on` has all other laws hold."""
     monkeypatch.setattr(_platforms, "CPU", getattr(_platforms, device))
@@ -288,6 +288,7 @@ def test_rows_are_as_accurate(kernel, device, monkeypatch):
 
 
 @each_of_logits
+@pytest.mark.in_turn(5, "wide")
 def test_a_gradient_alone_is_a_program(kernel):
     """Of which XLA is given also what nobody reads, such as the value: a call in a reduction for it crashes XLA."""
     gradient = jax.jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))

@@ -221,6 +221,7 @@ def sample(rng):
     return y, ids, *rng.standard_normal((2, N, WIDTH))
 
 
+@pytest.mark.wide
 def test_each_line_is_its_formula(sample):
     """In value and in both gradients, in float64; all in one program."""
 

@@ -49,15 +49,15 @@ BATCHES = [(size, "float32") for size in SIZES]
 BATCHES += [("many rows", "float64"), ("long rows", "float64"), ("many rows", "bfloat16"), ("many rows", "float16")]
 
 
-def each_row_and_size(kernels, in_turn=("many rows", "long rows")):
-    """Every row in every size and dtype. Quick are, in float32, the small size of each row and these sizes in turn."""
+def each_row_and_size(kernels, always=(), in_turn=("many rows", "small")):
+    """Every row in every size and dtype. In float32 some sizes are always quick, and of others one in turn."""
     cases = [
         pytest.param(
             kernel,
             SIZES[size],
             dtype,
             id=f"{size}-{dtype}-{label(kernel)}",
-            marks=[] if dtype == "float32" and size in ("small", in_turn[k % 2]) else [pytest.mark.slow],
+            marks=[] if dtype == "float32" and size in (*always, in_turn[k % 2]) else [pytest.mark.slow],
         )
         for k, kernel in enumerate(kernels)
         for size, dtype in BATCHES
@@ -159,7 +159,7 @@ def agrees(got, expected, dtype, what=""):
     )
 
 
-@each_row_and_size(KERNELS)
+@each_row_and_size(KERNELS, always=("small",), in_turn=("many rows", "long rows"))
 def test_each_row(kernel, size, dtype, rng, dropping):
     """Values and derivatives in both modes, where some rows are edge cases. The others are as without them."""
     corners, without = corners_of(kernel, dtype), ordinary(kernel, rng, size, dtype)
@@ -199,7 +199,7 @@ def test_each_row(kernel, size, dtype, rng, dropping):
             assert not tangents[others].any()
 
 
-@each_row_and_size(KERNELS, in_turn=("many rows", "small"))
+@each_row_and_size(KERNELS)
 def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
     """A mean over the batch is NaN if one row is, and so is the norm of a gradient that holds one."""
     without, positions = ordinary(kernel, rng, size, dtype), tuple(range(len(kernel.arguments)))
@@ -220,7 +220,7 @@ def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
                 assert np.isnan(norm) == np.isnan(gradient).any(), argument
 
 
-@each_row_and_size(OF_LOGITS, in_turn=("many rows", "small"))
+@each_row_and_size(OF_LOGITS)
 def test_a_hessian_vector_product_of_logits(kernel, size, dtype, rng, dropping):
     """It is NaN in all classes of a row with a NaN or a +∞ in its logits, and in no other row."""
     arguments = ordinary(kernel, rng, size, dtype)
@@ -242,7 +242,7 @@ def test_a_hessian_vector_product_of_logits(kernel, size, dtype, rng, dropping):
     assert not np.delete(got, [*broken], 0).any()
 
 
-@each_row_and_size(WITH_CLASSES, in_turn=("many rows", "small"))
+@each_row_and_size(WITH_CLASSES)
 def test_a_masked_class(kernel, size, dtype, rng, dropping):
     """A NaN in a class that `where` masks has no effect: the bits are those of a finite number in its place."""
     masked = size.classes // 2
@@ -342,7 +342,7 @@ SPLIT = [kernel for kernel in OF_LOGITS if kernel.name != "linear_map"]
 
 @pytest.mark.parametrize("kernel", SPLIT, ids=label)
 @pytest.mark.parametrize("by", ["XLA", "shard_map"])
-@pytest.mark.one_for_each("kernel")
+@pytest.mark.in_turn(5, "wide")
 def test_classes_on_several_devices(kernel, by, rng):
     """A NaN or a +∞ on one device makes its row NaN on all, in value and gradient, and no other row."""
     arguments, rows = [x.astype(np.float32) for x in easy(kernel, rng, (1_200, 8))], range(1, 9)

@@ -233,7 +233,7 @@ def test_a_tail_of_impossible_classes_is_infinite_unless_nothing_is_left():
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("under", ["logits", "a head"])
 @with_tail
-@pytest.mark.in_turn(2)
+@pytest.mark.in_turn(2, "wide")
 def test_a_label_that_is_no_class_is_nan_in_every_derivative(under, tail):
     """Of its row alone, where its probability isn't 0, in both modes; and 0 where the row doesn't count."""
     y = jnp.array([[0, 9], [0, -1], [9, 0], [1, 2]])
@@ -271,6 +271,7 @@ def test_a_weight_of_0_leaves_out_a_label_that_is_no_class():
 
 
 @with_tail
+@pytest.mark.in_turn(2, "wide")
 def test_no_tokens_no_labels_and_no_nan_beside_a_class(tail):
     def of_head(tokens, k, **options):
         y, p = jnp.zeros((*tokens, k), int), jnp.ones((*tokens, k))

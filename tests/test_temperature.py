@@ -246,6 +246,7 @@ def in_double(function, t, x, y):
 
 @each_of_two
 @pytest.mark.parametrize("traced", [False, True], ids=["a number", "traced"])
+@pytest.mark.in_turn(2, "wide")
 def test_two_rows_keep_their_difference(function, traced, rng):
     """Values and gradients are as accurate as at T = 1. Dividing both rows first costs up to all digits."""
     t = np.float32(0.7)
@@ -305,6 +306,7 @@ def test_two_rows_in_every_mode(function, mode, rng):
 
 @each_of_two
 @pytest.mark.holds_nan
+@pytest.mark.in_turn(2, "wide")
 def test_two_rows_at_the_boundary(function):
     """-∞, NaN and +∞ have the effect that they have at T = 1, in the value and in the gradient of each row."""
     inf, nan = np.inf, np.nan

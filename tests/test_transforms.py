@@ -20,7 +20,7 @@ close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
 
 
 @each_kernel
-@pytest.mark.in_turn(4, "wide")
+@pytest.mark.in_turn(7, "wide")
 def test_values(kernel, rng):
     """Under jit, vmap and checkpoint, in a loop, beside a derivative, and op by op."""
     function, arguments = kernel.function, tuple(easy(kernel, rng, (3, 4, 5)))
@@ -56,7 +56,7 @@ def broadcast(arguments, i):
 
 
 @each_kernel
-@pytest.mark.in_turn(4, "wide")
+@pytest.mark.in_turn(7, "wide")
 def test_gradients(kernel, rng):
     """Of checkpointed, scanned and batched functions; and along a direction in forward mode."""
     arguments, positions = tuple(easy(kernel, rng, (4, 5))), tuple(range(len(kernel.arguments)))

@@ -420,6 +420,7 @@ def test_each_workaround_has_a_row():
         for row in ROWS
     ],
 )
+@pytest.mark.wide
 def test_a_workaround_is_still_needed(row):
     wrong = complaint(row, place_of(row), RUNNING, oldest_admitted(), row.still())
     assert wrong is None, wrong

@@ -15,6 +15,7 @@ LOSSES = (jce.cross_entropy_with_integer_labels, jce.cross_entropy_with_logits)
 
 @pytest.mark.parametrize("traced", [pytest.param(False, marks=pytest.mark.slow), True], ids=["a number", "traced"])
 @pytest.mark.parametrize("of", TARGETS)
+@pytest.mark.in_turn(5, "wide")
 def test_values_and_derivatives(of, traced, rng):
     """In the logits and in ζ, to the third order; of classes that `where` keeps, along an axis that isn't the last."""
     x, direction = (3 * rng.standard_normal((CLASSES, ROWS)) for _ in range(2))

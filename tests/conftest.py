@@ -42,26 +42,27 @@ def pytest_configure(config):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    cases = collections.defaultdict(list)
-    for item in items:
-        if item.get_closest_marker("in_turn"):
-            cases[item.function].append(item)
-    of_each = collections.defaultdict(lambda: collections.defaultdict(list))
+    cases = collections.defaultdict(lambda: collections.defaultdict(list))
     for item in items:
         if mark := item.get_closest_marker("one_for_each"):
-            of_each[item.function][tuple(id(item.callspec.params[name]) for name in mark.args)].append(item)
-    for groups in of_each.values():
-        for place, some in enumerate(groups.values()):
+            cases[item.function][id(item.callspec.params[mark.args[0]])].append(item)
+    for of_function in cases.values():
+        for place, some in enumerate(of_function.values()):
             for k, item in enumerate(some):
                 if k != place % len(some):
-                    item.add_marker(pytest.mark.slow)
-    for function, some in cases.items():
-        every, *others = some[0].get_closest_marker("in_turn").args
+                    item.add_marker("slow")
+    of_laws = collections.defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("in_turn"):
+            every, others = (*mark.args, "slow")[:2]
+            if others == "slow" or not item.get_closest_marker("slow"):
+                of_laws[item.function, every, others].append(item)
+    for (function, every, others), some in of_laws.items():
         every = min(every, len(some))
         first = sum(map(ord, function.__name__)) % every  # each function begins with another of its cases
         for k, item in enumerate(some):
             if (k + k // every) % every != first:  # the next place each time, or all would be of one inner parameter
-                item.add_marker(*others or ["slow"])
+                item.add_marker(others)
     for mark, setting in UNLESS.items():
         if getattr(jax.config, setting):
             for item in filter(lambda item, mark=mark: item.get_closest_marker(mark), items):

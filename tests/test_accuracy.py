@@ -156,7 +156,8 @@ def test_third_derivative(kernel, rng):
 
 @each_kernel
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.in_turn(14, "wide")
+@pytest.mark.one_for_each("kernel")
+@pytest.mark.in_turn(9, "wide")
 def test_half_precision(kernel, dtype, rng):
     """Half-precision arguments give the float32 results of the same numbers; their gradients are those, rounded."""
     _, arguments = sampled(kernel, rng, (12, 8), np.float32)

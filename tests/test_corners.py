@@ -136,7 +136,8 @@ LOOPS = {"map": lambda function: function, "checkpointed map": jax.checkpoint}
 @each_kernel
 @pytest.mark.parametrize("nesting", NESTINGS)
 @pytest.mark.needs_jit
-@pytest.mark.in_turn(28, "wide")
+@pytest.mark.one_for_each("kernel")
+@pytest.mark.in_turn(9, "wide")
 def test_a_loop_over_rows(kernel, nesting, rng):
     """A Hessian times a direction, where cotangents vary with the row and, if all is finite, with its value; one
     loop or the other in turn."""

@@ -45,7 +45,8 @@ def second_order(function, positions):
 
 @each_of_logits
 @pytest.mark.parametrize("shape", MESHES[1:], ids=str)
-@pytest.mark.in_turn(7, "wide")
+@pytest.mark.one_for_each("kernel")
+@pytest.mark.in_turn(4, "wide")
 def test_split_classes_are_whole_ones(kernel, shape, rng):
     """Value, gradient, jvp and Hessian-vector products, in float64, with a −∞ and a tie."""
     arguments = tuple(easy(kernel, rng, (16, 24), np.float64))

@@ -244,7 +244,8 @@ def test_gradients_of_near_divergences_keep_their_direction(rng):
 @pytest.mark.needs_jit
 @each_of_logits
 @pytest.mark.parametrize("axes", [("rows", None), (None, "classes"), ("rows", "classes")])
-@pytest.mark.in_turn(6, "wide")
+@pytest.mark.one_for_each("kernel")
+@pytest.mark.in_turn(3, "wide")
 def test_sharded_logits_are_not_gathered(kernel, axes, rng):
     """Between devices go some numbers a row, in value and gradient: no collective holds as much as a row's classes."""
     mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)

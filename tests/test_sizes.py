@@ -342,7 +342,8 @@ SPLIT = [kernel for kernel in OF_LOGITS if kernel.name != "linear_map"]
 
 @pytest.mark.parametrize("kernel", SPLIT, ids=label)
 @pytest.mark.parametrize("by", ["XLA", "shard_map"])
-@pytest.mark.in_turn(5, "wide")
+@pytest.mark.one_for_each("kernel")
+@pytest.mark.in_turn(3, "wide")
 def test_classes_on_several_devices(kernel, by, rng):
     """A NaN or a +∞ on one device makes its row NaN on all, in value and gradient, and no other row."""
     arguments, rows = [x.astype(np.float32) for x in easy(kernel, rng, (1_200, 8))], range(1, 9)

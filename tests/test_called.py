@@ -123,6 +123,7 @@ def test_an_eager_gradient_leaves_nothing_compiled(problem):
     assert programs() == programs()
 
 
+@pytest.mark.wide
 def test_every_function_takes_one(problem):
     y, h, p, where = problem
     head, teacher = HEADS["normed and capped"](p), 0.5 * p["kernel"].T

@@ -50,7 +50,7 @@ HEADS = {"a matrix": lambda: W, "a function": lambda: lambda h: jnp.matmul(h, W.
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.in_turn(2, "wide")
+@pytest.mark.wide
 def test_an_eager_call_transfers_nothing(head):
     linear = jce.Linear(H, HEADS[head]())
     calls = [

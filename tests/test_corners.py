@@ -253,11 +253,11 @@ def test_finite_second_derivatives():
     """Where the first derivative is finite or its other argument's, the second is the formula's: p/q², 1/β², ..."""
     p, q = np.float32([0, 1]), np.float32([0.5, 0.5])
     for function in (jce.cross_entropy, jce.kl_divergence, jce.generalized_kl_divergence):
-        agrees(jax.hessian(function, 1)(p, q), [[0, 0], [0, 4]])
-        agrees(jax.hessian(function, 1)(p, p), [[0, 0], [0, 1]])
-    agrees(jax.jacfwd(jax.grad(jce.cross_entropy, 0), 1)(p, q), [[-2, 0], [0, -2]])
+        agrees(quick_jit(jax.hessian(function, 1))(p, q), [[0, 0], [0, 4]])
+        agrees(quick_jit(jax.hessian(function, 1))(p, p), [[0, 0], [0, 1]])
+    agrees(quick_jit(jax.jacfwd(jax.grad(jce.cross_entropy, 0), 1))(p, q), [[-2, 0], [0, -2]])
     for function in (jce.binary_cross_entropy, jce.binary_kl_divergence):
-        second = jax.vmap(jax.grad(jax.grad(function, 1), 1))
+        second = quick_jit(jax.vmap(jax.grad(jax.grad(function, 1), 1)))
         agrees(second(np.float32([0, 1, 0, 1]), np.float32([0, 1, 0.5, 0.5])), [1, 1, 4, 4])
 
 
@@ -273,6 +273,7 @@ def test_the_exponential_of_a_sampled_divergence():
 
 
 @each_with_classes
+@pytest.mark.in_turn(3, "wide")
 def test_absent_classes(kernel, rng):
     """A class of p = q = 0 changes no value and no other class's gradient, and its own is no NaN."""
     if None in kernel.absent:

@@ -82,6 +82,7 @@ def split_rows(kernel):
 
 
 @each_of_logits
+@pytest.mark.in_turn(3, "wide")
 def test_corners_with_a_class_a_device(kernel):
     arguments, values, gradients = stacked(kernel)
     split = split_rows(kernel)
@@ -288,6 +289,7 @@ def test_axes_of_one_name_or_several_or_none(rng):
         close(on_mesh(mesh, tokens, classes)(labels, h, w, b, where=where), expected)
 
 
+@pytest.mark.wide
 def test_batches_of_sequences_and_scalars_of_weights(rng):
     labels, (h, w, _, _), where = problem(rng, dtype=np.float32)
     args = labels.reshape(8, 2), h.reshape(8, 2, -1), w  # only the first axis is split, and divided by 4

@@ -47,7 +47,7 @@ def recorder(ordered=False):
 
 
 @each_way
-@pytest.mark.in_turn(4)
+@pytest.mark.in_turn(4, "wide")
 def test_a_callback_is_called_with_each_token_though_nobody_uses_its_result(options):
     effect, called = recorder()
     function = mapped(effect, **options)

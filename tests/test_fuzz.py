@@ -204,7 +204,7 @@ def within(kernel: Kernel, got, exact, scale, bar, dtype, row) -> None:
 @pytest.mark.holds_nan
 @each_function
 @given(data=st.data())
-@pytest.mark.in_turn(8, "wide")
+@pytest.mark.in_turn(11, "wide")
 def test_laws(kernel, data):
     n, axis, dtype, masked = data.draw(st.sampled_from(VARIANTS[:2] if short() else VARIANTS))
     strange = data.draw(st.booleans())

@@ -239,7 +239,7 @@ def law(kernel: Kernel, rng, every: int) -> None:
 
 
 @each_function
-@pytest.mark.in_turn(8, "wide")
+@pytest.mark.in_turn(11, "wide")
 def test_inputs_made_in_the_same_program(kernel, rng):
     law(kernel, rng, 24)
 

@@ -427,6 +427,7 @@ def test_a_weight_of_0_where_one_head_has_no_finite_state(rng):
     np.testing.assert_allclose(got, [whole[0], 0], rtol=1e-6)
 
 
+@pytest.mark.wide
 def test_half_precision_is_summed_in_float32():
     """bfloat16 shared by 1024 tokens, a chunk each: their gradient's sum has no digits of bfloat16 to lose."""
     x = Linear(jnp.ones((1024, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16))
@@ -497,6 +498,7 @@ WAYS = list(itertools.product(OF_HALF, ["accelerator", "cpu"]))
     [WAYS[0], *(pytest.param(*way, marks=pytest.mark.slow) for way in WAYS[1:])],
     indirect=["platform"],
 )
+@pytest.mark.wide
 def test_second_derivatives_in_half_precision(name, platform, rng):
     """They cross from hidden states to heads, whose derivatives are float32: in all nestings, to bfloat16's digits."""
     numbers, directions = (

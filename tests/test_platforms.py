@@ -476,6 +476,7 @@ def test_a_labels_logit_of_another_rounding(monkeypatch):
         np.testing.assert_allclose(surprisal_at_label(off), exact, rtol=3e-6)
 
 
+@pytest.mark.wide
 def test_the_sums_in_one_pass_have_a_rule(rng):
     """Where a loop forgets the rule of a loss, it is differentiated through its sums: the gradient, and again."""
     with jax.enable_x64(True):

@@ -304,6 +304,7 @@ def arguments_of_head(rng, dtype):
 
 @each_head
 @each_dtype
+@pytest.mark.in_turn(3, "wide")
 def test_a_nan_in_a_head(name, dtype, rng):
     """In one class: every token's loss is NaN, their mean too, every hidden state's gradient, and the head's and the
     bias'. In a hidden state: that token's loss and gradient, and no other's."""

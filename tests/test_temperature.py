@@ -271,6 +271,7 @@ def test_two_rows_keep_their_difference(function, traced, rng):
             assert np.abs(np.float64(function(x / t, y / t)) / np.float64(exact_values) - 1).max() > 1e-4
 
 
+@pytest.mark.wide
 def test_a_head_gives_the_same_as_its_logits(rng):
     x, y = two_rows(rng, 1e-2, 1)
     eye = np.eye(16, dtype=np.float32)

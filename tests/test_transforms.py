@@ -20,7 +20,7 @@ close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
 
 
 @each_kernel
-@pytest.mark.in_turn(7, "wide")
+@pytest.mark.in_turn(9, "wide")
 def test_values(kernel, rng):
     """Under jit, vmap and checkpoint, in a loop, beside a derivative, and op by op."""
     function, arguments = kernel.function, tuple(easy(kernel, rng, (3, 4, 5)))
@@ -56,7 +56,7 @@ def broadcast(arguments, i):
 
 
 @each_kernel
-@pytest.mark.in_turn(7, "wide")
+@pytest.mark.in_turn(9, "wide")
 def test_gradients(kernel, rng):
     """Of checkpointed, scanned and batched functions; and along a direction in forward mode."""
     arguments, positions = tuple(easy(kernel, rng, (4, 5))), tuple(range(len(kernel.arguments)))
@@ -301,8 +301,8 @@ def test_inside_shard_map(kernel, rng):
     @quick_jit
     def run(x, t):
         return {
-            name: (jax.value_and_grad(f, positions)(*x), jax.jvp(f, x, t))
-            for name, f in (("sharded", sharded_total), ("plain", total(kernel)))
+            name: (each(*x), jax.grad(f, positions)(*x), jax.jvp(f, x, t))
+            for name, each, f in (("sharded", sharded, sharded_total), ("plain", kernel.function, total(kernel)))
         }
 
     found = run(arguments, tangents)

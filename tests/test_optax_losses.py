@@ -61,7 +61,7 @@ def test_optax_own(name, monkeypatch):
 
 
 def test_the_readmes_names_are_optaxs():
-    (table,) = re.findall(r"\| optax, of logits.*?\n\n", README.read_text(encoding="utf-8"), re.DOTALL)
+    (table,) = re.findall(r"\| optax, for logits.*?\n\n", README.read_text(encoding="utf-8"), re.DOTALL)
     names = re.findall(r"^\| `([\w.]+)\(", table, re.MULTILINE)
     assert len(names) == 5
     assert all(callable(operator.attrgetter(name)(optax)) for name in names)

@@ -74,7 +74,7 @@ def test_the_readmes_table_is_what_there_is():
     """Every name, and of those with arguments how many are given by position, and which by keyword."""
     section = README.read_text(encoding="utf-8").split("## Functions")[1].split("\n## ")[0]
     assert set(PUBLIC) <= set(re.findall(r"\w+", section))
-    table = section.split("\nAll on the left")[0]
+    table = section.split("\nAll functions on the left")[0]
     for name, listed in re.findall(rf"`({'|'.join(PUBLIC)})\(([^)]*)\)", table):
         parameters = inspect.signature(PUBLIC[name]).parameters.values()
         by_position, _, by_keyword = (part.strip(", ") for part in listed.partition("*"))

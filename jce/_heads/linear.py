@@ -1,4 +1,4 @@
-"""A head's logits, said by what they are made of."""
+"""`Linear`: hidden states and a head, which stand for their logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jce._jax.arguments import brief, float_dtype, is_function
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linear:
-    """hidden · headᵀ + bias: the logits [..., n] of tokens under a head, for the functions that never make them all.
+    """Hidden states and a head, which stand for the logits hidden · headᵀ + bias without computing all of them.
 
     Example:
       >>> print(jce.linear_map(jnp.argmax, jce.Linear(jnp.eye(2), 20 * jnp.eye(3, 2))))
@@ -35,38 +35,40 @@ class Linear:
     its logits are float32 already. Arithmetic, comparisons and functions of arrays raise an error. Functions of pytrees
     don't: `jax.tree.map` and `jax.lax.psum` change the arrays that x consists of, so don't apply them to it.
 
-    The head may be a function, such as one with a low-rank update, a norm, or weights of a layout of its own:
+    The head may be a function, for example one with a low-rank update, a normalization, or weights in another layout:
 
         Linear(hidden, lambda h: h @ kernel + (h @ a) @ b)
 
-    Such a head is traced here, once, with one token's state, and from then on is that trace, applied to each token
-    alone (`jax.vmap`). So it may not depend on other tokens, nor on how many there are or on a token's place, nor may
-    it scale or clip by all of them, in its values or in its derivatives' rules. Random draws and effects are refused;
-    the rest doesn't show in a trace. To check: head(h)[i] must equal head(h[i:i+1])[0]. The arrays that it closes over,
-    traced or not, take the matrix' place: they are differentiated, each in its own dtype, and their gradients are
-    summed over the chunks in float32. Half-precision logits warn, since their rounding would be in the losses; a
-    product is summed in float32 by
+    The function is traced once, here, with one token's state. This trace is then applied to every token by `jax.vmap`.
+    So the function must treat each token alone: its result and its derivatives must not depend on other tokens, on the
+    number of tokens, or on the token's position. To check it, compare head(h)[i] with head(h[i:i+1])[0]. Random draws
+    and side effects raise an error. Other violations cannot be detected in a trace.
+
+    The arrays that the function closes over are its weights. They are differentiated, each in its own dtype, and their
+    gradients are summed over chunks of tokens in float32. A function that returns half-precision logits causes a
+    warning, because their rounding errors would be in the losses. To sum a matmul in float32, write
 
         lambda h: jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
 
     Args:
-      hidden: real, [..., d], a state for each token.
-      head: real, [n, d], a row for each class: kernel.T of a flax Dense, even if n = d. Or a function: head(h) gives
-        the logits of states h, with their axes but the last; here h is a token's, with the axes of hidden, all but the
-        last of length 1. A bound method, a module of Flax NNX or Equinox (of one state: under `jax.vmap`), a
-        `jax.tree_util.Partial`.
-      bias: real, [n], or None. A class with bias -∞ is forbidden: its logit is -∞. A function adds its own.
-      logit_soft_cap: c > 0, a number: the logits x are then c tanh((hidden · headᵀ + bias)/c). None for none.
+      hidden: real, [..., d]: one state per token.
+      head: real, [n, d]: one row per class. For a Dense layer of Flax this is kernel.T, even if n = d. Or a function
+        that maps states to logits. It is called with the state of one token, where all axes of hidden except the last
+        have length 1, and it must keep these axes. Bound methods, Flax NNX modules and `jax.tree_util.Partial` are
+        functions too, and so are Equinox modules under `jax.vmap`.
+      bias: real, [n], or None. A bias of -∞ forbids a class: its logit is -∞. A function adds its own bias.
+      logit_soft_cap: c > 0: the logits are then c tanh((hidden · headᵀ + bias)/c). None for no cap.
 
     Returns:
-      An argument for the functions of heads, with these attributes; in `linear_cross_entropy` and `linear_log_probs` it
-      takes hidden's place, and stands for all four. A tree of its arrays, so that it passes through `jax.jit`,
-      `jax.grad` and their like; a Python number as soft cap is part of the tree's structure, and so is a function.
+      An argument for the functions of heads. In `linear_cross_entropy` and `linear_log_probs` it takes the place of
+      hidden, head, bias and logit_soft_cap, which are its attributes. It is a pytree of arrays, and so passes through
+      `jax.jit`, `jax.grad` and other transformations. A function, and a soft cap that is a Python number, are part of
+      the pytree's structure.
 
     Raises:
-      ValueError: in these functions, if shapes disagree or the cap isn't above 0, or tokens or classes that jce itself
-        splits over a mesh meet a function; and here, if a function doesn't give logits, draws random numbers or has an
-        effect, or there is a bias beside it.
+      ValueError: here, if a function does not return logits, draws random numbers, has a side effect, or is given
+        together with a bias. In the functions of heads, if shapes disagree, if the cap is not greater than 0, or if the
+        head is a function and jce itself splits the tokens or classes over a mesh.
 
     See "Arguments of heads" and "A model that you did not write" in jce/README.md.
     """

@@ -56,61 +56,68 @@ def linear_cross_entropy(
     precision: Any = None,
     axis_name: Hashable | None = None,
 ) -> Array:
-    """log 1/q_y at q = softmax(x), x = hidden · headᵀ + bias, in nats, of many tokens: a head and its loss in one.
+    """The cross-entropy of labels with softmax(hidden · headᵀ + bias), in nats: a head and its loss in one call.
 
     Example:
       >>> labels, hidden, head = jnp.array([0, 1]), jnp.eye(2), 20 * jnp.eye(3, 2)
       >>> print(jce.linear_cross_entropy(labels, hidden, head))
       4.1223074e-09
 
-    What `cross_entropy_with_integer_labels` is of x, but x never exists for more than a chunk of tokens, in any
-    derivative of any order. Loss and gradient of a mean or a sum cost three matrix products of the size of x's own, a
-    loss for each token four. With label_smoothing ε and z_loss ζ a token's loss is
-    (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
+    It equals `cross_entropy_with_integer_labels` at the logits x = hidden · headᵀ + bias, but computes x one chunk of
+    tokens at a time, in derivatives of every order too. A mean or a sum with its gradient costs three matmuls of the
+    size of x; losses per token with their gradient cost four. With label_smoothing ε, z_loss ζ and q = softmax(x), the
+    loss ℓ of a token is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
 
     Args:
-      labels: integer, [...], class indices y: the shape of hidden without its last axis; with label_probs [..., k].
-      hidden: real, [..., d], a state for each token. Or a `Linear`, which stands for the next two and the soft cap too.
-      head: real, [n, d], a row for each class: kernel.T of a flax Dense, even if n = d. Or a function: see `Linear`.
-      bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
-      label_probs: real, [..., k], the shape of labels, or None: probabilities p of k labels a token, as of a teacher
-        whose likeliest classes are kept. As in `cross_entropy_with_integer_labels`, as is `tail`.
-      tail: whether all classes without a label count as one more outcome, of what is left of the target: a static bool.
-      weights: real, broadcast to the token axes: w, each token's weight. If Σ w may be 0, take reduction="sum".
-      where: bool, broadcast to the token axes. A token where it is False takes no part, and costs no product.
-      reduction: "mean" for Σ wℓ / Σ w, or 0 if Σ w = 0; "sum" for Σ wℓ; "none" for wℓ, a number for each token.
+      labels: integer, [...]: class indices y, in the shape of hidden without its last axis. With label_probs, [..., k].
+      hidden: real, [..., d]: one state per token. Or a `Linear`, which also takes the place of head, bias and
+        logit_soft_cap.
+      head: real, [n, d]: one row per class. For a Dense layer of Flax this is kernel.T, even if n = d. Or a function:
+        see `Linear`.
+      bias: real, [n]. A bias of -∞ forbids a class: its probability is 0.
+      label_probs: real, [..., k], in the shape of labels, or None: target probabilities p of k labels per token, for
+        example the top-k probabilities of a teacher. See `cross_entropy_with_integer_labels`, also for tail.
+      tail: a static bool: whether all classes without a label count as one more outcome, which has the remaining target
+        probability.
+      weights: real, broadcast to the token axes: w, one weight per token. If Σ w may be 0, use reduction="sum".
+      where: bool, broadcast to the token axes. Tokens where it is False are masked: their loss is 0, and they cost no
+        matmul.
+      reduction: "mean" for Σ wℓ / Σ w, which is 0 if Σ w = 0; "sum" for Σ wℓ; "none" for wℓ, one number per token.
       label_smoothing: ε, a number from 0 to 1.
       z_loss: ζ, a number ≥ 0.
-      temperature: T > 0, a number or an array of one for each token: x is then divided by T, after the soft cap. An
-        array, which may hold 0, isn't checked: q is then its limit as T → 0.
-      logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none.
-      chunk_size: the number of tokens in a chunk, a static int. None for about max(512, 2²⁰/n) on a CPU and
-        max(2048, 2²⁶/n) on an accelerator. Fewer need less memory.
-      batch_invariant: a static bool: the same bits for a token in any batch, at a chunk_size, which must be given.
-      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
+      temperature: T > 0, a number, or an array with a number for each token. It divides x, after the soft cap. An array
+        is not checked and may hold 0: q is then its limit as T → 0.
+      logit_soft_cap: c > 0: x is then c tanh((hidden · headᵀ + bias)/c). None for no cap.
+      chunk_size: the number of tokens per chunk, a static int. None for about max(512, 2²⁰/n) on a CPU and max(2048,
+        2²⁶/n) on an accelerator. Smaller chunks need less memory.
+      batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
+      precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, a `jax.grad`
+        inside is wrong.
 
     Returns:
-      A number, or [...] for "none"; float32, or float64 if hidden, head, bias, weights or label_probs is. Beyond
-      arguments and results it needs a few arrays of chunk × n, in reverse mode one or two of the head's shape, and some
-      of [..., d]. For faster products of bfloat16 states cast a float32 head, as by head.astype(hidden.dtype).
+      A number, or [...] for "none". float32, or float64 if hidden, head, bias, weights or label_probs is float64.
+      Besides arguments and results, it needs memory for a few arrays of [chunk_size, n], in reverse mode for one or two
+      of the head's shape, and for some of [..., d]. For faster matmuls with bfloat16 states, cast a float32 head:
+      head.astype(hidden.dtype).
 
     At the boundary:
-      A label outside [0, n) makes its token NaN, in value and gradient, and with it a mean or a sum: mask such labels,
-      as with where=labels >= 0. At a weight of 0 the derivative in the weight is ℓ as at any other, but a token of
-      weight 0 with a label outside [0, n) or a hidden state that isn't finite is left out as by `where`. A forbidden
-      class has the derivative below at qᵢ = 0, and 0 under a soft cap. At the label it makes the loss +∞, and with
-      label smoothing, which counts every class, every loss +∞: better slice off what pads the vocabulary, head[:n]. A
-      traced ε of 0 is no smoothing: forbidden classes then cost nothing.
+      A label outside [0, n) makes the loss and the gradient of its token NaN, and therefore also a mean or a sum. Mask
+      such labels, for example with where=labels >= 0. The derivative in a weight is ℓ, also at a weight of 0. But a
+      token of weight 0 is masked, as by `where`, if its label is outside [0, n) or its hidden state is not finite. A
+      forbidden class has the derivative below at qᵢ = 0, and the derivative 0 under a soft cap. If it is the label, the
+      loss is +∞. Label smoothing counts every class, so a forbidden class makes every loss +∞: remove classes that pad
+      the vocabulary, head[:n]. If ε is traced and 0, nothing is smoothed, and forbidden classes cost nothing.
 
     Derivative:
-      ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and on to hidden, head, bias and weights, each in its own
-      dtype: argnums 1, 2 and 3 for `jax.grad`. In a traced number and in temperatures too, by another pass. Forward and
-      reverse mode, any order.
+      ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and from there in hidden, head and bias (argnums 1, 2 and 3
+      of `jax.grad`) and in weights, each in its own dtype. Traced numbers and temperatures have derivatives too, which
+      take another pass. Forward and reverse mode, any order.
 
     Raises:
-      TypeError: labels are not integers, hidden, head, bias, weights or temperature not real, or `where` not boolean.
-      ValueError: shapes disagree, or an option is none of those above.
+      TypeError: labels are not integers; hidden, head, bias, weights or temperature is not real; or `where` is not
+        boolean.
+      ValueError: shapes disagree, or an option has a value that is not listed above.
 
     Not checked:
       Values.

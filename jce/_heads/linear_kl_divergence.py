@@ -37,51 +37,53 @@ def linear_kl_divergence(
     precision: Any = None,
     axis_name: Hashable | None = None,
 ) -> Array:
-    """KL(p‖q) of softmax(p's logits/T) and softmax(q's logits/T), in nats, of many tokens: distillation of p into q.
+    """KL(p‖q) between the softmaxes of two heads, in nats: distillation of a teacher p into a student q.
 
     Example:
       >>> hidden, teacher, student = jnp.eye(2), 20 * jnp.eye(3, 2), 21 * jnp.eye(3, 2)
       >>> print(jce.linear_kl_divergence(jce.Linear(hidden, teacher), jce.Linear(hidden, student)))
       1.5165121e-09
 
-    It is `kl_divergence_with_logits` of logits that never exist for more than a chunk of tokens, in any derivative of
-    any order. Teacher and student may differ in width. Loss and gradient of a mean or a sum cost four matrix
-    products if p is frozen (not differentiated, or behind `jax.lax.stop_gradient`), and six if both are differentiated;
-    a loss for each token costs one more for each head.
+    It equals `kl_divergence_with_logits` at both heads' logits, divided by T, but computes them one chunk of tokens at
+    a time, in derivatives of every order too. Teacher and student may differ in width. A mean or a sum with its
+    gradient costs four matmuls if p is frozen (not differentiated, or behind `jax.lax.stop_gradient`), and six if both
+    are differentiated. Losses per token cost one more for each head.
 
     The loss isn't scaled by T². To keep its gradient as large as without a temperature, as Hinton, Vinyals and Dean
     (2015) do, multiply it by temperature**2.
 
     Args:
-      p: the target, the teacher: `jce.Linear(hidden, head)`, hidden states [..., d] and a head [n, d].
-      q: the model, the student, of the same n classes: `jce.Linear(hidden, head)`, with its own width.
-      weights: real, broadcast to the token axes: w, each token's weight. If Σ w may be 0, take reduction="sum".
-      where: bool, broadcast to the token axes. A token where it is False takes no part, and costs no product.
-      reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, a number for each token.
-      temperature: T > 0, a number. T divides the difference of both rows of logits, so that heads nearly the same are
-        compared as exactly as at T = 1. Dividing both rows before a call of `kl_divergence_with_logits` would round
-        each, and lose that difference.
-      chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
-      batch_invariant: a static bool: the same bits for a token in any batch, at a chunk_size, which must be given.
-      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
+      p: the target, the teacher: `jce.Linear(hidden, head)`, with hidden states [..., d] and a head [n, d].
+      q: the model, the student: `jce.Linear(hidden, head)`, with the same n classes and its own width.
+      weights: real, broadcast to the token axes: w, one weight per token. If Σ w may be 0, use reduction="sum".
+      where: bool, broadcast to the token axes. Tokens where it is False are masked: their divergence is 0, and they
+        cost no matmul.
+      reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, one number per token.
+      temperature: T > 0, a number. T divides the difference of both rows of logits, so similar heads are compared as
+        accurately as at T = 1. If you divide both rows yourself and call `kl_divergence_with_logits`, each division
+        rounds, and the difference is lost.
+      chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
+      batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
+      precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, a `jax.grad`
+        inside is wrong.
 
     Returns:
-      A number, or [...] for "none"; float32, or float64 if states, heads, biases or weights are. ≥ 0 to the last bit,
-      and relatively accurate where student and teacher are nearly the same.
+      A number, or [...] for "none". float32, or float64 if states, heads, biases or weights are float64. It is never
+      negative, and accurate relative to its size even when student and teacher are similar.
 
     At the boundary:
-      A class that p forbids, by a bias of -∞, contributes 0; one that q alone forbids makes the token's loss +∞, and
+      A class that p forbids, by a bias of -∞, contributes 0. A class that only q forbids makes the token's loss +∞, and
       its derivative in a traced temperature NaN.
 
     Derivative:
-      ∂KL/∂yᵢ = (qᵢ - pᵢ)/T in q's logits, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T in p's, and on to hidden states, heads and
-      biases, each in its own dtype, weights, a traced temperature and traced soft caps. Forward and reverse mode, any
-      order.
+      ∂KL/∂yᵢ = (qᵢ - pᵢ)/T in q's logits y, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T in p's logits x, and from there in hidden
+      states, heads and biases, each in its own dtype, in weights, a traced temperature and traced soft caps. Forward
+      and reverse mode, any order.
 
     Raises:
-      TypeError: p or q is no Linear, an array is not real, or `where` not boolean.
-      ValueError: shapes disagree, or an option is none of those above.
+      TypeError: p or q is not a Linear, an array is not real, or `where` is not boolean.
+      ValueError: shapes disagree, or an option has a value that is not listed above.
 
     Not checked:
       Values.

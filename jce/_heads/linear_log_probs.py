@@ -75,55 +75,60 @@ def linear_log_probs(
     precision: Any = None,
     axis_name: Hashable | None = None,
 ) -> LogProbs:
-    """log q_y and H(q) at q = softmax(x), x = hidden · headᵀ + bias, in nats: what policy gradients need of each token.
+    """Log-probabilities of labels and entropies of softmax(hidden · headᵀ + bias), in nats, for policy gradients.
 
     Example:
       >>> labels, hidden, head = jnp.array([0, 2]), jnp.eye(2), 20 * jnp.eye(3, 2)
       >>> print(*jce.linear_log_probs(labels, hidden, head))
       [-4.1223074e-09 -2.0000000e+01] [8.6568456e-08 8.6568456e-08]
 
-    Both come from one pass over the head, in the chunks of `linear_cross_entropy`: x never exists for all tokens. The
-    ratio of two policies is exp of the difference of their log-probabilities (NaN where both are -∞).
-    Log-probabilities and entropies are relatively accurate where the policy is sure.
+    With x = hidden · headᵀ + bias and q = softmax(x), it returns log q_y and the entropy H(q) for each token, in one
+    pass over the head. As in `linear_cross_entropy`, x exists for one chunk of tokens at a time. The ratio of two
+    policies is exp of the difference of their log-probabilities, which is NaN if both are -∞. When the policy is
+    confident, log-probabilities and entropies stay accurate relative to their size.
 
     Args:
-      labels: integer, [...], class indices y, the actions: the shape of hidden without its last axis. Or [..., k] for k
-        labels of each token, such as a teacher's likeliest classes; [B, S, 1] means k = 1.
-      hidden: real, [..., d], a state for each token. Or a `Linear`, which stands for the next two and the soft cap too.
-      head: real, [n, d], a row for each class: kernel.T of a flax Dense, even if n = d. Or a function: see `Linear`.
-      bias: real, [n]. A class with bias -∞ is forbidden: it has probability 0.
-      where: bool, broadcast to the token axes. A token where it is False has results of 0, and costs no product.
-      temperature: T > 0, a number or an array of one for each token: q is softmax(x/T). A traced 0 is greedy.
-      tail: a static bool. True appends log(1-Σq), of all classes without a label, to the log-probabilities of k labels,
-        which must be distinct; it is accurate where 1-Σq would cancel. `kl_divergence_with_logits` of a teacher's k+1
-        and a student's is then the KL divergence of k+1 outcomes, as `log_probs_with_integer_labels` says. It costs
-        another pass over logits.
-      log_normalizer: a static bool. True gives log Z = log Σ exp(xᵢ/T) too, as a third field of that name.
-        log Z + log q_y is the label's logit x_y/T; log² Z times a number is a z-loss.
-      logit_soft_cap: c > 0, a number: x is then c tanh((hidden · headᵀ + bias)/c). None for none.
-      chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
-      batch_invariant: a static bool: the same bits for a token in any batch, at a chunk_size, which must be given.
-      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
+      labels: integer, [...]: class indices y, the actions, in the shape of hidden without its last axis. Or [..., k]
+        for k labels per token, for example the top-k classes of a teacher. [B, S, 1] means k = 1.
+      hidden: real, [..., d]: one state per token. Or a `Linear`, which also takes the place of head, bias and
+        logit_soft_cap.
+      head: real, [n, d]: one row per class. For a Dense layer of Flax this is kernel.T, even if n = d. Or a function:
+        see `Linear`.
+      bias: real, [n]. A bias of -∞ forbids a class: its probability is 0.
+      where: bool, broadcast to the token axes. Tokens where it is False are masked: their results are 0, and they cost
+        no matmul.
+      temperature: T > 0, a number, or an array with a number for each token: q is softmax(x/T). A traced 0 is greedy.
+      tail: a static bool. True appends log(1-Σq), for all classes without a label, to the log-probabilities of the k
+        labels, which must be distinct. It is accurate even when 1-Σq would cancel. The KL divergence of these k+1
+        outcomes is `kl_divergence_with_logits` of a teacher's results and a student's: see
+        `log_probs_with_integer_labels`. A tail costs another pass over the logits.
+      log_normalizer: a static bool. True also returns log Z = log Σ exp(xᵢ/T), as a third field of that name. The
+        label's logit x_y/T is log Z + log q_y, and a z-loss is a multiple of log² Z.
+      logit_soft_cap: c > 0: x is then c tanh((hidden · headᵀ + bias)/c). None for no cap.
+      chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
+      batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
+      precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, a `jax.grad`
+        inside is wrong.
 
     Returns:
-      A named tuple: log_prob ≤ 0, of the shape of labels (with a tail [..., k+1]); entropy ≥ 0, [...]; and with
-      log_normalizer a field of that name, [...]. float32, or float64 if hidden, head or bias is. A field that isn't
-      used costs nothing under `jax.jit`.
+      A named tuple: log_prob ≤ 0, in the shape of labels (with a tail [..., k+1]); entropy ≥ 0, [...]; and with
+      log_normalizer a field of that name, [...]. float32, or float64 if hidden, head or bias is float64. Under
+      `jax.jit`, a field that you do not use costs nothing.
 
     At the boundary:
       A label outside [0, n) makes its log_prob NaN, in value and gradient, and nothing else. A forbidden class
-      contributes 0 to the entropy and to Z, with derivative 0; as the label it has log_prob -∞, and so has a tail all
-      of whose classes are forbidden.
+      contributes 0 to the entropy and to Z, with derivative 0. If it is the label, its log_prob is -∞. A tail is -∞ if
+      all of its classes are forbidden.
 
     Derivative:
-      ∂ log q_y/∂xᵢ = ([i = y] - qᵢ)/T, ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)/T, ∂ log Z/∂xᵢ = qᵢ/T, and on to hidden, head and
-      bias, each in its own dtype, and in T. Forward and reverse mode, any order; the gradient costs four matrix
-      products.
+      ∂ log q_y/∂xᵢ = ([i = y] - qᵢ)/T, ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)/T, ∂ log Z/∂xᵢ = qᵢ/T, and from there in hidden, head
+      and bias, each in its own dtype, and in T. Forward and reverse mode, any order. The gradient costs four matmuls.
 
     Raises:
-      TypeError: labels are not integers, hidden, head, bias or temperature not real, or `where` not boolean.
-      ValueError: shapes disagree, there is a tail without an axis of k labels, or an option is none of those above.
+      TypeError: labels are not integers; hidden, head, bias or temperature is not real; or `where` is not boolean.
+      ValueError: shapes disagree; there is a tail but no axis of k labels; or an option has a value that is not listed
+        above.
 
     Not checked:
       Values.

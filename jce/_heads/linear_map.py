@@ -34,19 +34,16 @@ def linear_map(
     precision: Any = None,
     axis_name: Hashable | None = None,
 ) -> Any:
-    """function(*token) of every token, where each `Linear` among the arguments is passed as the token's logits [n].
+    """Calls a function of one token's logits for every token, and returns each result, their sum or their mean.
 
     Example:
       >>> labels, x = jnp.array([0, 2]), jce.Linear(jnp.eye(2), 20 * jnp.eye(3, 2))
       >>> print(jce.linear_map(lambda y, x: (x.argmax() == y, jce.entropy_with_logits(x)), labels, x))
       (Array([ True, False], dtype=bool), Array([8.6568456e-08, 8.6568456e-08], dtype=float32))
 
-    It computes any loss, metric or sample of a head, written for one token as if its logits were in memory. They never
-    exist for more than a chunk of tokens, in any derivative of any order. A sum or a mean of one real number per token
-    costs one matrix product for each head, and three with its gradient, in one loop, whatever the function is: a chunk
-    is differentiated while its logits exist. Results for each token, or several real numbers per token, cost four with
-    a gradient. With `has_aux`, metrics beside the number that is trained cost no product. A head that isn't
-    differentiated costs one product.
+    The function may be any loss, metric or sampler. Write it for one token, as if the token's logits [n] were in
+    memory: each `Linear` among the arguments is passed as such an array. The logits exist for one chunk of tokens at a
+    time, in derivatives of every order too. For example, where `ce` is `jce.cross_entropy_with_integer_labels`:
 
         linear_map(jce.kl_divergence_with_logits, Linear(teacher, its_head), Linear(hidden, head), reduction="mean")
         linear_map(lambda y, x: (-ce(y, x), jce.entropy_with_logits(x)), labels, Linear(hidden, head))
@@ -55,69 +52,74 @@ def linear_map(
         linear_map(lambda y, x: (ce(y, x), {"entropy": jce.entropy_with_logits(x), "right": x.argmax() == y}),
                    labels, Linear(hidden, head), reduction="mean", has_aux=True)
 
-    Where a sampler kept some classes, ids [..., k] padded with n, the log-probability renormalised over these:
+    If a sampler kept only some classes, ids [..., k] padded with n, this is the log-probability renormalized over them:
 
         def kept(y, ids, x):
             return -ce(y, x, where=jnp.zeros(x.shape, bool).at[ids].set(True, mode="drop"))
 
-    Call it under `jax.jit`, like `jax.lax.map`: outside, each call compiles it anew. It isn't jitted itself, so that no
-    cache answers for a function that has changed.
+    The cost does not depend on the function. A sum or a mean of one real number per token costs one matmul per head,
+    and three with its gradient: each chunk is differentiated while its logits exist. Results per token, or several real
+    numbers per token, cost four with a gradient. With `has_aux`, the metrics cost no further matmul. A head that is not
+    differentiated costs one matmul.
+
+    Call it under `jax.jit`, like `jax.lax.map`. Outside of `jax.jit`, each call compiles it again, so that a function
+    that has changed is never answered from a cache.
 
     Args:
-      function: a function of one token: of the arguments in their order, and then of `shared`, if that is given. It may
-        use jax.numpy and jce's functions, which take the token's logits as any array [n]. Its result is an array or a
-        number, or a tree of them, of any dtype. Traced values that it closes over, such as a temperature, have
-        derivatives too; but with reduction="none" a `custom_vjp` or `custom_jvp` rule in it must take them as
-        arguments, as in `jax.lax.map`. Prints and callbacks (`jax.debug.print`, an unordered `io_callback`) run for
-        each token that takes part, in any order, and also for the padding of a chunk, which holds another token's
-        arguments.
-      *arguments: `jce.Linear(hidden, head)`, at least one, and arrays with the same leading token axes [...], such as
-        labels, advantages, masks or random keys; or trees of them.
-      where: bool, broadcast to the token axes. A token where it is False takes no part, and costs no product: function
-        doesn't run on it, and its result is 0 (False).
-      weights: real, broadcast to the token axes: w, by which each result is multiplied.
-      reduction: "none" for each token's result r (or wr), "sum" for Σ wr, "mean" for Σ wr / Σ w, or 0 if Σ w = 0: for
-        each array in the tree, over all token axes.
-      shared: a tree of arrays that all tokens share, such as trained parameters. On a mesh its gradient is summed over
-        devices once, after the loop, while that of a value that function closes over takes another pass.
-      has_aux: a static bool: whether function gives a pair, of a real number and of metrics, a tree of anything. Only
-        the number is trained: metrics have no derivative but in weights, which is exact. They are weighted and reduced
-        as the number is.
-      chunk_size: the number of tokens in a chunk, a static int. None for the rule of `linear_cross_entropy`.
-      batch_invariant: a static bool: the same bits for a token in any batch, at a chunk_size, which must be given.
-      precision: of the matrix products, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
-        function then gets the device's part of a token's logits, and its results must be the same on all of the axis'
-        devices (but JAX 0.8 can't map their sum over devices). For whole arrays use `jce.on_mesh`.
+      function: a function of one token. It is called with the token's part of each argument, in order, and then with
+        shared, if that is given. It may use jax.numpy and the functions of jce. It returns an array, a number, or a
+        pytree of them, of any dtype. Traced values that it closes over, such as a temperature, are differentiated too.
+        But with reduction="none", `custom_vjp` and `custom_jvp` rules in it must take them as arguments, as in
+        `jax.lax.map`. Prints and callbacks (`jax.debug.print`, an unordered `io_callback`) run for each token that is
+        not masked, in any order, and also for the padding of a chunk, which holds another token's arguments.
+      *arguments: at least one `jce.Linear(hidden, head)`, and arrays with the same leading token axes [...], for
+        example labels, advantages, masks or random keys. Or pytrees of them.
+      where: bool, broadcast to the token axes. Tokens where it is False are masked: the function is not called for
+        them, their result is 0 (False), and they cost no matmul.
+      weights: real, broadcast to the token axes: w, which multiplies each result.
+      reduction: "none" for each token's result r (or wr), "sum" for Σ wr, "mean" for Σ wr / Σ w, which is 0 if Σ w = 0.
+        The sums are over all token axes, for each array of the pytree.
+      shared: a pytree of arrays that all tokens share, such as trained parameters. On a mesh, its gradient is summed
+        over devices once, after the loop. For a value that the function closes over, this takes another pass.
+      has_aux: a static bool: whether the function returns a pair of a real number and metrics, which may be any pytree.
+        Only the number is trained. Metrics are weighted and reduced like the number, but have a derivative only in the
+        weights; that one is exact.
+      chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
+      batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
+      precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, a `jax.grad`
+        inside is wrong. The function then gets its device's part of a token's logits, and its results must be the same
+        on all devices along the axis (JAX 0.8 can't map their sum over devices). For whole arrays, use `jce.on_mesh`.
 
     Returns:
-      The tree of function's results: with "none" arrays [..., *r.shape] of r's dtype, else of r's shape. Results that
-      are summed or weighted are float32, or float64 if a real result or the weights are. Logits are float32, or float64
-      if hidden, head or bias is.
+      The pytree of the function's results. With "none", arrays [..., *r.shape] of r's dtype; otherwise arrays of r's
+      shape. Sums and weighted results are float32, or float64 if a real result or the weights are float64. The logits
+      are float32, or float64 if hidden, head or bias is float64.
 
     At the boundary:
-      A class with bias -∞ has a logit of -∞. Padding, and tokens that are left out, reach no derivative, even where
-      function is infinite or NaN there. A head without classes makes every result 0, of the shape that one class gives.
+      A class with bias -∞ has a logit of -∞. Padding and masked tokens contribute to no derivative, even if the
+      function is infinite or NaN there. For a head without classes every result is 0, in the shape that one class would
+      give.
 
     Derivative:
-      That of function, in hidden states, heads, biases, soft caps, the other arrays, weights, shared and values that
-      function closes over, each in its own dtype. Forward and reverse mode, any order.
+      The derivative of the function, in hidden states, heads, biases, soft caps, the other arrays, weights, shared, and
+      values that the function closes over, each in its own dtype. Forward and reverse mode, any order.
 
     Raises:
-      TypeError: function isn't callable; an argument is no array; hidden, head or bias is not real, or `where` not
-        boolean; a result that is summed or weighted is not real; with `has_aux` the result is no pair that begins with
-        a number; or it holds random keys where tokens may be left out or padded: with `where`, weights or
-        batch_invariant.
-      ValueError: there is no Linear; shapes disagree; an option is none of those above; function names the axis of a
-        `jax.vmap`, has an ordered `io_callback` or uses a `jax.Ref` of its caller's; or the classes are split and a
-        result differs between their devices.
-      NotImplementedError: function has a side effect that may not be repeated, such as an `io_callback`, and a
-        derivative computes it again. Only the first derivative of a sum or a mean of one number per token doesn't.
+      TypeError: the function isn't callable; an argument is not an array; hidden, head or bias is not real; `where` is
+        not boolean; a result that is summed or weighted is not real; with `has_aux`, the result is not a pair that
+        begins with a number; or the result holds random keys although tokens may be masked or padded (with `where`,
+        weights or batch_invariant).
+      ValueError: no argument is a Linear; shapes disagree; an option has a value that is not listed above; the function
+        names the axis of a `jax.vmap`, has an ordered `io_callback` or uses a `jax.Ref` of its caller; or the classes
+        are split and a result differs between their devices.
+      NotImplementedError: the function has a side effect that must not be repeated, such as an `io_callback`, and a
+        derivative would repeat it. Only the first derivative of a sum or a mean of one number per token does not.
 
     Not checked:
-      Values, and where function looks up a token's logits. JAX counts an id of -1 from the end, in every mode: it is
-      the last class. Where the classes are split, make ids the device's own, and move those below 0 out of range:
-      i = ids - jax.lax.axis_index(axis_name) * x.size, then jnp.where(i < 0, x.size, i).
+      Values, and the indices at which the function looks up a token's logits. JAX takes an index of -1 for the last
+      class, in every mode. If the classes are split, make ids relative to the device's first class, and move those
+      below 0 out of range: i = ids - jax.lax.axis_index(axis_name) * x.size, then jnp.where(i < 0, x.size, i).
 
     See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """

@@ -15,38 +15,40 @@ from jce._jax.arguments import brief, float_dtype, is_function
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linear:
-    """Hidden states and a head, which stand for the logits hidden · headᵀ + bias without computing all of them.
+    """The logits hidden · headᵀ + bias of many tokens, kept as hidden states and a head: never all in memory at once.
 
     Example:
       >>> print(jce.linear_map(jnp.argmax, jce.Linear(jnp.eye(2), 20 * jnp.eye(3, 2))))
       [0 1]
 
-    A model may return a `Linear` instead of logits. For a model that you did not write, replace the head in a shallow
-    copy (here with Flax NNX). Make the copy inside the function that you differentiate or compile:
+    Pass a `Linear` to the `linear_*` functions, which compute its logits one chunk of tokens at a time. A model may
+    return a `Linear` instead of logits. For a model that you did not write, replace the head in a shallow copy (here
+    with Flax NNX). Make the copy inside the function that you differentiate or compile:
 
         changed = copy.copy(model)  # `model` itself stays as it is
         changed.lm_head = lambda h: jce.Linear(h, model.lm_head)
         loss = jce.linear_cross_entropy(labels, changed(tokens))
 
-    "A model that you did not write" in jce/README.md has the same for tied heads, Equinox, Linen and Qwix, and for
-    models that cast or cap their logits.
+    For tied embeddings, Equinox, Linen and Qwix, and for models that cast or cap their logits, see "A model that you
+    did not write" in jce/README.md.
 
-    To select tokens, index a `Linear` with slices and ints, as in x[:, :-1]. `x.astype(jnp.float32)` returns x, because
-    its logits are float32 already. Arithmetic, comparisons and functions of arrays raise an error. Functions of pytrees
-    don't: `jax.tree.map` and `jax.lax.psum` change the arrays that x consists of, so don't apply them to it.
+    To select tokens, index a `Linear` with slices and ints, as in x[:, :-1]. `x.astype(jnp.float32)` returns x if its
+    logits are float32. Arithmetic, comparisons and functions of arrays raise an error. Functions of pytrees don't:
+    `jax.tree.map` and `jax.lax.psum` change the arrays that x consists of, so don't apply them to it.
 
     The head may be a function, for example one with a low-rank update, a normalization, or weights in another layout:
 
         Linear(hidden, lambda h: h @ kernel + (h @ a) @ b)
 
-    The function is traced once, here, with one token's state. This trace is then applied to every token by `jax.vmap`.
-    So the function must treat each token alone: its result and its derivatives must not depend on other tokens, on the
-    number of tokens, or on the token's position. To check it, compare head(h)[i] with head(h[i:i+1])[0]. Random draws
-    and side effects raise an error. Other violations cannot be detected in a trace.
+    The function is traced once, when the `Linear` is made, with one token's state. This trace is then applied to every
+    token by `jax.vmap`. So the function must treat each token alone: its result and its derivatives must not depend on
+    other tokens, on the number of tokens, or on the token's position. To check it, compare head(h)[i] with
+    head(h[i:i+1])[0]. Random draws and side effects raise an error. Other violations cannot be detected in a trace.
 
-    The arrays that the function closes over are its weights. They are differentiated, each in its own dtype, and their
-    gradients are summed over chunks of tokens in float32. A function that returns half-precision logits causes a
-    warning, because their rounding errors would be in the losses. To sum a matmul in float32, write
+    The arrays that the function closes over are its weights, and leaves of the pytree. They are differentiated, each in
+    its own dtype, and their gradients are summed over chunks of tokens in float32. A function that returns
+    half-precision logits causes a warning, because their rounding errors would be in the losses. To sum a matmul in
+    float32, write
 
         lambda h: jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
 
@@ -56,19 +58,20 @@ class Linear:
         that maps states to logits. It is called with the state of one token, where all axes of hidden except the last
         have length 1, and it must keep these axes. Bound methods, Flax NNX modules and `jax.tree_util.Partial` are
         functions too, and so are Equinox modules under `jax.vmap`.
-      bias: real, [n], or None. A bias of -∞ forbids a class: its logit is -∞. A function adds its own bias.
+      bias: real, [n], or None. A bias of -∞ forbids a class: its logit is -∞, also with a soft cap. A function adds its
+        own bias.
       logit_soft_cap: c > 0: the logits are then c tanh((hidden · headᵀ + bias)/c). None for no cap.
 
     Returns:
-      An argument for the functions of heads. In `linear_cross_entropy` and `linear_log_probs` it takes the place of
+      An argument for the `linear_*` functions. In `linear_cross_entropy` and `linear_log_probs` it takes the place of
       hidden, head, bias and logit_soft_cap, which are its attributes. It is a pytree of arrays, and so passes through
-      `jax.jit`, `jax.grad` and other transformations. A function, and a soft cap that is a Python number, are part of
-      the pytree's structure.
+      `jax.jit`, `jax.grad` and other transformations. The trace of a function, and a soft cap that is a Python number,
+      are static.
 
     Raises:
-      ValueError: here, if a function does not return logits, draws random numbers, has a side effect, or is given
-        together with a bias. In the functions of heads, if shapes disagree, if the cap is not greater than 0, or if the
-        head is a function and jce itself splits the tokens or classes over a mesh.
+      ValueError: when it is made, if a function does not return logits, draws random numbers, has a side effect, or is
+        given together with a bias. In the `linear_*` functions, if shapes disagree, if the cap is not greater than 0,
+        or if the head is a function and `on_mesh` or axis_name splits the tokens or classes.
 
     See "Arguments of heads" and "A model that you did not write" in jce/README.md.
     """

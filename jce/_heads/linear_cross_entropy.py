@@ -64,9 +64,9 @@ def linear_cross_entropy(
       4.1223074e-09
 
     It equals `cross_entropy_with_integer_labels` at the logits x = hidden · headᵀ + bias, but computes x one chunk of
-    tokens at a time, in derivatives of every order too. A mean or a sum with its gradient costs three matmuls of the
-    size of x; losses per token with their gradient cost four. With label_smoothing ε, z_loss ζ and q = softmax(x), the
-    loss ℓ of a token is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
+    tokens at a time, also when it is differentiated, to any order. A mean or a sum with its gradient costs three
+    matmuls of the size of x; losses per token with their gradient cost four. With label_smoothing ε, z_loss ζ and q =
+    softmax(x), the loss ℓ of a token is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
 
     Args:
       labels: integer, [...]: class indices y, in the shape of hidden without its last axis. With label_probs, [..., k].
@@ -74,12 +74,13 @@ def linear_cross_entropy(
         logit_soft_cap.
       head: real, [n, d]: one row per class. For a Dense layer of Flax this is kernel.T, even if n = d. Or a function:
         see `Linear`.
-      bias: real, [n]. A bias of -∞ forbids a class: its probability is 0.
+      bias: real, [n]. A bias of -∞ forbids a class: its probability is 0, also with a soft cap.
       label_probs: real, [..., k], in the shape of labels, or None: target probabilities p of k labels per token, for
         example the top-k probabilities of a teacher. See `cross_entropy_with_integer_labels`, also for tail.
       tail: a static bool: whether all classes without a label count as one more outcome, which has the remaining target
         probability.
-      weights: real, broadcast to the token axes: w, one weight per token. If Σ w may be 0, use reduction="sum".
+      weights: real, broadcast to the token axes: w, one weight per token. If they may sum to 0, as advantages do, use
+        reduction="sum": a mean is then 0.
       where: bool, broadcast to the token axes. Tokens where it is False are masked: their loss is 0, and they cost no
         matmul.
       reduction: "mean" for Σ wℓ / Σ w, which is 0 if Σ w = 0; "sum" for Σ wℓ; "none" for wℓ, one number per token.
@@ -92,22 +93,23 @@ def linear_cross_entropy(
         2²⁶/n) on an accelerator. Smaller chunks need less memory.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, a `jax.grad`
-        inside is wrong.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
+        returns wrong gradients.
 
     Returns:
       A number, or [...] for "none". float32, or float64 if hidden, head, bias, weights or label_probs is float64.
-      Besides arguments and results, it needs memory for a few arrays of [chunk_size, n], in reverse mode for one or two
-      of the head's shape, and for some of [..., d]. For faster matmuls with bfloat16 states, cast a float32 head:
+      Besides arguments and results, it needs memory for a few arrays [chunk_size, n] and some [..., d]. Reverse mode
+      adds one or two of the head's shape. For faster matmuls with bfloat16 states, cast a float32 head:
       head.astype(hidden.dtype).
 
     At the boundary:
       A label outside [0, n) makes the loss and the gradient of its token NaN, and therefore also a mean or a sum. Mask
-      such labels, for example with where=labels >= 0. The derivative in a weight is ℓ, also at a weight of 0. But a
-      token of weight 0 is masked, as by `where`, if its label is outside [0, n) or its hidden state is not finite. A
-      forbidden class has the derivative below at qᵢ = 0, and the derivative 0 under a soft cap. If it is the label, the
-      loss is +∞. Label smoothing counts every class, so a forbidden class makes every loss +∞: remove classes that pad
-      the vocabulary, head[:n]. If ε is traced and 0, nothing is smoothed, and forbidden classes cost nothing.
+      such labels, for example with where=labels >= 0. For "sum" and "none", the derivative in a weight is ℓ, also at a
+      weight of 0. But a token of weight 0 is masked, as by `where`, if its label is outside [0, n) or its hidden state
+      is not finite. The derivative in the logit of a forbidden class is the formula below with qᵢ = 0, or 0 with a soft
+      cap. If a forbidden class is the label, the loss is +∞. Label smoothing counts every class, so a forbidden class
+      makes every loss +∞: slice off the classes that only pad the vocabulary, as in head[:vocabulary_size]. If ε is
+      traced and 0, nothing is smoothed, and forbidden classes add nothing to the loss.
 
     Derivative:
       ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and from there in hidden, head and bias (argnums 1, 2 and 3
@@ -120,7 +122,7 @@ def linear_cross_entropy(
       ValueError: shapes disagree, or an option has a value that is not listed above.
 
     Not checked:
-      Values.
+      Values inside of arrays.
 
     See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """

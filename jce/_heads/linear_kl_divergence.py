@@ -44,10 +44,10 @@ def linear_kl_divergence(
       >>> print(jce.linear_kl_divergence(jce.Linear(hidden, teacher), jce.Linear(hidden, student)))
       1.5165121e-09
 
-    It equals `kl_divergence_with_logits` at both heads' logits, divided by T, but computes them one chunk of tokens at
-    a time, in derivatives of every order too. Teacher and student may differ in width. A mean or a sum with its
-    gradient costs four matmuls if p is frozen (not differentiated, or behind `jax.lax.stop_gradient`), and six if both
-    are differentiated. Losses per token cost one more for each head.
+    It equals `kl_divergence_with_logits` at the logits of both heads, each divided by T, but computes these logits one
+    chunk of tokens at a time, also when it is differentiated, to any order. Teacher and student may differ in width. A
+    mean or a sum with its gradient costs four matmuls if p is frozen (not differentiated, or behind
+    `jax.lax.stop_gradient`), and six if both are differentiated. Losses per token cost one more for each head.
 
     The loss isn't scaled by T². To keep its gradient as large as without a temperature, as Hinton, Vinyals and Dean
     (2015) do, multiply it by temperature**2.
@@ -55,18 +55,19 @@ def linear_kl_divergence(
     Args:
       p: the target, the teacher: `jce.Linear(hidden, head)`, with hidden states [..., d] and a head [n, d].
       q: the model, the student: `jce.Linear(hidden, head)`, with the same n classes and its own width.
-      weights: real, broadcast to the token axes: w, one weight per token. If Σ w may be 0, use reduction="sum".
+      weights: real, broadcast to the token axes: w, one weight per token. If they may sum to 0, as advantages do, use
+        reduction="sum": a mean is then 0.
       where: bool, broadcast to the token axes. Tokens where it is False are masked: their divergence is 0, and they
         cost no matmul.
       reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, one number per token.
-      temperature: T > 0, a number. T divides the difference of both rows of logits, so similar heads are compared as
+      temperature: T > 0, a number. T divides the difference of the two rows of logits, so similar heads are compared as
         accurately as at T = 1. If you divide both rows yourself and call `kl_divergence_with_logits`, each division
-        rounds, and the difference is lost.
+        rounds, and the difference loses its precision.
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, a `jax.grad`
-        inside is wrong.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
+        returns wrong gradients.
 
     Returns:
       A number, or [...] for "none". float32, or float64 if states, heads, biases or weights are float64. It is never
@@ -74,7 +75,7 @@ def linear_kl_divergence(
 
     At the boundary:
       A class that p forbids, by a bias of -∞, contributes 0. A class that only q forbids makes the token's loss +∞, and
-      its derivative in a traced temperature NaN.
+      the loss's derivative in a traced temperature NaN.
 
     Derivative:
       ∂KL/∂yᵢ = (qᵢ - pᵢ)/T in q's logits y, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T in p's logits x, and from there in hidden
@@ -86,7 +87,7 @@ def linear_kl_divergence(
       ValueError: shapes disagree, or an option has a value that is not listed above.
 
     Not checked:
-      Values.
+      Values inside of arrays.
 
     See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """

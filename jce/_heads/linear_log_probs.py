@@ -84,7 +84,7 @@ def linear_log_probs(
 
     With x = hidden · headᵀ + bias and q = softmax(x), it returns log q_y and the entropy H(q) for each token, in one
     pass over the head. As in `linear_cross_entropy`, x exists for one chunk of tokens at a time. The ratio of two
-    policies is exp of the difference of their log-probabilities, which is NaN if both are -∞. When the policy is
+    policies is exp of the difference of their log-probabilities. If both are -∞, it is NaN. When the policy is
     confident, log-probabilities and entropies stay accurate relative to their size.
 
     Args:
@@ -94,22 +94,23 @@ def linear_log_probs(
         logit_soft_cap.
       head: real, [n, d]: one row per class. For a Dense layer of Flax this is kernel.T, even if n = d. Or a function:
         see `Linear`.
-      bias: real, [n]. A bias of -∞ forbids a class: its probability is 0.
+      bias: real, [n]. A bias of -∞ forbids a class: its probability is 0, also with a soft cap.
       where: bool, broadcast to the token axes. Tokens where it is False are masked: their results are 0, and they cost
         no matmul.
-      temperature: T > 0, a number, or an array with a number for each token: q is softmax(x/T). A traced 0 is greedy.
-      tail: a static bool. True appends log(1-Σq), for all classes without a label, to the log-probabilities of the k
-        labels, which must be distinct. It is accurate even when 1-Σq would cancel. The KL divergence of these k+1
-        outcomes is `kl_divergence_with_logits` of a teacher's results and a student's: see
-        `log_probs_with_integer_labels`. A tail costs another pass over the logits.
+      temperature: T > 0, a number, or an array with a number for each token: q is softmax(x/T). A traced 0 gives the
+        limit T → 0.
+      tail: a static bool. True appends log(1-Σq), where Σq is over the k labels, to their log-probabilities. It is the
+        log-probability of all other classes together. The labels must be distinct. It stays accurate even when 1-Σq
+        would cancel. The KL divergence of these k+1 outcomes is `kl_divergence_with_logits` of a teacher's results and
+        a student's: see `log_probs_with_integer_labels`. A tail costs another pass over the logits.
       log_normalizer: a static bool. True also returns log Z = log Σ exp(xᵢ/T), as a third field of that name. The
         label's logit x_y/T is log Z + log q_y, and a z-loss is a multiple of log² Z.
       logit_soft_cap: c > 0: x is then c tanh((hidden · headᵀ + bias)/c). None for no cap.
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, a `jax.grad`
-        inside is wrong.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
+        returns wrong gradients.
 
     Returns:
       A named tuple: log_prob ≤ 0, in the shape of labels (with a tail [..., k+1]); entropy ≥ 0, [...]; and with
@@ -117,7 +118,7 @@ def linear_log_probs(
       `jax.jit`, a field that you do not use costs nothing.
 
     At the boundary:
-      A label outside [0, n) makes its log_prob NaN, in value and gradient, and nothing else. A forbidden class
+      A label outside [0, n) makes its log_prob and the gradient of that NaN, and nothing else. A forbidden class
       contributes 0 to the entropy and to Z, with derivative 0. If it is the label, its log_prob is -∞. A tail is -∞ if
       all of its classes are forbidden.
 
@@ -131,7 +132,7 @@ def linear_log_probs(
         above.
 
     Not checked:
-      Values.
+      Values inside of arrays.
 
     See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """

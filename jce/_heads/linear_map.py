@@ -43,7 +43,8 @@ def linear_map(
 
     The function may be any loss, metric or sampler. Write it for one token, as if the token's logits [n] were in
     memory: each `Linear` among the arguments is passed as such an array. The logits exist for one chunk of tokens at a
-    time, in derivatives of every order too. For example, where `ce` is `jce.cross_entropy_with_integer_labels`:
+    time, also when the function is differentiated, to any order. For example, where `ce` is
+    `jce.cross_entropy_with_integer_labels`:
 
         linear_map(jce.kl_divergence_with_logits, Linear(teacher, its_head), Linear(hidden, head), reduction="mean")
         linear_map(lambda y, x: (-ce(y, x), jce.entropy_with_logits(x)), labels, Linear(hidden, head))
@@ -52,18 +53,18 @@ def linear_map(
         linear_map(lambda y, x: (ce(y, x), {"entropy": jce.entropy_with_logits(x), "right": x.argmax() == y}),
                    labels, Linear(hidden, head), reduction="mean", has_aux=True)
 
-    If a sampler kept only some classes, ids [..., k] padded with n, this is the log-probability renormalized over them:
+    If a sampler kept only some classes (ids [..., k], padded with n), renormalize over them with
 
         def kept(y, ids, x):
             return -ce(y, x, where=jnp.zeros(x.shape, bool).at[ids].set(True, mode="drop"))
 
-    The cost does not depend on the function. A sum or a mean of one real number per token costs one matmul per head,
-    and three with its gradient: each chunk is differentiated while its logits exist. Results per token, or several real
-    numbers per token, cost four with a gradient. With `has_aux`, the metrics cost no further matmul. A head that is not
-    differentiated costs one matmul.
+    The number of matmuls depends only on what the function returns. A sum or a mean of one real number per token costs
+    one matmul per head, and three with its gradient: each chunk is differentiated while its logits exist. Results per
+    token, or several real numbers per token, cost four with a gradient. With `has_aux`, the metrics cost no further
+    matmul. A head that is not differentiated costs one matmul.
 
-    Call it under `jax.jit`, like `jax.lax.map`. Outside of `jax.jit`, each call compiles it again, so that a function
-    that has changed is never answered from a cache.
+    Call it under `jax.jit`, like `jax.lax.map`. Outside of `jax.jit`, each call compiles it again, because the function
+    may have changed.
 
     Args:
       function: a function of one token. It is called with the token's part of each argument, in order, and then with
@@ -79,17 +80,19 @@ def linear_map(
       weights: real, broadcast to the token axes: w, which multiplies each result.
       reduction: "none" for each token's result r (or wr), "sum" for Σ wr, "mean" for Σ wr / Σ w, which is 0 if Σ w = 0.
         The sums are over all token axes, for each array of the pytree.
-      shared: a pytree of arrays that all tokens share, such as trained parameters. On a mesh, its gradient is summed
-        over devices once, after the loop. For a value that the function closes over, this takes another pass.
+      shared: a pytree of arrays that all tokens share, such as trained parameters. On a mesh, the gradient of shared is
+        summed over devices once, after the loop. The gradient of a value that the function closes over takes another
+        pass over the tokens.
       has_aux: a static bool: whether the function returns a pair of a real number and metrics, which may be any pytree.
-        Only the number is trained. Metrics are weighted and reduced like the number, but have a derivative only in the
-        weights; that one is exact.
+        Only the number is trained. Metrics are weighted and reduced like the number, and have a derivative only in the
+        weights.
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, a `jax.grad`
-        inside is wrong. The function then gets its device's part of a token's logits, and its results must be the same
-        on all devices along the axis (JAX 0.8 can't map their sum over devices). For whole arrays, use `jce.on_mesh`.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
+        returns wrong gradients. The function then gets its device's part of a token's logits, and its results must be
+        the same on all devices along the axis (JAX 0.8 can't map their sum over devices). For whole arrays, use
+        `jce.on_mesh`.
 
     Returns:
       The pytree of the function's results. With "none", arrays [..., *r.shape] of r's dtype; otherwise arrays of r's
@@ -114,7 +117,7 @@ def linear_map(
         names the axis of a `jax.vmap`, has an ordered `io_callback` or uses a `jax.Ref` of its caller; or the classes
         are split and a result differs between their devices.
       NotImplementedError: the function has a side effect that must not be repeated, such as an `io_callback`, and a
-        derivative would repeat it. Only the first derivative of a sum or a mean of one number per token does not.
+        derivative would repeat it. The first derivative of a sum or a mean of one number per token does not repeat it.
 
     Not checked:
       Values, and the indices at which the function looks up a token's logits. JAX takes an index of -1 for the last
@@ -167,7 +170,7 @@ def _chunk_function(
     if differ:
         raise ValueError(
             f"{name}: the results of function must be the same on all devices of {class_axis!r}, over which the"
-            f" classes are split; got some that differ between those of {sorted(differ)}. Give jce's functions"
+            f" classes are split; got results that differ along {sorted(differ)}. Give jce's functions"
             f" axis_name={class_axis!r}, or sum over the devices with jax.lax.psum."
         )
     jaxpr = closed.jaxpr  # without its arrays, which come as closed_over
@@ -186,6 +189,7 @@ def _require_pair(name: str, results: Any) -> None:
     if not (isinstance(loss, jax.ShapeDtypeStruct) and loss.shape == () and jnp.issubdtype(loss.dtype, jnp.floating)):
         got = jax.tree.map(brief, results)
         raise TypeError(
-            f"{name}: with has_aux, function must give a pair for a token, the number that is trained, floating-point"
-            f" and of shape (), and a tree of metrics; it gives {got}. Put all but the loss into one tree."
+            f"{name}: with has_aux, function must return a pair for each token: the number that is trained,"
+            f" floating-point and of shape (), and a pytree of metrics; it returns {got}. Put all results except the"
+            f" loss into one pytree."
         )

@@ -77,8 +77,8 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
     def on_devices(*args, **options):
         if "axis_name" in options:
             raise TypeError(
-                f"{function.__name__}: on a mesh it takes no axis_name; got axis_name={options['axis_name']!r}. Name"
-                f" the axis of the classes in jce.on_mesh, as class_axis."
+                f"{function.__name__}: on a mesh it does not take axis_name; got"
+                f" axis_name={options['axis_name']!r}. Name the axis of the classes in jce.on_mesh, as class_axis."
             )
         return function(*args, axis_name=places, **options)
 

@@ -137,9 +137,9 @@ def _require_wide(function: str, arguments: Mapping[str, ArrayLike]) -> None:
     narrow = [name for name, t in dtypes.items() if jnp.issubdtype(t, jnp.floating) and t.itemsize < 2]
     if narrow:
         raise TypeError(
-            f"{function}: {joined(narrow)} must have at least 16 bits where floating-point, since a gradient comes back"
-            f" in its argument's dtype, and would be rounded to 0 in fewer; got {described(arguments)}. Upcast first,"
-            f" and differentiate in what that gives, as by {narrow[0]}.astype(jnp.bfloat16)."
+            f"{function}: {joined(narrow)} must have at least 16 bits if floating-point, since a gradient has the dtype"
+            f" of its argument, and would be rounded to 0 in fewer bits; got {described(arguments)}. Upcast first, for"
+            f" example with {narrow[0]}.astype(jnp.bfloat16), and differentiate with respect to the result."
         )
 
 

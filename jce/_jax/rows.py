@@ -87,12 +87,12 @@ def checked_axis_name(function: str, axis_name: Hashable | None, arrays: Iterabl
     if not all(isinstance(name, Hashable) and name in manual_axes() for name in names):
         raise ValueError(
             f"{function}: axis_name must name an axis of the mesh of a jax.shard_map around the call, over which"
-            f" the classes are split; got axis_name={axis_name!r}. Leave it out where the classes are whole."
+            f" the classes are split; got axis_name={axis_name!r}. Leave it out if the classes are not split."
         )
     batch_axes = sorted(split_batch_axes(), key=str)
     if names and batch_axes and any(map(varying, arrays)):
         raise ValueError(
-            f"{function}: inside a jax.vmap with spmd_axis_name, axis_name must be of a jax.shard_map that has"
+            f"{function}: inside a jax.vmap with spmd_axis_name, axis_name must belong to a jax.shard_map with"
             f" check_vma=False; got axis_name={axis_name!r}, and spmd_axis_name of {batch_axes}."
             f" Pass check_vma=False to the jax.shard_map and differentiate outside of it, or leave out spmd_axis_name."
         )
@@ -132,8 +132,8 @@ def _class_axis(function: str, axis: int, arguments: Mapping[str, ArrayLike], ar
     given, at = axis, integer(axis)
     if at is None:
         raise ValueError(
-            f"{function}: axis must be one int; got axis={axis!r}. Name the axis that holds the classes; of several,"
-            f" make one with reshape first."
+            f"{function}: axis must be one int; got axis={axis!r}. Name the axis that holds the classes. If there are"
+            f" several, reshape them into one first."
         )
     if not -ndim <= at < ndim:
         raise ValueError(
@@ -160,6 +160,6 @@ def _mask(
         of_rows = "mask[..., None]" if axis == -1 else f"jnp.expand_dims(mask, {axis})"
         raise ValueError(
             f"{function}: where must broadcast to the shape {shape} of {joined(arguments)}; got {described(got)}."
-            f" A mask of classes has the shape {classes}. For a mask of rows, of shape {rows}, write where={of_rows}."
+            f" A mask for classes has the shape {classes}. For a mask of rows, with shape {rows}, use where={of_rows}."
         )
     return mask

@@ -31,8 +31,8 @@ def require_effects(name: str, effects: Collection) -> None:
         )
     if _names(effects) & {*OF_REFS}:
         raise ValueError(
-            f"{name}: function may read or write no jax.Ref of its caller's, since tokens are computed many at once."
-            f" Pass what it reads as an array, in shared, and return what it writes."
+            f"{name}: function must not read or write a jax.Ref of its caller, since many tokens are computed at once."
+            f" Pass the value that it reads as an array, in shared, and return the value that it writes."
         )
 
 
@@ -44,9 +44,9 @@ def undifferentiable(effects: Collection) -> str:
 def require_differentiable(refused: str) -> None:
     if refused:
         raise NotImplementedError(
-            f"linear_map: a derivative computes function again, as jax.checkpoint does, so it may have no {refused}"
-            f" there. Take reduction='sum' or 'mean' of one number a token, whose first derivative computes it once, or"
-            f" jax.debug.callback, which may be called again; or keep the call out of what is differentiated."
+            f"linear_map: a derivative computes function again, as jax.checkpoint does, so function must not have a"
+            f" {refused}. Use reduction='sum' or 'mean' with one number per token, whose first derivative computes it"
+            f" once. Or use jax.debug.callback, which may be called again. Or do not differentiate this call."
         )
 
 

@@ -41,8 +41,8 @@ def checked_label_probs(name: str, labels: ArrayLike, label_probs: ArrayLike, li
     if y.ndim == 0 or y.shape[:-1] != batch or p.shape != y.shape:
         raise ValueError(
             f"{name}: labels and label_probs must both have the shape of hidden without its last axis, and an axis"
-            f" for the labels of each token last, {batch} and k; got {described(got)}. Without label_probs there is one"
-            f" label a token. If label_probs has a probability for every class, use jce.linear_map("
+            f" for the labels of each token last, {batch} and k; got {described(got)}. Without label_probs, pass one"
+            f" label per token. If label_probs has a probability for every class, use jce.linear_map("
             f'jce.cross_entropy_with_logits, label_probs, jce.Linear(hidden, head), reduction="mean").'
         )
     float_dtype(name, {"label_probs": p})

@@ -38,6 +38,6 @@ def checked_temperature(name: str, temperature: ArrayLike, batch: tuple[int, ...
         if not broadcasts_to(batch, t.shape):
             raise ValueError(
                 f"{name}: temperature must broadcast to the token axes, {batch}; got {described({'temperature': t})}."
-                f" It is of tokens, so give it no axis for classes."
+                f" It has one number per token, and no axis for classes."
             )
     return {"temperature": jnp.broadcast_to(t, batch)}

@@ -56,17 +56,17 @@ class ChunkFunction(NamedTuple):
         odd = [x for x in jax.tree.leaves(self.one) if not is_real(x)]
         if odd:
             raise TypeError(
-                f"{name}: what is summed or weighted must be real (floating-point, integer or bool); function gives"
-                f" {', '.join(map(brief, odd))} for a token. Make real numbers of it, or ask for each with"
-                f' reduction="none" and no weights.'
+                f"{name}: results that are summed or weighted must be real (floating-point, integer or bool); function"
+                f" returns {', '.join(map(brief, odd))} for a token. Convert them to real numbers, or use"
+                f' reduction="none" without weights.'
             )
 
     def require_zeros(self, name: str) -> None:
         """Raises if a result can't be 0, as it is for a token that is left out."""
         if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in jax.tree.leaves(self.one)):
             raise TypeError(
-                f"{name}: with `where`, weights or batch_invariant function may not give random keys, of which there is"
-                f" no 0 for a token that is left out. Give jax.random.key_data of them."
+                f"{name}: with `where`, weights or batch_invariant, function must not return random keys, since the"
+                f" result of a masked token is 0, and no key is 0. Return jax.random.key_data(key)."
             )
 
     def of_inputs(self, dtypes: Any, products: Products) -> Callable:

@@ -47,16 +47,16 @@ class FunctionHead:
         are_logits = isinstance(given, jax.ShapeDtypeStruct) and given.shape[:-1] == token.shape[:-1]
         if not (are_logits and given.ndim == rank and given.size and jnp.issubdtype(given.dtype, jnp.floating)):
             raise ValueError(
-                f"{name}: head must give logits of hidden states, floating-point, with their axes but the last,"
-                f" which is of classes; called with {brief(token)}, a token's state, it gives"
-                f" {jax.tree.map(brief, given)}. Give a function such as lambda h: h @ kernel."
+                f"{name}: head must return floating-point logits, with the axes of the hidden states and the classes in"
+                f" place of the last axis; called with {brief(token)}, the state of one token, it returns"
+                f" {jax.tree.map(brief, given)}. Pass a function such as lambda h: h @ kernel."
             )
         _require_of_each_token(name, closed)
         dtype = given.dtype
         if dtype.itemsize < 4:
             warnings.warn(
-                f"{name}: head gives logits as {dtype}, whose rounding is in losses and gradients. Sum its"
-                f" product in float32, as by jnp.matmul(..., preferred_element_type=jnp.float32).",
+                f"{name}: head returns {dtype} logits, so losses and gradients have their rounding errors. Sum the"
+                f" matmul in float32, with jnp.matmul(..., preferred_element_type=jnp.float32).",
                 stacklevel=2,
             )
             dtype = jnp.dtype(jnp.float32)
@@ -111,8 +111,8 @@ def _require_of_each_token(name: str, closed: Any) -> None:
         )
     if closed.effects:
         raise ValueError(
-            f"{name}: head may have no effect, since it is computed again in derivatives; it has"
-            f" {', '.join(sorted({type(e).__name__ for e in closed.effects}))}. Leave out what prints, calls or writes."
+            f"{name}: head must not have a side effect, since derivatives compute it again; it has"
+            f" {', '.join(sorted({type(e).__name__ for e in closed.effects}))}. Remove prints, callbacks and writes."
         )
 
 

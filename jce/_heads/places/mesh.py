@@ -117,8 +117,8 @@ def on_axes(name: str, mesh: Mesh, token_axis: Hashable | None, class_axis: Hash
     """The places that a caller names, with the mesh axes checked."""
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise ValueError(
-            f"{name}: mesh must be a mesh of devices, as of jax.make_mesh; got mesh={mesh!r}. On one device call the"
-            f" function as it is."
+            f"{name}: mesh must be a mesh of devices, for example from jax.make_mesh; got mesh={mesh!r}. On one"
+            f" device, call the function itself."
         )
     for argument, axis in (("token_axis", token_axis), ("class_axis", class_axis)):
         if not all(isinstance(n, Hashable) and n in mesh.axis_names for n in mesh_names(axis)):

@@ -565,7 +565,7 @@ def test_where(kernel):
             where=ones(*shape, dtype=bool),
             wants="where must broadcast to the shape (2, 3)",
             got=f"got where: bool[{','.join(map(str, shape))}], {kernel.arguments[0]}: float32[2,3]",
-            do="A mask of classes has the shape (3,). For a mask of rows, of shape (2,), write where=mask[..., None].",
+            do="A mask for classes has the shape (3,). For a mask of rows, with shape (2,), use where=mask[..., None].",
         )
         complains(
             ValueError,
@@ -575,7 +575,7 @@ def test_where(kernel):
             where=ones(*shape, dtype=bool),
             wants="where must broadcast to the shape (2, 3)",
             got=f"got where: bool[{','.join(map(str, shape))}], {kernel.arguments[0]}: float32[2,3]",
-            do="has the shape (2, 1). For a mask of rows, of shape (3,), write where=jnp.expand_dims(mask, -2).",
+            do="has the shape (2, 1). For a mask of rows, with shape (3,), use where=jnp.expand_dims(mask, -2).",
         )
     complains(
         TypeError,

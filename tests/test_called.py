@@ -292,7 +292,7 @@ def test_narrow_arrays_have_their_gradient_summed_wide(rng):
 @pytest.mark.filterwarnings("error")
 def test_half_precision_logits_warn(problem):
     y, h, p, _ = problem
-    with pytest.raises(UserWarning, match=r"head gives logits as bfloat16.*preferred_element_type"):
+    with pytest.raises(UserWarning, match=r"head returns bfloat16 logits.*preferred_element_type"):
         jce.linear_cross_entropy(y, h, lambda h: (h @ p["kernel"]).astype(jnp.bfloat16))
 
 
@@ -389,12 +389,12 @@ def of_a_mapped_head(y, h, w):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: h.sum()), r"head must give logits.*float32\[\]"),
-        (lambda y, h, w: jce.linear_log_probs(y, h, lambda h: (h @ w, 1)), r"head must give logits"),
-        (lambda y, h, w: jce.linear_log_probs(y, h, lambda h: h[..., :0]), r"head must give logits"),
-        (lambda y, h, w: jce.Linear(h, lambda h: (h @ w).astype(int)), r"Linear: head must give logits.*int32"),
+        (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: h.sum()), r"head must return floating-point logits.*float32\[\]"),
+        (lambda y, h, w: jce.linear_log_probs(y, h, lambda h: (h @ w, 1)), r"head must return floating-point logits"),
+        (lambda y, h, w: jce.linear_log_probs(y, h, lambda h: h[..., :0]), r"head must return floating-point logits"),
+        (lambda y, h, w: jce.Linear(h, lambda h: (h @ w).astype(int)), r"Linear: head must return floating-point logits.*int32"),
         (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: dropped(h) @ w), r"may draw no random.*get the same"),
-        (lambda y, h, w: jce.Linear(h, lambda h: printed(h) @ w), r"head may have no effect.*DebugEffect"),
+        (lambda y, h, w: jce.Linear(h, lambda h: printed(h) @ w), r"head must not have a side effect.*DebugEffect"),
         (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: h @ w, jnp.zeros(N)), r"adds its own bias"),
         (lambda y, h, w: jce.Linear(h, lambda h: h @ w, jnp.zeros(N)), r"adds its own bias"),
         (lambda y, h, w: jce.linear_cross_entropy(y, jce.Linear(h, w.T), w.T), r"stands for hidden, head.*got head"),

@@ -103,7 +103,7 @@ def test_in_a_gradient_a_callback_is_called_once_or_refused(options):
             assert called()[0] == NUMBERS[options.get("where", np.ones(6, bool))].tolist()
         else:
             with pytest.raises(
-                NotImplementedError, match=r"^linear_map: a derivative .* no IOEffect .* Take reduction"
+                NotImplementedError, match=r"^linear_map: a derivative .* must not have IOEffect there.* Use reduction"
             ):
                 gradient(HIDDEN)
     with pytest.raises(NotImplementedError, match=r"^linear_map: a derivative"):
@@ -146,8 +146,8 @@ def test_no_array_of_the_callers_is_read_or_written(use):
         return jce.linear_map(lambda y, x, ref: (use(ref), loss(y, x))[1], LABELS, linear, shared=ref)
 
     for function, said in (
-        (closing_over, "function may read or write no jax.Ref"),
-        (shared, "function may|shared must"),
+        (closing_over, "function must not read or write a jax.Ref"),
+        (shared, "function must not|shared must"),
     ):
         with pytest.raises((TypeError, ValueError), match=rf"^linear_map: ({said})"):  # on JAX 0.12 it is no array
             jax.jit(function)(HIDDEN)

@@ -910,7 +910,7 @@ def test_what_is_no_pair_of_a_loss_and_metrics(result):
         "vector": lambda x: (x, 1),
         "integer": lambda x: (x.argmax(), x),
     }
-    with pytest.raises(TypeError, match="with has_aux, function must give a pair"):
+    with pytest.raises(TypeError, match="with has_aux, function must return a pair"):
         jce.linear_map(results[result], Linear(jnp.ones((2, 1)), jnp.ones((3, 1))), has_aux=True)
 
 
@@ -923,7 +923,7 @@ def test_keys_among_the_results(rng):
 
     assert drawn().shape == (4,)
     for options in ({"where": np.ones(4, bool)}, {"batch_invariant": True, "chunk_size": 2}):
-        with pytest.raises(TypeError, match=r"linear_map: .*may not give random keys.*Give jax.random.key_data"):
+        with pytest.raises(TypeError, match=r"linear_map: .*must not return random keys.*Return jax.random.key_data"):
             drawn(**options)
 
 

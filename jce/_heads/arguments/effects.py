@@ -44,9 +44,9 @@ def undifferentiable(effects: Collection) -> str:
 def require_differentiable(refused: str) -> None:
     if refused:
         raise NotImplementedError(
-            f"linear_map: a derivative computes function again, as jax.checkpoint does, so function must not have a"
-            f" {refused}. Use reduction='sum' or 'mean' with one number per token, whose first derivative computes it"
-            f" once. Or use jax.debug.callback, which may be called again. Or do not differentiate this call."
+            f"linear_map: a derivative computes function again, as jax.checkpoint does, so function must not have"
+            f" {refused} there. Use reduction='sum' or 'mean' with one number per token, whose first derivative"
+            f" computes it once. Or use jax.debug.callback, which may be called again. Or do not differentiate it."
         )
 
 

@@ -389,10 +389,10 @@ def of_a_mapped_head(y, h, w):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: h.sum()), r"head must return floating-point logits.*float32\[\]"),
-        (lambda y, h, w: jce.linear_log_probs(y, h, lambda h: (h @ w, 1)), r"head must return floating-point logits"),
-        (lambda y, h, w: jce.linear_log_probs(y, h, lambda h: h[..., :0]), r"head must return floating-point logits"),
-        (lambda y, h, w: jce.Linear(h, lambda h: (h @ w).astype(int)), r"Linear: head must return floating-point logits.*int32"),
+        (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: h.sum()), r"head must return floating.*float32\[\]"),
+        (lambda y, h, w: jce.linear_log_probs(y, h, lambda h: (h @ w, 1)), r"head must return floating"),
+        (lambda y, h, w: jce.linear_log_probs(y, h, lambda h: h[..., :0]), r"head must return floating"),
+        (lambda y, h, w: jce.Linear(h, lambda h: (h @ w).astype(int)), r"Linear: head must return floating.*int32"),
         (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: dropped(h) @ w), r"may draw no random.*get the same"),
         (lambda y, h, w: jce.Linear(h, lambda h: printed(h) @ w), r"head must not have a side effect.*DebugEffect"),
         (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: h @ w, jnp.zeros(N)), r"adds its own bias"),

@@ -341,7 +341,7 @@ def test_errors():
     x = Linear(np.ones((4, 2), np.float32), np.ones((8, 2), np.float32))
     with pytest.raises(TypeError, match=r"on_mesh: function must be one of jce.linear_cross_entropy, .*got <function"):
         jce.on_mesh(jce.entropy, mesh=mesh, **AXES)
-    with pytest.raises(TypeError, match=r"linear_map: on a mesh it does not take axis_name; got axis_name=None\. Name .*"):
+    with pytest.raises(TypeError, match=r"linear_map: on a mesh it does not take axis_name.*=None\. Name .*"):
         jce.on_mesh(jce.linear_map, mesh=mesh, **AXES)(jnp.argmax, x, axis_name=None)
     with pytest.raises(ValueError, match=r"on_mesh: mesh must be a mesh of devices.*got mesh=None.*On one device"):
         jce.on_mesh(jce.linear_map, mesh=None, **AXES)

@@ -151,6 +151,38 @@ for what, plain, ours, arguments, *limit in CASES:
 print("\nwrong in value or derivative:", wrong, "of", len(CASES))
 
 # %% [markdown]
+# ## What a wrong derivative costs
+#
+# A target $p$ and three models, all of which give the last class a probability of 0. Newton's method minimizes $H(p,
+# q)$ over mixtures $q = \sum_k w_k q_k$, with weights $w = \mathrm{softmax}(t)$. With `xlogy` the value is right, but
+# the derivative at $p = q = 0$ is NaN, and so is the first step. With `rel_entr` it converges, because JAX takes an
+# infinite derivative for 0. It does so also where $p > 0 = q$ and the loss is $+\infty$.
+
+# %%
+p = jnp.array([0.5, 0.3, 0.2, 0.0])
+models = jnp.array([[0.8, 0.1, 0.1, 0.0], [0.1, 0.6, 0.2, 0.0], [0.1, 0.2, 0.7, 0.0]])
+
+
+def newton_converges(divergence):
+    def loss(t):
+        return divergence(p, jax.nn.softmax(t) @ models)
+
+    t = jnp.zeros(3)
+    for _ in range(8):
+        t -= jnp.linalg.lstsq(jax.hessian(loss)(t), jax.grad(loss)(t))[0]
+    return bool(jnp.abs(jax.grad(loss)(t)).max() < 1e-6)
+
+
+for name, divergence in (
+    ("jce.cross_entropy", jce.cross_entropy),
+    ("xlogy", plain_cross_entropy),
+    ("jce.kl_divergence", jce.kl_divergence),
+    ("rel_entr", plain_kl),
+):
+    slope = jax.grad(divergence, 1)(p, p[::-1])[0]
+    print(f"{name:18} Newton converges: {newton_converges(divergence)!s:6} derivative where p > 0 = q: {slope:g}")
+
+# %% [markdown]
 # ## Nearly a zero
 #
 # Rounding makes more corners. $\mathrm{KL}(p \Vert q)$ goes to 0 with the square of the distance between $p$ and $q$,
@@ -194,6 +226,8 @@ axes.grid(color="0.88")
 # %%
 assert wrong["jce"] == 0 < wrong["plain JAX"]
 assert error < 1e-6
+assert newton_converges(jce.cross_entropy)
+assert not newton_converges(plain_cross_entropy)
 assert (plain < 0).any()
 assert not (ours < 0).any()
 print(

@@ -54,7 +54,6 @@ EQUIVALENT = {
     "x[ -1].ndim": "both have the same rank",
     "more * 2.0 ** -(k // 3)": "a quotient of 2^-105 is well within the float range, scaled or not",
     "m if self.are_few(x) else m)": "how a pass says m is for XLA, that it stores no exponentials",
-    "sum(i <= count for": "the leaf behind the tokens' is a head's weight, in which nothing is differentiated",
     "zip(live, gradients, strict=False)": "each live leaf has a gradient",
     "self.sum(exp( (-self.column(m))))": "so it says it with any number that is not negative",
     "jnp.maximum(classes.column(classes.sum(kept)), 2)": "a single class costs 0, whatever its weight",

@@ -275,7 +275,7 @@ ON_DEVICES = [  # each but those that take longest on one of them; CI has all wi
 
 
 @pytest.mark.parametrize(("kernel", "device"), ON_DEVICES)
-@pytest.mark.in_turn(9, "wide")
+@pytest.mark.in_turn(9)
 def test_rows_are_as_accurate(kernel, device, monkeypatch):
     """As on a CPU, whose bars they have, and at each corner; `--as-on` has all other laws hold."""
     monkeypatch.setattr(_platforms, "CPU", getattr(_platforms, device))

@@ -285,7 +285,7 @@ def test_an_axis_that_is_no_int(kernel):
             axis=axis,
             wants="axis must be one int",
             got=f"got axis={axis!r}",
-            do="make one with reshape first",
+            do="reshape them into one first",
         )
 
 

@@ -1,4 +1,4 @@
-"""`jax.jit` that compiles in a third of the time, to slower code.
+"""`jax.jit` that compiles in a quarter of the time (with JAX 0.10), to slower code.
 
 For tests that compare results with one another or with NumPy's. Tests of accuracy, of NaNs in large arrays, of memory
 and of a program's text need the optimized code that users run: they use `jax.jit`.

@@ -68,7 +68,7 @@ def test_value_and_gradient(kernel, dtype):
             "an outer where": jax.grad(selected, positions)(*x),
             "a weight of 0": jax.grad(weighted, positions)(*x),
         }
-        return jax.grad(total(kernel), positions)(*x), derivatives, none
+        return jax.vmap(jax.grad(function, positions))(*x), derivatives, none
 
     with jax.enable_x64(dtype == np.float64):
         agrees(function(*arguments), values)

@@ -106,7 +106,7 @@ def test_split_classes_are_as_accurate(kernel, rng):
     split = split_rows(kernel)
     positions = tuple(range(len(arguments)))
 
-    @quick_jit
+    @jax.jit
     def run(*x):
         return [(f(*x), jax.grad(lambda *x, f=f: f(*x).sum(), positions)(*x)) for f in (split, kernel.function)]
 

@@ -36,7 +36,7 @@ def test_a_loop_takes_the_chunks_that_hold_a_kept_token(devices):
         i, key = chunk
         return (jnp.ones((), int), i.sum()), (i + 1, jax.vmap(jax.random.bits)(key), i.shape[0] * jnp.ones_like(i))
 
-    run = quick_jit(lambda kept: over_kept(step, kept, 3, devices, (jnp.arange(TOKENS), keys)))
+    run = jax.jit(lambda kept: over_kept(step, kept, 3, devices, (jnp.arange(TOKENS), keys)))
     for kept in MASKS.values():
         (chunks, total), (results, bits, size) = run(kept)
         shares = np.array_split(kept, [6]) if devices == 2 else [kept]
@@ -283,11 +283,11 @@ def test_of_weights_without_a_derivative_zeros_cost_nothing(name, rng, monkeypat
 
     jax.clear_caches()
     few = (np.arange(TOKENS) % 4 == 1).astype(np.float32)
-    for program in (quick_jit(loss), quick_jit(jax.grad(loss))):
+    for program in (jax.jit(loss), jax.jit(jax.grad(loss))):
         assert taken(program, few > 0, None) == taken(program, None, few) == 2
         assert taken(program, few < 2, None) == taken(program, None, 1 + few) == 6
         assert taken(program, few < 0, None) == taken(program, None, 0 * few) == 0
-    assert taken(quick_jit(jax.grad(loss, 2)), None, few) == 6
+    assert taken(jax.jit(jax.grad(loss, 2)), None, few) == 6
     jax.clear_caches()
 
 

@@ -107,14 +107,14 @@ def test_what_is_not_used_costs_nothing():
     """Not one exponential for the others, in the compiled program; and log Z is made of those of the entropy."""
 
     def cost(use, **options):
-        program = quick_jit(lambda h, w: use(jce.linear_log_probs(np.zeros(64, int), h, w, chunk_size=64, **options)))
+        program = jax.jit(lambda h, w: use(jce.linear_log_probs(np.zeros(64, int), h, w, chunk_size=64, **options)))
         return program.lower(*matrices(64, 8, 256)).compile().cost_analysis()
 
     def transcendentals(use, **options):
         return cost(use, **options)["transcendentals"]
 
     def alone(function):
-        program = quick_jit(lambda h, w: jce.linear_map(function, jce.Linear(h, w), chunk_size=64))
+        program = jax.jit(lambda h, w: jce.linear_map(function, jce.Linear(h, w), chunk_size=64))
         return program.lower(*matrices(64, 8, 256)).compile().cost_analysis()["transcendentals"]
 
     of_log_prob = transcendentals(lambda both: both.log_prob)

@@ -506,7 +506,7 @@ def test_second_derivatives_in_half_precision(name, platform, rng):
     )
     programs = modes(OF_HALF[name], (0, 1))
 
-    @quick_jit
+    @jax.jit
     def run(numbers, directions):
         return [programs[mode](numbers, directions) for mode in SECOND]
 

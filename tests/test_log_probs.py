@@ -64,7 +64,7 @@ def test_accuracy(k, dtype, tail, platform, rng):
     with jax.enable_x64(dtype == np.float64):
         values, slopes = map(
             np.asarray,
-            quick_jit(
+            jax.jit(
                 lambda y, x: (
                     log_probs(y, x, tail=tail),
                     jax.vmap(jax.jacrev(functools.partial(log_probs, tail=tail), 1))(y, x),

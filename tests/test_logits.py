@@ -11,7 +11,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jce
 from bench.hlo import collectives
 from tests.kernels import each_of_logits, each_with_classes, easy, gradient, logit_rows, total
-from tests.quick_jit import quick_jit
 
 INF, NAN = np.inf, np.nan
 
@@ -253,9 +252,9 @@ def test_sharded_logits_are_not_gathered(kernel, axes, rng):
     rows, n = 8, 512
     arguments = easy(kernel, rng, (rows, n))
     positions = tuple(range(len(arguments)))
-    function = quick_jit(jax.value_and_grad(total(kernel), positions), in_shardings=(sharding,) * len(arguments))
+    function = jax.jit(jax.value_and_grad(total(kernel), positions), in_shardings=(sharding,) * len(arguments))
     value, g = function(*arguments)
-    expected, of_one_device = quick_jit(jax.value_and_grad(total(kernel), positions))(*arguments)
+    expected, of_one_device = jax.jit(jax.value_and_grad(total(kernel), positions))(*arguments)
     np.testing.assert_allclose(value, expected, rtol=4e-6)
     for a, b in zip(g, of_one_device, strict=True):
         np.testing.assert_allclose(a, b, rtol=4e-6, atol=1e-7)

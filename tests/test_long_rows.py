@@ -165,7 +165,7 @@ def test_sharded_rows_stay_where_they_are(kernel, rng):
     n = 65_536
     sharding = NamedSharding(mesh_of(AxisType.Auto), P("rows", "classes"))
     arguments = easy(kernel, rng, (4, n))
-    program = quick_jit(lambda *a: losses(kernel, a), in_shardings=(sharding,) * len(arguments))
+    program = jax.jit(lambda *a: losses(kernel, a), in_shardings=(sharding,) * len(arguments))
     for collective in collectives(program.lower(*arguments).compile().as_text()):
         assert collective.size <= 8 * 4
     np.testing.assert_allclose(program(*arguments)[0], losses(kernel, arguments)[0], rtol=1e-5)

@@ -335,7 +335,7 @@ def test_a_trainers_ratio_to_the_sampler_is_1(rng):
     kept = jnp.arange(tokens) % 3 != 1
     options = {"temperature": TEMPERATURE, "chunk_size": 16, "batch_invariant": True}
 
-    @quick_jit
+    @jax.jit
     def sampled(y, h):
         return jce.linear_log_probs(y, h, w, **options).log_prob
 
@@ -345,7 +345,7 @@ def test_a_trainers_ratio_to_the_sampler_is_1(rng):
         ratio = jnp.exp(jce.linear_log_probs(y, h, w, where=kept, **options).log_prob - old)
         return -(ratio * advantages).sum(where=kept), ratio
 
-    ratio = quick_jit(jax.grad(loss, (0, 1), has_aux=True))(h, w)[1]
+    ratio = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(h, w)[1]
     np.testing.assert_array_equal(ratio[kept], 1)
 
 

@@ -60,10 +60,8 @@ def test_accuracy(k, dtype, tail, platform, rng):
     """Beyond what half an ulp of x - max x does to its exponential, a few ulps."""
     y, p, x = rows(rng, 15, 30, k, dtype)
     with jax.enable_x64(dtype == np.float64):
-        program = quick_jit(jax.value_and_grad(lambda x: loss(y, x, label_probs=p, tail=tail).sum()))
-        values, gradients = map(
-            np.asarray, (quick_jit(lambda x: loss(y, x, label_probs=p, tail=tail))(x), program(x)[1])
-        )
+        program = jax.jit(jax.value_and_grad(lambda x: loss(y, x, label_probs=p, tail=tail).sum()))
+        values, gradients = map(np.asarray, (jax.jit(lambda x: loss(y, x, label_probs=p, tail=tail))(x), program(x)[1]))
     eps = np.finfo(dtype).eps
     for row, value, gradient in zip(zip(y, p, x, strict=True), values, gradients, strict=True):
         expected, slope, scale = truth(*row, tail)
@@ -192,7 +190,7 @@ def test_a_tail_over_nothing_is_nothing(way, dtype, rng):
         return loss(y, x, label_probs=p, where=legal)
 
     got, expected = (
-        quick_jit(jax.value_and_grad(of, (1, 2)), static_argnums=0)(f, p, x) for f in (WAYS_OF_EXCLUDING[way], plain)
+        jax.jit(jax.value_and_grad(of, (1, 2)), static_argnums=0)(f, p, x) for f in (WAYS_OF_EXCLUDING[way], plain)
     )
     digits = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(np.float32(got[1][0]), np.float32(expected[1][0]), rtol=4 * digits, atol=digits)

@@ -56,7 +56,7 @@ def test_what_logits_have_in_common_costs_no_digits(of_each, problem):
         return [sign * x for x in jax.grad(lambda *a: f(*a).sum(), (0, 1))(t, h)]
 
     functions = (log_prob, -1), (surprisals, 1), (total, 1)
-    run = quick_jit(lambda: [(sign * f(t, h), gradients(f, sign)) for f, sign in functions])
+    run = jax.jit(lambda: [(sign * f(t, h), gradients(f, sign)) for f, sign in functions])
     for (value, (of_t, of_h)), (f, _) in zip(run(), functions, strict=True):
         np.testing.assert_allclose(value, exact.sum() if f is total else exact, rtol=4e-7)
         np.testing.assert_allclose(of_t, along_t if of_each else along_t.sum(), rtol=2e-6)
@@ -252,7 +252,7 @@ def test_two_rows_keep_their_difference(function, traced, rng):
     t = np.float32(0.7)
     given = t if not traced else jnp.asarray(t)
 
-    @quick_jit
+    @jax.jit
     def at_t(x, y):
         def total(x, y):
             values = function(x, y, temperature=given)

@@ -97,7 +97,6 @@ def test_first_derivatives(kernel, dtype, rng):
 
 @each_dtype
 @each_kernel
-@pytest.mark.in_turn(4, "wide")
 def test_hessian_vector_products(kernel, dtype, rng):
     regimes, arguments = sampled(kernel, rng, (4, 3), dtype)
     # Directions in proportion to each entry: mixed ones, where terms cancel, and every term counts.

@@ -91,7 +91,7 @@ INDEXED = {
 
 @each_way
 @pytest.mark.parametrize("name", INDEXED)
-@pytest.mark.in_turn(10)
+@pytest.mark.in_turn(20)
 def test_indices_in_a_mapped_function(options, name):
     """A lookup out of range is reported in values and derivatives, but not in a token that is masked."""
     good, bad = np.array([0, 1, 2, 1, 0, 1]), np.array([0, 1, 2, 9, 0, 1])

@@ -49,16 +49,17 @@ BATCHES = [(size, "float32") for size in SIZES]
 BATCHES += [("many rows", "float64"), ("long rows", "float64"), ("many rows", "bfloat16"), ("many rows", "float16")]
 
 
-def each_row_and_size(kernels, always=(), in_turn=("many rows", "small")):
-    """Every row in every size and dtype. In float32 some sizes are always quick, and of others one in turn."""
+def each_row_and_size(kernels, every: int = 1):
+    """Each row in each size and dtype. In float32 every n-th is quick at a large size, and the others at the small one."""
+
+    def mark(k, size, dtype):
+        large = ("many rows", "long rows")[k % 2]
+        if (size, dtype) == (large, "float32") and k // 2 % every == 0:
+            return []
+        return [pytest.mark.wide if (size, dtype) == ("small", "float32") and k // 2 % every else pytest.mark.slow]
+
     cases = [
-        pytest.param(
-            kernel,
-            SIZES[size],
-            dtype,
-            id=f"{size}-{dtype}-{label(kernel)}",
-            marks=[] if dtype == "float32" and size in (*always, in_turn[k % 2]) else [pytest.mark.slow],
-        )
+        pytest.param(kernel, SIZES[size], dtype, id=f"{size}-{dtype}-{label(kernel)}", marks=mark(k, size, dtype))
         for k, kernel in enumerate(kernels)
         for size, dtype in BATCHES
     ]
@@ -159,7 +160,7 @@ def agrees(got, expected, dtype, what=""):
     )
 
 
-@each_row_and_size(KERNELS, always=("small",), in_turn=("many rows", "long rows"))
+@each_row_and_size(KERNELS)
 def test_each_row(kernel, size, dtype, rng, dropping):
     """Values and derivatives in both modes, where some rows are edge cases. The others are as without them."""
     corners, without = corners_of(kernel, dtype), ordinary(kernel, rng, size, dtype)
@@ -199,7 +200,7 @@ def test_each_row(kernel, size, dtype, rng, dropping):
             assert not tangents[others].any()
 
 
-@each_row_and_size(KERNELS)
+@each_row_and_size(KERNELS, every=4)
 def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
     """A mean over the batch is NaN if one row is, and so is the norm of a gradient that holds one."""
     without, positions = ordinary(kernel, rng, size, dtype), tuple(range(len(kernel.arguments)))
@@ -220,7 +221,7 @@ def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
                 assert np.isnan(norm) == np.isnan(gradient).any(), argument
 
 
-@each_row_and_size(OF_LOGITS)
+@each_row_and_size(OF_LOGITS, every=2)
 def test_a_hessian_vector_product_of_logits(kernel, size, dtype, rng, dropping):
     """It is NaN in all classes of a row with a NaN or a +∞ in its logits, and in no other row."""
     arguments = ordinary(kernel, rng, size, dtype)
@@ -242,7 +243,7 @@ def test_a_hessian_vector_product_of_logits(kernel, size, dtype, rng, dropping):
     assert not np.delete(got, [*broken], 0).any()
 
 
-@each_row_and_size(WITH_CLASSES)
+@each_row_and_size(WITH_CLASSES, every=3)
 def test_a_masked_class(kernel, size, dtype, rng, dropping):
     """A NaN in a class that `where` masks has no effect: the bits are those of a finite number in its place."""
     masked = size.classes // 2

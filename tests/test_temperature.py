@@ -246,7 +246,7 @@ def in_double(function, t, x, y):
 
 @each_of_two
 @pytest.mark.parametrize("traced", [False, True], ids=["a number", "traced"])
-@pytest.mark.in_turn(2, "wide")
+@pytest.mark.in_turn(4, "wide")
 def test_two_rows_keep_their_difference(function, traced, rng):
     """Values and gradients are as accurate as at T = 1. Dividing both rows first costs up to all digits."""
     t = np.float32(0.7)

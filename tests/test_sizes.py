@@ -50,7 +50,7 @@ BATCHES += [("many rows", "float64"), ("long rows", "float64"), ("many rows", "b
 
 
 def each_row_and_size(kernels, every: int = 1):
-    """Each row in each size and dtype. In float32 every n-th is quick at a large size, and the others at the small one."""
+    """Each row in each size and dtype. In float32 every n-th is quick at a large size, the others at the small one."""
 
     def mark(k, size, dtype):
         large = ("many rows", "long rows")[k % 2]

@@ -20,6 +20,7 @@ from tests.kernels import HEADS, TABLE
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 READMES = [README, *sorted(README.parent.glob("[a-z]*/README.md"))]
+LAYOUT = README.parent / "jce" / "CONTRIBUTING.md"
 PUBLIC = {name: getattr(jce, name) for name in jce.__all__}
 SECTIONS = ("Args:", "Returns:", "Raises:")
 KERNEL_SECTIONS = ("At the boundary:", "Derivative:", "Not checked:")
@@ -147,11 +148,24 @@ def test_readme_examples(path):
     assert results.failed == 0
 
 
-@each_readme
+@pytest.mark.parametrize("path", [*READMES, LAYOUT], ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_readme_links(path):
     text = path.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)]+)\)", text)
-    assert all((path.parent / link).exists() for link in links if "://" not in link), links
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^##+ (.*)$", text, re.MULTILINE)}
+    for link in links:
+        assert link[1:] in headings if link.startswith("#") else (path.parent / link.partition("#")[0]).exists(), link
+
+
+def test_the_layout_lists_every_file():
+    text = LAYOUT.read_text(encoding="utf-8").split("```")[1]
+    listed, folders = set(), []
+    for indent, name in re.findall(r"^( *)(\w+\.py|\w+/)", text, re.MULTILINE):
+        folders = [*folders[: len(indent) // 2], name]
+        listed.add("".join(folders))
+    files = {path.relative_to(LAYOUT.parents[1]).as_posix() for path in LAYOUT.parent.rglob("*.py")}
+    modules = {path for path in files if not path.endswith("/__init__.py")} | {"jce/__init__.py"}
+    assert {path for path in listed if path.startswith("jce/") and path.endswith(".py")} == modules
 
 
 def test_the_readme_is_short():

@@ -1,8 +1,8 @@
-"""The documentation as pages: `python -m bench.pages [FOLDER]`, by extra `docs`.
+"""Builds the documentation as pages: `python -m bench.pages [FOLDER]`. Needs the extra `docs`.
 
-The READMEs and notebooks as they are, and the pages in docs/, which say what belongs together: there mkdocstrings makes
-a function's page of its docstring, and a section of jce/README.md takes the place of a comment that names it. MkDocs
-builds them all. A browser needs no network for them.
+MkDocs builds them from READMEs, notebooks and the pages in docs/. In a page of docs/, mkdocstrings replaces
+`::: jce.NAME` by the docstring of that function, and a comment such as `<!-- jce/README.md: Heads -->` is replaced by
+this section of the file. The pages can be read without a network.
 """
 
 from __future__ import annotations
@@ -55,13 +55,11 @@ def stage(project: pathlib.Path) -> None:
     docs = project / "docs"
     shutil.copytree(HERE / "docs", docs)
     shutil.copy(HERE / "mkdocs.yml", project)
-    sections = re.split(r"^(?=## )", (ROOT / "jce" / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    named = {text.partition("\n")[0].removeprefix("## "): text for text in sections}
     for page in docs.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
-        text = re.sub(r"<!-- jce/README.md: (.*) -->\n", lambda found: named[found[1]], text)
+        text = re.sub(r"<!-- (.*): (.*) -->\n", lambda found: _section(found[1], found[2]), text)
         page.write_text(text, encoding="utf-8")
-    for name in ("README.md", "notebooks/README.md", "bench/README.md", "tests/README.md"):
+    for name in ("notebooks/README.md", "bench/README.md", "tests/README.md", "jce/CONTRIBUTING.md"):
         page = (docs / name).with_name("index.md")
         page.parent.mkdir(exist_ok=True)
         page.write_text(_linked((ROOT / name).read_text(encoding="utf-8")), encoding="utf-8")
@@ -73,9 +71,19 @@ def stage(project: pathlib.Path) -> None:
         _write_notebook(notebook, docs / "notebooks")
 
 
+def _section(file: str, title: str) -> str:
+    """The section of a file, with its heading. What stands before the first section has the file's own title."""
+    sections = re.split(r"^(?=## )", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (text,) = (text for text in sections if text.partition("\n")[0].lstrip("# ") == title)
+    return _linked(text)
+
+
 def _linked(text: str) -> str:
-    """With links to pages where the text has links to files."""
-    return re.sub(r"(\]\([^):]*)README\.md\)", r"\1index.md)", re.sub(r"(\]\([^):]*)\.ipynb\)", r"\1.md)", text))
+    """Links to files become links to their pages."""
+    text = re.sub(r"\]\(jce/README\.md#([\w-]+)\)", r"][\1]", text)  # autorefs finds the page
+    text = text.replace("](jce/README.md)", "](conventions.md)").replace("](README.md)", "](../conventions.md)")
+    text = re.sub(r"(\]\([^):]*)\.ipynb\)", r"\1.md)", text)
+    return re.sub(r"(\]\([^):]*)(?:README|CONTRIBUTING)\.md\)", r"\1index.md)", text)
 
 
 def _write_notebook(notebook: pathlib.Path, folder: pathlib.Path) -> None:

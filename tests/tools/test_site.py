@@ -66,15 +66,15 @@ def test_notebooks(site):
 
 
 def test_the_readmes_are_there(site):
-    """Each heading of theirs is on some page, and in the first one's table names lead to functions."""
+    """Each of their headings is on some page, and the names in the table of functions are links."""
     pages = "".join(page.read_text(encoding="utf-8") for page in site.rglob("*.html"))
     headings = {words(heading) for heading in re.findall(r"<h[1-3] id.*?</h[1-3]>", pages, re.DOTALL)}
-    for readme in (ROOT / "README.md", *ROOT.glob("[a-z]*/README.md")):
+    for readme in (ROOT / "README.md", *ROOT.glob("[a-z]*/*.md")):
         for heading in re.findall(r"^## (.*)$", readme.read_text(encoding="utf-8"), re.MULTILINE):
             assert any(heading in shown for shown in headings), heading
-    front = (site / "index.html").read_text(encoding="utf-8")
+    table = (site / "start.html").read_text(encoding="utf-8")
     for name in jce.__all__:
-        assert re.search(rf'href="\w+\.html#jce\.{name}"><code>', front), name
+        assert re.search(rf'href="\w+\.html#jce\.{name}"><code>', table), name
 
 
 def test_a_dead_link_ends_the_build(tmp_path, monkeypatch):

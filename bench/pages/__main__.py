@@ -26,6 +26,7 @@ try:
     import mkdocstrings  # noqa: F401
     from math_core import LatexToMathML
 
+    from bench.pages import switching
     from bench.pages.checked import problems
 except ModuleNotFoundError as error:
     print(f"{PROGRAM} needs {error.name}, which isn't installed: pip install -e '.[docs]'", file=sys.stderr)
@@ -58,6 +59,9 @@ def stage(project: pathlib.Path) -> None:
     for page in docs.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
         text = re.sub(r"<!-- (.*): (.*) -->\n", lambda found: _section(found[1], found[2]), text)
+        text = text.replace(
+            "<!-- losses -->", switching.tables((ROOT / "notebooks" / "0_switch.py").read_text("utf-8"))
+        )
         page.write_text(text, encoding="utf-8")
     for name in ("notebooks/README.md", "bench/README.md", "tests/README.md", "jce/CONTRIBUTING.md"):
         page = (docs / name).with_name("index.md")

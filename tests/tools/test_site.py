@@ -107,3 +107,13 @@ def test_what_is_wrong_is_found(tmp_path):
     ]
     assert "sheet.css: //cdn.example/x.css is loaded from a network" in found
     assert len(found) == 5 + len(jce.__all__) - 1
+
+
+def test_every_loss_of_the_notebook_is_on_the_page_for_switching(site):
+    page = (site / "switching.html").read_text(encoding="utf-8")
+    notebook = (ROOT / "notebooks" / "0_switch.py").read_text(encoding="utf-8")
+    names = re.findall(r'^row\(\s*"([^"]*)"', notebook, re.MULTILINE)
+    assert len(names) == 43
+    assert all(f"<td>{name}</td>" in page for name in names)
+    for line in ("linear(y, h, w, weights=by_class[y])", "jensen_shannon_divergence_with_logits(x, other)"):
+        assert line in words(page)

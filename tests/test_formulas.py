@@ -108,9 +108,9 @@ def values(kernel, row) -> dict:
     """The letters of a docstring: arguments, and what it says that a softmax or a sigmoid of them is."""
     named = dict(zip(kernel.arguments, row, strict=True))
     letters = {LETTERS.get(name, name): x for name, x in named.items()}
-    for letter, link, argument in re.findall(r"(\w) = (softmax|σ)\((\w+)\)", summary(kernel)):
+    for letter, link, argument in re.findall(r"(\w) = (softmax|σ)\((\w+)\)", formula_of(kernel)):
         letters[letter] = (softmax if link == "softmax" else sigmoid)(named[argument])
-    if "m = βp + (1-β)q" in summary(kernel):
+    if "m = βp + (1-β)q" in formula_of(kernel):
         letters["β"] = mp.mpf(BETA)
         letters["m"] = [BETA * a + (1 - BETA) * b for a, b in zip(letters["p"], letters["q"], strict=True)]
     letters |= {name[-1]: mp.exp(x) for name, x in named.items() if name.startswith("log_")}
@@ -124,14 +124,15 @@ def values(kernel, row) -> dict:
     return {"log": mp.log, "sigmoid": sigmoid, "KL": kl_divergence, "n": n, "y": 0} | numbers | letters
 
 
-def summary(kernel) -> str:
-    return inspect.getdoc(kernel.function).splitlines()[0]
+def formula_of(kernel) -> str:
+    """The docstring's second paragraph, or a head's first line."""
+    return " ".join(inspect.getdoc(kernel.function).split("\n\n")[1].split())
 
 
 def definition(kernel) -> tuple[str | None, str]:
-    """Of "H(p, q) = Σᵢ …, in nats" H and the formula; of "log 1/q_y at …" no name."""
-    line = re.match(r"(?:(\w+)\([^)]*\) = )?(.*?)(?:, in nats| at | of | with )", summary(kernel))
-    assert line, f"{summary(kernel)!r} must be a formula, 'name(...) = ' before it or not, and then ', in nats'"
+    """Of "H(p, q) = Σᵢ … with …" H and the formula; of "log 1/q_y with …" no name."""
+    line = re.fullmatch(r"(?:(\w+)\([^)]*\) = )?(.*?)(?: with .*)?", formula_of(kernel))
+    assert line
     name, text = line.groups()
     return name, Formula(text).python
 

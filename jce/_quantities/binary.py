@@ -15,7 +15,9 @@ from jce._numerics.elementary import log, log1p, log_complement, one_minus, rais
 
 @public()
 def binary_entropy(alpha: ArrayLike) -> Array:
-    """H(α) = α log 1/α + (1-α) log 1/(1-α), in nats: the entropy of {α, 1-α}, elementwise.
+    """The entropy of {α, 1-α} for each probability α, in nats.
+
+    H(α) = α log 1/α + (1-α) log 1/(1-α)
 
     Example:
       >>> print(jce.binary_entropy(jnp.array([0.0, 0.5, 1.0])))
@@ -58,7 +60,9 @@ def_partials(_entropy, lambda a: _log_odds_against(jnp.full_like(a, 0.5), a))
 
 @public()
 def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
-    """H(α, β) = α log 1/β + (1-α) log 1/(1-β), in nats: the cross-entropy of {α, 1-α} and {β, 1-β}, elementwise.
+    """The cross-entropy of {α, 1-α} and {β, 1-β} for each pair of probabilities, in nats.
+
+    H(α, β) = α log 1/β + (1-α) log 1/(1-β)
 
     Example:
       >>> print(jce.binary_cross_entropy(1.0, 0.25), jax.grad(jce.binary_cross_entropy, 1)(1.0, 0.25))
@@ -106,7 +110,9 @@ def_partials(_cross_entropy, lambda a, b: _log_odds_against(a, b), lambda a, b: 
 
 @public()
 def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
-    """KL(α‖β) = α log α/β + (1-α) log (1-α)/(1-β), in nats: the divergence of {β, 1-β} from {α, 1-α}, elementwise.
+    """The KL divergence of {β, 1-β} from {α, 1-α} for each pair of probabilities, in nats.
+
+    KL(α‖β) = α log α/β + (1-α) log (1-α)/(1-β)
 
     Example:
       >>> print(jce.binary_kl_divergence(0.5, jnp.array([0.25, 0.5, 1.0])))

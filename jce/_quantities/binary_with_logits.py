@@ -18,7 +18,9 @@ from jce._numerics.mul0 import mul0
 
 @public()
 def binary_entropy_with_logits(logits: ArrayLike) -> Array:
-    """H(α) = α log 1/α + (1-α) log 1/(1-α) at α = σ(logits), in nats: the entropy of {α, 1-α}, elementwise.
+    """The entropy of {α, 1-α} for each logit, in nats.
+
+    H(α) = α log 1/α + (1-α) log 1/(1-α) with α = σ(logits)
 
     Example:
       >>> print(jce.binary_entropy_with_logits(jnp.array([0.0, 20.0, -jnp.inf])))
@@ -63,7 +65,9 @@ def_partials(_entropy_of_sigmoid, lambda x: mul0(-finite(x), variance(x)))
 
 @public()
 def binary_cross_entropy_with_logits(alpha: ArrayLike, logits: ArrayLike) -> Array:
-    """H(α, β) = α log 1/β + (1-α) log 1/(1-β) at β = σ(logits), in nats: the binary cross-entropy, elementwise.
+    """The cross-entropy of {α, 1-α} and {β, 1-β} for each target probability and logit, in nats.
+
+    H(α, β) = α log 1/β + (1-α) log 1/(1-β) with β = σ(logits)
 
     Example:
       >>> print(jce.binary_cross_entropy_with_logits(1.0, jnp.array([0.0, 20.0, jnp.inf])))

@@ -31,7 +31,9 @@ from jce._quantities.z_loss import log_sum_penalty
 
 @public("axis")
 def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
-    """H(p, q) = Σᵢ pᵢ log 1/qᵢ, in nats: the cross-entropy of a target p and a model q.
+    """The cross-entropy of a target p and a model q, in nats.
+
+    H(p, q) = Σᵢ pᵢ log 1/qᵢ
 
     Example:
       >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])
@@ -100,7 +102,9 @@ def cross_entropy_with_logits(
     where: ArrayLike | None = None,
     axis_name: Hashable | None = None,
 ) -> Array:
-    """H(p, q) = Σᵢ pᵢ log 1/qᵢ at q = softmax(logits), in nats: the cross-entropy of a target p and logits.
+    """The cross-entropy of a target p and a model's logits, in nats.
+
+    H(p, q) = Σᵢ pᵢ log 1/qᵢ with q = softmax(logits)
 
     Example:
       >>> p, logits = jnp.array([1.0, 0.0, 0.0]), jnp.array([20.0, 0.0, 0.0])
@@ -157,7 +161,9 @@ def cross_entropy_with_integer_labels(
     where: ArrayLike | None = None,
     axis_name: Hashable | None = None,
 ) -> Array:
-    """log 1/q_y at q = softmax(logits), in nats: the cross-entropy of one-hot targets, given as labels y, and logits.
+    """The cross-entropy of integer labels (one-hot targets) and a model's logits, in nats.
+
+    log 1/q_y with q = softmax(logits) and the label y
 
     Example:
       >>> logits = jnp.array([[20.0, 0.0, 0.0], [0.0, 1.0, 2.0]])

@@ -20,7 +20,9 @@ from jce._softmax.softmax import centered, softmax, unless_nan
 
 @public("axis")
 def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
-    """H(p) = Σᵢ pᵢ log 1/pᵢ, in nats: the entropy of discrete distributions.
+    """The entropy of discrete distributions, in nats.
+
+    H(p) = Σᵢ pᵢ log 1/pᵢ
 
     Example:
       >>> float(jce.entropy([0.5, 0.25, 0.25]) / jnp.log(2))  # in bits
@@ -98,7 +100,9 @@ def entropy_with_logits(
     where: ArrayLike | None = None,
     axis_name: Hashable | None = None,
 ) -> Array:
-    """H(q) = Σᵢ qᵢ log 1/qᵢ of q = softmax(logits), in nats: the entropy of discrete distributions given by logits.
+    """The entropy of discrete distributions given by logits, in nats.
+
+    H(q) = Σᵢ qᵢ log 1/qᵢ with q = softmax(logits)
 
     Example:
       >>> print(jce.entropy_with_logits(jnp.array([[0.0, 0.0], [20.0, 0.0]])))

@@ -30,7 +30,9 @@ from jce._numerics.mul0 import mul0
 def jensen_shannon_divergence(
     p: ArrayLike, q: ArrayLike, *, beta: ArrayLike = 0.5, axis: int = -1, where: ArrayLike | None = None
 ) -> Array:
-    """β KL(p‖m) + (1-β) KL(q‖m) with m = βp + (1-β)q, in nats: the Jensen-Shannon divergence of two distributions.
+    """The Jensen-Shannon divergence of two distributions, in nats.
+
+    β KL(p‖m) + (1-β) KL(q‖m) with m = βp + (1-β)q
 
     Example:
       >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.0, 0.5, 0.5])

@@ -39,7 +39,9 @@ def jensen_shannon_divergence_with_logits(
     where: ArrayLike | None = None,
     axis_name: Hashable | None = None,
 ) -> Array:
-    """β KL(p‖m) + (1-β) KL(q‖m) of p = softmax(p_logits), q = softmax(q_logits) and m = βp + (1-β)q, in nats.
+    """The Jensen-Shannon divergence of two distributions given by logits, in nats.
+
+    β KL(p‖m) + (1-β) KL(q‖m) with m = βp + (1-β)q, p = softmax(p_logits) and q = softmax(q_logits)
 
     Example:
       >>> print(jce.jensen_shannon_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))

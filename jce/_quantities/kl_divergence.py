@@ -27,7 +27,9 @@ from jce._softmax.kernel import kernel
 
 @public("axis")
 def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
-    """KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ, in nats: the Kullback-Leibler divergence of a model q from a target p.
+    """The Kullback-Leibler divergence of a model q from a target p, in nats.
+
+    KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ
 
     Example:
       >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])
@@ -94,7 +96,9 @@ def_partials_of_sum(
 
 @public("axis")
 def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
-    """Σᵢ (pᵢ log pᵢ/qᵢ - pᵢ + qᵢ), in nats: the KL divergence of non-negative numbers that need not sum to 1.
+    """The KL divergence of non-negative numbers that need not sum to 1, in nats.
+
+    Σᵢ (pᵢ log pᵢ/qᵢ - pᵢ + qᵢ)
 
     Example:
       >>> print(jce.generalized_kl_divergence([1.0, 0.0], [2.0, 3.0]))

@@ -38,7 +38,9 @@ def kl_divergence_with_logits(
     where: ArrayLike | None = None,
     axis_name: Hashable | None = None,
 ) -> Array:
-    """KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ of p = softmax(p_logits) and q = softmax(q_logits), in nats.
+    """The Kullback-Leibler divergence of two distributions given by logits, in nats.
+
+    KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ with p = softmax(p_logits) and q = softmax(q_logits)
 
     Example:
       >>> print(jce.kl_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))

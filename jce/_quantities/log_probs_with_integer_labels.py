@@ -26,7 +26,9 @@ def log_probs_with_integer_labels(
     where: ArrayLike | None = None,
     axis_name: Hashable | None = None,
 ) -> Array:
-    """log q_y at q = softmax(logits), in nats: the log-probability of a label y of each distribution, or of each of k.
+    """The log-probabilities of integer labels, one or k per distribution, in nats.
+
+    log q_y with q = softmax(logits) and the label y
 
     Example:
       >>> logits = jnp.array([[20.0, 0.0, 0.0], [0.0, 1.0, 2.0]])

@@ -20,7 +20,9 @@ from jce._numerics.elementary import exp, exponential_minus_1, exponential_tail,
 
 @public()
 def sampled_kl_divergence(log_p: ArrayLike, log_q: ArrayLike) -> Array:
-    """q/p - 1 - log q/p, in nats: what an outcome drawn from p says of KL(p‖q), from log-probabilities, elementwise.
+    """An estimate of KL(p‖q) from each outcome that was sampled from p, in nats.
+
+    q/p - 1 - log q/p
 
     Example:
       >>> print(jce.sampled_kl_divergence(-2.0, jnp.array([-2.0, -2.000001, -3.0])))

@@ -1,7 +1,7 @@
 """README's first picture: `python -m bench.overview`, in two minutes.
 
-On the left what the README's train step costs on this machine by the number of classes, beside the same step with
-optax's loss; on the right what two losses say of a label that the model grows surer of.
+Left: what a train step like the README's costs on this machine, by the number of classes, with jce's loss and with
+optax's. Right: both losses of a label, as the model becomes more confident.
 """
 
 from __future__ import annotations
@@ -94,12 +94,12 @@ def picture(of_step: dict[int, dict[str, Cost]], margins: np.ndarray, losses: di
     # The first margin from which on the loss is 0, and the last loss before it.
     gone, least = margins[losses["optax"] == 0].min(), losses["optax"][losses["optax"] > 0].min()
     arrow = {"arrowstyle": "->", "linewidth": 1.5}
-    note = f"optax's is 0 from {gone:.0f} on,\nits label's derivative too"
+    note = f"optax's loss is 0\nfrom {gone:.4g} on"
     right.annotate(note, (gone, least), (0.4, 0.72), textcoords="axes fraction", arrowprops=arrow)
     memory.set(title="temporary memory of a train step, GB")
     memory.legend(handlelength=3, title=f"{BATCH * LENGTH:,} tokens × {WIDTH}, float32, AdamW")
     seconds.set(title="its time on two CPU cores, seconds", xlabel="classes")
-    right.set(title="loss of a label, nats, as the model gets surer of it", xlabel="margin of the logits", yscale="log")
+    right.set(title="loss in nats, as the model becomes more confident", xlabel="label's logit minus the others", yscale="log")
     right.legend(handlelength=3, title="one row of 3 classes, float32")
     for axes in (memory, seconds):
         axes.set_ylim(0)

@@ -125,7 +125,7 @@ def values(kernel, row) -> dict:
 
 
 def formula_of(kernel) -> str:
-    """The docstring's second paragraph, or a head's first line."""
+    """The docstring's second paragraph."""
     return " ".join(inspect.getdoc(kernel.function).split("\n\n")[1].split())
 
 

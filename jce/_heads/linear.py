@@ -1,4 +1,4 @@
-"""`Linear`: hidden states and a head, which stand for their logits."""
+"""`Linear`: hidden states and a head, which stand for the logits that they give."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class Linear:
     head: Any
     bias: ArrayLike | None = None
     logit_soft_cap: ArrayLike | None = None
-    # Without these, Python, NumPy and JAX would answer, and the answer would not be about the logits.
-    __array_ufunc__ = None  # functions of NumPy, and operators with its arrays, raise a TypeError
+    # Without these attributes, Python, NumPy and JAX would return something that has nothing to do with the logits.
+    __array_ufunc__ = None  # NumPy's functions, and operators with NumPy arrays, raise a TypeError
     __iter__ = None  # otherwise [*x] would index x forever, since an index beyond the end is clipped
 
     def __post_init__(self):
@@ -94,7 +94,7 @@ class Linear:
         return isinstance(self.head, FunctionHead)
 
     def __getitem__(self, index: Any) -> Linear:
-        """Selects tokens, by slices and ints of their axes. A last slice may stand for all classes."""
+        """Selects tokens by slices and ints of the token axes. A full slice `:` may follow, for the axis of classes."""
         places, h = index if isinstance(index, tuple) else (index,), jnp.asarray(self.hidden)
         if places and places[0] is ...:
             places = (slice(None),) * (h.ndim - len(places) + 1) + places[1:]
@@ -121,7 +121,7 @@ class Linear:
     __array__ = __jax_array__ = __bool__ = __eq__ = _refuse  # see __iter__
 
     def _taken_by(self, function: str, argument: str) -> str:
-        """Which functions take a `Linear`, in the error of one that takes an array as this argument."""
+        """A sentence for the error of a function that got a `Linear` as an array: which functions accept one."""
         if "logits" in argument:
             fused = f"{FUSED[function]}, or " if function in FUSED else ""
             return f"For a Linear use {fused}jce.linear_map(jce.{function}, ...) with the same positional arguments."
@@ -132,12 +132,12 @@ class Linear:
         )
 
     def __repr__(self) -> str:
-        """With shapes and dtypes for arrays."""
+        """Shows arrays by their shapes and dtypes."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return f"Linear({', '.join(f'{name}={_shown(x)}' for name, x in fields.items())})"
 
 
-# For functions of logits, those that take a Linear.
+# For each function of logits, the function that takes a Linear instead.
 FUSED = {
     "cross_entropy_with_integer_labels": "jce.linear_cross_entropy",
     "log_probs_with_integer_labels": "jce.linear_log_probs",
@@ -159,7 +159,7 @@ def _shown(x: Any) -> str:
 
 def _flatten(x: Linear):
     cap = x.logit_soft_cap
-    # A bool is no cap, but the mark of a leaf in a tree of marks, and must stay a leaf.
+    # In a pytree of bools, which mark leaves, a bool stands for the leaf of the cap. So it must stay a leaf.
     number = cap if isinstance(cap, (int, float)) and not isinstance(cap, bool) else None
     children = {"hidden": x.hidden, "head": x.head, "bias": x.bias, "logit_soft_cap": cap if number is None else None}
     return [(jax.tree_util.GetAttrKey(name), child) for name, child in children.items()], number
@@ -171,5 +171,5 @@ def _unflatten(number, children) -> Linear:
 
 
 jax.tree_util.register_pytree_with_keys(Linear, _flatten, _unflatten)
-# As types, not as their names: those would be looked up in jce, which Linear gives as its module.
+# Annotations as types instead of strings: names would be looked up in jce, which Linear names as its module.
 Linear.__annotations__ = get_type_hints(Linear)

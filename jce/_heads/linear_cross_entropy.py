@@ -1,8 +1,8 @@
-"""The label's cross-entropy at logits = hidden · headᵀ, without the logits of all tokens, at three matrix products.
+"""Cross-entropy of labels at logits = hidden · headᵀ, with three matmuls and without the logits of all tokens.
 
-While a chunk's logits x are there, so is ∂ℓ/∂x, and with it ∂ℓ/∂h = ∂ℓ/∂x · W and the chunk's part of the head's
-gradient, (∂ℓ/∂x)ᵀ h. A sum of losses therefore has value and gradient from one loop. A loss for each token has to wait
-for its cotangent, and computes x again: a fourth product.
+While the logits x of a chunk are in memory, the loop computes ∂ℓ/∂x from them, and from that ∂ℓ/∂h = ∂ℓ/∂x · W and the
+chunk's part of the head's gradient, (∂ℓ/∂x)ᵀ h. So a single loop gives a sum of losses and its gradient. The gradient
+of losses per token has to wait for their cotangents and computes x again: a fourth matmul.
 """
 
 from __future__ import annotations

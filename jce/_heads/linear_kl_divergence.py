@@ -1,4 +1,4 @@
-"""KL(p‖q) of two heads, token by token, without the logits of all tokens."""
+"""KL(p‖q) between the softmaxes of two heads, per token, without the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def linear_kl_divergence(
 
 
 def _chunk_function(number, logits, _, shared, class_axis):
-    """KL of each token's two rows of logits. T is `number`, or if that is None a traced one, which tokens share."""
+    """KL between the two rows of logits of each token. T is `number`, or if that is None, a traced number in `shared`."""
     classes = Classes(-1, class_axis)
 
     def kl(logits, _, traced, closed_over):

@@ -1,4 +1,4 @@
-"""Each token's log-probability of its label or labels, entropy, and log Z, at hidden · headᵀ."""
+"""Per token, the log-probability of its label or labels, the entropy, and log Z, at logits = hidden · headᵀ."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LogProbs(NamedTuple):
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbsAndNormalizer")
 class LogProbsAndNormalizer(NamedTuple):
-    """log q_y, H(q) and log Z of each token. A type of its own, so that `LogProbs` unpacks to two arrays."""
+    """log q_y, H(q) and log Z of each token. This is a type of its own, so that `LogProbs` unpacks to two arrays."""
 
     log_prob: Array
     entropy: Array
@@ -147,7 +147,7 @@ def linear_log_probs(
     of_tokens = {"labels": y} | checked_temperature(name, temperature, h.shape[:-1])
     options = Options(where, None, "none", chunk_size, precision, axis_name, batch_invariant)
     results = over_tokens(name, functools.partial(_chunk_function, tail, log_normalizer), {"": x}, of_tokens, options)
-    return cast(LogProbs, results)  # type checkers can't tell the two tuples apart by an option
+    return cast(LogProbs, results)  # which of the two tuples it is depends on an option, which type checkers don't see
 
 
 def _chunk_function(tail, log_normalizer, logits, others, _, class_axis):

@@ -1,4 +1,4 @@
-"""Any function of tokens and their logits, which never exist for more than a chunk of tokens."""
+"""Maps a function over tokens and their logits, which exist for only one chunk of tokens at a time."""
 
 from __future__ import annotations
 
@@ -153,13 +153,13 @@ def _chunk_function(
     shared,
     class_axis,
 ) -> ChunkFunction:
-    """What a loop computes of a chunk: the function, traced with one token's arguments, of each of its tokens."""
+    """The per-chunk function of the loop: it applies the function, traced with one token's arguments, to each token."""
 
     def in_order(logits, others):
         logits, others = iter(logits), iter(others)
         return [next(logits if is_one else others) for is_one in are_logits]
 
-    def of_one(one, shared):  # a new function, so that no cache answers for one that has changed
+    def of_one(one, shared):  # a new function, so that no cache returns the trace of a function that has changed
         return function(*jax.tree.unflatten(structure, one), *shared)
 
     closed, results = jax.make_jaxpr(of_one, return_shape=True)(in_order(logits, others), shared)
@@ -173,7 +173,7 @@ def _chunk_function(
             f" classes are split; got results that differ along {sorted(differ)}. Give jce's functions"
             f" axis_name={class_axis!r}, or sum over the devices with jax.lax.psum."
         )
-    jaxpr = closed.jaxpr  # without its arrays, which come as closed_over
+    jaxpr = closed.jaxpr  # without its constants, which `of_chunk` gets as closed_over
 
     def of_chunk(logits, others, shared, closed_over):
         shared = jax.tree.leaves(shared)
@@ -184,7 +184,7 @@ def _chunk_function(
 
 
 def _require_pair(name: str, results: Any) -> None:
-    """Raises unless a token's result is a pair of a number, which is trained, and metrics."""
+    """Raises an error unless the result of a token is a pair: a number, which is trained, and metrics."""
     loss = results[0] if isinstance(results, tuple | list) and len(results) == 2 else None
     if not (isinstance(loss, jax.ShapeDtypeStruct) and loss.shape == () and jnp.issubdtype(loss.dtype, jnp.floating)):
         got = jax.tree.map(brief, results)

@@ -1,8 +1,8 @@
-"""The functions of heads over a mesh of devices: tokens split over one of its axes, classes over another.
+"""`on_mesh`: the functions of heads on a mesh of devices, with tokens split over one axis and classes over another.
 
-Each device computes its tokens' results over its classes; a sum over classes adds one number per token over devices.
-JAX's types say what varies over which mesh axis, and derivatives send accordingly: a head's gradient is summed over the
-tokens' axis once, after the loop, and hidden states' gradients over the classes' axis.
+Each device computes the results of its tokens over its classes. For a sum over classes, devices exchange one number per
+token. JAX's types say which array varies over which mesh axis, and derivatives communicate accordingly: a head's
+gradient is summed over the token axis once, after the loop, and gradients of hidden states over the class axis.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FUNCTIONS = (linear_cross_entropy, linear_kl_divergence, linear_log_probs, linea
 
 
 def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis: Hashable | None) -> F:
-    """A function of heads on a mesh of devices, which returns the same numbers as the function itself.
+    """Splits a function of heads over a mesh of devices: tokens over one mesh axis, classes over another.
 
     Example:
       >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -32,36 +32,40 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
       >>> print(loss(jnp.array([0, 1]), jnp.eye(2), 20 * jnp.eye(3, 2)))
       4.1223074e-09
 
-    The function on a mesh has the signature of the given one, without axis_name. It takes whole arrays, under `jax.jit`
-    or not. The first axis of hidden states, labels, weights, where and all other arrays of tokens is split over the
-    devices along `token_axis`; the classes of heads and biases are split over the devices along `class_axis`; and the
-    shared arrays of `linear_map` are on all devices. Nothing is gathered. Devices exchange some numbers per token, each
-    hidden state's gradient (summed over the classes' axis) and, once, each head's gradient (summed over the tokens'
-    axis).
+    The returned function gives the same numbers as the given one. Call it with whole arrays, under `jax.jit` or
+    outside of it. The first axis of hidden states, labels, weights, where and all other arrays of tokens is split over
+    the devices along `token_axis`. The classes of heads and biases are split over the devices along `class_axis`. The
+    shared arrays of `linear_map` are replicated on all devices. No array is gathered. Devices exchange some numbers per
+    token, the gradient of each hidden state (summed over the class axis) and, once, the gradient of each head (summed
+    over the token axis).
 
-    A head must be an array. A head that is a function works only where neither tokens nor classes are split, that is,
-    if both axes are None; under Auto axes call the function itself, and XLA splits the tokens.
+    A head must be an array. A head that is a function works only if both axes are None, so that neither tokens nor
+    classes are split. For such a head, use a mesh with Auto axes and call the function itself: XLA then splits the
+    tokens.
 
     Args:
       function: `jce.linear_cross_entropy`, `jce.linear_kl_divergence`, `jce.linear_log_probs` or `jce.linear_map`. The
-        function that `linear_map` maps gets its device's classes: give jce's functions axis_name=class_axis in it. A
-        traced value that it closes over may not be split, and its gradient takes another pass; so pass it as shared.
-      mesh: the devices, as from `jax.make_mesh`. Over its other axes everything is replicated.
+        function that `linear_map` maps gets the logits of its device's classes, so pass axis_name=class_axis to jce's
+        functions in it. Pass traced values as shared: one that the mapped function closes over must not be split, and
+        its gradient takes another pass.
+      mesh: the devices, for example from `jax.make_mesh`. Over its other axes, all arrays are replicated.
       token_axis: the mesh axis, or a tuple of axes, that splits the first axis of the tokens. None or () for none.
-      class_axis: the mesh axis, or a tuple of axes, that splits the classes, none of token_axis. None or () for none.
+      class_axis: the mesh axis, or a tuple of axes, that splits the classes. It must not share an axis with token_axis.
+        None or () for none.
 
     Returns:
-      A function like the one given. Its reductions are over the tokens of all devices: "mean" is the sum over all
-      tokens, divided by their total weight. The results of "mean" and "sum" are the same on all devices. A result for
-      each token is split over the devices as the tokens are. Derivatives are of whole arrays, split like the arguments,
-      in every mode. A chunk_size counts the tokens of one device.
+      A function with the signature of the given one, without axis_name. Its reductions are over the tokens of all
+      devices: "mean" is the sum over all tokens, divided by their total weight. The results of "mean" and "sum" are the
+      same on all devices. Results per token are split over the devices like the tokens. In every mode, derivatives are
+      whole arrays, split like the arguments. A chunk_size counts the tokens of one device.
 
     Raises:
-      TypeError: function is none of those. The function on a mesh raises one if it gets an axis_name.
-      ValueError: mesh is no mesh, an axis isn't one of its axes, or is both token_axis and class_axis. The function on
-        a mesh raises the given function's errors, and a ValueError if the tokens have no first axis, or if the devices
-        along an axis don't divide the number of classes or the first axis of the tokens. Pad tokens with where=False,
-        and classes with a bias of -∞, but not with label smoothing, which counts them.
+      TypeError: function is not one of these four. The returned function raises a TypeError if it gets an axis_name.
+      ValueError: mesh is not a mesh, a name is not an axis of the mesh, or token_axis and class_axis share an axis. The
+        returned function raises the errors of the given one. It also raises a ValueError if the tokens have no first
+        axis, or if the number of classes or the length of the tokens' first axis is not a multiple of the number of
+        devices that share them. Pad tokens with where=False. Pad classes with a bias of -∞, unless you use label
+        smoothing, which counts them.
 
     See "Arguments of heads" in jce/README.md.
     """

@@ -1,6 +1,6 @@
-"""The two-outcome case from logits: q = {σ(x), 1 - σ(x)}, one logit x = log q/(1-q) for each distribution, elementwise.
+"""Two outcomes, by logits: q = {σ(x), 1 - σ(x)}, with one logit x = log q/(1-q) for each distribution, elementwise.
 
-Formulas are written in e = e^-|x| ≤ 1, the odds of the less probable outcome, so that nothing overflows or cancels.
+Formulas are written in terms of e = e^-|x| ≤ 1, the odds of the less probable outcome: nothing overflows or cancels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def binary_entropy_with_logits(logits: ArrayLike) -> Array:
       The shape of logits; float32, or float64 if logits is.
 
     At the boundary:
-      At ±∞ the outcome is certain: H = 0, with derivative 0. NaN gives NaN.
+      At logits of ±∞ the outcome is certain: H = 0, with derivative 0. NaN gives NaN.
 
     Derivative:
       dH/dx = -x σ(x) σ(-x), in logits' dtype.
@@ -42,7 +42,7 @@ def binary_entropy_with_logits(logits: ArrayLike) -> Array:
       TypeError: an argument is not real.
 
     Not checked:
-      Values. Subnormal probabilities, at |logit| > 87.3 (708.3 in float64), may count as 0.
+      Values. Subnormal probabilities may count as 0. They occur at |logit| > 87.3 (708.3 in float64).
 
     See "Conventions" in jce/README.md.
     """
@@ -54,8 +54,7 @@ def binary_entropy_with_logits(logits: ArrayLike) -> Array:
 def _entropy_of_sigmoid(x):
     e = odds_against(x)
     h = jnp.abs(x) * (e / (1 + e)) + log1p_unit(e)
-    # At ±∞, |x| e would be ∞ · 0 = NaN. The select comes last, so that on a CPU one loop computes h for a sum that
-    # follows.
+    # At ±∞, |x| e would be ∞ · 0 = NaN. The select comes last: on a CPU, one loop then computes h for a sum after it.
     return jnp.where(e == 0, jnp.zeros_like(h), h)
 
 
@@ -73,7 +72,8 @@ def binary_cross_entropy_with_logits(alpha: ArrayLike, logits: ArrayLike) -> Arr
       >>> print(jce.binary_cross_entropy_with_logits(1.0, jnp.array([0.0, 20.0, jnp.inf])))
       [6.9314718e-01 2.0611537e-09 0.0000000e+00]
 
-    It is relatively accurate where the model is sure and right. As a function of the logits it is minimal at β = α.
+    Its relative error is small even when the model is confident and correct. As a function of the logits it is minimal
+    at β = α.
 
     Args:
       alpha: real, the target's probabilities. Shapes broadcast.
@@ -83,7 +83,8 @@ def binary_cross_entropy_with_logits(alpha: ArrayLike, logits: ArrayLike) -> Arr
       The broadcast shape; float32, or float64 if alpha or logits is.
 
     At the boundary:
-      At ±∞, β is exactly 1 or 0: where α = β, H = 0, with ∂H/∂x = 0; else H = +∞, with ∂H/∂x = β - α. NaN gives NaN.
+      At logits of ±∞, β is exactly 1 or 0. If α = β, then H = 0, with ∂H/∂x = 0. Otherwise H = +∞, with
+      ∂H/∂x = β - α. NaN gives NaN.
 
     Derivative:
       ∂H/∂x = σ(x) - α, ∂H/∂α = -x, each in its argument's dtype.
@@ -104,7 +105,7 @@ def binary_cross_entropy_with_logits(alpha: ArrayLike, logits: ArrayLike) -> Arr
 @custom_jvp
 def _cross_entropy_of_sigmoid(a, x):
     weight, softplus = jnp.where(x < 0, a, one_minus(a)), log1p_unit(odds_against(x))
-    # The select comes last: else XLA on a CPU would store intermediate arrays for a sum that follows.
+    # The select comes last. Otherwise XLA on a CPU would store intermediate arrays for a sum that follows.
     return jnp.where(weight == 0, softplus, jnp.abs(x) * weight + softplus)
 
 
@@ -132,7 +133,7 @@ def variance(x):
 
 
 def variance_of_odds(e):
-    """e/(1 + e)², with 1 + e(2 + e) for the square: squaring would double the rounding error of 1 + e."""
+    """e/(1 + e)². The square is computed as 1 + e(2 + e): squaring 1 + e would double its rounding error."""
     return e / (1 + e * (2 + e))
 
 
@@ -141,7 +142,7 @@ def_partials(variance, lambda x: -variance(x) * tanh(x / 2))
 
 
 def finite(x):
-    """x, but finite at ±∞, where σ(x) σ(-x) = 0 and 0 · ∞ would be NaN. Beyond 10⁴ that product has long
+    """x, clipped to a finite number. At ±∞, σ(x) σ(-x) = 0, and 0 · ∞ would be NaN. Beyond ±10⁴, σ(x) σ(-x) has long
     underflowed."""
     return jnp.clip(x, -1e4, 1e4)
 
@@ -152,5 +153,6 @@ def odds_against(x):
 
 
 def odds_against_again(x):
-    """e^-|x| in another form, for derivatives: of the same form XLA would store the value's, to be read by both."""
+    """e^-|x| in another form, for derivatives. In the same form, XLA would store the array so that both the value and
+    the derivative could read it."""
     return reused(exp(jnp.minimum(x, -x)))

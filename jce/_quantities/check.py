@@ -1,4 +1,4 @@
-"""A check of what the kernels assume without checking: that entries are ≥ 0 and sum to 1."""
+"""A check of the kernels' unchecked assumption that entries are ≥ 0 and sum to 1."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
     Example:
       >>> jce.check_distribution([[0.25, 0.75], [1.0, 0.0]])
 
-    Outside any transformation a violation raises; under `jax.experimental.checkify` it becomes one of its checks; under
-    plain `jit`, `vmap` or `grad`, where values can't raise, it does nothing. So the call may stay in traced code.
+    Outside any transformation, a violation raises a ValueError. Under `jax.experimental.checkify` it is one of
+    checkify's errors. Under plain `jit`, `vmap` or `grad`, where values can't raise, the call does nothing, so you may
+    leave it in traced code.
 
     Args:
       p: real, shape [..., n, ...].
       axis: the axis of the n classes, an int.
-      atol: how far a sum may be from 1; no entry may be below 0. The default is the square root of the machine epsilon
-        of p's dtype: 3e-4 in float32, 1e-8 in float64, 9e-2 in bfloat16.
+      atol: how far a sum may be from 1. Entries below 0 are an error at any atol. The default is the square root of the
+        machine epsilon of p's dtype: 3e-4 in float32, 1e-8 in float64, 9e-2 in bfloat16.
 
     Returns:
       None.
 
     Raises:
-      ValueError: some row is not a distribution (the message names the worst one, its sum and its smallest entry; a NaN
-        is the worst); `p` has no class axis; `axis` is not an int in range; `atol` is not a number ≥ 0.
+      ValueError: a row is not a distribution (the message names the worst row, its sum and its smallest entry; rows
+        with a NaN count as the worst); `p` has no class axis; `axis` is not an int in range; `atol` is not a
+        number ≥ 0.
       TypeError: `p` is not real.
     """
     (x,), classes = distributions("check_distribution", axis, None, p=p)

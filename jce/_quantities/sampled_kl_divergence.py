@@ -1,9 +1,9 @@
-"""KL(p‖q) estimated from outcomes drawn from p: q/p - 1 - log q/p of each outcome, from log-probabilities.
+"""An estimate of KL(p‖q) from outcomes sampled from p: q/p - 1 - log q/p for each outcome, from log-probabilities.
 
-With δ = log q/p it is e^δ - 1 - δ. Computed literally, that cancels where the two agree, which is where training keeps
-them: at δ = 1e-6 it is 5e-13, and float32 gives -6e-8. So where |δ| < 3/2 it is computed as the series
-δ²/2! + δ³/3! + …, in which nothing cancels. Elsewhere the rounding of δ, half an ulp, would cost e^δ up to |δ| ulps: so
-e^δ is multiplied by 1 + r, where r is the rounding error of δ = log q - log p.
+With δ = log q/p the estimate is e^δ - 1 - δ. Evaluated as written, its terms cancel if p ≈ q, which is the usual case
+in training: at δ = 1e-6 the value is 5e-13, but float32 gives -6e-8. So for |δ| < 3/2 it is computed as the series
+δ²/2! + δ³/3! + …, in which nothing cancels. For larger |δ|, the rounding of δ (half an ulp) would make e^δ wrong by up
+to |δ| ulps. So e^δ is multiplied by 1 + r, where r is the rounding error of δ = log q - log p.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ def sampled_kl_divergence(log_p: ArrayLike, log_q: ArrayLike) -> Array:
       >>> print(jce.sampled_kl_divergence(-2.0, jnp.array([-2.0, -2.000001, -3.0])))
       [0.0000000e+00 4.5474722e-13 3.6787945e-01]
 
-    Its mean over outcomes that were drawn from p, the first argument, is an unbiased estimate of KL(p‖q). Each value is
-    ≥ 0 to the last bit, and 0 only at p = q or where it underflows. It is the estimator k3 of reinforcement learning:
-    the penalty KL(policy‖reference) is `sampled_kl_divergence(policy, reference)` at tokens that the policy drew. The
-    estimator k1 is log p/q, and k2 is `jnp.square(log_p - log_q) / 2`.
+    The mean over outcomes that were sampled from p (the first argument) is an unbiased estimate of KL(p‖q). Rounding
+    never makes a value negative, and a value is 0 only if p = q or if it underflows. In reinforcement learning this is
+    the estimator k3: the penalty KL(policy‖reference) is `sampled_kl_divergence(policy, reference)` at tokens that the
+    policy sampled. The estimator k1 is log p/q, and k2 is `jnp.square(log_p - log_q) / 2`.
 
     Args:
-      log_p: real, any shape, log-probabilities under p of outcomes that were drawn from p. Shapes broadcast.
+      log_p: real, any shape, log-probabilities under p of outcomes that were sampled from p. Shapes broadcast.
       log_q: real, log-probabilities of the same outcomes under q.
 
     Returns:
       The broadcast shape; float32, or float64 if log_p or log_q is.
 
     At the boundary:
-      Where only q = 0 it is +∞, with ∂/∂log_p = 1 and ∂/∂log_q = -1; where only p = 0, or q/p overflows, it is +∞ with
-      the infinite derivatives of the formulas. Where both are 0 it is 0, with first derivatives 0. A value of +∞ that
-      the caller multiplies by an importance ratio of 0 is NaN, as in plain JAX. NaN gives NaN.
+      If only q is 0, the value is +∞, with ∂/∂log_p = 1 and ∂/∂log_q = -1. If only p is 0, or if q/p overflows, the
+      value is +∞, with the infinite derivatives of the formulas. If both are 0, the value is 0, with first derivatives
+      0. If you multiply a value of +∞ by an importance ratio of 0, you get NaN, as in plain JAX. NaN gives NaN.
 
     Derivative:
-      ∂/∂log_p = 1 - q/p, ∂/∂log_q = q/p - 1, each in its argument's dtype and relatively accurate also where p ≈ q.
-      In expectation over outcomes drawn from p, the gradient in the parameters of q is ∇KL(p‖q). The gradient in the
-      parameters of p, a policy that is trained, isn't: drawing has no derivative, so it is ∇KL(q‖p), the other
-      divergence. To get ∇KL(p‖q), multiply the value by exp(log_p - jax.lax.stop_gradient(log_p)), or by an importance
-      ratio p/p_old in which p has its gradient.
+      ∂/∂log_p = 1 - q/p, ∂/∂log_q = q/p - 1, each in its argument's dtype. Their relative error is small even if p ≈ q.
+      In expectation over outcomes sampled from p, the gradient with respect to the parameters of q is ∇KL(p‖q). The
+      gradient with respect to the parameters of p (a policy in training) is not: sampling has no derivative, so this
+      gradient is ∇KL(q‖p), the other divergence. To get ∇KL(p‖q), multiply the value by
+      exp(log_p - jax.lax.stop_gradient(log_p)), or by an importance ratio p/p_old through which p is differentiated.
 
     Raises:
       TypeError: an argument is not real.
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      Values; log-densities may be above 0. The variance is unbounded where q/p is: an outcome far likelier under q
-      outweighs all others. bfloat16 and float16 round log-probabilities by more than policies change in one step:
-      pass float32, as `linear_log_probs` returns.
+      Values. (Log-densities may be above 0.) If q/p is unbounded, so is the variance: an outcome that is far likelier
+      under q than under p outweighs all others. bfloat16 and float16 round log-probabilities by more than a policy
+      changes in one step, so pass float32, which `linear_log_probs` returns.
 
     Source:
       J. Schulman, Approximating KL Divergence (2020), http://joschu.net/blog/kl-approx.html.
@@ -101,12 +101,12 @@ def_partials(_quotient, lambda a, b: -_quotient(a, b), lambda a, b: _quotient(a,
 
 
 def _log_ratio(a, b):
-    """log q/p, and 0 where a = b: of finite numbers the difference is 0 there anyway, of infinite ones it would be
-    NaN."""
+    """log q/p, and 0 where a = b: if both are infinite, their difference would be NaN."""
     return jnp.where(a == b, jnp.zeros_like(a), b - a)
 
 
 def _exponential(a, b):
-    """q/p, corrected by the rounding error of log q - log p, which is NaN and left out where one is infinite."""
+    """q/p, corrected by the rounding error of log q - log p. If one of them is infinite, that error is NaN and is not
+    used."""
     lost = two_sum(b, -a)[1]
     return exp(_log_ratio(a, b)) * jnp.where(jnp.abs(lost) < 0.5, 1 + lost, jnp.ones_like(lost))

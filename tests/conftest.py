@@ -15,18 +15,18 @@ import pytest
 from jce._jax import platforms as _platforms
 from tests import failures
 
-gc.set_threshold(100_000, 50, 100)  # a trace makes many objects and leaves few: a tenth of the time
+gc.set_threshold(100_000, 50, 100)  # a trace makes many objects and keeps few: this saves a tenth of the time
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Of tests/test_fuzz.py, whose examples take a batch each, and a program to compile now and then.
+# For tests/test_fuzz.py: each of its examples is a batch, and now and then one compiles a program.
 for profile, examples in (("short", 12), ("long", 500)):
     hypothesis.settings.register_profile(profile, max_examples=examples, deadline=None, database=None)
 hypothesis.settings.load_profile("short")
 
 
-# What can't hold under a setting, by the mark on the tests
+# By mark: the setting of JAX under which tests with this mark can't pass
 UNLESS = {"holds_nan": "jax_debug_nans", "needs_jit": "jax_disable_jit"}
 
 
@@ -59,15 +59,15 @@ def pytest_collection_modifyitems(config, items):
                 of_laws[item.function, every, others].append(item)
     for (function, every, others), some in of_laws.items():
         every = min(every, len(some))
-        first = sum(map(ord, function.__name__)) % every  # each function begins with another of its cases
+        first = sum(map(ord, function.__name__)) % every  # each test function begins with a different case
         for k, item in enumerate(some):
-            if (k + k // every) % every != first:  # the next place each time, or all would be of one inner parameter
+            if (k + k // every) % every != first:  # shifts by one each time, to vary the inner parameter
                 item.add_marker(others)
     for mark, setting in UNLESS.items():
         if getattr(jax.config, setting):
             for item in filter(lambda item, mark=mark: item.get_closest_marker(mark), items):
                 item.add_marker(pytest.mark.skip(reason=f"{mark}, under {setting}"))
-    yield  # pytest leaves out what is slow
+    yield  # pytest deselects the slow tests
     if config.option.part:
         part, of = map(int, config.option.part.split("/"))
         items[:] = [item for k, item in enumerate(items) if (k + k // of) % of == part % of]
@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Below a failure stand its case and the command that repeats it."""
+    """Print the case of a failure, and the command that repeats it, below the error."""
     report = yield
     if report.failed and call.excinfo:
         report.sections += [("Case", failures.case(call.excinfo)), ("To repeat it", failures.command(item))]
@@ -90,14 +90,17 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(autouse=True)
 def debug_nans_in_this_thread():
-    """A derivative of a custom_jvp function ends the process's setting for compiled calls, but not the thread's."""
+    """Set jax_debug_nans for the thread too.
+
+    Once a custom_jvp function has been differentiated, the process's setting no longer affects compiled calls.
+    """
     with jax.debug_nans(True) if jax.config.jax_debug_nans else contextlib.nullcontext():
         yield
 
 
 @pytest.fixture(params=["cpu", "accelerator"])
 def platform(request, monkeypatch):
-    """This CPU, lowering a CPU's way or an accelerator's."""
+    """This CPU, which lowers programs as a CPU or as an accelerator does."""
     if request.param == "accelerator":
         monkeypatch.setattr(_platforms, "CPU", _platforms.TPU)
     jax.clear_caches()
@@ -112,13 +115,13 @@ def rng():
 
 @pytest.fixture
 def float32_by_default():
-    """For what is printed, and what is made of Python's numbers."""
+    """For tests that print results or make arrays from Python numbers."""
     with jax.enable_x64(False):
         yield
 
 
 @pytest.fixture
 def optax_promotes():
-    """optax adds Python scalars and arrays of unlike dtypes (Adam's bias correction, the line search's counters)."""
+    """For optax, which adds Python scalars and arrays of different dtypes (in Adam, and in the line search)."""
     with jax.numpy_dtype_promotion("standard"):
         yield

@@ -1,4 +1,4 @@
-"""A head's loss with every option, of logits that exist: the formula as it stands, for float64."""
+"""A head's loss with every option, computed from the logits of all tokens: the plain formula, for use in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def losses(
     logit_soft_cap=None,
     temperature=1.0,
 ):
-    """A number for each of N tokens, of labels [N], or [N, k] with `label_probs`, which then are unlike each other."""
+    """One number per token, for labels [N], or [N, k] with `label_probs`. A token's k labels must be distinct."""
     x = _logits(hidden, head, bias, logit_soft_cap, temperature)
     log_z = jax.nn.logsumexp(x, -1)
     p = jnp.ones((len(labels), 1)) if label_probs is None else label_probs
@@ -42,7 +42,7 @@ def reduced(labels, hidden, head, bias=None, *, weights=None, where=None, reduct
 
 
 def _logits(hidden, head, bias, logit_soft_cap, temperature):
-    """A bias of -∞ stands outside of every derivative."""
+    """The logits. A bias of -∞ is kept out of every derivative."""
     forbidden = jnp.zeros(len(head), bool) if bias is None else bias == -jnp.inf
     x = hidden @ head.T
     if bias is not None:

@@ -1,4 +1,4 @@
-"""What is said of a test that fails: its case, and the command that repeats it."""
+"""What is printed below a failed test: its case, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import numpy as np
 from tests.kernels import Kernel, label
 
 FOLDER = pathlib.Path(__file__).parent
-LONGEST = 160  # characters that are shown of a variable
+LONGEST = 160  # a variable with more characters is not shown
 
 
 def case(failure: Any) -> str:
-    """The variables of the test where it failed, a line each: numbers, names, options; of an array its dtype and shape.
+    """The test's variables where it failed, one per line: numbers, names, options, and the dtype and shape of arrays.
 
-    A law that loops over functions, modes or arguments so says which of them it failed for.
+    So if a law loops over functions, modes or arguments, you can see which of them failed.
     """
     frames = [entry.frame.raw for entry in failure.traceback if FOLDER in pathlib.Path(entry.path).parents]
     found = {name: x for frame in frames for name, x in frame.f_locals.items() if not name.startswith(("_", "@"))}
     lines = {name: shown(x) for name, x in found.items()}
-    # A function that the test itself defines has the variable's name.
+    # A function that the test itself defines is left out: it would be shown as the variable's own name.
     return "\n".join(
         f"{name} = {text}" for name, text in lines.items() if text not in ("", name) and len(text) <= LONGEST
     )
 
 
 def shown(x: Any) -> str:
-    """The variable in short, or nothing if it doesn't help to tell cases apart."""
+    """The variable as a short text, or "" if it doesn't help to tell cases apart."""
     if isinstance(x, Kernel):
         return label(x)
     if isinstance(x, str | bool | int | float | np.generic | np.dtype | None):
@@ -53,7 +53,7 @@ def shown(x: Any) -> str:
 
 
 def command(item: Any) -> str:
-    """The command that runs the test alone, under the same settings of JAX."""
+    """The command that runs this test alone, with the same settings of JAX."""
     settings = [f"{name}={shlex.quote(x)}" for name, x in sorted(os.environ.items()) if name.startswith("JAX_")]
     options = [f"--as-on {item.config.option.as_on}"] if item.config.option.as_on else []
     if item.get_closest_marker("hypothesis"):

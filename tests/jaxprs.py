@@ -1,4 +1,4 @@
-"""Every equation of a traced program, of those inside of others too, and of those that wait for their platform."""
+"""Every equation of a traced program, of nested programs, and of programs that are traced later, for a platform."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def equations(jaxpr, platform: str | None = "cpu"):
 
 
 def inner(equation, platform):
-    """The programs in an equation; of those by platform, the one that is lowered there, or without a platform all."""
+    """The programs in an equation. If they differ by platform: the one for `platform`, or all if it is None."""
     if equation.primitive.name == "waiting":
         names = PLATFORMS if platform is None else [platform if platform in PLATFORMS else None]
         return [opened(equation, name) for name in names]
@@ -31,7 +31,7 @@ def inner(equation, platform):
 
 
 def opened(equation, platform):
-    """What waits, as it is traced for a platform, without what its results don't need."""
+    """The program of an equation that waits for its platform, traced for this platform, without dead code."""
     program = functools.partial(equation.params["program"], platform)
     with equation.params["settings"].again():
         jaxpr = jax.make_jaxpr(program)(*(v.aval for v in equation.invars)).jaxpr

@@ -1,6 +1,6 @@
-"""Every public function of a head, as functions (hidden, head) of one number, for laws of what is around them.
+"""Every public `linear_*` function as functions that return one number, for tests of the code around a call.
 
-Options of `made` say what is the same at each call: the labels here, in others hidden states or a head too.
+The labels are the same in every call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ce = jce.cross_entropy_with_integer_labels
 
 
 def losses(tokens: int, chunk: int) -> dict:
-    """By name, of hidden states, a head and a number t above 0, which some of them take too."""
+    """The functions by name. Their arguments are hidden states, a head, and a number t > 0, which only some use."""
     y, k = jnp.arange(tokens) % 3, {"chunk_size": chunk}
     lists = {"label_probs": jnp.full((tokens, 2), 0.4, np.float32), "tail": True}
     keys = jax.random.split(jax.random.key(0), tokens)

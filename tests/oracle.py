@@ -1,4 +1,4 @@
-"""A formula's exact value and derivatives on the exact stored floats, in mpmath; and errors in ulps."""
+"""A formula's exact value and derivatives at the stored floats, computed in mpmath, and errors in ulps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.kernels import LOGIT, Kernel
 
 
 def precision(kernel: Kernel, row):
-    """A context with bits for what the smallest number adds to a sum, does to its differences, and leaves of 1."""
+    """A context with enough bits to add the smallest number to a sum, to vary it by a step, and to take it from 1."""
     if LOGIT in kernel.domains:
         return mp.workprec(400)
     if not kernel.has_classes:  # a derivative that is 0 at α = β near 1 must come out below the normal range
@@ -22,7 +22,7 @@ def precision(kernel: Kernel, row):
 
 
 def to_mp(row):
-    """One distribution an argument, or one number."""
+    """The row in mpmath: each argument is a list (a distribution) or a number."""
     return tuple([mp.mpf(float(x)) for x in a] if np.ndim(a) else mp.mpf(float(a)) for a in row)
 
 
@@ -38,12 +38,15 @@ def shifted(row, *shifts):
 
 
 def entries(row):
-    """(argument, place, value) of every number in the row."""
+    """(argument, place, value) for every number in the row."""
     return [(i, j, x) for i, a in enumerate(row) for j, x in enumerate(a if isinstance(a, list) else [a])]
 
 
 def step(x):
-    """Of a central difference at x, which is off by the square of it: half of the bits, relative below 1."""
+    """The step of a central difference at x. It has half of the bits, since the error is its square.
+
+    It is relative to x where |x| < 1.
+    """
     return x / max(1, abs(x)) * mp.mpf(2) ** -(mp.mp.prec // 2)
 
 
@@ -53,7 +56,7 @@ def partial(formula, row, entry):
     h, nothing = step(x), mp.mpf(2) ** (60 - mp.mp.prec)
     with enough_bits_for(h):
         difference = formula(*shifted(row, (i, j, h))) - formula(*shifted(row, (i, j, -h)))
-        return mp.chop(difference / (2 * h), nothing)  # what the step leaves of an exact 0
+        return mp.chop(difference / (2 * h), nothing)  # the step makes a tiny number of an exact 0
 
 
 def second_partial(formula, row, a, b):
@@ -65,28 +68,28 @@ def second_partial(formula, row, a, b):
 
 
 def hessian(formula, row, some) -> list[list]:
-    """∂²formula of each two of some entries."""
+    """∂²formula for each pair of the given entries."""
     lower = [[second_partial(formula, row, a, b) for b in some[: i + 1]] for i, a in enumerate(some)]
     return [[lower[max(i, j)][min(i, j)] for j in range(len(some))] for i in range(len(some))]
 
 
 def enough_bits_for(change):
-    """The precision at which what a change of this size does to a value near 1 is right to the usual precision."""
+    """The precision at which the effect of a change of this size on a value near 1 has the usual number of bits."""
     return mp.workprec(mp.mp.prec + max(0, -mp.mag(change)))
 
 
 def distributions(kernel: Kernel, *arrays) -> list[tuple]:
-    """One tuple a distribution, or a number: its part of each array."""
+    """One tuple per distribution, or per number if elementwise, with its part of each array."""
     if kernel.has_classes:
         return list(zip(*(np.asarray(x).reshape(-1, x.shape[-1]) for x in arrays), strict=True))
     return list(zip(*(np.asarray(x).ravel() for x in arrays), strict=True))
 
 
 def conditioning(kernel: Kernel, row, dtype, j: int | None = None) -> float:
-    """What the rounding of xᵢ - max x, half an ulp of it, does to exp(xᵢ - max x), in ulps: added to every bar.
+    """The error of exp(xᵢ - max x), in ulps, if xᵢ - max x is rounded by half an ulp. It is added to every bar.
 
-    Of the terms that matter: the largest but one, of which the off-maximum sum consists, a derivative's own, and what
-    the table lists.
+    Only the terms that matter count: the second largest one, which dominates the sum without the maximum, the term
+    in which a derivative is taken, and the classes in `kernel.listed`.
     """
     worst = 0.0
     for x, domain in zip(row, kernel.domains, strict=True):
@@ -101,17 +104,17 @@ def conditioning(kernel: Kernel, row, dtype, j: int | None = None) -> float:
 
 
 def interior(kernel: Kernel, row) -> Iterator[tuple]:
-    """The entries where a central difference of the formula is its derivative; the corners are tested apart."""
+    """The entries where a central difference of the formula gives its derivative. Corners are tested separately."""
     for i, j, x in entries(row):
         at_j = [a[j] if isinstance(a, list) else a for a in row]
         inside = [low < y < high for y, (low, high) in zip(at_j, kernel.domains, strict=True)]
-        # The derivative in a logit exists whatever finite weight is beside it, also 0.
+        # The derivative in a logit exists for every finite weight beside it, even 0.
         if x and inside[i] and (all(inside) or (kernel.domains[i] == LOGIT and all(map(mp.isfinite, at_j)))):
             yield i, j, x
 
 
 def ulps(got, exact, scale, dtype) -> float:
-    """|got - exact| in spacings of the dtype at the scale; NaN and a wrong infinity count as infinitely many."""
+    """|got - exact| in spacings of the dtype at the scale. A wrong NaN or infinity counts as infinitely many."""
     if mp.isinf(exact) or mp.isnan(exact):
         return 0.0 if float(got) == float(exact) or (np.isnan(got) and mp.isnan(exact)) else np.inf
     if not np.isfinite(got):
@@ -120,7 +123,7 @@ def ulps(got, exact, scale, dtype) -> float:
 
 
 def spacing(x, dtype):
-    """The distance from |x| to the next number of the dtype, ml_dtypes' included."""
+    """The distance from |x| to the next number of the dtype, also for the dtypes of ml_dtypes."""
     info = jnp.finfo(dtype)
     with np.errstate(divide="ignore"):
         return np.exp2(np.maximum(np.floor(np.log2(np.abs(x))), info.minexp) - info.nmant)

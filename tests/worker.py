@@ -1,8 +1,8 @@
-"""One of several processes that train together: `python worker.py COORDINATOR PROCESSES ID [STALL]`.
+"""One of several processes that train together: `python worker.py COORDINATOR PROCESSES ID [stall]`.
 
-A small model with the sharded head, a few steps of gradient descent on a mesh of all processes' devices; the losses and
-the sum of squares of the head at the end are printed as JSON. With STALL, process 1 stops before its second step, and
-waits to be killed.
+They train a small model with a sharded head for a few steps of gradient descent, on a mesh of all processes' devices.
+Each prints the losses, and the sum of squares of the final head, as JSON. With `stall`, process 1 stops before its
+second step and waits to be killed.
 """
 
 import json
@@ -36,7 +36,7 @@ def main():
 
     inputs = put(rng.standard_normal((TOKENS, INPUTS)).astype(np.float32), P("data"))
     labels = put(rng.integers(0, CLASSES, TOKENS).astype(np.int32), P("data"))
-    where = put(np.arange(TOKENS) % 11 > 0, P("data"))  # unevenly many on the two halves
+    where = put(np.arange(TOKENS) % 11 > 0, P("data"))  # the two halves keep different numbers of tokens
     layer = put(rng.standard_normal((INPUTS, D)).astype(np.float32), P())
     head = put(rng.standard_normal((CLASSES, D)).astype(np.float32), P("model"))
 

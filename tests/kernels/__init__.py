@@ -1,4 +1,4 @@
-"""The table of functions, and all that tests need of its rows."""
+"""The table of functions, and the helpers that tests need to use its rows."""
 
 from tests.kernels import formulas
 from tests.kernels.formulas import BETA, SMOOTHING, Z_LOSS, kl_divergence, sigmoid, softmax, surprisals, weighted

@@ -1,4 +1,4 @@
-"""The formulas in mpmath, of lists or numbers. A `..._scale` is the sum of the magnitudes of a derivative's terms."""
+"""The formulas in mpmath, for lists or numbers. A `..._scale` is the sum of the magnitudes of a derivative's terms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Z_LOSS = 0.25
 
 
 def log_inverse(q):
-    """log 1/q, and +∞ at 0."""
+    """log 1/q, with +∞ at 0."""
     return -mp.log(q) if q > 0 else mp.inf
 
 
@@ -82,7 +82,7 @@ def log_prob_of_label_0(x):
 
 
 def log_prob_of_other_labels(x):
-    """log(1 - q) of label 0, by the others' surprisals, which have all digits."""
+    """log(1 - q) for label 0, computed from the surprisals of the other classes, which lose no digits."""
     return mp.log(sum(mp.exp(-s) for s in surprisals(x)[1:])) if any(mp.isfinite(xi) for xi in x[1:]) else -mp.inf
 
 
@@ -150,7 +150,7 @@ def kl_gradient_scale(x, y):
 
 
 def kl_hvp_scale(x, y, dx, dy):
-    """The terms of d pᵢ(δᵢ - KL) and of d (qᵢ - pᵢ), with dpᵢ = pᵢ(dxᵢ - Σ p dx), and dqᵢ alike."""
+    """The terms of d pᵢ(δᵢ - KL) and of d (qᵢ - pᵢ), with dpᵢ = pᵢ(dxᵢ - Σ p dx), and dqᵢ likewise."""
     p, q, known = softmax(x), softmax(y), kl_gradient_scale(x, y)
     dp, dq = softmax_differential_scale(p, dx), softmax_differential_scale(q, dy)
     d_kl = sum(k * abs(a) + abs(qi - pi) * abs(b) for k, a, qi, pi, b in zip(known, dx, q, p, dy, strict=True))
@@ -163,7 +163,7 @@ def kl_hvp_scale(x, y, dx, dy):
 
 
 def to_mixture(p, q, b):
-    """log p/m and q/m, where p is possible."""
+    """log p/m, with 0 where p is 0, and q/m."""
     rows = [(pi, qi, b * pi + (1 - b) * qi) for pi, qi in zip(p, q, strict=True)]
     return [log_ratio(pi, m) if pi else mp.mpf(0) for pi, _, m in rows], [qi / m if qi else 0 for _, qi, m in rows]
 

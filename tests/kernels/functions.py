@@ -1,4 +1,4 @@
-"""Public functions with some arguments and options chosen, as functions of what is left."""
+"""Public functions with some arguments and options fixed, as functions of the other arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def label_0(**options):
 
 
 def log_prob(entry, *labels, **options):
-    """An entry of the log-probabilities of these labels, in every distribution."""
+    """One entry of the log-probabilities of these labels. All distributions have the same labels."""
 
     @functools.wraps(jce.log_probs_with_integer_labels)
     def function(logits, *, axis=-1, **others):
@@ -42,7 +42,7 @@ def log_prob(entry, *labels, **options):
 
 
 def at_beta(function):
-    """The function with unlike weights of p and q."""
+    """The function with a `beta` that gives p and q different weights."""
 
     @functools.wraps(function)
     def weighing(p, q, **options):
@@ -61,7 +61,7 @@ def penalized(function):
     return with_penalty
 
 
-# The head's functions as functions of the logits, which are the bias of a head of zeros
+# The `linear_*` functions as functions of the logits: the head is zero, and the logits are its bias
 
 
 def of_rows(of_row, function):

@@ -1,4 +1,4 @@
-"""A row of the table: a function, its formula, where to try it, and how close it must come."""
+"""One row of the table: a function, its formula, the arguments at which it is tried, and its error bars."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from tests.kernels.samplers import INF, NAN, probability_regimes
 
 LOG2, LOG8_7 = float(np.log(2.0)), float(np.log(8 / 7))
-TAIL, LOG_Z = "tail", "log Z"  # notes of rows
+TAIL, LOG_Z = "tail", "log Z"  # values of `Kernel.note` that tests look up
 LOGIT = (-INF, INF)
 IMPOSSIBLE = [
     [NAN, 0.0, 0.0, 0.0],
@@ -19,12 +19,12 @@ IMPOSSIBLE = [
     [INF, 0.0, 0.0, 0.0],
     [0.0, 0.0, 0.0, INF],
     [-INF] * 4,
-]  # logits of no distribution
+]  # logits that define no distribution
 
 
 @dataclass(frozen=True)
 class Corner:
-    """Arguments where a formula read literally is 0 · ∞ or 0 / 0, and the truth there."""
+    """An edge case: arguments at which the formula, read literally, is 0 · ∞ or 0 / 0, and the correct results."""
 
     arguments: tuple
     value: float
@@ -37,14 +37,14 @@ class Corner:
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
 class Kernel:
-    """A public function, its formula in mpmath, where to try it, and how close it must come.
+    """A public function, its formula in mpmath, the arguments at which it is tried, and its error bars.
 
-    The formula takes one distribution an argument: a list (classes) or a number (elementwise). Bars are in ulps of the
-    exact result, or of `value_scale` and `gradient_scale`, the sum of the absolute values of the closed form's terms,
-    where that is given; those of `hvp_bar` are always scaled, by Σ |Hᵢⱼ vⱼ| or, where Hᵢⱼ is itself a sum whose terms
-    cancel, by `hvp_scale` of the arguments and the direction. Derivatives are compared with the formula's where every
-    number is inside its open domain; on the edge are the corners. `absent` is what an argument holds at a class that
-    isn't there, None where there is no such number.
+    The formula takes one distribution per argument: a list (if there are classes) or a number (if elementwise). Bars
+    are in ulps of the exact result. If `value_scale` or `gradient_scale` is given, they are in ulps of that scale, the
+    sum of the absolute values of the closed form's terms. `hvp_bar` is always in ulps of a scale: Σ |Hᵢⱼ vⱼ|, or, if
+    Hᵢⱼ is itself a sum whose terms cancel, `hvp_scale`, a function of the arguments and the direction. Derivatives are
+    compared with the formula's wherever every number is inside its open domain. The corners cover the boundary.
+    `absent` is the number that stands for an absent class in each argument, or None if no number can.
     """
 
     function: Callable
@@ -62,7 +62,7 @@ class Kernel:
     regimes: Callable = probability_regimes
     domains: tuple[tuple[float, float], ...] = ()
     absent: tuple[float | None, ...] = (0.0, 0.0)
-    listed: tuple[int, ...] = ()  # classes whose probability a value is made of, however small
+    listed: tuple[int, ...] = ()  # classes whose probability enters the value, however small it is
     note: str = ""
 
     def __post_init__(self):
@@ -76,7 +76,7 @@ class Kernel:
         return self.function.__name__
 
     def sample(self, rng: np.random.Generator, shape: tuple[int, ...], dtype) -> dict[str, list[np.ndarray]]:
-        """The arguments by regime, each of the shape given; for elementwise rows its last axis is a batch axis too."""
+        """The arguments by regime, each of the given shape. For elementwise rows the last axis is a batch axis too."""
         return {name: list(pair[: len(self.arguments)]) for name, pair in self.regimes(rng, shape, dtype).items()}
 
 

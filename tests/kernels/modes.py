@@ -1,4 +1,4 @@
-"""What is called of a row: easy arguments, sums, gradients, and every mode of differentiation."""
+"""Helpers that call a row's function: ordinary arguments, sums, gradients, and every mode of differentiation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.kernels.kernel import Kernel
 
 
 def easy(kernel: Kernel, rng: np.random.Generator, shape: tuple[int, ...], dtype=np.float32) -> list[np.ndarray]:
-    """Arguments without corners."""
+    """Arguments without edge cases."""
     return next(iter(kernel.sample(rng, shape, dtype).values()))
 
 
@@ -23,12 +23,12 @@ def total(kernel: Kernel) -> Callable:
 
 @functools.cache
 def gradient(kernel: Kernel) -> Callable:
-    """The gradient in every argument, as a tuple; compiled as one."""
+    """The gradient in every argument, as a tuple, compiled as one program."""
     return jax.jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))
 
 
 def modes(function: Callable, positions: tuple[int, ...]) -> dict[str, Callable]:
-    """Of a function with one number: programs of (arguments, directions), by name, to the third order."""
+    """Derivatives of a function that returns one number, as functions of (arguments, directions), up to third order."""
 
     def pushed(f):
         return lambda a, t: jax.jvp(lambda *a: f(*a), a, t)[1]
@@ -53,5 +53,5 @@ MODES = tuple(modes(lambda x: x, (0,)))
 
 
 def op_by_op():
-    """Without jit; but not under jax_debug_nans, where a NaN is one too that a select leaves out."""
+    """A context without jit. Under jax_debug_nans it keeps jit, or a NaN that a select discards would raise too."""
     return contextlib.nullcontext() if jax.config.jax_debug_nans else jax.disable_jit()

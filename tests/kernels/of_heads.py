@@ -1,4 +1,4 @@
-"""Rows of the functions of heads, as functions of their logits."""
+"""Table rows for the `linear_*` functions, written as functions of the logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of functions of logits and of log-probabilities."""
+"""Table rows for the functions that take logits or log-probabilities."""
 
 from __future__ import annotations
 
@@ -356,7 +356,8 @@ ROWS_OF_LOGITS = [
 ]
 
 
-# A log-probability is minus a loss; the row of k labels has one that is no class, too, where there is one class.
+# A log-probability is the negative of a loss. The row "of k labels" has the labels 0 and 1; in a test with one class,
+# label 1 is out of range.
 LABEL = next(kernel for kernel in ROWS_OF_LOGITS if kernel.name == "cross_entropy_with_integer_labels")
 ROWS_OF_LOGITS += [
     dataclasses.replace(

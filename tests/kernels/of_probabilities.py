@@ -1,4 +1,4 @@
-"""Rows of functions of probabilities."""
+"""Table rows for the functions that take probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments at which functions are tried, by regime: near and far apart, certain, tiny, of every offset."""
+"""Arguments at which functions are tried, by regime: similar, far apart, nearly certain, tiny, with large offsets."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 INF, NAN = np.inf, np.nan
 TINY = 2.0**-126  # the smallest normal float32
-LOWEST = float(np.finfo(np.float32).min)  # which many write for -∞
+LOWEST = float(np.finfo(np.float32).min)  # many write this number for -∞
 
 
 def normalize(x: np.ndarray, dtype) -> np.ndarray:
-    """Rows that sum to 1, in the dtype, without subnormal numbers, which XLA takes for 0 on a CPU."""
+    """Rows in the dtype that sum to 1. Subnormal numbers are replaced by 0, since XLA takes them for 0 on a CPU."""
     x = (x / x.sum(-1, keepdims=True)).astype(dtype)
     return np.where(x < np.finfo(dtype).tiny, np.zeros_like(x), x)
 
@@ -83,7 +83,7 @@ def binary_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]
 
 
 def logit_rows(rng, shape, dtype) -> dict[str, np.ndarray]:
-    """Logits of every spread and offset; class 0, which the label rows take for their label, ahead or behind."""
+    """Logits with every spread and offset. Class 0, the label in the rows for label functions, is ahead or behind."""
     n = shape[-1]
 
     def normal(sigma, offset=0.0):
@@ -111,7 +111,7 @@ def logit_rows(rng, shape, dtype) -> dict[str, np.ndarray]:
 
 
 def logit_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Two rows of logits: alike, far apart, and from 1 % to a few ulps apart."""
+    """Pairs of rows of logits: far apart, and similar, with differences from about 1 down to a few ulps."""
 
     def near(x, epsilon):
         return x, (x.astype(np.float64) + epsilon * rng.standard_normal(shape)).astype(dtype)
@@ -131,7 +131,7 @@ def one_row_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray]]:
 
 
 def soft_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Targets of every kind against logits of every kind."""
+    """Targets of every kind, each with logits of every kind."""
     logits = logit_rows(rng, shape, dtype)
     p = {name: pair[0] for name, pair in probability_regimes(rng, shape, dtype).items()}
     classes = np.broadcast_to(np.arange(shape[-1]), shape)
@@ -146,7 +146,7 @@ def soft_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def binary_logit_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Two logits: of every size, alike and apart."""
+    """Pairs of logits of every size, similar and far apart."""
     x = 3 * rng.standard_normal(shape)
     sign = rng.choice([-1, 1], shape)
     regimes = {f"sigma {s}": (s * rng.standard_normal(shape), s * rng.standard_normal(shape)) for s in (1, 10)}
@@ -157,7 +157,10 @@ def binary_logit_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.nd
 
 
 def log_prob_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Two log-probabilities: of every size, alike and apart, on both sides of where the series ends."""
+    """Pairs of log-probabilities of every size, similar and far apart.
+
+    Some are on both sides of the difference 1.5, up to which the divergence is computed as a series.
+    """
     a = -rng.exponential(3, shape)
     sign = rng.choice([-1, 1], shape)
     deltas = {f"near {e:g}": e * rng.standard_normal(shape) for e in (1, 1e-1, 1e-2, 1e-3, 1e-5, 1e-7)}
@@ -169,7 +172,7 @@ def log_prob_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarra
 
 
 def binary_soft_regimes(rng, shape, dtype) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A probability against a logit."""
+    """Pairs of a probability and a logit."""
     logits = binary_logit_regimes(rng, shape, dtype)
     alpha = {name: pair[0] for name, pair in binary_regimes(rng, shape, dtype).items()}
     regimes = {}

@@ -1,4 +1,7 @@
-"""The table: one row a public function. The laws in test_*.py hold for every row; a new function is a new row."""
+"""The table: each public function has a row, or several. The laws in test_*.py hold for every row.
+
+To test a new function, add a row.
+"""
 
 from __future__ import annotations
 

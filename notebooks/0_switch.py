@@ -1,9 +1,10 @@
 # %% [markdown]
-# # Switching: 43 losses as people write them, and jce's line for each, with the same value and gradient
+# # Switching: 43 losses in plain JAX, and for each the jce call with the same value and gradient
 #
-# Each row is what public code computes (named by where it is found), in plain JAX of our own words, beside the line of
-# jce that takes its place. The truth is the plain formula in float64. Of both, in float32, the picture shows how far
-# value and gradient are off: alike where nothing is extreme, but for divergences of what is nearly the same.
+# Public code computes each of these losses. A row names the libraries, writes the formula in plain JAX (ours, not their
+# code), and then the jce call that replaces it. The reference is the plain formula in float64. The picture shows the
+# errors of both in float32. For ordinary inputs like these, both are about equally accurate. The exceptions are
+# divergences between nearly identical distributions, where the plain formulas are far off.
 
 # %%
 import functools
@@ -65,9 +66,10 @@ def row(what, plain, ours, *arrays):
 
 
 # %% [markdown]
-# ## Losses of a head
+# ## Losses with a head
 #
-# `h` are the hidden states, `w` the head, a row for each word. A Dense layer's kernel is [d, n]: give `kernel.T`.
+# A head is the output projection of a model. `h` holds the hidden states, and `w` is the head, with one row for each
+# word. The kernel of a Dense layer is [d, n], so pass `kernel.T`.
 
 # %%
 linear, log_probs, mapped = jce.linear_cross_entropy, jce.linear_log_probs, jce.linear_map
@@ -368,12 +370,13 @@ row(
 )
 
 # %% [markdown]
-# ## Both, run
+# ## Run both
 #
-# The error of a value or a gradient is the largest of its entries', over the largest entry.
+# The error of a value or a gradient is the largest error of any entry, divided by the largest entry.
 
 
 # %%
+#| fig-alt: Dot plots for 14 losses: errors in value and gradient are below 1e-5 with jce, up to 0.4 in plain JAX
 def results(function, arrays, dtype):
     """Value, and the gradient of a weighted sum of it, compiled."""
     arrays = [jnp.asarray(a, dtype) for a in arrays]
@@ -412,14 +415,17 @@ panels[0].legend()
 plt.show()
 
 # %% [markdown]
-# ## What to watch
+# ## Pitfalls
 #
-# - The target comes first. `reduction="mean"` is a head's default; elsewhere the mean is yours.
-# - Smoothing over the *other* classes is `label_smoothing=ε * n / (n - 1)`; t5x and flax also subtract the target's
-#   entropy, a constant.
-# - Log-probabilities given to `*_with_logits` are logits: the gradient is projected, as that of any softmax is.
-# - Jensen-Shannon at β of 0 and 1 is 0 here; TRL's ends are the two KLs. torch's BCELoss is cut at 100; here it is +∞.
-# - KL is never times T²: multiply, where gradients are to be as large as without a temperature.
+# - The target comes first. `linear_cross_entropy` and `linear_kl_divergence` return the mean by default. `linear_map`
+#   does so with `reduction="mean"`. Otherwise, take the mean yourself.
+# - If your smoothing spreads ε over the *other* classes only, pass `label_smoothing=ε * n / (n - 1)`. t5x and flax also
+#   subtract the entropy of the target, which is a constant.
+# - A `*_with_logits` function treats log-probabilities as logits. As for any softmax, the gradient is projected: its
+#   entries sum to 0.
+# - Jensen–Shannon at β = 0 and β = 1 is 0 in jce; in TRL it is one of the two KL divergences. torch limits BCELoss to
+#   100; in jce it can be +∞.
+# - jce never multiplies KL by T². Multiply by T² yourself if the gradients should be as large as without a temperature.
 
 # %%
 plain, ours = np.moveaxis(np.array(list(errors.values())).max(-1), 1, 0)

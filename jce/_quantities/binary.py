@@ -1,4 +1,4 @@
-"""The two-outcome case, p = {α, 1 - α} and q = {β, 1 - β}: one number stands for each distribution, elementwise."""
+"""Two outcomes: p = {α, 1 - α} and q = {β, 1 - β}, with one number for each distribution, elementwise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def binary_entropy(alpha: ArrayLike) -> Array:
       >>> print(jce.binary_entropy(jnp.array([0.0, 0.5, 1.0])))
       [0.        0.6931472 0.       ]
 
-    It lies between 0, at α = 0 and α = 1, and log 2, at α = 1/2.
+    It lies between 0 (at α = 0 and α = 1) and log 2 (at α = 1/2).
 
     Args:
       alpha: real, any shape, probabilities.
@@ -32,7 +32,7 @@ def binary_entropy(alpha: ArrayLike) -> Array:
       The shape of alpha; float32, or float64 if alpha is.
 
     At the boundary:
-      H = 0 at α = 0 and α = 1, with dH/dα = +∞ and -∞ there, the one-sided limits.
+      At α = 0, H = 0 with dH/dα = +∞. At α = 1, H = 0 with dH/dα = -∞. These are the one-sided limits.
 
     Derivative:
       dH/dα = log (1-α)/α, in alpha's dtype.
@@ -41,7 +41,7 @@ def binary_entropy(alpha: ArrayLike) -> Array:
       TypeError: an argument is not real.
 
     Not checked:
-      0 ≤ α ≤ 1. Outside, the result is NaN, as the logarithm is.
+      0 ≤ α ≤ 1. Outside this range the result is NaN, because a logarithm is.
 
     See "Conventions" in jce/README.md.
     """
@@ -68,18 +68,18 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
       >>> print(jce.binary_cross_entropy(1.0, 0.25), jax.grad(jce.binary_cross_entropy, 1)(1.0, 0.25))
       1.3862944 -4.0
 
-    As a function of β it is minimal at β = α, where it is H(α). Not symmetric.
+    As a function of β it is minimal at β = α, where it is H(α). It is not symmetric.
 
     Args:
       alpha: real, the target's probabilities. Shapes broadcast.
-      beta: real, the model's.
+      beta: real, the model's probabilities.
 
     Returns:
       The broadcast shape; float32, or float64 if alpha or beta is.
 
     At the boundary:
-      A term of weight 0 is 0: at α = β = 0 and at α = β = 1, H = 0, with ∂H/∂β = +1 and -1 and ∂H/∂α = 0. Where β is 0
-      or 1 and α differs from it, H = +∞, with the infinite derivatives of the formulas.
+      A term of weight 0 is 0. So H = 0 at α = β = 0, with ∂H/∂β = +1, and at α = β = 1, with ∂H/∂β = -1. At both,
+      ∂H/∂α = 0. If β is 0 or 1 and α differs from it, H = +∞, with the infinite derivatives of the formulas.
 
     Derivative:
       ∂H/∂β = (β-α)/(β(1-β)), ∂H/∂α = log (1-β)/β, each in its argument's dtype.
@@ -89,7 +89,8 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      0 ≤ α, β ≤ 1. A β outside gives NaN, as its logarithm does; in α the formula is linear, also outside.
+      0 ≤ α, β ≤ 1. A β outside this range gives NaN, because a logarithm is NaN. The formula is linear in α, and is
+      evaluated as written even for α outside this range.
 
     See "Conventions" in jce/README.md.
     """
@@ -99,7 +100,7 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
 @custom_jvp
 def _cross_entropy(a, b):
-    # Where α and β agree on a certain outcome, the other's 0 log 1/0 = 0 · ∞ would be NaN, so h is set to 0.
+    # If α = β = 0 or α = β = 1, the impossible outcome would contribute 0 log 1/0 = 0 · ∞ = NaN, so h is set to 0.
     h = a * -log(b) + one_minus(a) * -log_complement(b)
     return jnp.where(_agree(a, b), jnp.zeros_like(h), h)
 
@@ -118,19 +119,19 @@ def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
       >>> print(jce.binary_kl_divergence(0.5, jnp.array([0.25, 0.5, 1.0])))
       [0.14384104 0.                inf]
 
-    It is ≥ 0 to the last bit, and 0 only at α = β or where it underflows. Not symmetric.
+    Rounding never makes it negative, and it is 0 only if α = β or if it underflows. It is not symmetric.
 
     Args:
       alpha: real, the target's probabilities. Shapes broadcast.
-      beta: real, the model's.
+      beta: real, the model's probabilities.
 
     Returns:
       The broadcast shape; float32, or float64 if alpha or beta is.
 
     At the boundary:
-      At α = β = 0 and at α = β = 1, KL = 0, with ∂KL/∂β = +1 and -1 and ∂KL/∂α = 0. At α = 0 and α = 1 with another β,
-      ∂KL/∂α = -∞ and +∞, the one-sided limits. Where β is 0 or 1 and α differs from it, KL = +∞, with the infinite
-      derivatives of the formulas.
+      KL = 0 at α = β = 0, with ∂KL/∂β = +1, and at α = β = 1, with ∂KL/∂β = -1. At both, ∂KL/∂α = 0. If β differs from
+      α, ∂KL/∂α is -∞ at α = 0 and +∞ at α = 1, the one-sided limits. If β is 0 or 1 and α differs from it, KL = +∞,
+      with the infinite derivatives of the formulas.
 
     Derivative:
       ∂KL/∂β = (β-α)/(β(1-β)), ∂KL/∂α = log α(1-β)/((1-α)β), each in its argument's dtype.
@@ -140,7 +141,7 @@ def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      0 ≤ α, β ≤ 1. Outside, the result is NaN, as a logarithm is.
+      0 ≤ α, β ≤ 1. Outside this range the result is NaN, because a logarithm is.
 
     See "Conventions" in jce/README.md.
     """
@@ -175,7 +176,7 @@ def_twin(_score, lambda a, b: ratio(one_minus(a), one_minus(b)) - ratio(a, b))
 
 @custom_jvp
 def _log_odds_against(a, b):
-    # log (1-β)/β = ±log(1 + |1-2β|/min(β, 1-β)): |1-2β| is exact where it is small, so no digits are lost near β = 1/2.
+    # log (1-β)/β = ±log(1 + |1-2β|/min(β, 1-β)). Near β = 1/2, |1-2β| is small and exact, so no digits are lost.
     smaller = jnp.minimum(b, one_minus(b))
     log_odds = log1p(jnp.abs(1 - 2 * b) / jnp.where(smaller == 0, jnp.ones_like(b), smaller))
     at_end = jnp.where(a == b, jnp.zeros_like(b), jnp.inf)  # β = 0 or 1
@@ -199,7 +200,7 @@ def_tangents(_log_odds_ratio, lambda t, a, b: _times_precision(t, b, a), lambda 
 
 
 def _times_precision(t, a, b):
-    """t/β + t/(1-β) = t/(β(1-β)), without the term of an outcome whose probability is 0 in both distributions."""
+    """t/β + t/(1-β) = t/(β(1-β)), without the term for an outcome whose probability is 0 in both distributions."""
     return over_if_present(t, a, b) + over_if_present(t, one_minus(a), one_minus(b))
 
 

@@ -28,7 +28,7 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
       >>> float(jce.entropy([0.5, 0.25, 0.25]) / jnp.log(2))  # in bits
       1.5
 
-    It lies between 0, at certainty, and log n, at the uniform distribution.
+    It lies between 0, if one class is certain, and log n, for the uniform distribution.
 
     Args:
       p: real, [..., n, ...], probabilities of n classes along `axis`.
@@ -39,7 +39,7 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
       [..., ...], p without `axis`; float32, or float64 if p is.
 
     At the boundary:
-      pᵢ = 0 contributes 0, and ∂H/∂pᵢ = +∞ there, the one-sided limit.
+      A class with pᵢ = 0 contributes 0, with ∂H/∂pᵢ = +∞, the one-sided limit.
 
     Derivative:
       ∂H/∂pᵢ = log 1/pᵢ - 1, in p's dtype.
@@ -62,17 +62,17 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 def _sum_p_log_p(p, classes):
-    # |p| is p wherever log p isn't NaN. It is there for few classes: a CPU is slow at combining an input itself with a
-    # number computed from it (`passes.py`).
+    # |p| equals p wherever log p isn't NaN. It makes few classes faster: a CPU is slow at combining an input itself
+    # with a number computed from it (`passes.py`).
     few = classes.are_few(p)
     return classes.sum((jnp.abs(p) if few else p) * log(_above_0(p, few)))
 
 
 def _above_0(p, few):
-    """p, but the smallest normal number, `tiny`, where p = 0, so that p log p is 0 there. Below 0 it is negative, and
-    its logarithm NaN."""
-    # The maximum with tiny does it at p ≥ 0. Below 0 another term makes the result negative: -2|p|, or 2³⁰p. Each is
-    # the faster of the two on a CPU.
+    """p, but the smallest normal number, `tiny`, where p = 0, so that p log p is 0 there. A negative p stays negative,
+    so its logarithm is NaN."""
+    # For p ≥ 0 the maximum with tiny does this. For p < 0 a second term makes the result negative: -2|p| for few
+    # classes, otherwise 2³⁰p. Each is the faster choice on a CPU.
     tiny = jnp.finfo(p.dtype).tiny
     if few:
         return jnp.maximum(p, tiny) + (p - jnp.abs(p))
@@ -108,8 +108,8 @@ def entropy_with_logits(
       >>> print(jce.entropy_with_logits(jnp.array([[0.0, 0.0], [20.0, 0.0]])))
       [6.9314718e-01 4.3284228e-08]
 
-    It lies between 0, at certainty, and log n, at equal logits. It is relatively accurate also where one class has
-    nearly all of the probability.
+    It lies between 0, if one class is certain, and log n, if all logits are equal. Its relative error is small even if
+    one class has nearly all of the probability.
 
     Args:
       logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
@@ -121,8 +121,8 @@ def entropy_with_logits(
       [..., ...], logits without `axis`; float32, or float64 if logits is.
 
     At the boundary:
-      A logit of -∞ is a class of probability 0: it contributes 0, with derivative 0. A NaN, a +∞ or nothing but -∞
-      makes its row NaN.
+      A logit of -∞ is a class of probability 0: it contributes 0, with derivative 0. A row with a NaN, a +∞ or only -∞
+      is NaN.
 
     Derivative:
       ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H), in logits' dtype.
@@ -165,9 +165,10 @@ def _weighted_excess(x, way):
 @kernel
 def _surprisal_excess(x, way):
     """log 1/qᵢ - H, computed as (m - xᵢ) - Σ q (m - x): near the uniform distribution log 1/qᵢ and H are both near
-    log n, and their difference would lose all digits."""
+    log n, and subtracting them would lose all digits."""
     n, t = way.exponentials(x).of_row, way.sums(x).t
-    # At 10⁴, q has long underflowed to 0. A finite number, unlike +∞, may be multiplied by 0 at every order.
+    # m - xᵢ is clipped at 10⁴, where q has long underflowed to 0. In derivatives of every order this finite number
+    # times 0 is 0, while +∞ times 0 would be NaN.
     return jnp.minimum(-way.depth(x, n), 1e4) - way.column(t / n.z)
 
 
@@ -185,7 +186,7 @@ def _weighted_excess_rule(classes, primals, tangents):
     return _weighted_excess(*primals, classes), _tangent_of_weighted_excess(*tangents, *primals, classes)
 
 
-# One kernel for both: as two, a GPU would read x once more for them.
+# One kernel computes both: with two kernels, a GPU would read x once more.
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel
 def _entropy_and_weighted_excess(x, way):

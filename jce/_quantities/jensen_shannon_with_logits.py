@@ -1,4 +1,4 @@
-"""The weighted Jensen-Shannon divergence at p = softmax(x) and q = softmax(y), relatively accurate also where p ≈ q."""
+"""The weighted Jensen-Shannon divergence at p = softmax(x) and q = softmax(y), accurate even if p ≈ q."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def jensen_shannon_divergence_with_logits(
       >>> print(jce.jensen_shannon_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
       6.680025e-23
 
-    It is never infinite: it lies between 0, only at p = q, and H(β) ≤ log 2. It is relatively accurate also where
-    p ≈ q. It is symmetric at β = 1/2; otherwise exchanging p and q exchanges β and 1-β.
+    It is never infinite: it lies between 0, which it reaches only at p = q, and H(β) ≤ log 2. Its relative error is
+    small even if p ≈ q. It is symmetric at β = 1/2. Otherwise, exchanging p and q is the same as exchanging β and 1-β.
 
     Args:
       p_logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
-      q_logits: real, [..., n, ...], the other's. Batch axes broadcast, the class axis doesn't.
+      q_logits: real, [..., n, ...], the logits of q. Batch axes broadcast, the class axis doesn't.
       beta: β, the weight of p in the mixture, a number above 0 and below 1.
-      temperature: T > 0, a number, by which both rows of logits are divided first. T divides their difference, so rows
-        that are nearly the same are compared as exactly as at T = 1.
+      temperature: T > 0, a number by which both rows of logits are divided first. It is applied to the difference of
+        the two rows, so rows that are nearly the same are compared as exactly as at T = 1.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
       axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
@@ -64,15 +64,16 @@ def jensen_shannon_divergence_with_logits(
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
 
     At the boundary:
-      A logit of -∞ is a class of probability 0, with derivative 0 in it; if it is -∞ in one alone, the other's
-      probability still contributes. A row with a NaN, a +∞ or only -∞ is NaN. A traced β of 0 or 1 gives 0, the limit,
-      with derivatives 0 in the logits; the derivative in β is infinite where the mixture lacks a class that p or q has.
-      Mixed derivatives in β and the logits are unspecified there.
+      A logit of -∞ is a class of probability 0, and the derivative with respect to this logit is 0. If the class has a
+      logit of -∞ in one distribution only, its probability in the other still contributes. A row with a NaN, a +∞ or
+      only -∞ is NaN. A traced β of 0 or 1 gives 0, the limit, with derivatives 0 in the logits. The derivative in β is
+      then infinite if the mixture lacks a class that p or q has, and mixed derivatives in β and the logits are
+      unspecified.
 
     Derivative:
       ∂/∂p_logitsᵢ = β pᵢ (log pᵢ/mᵢ - KL(p‖m)), ∂/∂q_logitsᵢ = (1-β) qᵢ (log qᵢ/mᵢ - KL(q‖m)), each in its argument's
-      dtype. In a traced β it is KL(p‖m) - KL(q‖m). At a temperature T the first two are divided by T. In a traced T the
-      derivative isn't relatively accurate where p ≈ q.
+      dtype. In a traced β the derivative is KL(p‖m) - KL(q‖m). At a temperature T the first two are divided by T. The
+      derivative in a traced T may have a large relative error if p ≈ q.
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
@@ -93,7 +94,8 @@ def jensen_shannon_divergence_with_logits(
     return _divergence_of_softmax(x, y, None if d is None else lax.stop_gradient(d), b, c, classes)
 
 
-# d is None, or y - x with more digits than x and y have (`compare.py`). It is constant: rules are written in x and y.
+# d is None, or y - x, more accurate than x and y themselves (`compare.py`). Rules treat it as a constant, and are
+# written in x and y.
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
@@ -103,8 +105,8 @@ def _divergence_of_softmax(x, y, d, b, c, way):
 
 
 def _consistent(p, q, delta):
-    """p, q and p - q for δ = log q/p, such that they agree: where |δ| < 3/2, the greater of p and q is recomputed as
-    the lesser plus the difference. Otherwise the rounding of p and q would dominate D, which is of second order in
+    """p, q and p - q for δ = log q/p, made consistent: where |δ| < 3/2, the greater of p and q is recomputed as the
+    lesser plus the difference. Without this, the rounding of p and q would dominate D, which is of second order in
     p - q."""
     d = -difference_from_log(p, q, delta)
     near = jnp.abs(delta) < 1.5
@@ -133,7 +135,7 @@ def _in_rows_and_weight(tangents):
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
 @storing_kernel
 def _divergence_and_partials(x, y, d, b, c, way):
-    # One kernel for all three, since each of them compares x and y.
+    # One kernel computes all three results, since each of them compares x and y.
     p, q, delta = compare(x, y, d, way, stored=True)
     in_x = _weighted_excess_of(p, _log_p_over_m_up_to(p, q, delta, x, y, b, c, way), b, x, way)
     in_y = _weighted_excess_of(q, _log_p_over_m_up_to(q, p, -delta, y, x, c, b, way), c, y, way)
@@ -166,14 +168,14 @@ def _negative(d):
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
 @kernel
 def _log_p_over_m_of_softmax(x, y, d, b, c, way):
-    """log p/m plus a constant in each row (it is centered later): log βp/m where p and q barely overlap."""
+    """log p/m plus a constant per row, which centering removes later: log βp/m in rows where p and q barely overlap."""
     p, q, delta = compare(x, y, d, way, stored=True)
     return _log_p_over_m_up_to(p, q, delta, x, y, b, c, way)
 
 
 def _log_p_over_m_up_to(p, q, delta, x, y, b, c, way):
-    # The result is centered later, and keeps the rounding of what it had before: so it is log p/m or log βp/m,
-    # whichever is smaller in the mean. Their sizes are equal where m² = βp², so at q/p = (√β - β)/(1-β) = √β/(1 + √β) =
+    # Centering this result later does not remove its rounding. So each row has log p/m or log βp/m, whichever is
+    # smaller in the mean. Both have the same size where m² = βp², that is, at q/p = (√β - β)/(1-β) = √β/(1 + √β) =
     # 1/limit.
     limit = 1 + 1 / jnp.sqrt(jnp.maximum(b, jnp.finfo(b.dtype).tiny))
     far = way.column(way.sum(jnp.maximum(p - limit * q, -p)) > 0)

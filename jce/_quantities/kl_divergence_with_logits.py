@@ -1,4 +1,4 @@
-"""KL(p‖q) at p = softmax(x) and q = softmax(y), relatively accurate also where p ≈ q."""
+"""KL(p‖q) at p = softmax(x) and q = softmax(y), accurate even if p ≈ q."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def kl_divergence_with_logits(
       >>> print(jce.kl_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
       1.7358838e-21
 
-    It is ≥ 0 to the last bit, and relatively accurate also where p ≈ q. Not symmetric.
+    Rounding never makes it negative, and its relative error is small even if p ≈ q. It is not symmetric.
 
     Args:
       p_logits: real, [..., n, ...], the target's logits (or log-probabilities) of n classes along `axis`.
-      q_logits: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
-      temperature: T > 0, a number, by which both are divided first. The result isn't multiplied by T². T divides the
-        difference of the logits, so rows that are nearly the same are compared as exactly as at T = 1. If you divide
-        the logits yourself, each is rounded, and that difference is lost.
+      q_logits: real, [..., n, ...], the model's logits. Batch axes broadcast, the class axis doesn't.
+      temperature: T > 0, a number by which both rows of logits are divided first. The result isn't multiplied by T².
+        It is applied to the difference of the two rows, so rows that are nearly the same are compared as exactly as at
+        T = 1. If you divide the logits yourself, each is rounded, and that accuracy is lost.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
       axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
@@ -62,9 +62,10 @@ def kl_divergence_with_logits(
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
 
     At the boundary:
-      A logit of -∞ is a class of probability 0. In p it contributes 0, with ∂KL/∂p_logits = 0. In q alone it makes
-      KL = +∞, with ∂KL/∂p_logits = +∞ at it and -∞ at the other classes of p > 0, and ∂KL/∂q_logits = q - p as usual.
-      A row with a NaN, a +∞ or only -∞ is NaN. Where KL = +∞, the derivative in a traced temperature is NaN.
+      A logit of -∞ is a class of probability 0. If it is in p_logits, the class contributes 0, with
+      ∂KL/∂p_logits = 0. If it is in q_logits only, KL = +∞. Then ∂KL/∂p_logits is +∞ at this class and -∞ at the other
+      classes with p > 0, ∂KL/∂q_logits is q - p as usual, and the derivative in a traced temperature is NaN. A row with
+      a NaN, a +∞ or only -∞ is NaN.
 
     Derivative:
       ∂KL/∂p_logitsᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂q_logitsᵢ = qᵢ - pᵢ, each in its argument's dtype. At a temperature T
@@ -90,7 +91,7 @@ def kl_divergence_with_logits(
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
 def kl_of_softmax(x, y, d, way):
-    """KL(p‖q) for p = softmax(x) and q = softmax(y); d is None, or y - x with more digits than x and y have
+    """KL(p‖q) for p = softmax(x) and q = softmax(y). d is None, or y - x, more accurate than x and y themselves
     (`compare.py`)."""
     return way.sum(deviance_from_log(*compare(x, y, d, way)))
 
@@ -111,19 +112,19 @@ kl_of_softmax.defjvp(_kl_rule, symbolic_zeros=True)
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @storing_kernel
 def _kl_and_partials(x, y, d, way):
-    # One kernel for all three, since each of them compares x and y.
+    # One kernel computes all three results, since each of them compares x and y.
     p, q, delta = compare(x, y, d, way, stored=True)
     kl = way.sum(deviance_from_log(p, q, delta))
     return kl, _weighted_excess_of(p, -delta, kl, x, way), difference_from_log(p, q, delta)
 
 
-# (qᵢ - pᵢ - pᵢδᵢ - pᵢ KL) dxᵢ + (qᵢ - pᵢ) ddᵢ, since in ∂KL/∂xᵢ dxᵢ + ∂KL/∂yᵢ dyᵢ terms of first order in δ cancel.
+# (qᵢ - pᵢ - pᵢδᵢ - pᵢ KL) dxᵢ + (qᵢ - pᵢ) ddᵢ. In ∂KL/∂xᵢ dxᵢ + ∂KL/∂yᵢ dyᵢ, terms of first order in δ would cancel.
 def _along_both(primals, tangents, classes):
     (x, y, d), (dx, dy, dd) = primals, tangents
     rows = x, y, d, classes
     in_x, in_y, kl = _weighted_excess(*rows), q_minus_p(*rows), classes.column(kl_of_softmax(*rows))
     in_both = deviances(*rows) - mul0(jnp.broadcast_to(kl, x.shape), softmax(x, classes))
-    # Where q is far above p, the coefficient of dx would be q's rounding, and ∂KL/∂x would lose all its digits.
+    # Where q is far above p, the coefficient of dx here would be the rounding of q, and ∂KL/∂x would lose all digits.
     near = jnp.abs(lax.stop_gradient(log_q_over_p(*rows))) < 1.5
     return mul0(jnp.where(near, in_both, in_x), dx) + jnp.where(near, mul0(in_y, dd), mul0(in_y, dy))
 

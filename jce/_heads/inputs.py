@@ -1,4 +1,4 @@
-"""The arrays of a call, on their way from its arguments to the loop over chunks."""
+"""`Inputs`: the arrays of a call, in the form in which they go from the arguments to the loop over chunks."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from jax import Array, lax
 
 
 class Shared(NamedTuple):
-    """What all tokens share: a tree of arrays."""
+    """The arrays that all tokens share: a pytree."""
 
     caps: list[Any]  # each head's soft cap, or None
-    given: Any  # what a caller gives, `wide`
-    closed_over: Any = ()  # what the function of a chunk closes over, `wide`
-    first: Any = ()  # hidden and others of one token that is kept, in place of those of tokens that aren't
+    given: Any  # the caller's arrays, made `wide`
+    closed_over: Any = ()  # the arrays that the per-chunk function closes over, made `wide`
+    first: Any = ()  # hidden and others of one kept token, which replace those of masked tokens
 
 
 class Inputs(NamedTuple):
-    """Arrays of tokens, their heads, and arrays that all tokens share: a tree.
+    """Arrays of tokens, their heads, and arrays that all tokens share: a pytree.
 
-    As `arguments` gives them, tokens have the axes [...], but weights and `kept` may only broadcast to them. As the
-    loop takes them (`places/part.py`), all tokens are in one axis [N], and heads are ready to be multiplied.
+    `arguments` returns them with the token axes [...], to which weights and `kept` need only broadcast. The loop takes
+    them as `places/part.py` returns them: all tokens in one axis [N], and heads ready for the matmul.
     """
 
     hidden: list[Array]  # [..., d], for each head
-    others: list[Array]  # such as labels [...] or teacher's probabilities [..., k]
-    weights: Any  # of tokens, or None; in the loop the factors of their results, such as w/Σw for a mean
-    kept: Any  # bool: which tokens take part; None for all
-    heads: list[Any]  # at first pairs of a matrix [n, d] and its bias or None, then `Head`s; or `FunctionHead`s
+    others: list[Array]  # such as labels [...] or a teacher's probabilities [..., k]
+    weights: Any  # one per token, or None; in the loop, the factors of the results, such as w/Σw for a mean
+    kept: Any  # bool: which tokens are not masked; None for all
+    heads: list[Any]  # at first pairs (matrix [n, d], bias or None), in the loop `Head`s; or `FunctionHead`s in both
     shared: Shared
 
     @property
@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
 
     @property
     def tokens(self) -> tuple:
-        """The fields that have parts for each token."""
+        """The fields whose arrays have token axes."""
         return self.hidden, self.others, self.weights, self.kept
 
     def with_tokens(self, tokens: tuple) -> Inputs:
@@ -48,23 +48,23 @@ class Inputs(NamedTuple):
         return Inputs(hidden, others, weights, kept, self.heads, self.shared)
 
     def sharing(self, **more: Any) -> Inputs:
-        """The inputs with more that all tokens share."""
+        """The inputs with these fields of `shared` replaced."""
         return self._replace(shared=self.shared._replace(**more))
 
 
-# The fields of which a device's gradient is only its classes' part, where classes are split over devices.
+# If classes are split over devices, each device has only its own classes' part of the gradients of these fields.
 OF_CLASSES = ("hidden", "heads")
 
 
 def first_of(x: Array, at: int | Array = 0) -> Array:
-    """One token's part of x [N, ...], as a constant; zeros if there are no tokens."""
+    """The part of x [N, ...] for one token, as a constant; zeros if there are no tokens."""
     if isinstance(x.shape[0], int) and x.shape[0] == 0:
         return jnp.zeros(x.shape[1:], x.dtype)
     return lax.stop_gradient(x[at])
 
 
 def expanded(number: Array, x: Array) -> Array:
-    """A number per token, with as many axes as x has."""
+    """One number per token, [N], expanded to the rank of x [N, ...]."""
     return jnp.expand_dims(number, range(1, x.ndim))
 
 
@@ -74,7 +74,7 @@ def wide(tree: Any) -> Any:
 
 
 def is_narrow(x: Array) -> bool:
-    """Whether x is of half precision, or narrower."""
+    """Whether x is floating-point, in half precision or narrower."""
     return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
 
 

@@ -159,7 +159,7 @@ def _shown(x: Any) -> str:
 
 def _flatten(x: Linear):
     cap = x.logit_soft_cap
-    # In a pytree of bools, which mark leaves, a bool stands for the leaf of the cap. So it must stay a leaf.
+    # A bool is not a cap. It takes the cap's place in a pytree of bools that mark leaves, and must stay a leaf.
     number = cap if isinstance(cap, (int, float)) and not isinstance(cap, bool) else None
     children = {"hidden": x.hidden, "head": x.head, "bias": x.bias, "logit_soft_cap": cap if number is None else None}
     return [(jax.tree_util.GetAttrKey(name), child) for name, child in children.items()], number

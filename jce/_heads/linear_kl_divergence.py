@@ -113,7 +113,8 @@ def linear_kl_divergence(
 
 
 def _chunk_function(number, logits, _, shared, class_axis):
-    """KL between the two rows of logits of each token. T is `number`, or if that is None, a traced number in `shared`."""
+    """KL between the two rows of logits of each token. T is `number`, or the traced number in `shared` if that is
+    None."""
     classes = Classes(-1, class_axis)
 
     def kl(logits, _, traced, closed_over):

@@ -1,4 +1,4 @@
-"""The frame of all functions of heads: it reads arguments and, on each device, prepares its part, loops and reduces."""
+"""The steps that all functions of heads share: read the arguments, then on each device loop over tokens and reduce."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ def over_tokens(
     named_classes: bool = False,
     is_defined: IsDefined | None = None,
 ) -> Any:
-    """A function of each token, of its logits under each head and of others' parts for it, reduced as the options say.
+    """Applies a function to each token's logits (one array per head) and to its part of `others`, and reduces the
+    results as the options say.
 
-    On each device make(one token's logits, its others, shared, mesh axes of the classes) gives the function. A token
-    where is_defined(others, number of classes) is False is left out if its weight is 0: its result may be NaN, and 0
-    times NaN would be NaN. `shared` is a tree of arrays for all tokens. With `named_classes` the function itself names
-    the mesh axes of the classes, so the types of heads may not split them.
+    On each device, make(one token's logits, its others, shared, mesh axes of the classes) returns the function. If a
+    token's weight is 0 and is_defined(others, number of classes) is False for it, the token is masked: its result may
+    be NaN, and 0 times NaN would be NaN. `shared` is a pytree of arrays for all tokens. With `named_classes`, the
+    function itself names the mesh axes of the classes, so the types of heads must not split them.
     """
     settings = options.checked(name)
     inputs, dtypes = read(name, linear, others, shared, options.where, options.weights)
@@ -51,10 +52,10 @@ def over_tokens(
         axis_name, sums = options.axis_name, settings.sums
         return on_each_device(name, on_device, inputs, axis_name, sums=sums, named_classes=named_classes)
 
-    # Outside of a jit, JAX would keep what it compiles for each operation of a derivative: 3 MiB a call, since a head
-    # that is a function is traced anew each time. So such a call gets a jit of its own, of which JAX keeps next to
-    # nothing once nobody holds it. Inside of a jit it gets none: a rule of the head's that closes over a traced value
-    # would leak it.
+    # A head that is a function is traced again in each call. Outside of a jit, JAX would compile each operation of a
+    # derivative and keep the result: 3 MiB per call. So such a call gets a jit of its own, of which JAX keeps next to
+    # nothing once nobody refers to it. Inside of a jit, it gets none: if a derivative rule in the head closes over a
+    # traced value, that value would leak.
     alone = any(isinstance(head, FunctionHead) for head in inputs.heads) and not in_a_program()
     with out_of_qwix(name, linear):
         return (jax.jit(on_devices) if alone else on_devices)(inputs)
@@ -63,10 +64,10 @@ def over_tokens(
 def _on_device(
     name: str, make: Callable, settings: Settings, dtypes: Any, is_defined, inputs: Inputs, token_axes, class_axis
 ) -> Any:
-    """The results of the tokens in a device's part, or the weighted sums of all devices' results."""
+    """The results of a device's own tokens, or the weighted sums of the results over all devices."""
     _require_matrices(name, inputs, token_axes, class_axis)
     batch, weighted = inputs.batch, inputs.weights is not None
-    skips = weighted or inputs.kept is not None  # tokens may be left out
+    skips = weighted or inputs.kept is not None  # tokens may be masked
     inputs = part_of(name, inputs, class_axis, is_defined)
     chunk = make(*examples(inputs), in_dtypes(inputs.shared.given, dtypes), class_axis)
     if settings.sums or weighted:
@@ -102,7 +103,7 @@ def _loop_of(
 
 
 def _factors(inputs: Inputs, reduction: str, token_axes: tuple, double: bool) -> Array | None:
-    """The factors of the tokens' results, [N], or None where there are none."""
+    """The factors by which the results of tokens are multiplied, [N], or None if there are none."""
     w = inputs.weights
     if w is None and reduction == "none":
         return None
@@ -110,15 +111,15 @@ def _factors(inputs: Inputs, reduction: str, token_axes: tuple, double: bool) ->
     w = (inputs.kept if w is None else w).astype(jnp.float64 if double else jnp.float32)
     if reduction != "mean":
         return w
-    # w / Σ w over all devices' tokens, and 0 if Σ w is 0. By mul0 a loss of +∞ at weight 0 adds 0 to other weights'
-    # gradients.
+    # w / Σ w over the tokens of all devices, or 0 if Σ w is 0. Because of mul0, a loss of +∞ with weight 0 adds 0 to
+    # the gradients of the other weights.
     total = over_devices(w.sum(), token_axes)
     inverse = jnp.where(total == 0, jnp.zeros_like(total), 1 / jnp.where(total == 0, jnp.ones_like(total), total))
     return mul0(jnp.broadcast_to(inverse, w.shape), w)
 
 
 def _require_matrices(name: str, inputs: Inputs, token_axes: tuple, class_axis: Hashable | None) -> None:
-    """Raises if a head that is a function meets tokens or classes that jce splits."""
+    """Raises an error if a head is a function and jce splits the tokens or the classes."""
     if (token_axes or class_axis is not None) and any(isinstance(head, FunctionHead) for head in inputs.heads):
         raise ValueError(
             f"{name}: a head that is a function is traced of whole arrays, and gives all classes; got tokens or"

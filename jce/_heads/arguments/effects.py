@@ -1,8 +1,8 @@
-"""The side effects of a function that is mapped over tokens: a loop keeps them, except those that are refused here.
+"""Side effects of a function that is mapped over tokens. Some are refused here; a loop keeps all others.
 
-A loop's primitives declare the effects of the function that they compute (what it prints, calls or checks), so that JAX
-keeps them. Tokens are computed many at once, so JAX itself refuses an ordered `io_callback`, as under `jax.vmap`.
-JAX hides the classes of effects, so they are told apart by their names.
+The primitives of a loop declare the effects of the function that they compute (prints, callbacks and checks), so that
+JAX keeps these effects. Many tokens are computed at once, so JAX itself refuses an ordered `io_callback`, as under
+`jax.vmap`. JAX does not export the classes of effects, so this file recognizes them by their names.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from jce._jax.jaxprs import named_axes
 from jce._jax.layout import manual_axes
 
 OF_REFS = ("ReadEffect", "WriteEffect", "AccumEffect")
-REPEATED = (  # in derivatives, as `jax.checkpoint` repeats them; it refuses a callback, unless it is for debugging
+REPEATED = (  # derivatives may repeat these, as `jax.checkpoint` does. It refuses callbacks other than debug callbacks
     *("DebugEffect", "OrderedDebugEffect", "ErrorEffect", "ShapeAssertionEffect", "CallTfEffect"),
     *("NamedAxisEffect", "CommsEffect", "InternalMutableArrayEffect"),
 )
 
 
 def require_effects(name: str, effects: Collection) -> None:
-    """Raises if a mapped function uses a `jax.Ref` of its caller's, or if it names the axis of a `jax.vmap`, whose
-    members' tokens all join in one loop. JAX's own errors for these don't say what is wrong."""
+    """Raises an error if a mapped function uses a `jax.Ref` of its caller, or if it names the axis of a `jax.vmap`: one
+    loop computes the tokens of all members of that batch. JAX's own errors for these don't say what is wrong."""
     axes = named_axes(effects) - {*manual_axes()}
     if axes:
         raise ValueError(
@@ -37,7 +37,7 @@ def require_effects(name: str, effects: Collection) -> None:
 
 
 def undifferentiable(effects: Collection) -> str:
-    """The names of the effects that a derivative would repeat, but may not."""
+    """The names of the effects that a derivative would repeat but must not."""
     return ", ".join(sorted(_names(effects) - {*REPEATED}))
 
 

@@ -1,4 +1,4 @@
-"""Checks heads: hidden states and the matrix or function that gives their logits."""
+"""Checks hidden states and their heads, which are matrices or functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def linear_of(
     bias: ArrayLike | None,
     logit_soft_cap: ArrayLike | None,
 ) -> Linear:
-    """The `Linear` of a function's arguments: of all four, or the first itself, if it is one."""
+    """The `Linear` of these four arguments, or `hidden` itself if it is a `Linear`."""
     rest = {"head": head, "bias": bias, "logit_soft_cap": logit_soft_cap}
     if isinstance(hidden, Linear):
         if given := [key for key, x in rest.items() if x is not None]:
@@ -42,15 +42,15 @@ def linear_of(
 
 
 class Arrays(NamedTuple):
-    """Those of a `Linear`, whose shapes agree."""
+    """The arrays of a `Linear`, after a check that their shapes agree."""
 
     hidden: Array
-    head: tuple[Array, Array | None] | FunctionHead  # a matrix [n, d] in a pair with its bias
+    head: tuple[Array, Array | None] | FunctionHead  # the pair of a matrix [n, d] and its bias, or a function
     logit_soft_cap: Array | None
 
 
 def checked_linear(name: str, key: str, x: Linear) -> Arrays:
-    """The arrays of a `Linear`, which errors call by this key; by none if their function takes them one by one."""
+    """The arrays of a `Linear`. Errors call it by this key, which is empty if the caller passed hidden and head."""
     of = f"{key}." if key else ""
     if isinstance(x.head, FunctionHead):
         return _of_function(name, of, x, x.head)
@@ -89,4 +89,5 @@ def _checked_cap(name: str, cap: ArrayLike | None, dtype) -> Array | None:
     if cap is None:
         return None
     number = positive(name, dtype, logit_soft_cap=as_number(name, "logit_soft_cap", cap))
-    return number if is_array(number) else jax.device_put(np.asarray(number, dtype))  # jax.transfer_guard allows this
+    # jax.transfer_guard allows an explicit transfer.
+    return number if is_array(number) else jax.device_put(np.asarray(number, dtype))

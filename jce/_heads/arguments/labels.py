@@ -1,4 +1,4 @@
-"""Checks labels, and their probabilities, beside the hidden states of their tokens."""
+"""Checks labels and their probabilities against the hidden states of the same tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jce._jax.labels import wide_enough
 
 
 def checked_labels(name: str, labels: ArrayLike, linear: Linear, several: bool = False) -> Array:
-    """Labels of the shape of hidden without its last axis; or, with `several`, with an axis of k labels last."""
+    """Labels in the shape of hidden without its last axis. With `several`, they may have a last axis of k labels."""
     got = {"labels": as_array(name, "labels", labels), "hidden": as_array(name, "hidden", linear.hidden)}
     y, h = got.values()
     if not jnp.issubdtype(y.dtype, jnp.integer):
@@ -21,7 +21,7 @@ def checked_labels(name: str, labels: ArrayLike, linear: Linear, several: bool =
             f" first, then hidden and head."
         )
     batch = h.shape[:-1]
-    # A hidden state without axes gets its error from checked_linear.
+    # If hidden has no axes, checked_linear raises the error.
     if h.ndim and y.shape != batch and not (several and y.ndim == h.ndim and y.shape[:-1] == batch):
         or_more = ", or that and an axis for k labels of each token last" if several else ""
         raise ValueError(
@@ -32,7 +32,7 @@ def checked_labels(name: str, labels: ArrayLike, linear: Linear, several: bool =
 
 
 def checked_label_probs(name: str, labels: ArrayLike, label_probs: ArrayLike, linear: Linear) -> tuple[Array, Array]:
-    """k labels of each token, and their probabilities."""
+    """k labels per token, and their probabilities."""
     y, p = as_array(name, "labels", labels), as_array(name, "label_probs", label_probs)
     got = {"labels": y, "label_probs": p, "hidden": as_array(name, "hidden", linear.hidden)}
     if not jnp.issubdtype(y.dtype, jnp.integer):

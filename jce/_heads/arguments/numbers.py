@@ -1,4 +1,4 @@
-"""The numbers of a head's loss: constants in the program if they are Python's, its arguments if traced."""
+"""Checks the numbers of a head's loss. Python numbers become constants in the program, traced ones its arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jce._jax.arguments import as_array, broadcasts_to, described, float_dtype, 
 def checked_numbers(
     name: str, label_smoothing: ArrayLike, z_loss: ArrayLike
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Smoothing and z-loss: Python's numbers, with None for a traced one; and the traced ones."""
+    """Smoothing and z-loss, as two dicts: Python numbers (None for a traced one), and the traced numbers."""
     given = {
         "smoothing": fraction(name, jnp.result_type(float), label_smoothing=label_smoothing),
         "z_loss": positive(name, jnp.result_type(float), z_loss=z_loss, or_zero=True),
@@ -25,7 +25,7 @@ def checked_numbers(
 
 
 def checked_temperature(name: str, temperature: ArrayLike, batch: tuple[int, ...]) -> dict[str, Array]:
-    """A temperature for each token, under its name, [...]; nothing for Python's 1."""
+    """A dict with one temperature per token, [...], under its name. Empty if the temperature is the Python number 1."""
     if is_array(temperature):
         float_dtype(name, {"temperature": temperature})
     if not is_array(temperature) or temperature.ndim == 0:

@@ -1,4 +1,4 @@
-"""The options of all functions of heads: how results are reduced, and how chunks are made and multiplied."""
+"""The options that functions of heads share: how to reduce results, how to make chunks, and the matmul precision."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Settings(NamedTuple):
-    """Options that are checked: static."""
+    """Checked options. They are static."""
 
     reduction: str
-    chunk_size: int | None  # the number of tokens in a chunk, None for the platform's rule
-    filled: bool  # whether each chunk is filled up to this size, however few tokens there are
+    chunk_size: int | None  # the number of tokens per chunk, None for the platform's rule
+    filled: bool  # whether each chunk is padded to this size, even if there are fewer tokens
     products: Products
 
     @property
@@ -28,14 +28,14 @@ class Settings(NamedTuple):
 
 
 class Options(NamedTuple):
-    """As the public functions document them."""
+    """The options as the public functions document them."""
 
     where: ArrayLike | None = None
     weights: ArrayLike | None = None
     reduction: str = "none"
     chunk_size: int | None = None
     precision: Any = None
-    axis_name: Hashable | None = None  # or the `Places` that `on_mesh` gives
+    axis_name: Hashable | None = None  # or the `Places` that `on_mesh` passes
     batch_invariant: bool = False
 
     def checked(self, name: str) -> Settings:

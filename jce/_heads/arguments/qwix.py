@@ -1,5 +1,8 @@
-"""Qwix replaces JAX's products while a model is called. A loop over tokens must not use what it puts in their place:
-heads that are functions are traced already, and the loop's own products are no module's."""
+"""Keeps Qwix out of loops over tokens.
+
+While a model is called, Qwix replaces JAX's matmuls. A loop over tokens must not use the replacements: heads that are
+functions are traced already, and the loop's own matmuls belong to no module.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from jce._heads.loss.function_head import FunctionHead
 
 @contextlib.contextmanager
 def out_of_qwix(name: str, linear: Mapping[str, Linear]) -> Iterator[None]:
-    """A context without what Qwix replaces, in this thread. Otherwise Qwix would quantize the products by which a loop
-    differentiates a head, which would be a percent off, and would add the model's own low-rank update to products with
-    a matrix."""
-    # Nothing public switches it off (Qwix 0.1.8).
+    """A context in which Qwix replaces nothing in this thread. Otherwise Qwix would quantize the matmuls with which a
+    loop differentiates a head, so that these derivatives would be a percent off. It would also add the model's own
+    low-rank update to matmuls with a matrix."""
+    # Qwix 0.1.8 has no public way to switch it off.
     manager: Any = getattr(sys.modules.get("qwix._src.interception"), "interception_manager", None)
     if not hasattr(manager, "disable_interception"):
         yield

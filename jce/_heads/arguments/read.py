@@ -1,4 +1,4 @@
-"""Reads the arguments of a function of heads: arrays whose shapes agree, or an error says which don't."""
+"""Reads the arguments of a function of heads as arrays. If their shapes disagree, an error says which."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ def read(
     where: ArrayLike | None,
     weights: ArrayLike | None,
 ) -> tuple[Inputs, Any]:
-    """The inputs, and the dtypes of what is shared, whose arrays are `wide`. Errors name arguments by these keys."""
+    """The inputs, in which shared arrays are `wide`, and the dtypes that these had before. Errors name arguments by the
+    keys of `linear` and `others`."""
     heads = {key: checked_linear(name, key, x) for key, x in linear.items()}
     tokens = {key: as_array(name, key, x) for key, x in others.items()}
     batch = _batch(name, heads, tokens)
     w, kept = _choice_of_tokens(name, batch, weights, where)
     if any(isinstance(x.head, tuple) and x.head[0].shape[0] == 0 for x in heads.values()):
-        kept = jnp.zeros(batch, bool)  # without classes there is nothing to compute of a token
+        kept = jnp.zeros(batch, bool)  # without classes there is nothing to compute, so all tokens are masked
     paths, tree = jax.tree.flatten_with_path(shared)
-    # path[0] is the place in the tuple of what is shared, of which callers know nothing.
+    # Errors omit path[0]: it is the place in the tuple `shared`, which callers don't see.
     shared = tree.unflatten([as_array(name, f"shared{jax.tree_util.keystr(path[1:])}", x) for path, x in paths])
     of_all = Shared([x.logit_soft_cap for x in heads.values()], wide(shared))
     hidden = [x.hidden for x in heads.values()]
@@ -49,7 +50,7 @@ ADVICE = {
 def _choice_of_tokens(
     name: str, batch: tuple[int, ...], weights: ArrayLike | None, where: ArrayLike | None
 ) -> tuple[Array | None, Array | None]:
-    """weights and `where`, if they are given, as arrays that broadcast to the token axes."""
+    """`weights` and `where` as arrays that broadcast to the token axes, or None for one that is not given."""
     given = {"weights": weights, "where": where}
     got = {key: as_array(name, key, x) for key, x in given.items() if x is not None}
     for key, x in got.items():
@@ -85,9 +86,9 @@ def _batch(name: str, linear: Mapping[str, Arrays], others: Mapping[str, Array])
 
 
 def _for_each_token(key: str, shape: tuple[int, ...], batch: tuple[int, ...]) -> str:
-    """What to do with an argument that lacks token axes, or has length 1 along some, or is shared by all tokens."""
-    # Arguments aren't broadcast: a shared array [1, k] may look like one with token axes, and a random key that was
-    # broadcast would give several tokens the same sample.
+    """Advice for the error about an argument that lacks token axes, has length 1 along some, or should be shared."""
+    # Arguments aren't broadcast: a shared array [1, k] may look like one with token axes, and if a random key were
+    # broadcast, several tokens would get the same sample.
     shared = "What all tokens share goes into shared."
     leads = shape != () and all(size in (1, tokens) for size, tokens in zip(shape, batch, strict=False))
     if not leads and not broadcasts_to(batch, shape):

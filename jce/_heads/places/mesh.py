@@ -1,9 +1,9 @@
-"""A head on several devices: each has some of the tokens and some of the classes, as types or the caller say.
+"""Runs a head on several devices. Each has some of the tokens and some of the classes, by JAX's types or the caller.
 
 Inside a `jax.shard_map`, a scan over chunks of tokens sends no hidden states, and sums the head's gradient over devices
-once: JAX's types say what varies over which mesh axis, and derivatives send accordingly. Under Auto axes, where XLA's
-partitioner decides, this holds only with strided chunks, and if the compiler moves sums over devices out of loops
-(`chunks.over_chunks`).
+once: JAX's types say which array varies over which mesh axis, and derivatives communicate accordingly. Under Auto axes,
+XLA's partitioner decides. The same then holds only if chunks are strided and the compiler moves sums over devices out
+of loops (`chunks.over_chunks`).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from jce._jax.rows import checked_axis_name
 
 
 class Places(NamedTuple):
-    """The mesh axes over which the tokens' leading axes are split, and those over which the classes are: static."""
+    """The mesh axes that split the leading axes of the tokens, and the mesh axes that split the classes. Static."""
 
     mesh: Mesh | AbstractMesh
     tokens: P
     classes: Hashable | None
-    mesh_axes: frozenset = frozenset()  # for `jax.shard_map`, as by `told_axes`
+    mesh_axes: frozenset = frozenset()  # the `axis_names` of `jax.shard_map`, from `told_axes`
 
 
 def by_type(inputs: Inputs) -> Places | None:
-    """The places by the types of a head's arguments, or None if no type says that an array is split.
+    """The places that the types of the arguments state, or None if no type says that an array is split.
 
-    A mesh axis that splits the tokens doesn't split the classes too: each device along it needs all of them.
+    If a mesh axis splits the tokens, it is not used for the classes too: each device along it needs all classes.
     """
     tokens = Layout.of(inputs.batch, jax.tree.leaves(inputs.tokens))
     rows = [layout for x in _matrices(inputs) if (layout := Layout.of(x.shape[:1], [x])).mesh]
@@ -47,7 +47,7 @@ def by_type(inputs: Inputs) -> Places | None:
 
 
 def _matrices(inputs: Inputs) -> list[Array]:
-    """The arrays that begin with the axis of classes."""
+    """The arrays whose first axis is that of the classes."""
     return jax.tree.leaves([head for head in inputs.heads if not isinstance(head, FunctionHead)])
 
 
@@ -60,11 +60,11 @@ def on_each_device(
     sums: bool,
     named_classes: bool,
 ):
-    """function(inputs, mesh axes of tokens, mesh axes of classes), on each device's part if inputs are split.
+    """Calls function(inputs, mesh axes of tokens, mesh axes of classes), on each device's part if the inputs are split.
 
-    If the results are `sums` over tokens, all devices have the same; else results begin with the token axes, and are
-    split as tokens are. With `named_classes` function names the mesh axes of the classes itself, so types may not split
-    them.
+    If the results are `sums` over tokens, they are the same on all devices. Otherwise they begin with the token axes
+    and are split like the tokens. With `named_classes`, the function itself names the mesh axes of the classes, so
+    types must not split the classes.
     """
     if isinstance(axis_name, Places):
         _require_division(name, axis_name, inputs)
@@ -74,15 +74,15 @@ def on_each_device(
         if named_classes:
             _require_whole_classes(name, places)
         return _on_parts(function, inputs, places, axis_name, sums)
-    # Hidden states that are split over d are gathered; a head may stay split. If both were, JAX would raise an error:
-    # it wants to be told how the result of a product over a split axis is split.
+    # Hidden states that are split over d are gathered; a head may stay split. If both were split, JAX would raise an
+    # error: it requires an explicit sharding for the result of a matmul over a split axis.
     tokens = jax.tree.map(lambda x: Layout(x.shape, None, (None,) * x.ndim).broadcast(x), inputs.tokens)
     return function(inputs.with_tokens(tokens), (), axis_name)
 
 
 def _on_parts(function: Callable, inputs: Inputs, places: Places, axis_name: Hashable | None, sums: bool):
-    """`function` in a `jax.shard_map` over these places. If that is inside a caller's own `shard_map`, which splits the
-    classes over `axis_name`, types may split each device's part of them again."""
+    """Calls the function in a `jax.shard_map` over these places. If this is inside the caller's own `shard_map`, which
+    splits the classes over `axis_name`, types may split each device's part of the classes again."""
     classes = mesh_names(axis_name, places.classes) or None
 
     def split(tree, spec, first=()):
@@ -99,7 +99,7 @@ def _on_parts(function: Callable, inputs: Inputs, places: Places, axis_name: Has
         in_specs=specs,
         out_specs=P() if sums else places.tokens,
         axis_names=places.mesh_axes,
-        # Until JAX no longer fails its type checks under spmd_axis_name: no check where a batch is split.
+        # Until JAX no longer fails its type checks under spmd_axis_name: switch them off if a batch is split.
         check_vma=not split_batch_axes(),
     )(*tokens, heads, split(inputs.shared, P()))
 
@@ -114,7 +114,7 @@ def _require_whole_classes(name: str, places: Places) -> None:
 
 
 def on_axes(name: str, mesh: Mesh, token_axis: Hashable | None, class_axis: Hashable | None) -> Places:
-    """The places that a caller names, with the mesh axes checked."""
+    """The places that a caller names, after a check of their mesh axes."""
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise ValueError(
             f"{name}: mesh must be a mesh of devices, for example from jax.make_mesh; got mesh={mesh!r}. On one"

@@ -1,4 +1,4 @@
-"""A device's tokens and heads in the form in which its loop takes them."""
+"""Brings the tokens and heads of a device into the form in which its loop takes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IsDefined = Callable[[list[Array], int], Array]
 
 
 def part_of(name: str, inputs: Inputs, class_axis: Hashable | None, is_defined: IsDefined | None) -> Inputs:
-    """The inputs with all tokens in one axis, those that are kept marked, and heads ready to be multiplied."""
+    """The inputs with all tokens in one axis, a bool per token in `kept`, and heads ready for the matmul."""
     batch, count = inputs.batch, math.prod(inputs.batch)
 
     def flat(x):
@@ -52,10 +52,10 @@ def _number_of_classes(head: Any, class_axis: Hashable | None) -> int:
 
 
 def _marked(inputs: Inputs, class_axis: Hashable | None) -> Inputs:
-    """The inputs, marked as varying over the mesh axes of any of them, since the type of a loop's carry can't change.
-    Hidden states and heads vary over the classes' axes too, the others don't.
+    """The inputs, each marked as varying over the mesh axes of all of them, since the type of a loop's carry can't
+    change. Hidden states and heads also vary over the mesh axes of the classes, the other arrays don't.
 
-    As they are marked before the loop, gradients are summed over devices once, after it.
+    They are marked before the loop, so gradients are summed over devices once, after the loop.
     """
     axes, classes = frozenset().union(*map(varying, jax.tree.leaves(inputs))), frozenset(mesh_names(class_axis))
 
@@ -67,14 +67,14 @@ def _marked(inputs: Inputs, class_axis: Hashable | None) -> Inputs:
 
 
 def examples(inputs: Inputs) -> tuple[list[Array], list[Array]]:
-    """One token's logits under each head, and its other arguments: arrays of these types, to trace with."""
+    """Arrays to trace with, for one token: its logits under each head (zeros), and its other arguments."""
     pairs = zip(inputs.hidden, inputs.heads, strict=True)
     logits = [vary_over(varying(h), jnp.zeros(x.logits.shape, x.logits.dtype))[0] for h, x in pairs]
     return logits, [first_of(x) for x in inputs.others]
 
 
 def one_tokens_logits(inputs: Inputs) -> jax.ShapeDtypeStruct:
-    """The type of one token's logits, under all heads."""
+    """The shape and dtype of the logits of one token, with the classes of all heads counted together."""
     types = [head.logits for head in inputs.heads]
     return jax.ShapeDtypeStruct((sum(t.size for t in types),), types[0].dtype)
 
@@ -85,8 +85,8 @@ def are_bfloat16(inputs: Inputs) -> bool:
 
 
 def _counting(hidden: list[Array], others: list[Array], w: Array, is_defined: IsDefined | None, n: int) -> Array:
-    """Which tokens count. One of weight 0 does if weights are differentiated, since the derivative in its weight is its
-    loss; but not where that loss isn't defined. The first head has n classes."""
+    """Which tokens must be computed. A zero-weight token must be if weights are differentiated, since the derivative in
+    its weight is its loss; except if that loss is not defined. n is the number of classes of the first head."""
     defined = jnp.stack([jnp.isfinite(h).all(-1) for h in hidden]).all(0)
     if is_defined is not None:
         defined &= is_defined(others, n)
@@ -96,8 +96,8 @@ def _counting(hidden: list[Array], others: list[Array], w: Array, is_defined: Is
 def counts(w: Array) -> Array:
     """Whether a token of weight w must be computed: if w ≠ 0, or if w is differentiated.
 
-    The derivative in w is the token's loss, also at w = 0. Only a JVP rule learns whether w is differentiated; so this
-    is a primitive, whose rule answers True for all tokens.
+    The derivative in w is the token's loss, also at w = 0. Only a JVP rule can tell whether w is differentiated. So
+    this is a primitive, and its JVP rule returns True for all tokens.
     """
     return _counts_p.bind(w)
 

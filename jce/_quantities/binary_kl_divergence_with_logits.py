@@ -1,7 +1,7 @@
-"""KL of two distributions of two outcomes, by a logit each, elementwise.
+"""The KL divergence of two distributions over two outcomes, given by one logit each, elementwise.
 
-For logits near each other it is a quadrature, a sum of positive terms; for logits far apart a formula in the odds
-e^-|x|, e^-|y| ≤ 1.
+If the logits are near each other, it is a quadrature, which is a sum of positive terms. If they are far apart, it is a
+formula in the odds e^-|x|, e^-|y| ≤ 1.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def binary_kl_divergence_with_logits(alpha_logits: ArrayLike, beta_logits: Array
       >>> print(jce.binary_kl_divergence_with_logits(jnp.array([1.0, 1.0]), jnp.array([1.0, 1.001])))
       [0.0000000e+00 9.8300006e-08]
 
-    It is ≥ 0 to the last bit, and relatively accurate also where α ≈ β. Not symmetric.
+    Rounding never makes it negative, and its relative error is small even if α ≈ β. It is not symmetric.
 
     Args:
       alpha_logits: real, the target's log α/(1-α). Shapes broadcast.
@@ -45,8 +45,9 @@ def binary_kl_divergence_with_logits(alpha_logits: ArrayLike, beta_logits: Array
       The broadcast shape; float32, or float64 if alpha_logits or beta_logits is.
 
     At the boundary:
-      At ±∞, α or β is exactly 1 or 0. KL = 0 where both logits are the same infinity, with derivatives 0. KL = +∞ where
-      only y is infinite, with ∂KL/∂x = ±∞, or where they are opposite infinities, with ∂KL/∂x = 0. NaN gives NaN.
+      At a logit of ±∞, α or β is exactly 1 or 0. With x = alpha_logits and y = beta_logits: If both are the same
+      infinity, KL = 0, with derivatives 0. If only y is infinite, KL = +∞, with ∂KL/∂x = ±∞. If they are opposite
+      infinities, KL = +∞, with ∂KL/∂x = 0. NaN gives NaN.
 
     Derivative:
       ∂KL/∂x = σ(x) σ(-x) (x - y), ∂KL/∂y = σ(y) - σ(x), with x = alpha_logits and y = beta_logits, each in its
@@ -57,7 +58,7 @@ def binary_kl_divergence_with_logits(alpha_logits: ArrayLike, beta_logits: Array
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      Values. Subnormal probabilities, at |logit| > 87.3 (708.3 in float64), may count as 0.
+      Values. Subnormal probabilities may count as 0. They occur at |logit| > 87.3 (708.3 in float64).
 
     See "Conventions" in jce/README.md.
     """
@@ -74,7 +75,8 @@ def _kl_of_sigmoid(x, y):
 
 
 def _kl_of_far(x, y):
-    """log (1 + e^y)/(1 + e^x) - σ(x) (y - x); for x > 0 that of -x and -y, which is the same and cancels less."""
+    """log (1 + e^y)/(1 + e^x) - σ(x) (y - x). For x > 0 it is computed at -x and -y: the value is the same, and less
+    cancels."""
     e, f = odds_against(x), odds_against(y)
     y = jnp.where(x < 0, y, -y)
     above = jax.nn.relu(y)
@@ -84,8 +86,9 @@ def _kl_of_far(x, y):
 
 
 def _mean_variance(x, d):
-    """KL(α‖β)/d² = ∫ (1-s) σ'(x + s d) ds from 0 to 1: a quadrature is a sum of positive terms, so nothing cancels."""
-    # e^-|x + s d| is computed as e^-|x| times e^±s d: the rounding of x + s d would cost its exponential up to 32 ulps.
+    """KL(α‖β)/d² = ∫ (1-s) σ'(x + s d) ds from 0 to 1, by a quadrature: a sum of positive terms, so nothing cancels."""
+    # e^-|x + s d| is computed as e^-|x| times e^±s d. The rounding of x + s d would put the exponential off by up to 32
+    # ulps.
     e, away = odds_against(x), jnp.where(x < 0, -d, d)
     return sum(w * variance_of_odds(e * exp(-s * away)) for s, w in QUADRATURE[np.dtype(x.dtype)])
 
@@ -108,9 +111,9 @@ def _quadrature(points: int) -> list[tuple[float, float]]:
     return list(zip(((1 + places) / 2).tolist(), (vectors[0] ** 2 / 2).tolist(), strict=True))
 
 
-# The nearest poles of σ' are ±iπ. On an interval of half-width h = 5/4 the error of k points falls as ρ⁻²ᵏ with
-# ρ = π/h + √(π²/h² + 1) = 5.2. It is at most 1.8e-8 of the value for k = 6, a third of float32's 2⁻²⁴, and 8e-17 for
-# k = 12. For |d| > 5/2 the difference in `_kl_of_far` is at least a third of its greater term.
+# The nearest poles of σ' are ±iπ. On an interval of half-width h = 5/4, the error with k points falls as ρ⁻²ᵏ with
+# ρ = π/h + √(π²/h² + 1) = 5.2. The relative error is at most 1.8e-8 for k = 6 (a third of float32's 2⁻²⁴), and 8e-17
+# for k = 12. For |d| > 5/2, the difference in `_kl_of_far` is at least a third of its greater term.
 FARTHEST = 2.5
 QUADRATURE = {np.dtype("float32"): _quadrature(6), np.dtype("float64"): _quadrature(12)}
 
@@ -121,7 +124,7 @@ def _sigmoid_difference(x, y):
     d = _minus(y, x)
     less, more = jnp.minimum(x, y), jnp.maximum(x, y)
     e, f = odds_against_again(less), odds_against_again(more)
-    # This is σ(more) σ(-less) (1 + e)(1 + f): one of e, f and 1, so nothing is rounded.
+    # This is σ(more) σ(-less) (1 + e)(1 + f). It equals e, f or 1, so nothing is rounded.
     largest = jnp.where(less > 0, e, jnp.where(more < 0, f, jnp.ones_like(e)))
     size = jnp.abs(d)
     gap = jnp.where(size < 1.5, -exponential_minus_1(-size), 1 - exp(-size))
@@ -147,5 +150,5 @@ def_partials(
 
 
 def _minus(x, y):
-    """x - y, but 0 instead of NaN where both are the same infinity."""
+    """x - y, but 0 instead of NaN if both are the same infinity."""
     return jnp.where(x == y, jnp.zeros_like(x), x - y)

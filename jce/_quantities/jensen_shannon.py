@@ -1,11 +1,11 @@
-"""β KL(p‖m) + (1-β) KL(q‖m), m = βp + (1-β)q: how far two distributions are from their mixture.
+"""β KL(p‖m) + (1-β) KL(q‖m) with m = βp + (1-β)q: how far two distributions are from their mixture.
 
 With D(p, m) = p log p/m - p + m (`deviance.py`) it is Σ β D(p, m) + (1-β) D(q, m), since β(p - m) + (1-β)(q - m) = 0.
 Each D is accurate given p - m = (1-β)(p - q) and q - m = -β(p - q). The derivatives are
 
     ∂/∂p = β log p/m        ∂/∂q = (1-β) log q/m        ∂/∂β = D(p, m) - D(q, m)
 
-For 0 < β < 1, m = 0 only where p = q = 0. So nothing is infinite but log p/m at p = 0 < m, and log q/m at q = 0 < m.
+For 0 < β < 1, m = 0 only where p = q = 0. So nothing is infinite except log p/m at p = 0 < m, and log q/m at q = 0 < m.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def jensen_shannon_divergence(
       >>> print(jce.jensen_shannon_divergence(p, q), jce.jensen_shannon_divergence(p, p))
       0.3465736 0.0
 
-    It is never infinite: it lies between 0, only at p = q, and H(β) ≤ log 2, where no outcome is possible in both. It
-    is symmetric at β = 1/2; otherwise exchanging p and q exchanges β and 1-β. It equals H(m) - βH(p) - (1-β)H(q), and
-    is relatively accurate also where p ≈ q. Divided by β it tends to KL(p‖q) as β → 0, and divided by 1-β to KL(q‖p) as
-    β → 1.
+    It is never infinite. It is 0 only at p = q, and at most H(β) ≤ log 2, which it reaches if no class is possible in
+    both p and q. It is symmetric at β = 1/2. Otherwise, exchanging p and q is the same as exchanging β and 1-β. It
+    equals H(m) - βH(p) - (1-β)H(q), but its relative error is small even if p ≈ q. Divided by β it tends to KL(p‖q) as
+    β → 0, and divided by 1-β it tends to KL(q‖p) as β → 1.
 
     Args:
       p: real, [..., n, ...], probabilities of n classes along `axis`.
-      q: real, [..., n, ...], the other's. Batch axes broadcast, the class axis doesn't.
+      q: real, [..., n, ...], the second distribution. Batch axes broadcast, the class axis doesn't.
       beta: β, the weight of p in the mixture, a number above 0 and below 1.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
@@ -55,12 +55,13 @@ def jensen_shannon_divergence(
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
-      pᵢ = 0 < qᵢ contributes (1-β) qᵢ log 1/(1-β), with ∂/∂pᵢ = -∞, the one-sided limit; the same for qᵢ = 0 < pᵢ with
-      β for 1-β. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0. A traced β of 0 or 1 gives 0, the limit, with
-      derivatives 0 in p and q; the derivative in β is infinite where the mixture lacks a class that p or q has.
+      A class with pᵢ = 0 < qᵢ contributes (1-β) qᵢ log 1/(1-β), with ∂/∂pᵢ = -∞, the one-sided limit. A class with
+      qᵢ = 0 < pᵢ contributes β pᵢ log 1/β, with ∂/∂qᵢ = -∞. A class with pᵢ = qᵢ = 0 is absent: both derivatives are 0.
+      A traced β of 0 or 1 gives 0, the limit, with derivatives 0 in p and q. The derivative in β is then infinite if
+      the mixture lacks a class that p or q has.
 
     Derivative:
-      ∂/∂pᵢ = β log pᵢ/mᵢ, ∂/∂qᵢ = (1-β) log qᵢ/mᵢ, each in its argument's dtype. In a traced β it is
+      ∂/∂pᵢ = β log pᵢ/mᵢ, ∂/∂qᵢ = (1-β) log qᵢ/mᵢ, each in its argument's dtype. In a traced β the derivative is
       Σᵢ (pᵢ log pᵢ/mᵢ - qᵢ log qᵢ/mᵢ - pᵢ + qᵢ).
 
     Raises:
@@ -68,7 +69,7 @@ def jensen_shannon_divergence(
       ValueError: shapes, `axis` or `where` don't fit, or beta is not above 0 and below 1.
 
     Not checked:
-      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). A negative pᵢ or qᵢ gives NaN, as its logarithm does.
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). A negative pᵢ or qᵢ gives NaN, because its logarithm is NaN.
 
     Source:
       J. Lin, Divergence Measures Based on the Shannon Entropy (1991), section IV.
@@ -82,7 +83,7 @@ def jensen_shannon_divergence(
 
 
 def checked_weights(function, dtype, beta):
-    """β and 1-β. Of a Python number each is rounded once, and it is an error if one rounds to 0."""
+    """β and 1-β. For a Python number, each is rounded once, and it is an error if one of them rounds to 0."""
     advice = (
         "At 0 and 1 the divergence is 0, whatever p and q are; divided by β, and by 1-β, it becomes KL(p‖q) and KL(q‖p)"
         " there: use kl_divergence, or kl_divergence_with_logits."
@@ -91,8 +92,8 @@ def checked_weights(function, dtype, beta):
     return b, one_minus(b) if is_array(b) else 1 - b
 
 
-# β = b and 1-β = c are two arguments: where one is near 1, the other has lost its digits if computed from it. Rules are
-# written along β alone: the tangent of c is -dβ, so they ignore it.
+# β = b and 1-β = c are two arguments: if one is near 1, computing the other from it would lose digits. Rules use the
+# tangent of β only, and ignore the tangent of c, since it is always -dβ.
 
 
 @custom_jvp
@@ -101,7 +102,7 @@ def _divergence(p, q, b, c):
 
 
 def divergence(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
-    """β D(p, m) + (1-β) D(q, m) of each class, for d = p - q. Not differentiable."""
+    """β D(p, m) + (1-β) D(q, m) per class, for d = p - q. Not differentiable."""
     scale, sp, sq, sd, m = with_mixture(p, q, d, b, c)
     terms = (b * deviance(sp, m, c * sd) + c * deviance(sq, m, -b * sd)) / scale
     # The select comes last, so that on a CPU one loop stores the terms: XLA's sum is slow at long formulas
@@ -110,22 +111,22 @@ def divergence(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
 
 
 def with_mixture(p, q, d, b, c):
-    """A power of 2, and p, q, p - q and m times it: without it a small β p might underflow to m = 0. m is above 0 also
-    at β = 0."""
+    """A power of 2, and p, q, p - q and m times this power: without it, a small β p might underflow to m = 0. m is
+    above 0 even at β = 0."""
     scale = raising(p, q)
     p, q, d = scale * p, scale * q, scale * d
     return scale, p, q, d, at_least(jnp.finfo(p.dtype).tiny, b * p + c * q)
 
 
 def _is_empty(p, q, b, c):
-    """Where m = 0: in a class that both lack or, at β of 0 or 1, that the one with weight 1 lacks. A test of m == 0
-    would also find classes where β p underflows."""
+    """Where m = 0: p and q both lack the class or, at β of 0 or 1, the distribution with weight 1 lacks it. A test of
+    m == 0 would also find classes where β p underflows."""
     return ((b == 0) | (p == 0)) & ((c == 0) | (q == 0))
 
 
 @custom_jvp
 def relative_difference(p, q, d, b, c):
-    """(p - q)/m for d = p - q: ±∞ where the mixture lacks a class that p or q has."""
+    """(p - q)/m, for d = p - q: ±∞ where the mixture lacks a class that p or q has."""
     empty = _is_empty(p, q, b, c)
     _, _, _, d, m = with_mixture(p, q, d, b, c)
     return ratio(d, jnp.where(empty, jnp.zeros_like(m), m))
@@ -169,8 +170,8 @@ def _log_p_over_m(p, q, b, c):
     return unless_negative(jnp.minimum(p, q), log_p_m)
 
 
-# d log p/m = ((1-β) (q/p dp - dq) - (p - q) dβ) / m. 1-β multiplies last: times a small one, a direction as small as p
-# would underflow.
+# d log p/m = ((1-β) (q/p dp - dq) - (p - q) dβ) / m. The factor 1-β comes last: a small 1-β times a tangent as small as
+# p would underflow.
 def _log_p_over_m_rule(primals, tangents):
     (p, q, b, c), (dp, dq, db, _) = primals, tangents
     m, terms = b * p + c * q, []
@@ -192,7 +193,7 @@ def _imbalance(p, q, b, c):
 
 
 def imbalance(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
-    """D(p, m) - D(q, m) for d = p - q; ±∞ where, at β of 0 or 1, m = 0 and p or q isn't. Not differentiable."""
+    """D(p, m) - D(q, m), for d = p - q. At β of 0 or 1 it is ±∞ where m = 0 but p or q isn't. Not differentiable."""
     scale, sp, sq, sd, m = with_mixture(p, q, d, b, c)
     difference = (deviance(sp, m, c * sd) - deviance(sq, m, -b * sd)) / scale
     lacking = _is_empty(p, q, b, c) & (p != q)
@@ -215,5 +216,5 @@ _imbalance.defjvp(_imbalance_rule, symbolic_zeros=True)
 
 
 def times(g, db):
-    """g · dβ, of one number dβ for all rows."""
+    """g · dβ, where dβ is one number for all rows."""
     return mul0(g, db * jnp.ones_like(g))

@@ -1,4 +1,4 @@
-"""KL(p‖q) = Σ pᵢ log pᵢ/qᵢ, and its form for numbers that don't sum to 1, Σ (pᵢ log pᵢ/qᵢ - pᵢ + qᵢ)."""
+"""KL(p‖q) = Σ pᵢ log pᵢ/qᵢ, and a generalized form for numbers that don't sum to 1, Σ (pᵢ log pᵢ/qᵢ - pᵢ + qᵢ)."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       >>> print(jce.kl_divergence(p, q), jce.cross_entropy(p, q) - jce.entropy(p), jce.kl_divergence(q, p))
       0.3465736 0.3465736 inf
 
-    KL(p‖q) = H(p, q) - H(p) ≥ 0, and 0 only at p = q. Not symmetric.
+    KL(p‖q) = H(p, q) - H(p) ≥ 0, and it is 0 only at p = q. It is not symmetric.
 
-    It is the sum over the numbers as they are stored, right to a few ulps also where p ≈ q. Rounding leaves Σ pᵢ and
-    Σ qᵢ of stored distributions a little off 1. Where Σ pᵢ < Σ qᵢ, the exact sum may be negative by their difference,
-    and then the result is. `generalized_kl_divergence` and `binary_kl_divergence` are never negative.
+    The result is the sum over the numbers as they are stored, within a few ulps even if p ≈ q. Because of rounding, the
+    sums Σ pᵢ and Σ qᵢ of stored distributions are not exactly 1. If Σ pᵢ < Σ qᵢ, the exact sum over the stored numbers
+    may be as low as Σ pᵢ - Σ qᵢ, and then the result is negative too. `generalized_kl_divergence` and
+    `binary_kl_divergence` are never negative.
 
     Args:
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
-      q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
+      q: real, [..., n, ...], the model's probabilities. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
 
@@ -52,8 +53,9 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
-      pᵢ = 0 contributes 0, with ∂KL/∂qᵢ = 0 and, where qᵢ > 0, ∂KL/∂pᵢ = -∞, the one-sided limit. pᵢ > 0 = qᵢ makes
-      KL = +∞, with ∂KL/∂qᵢ = -∞ and ∂KL/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0.
+      A class with pᵢ = 0 < qᵢ contributes 0, with ∂KL/∂qᵢ = 0 and ∂KL/∂pᵢ = -∞, the one-sided limit. A class with
+      pᵢ > 0 = qᵢ makes KL = +∞, with ∂KL/∂qᵢ = -∞ and ∂KL/∂pᵢ = +∞. A class with pᵢ = qᵢ = 0 is absent: it contributes
+      0, and both derivatives are 0.
 
     Derivative:
       ∂KL/∂pᵢ = log pᵢ/qᵢ + 1, ∂KL/∂qᵢ = -pᵢ/qᵢ, each in its argument's dtype.
@@ -63,9 +65,9 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
-      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). Where rounding left Σ pᵢ 1e-7 below Σ qᵢ, KL of p ≈ q is that far
-      below 0. For p ≈ q use `kl_divergence_with_logits`, or `generalized_kl_divergence`, whose derivative in q is
-      1 - pᵢ/qᵢ. A negative pᵢ or qᵢ gives NaN, as its logarithm does.
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). If p ≈ q, and rounding left Σ pᵢ 1e-7 below Σ qᵢ, then KL is -1e-7.
+      For p ≈ q, use `kl_divergence_with_logits`, or `generalized_kl_divergence`, whose derivative in q is 1 - pᵢ/qᵢ. A
+      negative pᵢ or qᵢ gives NaN, because its logarithm is NaN.
 
     Source:
       S. Kullback and R. A. Leibler, On Information and Sufficiency (1951).
@@ -79,9 +81,10 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
 def _kl(p, q, way):
-    # KL is Σ (p log p/q - p + q) + Σ (p - q). Where q is far above p, p log p/q would be lost in the rounding of p - q:
-    # there (q > 4p) -3p takes its place in both sums. max(p - q, -3p) is p - min(q, 4p), continuous at q = 4p, so that
-    # passes which see p and q rounded differently agree. The two forms differ, or XLA would store what they share.
+    # KL is Σ (p log p/q - p + q) + Σ (p - q). Where q is far above p, p log p/q would be lost in the rounding of p - q.
+    # So where q > 4p, both sums use -3p instead of p - q. This number is max(p - q, -3p) in the first sum, and the
+    # equal p - min(q, 4p) in the second. It is continuous at q = 4p, so passes that see p and q rounded differently
+    # agree. The sums write it in two forms, since XLA would store a shared array.
     deviances = unless_negative(jnp.minimum(p, q), deviance(p, q, p - q, jnp.maximum(p - q, -3 * p)))
     return way.sum_with_differences(deviances, p, jnp.minimum(q, 4 * p))
 
@@ -104,12 +107,12 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
       >>> print(jce.generalized_kl_divergence([1.0, 0.0], [2.0, 3.0]))
       3.3068528
 
-    It is ≥ 0 to the last bit for any non-negative floats, and 0 only at p = q or where it underflows. Where
-    Σ pᵢ = Σ qᵢ it is KL(p‖q). Not symmetric.
+    Rounding never makes it negative, for any non-negative floats. It is 0 only if p = q or if it underflows. If
+    Σ pᵢ = Σ qᵢ, it is KL(p‖q). It is not symmetric.
 
     Args:
       p: real, [..., n, ...], the target's weights of n classes along `axis`.
-      q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
+      q: real, [..., n, ...], the model's weights. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
 
@@ -117,21 +120,24 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
-      pᵢ = 0 contributes qᵢ, with ∂/∂qᵢ = 1 and, where qᵢ > 0, ∂/∂pᵢ = -∞, the one-sided limit. pᵢ > 0 = qᵢ makes it +∞,
-      with ∂/∂qᵢ = -∞ and ∂/∂pᵢ = +∞. At pᵢ = qᵢ = 0, ∂/∂qᵢ = 1 and ∂/∂pᵢ = 0.
+      A class with pᵢ = 0 < qᵢ contributes qᵢ, with ∂/∂qᵢ = 1 and ∂/∂pᵢ = -∞, the one-sided limit. A class with
+      pᵢ > 0 = qᵢ makes the result +∞, with ∂/∂qᵢ = -∞ and ∂/∂pᵢ = +∞. A class with pᵢ = qᵢ = 0 contributes 0, with
+      ∂/∂qᵢ = 1 and ∂/∂pᵢ = 0.
 
     Derivative:
-      ∂/∂pᵢ = log pᵢ/qᵢ, ∂/∂qᵢ = (qᵢ - pᵢ)/qᵢ, each in its argument's dtype and relatively accurate also where p ≈ q.
+      ∂/∂pᵢ = log pᵢ/qᵢ, ∂/∂qᵢ = (qᵢ - pᵢ)/qᵢ, each in its argument's dtype. Their relative error is small even if
+      p ≈ q.
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
       ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
-      Values. A negative pᵢ or qᵢ gives NaN, as its logarithm does.
+      Values. A negative pᵢ or qᵢ gives NaN, because its logarithm is NaN.
 
     Source:
-      D. D. Lee and H. S. Seung, Algorithms for Non-negative Matrix Factorization (2000), where it is called divergence.
+      D. D. Lee and H. S. Seung, Algorithms for Non-negative Matrix Factorization (2000), where it is called
+      "divergence".
 
     See "Arguments", "Excluded classes" and "Conventions" in jce/README.md.
     """

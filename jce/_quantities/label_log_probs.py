@@ -1,11 +1,12 @@
-"""log q at k labels of each row, from one pass over the classes, and of all classes without a label together.
+"""log q at k labels per row, from one pass over the classes, and for all classes without a label together.
 
-For label j, log q_j = -(log(1 + s) + m - x_j), where m = max x and the off-maximum sum s are computed once for all
-labels, and x_j is looked up. Where a class dominates, its m - x_j is 0 by definition.
+For label j, log q_j = -(log(1 + s) + m - x_j). Here m = max x and the off-maximum sum s are computed once for all
+labels, and x_j is looked up. If a class dominates, its m - x_j is set to 0.
 
-With a tail there are k + 1 outcomes: the labels, and all classes without one, which enter by their own m and
-Z = Σ exp(xᵢ - m). Nothing cancels, whichever outcome has nearly all probability: one of more than .55 has
-log q = -log(1 + r), with r = the others' weights over its own; any other has log w - log Σ w < log .55 = -.6.
+With a tail there are k + 1 outcomes: the labels, and all classes without a label. The latter have their own m and
+Z = Σ exp(xᵢ - m). Nothing cancels, whichever outcome has nearly all of the probability. An outcome of more than .55 has
+log q = -log(1 + r), where r is the sum of the others' weights divided by its own weight. Any other outcome has
+log w - log Σ w < log .55 = -.6.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jce._softmax.sums import Normalizer
 
 
 def log_probs_of(y: Array, x: Array, classes: Classes) -> Array:
-    """log q of logits [..., n] at labels [..., k]; NaN at a label that is no class."""
+    """log q for logits [..., n] at labels [..., k]; NaN at a label out of range."""
     m, s = _sums(lax.stop_gradient(x), classes)
     return _log_probs(y, x, m, s, classes) + _zero(s, x, classes)
 
@@ -56,14 +57,15 @@ def _sums(x, way):
 
 
 def log_probs_and_tail(y: Array, x: Array, classes: Classes) -> Array:
-    """log q at the labels and, last, log(1 - Σq) of all classes without a label: [..., k + 1]."""
+    """log q at the labels and, as the last entry, log(1 - Σq) for all classes without a label: [..., k + 1]."""
     listed = jnp.where(is_class(y, x, classes), at_labels(x, y, classes), -jnp.inf)
     m, z, log_z = _sum_of_exponentials(without_classes(y, x, classes), classes)
     m = lax.stop_gradient(m)
     most = jnp.maximum(m, lax.stop_gradient(listed).max(-1, initial=-jnp.inf))
     depth = listed - most[..., None]
     logs = jnp.concatenate([depth, (m - most + log_z)[..., None]], -1)
-    # Each weight is exp of a single difference, the last one times Z: exp(logs) would have the rounding of log Z too.
+    # Each weight is exp of a single difference, and the last one is multiplied by Z. exp(logs) would also have the
+    # rounding error of log Z.
     weights = jnp.concatenate([exp(depth), (exp(m - most) * z)[..., None]], -1)
     weights = lax.stop_gradient(weights)
     log_probs = _log_normalized(logs, weights) + _zero(log(weights.sum(-1)), x, classes)
@@ -72,7 +74,7 @@ def log_probs_and_tail(y: Array, x: Array, classes: Classes) -> Array:
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 def _sum_of_exponentials(x, classes):
-    """m = max x, Z = Σ exp(xᵢ - m) and log Z: Z is 0 and log Z -∞ where all logits are -∞."""
+    """m = max x, Z = Σ exp(xᵢ - m) and log Z. If all logits are -∞, Z = 0 and log Z = -∞."""
     m, z = _max_and_sum(x, classes)
     return m, z, log(z)
 
@@ -87,15 +89,14 @@ def _max_and_sum(x, way):
 def _sum_of_exponentials_rule(classes, primals, tangents):
     (x,), (t,) = primals, tangents
     m, z, log_z = _sum_of_exponentials(x, classes)
-    # A row of only -∞ is replaced by zeros, since its softmax would be NaN; its derivative is set to 0 in the last
-    # line.
+    # A row of only -∞ is replaced by zeros, since its softmax would be NaN. The last line sets its derivative to 0.
     nothing, zero = m == -jnp.inf, jnp.zeros_like(m)
     floor = lax.stop_gradient(jnp.where(nothing, zero, jnp.full_like(m, -jnp.inf)))
     mean = classes.sum(mul0(softmax(jnp.maximum(x, classes.column(floor)), classes), t))
     return (m, z, log_z), (zero, zero, jnp.where(nothing, zero, mean))
 
 
-# Outcomes with weights wᵢ ≥ 0, qᵢ = wᵢ / Σ w: derivatives are taken in logs, the logarithms of the weights.
+# Outcomes with weights wᵢ ≥ 0 and qᵢ = wᵢ / Σ w. Derivatives are with respect to `logs`, the logarithms of the weights.
 
 
 @custom_jvp
@@ -125,27 +126,27 @@ def _normalized_rule(primals, tangents):
 
 
 def _from_mean(t, logs, w):
-    """tᵢ - Σⱼ qⱼtⱼ, linear in t. If an outcome has q > 1/2, its t is subtracted from all t first: otherwise its entry
-    would cancel."""
+    """tᵢ - Σⱼ qⱼtⱼ, linear in t. If an outcome has q > 1/2, its t is first subtracted from all t, so that nothing
+    cancels in its entry."""
     center = jnp.where(_exceeds(0.5, w), t, jnp.zeros_like(t)).sum(-1, keepdims=True)
     mean = _sum_of_others(w, mul0(_normalized(logs, w), t - center))
     return jnp.where(_exceeds(0.55, w), -mean, t - center - mean)
 
 
 def _sum_of_others(w, a):
-    """Σ aᵢ, without that of an outcome of more than 1/2."""
+    """Σ aᵢ over all outcomes except one with q > 1/2."""
     return jnp.where(_exceeds(0.5, w), jnp.zeros_like(a), a).sum(-1, keepdims=True)
 
 
 def _exceeds(fraction, w):
-    """Where w > fraction · Σ w. Of the fractions .55 selects an outcome, and .5 leaves it out of a sum: so what is
-    selected is left out, however each rounds."""
+    """Where w > fraction · Σ w. Callers select an outcome with the fraction .55, and leave it out of a sum with .5. So
+    a selected outcome is always left out, however the two comparisons round."""
     return w > fraction * w.sum(-1, keepdims=True)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 def _zero(z, x, classes):
-    """0 in a column, and NaN in rows where z is NaN or ∞: added, it makes all the row's derivatives NaN too."""
+    """A column of 0, with NaN in rows where z is NaN or ∞. Adding it makes all derivatives of such a row NaN too."""
     return (z - z)[..., None]
 
 
@@ -164,15 +165,15 @@ def is_class(y, x, classes):
 
 
 def _unless_no_class(y, x, r, classes):
-    """r [..., k]; NaN where the label is no class, but 0 where r = 0, so that a tangent of 0 stays 0."""
+    """r [..., k]; NaN where the label is out of range, but 0 where r = 0, so that a tangent of 0 stays 0."""
     return mul0(jnp.where(is_class(y, x, classes), jnp.ones_like(r), jnp.full_like(r, jnp.nan)), r)
 
 
 def at_labels(x, y, classes):
-    """x [..., n] at labels [..., k], counted over all devices' classes; some entry of x at a label that is no class."""
+    """x [..., n] at labels [..., k], which index the classes of all devices. A label out of range gives any entry."""
     y = classes.local(y, x)
-    # Until JAX no longer reports an IndexError of its own in such a batch under checkify (0.8 to 0.12): `waiting` hides
-    # the lookup.
+    # Until JAX no longer reports an IndexError of its own for such a batch under checkify (0.8 to 0.12): `waiting`
+    # hides the lookup from checkify.
     there = waiting(Program(_at_labels, (Classes(classes.axis),)), x, y)
     if classes.mesh_axis is None:
         return there

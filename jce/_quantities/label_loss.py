@@ -1,12 +1,12 @@
 """A label's loss at logits x, smoothed and with a z-loss: (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
 
-Its derivative in the logits is called the excess: q minus the target, plus the z-loss' part. With eᵢ = exp(xᵢ - m),
-s = Σ eᵢ over all classes except the label's, and q_y - 1 = -s/Z, Z times the excess is
+Its derivative in the logits is called the excess: q minus the target, plus the derivative of the z-loss. With
+eᵢ = exp(xᵢ - m), s = Σ eᵢ over all classes except the label's, and q_y - 1 = -s/Z, Z times the excess is
 
     eᵢ (1 + 2ζ log Σ exp x) - ε Z/n,   at the label   -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x
 
-so that nothing cancels at ε = 0. `of_row` has these formulas, for rows of logits and for heads. `_excess` has them once
-more, as functions of softmax(x): only its derivatives are used.
+so that nothing cancels at ε = 0. `of_row` computes these formulas, for rows of logits and for heads. `_excess` has them
+again, as functions of softmax(x): only the derivatives of `_excess` are used.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from jce._softmax.sums import OffLabel
 
 
 def or_none(number):
-    """A number, or None for a Python 0, whose term then costs nothing."""
+    """The number, or None for a Python 0, so that its term costs nothing."""
     return number if is_array(number) or number != 0 else None
 
 
 class OfRow(NamedTuple):
-    """The numbers of each row: its loss, Z, and those from which Z times the excess is computed.
+    """Numbers per row: the loss, Z, and the numbers from which Z times the excess is computed.
 
-    That is `at_label` at the label and e · factor - taken elsewhere. A factor of 1 and a taken of 0 are None.
+    Z times the excess is `at_label` at the label, and e · factor - taken elsewhere. A `factor` of 1 is None, and so is
+    a `taken` of 0.
     """
 
     losses: Array
@@ -54,14 +55,14 @@ class OfRow(NamedTuple):
 def of_row(
     off: OffLabel, n, mean: Array | None, smoothing, z_loss, *, whole: Callable = lambda log_sum: log_sum
 ) -> OfRow:
-    """The loss of each row of n classes, and the numbers of its excess.
+    """The loss of each row of n classes, and the numbers for its excess.
 
-    `mean` is the mean of x - m over the classes. Only smoothing needs it, and then m must be the maximum. `whole` adds
-    to log Σ exp x what was subtracted from the logits before.
+    `mean` is the mean of x - m over the classes. Only smoothing needs it, and then m must be the maximum. If a number
+    was subtracted from the logits before, `whole` adds it to log Σ exp x.
     """
     m, s, d = off
     losses, at_label, z, e_y = surprisal_at_label(off), -s, off.z, exp(-d)
-    # Where the label outweighs the others, log Z is log 1/q_y - d: s + e^-d may have rounded s away.
+    # If the label outweighs the others, log Z is computed as log 1/q_y - d, since s + e^-d may have lost s to rounding.
     log_z = jnp.where(s < e_y, losses - d, log(z))
     factor = taken = None
     if smoothing is not None and mean is not None:
@@ -78,11 +79,11 @@ def of_row(
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
 @kernel
 def label_loss(y, x, smoothing, kept, z_loss, way):
-    """The loss of labels y. ε and ζ are arrays, or None for 0. `kept` is 1 for each class that counts and 0 for others,
-    whose logit is -∞; or None where all classes count."""
+    """The loss of labels y. ε and ζ are arrays, or None for 0. `kept` is 1 for each class that counts, and 0 for each
+    masked class, whose logit is -∞. It is None if all classes count."""
     if z_loss is not None:
         way = way.for_log_sum(x)
-    # A mean needs the maximum, so the label's sum shares it.
+    # The mean for smoothing needs the maximum, so the label's sum uses the maximum too.
     off = way.off_label_of_any_shift(y, x) if smoothing is None else way.off_label(y, x)
     return _of_row(off, x, smoothing, kept, z_loss, way).losses
 
@@ -98,13 +99,13 @@ def _count(kept, x, classes):
 
 
 def _uniform(kept, x, classes):
-    """uᵢ = 1/n for each class that counts, and 0 for others."""
+    """uᵢ = 1/n for each class that counts, and 0 for masked classes."""
     n = _count(kept, x, classes)
     return jnp.asarray(1 / n, x.dtype) if kept is None else kept / classes.column(n)
 
 
 def _mean_depth(off, x, kept, way):
-    """Σ uᵢ (m - xᵢ). Each term has its weight, since Σ (m - xᵢ) over many classes may overflow."""
+    """Σ uᵢ (m - xᵢ). Each term is weighted before the sum, since Σ (m - xᵢ) over many classes may overflow."""
     u = _uniform(kept, x, way)
     if kept is None:
         return -way.sum(u * (x - way.column(off.m)))
@@ -129,7 +130,7 @@ label_loss.defjvp(_label_loss_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
 def _loss_and_excess(y, x, smoothing, kept, z_loss, classes):
-    # A GPU computes log Σ exp x outside of a chain, so there both results may share what that stores (`chain.py`).
+    # A GPU computes log Σ exp x outside of a chain (`chain.py`), so there both results may share the arrays it stores.
     in_rows = kernel if z_loss is None else storing_kernel
     return in_rows(_at_once)(y, x, smoothing, kept, z_loss, classes)
 
@@ -143,12 +144,12 @@ def _at_once(y, x, smoothing, kept, z_loss, way):
         off = way.off_label(y, x)
         e = exp(way.depth_off_label(x, off))
     row = _of_row(off, x, smoothing, kept, z_loss, way)
-    entries = row.entries(e, way.column)  # also where a class doesn't count: nothing differentiates its logit of -∞
+    entries = row.entries(e, way.column)  # also at masked classes: nothing differentiates their logits of -∞
     return row.losses, jnp.where(way.is_at(x, way.local(y, x)), way.column(row.at_label), entries) / way.column(row.z)
 
 
 def _excess(y, x, smoothing, kept, z_loss, classes):
-    """The excess as an expression whose derivatives are accurate."""
+    """The excess, as an expression whose derivatives are accurate."""
     q = softmax(x, classes)
     target = classes.is_at(x, classes.local(y, x)).astype(x.dtype)
     if smoothing is not None:
@@ -164,8 +165,8 @@ def_at_once(_loss_and_excess, label_loss, _excess)
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
 def mean_excess(y, x, kept, way):
-    """1/n Σᵢ log 1/qᵢ - log 1/q_y, computed as the mean of m - xᵢ, minus m - x_y: near the uniform distribution both
-    losses are about log Z, and their difference would lose all digits."""
+    """1/n Σᵢ log 1/qᵢ - log 1/q_y, computed as the mean of m - xᵢ, minus m - x_y. Near the uniform distribution both
+    losses are about log Z, and subtracting them would lose all digits."""
     off = way.off_label(y, x)
     return _mean_depth(off, x, kept, way) - off.d
 

@@ -1,4 +1,4 @@
-"""log q at one label or k labels of each row, and of all classes without a label together."""
+"""log q at one label or k labels per row, and for all classes without a label together."""
 
 from __future__ import annotations
 
@@ -38,24 +38,25 @@ def log_probs_with_integer_labels(
       [[-4.1223074e-09 -1.9306852e+01]
        [-4.0760595e-01 -1.0943444e+00]]
 
-    It is relatively accurate also where the model is sure. For one label it is minus
-    `cross_entropy_with_integer_labels(labels, logits)`; k labels cost the same single pass over the classes. With
-    `tail` an entry more is log (1-Σq), of all classes without a label together. So k labels and a tail are a
-    distribution of k+1 outcomes, and the KL divergence of two of these is ≥ 0, and 0 only where they are equal. Use it
-    for a teacher of which only the likeliest classes `top` are kept:
+    Its relative error is small even when the model is confident. For one label it is minus
+    `cross_entropy_with_integer_labels(labels, logits)`. With k labels it takes the same single pass over the classes.
+    With `tail` an entry more is log (1-Σq), of all classes without a label together. (Σq is the sum over the labels.)
+    The k labels and the tail are then a distribution of k+1 outcomes. The KL divergence of two such distributions is
+    ≥ 0, and it is 0 only if they are equal. Use a tail if you keep only the top-k classes `top` of a teacher:
 
         teacher = log_probs_with_integer_labels(top, teacher_logits, tail=True)
         kl_divergence_with_logits(teacher, log_probs_with_integer_labels(top, logits, tail=True))
 
-    Store such a teacher as these k+1 logarithms. Computed from stored float32 probabilities, a tail 1-Σp of 1e-5 is off
-    by 3e-3 of itself and one of 1e-7 by a third; from bfloat16 ones, a tail of 1e-3 has no correct digit.
+    Store such a teacher as these k+1 logarithms. If you store float32 probabilities instead and compute the tail 1-Σp
+    from them, a tail of 1e-5 has a relative error of 3e-3, and a tail of 1e-7 one of a third. From bfloat16
+    probabilities, a tail of 1e-3 has no correct digit.
 
     Args:
       labels: integer, class indices: [..., ...], exactly the shape of logits without `axis`, or [..., ..., k], with a
-        last axis for k labels of each distribution. [B, 1] for logits [B, n] is k = 1. A tail takes the second shape,
-        and labels that are distinct in each distribution.
+        last axis for the k labels of each distribution. Labels [B, 1] for logits [B, n] mean k = 1. With `tail`, give
+        the second shape, and labels that are distinct in each distribution.
       logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
-      tail: a static bool: whether one more entry, the last, is for all classes without a label.
+      tail: a static bool: whether to add a last entry for all classes without a label.
       axis: the axis of the n classes: a static int.
       where: bool, broadcast to logits. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
       axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
@@ -64,21 +65,21 @@ def log_probs_with_integer_labels(
       The shape of labels, or with a tail [..., ..., k+1]; float32, or float64 if logits is.
 
     At the boundary:
-      A logit of -∞ is a class of probability 0: log q is -∞ at it, with the derivative of the formula. A label outside
-      [0, n) makes its own entry NaN, and gradients through it; it never counts from the end, and takes no class from
-      the tail. Pad lists with n, and mask the padding in what you do with the result. A tail without classes, or whose
-      logits are all -∞, is -∞. A row with a NaN, a +∞ or only -∞ is NaN.
+      A logit of -∞ is a class of probability 0: as a label it gives log q = -∞, with the derivative of the formula. A
+      label outside [0, n) makes its own entry NaN, and gradients through this entry too. It never counts from the end,
+      and takes no class out of the tail. Pad lists of labels with n, and mask the padded entries of the result. A tail
+      without classes, or whose logits are all -∞, is -∞. A row with a NaN, a +∞ or only -∞ is NaN.
 
     Derivative:
-      ∂/∂xᵢ = [i = y] - qᵢ, in logits' dtype; of the tail [no label is i] qᵢ/(1-Σq) - qᵢ. Relatively accurate for every
-      i, as far as the rounding of x - max x allows.
+      ∂/∂xᵢ = [i = y] - qᵢ, in logits' dtype; of the tail [no label is i] qᵢ/(1-Σq) - qᵢ. The relative error is small
+      for every i, as far as the rounding of x - max x allows.
 
     Raises:
       TypeError: labels are not integers, logits not real, or `where` not boolean.
-      ValueError: shapes, `axis` or `where` don't fit; tail is no bool, or it is True and labels lack an axis of k.
+      ValueError: shapes, `axis` or `where` don't fit; tail is not a bool, or it is True and labels lack the axis of k.
 
     Not checked:
-      Values, nor that labels are distinct: with a tail a label that repeats counts twice.
+      Values, and that labels are distinct. (With a tail, a label that repeats counts twice.)
 
     See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """

@@ -1,4 +1,4 @@
-"""Cross-entropy of soft targets p and logits x: H(p, q) = Σ pᵢ log 1/qᵢ at q = softmax(x)."""
+"""The cross-entropy of soft targets p and logits x: H(p, q) = Σ pᵢ log 1/qᵢ with q = softmax(x)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ soft.defjvp(_soft_rule, symbolic_zeros=True)
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
 def _soft_and_partials(p, x, way):
-    # One kernel for all three, since they share the exponentials.
+    # One kernel computes all three results, since they share the exponentials.
     of_x = way.exponentials(x)
     n = of_x.of_row
     depth = way.depth(x, n)
@@ -54,8 +54,8 @@ def surprisal_terms(p, of_row, depth, classes):
 
 def _excess(p, of_x, way):
     (e, _, n), total = of_x, way.sum(p)
-    # A dominant class has eᵢ = 1 > 0.6 while others have eᵢ < 1/2; if none dominates, all eᵢ < 1.6. The dominant class
-    # has q = 1 - s/Z, so its q Σp - p is (Σp - p) - Σp s/Z, in which Σp - p is exact.
+    # If a class dominates, it has eᵢ = 1 > 0.6, while others have eᵢ < 1/2. If none dominates, all eᵢ < 1.6. The
+    # dominant class has q = 1 - s/Z, so its q Σp - p is (Σp - p) - Σp s/Z, in which Σp - p is exact.
     dominant = (way.column(total) - p) - way.column(total * (n.s / n.z))
     return jnp.where(e > way.column(0.6 + n.undominated), dominant, e * way.column(total / n.z) - p)
 
@@ -66,7 +66,8 @@ def _excess_rule(classes, primals, tangents):
     def along_p(dp):
         q = softmax(x, classes)
         d_total = classes.broadcast(classes.sum(dp), p)
-        # For a class with q > 1/2, q Σdp - dp would cancel: it is the sum of the other dp, minus (1 - q) Σdp.
+        # For a class with q > 1/2, q Σdp - dp would cancel, so it is computed as the sum of the other dp, minus
+        # (1 - q) Σdp.
         others = classes.column(classes.sum(jnp.where(q > 0.5, jnp.zeros_like(dp), dp)))
         return jnp.where(q > 0.5, others - mul0(complement(x, classes), d_total), mul0(q, d_total) - dp)
 
@@ -79,18 +80,18 @@ def_at_once(_soft_and_partials, soft, lambda p, x, classes: surprisal(x, classes
 
 
 def smoothed(loss, uniform_loss, smoothing):
-    """(1-ε) loss + ε uniform_loss; NaN where loss is NaN, at every ε."""
+    """(1-ε) loss + ε uniform_loss. Where `loss` is NaN, the result is NaN at every ε."""
     if is_array(smoothing):
         both = scaled(1 - smoothing, loss) + scaled(smoothing, uniform_loss)
         return jnp.where(jnp.isnan(loss), loss, both)  # a NaN loss stays NaN also at ε = 1
-    if smoothing == 1:  # 0 times a loss of +∞ would be NaN; a label that is no class must give NaN
+    if smoothing == 1:  # 0 times a loss of +∞ would be NaN, but a NaN loss (from a label out of range) must stay
         return jnp.where(jnp.isnan(loss), loss, uniform_loss)
     return (1 - smoothing) * loss + smoothing * uniform_loss
 
 
 @jax.custom_jvp
 def smoothed_by(loss, uniform_loss, difference, smoothing):
-    """`smoothed` for a traced ε, whose derivative is `difference`: uniform_loss - loss, given with more digits."""
+    """`smoothed`. The derivative in a traced ε is `difference`: uniform_loss - loss, but more accurate."""
     return smoothed(loss, uniform_loss, smoothing)
 
 
@@ -104,7 +105,7 @@ def _smoothed_by_rule(primals, tangents):
 
 
 def scaled(number, x):
-    """number · x, and 0 for a traced 0 even where x is infinite. Callers skip Python's 0, so it isn't tested here."""
+    """number · x, and 0 for a traced 0 even if x is infinite. Callers skip a Python 0, so it isn't tested here."""
     return mul0(x, number * jnp.ones_like(x)) if is_array(number) else number * x
 
 

@@ -1,11 +1,11 @@
-"""Targets of few classes: labels with a probability each, such as the likeliest classes of a teacher.
+"""Sparse targets: k labels with a probability each, such as the top-k classes of a teacher.
 
-H(p, q) is that of a soft target which is 0 at all classes without a label. What a truncated teacher lacks may count as
-one more outcome, the tail: its probability is 1 - Σp in the target and 1 - Σq, of the classes without a label, in the
-model. log(1 - Σq) is computed from those classes, so nothing cancels.
+H(p, q) is the cross-entropy for a soft target that is 0 at all classes without a label. The remaining probability of a
+truncated teacher may count as one more outcome, the tail. Its probability is 1 - Σp in the target, and 1 - Σq in the
+model. log(1 - Σq) is computed from the classes without a label, so nothing cancels.
 
-Where the labels cover every possible class, 1 - Σp is 0 up to rounding, while log 1/(1 - Σq) is infinite or grows
-without bound: their product would dominate the loss. So a 1 - Σp within the rounding of p counts as 0.
+If the labels cover every possible class, 1 - Σp is 0 up to rounding, while log 1/(1 - Σq) is infinite or grows without
+bound. Their product would dominate the loss, so if 1 - Σp is within the rounding of p, it counts as 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROUNDINGS = 4  # eps by which a stored Σp may differ from 1: at most 3.3 in sof
 
 
 def rounding(label_probs: Array, dtype) -> float:
-    """How far rounding may leave Σp off 1, in the dtype in which the probabilities were given."""
+    """How far rounding may move Σp away from 1, in the dtype in which the probabilities were given."""
     given = label_probs.dtype if jnp.issubdtype(label_probs.dtype, jnp.floating) else dtype
     return ROUNDINGS * float(jnp.finfo(given).eps)
 
@@ -32,13 +32,13 @@ def rounding(label_probs: Array, dtype) -> float:
 def sparse_cross_entropy(
     y: Array, p: Array, x: Array, kept: Array, smoothing: Array | None, tail: float | None, classes: Classes
 ) -> Array:
-    """The loss of labels y and probabilities p [..., k] at logits x [..., n]; `kept` is 1 for each class not masked.
+    """The loss for labels y with probabilities p [..., k] at logits x [..., n]. `kept` is 1 for each class not masked.
 
-    `tail` is None without a tail, else how far rounding may leave Σp off 1.
+    `tail` is None if there is no tail. Otherwise it says how far rounding may move Σp away from 1.
     """
     known = is_class(y, x, classes)
-    # A label that is no class makes its row NaN, by a NaN logit here, and the derivative in its probability, by the
-    # last line.
+    # A label out of range makes its row NaN (by a NaN logit, added here), and also the derivative in its probability
+    # (by the last line).
     wrong = ~known & (p != 0)
     x += classes.column(jnp.where(wrong.any(-1), jnp.nan, 0).astype(x.dtype))
     used = jnp.where(known, p, jnp.zeros_like(p))
@@ -55,21 +55,21 @@ def sparse_cross_entropy(
 
 
 def _smoothed(loss, uniform_loss, smoothing, y, p, uniform, x, classes):
-    # Both losses are taken without log Z Σp, which they have in common: with it their difference would lose its digits
-    # (as in `mean_excess`).
+    # Both losses are computed without log Z Σp, which they have in common. With it, their difference would lose its
+    # digits (as in `mean_excess`).
     m = lax.stop_gradient(classes.max(x))
     mean = mul0(classes.sum(surprisal_terms(uniform, m, x, classes)), p.sum(-1))
     return smoothed_by(loss, uniform_loss, mean - mul0(m[..., None] - at_labels(x, y, classes), p).sum(-1), smoothing)
 
 
 def _with_tail(y, p, x, kept, tail, classes):
-    """The loss of the labels, and that of the tail."""
+    """The loss of the labels, and the loss of the tail."""
     once, weights = _without_repetition(y, p, classes.count(x))
     log_q, log_rest = jnp.split(log_probs_and_tail(once, x, classes), [y.shape[-1]], -1)
     log_rest = log_rest.squeeze(-1)
     rest = rest_of(p)
     nothing = jnp.abs(rest) <= tail
-    # A 1 - Σp that rounding left below 0 is raised to 0 in value alone: its derivative in p stays.
+    # If rounding made 1 - Σp negative, it is raised to 0 in the value only. Its derivative in p stays.
     rest += lax.stop_gradient(jnp.where(nothing, jnp.maximum(-rest, 0), jnp.zeros_like(rest)))
     empty = (log_rest == -jnp.inf) & (nothing | ~_has_others(once, kept, classes))
     surprisal = jnp.where(empty, jnp.zeros_like(rest), 0 - log_rest)
@@ -77,7 +77,7 @@ def _with_tail(y, p, x, kept, tail, classes):
 
 
 def rest_of(p):
-    """1 - Σp, with all digits also where Σp is near 1: pairwise sums, whose rounding errors are added in the end."""
+    """1 - Σp, with all digits even if Σp is near 1: pairwise sums, whose rounding errors are added at the end."""
     sums = jnp.concatenate([jnp.ones_like(p.sum(-1, keepdims=True)), -p], -1)
     lost = jnp.zeros_like(sums)
     while sums.shape[-1] > 1:
@@ -89,8 +89,8 @@ def rest_of(p):
 
 
 def _without_repetition(y, p, n):
-    """Labels and probabilities: the first of equal labels gets the sum of their probabilities, the others become n,
-    which is no class, with probability 0."""
+    """Labels and probabilities, with repeated labels merged: the first of equal labels gets the sum of their
+    probabilities. The others become n, which is out of range, with probability 0."""
     same = y[..., :, None] == y[..., None, :]
     j, earlier = (lax.broadcasted_iota(y.dtype, same.shape, axis) for axis in (y.ndim - 1, y.ndim))
     again = (same & (earlier < j)).any(-1)

@@ -1,4 +1,5 @@
-"""ζ (log Σ exp x)², the z-loss of logits x. Added to a cross-entropy, it fixes the offset that softmax(x) ignores."""
+"""ζ (log Σ exp x)², the z-loss of logits x. softmax(x) ignores an offset of x; adding the z-loss to a cross-entropy
+determines it."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
 # %% [markdown]
-# # A big vocabulary: 64 times the tokens take no more memory, over 40 times less than a dense loss, derivatives too
+# # A big vocabulary: over 40 times less memory than a dense loss, as much for 64 times the tokens, derivatives too
 #
-# A language model ends in a *head*: a matrix $W$ of $n \times d$ weights that turns a token's hidden state $h$ into $n$
-# logits $x = Wh$, one a class. Its loss is the mean over the tokens of
+# A language model ends in a *head*: a matrix $W$ of $n \times d$ weights. It turns a token's hidden state $h$ into $n$
+# logits $x = Wh$, one for each class. The loss is the mean over the tokens of
 #
 # $$\log \frac{1}{q_y} \qquad q = \mathrm{softmax}(x)$$
 #
-# with $y$ the label. As it stands, it makes the logits of all tokens: tokens × $n$ numbers, 34 GB in float32 at 65,536
-# tokens and 131,072 classes. `jce.linear_cross_entropy(labels, hidden, head)` is the same number from the logits of
-# some hundred tokens at a time, in every mode of differentiation. Here are its memory and its time beside the dense
-# loss's, and a use of its Hessian-vector product: how sharp the loss is.
+# where $y$ is the label. Evaluated as written, the loss needs the logits of all tokens at once. That is tokens × $n$
+# numbers: 34 GB in float32 at 65,536 tokens and 131,072 classes. `jce.linear_cross_entropy(labels, hidden, head)`
+# returns the same number, but computes the logits of only some hundred tokens at a time. It does so in every mode of
+# differentiation. This notebook compares its memory and time with those of the dense loss. Then it uses the
+# Hessian-vector product of the loss to measure how sharp the loss is.
 
 # %%
 import functools
@@ -51,9 +52,10 @@ MODES = {"value": value, "value and gradient": gradient, "Hessian-vector product
 # %% [markdown]
 # ## Memory
 #
-# What a program needs beside its arguments and results, its *temporaries*, XLA knows once it has compiled it. Nothing
-# has to run, and the arguments may be mere shapes: so the sizes can be those of a real model on a small machine. We
-# vary the number of tokens, of tokens in a chunk (`chunk_size`) and of classes $n$, one at a time.
+# A compiled program needs memory beyond its arguments and results, for its *temporaries*. XLA reports their size after
+# compilation. The program doesn't have to run, and its arguments can be shapes without data. So a small machine can
+# measure the sizes of a real model. We vary one size at a time: the number of tokens, the number of tokens in a chunk
+# (`chunk_size`) and the number of classes $n$.
 
 # %%
 WIDTH, TOKENS, CLASSES, CHUNK = 1024, 2**16, 2**17, 2**9
@@ -80,12 +82,14 @@ for tokens, n, chunk in settings:
     print(f"{tokens:9,}{n:10,}{chunk or 'dense':>8}{row}")
 
 # %% [markdown]
-# The dense loss keeps 1, 2 and 3 arrays of tokens × $n$. jce keeps a chunk × $n$ in the value, the sum of the head's
-# gradient ($n \times d$) beside it, and a few of both in the Hessian-vector product, where arrays of tokens × $d$, the
-# size of the hidden states, show when $n$ is small. With few tokens there is little to save: at 1,024 the dense
-# Hessian-vector product needs less.
+# The dense loss keeps arrays of tokens × $n$: one for the value, two with the gradient, three for the Hessian-vector
+# product. For the value, jce keeps one array of chunk × $n$. With the gradient, it also keeps the sum of the head's
+# gradient ($n \times d$). The Hessian-vector product keeps a few arrays of both shapes, and arrays of tokens × $d$ (the
+# size of the hidden states), which show when $n$ is small. With few tokens there is little to save: at 1,024 tokens the
+# dense Hessian-vector product needs less memory than jce's.
 
 # %%
+#| fig-alt: Memory in log-log plots: the dense loss's grows with the tokens; jce's doesn't, but grows with the chunk
 STYLES = dict(zip(MODES, (("-", "o"), ("--", "s"), (":", "^")), strict=True))
 figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.8), sharey=True, layout="constrained")
 for mode, (line, marker) in STYLES.items():
@@ -110,13 +114,14 @@ for axis, sizes in zip(axes, (some_tokens, some_chunks), strict=True):
 # %% [markdown]
 # ## Time
 #
-# With the hidden states of all tokens as the rows of $h$, value and gradient are three matrix products of tokens · $d$
-# · $n$ multiplications each: the logits $x = hW^\top$, and with $g = \partial \ell / \partial x$ the gradients $gW$ and
-# $g^\top h$. While a chunk's logits are there, so is $g$; so the chunks cost no fourth product. They do cost reading
-# the head and adding to its gradient once a chunk, and small chunks do so often. We time several sizes and the bare
-# products in turn, so that a busy machine slows all alike, and take medians. A ratio can be below 1, since the bare
-# products write the logits of all tokens to memory. Times depend on the machine, so nothing below is asserted of them;
-# their picture comes with the next one.
+# Let the hidden states of all tokens be the rows of $h$. Value and gradient then take three matmuls of tokens · $d$ ·
+# $n$ multiplications each: the logits $x = hW^\top$ and, with $g = \partial \ell / \partial x$, the gradients $gW$ and
+# $g^\top h$. While the logits of a chunk are in memory, $g$ is too, so chunks need no fourth matmul. However, every
+# chunk reads the head and adds to the head's gradient, and small chunks do this often.
+#
+# We time several chunk sizes and the bare matmuls in turn, so that other load on the machine slows all of them alike,
+# and take medians. A ratio can be below 1, because the bare matmuls write the logits of all tokens to memory. Times
+# depend on the machine, so this notebook doesn't assert them. The next picture shows them.
 
 # %%
 tokens, d, n = 2048, 128, 4096
@@ -149,14 +154,14 @@ print("time over that of three products, by chunk:", {chunk: round(r, 2) for chu
 # %% [markdown]
 # ## The eigenvalues of a Hessian
 #
-# A Hessian-vector product is all that Lanczos' method asks of a symmetric matrix to find its largest eigenvalues;
-# `scipy.sparse.linalg.eigsh` is such a method, with restarts. The Hessian of the loss in $W$ has $nd$ rows. For $N$
-# tokens it is a mean of Kronecker products,
+# Lanczos' method finds the largest eigenvalues of a symmetric matrix, and all that it needs is matrix-vector products.
+# `scipy.sparse.linalg.eigsh` is a restarted version of it. The Hessian of the loss in $W$ has $nd$ rows. For $N$ tokens
+# it is a mean of Kronecker products,
 #
 # $$\nabla^2 = \frac{1}{N} \sum_{t=1}^{N} \left(\mathrm{diag}\, q_t - q_t q_t^\top\right) \otimes h_t h_t^\top$$
 #
-# which for 50 classes and $d = 16$ is small enough to write down, in float64, as an oracle. The products are of
-# float32, in chunks of 64 of the 256 tokens.
+# For 50 classes and $d = 16$ this matrix is small enough to be formed in float64, as a reference. The Hessian-vector
+# products are in float32, and their chunks have 64 of the 256 tokens.
 
 
 # %%
@@ -189,17 +194,19 @@ print(f"written down:   {np.round(exact, 6)}")
 print(f"largest relative error {small_error:.1e}")
 
 # %% [markdown]
-# At 1000 classes and $d = 64$ there are 64,000 weights, and the Hessian would take 16 GB. Yet at one point its spectrum
-# is known: where the head has learned how frequent each class is and nothing else, $W = 0$ with a bias of $\log f$.
-# There every $q_t$ is $f$, and
+# At 1,000 classes and $d = 64$ there are 64,000 weights, and the Hessian would take 16 GB. At one point, however, its
+# spectrum is known: when the head has learned how frequent each class is and nothing else, that is, $W = 0$ with a bias
+# of $\log f$. At this point every $q_t$ is $f$, and the eigenvalues of
 #
 # $$\nabla^2 = \left(\mathrm{diag}\, f - f f^\top\right) \otimes C \qquad C = \frac{1}{N} \sum_t h_t h_t^\top$$
 #
-# has the products of the two factors' eigenvalues (Horn and Johnson, *Topics in Matrix Analysis*, theorem 4.2.12). For
-# words, take Zipf's law: $f_i \propto 1/i$. Frequent words are sharp directions: the largest eigenvalue is far above
-# the one at a uniform $f$, and the largest step of gradient descent, $2/\lambda_{\max}$ on a quadratic, as far below.
+# are the products of the eigenvalues of its two factors (Horn and Johnson, *Topics in Matrix Analysis*, theorem
+# 4.2.12). As class frequencies, we take Zipf's law for words: $f_i \propto 1/i$. Frequent words are sharp directions.
+# The largest eigenvalue is therefore far above the largest one for a uniform $f$. The largest stable step of gradient
+# descent, which is $2/\lambda_{\max}$ on a quadratic, is smaller by the same factor.
 
 # %%
+#| fig-alt: Left: time is least with 256-token chunks, equal to three matmuls; right: eigenvalues match known ones
 tokens, d, n = 1024, 64, 1000
 f = 1 / np.arange(1, n + 1)
 f /= f.sum()
@@ -230,9 +237,9 @@ for axis in axes:
 # %% [markdown]
 # ## Why a rule for forward mode
 #
-# A common way to fuse a loss is a `jax.custom_vjp`: a forward pass that also prepares a backward pass. Forward mode it
-# has none, so a Hessian-vector product as above, forward over reverse, is refused where the forward pass calls the
-# function itself. jce's rules are `jax.custom_jvp`, from which JAX derives both modes, to any order.
+# A loss is often fused with `jax.custom_vjp`: its forward pass also prepares the backward pass. Such a function has no
+# forward mode. A Hessian-vector product as above is forward over reverse, so JAX rejects it if the forward pass calls
+# the function itself. jce's rules are `jax.custom_jvp`, from which JAX derives both modes, to any order.
 
 
 # %%
@@ -254,7 +261,8 @@ print("\n".join(refusals))
 # %% [markdown]
 # ## The claim
 #
-# In bytes of the compiled programs, and in eigenvalues that only right Hessian-vector products give.
+# The memory is asserted in bytes of the compiled programs. The derivatives are asserted by eigenvalues, which only
+# correct Hessian-vector products give.
 
 # %%
 few, many = some_tokens[0], some_tokens[-1]

@@ -1,16 +1,18 @@
 # %% [markdown]
-# # Many devices: a head split over any mesh sends three numbers a token and each gradient once, and gathers nothing
+# # Many devices: on any mesh, a split head sends three numbers per token and each gradient once, and gathers nothing
 #
-# A head $W$ with a row for each of $n$ classes, and the hidden states $h$ of $N$ tokens, may both be too big for one
-# device. On a mesh of $T \times K$ devices each has $N/T$ of the tokens and $n/K$ of the classes. The loss of a token,
+# A head $W$ with one row for each of $n$ classes, and the hidden states $h$ of $N$ tokens, may both be too big for one
+# device. On a mesh of $T \times K$ devices, each device has $N/T$ of the tokens and $n/K$ of the classes. The loss of a
+# token,
 #
 # $$\log \frac{1}{q_y} = \log \sum_i e^{x_i - m} - (x_y - m) \qquad x = Wh \quad m = \max_i x_i$$
 #
 # needs three numbers that no device has alone: the maximum $m$, the sum, and the label's logit $x_y$. Its derivative
-# $g = \partial \ell / \partial x$ needs no more of the others, since $q_i$ is $e^{x_i - m}$ over the sum. The gradients
-# do: with a row of $h$ and $g$ for each token, that of $h$ is $gW$, a sum over classes, and that of $W$ is $g^\top h$,
-# a sum over tokens. `jce.on_mesh(jce.linear_cross_entropy, ...)` sends just that. To see it takes several devices; a
-# CPU can be eight.
+# $g = \partial \ell / \partial x$ needs nothing more from other devices, because $q_i$ is $e^{x_i - m}$ divided by the
+# sum. The gradients need more. If $h$ and $g$ have one row per token, the gradient with respect to $h$ is $gW$, a sum
+# over classes, and the gradient with respect to $W$ is $g^\top h$, a sum over tokens.
+# `jce.on_mesh(jce.linear_cross_entropy, ...)` sends exactly these numbers. To see this you need several devices; a CPU
+# can act as eight.
 
 # %%
 import functools
@@ -48,10 +50,10 @@ print(len(jax.devices()), jax.devices()[0].platform, "devices")
 # %% [markdown]
 # ## The same numbers
 #
-# The first tokens are padding: 27 of 64, which `where` leaves out. On a mesh of 2 × 4 they all fall to the first four
-# devices, so those have 5 tokens that count and the others 32. A mean of the two halves' means would weigh the 5 as
-# much as the 32; the loss is the mean of all 37. It and its gradients are those of one device, to rounding, and the
-# gradients stay split as their arguments are.
+# The first 27 of the 64 tokens are padding, which `where` masks. On a mesh of 2 × 4 all of the padding is on the first
+# four devices. They have 5 unmasked tokens, and the other four have 32. The mean of the two halves' means would give
+# the 5 tokens as much weight as the 32. The sharded loss is the mean over all 37 tokens. The loss and its gradients
+# equal those from one device, up to rounding, and the gradients stay split in the same way as their arguments.
 
 # %%
 rng = np.random.default_rng(0)
@@ -76,10 +78,10 @@ print("the gradients are split as", *(g.sharding.spec for g in sharded_gradients
 # %% [markdown]
 # ## What is sent
 #
-# The compiled program says so: each exchange between devices is an instruction in its text, inside the loop over chunks
-# of tokens or outside. Compiling takes shapes alone, so the sizes can be real: $N = 8192$ tokens, $d = 512$ and
-# $n = 32{,}768$ classes in float32. By the argument above, a device takes part in sums (or the maximum) over devices,
-# each an *all-reduce*, of
+# The text of the compiled program shows what is sent. Each exchange between devices is an instruction, inside or
+# outside the loop over chunks of tokens. Compilation needs only shapes, so the sizes can be realistic: $N = 8192$
+# tokens, $d = 512$ and $n = 32{,}768$ classes in float32. By the argument above, a device takes part in these sums (or
+# the maximum) over devices. Each is an *all-reduce*:
 #
 # | over | numbers | when |
 # |---|---|---|
@@ -88,8 +90,8 @@ print("the gradients are split as", *(g.sharding.spec for g in sharded_gradients
 # | the devices of the tokens, if $T > 1$ | $n/K \cdot d$, the gradient of $W$ | once |
 # | the devices of the tokens, if $T > 1$ | 1, the loss | once |
 #
-# `bench.devices.sent` is this table, but for the loss; `bench.hlo.collectives` reads a program's text. Beside it is
-# what XLA's partitioner makes of the loss of whole logits, split the same way.
+# `bench.devices.sent` returns this table, except for the loss. `bench.hlo.collectives` reads a program's text. For
+# comparison, we let XLA's partitioner split a loss that is computed from whole logits in the same way.
 
 # %%
 TOKENS, WIDTH, CLASSES, CHUNK = 8192, 512, 32_768, 256
@@ -143,15 +145,18 @@ for name in ("jce", "dense"):
     print(f"{name}, Hessian-vector product\n  2 × 4: {readable(exchanges[(2, 4), name, hvp])}")
 
 # %% [markdown]
-# A chunk is 256 tokens, and the loop runs $N/T/256$ times. The partitioner's program has no loop and sends as much;
-# what the split head saves beside it is memory. In a Hessian-vector product it saves half of what is sent as well: the
-# partitioner adds up each gradient's tangent in two parts, jce in one, with 7 numbers a token in the loop.
+# A chunk has 256 tokens, and the loop runs $N/T/256$ times. For value and gradient, the partitioner's program has no
+# loop and sends just as much, so there the split head saves only memory. In a Hessian-vector product it also saves half
+# of what is sent: the partitioner adds up the tangent of each gradient in two parts, jce in one, with 7 numbers per
+# token in the loop.
 #
-# Now in megabytes: what a device adds up with others in a step, and what it needs beside arguments and results. (In a
-# ring of $p$ devices, to add up a byte each of them sends $2(p-1)/p$ bytes.)
+# The pictures show megabytes per step: how much data a device adds up with other devices, and how much temporary memory
+# it needs beyond arguments and results. (In a ring of $p$ devices, each device sends $2(p-1)/p$ bytes to add up one
+# byte.)
 
 
 # %%
+#| fig-alt: Bars by mesh: jce adds up as much as dense, or half for Hessian products, and needs less memory
 def numbers(shape, name, mode):
     """How many numbers a device adds up with others': in the loop, and once."""
     found, trips = exchanges[shape, name, mode], TOKENS // shape[0] // CHUNK
@@ -178,12 +183,13 @@ for axis in axes:
     axis.set_xticks(range(len(MESHES)), [f"{t} × {k}" for t, k in MESHES])
 
 # %% [markdown]
-# ## Logits that are there already
+# ## Logits that exist already
 #
-# Functions of logits need no call of their own. Under `jax.jit` the logits may be split over rows, classes or both, and
-# the partitioner sends some numbers a row. Inside `jax.shard_map`, where a function sees its device's block alone,
-# `axis_name` names the mesh axis of the classes, and jce's rules say what to send: no more numbers, or fewer. Here are
-# 64 rows of 8192 classes on 2 × 4 devices, so 32 rows a device; value and gradient, counted in numbers a row.
+# Functions of logits need no special call. Under `jax.jit` the logits may be split over rows, classes or both, and the
+# partitioner sends a few numbers per row. Inside `jax.shard_map` a function sees only its device's block. There,
+# `axis_name` names the mesh axis of the classes, and jce's rules determine what is sent: as many numbers or fewer. The
+# example has 64 rows of 8,192 classes on 2 × 4 devices, so each device has 32 rows. It counts the numbers per row for
+# value and gradient.
 
 # %%
 rows, n = 64, 8192
@@ -226,8 +232,9 @@ print(f"largest error {max(logit_errors):.0e}")
 # %% [markdown]
 # ## The claim
 #
-# On each mesh: all that is exchanged are sums and maxima, of the sizes of the table and no others; three numbers a
-# token in the loop. In a Hessian-vector product they are more numbers a token, and still each gradient's tangent once.
+# On each mesh, the only exchanges are sums and maxima, and only of the sizes in the table: in the loop, three numbers
+# per token. A Hessian-vector product exchanges more numbers per token, and still the tangent of each gradient only
+# once.
 
 # %%
 for shape in MESHES:

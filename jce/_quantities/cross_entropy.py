@@ -40,11 +40,11 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       >>> print(jce.cross_entropy(p, q), jax.grad(jce.cross_entropy, 1)(p, q))
       1.0397208 [-2. -1. -0.]
 
-    H(p, q) = KL(p‖q) + H(p) ≥ H(p), with equality at q = p. Not symmetric.
+    H(p, q) = KL(p‖q) + H(p) ≥ H(p), with equality at q = p. It is not symmetric.
 
     Args:
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
-      q: real, [..., n, ...], the model's. Batch axes broadcast, the class axis doesn't.
+      q: real, [..., n, ...], the model's probabilities. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
 
@@ -52,8 +52,8 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
-      pᵢ = 0 contributes 0, whatever number qᵢ is, and ∂H/∂qᵢ = 0. pᵢ > 0 = qᵢ makes H = +∞, with ∂H/∂qᵢ = -∞ and
-      ∂H/∂pᵢ = +∞. A class of pᵢ = qᵢ = 0 is absent: both derivatives are 0.
+      A class with pᵢ = 0 contributes 0 for every number qᵢ ≥ 0, with ∂H/∂qᵢ = 0. A class with pᵢ > 0 = qᵢ makes
+      H = +∞, with ∂H/∂qᵢ = -∞ and ∂H/∂pᵢ = +∞. A class with pᵢ = qᵢ = 0 is absent: both derivatives are 0.
 
     Derivative:
       ∂H/∂qᵢ = -pᵢ/qᵢ, ∂H/∂pᵢ = log 1/qᵢ, each in its argument's dtype.
@@ -63,8 +63,8 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
-      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). In pᵢ the formula is linear, also below 0; a negative qᵢ gives NaN, as
-      its logarithm does.
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). The formula is linear in pᵢ, and is evaluated as written even for
+      negative pᵢ. A negative qᵢ gives NaN, because its logarithm is NaN.
 
     See "Arguments", "Excluded classes" and "Conventions" in jce/README.md.
     """
@@ -79,7 +79,7 @@ def _sum_p_log_q(p, q, classes):
 
 @custom_jvp
 def _log_q(p, q):
-    return log(q) + (p - p)  # so that it is NaN where p is, though log q doesn't depend on p
+    return log(q) + (p - p)  # log q doesn't depend on p, but must be NaN where p is
 
 
 # ∂/∂p p log q = log q, ∂/∂q p log q = p/q
@@ -111,14 +111,14 @@ def cross_entropy_with_logits(
       >>> print(jce.cross_entropy_with_logits(p, logits), jax.grad(jce.cross_entropy_with_logits, 1)(p, logits))
       4.1223074e-09 [-4.1223074e-09  2.0611537e-09  2.0611537e-09]
 
-    It is relatively accurate where the model is sure and right: a loss of 1e-30 is 1e-30, not 0. As a function of q it
-    is minimal at q = p. z_loss adds ζL² with L = log Σ exp logits: the loss is Σᵢ pᵢ log 1/qᵢ + ζL².
+    Its relative error is small even when the model is confident and correct: a loss of 1e-30 is 1e-30, not 0. As a
+    function of q it is minimal at q = p. z_loss adds ζL² with L = log Σ exp logits: the loss is Σᵢ pᵢ log 1/qᵢ + ζL².
 
     Args:
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       logits: real, [..., n, ...], the model's logits (or log-probabilities). Batch axes broadcast, the class axis
         doesn't.
-      z_loss: ζ, a number ≥ 0; it draws L towards 0.
+      z_loss: ζ, a number ≥ 0; training with it pulls L towards 0.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to p and logits. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
       axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
@@ -127,19 +127,20 @@ def cross_entropy_with_logits(
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or logits is.
 
     At the boundary:
-      A logit of -∞ is a class of probability 0: where pᵢ = 0 it contributes 0, with derivative 0; where pᵢ > 0 it makes
-      H = +∞. ∂H/∂pᵢ = +∞ there. A row whose logits hold NaN or +∞, or only -∞, is NaN. A traced ζ of 0 adds 0, even
-      where L is infinite.
+      A logit of -∞ is a class of probability 0. If pᵢ = 0, this class contributes 0, with derivative 0 in the logit. If
+      pᵢ > 0, it makes H = +∞. In both cases ∂H/∂pᵢ = +∞. A row is NaN if its logits hold NaN or +∞, or are all -∞. A
+      traced ζ of 0 adds 0, even if L is infinite.
 
     Derivative:
-      ∂/∂xᵢ = qᵢ Σp - pᵢ + 2ζLqᵢ, ∂/∂pᵢ = log 1/qᵢ, each in its argument's dtype. In a traced ζ it is L².
+      ∂/∂xᵢ = qᵢ Σp - pᵢ + 2ζLqᵢ, ∂/∂pᵢ = log 1/qᵢ, each in its argument's dtype. In a traced ζ the derivative is L².
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
       ValueError: shapes, `axis` or `where` don't fit, or z_loss is below 0.
 
     Not checked:
-      pᵢ ≥ 0 and Σ pᵢ = 1 (see `check_distribution`): the formula is linear in p, also below 0.
+      pᵢ ≥ 0 and Σ pᵢ = 1 (see `check_distribution`). The formula is linear in p, and is evaluated as written even for
+      negative pᵢ.
 
     See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """
@@ -173,22 +174,22 @@ def cross_entropy_with_integer_labels(
       >>> print(jce.cross_entropy_with_integer_labels(top, logits[1], label_probs=probs, tail=True))
       1.9076061
 
-    With label_smoothing ε the target is (1-ε) one-hot + ε/n over all n classes, the label's included; z_loss adds ζL²
-    with L = log Σ exp logits: the loss is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζL². No one-hot array is built. It is
-    relatively accurate where the model is sure and right: a loss of 1e-30 is 1e-30, and its gradient points the right
-    way.
+    With label_smoothing ε the target is (1-ε) one-hot + ε/n over all n classes, including the label's. z_loss adds ζL²
+    with L = log Σ exp logits: the loss is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζL². No one-hot array is built. The
+    relative error is small even when the model is confident and correct: a loss of 1e-30 is 1e-30, and its gradient
+    points in the right direction.
 
-    With label_probs each target has k labels and their probabilities, such as the likeliest classes of a teacher. The
-    loss is Σⱼ pⱼ log 1/q_yⱼ. `tail` adds (1-Σp) log 1/(1-Σq), where Σq is over the classes with a label.
+    With label_probs each target has k labels with one probability each, such as the top-k classes of a teacher. The
+    loss is then Σⱼ pⱼ log 1/q_yⱼ. `tail` adds (1-Σp) log 1/(1-Σq), where Σq is over the classes with a label.
 
     Args:
       labels: integer, [..., ...], class indices: exactly the shape of logits without `axis`; with label_probs [..., k].
       logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
-      label_probs: real, the shape of labels, [..., k], or None. They aren't normalized. Where a label repeats, its
+      label_probs: real, the shape of labels, [..., k], or None. They aren't normalized. If a label repeats, its
         probabilities add up. Pad a list with probability 0 and any label.
       tail: a static bool: whether all classes without a label count as one more outcome, of target probability 1-Σp.
       label_smoothing: ε, a number from 0 to 1.
-      z_loss: ζ, a number ≥ 0; it draws L towards 0.
+      z_loss: ζ, a number ≥ 0; training with it pulls L towards 0.
       axis: the axis of the n classes: a static int.
       where: bool, broadcast to logits. False excludes a class, whatever it holds, and n counts the others;
         `(labels >= 0)[..., None]` drops the rows with a negative label.
@@ -196,33 +197,38 @@ def cross_entropy_with_integer_labels(
 
     Returns:
       [..., ...], the shape of logits without `axis`; float32, or float64 if logits or label_probs is.
-      `cross_entropy_with_logits` of one-hot targets rounds differently: in float32 on a CPU 20 to 45 % of its rows
-      differ from these, nearly all by an ulp, a few by up to 5.
+      `cross_entropy_with_logits` with one-hot targets rounds differently. In float32 on a CPU, 20 to 45 % of its rows
+      differ from the rows of this function: nearly all of them by one ulp, a few by up to 5.
 
     At the boundary:
-      A label outside [0, n) makes its own row NaN, in value and gradient; it never counts from the end. With
-      label_probs a label outside [0, n) contributes 0 if its probability is 0. A logit of -∞ is a class of probability
-      0, with derivative 0; at the label, or with label smoothing, it makes the loss +∞. A row with a NaN, a +∞ or only
-      -∞ is NaN. A traced ε of 0 smooths nothing: a logit of -∞ costs nothing. Where the label's logit is -∞, the
-      derivative in a traced ε is NaN. A tail without classes, where every class that `where` keeps has a label,
-      is 0. A tail whose logits are all -∞ contributes (1-Σp) · ∞; but 0, with derivative 0, if Σp is 1 within 4 eps of
-      the dtype of label_probs. So pass label_probs in the dtype in which they were rounded. Where Σp exceeds 1 by no
-      more than that, 1-Σp counts as 0 in the value, while its derivative in p is the formula's.
+      A label outside [0, n) makes its own row NaN, in value and gradient. It never counts from the end. With
+      label_probs, a label outside [0, n) contributes 0 if its probability is 0.
+
+      A logit of -∞ is a class of probability 0, with derivative 0. At the label, or with label smoothing, it makes the
+      loss +∞. A row with a NaN, a +∞ or only -∞ is NaN. A traced ε of 0 is like no smoothing: a logit of -∞ at another
+      class than the label has no effect. If the label's logit is -∞, the derivative in a traced ε is NaN.
+
+      A tail without classes (every class that `where` keeps has a label) contributes 0. A tail whose logits are all -∞
+      contributes (1-Σp) · ∞, except if Σp is 1 within 4 eps of the dtype of label_probs: then it contributes 0, with
+      derivative 0. So pass label_probs in the dtype in which they were rounded. If Σp exceeds 1 by no more than 4 eps,
+      1-Σp counts as 0 in the value, while its derivative in p is that of the formula.
 
     Derivative:
-      ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype; at ε = ζ = 0 relatively accurate for every i. In a
-      traced ε it is 1/n Σᵢ log 1/qᵢ - log 1/q_y, in a traced ζ L². With label_probs, which smoothing turns into
-      (1-ε)p + εΣp/n, the derivative at ε = ζ = 0 is qᵢ Σp - pᵢ, and in pⱼ the loss of its label alone; a tail adds
-      (1-Σp)(qᵢ - [no label is i] qᵢ/(1-Σq)) to the former and -log 1/(1-Σq) to the latter.
+      ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype; at ε = ζ = 0 its relative error is small for every i.
+      In a traced ε the derivative is 1/n Σᵢ log 1/qᵢ - log 1/q_y, and in a traced ζ it is L².
+
+      With label_probs, smoothing turns the target p into (1-ε)p + εΣp/n. At ε = ζ = 0 the derivative in xᵢ is
+      qᵢ Σp - pᵢ, and the derivative in pⱼ is log 1/q_yⱼ. A tail adds (1-Σp)(qᵢ - [no label is i] qᵢ/(1-Σq)) to the
+      former, and -log 1/(1-Σq) to the latter.
 
     Raises:
       TypeError: labels are not integers, logits or label_probs not real, or `where` not boolean.
-      ValueError: shapes, `axis` or `where` don't fit; label_smoothing is not in [0, 1], or z_loss below 0; tail is no
-        bool, or True without label_probs.
+      ValueError: shapes, `axis` or `where` don't fit; label_smoothing is not in [0, 1], or z_loss is below 0; tail is
+        not a bool, or it is True without label_probs.
 
     Not checked:
-      Values. Where XLA flushes subnormal numbers, entries of the derivative below 1e-31 may be 0 too, if the label's
-      logit is below 0.
+      Values. If XLA flushes subnormal numbers, and the label's logit is below 0, entries of the derivative below 1e-31
+      may be 0 too.
 
     See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """

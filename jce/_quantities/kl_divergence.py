@@ -65,7 +65,7 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
-      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). If p ≈ q, and rounding left Σ pᵢ 1e-7 below Σ qᵢ, then KL is -1e-7.
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). If p ≈ q, and rounding left Σ pᵢ 1e-7 below Σ qᵢ, KL is about -1e-7.
       For p ≈ q, use `kl_divergence_with_logits`, or `generalized_kl_divergence`, whose derivative in q is 1 - pᵢ/qᵢ. A
       negative pᵢ or qᵢ gives NaN, because its logarithm is NaN.
 

@@ -1,5 +1,5 @@
-"""ζ (log Σ exp x)², the z-loss of logits x. softmax(x) ignores an offset of x; adding the z-loss to a cross-entropy
-determines it."""
+"""ζ (log Σ exp x)², the z-loss of logits x. softmax(x) ignores an offset common to all logits. A z-loss, added to a
+cross-entropy, determines this offset."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def plain(p, q, beta):
 PLAIN = [plain, lambda x, y, beta: plain(jax.nn.softmax(x), jax.nn.softmax(y), beta)]
 
 
-@pytest.mark.parametrize("function", [DIVERGENCES[0], pytest.param(DIVERGENCES[1], marks=pytest.mark.slow)])
+@each_divergence
 @pytest.mark.parametrize(
     "mode", [x if x == "forward over reverse" else pytest.param(x, marks=pytest.mark.slow) for x in MODES]
 )

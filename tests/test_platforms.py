@@ -362,7 +362,6 @@ OF_HEADS = {
 }
 
 
-@pytest.mark.slow
 def test_gradients_of_bfloat16(accelerator, rng):
     y, *numbers = arguments(rng, jnp.bfloat16)
 
@@ -452,6 +451,39 @@ def test_sums_in_one_pass_over_devices(accelerator, rng):
 def test_sums_of_no_distribution(bad):
     row = np.float32([bad] * 5 if bad == -np.inf else [0, 1, bad, 2, bad])
     assert np.isnan(REDUCTION.sums(jnp.asarray(row)).s)
+
+
+@pytest.mark.parametrize("top", [80.0, -80.0])
+def test_a_confident_head_with_a_large_z_loss(accelerator, top):
+    """The derivative at the label is then much larger than the others' sum, with either sign."""
+    x, y = np.float32([[top, top - 200, top - 200], [top, top - 1, top - 2]]), np.array([0, 0])
+    loss = functools.partial(jce.linear_cross_entropy, y, z_loss=1.0, reduction="sum")
+    got = jax.jit(jax.grad(lambda x, w: loss(x, w), (0, 1)))(x, jnp.eye(3))
+    q = np.exp(np.float64(x) - x.max(1, keepdims=True))
+    log_z = x.max(1) + np.log(q.sum(1))
+    q /= q.sum(1, keepdims=True)
+    dense = q * (1 + 2 * log_z[:, None]) - np.eye(3)[y]
+    np.testing.assert_allclose(got[0], dense, rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(got[1], dense.T @ x, rtol=1e-4)
+
+
+@pytest.mark.holds_nan
+def test_a_token_of_nan_logits_whose_loss_is_not_used_adds_nothing_to_the_head(accelerator, rng):
+    y, h, w = arguments(rng)
+
+    def total(w, h):
+        losses = jce.linear_cross_entropy(y, h, w, reduction="none")
+        return jnp.where(jnp.arange(TOKENS) == 3, 0, losses).sum()
+
+    gradient = jax.jit(jax.grad(total))
+    np.testing.assert_allclose(gradient(w, h.at[3].set(3e38)), gradient(w, h), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [REDUCTION, MaskedReduction(-1), Chain(-1)], ids=lambda way: type(way).__name__)
+def test_a_row_of_impossible_classes_has_no_mass(way):
+    m, z = way.max_and_sum(jnp.full((2, 3), -jnp.inf))
+    np.testing.assert_array_equal(m, [-np.inf, -np.inf])
+    np.testing.assert_array_equal(z, [0, 0])
 
 
 def test_labels_by_a_mask_or_a_gather(rng):

@@ -315,6 +315,16 @@ def test_along_any_axis_with_smoothing(tail, rng):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+def test_one_row_alone(rng):
+    """Smoothed, without a batch axis, it is what it is in a batch."""
+    x, y, p = np.float32(rng.standard_normal(7)), rng.permutation(7)[:2], np.float32([0.5, 0.3])
+    loss = functools.partial(jce.cross_entropy_with_integer_labels, label_smoothing=0.1)
+    alone = jax.grad(lambda x, p: loss(y, x, label_probs=p), (0, 1))
+    got, batch = alone(x, p), jax.grad(lambda x, p: loss(y[None], x, label_probs=p).sum(), (0, 1))(x[None], p[None])
+    for a, b in zip(got, batch, strict=True):
+        np.testing.assert_allclose(a, b[0], rtol=1e-6)
+
+
 def test_dtypes():
     """float64 where an argument is."""
     y = np.zeros((4, 2), int)

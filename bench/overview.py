@@ -99,7 +99,8 @@ def picture(of_step: dict[int, dict[str, Cost]], margins: np.ndarray, losses: di
     memory.set(title="temporary memory of a train step, GB")
     memory.legend(handlelength=3, title=f"{BATCH * LENGTH:,} tokens × {WIDTH}, float32, AdamW")
     seconds.set(title="its time on two CPU cores, seconds", xlabel="classes")
-    right.set(title="loss in nats, as the model becomes more confident", xlabel="label's logit minus the others", yscale="log")
+    right.set(title="loss in nats, as the model becomes more confident", yscale="log")
+    right.set_xlabel("label's logit minus the others")
     right.legend(handlelength=3, title="one row of 3 classes, float32")
     for axes in (memory, seconds):
         axes.set_ylim(0)

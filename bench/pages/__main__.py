@@ -91,7 +91,10 @@ def _linked(text: str) -> str:
 
 
 def _write_notebook(notebook: pathlib.Path, folder: pathlib.Path) -> None:
-    """As it was rendered: its text, its code, what that printed, and its pictures, described by the heading above."""
+    """As it was rendered: its text, its code, what that printed, and its pictures.
+
+    A cell that draws a picture begins with its description, as in Quarto: `#| fig-alt: ...`.
+    """
     parts, heading = [], ""
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -99,12 +102,14 @@ def _write_notebook(notebook: pathlib.Path, folder: pathlib.Path) -> None:
             heading = (re.findall(r"^#+ (.*)$", source, re.MULTILINE) or [heading])[-1]
             parts.append(_with_mathml(source))
             continue
+        described = re.match(r"#\| fig-alt: (.*)\n", source)
+        source, description = source[described.end() if described else 0 :], described[1] if described else heading
         parts.append(f"````python\n{source}\n````")
         for output in cell["outputs"]:
             if picture := output.get("data", {}).get("image/png"):
                 name = f"{notebook.stem}_{len(parts)}.png"
                 (folder / name).write_bytes(base64.b64decode(picture))
-                parts.append(f"![{heading}]({name})")
+                parts.append(f"![{description}]({name})")
             else:
                 text = "".join(output.get("text") or output["data"]["text/plain"])
                 parts.append(f"````text\n{text.rstrip()}\n````")

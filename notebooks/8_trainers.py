@@ -1,11 +1,11 @@
 # %% [markdown]
-# # Trainers that others wrote: tunix' losses to rounding, in less than a third of the memory, for 4 to 10 lines each
+# # Trainers that others wrote: tunix' losses up to rounding, in less than a third of the memory, in 4 to 10 lines each
 #
-# [tunix](https://github.com/google/tunix) (0.1.7) fine-tunes language models by text (SFT), by preferences (DPO) and by
-# reward (GRPO): all of their weights, or low-rank updates, which Qwix adds. Its losses take logits of all tokens. Here
-# its trainers run unmodified on its own toy-sized Qwen3; then with a loss, or log-probabilities, of jce in place of
-# theirs. The model isn't modified either. In a shallow copy of it, jce's loss replaces the head, so the copy returns
-# the loss instead of logits. This notebook needs the extra `trainers`.
+# [tunix](https://github.com/google/tunix) (0.1.7) fine-tunes language models on text (SFT), on preferences (DPO) and
+# for reward (GRPO). It trains all weights, or low-rank updates, which Qwix adds. Its losses take the logits of all
+# tokens. This notebook runs its trainers on its own Qwen3, in a toy size: first unmodified, then with jce in place of
+# their loss or their log-probabilities. The model isn't modified either. In a shallow copy of it, jce's loss replaces
+# the head, so the copy returns the loss instead of logits. This notebook needs the extra `trainers`.
 
 # %%
 # ruff: noqa: E402 (what tunix imports may warn when it is imported)
@@ -62,9 +62,9 @@ def lengths(rows, length):
 # %% [markdown]
 # ## A trainer's step
 #
-# Three steps by a trainer's own `train`: its losses, and the parameters that it leaves. Then that step alone: the
-# memory that its program needs beside arguments and results, and the best of five times, taken in turn, on two cores of
-# a CPU. Theirs and ours share the trainer, the batch and the first parameters.
+# The trainer's own `train` runs three steps. We record its losses and the final parameters. Then we measure one step
+# alone: the memory that its program needs beyond arguments and results, and its time. The time is the best of five runs
+# on two cores of a CPU; tunix and jce take turns. Both use the same trainer, batch and initial parameters.
 
 
 # %%
@@ -119,7 +119,8 @@ def with_head(model, of_states):
 # %% [markdown]
 # ## SFT
 #
-# The loss is an argument of `PeftTrainer`. Its own takes a one-hot target of every class.
+# `PeftTrainer` takes its loss as an argument. tunix's default loss builds a one-hot target with an entry for every
+# class.
 
 
 # %%
@@ -152,8 +153,8 @@ for name, kind in {"SFT, tied": {"tied": True}, "SFT": {}, "SFT, LoRA": {"lora":
 # %% [markdown]
 # ## DPO
 #
-# `DPOTrainer` asks one function for log-probabilities, of the model and of its reference. The new one is put in its
-# place, and what was traced with the old one forgotten.
+# `DPOTrainer` calls one function for log-probabilities, both for the model and for its reference. We replace that
+# function, and clear JAX's caches to discard programs traced with the old one.
 
 
 # %%
@@ -188,7 +189,7 @@ results["DPO, tied"] = timed(both)
 # %% [markdown]
 # ## GRPO
 #
-# Its loss asks for log-probabilities at a temperature, and for the logits too, of which it reports the entropy.
+# GRPO's loss asks for log-probabilities at a temperature, and also for the logits, from which it reports the entropy.
 # `jce.linear_log_probs` computes both in one pass over the head, so the new function returns the entropy instead of
 # logits. The model casts a single array, so the two results pass through it as one.
 
@@ -240,11 +241,13 @@ results["GRPO"] = timed(both)
 # %% [markdown]
 # ## Side by side
 #
-# Differences are over the largest entry: of the losses, and of each parameter after three steps. DPO's losses are
-# differences of sums over words, of some thousand nats, whose rounding they show.
+# Differences are divided by the largest entry: of the losses, and of each parameter after three steps. DPO's loss
+# depends on differences between sums over words. These sums are about a thousand nats, so their rounding shows in DPO's
+# losses.
 
 
 # %%
+#| fig-alt: Bars for five trainers: memory and seconds per step are lower with jce's loss than with tunix' own
 def difference(a, b):
     return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in zip(a, b, strict=True))
 

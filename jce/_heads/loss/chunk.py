@@ -1,8 +1,8 @@
-"""What is computed for a chunk of tokens: their logits, and a function of them.
+"""Computes the logits of a chunk of tokens, and a function of these logits.
 
-A token that is left out, or that is padding, may reach no derivative, whatever it holds and whatever the function is.
-Its cotangent is 0, but 0 · ∞ is NaN. So its arguments are replaced by those of a token that is kept, or by numbers at
-which the function is known to be finite.
+A masked token or a padding token must not contribute to any derivative, whatever it holds and whatever the function is.
+Its cotangent is 0, but 0 · ∞ is NaN. So its arguments are replaced by those of a kept token, or by numbers at which the
+function is known to be finite.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from jce._jax.platforms import Platform
 
 
 class ChunkFunction(NamedTuple):
-    """function(logits, others, shared, closed over) of a chunk's tokens. Its results, the leaves of a tree, have the
-    tokens as their first axis.
+    """function(logits, others, shared, closed over) for the tokens of a chunk. It returns a list of arrays, the leaves
+    of a pytree, whose first axis is that of the tokens.
 
-    `logits` has an array, or `Logits`, for each head; `others` the other arguments of the tokens.
+    `logits` has an array, or `Logits`, for each head. `others` has the other arguments of the tokens.
     """
 
     function: Callable[[list, list[Array], Any, Any], list[Array]]
-    one: Any  # the tree of results, with one token's shapes and dtypes
-    closed_over: Any = ()  # the arrays that the function closes over, a tree
-    has_aux: bool = False  # only the first result, a number per token, is differentiated
-    multiplied: bool = True  # False: it takes `Logits`, which aren't multiplied out yet
-    halved: bool = False  # with bfloat16 states and head it stores at most one bfloat16 number per logit
-    filler: tuple[float, ...] | None = None  # what others are in padding, so that it is finite at a hidden state of 0
-    refused: str = ""  # effects of it that a derivative may not repeat
+    one: Any  # the pytree of results, with the shapes and dtypes for one token
+    closed_over: Any = ()  # the arrays that the function closes over, a pytree
+    has_aux: bool = False  # whether only the first result, a number per token, is differentiated
+    multiplied: bool = True  # False: the function takes `Logits`, for which the matmul is still to be done
+    halved: bool = False  # whether it stores at most one bfloat16 number per logit if states and head are bfloat16
+    filler: tuple[float, ...] | None = None  # `others` of padding at which it is finite for a hidden state of 0
+    refused: str = ""  # names of its effects that a derivative must not repeat
 
     @property
     def trained(self) -> int | None:
-        """Which result alone is differentiated, if it is a number per token; None if there is no such result."""
+        """The index of the differentiated result, if there is just one and it is a number per token. Otherwise None."""
         ones = jax.tree.leaves(self.one)
         inexact = [i for i, x in enumerate(ones) if jnp.issubdtype(x.dtype, jnp.inexact)]
         trained = [0] if self.has_aux else inexact
@@ -52,7 +52,7 @@ class ChunkFunction(NamedTuple):
         return jnp.float64 in [x.dtype for x in jax.tree.leaves(self.one)]
 
     def require_real(self, name: str) -> None:
-        """Raises if a result, which is to be summed or weighted, isn't real."""
+        """Raises an error if a result isn't real, and so can't be summed or weighted."""
         odd = [x for x in jax.tree.leaves(self.one) if not is_real(x)]
         if odd:
             raise TypeError(
@@ -62,7 +62,7 @@ class ChunkFunction(NamedTuple):
             )
 
     def require_zeros(self, name: str) -> None:
-        """Raises if a result can't be 0, as it is for a token that is left out."""
+        """Raises an error if a result can't be 0, which it has to be for a masked token."""
         if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in jax.tree.leaves(self.one)):
             raise TypeError(
                 f"{name}: with `where`, weights or batch_invariant, function must not return random keys, since the"
@@ -70,9 +70,10 @@ class ChunkFunction(NamedTuple):
             )
 
     def of_inputs(self, dtypes: Any, products: Products) -> Callable:
-        """function(platform, inputs of a chunk), where what is shared had these dtypes before it was made `wide`. The
-        results of tokens that aren't kept are 0. With a filler they are 0 only after the loop has joined the chunks."""
-        # JAX's caches keep this function, so it may not hold `self`: there may be tracers in the rest of it.
+        """The function(platform, inputs of a chunk). `dtypes` are those of the shared arrays before they were made
+        `wide`. The results of masked tokens are 0; with a filler, they are 0 only after the loop has joined the
+        chunks."""
+        # JAX's caches keep this function, so it must not refer to `self`, whose other fields may hold tracers.
         function, multiplied, filler = self.function, self.multiplied, self.filler
         dtypes_closed_over = dtypes_of(self.closed_over)
 
@@ -84,7 +85,7 @@ class ChunkFunction(NamedTuple):
 
             if filler is None:
                 hidden, others = map(or_first, (hidden, others), shared.first)
-            else:  # padding holds zeros already: only other fillers are put in
+            else:  # padding holds zeros already, so only other fillers have to be written
                 pairs = zip(others, filler[: len(others)], strict=True)
                 others = [jnp.where(expanded(kept, x), x, jnp.full_like(x, f)) if f else x for x, f in pairs]
             logits = []

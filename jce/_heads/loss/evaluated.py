@@ -1,9 +1,12 @@
 """Evaluates the trace of a head that is a function, or of a function that is mapped over tokens, in a loop over chunks.
 
-It does what `jax.core.eval_jaxpr` does, with three exceptions. Inside `jax.shard_map`, the arrays of an operation are
-marked as varying over the mesh axes of any of them: in a loop they vary over more axes than those with which a head was
-traced. Matrix products have no unit axes. An operation that checkify checks (a lookup, an update or a `checkify.check`)
-is put in a form that checkify can check, or doesn't see: JAX fails at checks in a `jax.vmap` and in a `jax.checkpoint`.
+It works like `jax.core.eval_jaxpr`, with three exceptions:
+
+- Inside `jax.shard_map`, each array of an operation is marked as varying over the mesh axes of all of them: in a loop,
+  arrays vary over more axes than when the head was traced.
+- Matmuls have no unit axes.
+- An operation that checkify checks (a lookup, an update or a `checkify.check`) is put into a form that checkify can
+  check, or that it doesn't see: JAX fails at checks in a `jax.vmap` and in a `jax.checkpoint`.
 """
 
 from __future__ import annotations
@@ -52,12 +55,12 @@ def _results(jaxpr: Any, equation: Any, arrays: Sequence[Any]) -> list[Any]:
     return results_of(alone, varying_alike(*known.values()), [])
 
 
-# Until JAX no longer copies both factors of a product over several axes, on a CPU. A head is traced with one token's
-# state [1, 1, d], so the gradient of its product would sum over the chunk's axis and both unit axes. For h @ kernel in
-# float32, with 1,024 tokens, d = 512 and 32,768 classes, value and gradient would take 1.65 times the time there and
-# 1.5 times the temporary memory.
+# Until JAX no longer copies both factors of a matmul that sums over several axes, on a CPU. A head is traced with the
+# state of one token, [1, 1, d], so the gradient of its matmul would sum over the chunk's axis and both unit axes. For
+# h @ kernel in float32, with 1,024 tokens, d = 512 and 32,768 classes, value and gradient would take 1.65 times the
+# time on a CPU, and 1.5 times the temporary memory.
 def _dot_general(factors: Sequence[Array], shape: tuple[int, ...], *, dimension_numbers: Any, **how: Any) -> Array:
-    """`lax.dot_general` without the unit axes that it neither sums nor batches; the result is reshaped."""
+    """`lax.dot_general` without the unit axes that are neither summed nor batched, with the result reshaped."""
     operands, places = [], []
     for x, *axes in zip(factors, *dimension_numbers, strict=True):
         kept = [i for i, n in enumerate(x.shape) if n != 1 or any(i in some for some in axes)]
@@ -68,12 +71,12 @@ def _dot_general(factors: Sequence[Array], shape: tuple[int, ...], *, dimension_
 
 
 def _checkable(primitive: Any, params: dict[str, Any], *arrays: Array) -> list[Array]:
-    """An operation's results, computed in a form that checkify can check, or doesn't see."""
+    """The results of an operation, computed in a form that checkify can check or doesn't see."""
     is_lookup = primitive.name in LOOKUPS and jnp.issubdtype(arrays[0].dtype, jnp.inexact)
-    # Until JAX no longer raises an IndexError for a batch of updates under checkify: they are hidden.
+    # Until JAX no longer raises an IndexError for a batch of updates under checkify: hide updates from checkify.
     function = waiting if primitive.name in UPDATES else _looked_up if is_lookup else _anywhere
     program = Program(_bound, (primitive, tuple(params.items())))
-    # Until JAX no longer raises a ValueError where checkify adds a check to a jax.checkpoint, unless it is in a jit.
+    # Until JAX no longer raises a ValueError where checkify adds a check to a jax.checkpoint: in a jit, it doesn't.
     return jax.tree.leaves(jax.jit(functools.partial(function, program))(*arrays))
 
 
@@ -89,7 +92,7 @@ _looked_up = jax.custom_jvp(_anywhere, nondiff_argnums=(0,))
 
 
 # Until JAX no longer raises an IndexError for the derivative of a batch of lookups under checkify: `waiting` hides the
-# lookup of the tangent. The same indices are checked where the value is looked up.
+# lookup in the tangent. The lookup of the value has the same indices, and there they are checked.
 @_looked_up.defjvp
 def _looked_up_rule(program, primals, tangents):
     return _looked_up(program, *primals), waiting(program, tangents[0], *primals[1:])

@@ -1,8 +1,11 @@
-"""A head that is a function: its trace for one token's state, and the arrays that it closes over.
+"""A head that is a function: its trace for the state of one token, and the arrays that it closes over.
 
-It is traced once, with one token, where it is given. So it is a function of each token alone, whatever the chunks are;
-settings and patches around that call hold in derivatives too, which use the same trace; and the arrays that it closes
-over take the place of a matrix: they are differentiated, and their gradients summed over chunks.
+The head is traced once, with one token, in the call that it is passed to. This has three consequences:
+
+- It is applied to each token alone, whatever the chunks are.
+- JAX's settings, and patches of JAX, that hold around that call also hold in derivatives, which use the same trace.
+- The arrays that it closes over take the place of a matrix: they are differentiated, and their gradients are summed
+  over chunks.
 """
 
 from __future__ import annotations
@@ -28,11 +31,11 @@ RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FunctionHead:
-    """A traced head: a tree whose leaves are the arrays that it closes over. A loop takes it `in_pairs`."""
+    """A traced head: a pytree whose leaves are the arrays that it closes over. A loop takes it `in_pairs`."""
 
     arrays: list[Any]
     jaxpr: Any = dataclasses.field(metadata={"static": True})
-    rank: int = dataclasses.field(metadata={"static": True})  # of the states with which it was traced
+    rank: int = dataclasses.field(metadata={"static": True})  # of the state with which it was traced
     logits: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})  # of one token
 
     @classmethod
@@ -64,8 +67,8 @@ class FunctionHead:
         return cls(arrays, closed.jaxpr, rank, jax.ShapeDtypeStruct(given.shape[-1:], dtype))
 
     def in_pairs(self) -> FunctionHead:
-        """Each array of half precision is paired with itself in float32, in which a loop sums its gradient. No
-        operation reads the float32 array: only the gradient arrives at it."""
+        """Pairs each half-precision array with its float32 copy, so that a loop sums the array's gradient in float32.
+        No operation reads the copy: it only receives the gradient."""
 
         def pair(x):
             return (lax.stop_gradient(x), x.astype(jnp.float32)) if is_narrow(x) else (x, None)
@@ -73,7 +76,7 @@ class FunctionHead:
         return dataclasses.replace(self, arrays=[pair(x) for x in self.arrays])
 
     def logits_of(self, h: Array) -> Array:
-        """The logits [C, n] of states [C, d], by a head that is `in_pairs`."""
+        """The logits [C, n] for states [C, d]. The head must be `in_pairs`."""
         arrays = [x if wide is None else _with_gradient_at(x, wide) for x, wide in self.arrays]
 
         def of_token(h):
@@ -94,8 +97,8 @@ def _with_gradient_at_rule(primals, tangents):
 
 
 def _require_of_each_token(name: str, closed: Any) -> None:
-    """Raises if the trace draws random numbers, which would be the same for all tokens, or has an effect. Whether the
-    function depends on other tokens in other ways, the trace of one doesn't show."""
+    """Raises an error if the trace draws random numbers, which would be the same for all tokens, or has a side effect.
+    The trace of one token doesn't show other ways in which the function may depend on other tokens."""
     drawn = sorted({e.primitive.name for e in _equations(closed.jaxpr)} & {*RANDOM})
     if drawn:
         raise ValueError(

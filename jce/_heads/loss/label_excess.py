@@ -1,8 +1,8 @@
-"""A label's loss and its derivative in the logits, by the fewest passes over the logits.
+"""The loss of a label and its derivative in the logits (the excess), with as few passes over the logits as possible.
 
-`_quantities/label_loss.py` has the formulas. The label's logit can be computed before the matrix product that gives the
-others, and with it the shift m (`known_label.py`). Then an accelerator fuses exp, the sum and the rounding of e with
-that product, and stores only e.
+`_quantities/label_loss.py` has the formulas. The label's logit, and from it the shift m (`known_label.py`), can be
+computed before the matmul that computes the other logits. Then an accelerator fuses exp, the sum and the rounding of e
+with that matmul, and stores only e.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from jce._softmax.way import Way, unless_no_class
 
 
 class Target(NamedTuple):
-    """The labels [C] of C tokens, their temperatures [C], or None if all are 1, and the numbers that are traced."""
+    """The labels [C] of C tokens, their temperatures [C] (None if all are 1), and the traced numbers."""
 
     labels: Array
     temperatures: Array | None
@@ -43,27 +43,28 @@ class Target(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LabelLoss:
-    """What is static of the loss (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)². A traced number is None here,
-    and in the `Target` instead."""
+    """The static part of the loss (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)². If ε or ζ is traced, it is
+    None here, and `Target` has it instead."""
 
     classes: Classes
     smoothing: float | None  # ε
     z_loss: float | None  # ζ
-    may_be_greedy: bool  # whether a temperature may be 0: e is ±∞ there, and its product with 0 must be 0
+    may_be_greedy: bool  # whether a temperature may be 0: e is then ±∞, and its product with 0 must be 0
 
     def numbers(self, target: Target, dtype) -> Any:
-        """ε and ζ, as arrays of this dtype if they are traced, and None where they are 0."""
+        """ε and ζ. A traced number is an array of this dtype, and a Python 0 is None."""
         known = {"smoothing": self.smoothing, "z_loss": self.z_loss} | target.traced
         return tuple(a.astype(dtype) if is_array(a) else or_none(a) for a in known.values())
 
     def may_read_once(self, tempered: bool, capped: bool) -> bool:
-        """Whether one pass over logits will do. A temperature needs another, since it divides x - max x; and so does
-        smoothing under a soft cap, whose slope multiplies e - εZ/n: Z isn't known before the pass ends."""
+        """Whether one pass over the logits is enough. A temperature needs another pass, since it divides x - max x.
+        So does smoothing together with a soft cap: the slope of the cap multiplies e - εZ/n, and Z isn't known before
+        the first pass ends."""
         return not tempered and (self.smoothing == 0 or not capped)
 
 
 class Excess(NamedTuple):
-    """ℓ [C], e [C, n] and r [C] with ∂ℓ/∂u = r e, where u are the logits before the soft cap."""
+    """The loss ℓ [C], and e [C, n] and r [C] with ∂ℓ/∂u = r e, where u are the logits before the soft cap."""
 
     losses: Array
     e: Array
@@ -73,7 +74,7 @@ class Excess(NamedTuple):
 def excess_of_product(
     loss: LabelLoss, products: Products, platform: str | None, target: Target, hidden, head, soft_cap
 ) -> Excess:
-    """The excess, for logits that aren't multiplied out yet."""
+    """The excess at the logits hidden · headᵀ + bias, before their matmul is done."""
     x = Logits(hidden, head, soft_cap, products)
     reading = one_reading(loss, platform, target, x)
     if reading is None:
@@ -82,9 +83,9 @@ def excess_of_product(
 
 
 def excess_of_logits(loss: LabelLoss, platform: str | None, target: Target, u: Array, soft_cap: Array | None) -> Excess:
-    """The excess, for logits u, which it reads in several passes."""
+    """The excess at given logits u, which are read in several passes."""
     way = way_of(loss.classes, named(platform), u)
-    u = way.stored(u)  # otherwise XLA would compute u once more for the label's lookup
+    u = way.stored(u)  # otherwise XLA would compute u again to look up the label
     column, y, t = way.column, target.labels, target.temperatures
     of_head = way.fold(capped(u, soft_cap))
     x = at_temperature(of_head, t, way)
@@ -97,7 +98,7 @@ def excess_of_logits(loss: LabelLoss, platform: str | None, target: Target, u: A
     e = way.put(way.unfold(e), way.local(y, x), row.at_label)
     if t is not None:
         r /= jnp.where(t == 0, jnp.ones_like(t), t)
-        # At a temperature of 0 the derivative is ±∞ where it isn't 0.
+        # At a temperature of 0, entries of the derivative are ±∞ or 0.
         e = jnp.where((t == 0)[:, None], over(e, jnp.zeros_like(e)), e)
     if soft_cap is not None:
         e *= slope(u, soft_cap)
@@ -105,14 +106,14 @@ def excess_of_logits(loss: LabelLoss, platform: str | None, target: Target, u: A
 
 
 def one_reading(loss: LabelLoss, platform: str | None, target: Target, x: Logits) -> OneReading | None:
-    """One pass over the logits, or None where it won't do or isn't faster."""
+    """One pass over the logits, or None if one pass is not enough or not faster."""
     way = way_of(loss.classes, named(platform), x.head.bias)
     may = loss.may_read_once(target.temperatures is not None, x.soft_cap is not None)
     return OneReading(loss, way, target, x) if may and way.masks and not may_be_split(x.head.bias) else None
 
 
 class OneReading:
-    """A single pass over the logits, whose shift m comes from the label's logit, which is computed before it."""
+    """A single pass over the logits. The label's logit is computed before the pass, and gives the shift m."""
 
     def __init__(self, loss: LabelLoss, way: Way, target: Target, x: Logits):
         self.x, self.way, self.labels = x, way, target.labels
@@ -125,8 +126,8 @@ class OneReading:
         return self._of_row(*self._read())[0].losses
 
     def excess(self, divides_later: bool) -> Excess:
-        """The excess. e is scaled as soon as s is known, and stored so; or, if `divides_later`, it is stored unscaled,
-        and scaled where the next product reads it."""
+        """The excess. If `divides_later`, e is stored unscaled, and scaled where the next matmul reads it. Otherwise e
+        is scaled as soon as s is known, before it is stored."""
         way, cap = self.way, self.x.soft_cap
         m, s, mean, e = self._read((lambda e, *_: e) if divides_later else self._entries)
         row, r = self._of_row(m, s, mean)
@@ -149,12 +150,12 @@ class OneReading:
         """m, s, the mean of x - m, and stored(e, m, s, mean) if `stored` is given."""
         read = functools.partial(self._reading, stored)
         again = at_maximum(functools.partial(read, again=True), lambda: _maximum(self.x, self.way))
-        # Where m = x_y, s < 1e9 admits labels up to log 1e9 = 20.7 below the maximum. The digits that x - m loses there
-        # are no more than rounded hidden states and head have lost.
+        # If m = x_y, the bound s < 1e9 admits labels up to log 1e9 = 20.7 below the maximum. There x - m loses no more
+        # digits than the rounding of hidden states and head has lost.
         return off_known_label(self.x_y, read, again, most=1e9)
 
     def _reading(self, stored, m, again=False):
-        # The label's mask is computed here, in each reading: XLA would store one that both share.
+        # Each reading computes the label's mask for itself: if both shared a mask, XLA would store it.
         x, way = self.x, self.way
         u = x.uncapped()
         logits = capped(u, x.soft_cap) - m[:, None]
@@ -164,15 +165,16 @@ class OneReading:
         if stored is None:
             return [s, mean]
         e = stored(e if x.soft_cap is None else e * slope(u, x.soft_cap), m, s, mean)
-        e = _unless_nan(e) if again else e  # all rows with a NaN are read again
+        e = _unless_nan(e) if again else e  # every row with a NaN is read again
         return barrier([s, mean, e.astype(jnp.bfloat16) if x.products.narrow else e])
 
 
 def _scaled(row: OfRow, off: OffLabel, divides: bool) -> tuple[OfRow, Array]:
-    """The row, and r: the row's entries times r are the excess.
+    """The row with scaled entries, and r, where r times the entries is the excess.
 
-    In general r = 1/Z. If `divides`, all entries are divided by the larger of s and the magnitude of the label's entry.
-    If the latter is larger, the label's entry becomes ±1, which rounding to bfloat16 leaves exact.
+    Without `divides`, nothing is scaled and r = 1/Z. With `divides`, all entries are divided by s or by the magnitude
+    of the label's entry, whichever is larger. If it is the label's entry, that entry becomes ±1, which is exact in
+    bfloat16.
     """
     losses, z, factor, taken, at_label = row
     r = 1 / z
@@ -180,7 +182,7 @@ def _scaled(row: OfRow, off: OffLabel, divides: bool) -> tuple[OfRow, Array]:
         largest = jnp.maximum(jnp.maximum(off.s, jnp.abs(at_label)), jnp.finfo(z.dtype).tiny)
         r, factor = largest / z, (1 if factor is None else factor) / largest
         taken, at_label = None if taken is None else taken / largest, at_label / largest
-    # In a row with NaN only r is NaN: a NaN in e would spread by products even if the token's cotangent is 0.
+    # In a row with a NaN, only r is NaN: a NaN in e would spread through matmuls even if the token's cotangent is 0.
     number = z <= jnp.finfo(z.dtype).max
     factor, taken, at_label = jax.tree.map(lambda a: jnp.where(number, a, jnp.zeros_like(a)), (factor, taken, at_label))
     return OfRow(losses, z, factor, taken, at_label), r
@@ -191,8 +193,8 @@ def _unless_nan(e: Array) -> Array:
 
 
 def _maximum(x: Logits, way: Way) -> Array:
-    """Each token's max x, by halves of the chunk: a program reserves memory for these logits even if it never gets
-    here."""
+    """Each token's max x. It is computed for half a chunk at a time, because a program reserves memory for these logits
+    even if it never runs this code."""
     if not isinstance(count := x.hidden.shape[0], int):  # symbolic
         return way.max(x.whole())
     half = count // 2

@@ -1,10 +1,12 @@
-"""A label's loss, from hidden states and head: its value, and its derivatives by the fewest passes and products.
+"""The loss of a label, from hidden states and head, and its derivatives, with few passes over logits and few matmuls.
 
-The plain derivative of a loss in logits u (before the soft cap) is an array ∂ℓ/∂u, in which the label's entry is minus
-the sum of all others.
-Here it is a product r e: a number r for each token, and a matrix e, which is multiplied with hidden states and head as
-it is. So no pass divides e by Z; where matrices are multiplied as bfloat16, the label's entry isn't rounded; and the
-product with the head doesn't wait for a token's cotangent, so that one loop can sum value and gradient.
+The derivative of the loss in the logits u (before the soft cap) is an array ∂ℓ/∂u, in which the label's entry is minus
+the sum of all others. Here it is kept as a product r e, with a number r per token. The matrix e, without r, is
+multiplied with hidden states and head. This has three advantages:
+
+- No pass divides e by Z.
+- In bfloat16 matmuls, the label's entry isn't rounded.
+- The matmul with the head doesn't wait for the cotangents of the tokens, so one loop can sum value and gradient.
 """
 
 from __future__ import annotations
@@ -36,14 +38,14 @@ from jce._softmax.softmax import logsumexp
 
 
 def losses_of(loss: LabelLoss, target: Target, x: Logits | Array) -> Array:
-    """The loss of each token; `Logits` aren't multiplied out where that saves a pass."""
-    if isinstance(x, Array):  # a head that is a function gives logits multiplied out
+    """The loss of each token, at `Logits` or at an array of logits."""
+    if isinstance(x, Array):  # a head that is a function returns an array of logits
         return _of_logits(loss, target, x)
     return _loss(target, x.hidden, x.head, x.soft_cap, loss, x.products)
 
 
 def _of_logits(loss: LabelLoss, target: Target, of_head: Array) -> Array:
-    """The loss at logits."""
+    """The loss at an array of logits."""
     (y, t, _), classes = target, loss.classes
     x = at_temperature(of_head, t, classes)
     smoothing, z_loss = (None if a is None else jnp.asarray(a, x.dtype) for a in loss.numbers(target, x.dtype))
@@ -55,7 +57,7 @@ def _of_logits(loss: LabelLoss, target: Target, of_head: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def _loss(target, hidden, head, soft_cap, loss: LabelLoss, products: Products):
-    if products.narrow:  # which they aren't on a CPU
+    if products.narrow:  # never on a CPU
         return waiting(Program(_of_product, (loss, products)), target, hidden, head, soft_cap)
     return _of_logits(loss, target, Logits(hidden, head, soft_cap, products).whole())
 
@@ -66,17 +68,17 @@ def _of_product(loss, products, platform, target, hidden, head, soft_cap) -> Arr
     return _of_logits(loss, target, x.whole()) if reading is None else reading.losses()
 
 
-# dℓ = r (e · du), where du = W dh + dW h + db. Tangents of numbers, temperatures and the soft cap, which are rare, take
-# another pass.
+# dℓ = r (e · du), where du = W dh + dW h + db. Tangents of traced numbers, temperatures and the soft cap are rare, and
+# take another pass.
 def _loss_rule(loss, products, primals, tangents):
     target, h, head, soft_cap = primals
     d_target, dh, d_head, d_cap = tangents
     losses, e, r = _loss_and_excess(target, h, head, soft_cap, loss, products)
-    parts, r = [], lax.stop_gradient(r)  # constant: a tangent of zeros would cost a product
+    parts, r = [], lax.stop_gradient(r)  # its tangent is 0, and as an array of zeros it would cost a matmul
     h, rest = h.astype(e.dtype), r
     if head.weight.shape[0] < head.weight.shape[1] and not products.narrow:
-        # e is smaller than h, so r multiplies e. What is left of r is 1, or NaN where r is: by mul0 such a NaN stays
-        # out of tokens whose cotangent is 0.
+        # e is smaller than h, so r multiplies e here. The remaining factor, `rest`, is 1, or NaN if r is NaN. Because of
+        # mul0, such a NaN contributes 0 for tokens whose cotangent is 0.
         e, rest = mul0(jnp.broadcast_to(r[:, None], e.shape), e), 1 + (r - r)
     if not is_zero(dh):
         pull = products.with_head(e, head, 0)
@@ -89,7 +91,7 @@ def _loss_rule(loss, products, primals, tangents):
         parts.append(mul0(rest, of_head))
     if not is_zero(d_head.bias):
         parts.append(mul0(rest, mul0(e, jnp.broadcast_to(d_head.bias, e.shape)).sum(-1)))
-    # Each device has the part of its own classes.
+    # Each device has the terms of its own classes.
     terms = [loss.classes.over_devices(functools.reduce(jnp.add, parts))] if parts else []
     if not all(is_zero(t) for t in jax.tree.leaves((d_target[1:], d_cap))):
 
@@ -108,7 +110,7 @@ def _loss_and_excess(target, hidden, head, soft_cap, loss, products) -> Excess:
     return waiting(Program(excess_of_product, (loss, products)), target, hidden, head, soft_cap)
 
 
-# The derivative is that of the excess as a function of logits that are multiplied out.
+# The derivative is that of the excess as a function of an array of logits.
 def _loss_and_excess_rule(loss, products, primals, tangents):
     def of_logits(target, hidden, head, soft_cap):
         return _excess_of_logits(target, Logits(hidden, head, None, products).uncapped(), soft_cap, loss)
@@ -124,8 +126,8 @@ def _excess_of_logits(target, u, soft_cap, loss) -> Excess:
     return waiting(Program(excess_of_logits, (loss,)), target, u, soft_cap)
 
 
-# The derivative of r e comes from another expression for it, the gradient of `_of_logits`, whose own derivative is
-# accurate. r is taken as constant here, so de = d(r e)/r.
+# The derivative of r e is taken from another expression for r e: the gradient of `_of_logits`, whose own derivative is
+# accurate. Here r counts as constant, so de = d(r e)/r.
 def _excess_of_logits_rule(loss, primals, tangents):
     def twin(target, u, soft_cap):
         losses, pull_back = jax.vjp(lambda u: _of_logits(loss, target, capped(u, soft_cap)), u)

@@ -1,4 +1,4 @@
-"""Logits = soft_cap(hidden · headᵀ + bias) of a chunk of tokens: their factors, and the soft cap."""
+"""`Logits`: the factors of soft_cap(hidden · headᵀ + bias) for a chunk of tokens. And the soft cap."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jce._numerics.mul0 import mul0
 
 
 class Logits(NamedTuple):
-    """The logits of C tokens with hidden states [C, d], not multiplied out yet."""
+    """The logits of C tokens with hidden states [C, d], before the matmul."""
 
     hidden: Array
     head: Head
@@ -30,7 +30,7 @@ class Logits(NamedTuple):
         return self.products.with_head(self.hidden, self.head, 1) + self.head.bias[None]
 
     def uncapped_at(self, y: Array) -> Array:
-        """The logits before the cap, [C], of one class y for each token."""
+        """For each token, the logit of its class y, before the cap: [C]."""
         weight, bias = (x.at[y].get(mode="clip") for x in (self.head.weight, self.head.bias))
         return (self.hidden.astype(bias.dtype) * weight.astype(bias.dtype)).sum(-1) + bias
 
@@ -43,28 +43,28 @@ def capped(u: Array, soft_cap: Array | None) -> Array:
 
 
 def slope(u: Array, soft_cap: Array) -> Array:
-    """dx/du of the capped x."""
+    """dx/du for the capped logits x."""
     allowed, u = _allowed(u)
     return jnp.where(allowed, _slope(u / like(soft_cap, u)), jnp.zeros_like(u))
 
 
 def _allowed(u):
-    """Which logits aren't -∞; and the logits, with 0 for -∞: a cap leaves -∞ as it is, with derivative 0."""
+    """Which logits aren't -∞, and the logits with 0 in place of -∞. The cap of -∞ is -∞, with derivative 0."""
     allowed = u != -jnp.inf
     return allowed, jnp.where(allowed, u, jnp.zeros_like(u))
 
 
 @custom_jvp
 def _soft_cap(u, c):
-    """c tanh v at v = u/c; but u where v² < eps, so that tanh v = v (1 - v²/3 + …) is v within eps/3: XLA flushes a
-    subnormal v to 0."""
+    """c tanh v at v = u/c. If v² < eps, it returns u, because XLA flushes a subnormal v to 0: tanh v = v (1 - v²/3 + …)
+    is then v within eps/3."""
     v = u / c
     return jnp.where(v * v < jnp.finfo(v.dtype).eps, u, c * tanh(v))
 
 
 @custom_jvp
 def _slope(v):
-    """1 - tanh² v, as sech² v: the difference would cancel where tanh² v is near 1."""
+    """1 - tanh² v, computed as sech² v: the difference would cancel where tanh² v is near 1."""
     e = exp(-jnp.abs(v))
     sech = 2 * e / (1 + e * e)
     return sech * sech

@@ -1,9 +1,9 @@
-"""A head, and the matrix products with it.
+"""`Head`, and the matmuls with it.
 
-On an accelerator a product of float32 matrices takes at least twice as long as one of bfloat16. So where hidden states
-and head are bfloat16, a derivative in the logits may be rounded to bfloat16 before it is multiplied with them. Each
-token's derivative is first divided by its largest entry, the label's. That entry becomes ±1, which rounding leaves
-exact; the others still add up to it.
+On an accelerator, a float32 matmul takes at least twice as long as a bfloat16 matmul. So if hidden states and head are
+bfloat16, a derivative in the logits may be rounded to bfloat16 before it is multiplied with them. Each token's
+derivative is first divided by its largest entry, the label's. That entry becomes ±1, which is exact in bfloat16, and
+the other entries still add up to it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from jce._jax.varying import varying_alike
 
 
 class Head(NamedTuple):
-    """W [n, d] and b [n]. Derivatives in W are taken in `wide`, the same numbers in the dtype of the logits.
+    """W [n, d] and b [n]. W is also kept as `wide`, in the dtype of the logits. Its gradient is that of `wide`.
 
-    So where W is bfloat16, a loop over chunks sums its gradient in float32: products read `weight`, and only the
-    gradient arrives at `wide`. Where the dtypes are the same, so are the arrays, and products read `wide`.
+    So if W is bfloat16, a loop over chunks sums its gradient in float32: matmuls read `weight`, and `wide` only
+    receives the gradient. If the dtypes are the same, the arrays are equal, and matmuls read `wide`.
     """
 
     weight: Array
@@ -34,12 +34,12 @@ class Head(NamedTuple):
 
     @property
     def logits(self) -> jax.ShapeDtypeStruct:
-        """The type of one token's logits."""
+        """The shape and dtype of the logits of one token."""
         return jax.ShapeDtypeStruct(self.bias.shape, self.bias.dtype)
 
 
 def head_of(name: str, h: Array, w: Array, b: Array | None) -> tuple[Array, Head]:
-    """Hidden states and their head, as they are multiplied. A head without classes gets one whose logit is 0."""
+    """Hidden states and head, ready for the matmul. A head without classes is replaced by one class with logit 0."""
     dtype = float_dtype(name, {"hidden": h, "head": w} | ({} if b is None else {"bias": b}))
     b = jnp.zeros(w.shape[0], dtype) if b is None else b.astype(dtype)
     if w.shape[0] == 0:
@@ -49,12 +49,12 @@ def head_of(name: str, h: Array, w: Array, b: Array | None) -> tuple[Array, Head
 
 
 def _stored(x: Array, dtype) -> Array:
-    """x in this dtype; but half precision as it is, if its products are accumulated in float32."""
+    """x in this dtype. If it is float32, a half-precision x stays as it is, since its matmuls accumulate in float32."""
     return x if jnp.issubdtype(x.dtype, jnp.floating) and dtype == jnp.float32 else x.astype(dtype)
 
 
 class Products(NamedTuple):
-    """How matrices are multiplied: static. If `narrow`, both factors of every product are rounded to bfloat16."""
+    """How matmuls are computed. Static. If `narrow`, both factors of every matmul are rounded to bfloat16."""
 
     precision: Any
     narrow: bool = False
@@ -64,7 +64,7 @@ class Products(NamedTuple):
         known = lax.Precision | lax.DotAlgorithm | lax.DotAlgorithmPreset
         if precision is not None and not isinstance(precision, known):
             number = jax.ShapeDtypeStruct((), jnp.float32)
-            try:  # only JAX knows which names there are
+            try:  # only JAX knows which names are allowed
                 jax.eval_shape(functools.partial(jnp.dot, precision=precision), number, number)
             except (TypeError, ValueError):
                 raise ValueError(
@@ -74,21 +74,22 @@ class Products(NamedTuple):
         return cls(precision)
 
     def on(self, platform: Platform, hidden: Array, weight: Array) -> Products:
-        """Narrow on an accelerator, if both are bfloat16 and no precision is asked for. Not if they are float16, whose
-        range is too small for derivatives."""
+        """The same settings, and `narrow` on an accelerator if both arrays are bfloat16 and no precision is set. With
+        float16 arrays they are not narrow, since the range of float16 is too small for derivatives."""
         setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         asked = self.precision is not None or setting is not None
         return self._replace(narrow=not platform.is_cpu and not asked and hidden.dtype == weight.dtype == jnp.bfloat16)
 
     def dot(self, a: Array, b: Array, axis_a: int, axis_b: int, dtype) -> Array:
-        """a · b, over an axis of each, accumulated and returned in `dtype`, to which unlike dtypes are cast first."""
+        """a · b, summed over an axis of each, accumulated and returned in `dtype`. If the dtypes of a and b differ,
+        both are first cast to `dtype`."""
         if self.narrow:
             return _narrow(a, b, axis_a, axis_b)
         common = a.dtype if a.dtype == b.dtype else dtype
         return _dot(a.astype(common), b.astype(common), axis_a, axis_b, dtype, self.precision)
 
     def with_head(self, a: Array, head: Head, axis: int) -> Array:
-        """a · W, over an axis of W."""
+        """a · W, summed over the last axis of a and an axis of W."""
         if head.weight.dtype == head.wide.dtype:
             return self.dot(a, head.wide, 1, axis, head.wide.dtype)
         return _product(a, head.weight, head.wide, axis, self)
@@ -100,11 +101,11 @@ def _dot(a, b, axis_a, axis_b, dtype, precision=None):
 
 
 # The primitive a · W, where both may have batch axes. It reads `weight`, but is declared linear in a and `wide`. So its
-# transpose in a and its batched form are products with `weight` again, and its gradient in the head arrives at `wide`.
+# transpose in a and its batched form are again matmuls with `weight`, and its gradient in the head goes to `wide`.
 
 
 def _product(a, weight, wide, axis, products):
-    if products.precision is None:  # JAX's setting is read while tracing, as for any product
+    if products.precision is None:  # JAX's setting is read while tracing, as for any matmul
         setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         products = products._replace(precision=setting)
     return _product_p.bind(*varying_alike(a, weight, wide), axis=axis, products=products)
@@ -126,7 +127,7 @@ def _product_transpose(ct, a, weight, wide, *, axis, products):
 
 def _product_batch(arguments, axes, **static):
     a, weight, wide = arguments
-    if axes[1:] == (None, None) and weight.ndim == 2:  # one head for the batch: more tokens
+    if axes[1:] == (None, None) and weight.ndim == 2:  # one head for the whole batch: merge its tokens
         a = jnp.moveaxis(a, axes[0], 0)
         result = _product(a.reshape(-1, a.shape[-1]), weight, wide, **static)
         return result.reshape(*a.shape[:-1], -1), 0
@@ -146,7 +147,7 @@ _product_p = primitive(
 )
 
 
-# The narrow product is declared bilinear, though it rounds its factors; its derivatives are narrow products too.
+# The narrow matmul is declared bilinear, although it rounds its factors. Its derivatives are narrow matmuls too.
 
 
 def _narrow(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
@@ -176,8 +177,8 @@ def _transpose_b(ct, a, b, *, axis_a, axis_b):
 
 
 def _scaled(ct):
-    """Each token's largest magnitude [..., C, 1] in a derivative in logits [..., C, n]; the derivative divided by
-    it."""
+    """For a derivative in logits [..., C, n]: the largest magnitude per token [..., C, 1], and the derivative divided
+    by it."""
     largest = jnp.maximum(jnp.abs(lax.stop_gradient(ct)).max(-1, keepdims=True), jnp.finfo(ct.dtype).tiny)
     return largest, ct * (1 / largest)
 

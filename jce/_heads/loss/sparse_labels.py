@@ -1,4 +1,4 @@
-"""A head's cross-entropy with targets of few classes: labels with a probability each."""
+"""Cross-entropy for heads with sparse targets: a few labels per token, each with a probability."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jce._softmax.softmax import logsumexp
 def sparse_labels_loss(
     name: str, known: Mapping[str, float], tail: bool, logits, others, _, class_axis: Hashable | None
 ) -> ChunkFunction:
-    """The loss of a chunk, where `known` has the numbers that aren't traced."""
+    """The loss of a chunk. `known` has the numbers that aren't traced."""
     classes = Classes(-1, class_axis)
     dtype = float_dtype(name, {"label_probs": others[1], "logits": logits[0]})
     rounded = rounding(others[1], dtype) if tail else None
@@ -45,7 +45,8 @@ def sparse_labels_loss(
 
 
 def _greedy_tail(y, p, x, t, rounded, classes):
-    """(1-Σp)(m - m')/T at T = 0, where m' is the maximum over the classes without a label; 0 at any other T.
+    """(1-Σp)(m - m')/T at T = 0, and 0 at any other T. m is the maximum of all logits, and m' that of the classes
+    without a label.
 
     If m' < m, these classes have probability 0 at T = 0. A logarithm of 0 has no derivative, but the loss has one in T:
     it falls from +∞ as T grows.

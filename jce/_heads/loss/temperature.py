@@ -1,4 +1,4 @@
-"""The temperature, which divides a head's logits: one number, or one for each token. Python's 1 costs nothing."""
+"""The temperature divides a head's logits. It is one number, or one per token. The Python number 1 costs nothing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jce._softmax.compare import tempered
 
 
 def at_temperature(x: Array, t: Array | None, classes: Classes) -> Array:
-    """Tokens' logits x over t, up to a constant per row: (x - max x)/t."""
+    """x/t for logits x, up to a constant per row: (x - max x)/t."""
     return x if t is None else tempered(x, t.astype(x.dtype), classes)
 
 
 def whole_log_sum(log_sum: Array, x: Array, t: Array | None, classes: Classes) -> Array:
-    """log Σ exp x/t, where log_sum is that of the logits `at_temperature`."""
+    """log Σ exp(x/t). `log_sum` is the logsumexp of the logits that `at_temperature` returns."""
     return log_sum if t is None else log_sum + over(classes.max(lax.stop_gradient(x)), t.astype(x.dtype))

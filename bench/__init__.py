@@ -1,4 +1,4 @@
-"""Measurements and models of what jce costs: `python -m bench`, and beside it `bench.devices` and `bench.readme`."""
+"""Measurements and models of the cost and accuracy of jce: `python -m bench`, `bench.devices` and `bench.readme`."""
 
 import pathlib
 import runpy

@@ -1,4 +1,4 @@
-"""jce beside its peers, in numbers: `python -m bench`."""
+"""Benchmarks of jce and of other libraries: `python -m bench`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's warnings of a constant that takes a second to fold
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # hides XLA's warnings about constants that take a second to fold
 
 from jce._programs.command_line import Parser, run
 
@@ -24,8 +24,8 @@ BENCHES = ("accuracy", "search", "speed", "first-call", "memory", "scale", "acce
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-# What `verify` imports is installed by an extra of its own. So a benchmark's module, and what reports its results, is
-# imported when the command line is known.
+# `verify` has an extra of its own, without the packages of the other benchmarks. So modules that run benchmarks or
+# report results are imported when the command line is known.
 
 
 def module(name: str) -> ModuleType:
@@ -33,7 +33,7 @@ def module(name: str) -> ModuleType:
 
 
 def import_all(benches: Sequence[str]) -> None:
-    """Imports what these benchmarks need; if a package isn't installed, says which extra to install."""
+    """Imports the modules of these benchmarks. If a package isn't installed, exits and says which extra to install."""
     only_verify = set(benches) == {VERIFY}
     try:
         for name in ["tables", *benches, *([] if only_verify else ["pictures"])]:
@@ -45,9 +45,9 @@ def import_all(benches: Sequence[str]) -> None:
 
 
 def measured(name: str, quick: bool, only: str, path: pathlib.Path, options: dict) -> list[dict]:
-    """The lines of one benchmark, with a progress bar while it runs; they take the place of those in the file.
+    """Runs one benchmark with a progress bar, and writes its lines to the file in place of the old ones.
 
-    Where it didn't run to its end, or for some functions or rows, the file's other lines stay.
+    If it is interrupted, or measures only some functions or rows, the other lines of the file stay.
     """
     from bench import results
 
@@ -57,7 +57,7 @@ def measured(name: str, quick: bool, only: str, path: pathlib.Path, options: dic
     kept, lines = results.read(path) if path.exists() else [], []
     for found in with_progress(name, module(name).run(quick, only, **options)):
         lines += [results.complete(line, name, around) for line in found]
-        results.write(results.merged(kept, lines), path)  # now, since an interrupt ends the process
+        results.write(results.merged(kept, lines), path)  # after each case, because an interrupt ends the process
     if not only and not options.get("long_rows"):
         results.write(results.merged([], lines), path)
     return lines
@@ -96,7 +96,7 @@ def file_of(name: str, quick: bool) -> str:
 
 
 def cannot(benches: Sequence[str]) -> Iterator[str]:
-    """What isn't installed, and what isn't measured without it."""
+    """Says which packages are missing, and what is therefore not measured."""
     if set(benches) != {VERIFY} and (skipped := module("peers").missing()):
         yield f"skipped, since not installed: {', '.join(skipped)} (pip install -e '.[bench]')"
     if "accelerators" in benches and (packages := module("accelerators").missing()):
@@ -154,23 +154,23 @@ def _function(text: str) -> str:
 def parser() -> Parser:
     made = Parser(
         prog=PROGRAM,
-        description="Measure jce beside its peers: accuracy, speed, memory, scale, accelerators; search for errors;"
-        " verify what is claimed, on this device.",
+        description="Measure the accuracy, speed and memory of jce and of other libraries; search for jce's largest"
+        " errors; verify on this device what jce claims.",
     )
     add = made.add_argument
-    add("benches", metavar="BENCH", nargs="*", help=f"Of {', '.join(BENCHES)}; all where none is given.")
-    add("--quick", action="store_true", help="Small inputs, some functions: four minutes in all.")
-    add("--only", "--of", default="", metavar="NAME", help="Functions with this in their name.")
-    add("--out", type=_folder, default=str(RESULTS), metavar="DIR", help="Where lines and pictures go.")
-    add("--compare", default="", metavar="OLD.jsonl", help="Print what moved beyond the noise since.")
-    add("--seconds", type=float, metavar="S", help="How long search tries each function: 30 where none is given.")
+    add("benches", metavar="BENCH", nargs="*", help=f"Any of {', '.join(BENCHES)} (default: all).")
+    add("--quick", action="store_true", help="Measure some functions on small inputs: four minutes for all benchmarks.")
+    add("--only", "--of", default="", metavar="NAME", help="Measure only functions with this in their name.")
+    add("--out", type=_folder, default=str(RESULTS), metavar="DIR", help="The folder for results and pictures.")
+    add("--compare", default="", metavar="OLD.jsonl", help="Print what moved beyond the noise since these results.")
+    add("--seconds", type=float, metavar="S", help="The time that search takes for each function (default: 30).")
     add("--seed", type=int, default=0, metavar="N", help="The seed of search's random numbers.")
-    add("--long-rows", action="store_true", help="Search only rows of thousands of classes.")
+    add("--long-rows", action="store_true", help="Let search try only rows of thousands of classes.")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints tables, writes lines and pictures; the exit status is 2 for wrong input, 130 if interrupted."""
+    """Measures, prints tables, and writes results and pictures. Exit status: 2 for wrong input, 130 if interrupted."""
     parsing = parser()
     args = parsing.parse_args(argv)
     if unknown := [name for name in args.benches if name not in BENCHES]:

@@ -1,12 +1,14 @@
-"""What programs of jce and of its peers in JAX would cost on an H100 and on TPUs, compiled here without any of them.
+"""Estimates of what jce, and other JAX libraries, would cost on an H100 and on TPUs. None of these devices is needed.
 
-Each function, mode and shape is compiled for each device, and read from the program: bytes, as passes over an array of
-logits, products, seconds by the roofline (see bench/roofline.py), a TPU compiler's own count of cycles, kernels, and
-temporaries. Nothing is timed. The floor of a function of logits or probabilities reads each input that it depends on
-and writes each result once; that of the head is its bare products of bfloat16, 1, 3 and for a Hessian-vector product 7,
-and with a teacher's head, which is frozen, 1 more.
+Each function, mode and shape is compiled for each device. The cost is read from the compiled program: bytes, also as
+passes over an array of logits; operations of matmuls; seconds by the roofline (see bench/roofline.py); the TPU
+compiler's own count of cycles; kernels; and temporary memory. Nothing is timed.
 
-The compilers run in a process of their own: what they need of JAX would change the other benchmarks.
+The floor is the least cost of any implementation. A function of logits or probabilities reads each input that it
+depends on once, and writes each result once. A head does its bare bfloat16 matmuls: 1 for the value, 3 with the
+gradient, 7 for a Hessian-vector product, and 1 more for a frozen teacher's head.
+
+The compilers run in a separate process, because the settings that they need would change the other benchmarks.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from bench.programs import WIDTHS, Unreadable, entry, leaves
 from bench.roofline import DEVICES, cost
 
 missing = compilers.missing
-NUMBERS = 2**28  # of logits: more than fit on a TPU's chip
-TOKENS = 8192  # of the head
+NUMBERS = 2**28  # logits: more than fit into a TPU's on-chip memory
+TOKENS = 8192  # for heads
 HEADS = [*MODELS[2:4], Model("Llama 3.1 8B", 128_256, 4096), Model("Gemma 2 2B", 256_000, 2304)]
 ROWS = [*MODELS[:2], Model("Mistral 7B v0.3", 32_768, 4096), MODELS[3]]
 PRODUCTS = {"head": {VALUE: 1, GRADIENT: 3, HVP: 7}, "two heads": {VALUE: 2, GRADIENT: 4, HVP: 8}}
@@ -58,7 +60,7 @@ def scan(hp, wp, h, w):
 
 
 def bonus(log_probs, entropies):
-    """What policy gradients are made of."""
+    """A loss for policy gradients, with an entropy bonus."""
     return log_probs.mean() + 0.01 * entropies.mean()
 
 
@@ -84,8 +86,8 @@ WITH_ENTROPY = {
     "distrax, bfloat16 logits": lambda y, h, w: bonus(*of_categorical(y, bfloat16(h, w))),
 }
 
-# Hidden states and heads are bfloat16. Optax takes the logits that its user makes: bfloat16, and the loss too;
-# bfloat16, and a loss of them in float32; float32, as the product's sums are.
+# Hidden states and heads are bfloat16. For optax, the user makes the logits, in one of three ways: bfloat16 logits and
+# a bfloat16 loss; bfloat16 logits and a float32 loss; float32 logits, as the matmul accumulates them.
 HEAD_FUNCTIONS: dict[str, dict[str, Callable]] = {
     HEAD: {
         "jce": jce.linear_cross_entropy,
@@ -123,7 +125,7 @@ def cases(quick: bool, only: str) -> list[Case]:
         if task.has_heads:
             models, modes = HEADS if task.label == HEAD else HEADS[2:3], tuple(PRODUCTS[task.kind])
         else:
-            models = ROWS if task.kernel.has_classes else ROWS[1:2]  # elementwise, the size is all that matters
+            models = ROWS if task.kernel.has_classes else ROWS[1:2]  # elementwise, only the size matters
             modes = MODES
         found += [(task.label, model.name, modes) for model in models]
     if quick:
@@ -133,13 +135,13 @@ def cases(quick: bool, only: str) -> list[Case]:
 
 
 class Measured(NamedTuple):
-    """One function, as it is compiled: who has it, of what arguments, and what it can't cost less than."""
+    """What is compiled for one case: the function in each library, its arguments, and the matmuls of its floor."""
 
     functions: dict[str, Callable]
     arguments: list[tuple]  # shapes and dtypes
     trained: tuple[int, ...]
     shape: list[int]
-    products: dict[str, int]  # of heads, by mode
+    products: dict[str, int]  # matmuls of a head, by mode
 
 
 def measured(case: Case) -> Measured:
@@ -159,21 +161,21 @@ def measured(case: Case) -> Measured:
 
 
 def floor(what: Measured, mode: str, device: str, texts: Iterable[str]) -> float:
-    """Seconds."""
+    """In seconds."""
     if what.products:
         return what.products[mode] * 2 * np.prod(what.shape, dtype=float) / DEVICES[device].peaks["bf16"]
     return min(arguments_and_results(text) for text in texts) / DEVICES[device].bandwidth
 
 
 def arguments_and_results(text: str) -> float:
-    """Bytes of them without padding; what a result doesn't depend on is no argument of the compiled program."""
+    """Bytes of both, without padding. Arguments that no result depends on are not in the compiled program."""
     program = entry(text)
     arrays = [array for x in [*program.parameters, program.root] for array in leaves(x.shape)]
     return sum(array.numbers * WIDTHS[array.dtype] for array in arrays)
 
 
 def taken(what: Measured, mode: str) -> list[tuple]:
-    """The arguments of a mode's program: with directions, for a Hessian-vector product."""
+    """The arguments of the program for a mode. For a Hessian-vector product, these include directions."""
     return what.arguments + ([what.arguments[i] for i in what.trained] if mode == HVP else [])
 
 
@@ -208,15 +210,15 @@ def measure(case: Case, mode: str) -> list[dict]:
 
 
 def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
-    """A label of what was compiled, and its lines; at first the number of them all as a label."""
+    """Yields a label and lines for each case and mode. The first label is their number."""
     todo = cases(quick, only)
     yield str(sum(len(case.modes) for case in todo)), []
     yield from children.lines("bench.accelerators", todo, compilers.environment(), quiet=True)
 
 
 def check(lines: list[dict]) -> None:
-    """No program costs less than its floor, or something of it wasn't counted, or multiplies less, or it is another
-    function's; and jce's can all be read."""
+    """Each program of jce could be read. No program costs less than its floor (some of its cost would not have been
+    counted), or has fewer matmul operations (it would compute another function)."""
     for line in lines:
         if "cannot" in line:
             assert line["library"] != "jce", line
@@ -229,7 +231,7 @@ def check(lines: list[dict]) -> None:
 
 
 def main() -> None:
-    """The child: its lines of each case and mode."""
+    """Runs in the child process: tells the lines of each case and mode."""
     for some in children.todo():
         case = Case(*some)
         for mode in case.modes:

@@ -1,11 +1,14 @@
-"""How far value and derivatives are from the formula in mpmath, on the exact stored floats, in ulps.
+"""Errors of values and derivatives in ulps, against the formula in mpmath on the exact stored floats.
 
-For each function, library, dtype and quantity one line: by regime the median and the largest error, how many results
-were NaN, of the wrong sign, or exactly 0 where the truth isn't, and the largest error `beyond` what half an ulp of
-x - max x does to its exponential. Errors are relative to the result, or to the scale that the tests' table gives where
-the result itself passes through 0. A library that is off by 0.1 % and more in half of the first regime, an easy one,
-computes something else, and is said to disagree. Results below the normal range, which XLA on a CPU takes for 0, are
-left out.
+There is one line for each function, library, dtype and quantity. It has for each regime (kind of input):
+
+- the median and the largest error
+- the number of results that are NaN, have the wrong sign, or are exactly 0 although the exact result is not
+- the largest error `beyond` the effect of half an ulp of x - max x on its exponential
+
+Errors are relative to the result. If the result passes through 0, they are relative to the scale in the tests' table.
+A library whose median error in the first regime, an easy one, is at least 0.1 % computes another formula, and is
+reported to disagree. Results below the normal range are left out, because XLA on a CPU replaces them by 0.
 """
 
 from __future__ import annotations
@@ -47,16 +50,16 @@ class Truth:
 
 
 def bars(task: Task) -> dict[str, float]:
-    """By quantity, how many ulps jce may be off: as the tests' table has it."""
+    """The bound in ulps on jce's error in each quantity, from the tests' table."""
     names = ["value", *(f"∂{name}" for name in task.kernel.arguments)]
     return dict(zip(names, [task.kernel.value_bar, *task.kernel.gradient_bar], strict=True))
 
 
 def sampled(task: Task, rows: int, dtype) -> tuple[list[str], list[np.ndarray]]:
-    """The regime of each row, and the row's arguments, of all seeds."""
+    """The regime of each row, and the rows of each argument, for all seeds."""
     shape = (rows, CLASSES) if task.kernel.has_classes else (rows,)
     samples = [task.kernel.sample(np.random.default_rng(seed), shape, dtype) for seed in SEEDS]
-    if task.has_heads:  # 0 · ∞ in the product with the identity
+    if task.has_heads:  # an infinite logit would give 0 · ∞ in the matmul with the identity
         samples = [{name: x for name, x in s.items() if np.isfinite(x).all()} for s in samples]
     names = [name for s in samples for name in s for _ in range(rows)]
     arrays = zip(*(arguments for s in samples for arguments in s.values()), strict=True)
@@ -81,15 +84,15 @@ def truths(task: Task, arrays: list[np.ndarray], dtype) -> dict[str, list[Truth]
 
 
 def results(task: Task, library: str, arrays: list[np.ndarray], dtype) -> dict[str, np.ndarray]:
-    """By quantity, an array of rows × places; a quantity that the library doesn't give is left out."""
+    """By quantity, an array of rows × places. Quantities that the library can't compute are left out."""
     engine = engine_of(library)
     f, arguments = task.functions[library], task.from_row(arrays)
     found = {}
-    full = jax.default_matmul_precision("highest")  # of the heads' products, on any device
+    full = jax.default_matmul_precision("highest")  # for the matmuls of heads, on every device
     with jax.enable_x64(dtype == np.float64), full, np.errstate(all="ignore"):
         placed = [engine.put(x) for x in arguments]
         program = engine.program(f, VALUE, task.places)
-        if task.has_heads:  # it gives a sum over its tokens: one at a time
+        if task.has_heads:  # it returns a sum over tokens, so it gets one token at a time
             rows = (
                 [engine.put(x if i in task.heads else x[r : r + 1]) for i, x in enumerate(arguments)]
                 for r in range(len(arrays[0]))
@@ -100,14 +103,14 @@ def results(task: Task, library: str, arrays: list[np.ndarray], dtype) -> dict[s
         for place, name in zip(task.places, list(bars(task))[1:], strict=True):
             try:
                 _, (gradient,) = engine.program(f, GRADIENT, (place,))(*placed)
-            except (NotImplementedError, RuntimeError):  # PyTorch's, for a target without a derivative
+            except (NotImplementedError, RuntimeError):  # PyTorch raises it for a target without a derivative
                 continue
             found[name] = fetched(gradient).reshape(len(arrays[0]), -1)
     return found
 
 
 def judged(regimes: list[str], truth: list[Truth], got: np.ndarray, dtype) -> dict[str, dict[str, float]]:
-    """By regime, the errors' statistics."""
+    """Statistics of the errors, by regime."""
     errors: dict[str, list[tuple]] = {}
     for t in truth:
         if t.counts(dtype):
@@ -145,7 +148,7 @@ def measure(task: Task, rows: int, dtype) -> Iterator[dict]:
 
 
 def check(lines: list[dict]) -> None:
-    """What doesn't depend on the machine: jce is within its bars."""
+    """jce's errors are within the bounds, on every machine."""
     allowed = {task.label: bars(task) for task in TASKS}
     for line in (x for x in lines if x["library"] == "jce"):
         worst = max(statistics["beyond"] for statistics in line["regimes"].values())
@@ -153,7 +156,7 @@ def check(lines: list[dict]) -> None:
 
 
 def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
-    """A label of what was measured, and its lines; at first the number of them all as a label."""
+    """Yields a label and lines for each function and dtype. The first label is their number."""
     tasks = [task for task in TASKS if (only in task.label if only or not quick else task.label in QUICK)]
     todo = [(task, dtype) for dtype in ([np.float32] if quick else [np.float32, np.float64]) for task in tasks]
     yield str(len(todo)), []

@@ -1,4 +1,4 @@
-"""Processes of their own, for what must be set before JAX is imported: each prints a JSON pair of label and lines."""
+"""Child processes, for settings that JAX reads when it is imported. They print JSON pairs of a label and lines."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 
 def lines(module: str, todo: object, environment: dict[str, str], quiet: bool = False) -> Iterator[tuple[str, list]]:
-    """What the module prints of what there is to do; where it is quiet, its errors show only if it fails."""
+    """Runs the module in a child with `todo`, and yields its pairs. If quiet, shows stderr only if the child fails."""
     command = [sys.executable, "-m", module, json.dumps(todo)]
-    # In a session of its own, where Ctrl-C doesn't reach it, the child ends with its standard input, so with this.
+    # The child has its own session, so Ctrl-C does not reach it. It ends when its standard input closes, thus with this
+    # process.
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -36,7 +37,7 @@ def lines(module: str, todo: object, environment: dict[str, str], quiet: bool = 
 
 
 def todo() -> object:
-    """In the child: what there is to do. It ends with the parent from here on."""
+    """Called in the child: returns what there is to do. From here on the child ends when its parent does."""
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     return json.loads(sys.argv[1])
 

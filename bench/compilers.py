@@ -1,7 +1,7 @@
-"""XLA's compilers for accelerators that aren't there: what they need, and a program that each makes.
+"""Compiles programs with XLA for accelerators that this machine does not have.
 
-They read variables of the environment while JAX is imported, and a CUDA or TPU plugin changes what JAX finds on this
-machine: so they are for a process of their own, with `environment()`.
+The compilers read environment variables while JAX is imported, and a CUDA or TPU plugin changes the devices that JAX
+finds. So use this module in a separate process, with the variables of `environment()`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 from jax.experimental import topologies
 
-PACKAGES = {  # by the module that each brings
+PACKAGES = {  # by a module that each installs
     "libtpu": "jax[tpu]",
     "jax_plugins.xla_cuda12": "jax-cuda12-plugin and jax-cuda12-pjrt",
     "nvidia.cuda_nvcc": "nvidia-cuda-nvcc-cu12",
@@ -49,19 +49,19 @@ gpu_device_info {
 
 
 def missing() -> list[str]:
-    """The packages that aren't installed."""
+    """The required packages that aren't installed."""
     return [package for module, package in PACKAGES.items() if not _found(module)]
 
 
 def _found(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent
+    except ModuleNotFoundError:  # raised if its parent is missing
         return False
 
 
 def environment() -> dict[str, str]:
-    """The variables for a process that compiles: nothing is looked for on this machine, and ptxas is found."""
+    """The environment variables of a process that compiles. It does not look for devices here, and it finds ptxas."""
     (nvcc,) = importlib.util.find_spec("nvidia.cuda_nvcc").submodule_search_locations
     return os.environ | {
         "PATH": f"{pathlib.Path(nvcc) / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -76,7 +76,7 @@ def environment() -> dict[str, str]:
 
 @functools.cache
 def devices(name: str, count: int = 1) -> list:
-    """As many of them, or more, on one host; of TPUs up to four, or eight of a v5e."""
+    """At least `count` devices on one host: up to four TPUs, or eight of the v5e."""
     if name == "h100":
         there = topologies.get_topology_desc(
             platform="cuda", topology_name="h100", topology=f"1x1x{count}", target_config=H100
@@ -87,6 +87,6 @@ def devices(name: str, count: int = 1) -> list:
 
 
 def compiled(f: Callable, name: str, shapes: list[tuple]):
-    """The program of a function for one such device, of arguments of these shapes and dtypes."""
+    """The compiled program of a function for one such device, with arguments of these shapes and dtypes."""
     place = jax.sharding.SingleDeviceSharding(devices(name)[0])
     return jax.jit(f).lower(*(jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes)).compile()

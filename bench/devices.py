@@ -1,13 +1,14 @@
-"""What a step of the sharded head costs on 8 to 4096 devices, from a model: `python -m bench.devices`.
+"""A model of the time that a step of the sharded head takes on 8 to 4096 devices: `python -m bench.devices`.
 
 For N tokens, width d and n classes on a mesh of T × K devices (tokens × classes), value and gradient of
-`jce.linear_cross_entropy` by `jce.on_mesh` do 6Ndn/TK multiplications and additions a device, and all-reduce
+`jce.on_mesh(jce.linear_cross_entropy, ...)` take 6Ndn/TK multiplications and additions per device, and all-reduce
 
-    over K   3 numbers a token of the device's N/T, chunk by chunk, and the hidden states' gradient, N/T × d, once
-    over T   the head's gradient, n/K × d, once
+    over K   3 numbers per token (of the device's N/T), chunk by chunk; once, the hidden states' gradient, N/T × d
+    over T   once, the head's gradient, n/K × d
 
-A ring sends and receives 2(p-1)/p of an all-reduced array over p devices. That these are all, `check` reads from the
-programs that XLA compiles for eight host devices. What devices and links can do is an assumption, to be given.
+An all-reduce in a ring of p devices sends and receives 2(p-1)/p of the array. `check` reads from the programs that XLA
+compiles for eight CPU devices that nothing else is sent. The speed of devices and links is an assumption, which you can
+set.
 """
 
 import math
@@ -28,11 +29,11 @@ LOOP_REDUCTIONS = 2  # for the maximum, and for the two others
 
 
 class Sent(NamedTuple):
-    """Numbers of each array that a device all-reduces."""
+    """How many numbers of each array a device all-reduces."""
 
-    in_loop: int  # over the classes' axis, all chunks together
-    hidden: int  # over the classes' axis
-    head: int  # over the tokens' axis
+    in_loop: int  # over the axis of the classes, in all chunks together
+    hidden: int  # over the axis of the classes
+    head: int  # over the axis of the tokens
 
 
 def sent(tokens: int, width: int, classes: int, t: int, k: int) -> Sent:
@@ -45,7 +46,7 @@ def sent(tokens: int, width: int, classes: int, t: int, k: int) -> Sent:
 
 
 def check(tokens: int, width: int, classes: int, t: int, k: int, chunk: int) -> Sent:
-    """The same numbers, read from the compiled program; t · k devices must be there."""
+    """The same numbers, read from the compiled program. JAX must have t · k devices."""
     mesh = jax.make_mesh((t, k), ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2)
 
     def abstract(shape, axis, dtype=np.float32):
@@ -62,7 +63,7 @@ def check(tokens: int, width: int, classes: int, t: int, k: int, chunk: int) -> 
     found = collectives(program.as_text())
     assert {c.kind for c in found} <= {"all-reduce"}
     chunks = math.ceil(tokens // t / chunk)
-    once = [c.size for c in found if not c.in_loop and c.size > 1]  # but the loss itself
+    once = [c.size for c in found if not c.in_loop and c.size > 1]  # the loss itself has size 1
     sizes = {name: n for name, n in sent(tokens, width, classes, t, k)._asdict().items() if name != "in_loop"}
     assert sorted(once) == sorted(n for n in sizes.values() if n), (once, sizes)
     return Sent(chunks * sum(c.size for c in found if c.in_loop), **sizes)
@@ -82,7 +83,7 @@ class Step(NamedTuple):
 
 
 def step(t: int, k: int, *, flops: float, bandwidth: float, latency: float) -> Step:
-    """Seconds, with nothing overlapped."""
+    """In seconds, if nothing overlaps."""
     numbers = sent(TOKENS, WIDTH, CLASSES, t, k)
 
     def ring(size, p):
@@ -101,18 +102,18 @@ def step(t: int, k: int, *, flops: float, bandwidth: float, latency: float) -> S
 
 
 def best(devices: int, **machine: float) -> Step:
-    """The fastest of the meshes t × k."""
+    """The fastest mesh t × k."""
     return min(
         (step(devices // k, k, **machine) for k in (2**i for i in range(13)) if k <= devices), key=lambda s: s.total
     )
 
 
 def main() -> None:
-    parser = Parser(prog="python -m bench.devices", description="A model of a step of the sharded head.")
+    parser = Parser(prog="python -m bench.devices", description="A model of the time of a step of the sharded head.")
     add = parser.add_argument
-    add("--flops", type=float, default=4e14, help="Of a device, a second (default: %(default)g, an assumption).")
-    add("--bandwidth", type=float, default=5e10, help="Bytes a second, each way (default: %(default)g, an assumption).")
-    add("--latency", type=float, default=1e-5, help="Seconds a hop (default: %(default)g, an assumption).")
+    add("--flops", type=float, default=4e14, help="Operations per second (default: %(default)g, an assumption).")
+    add("--bandwidth", type=float, default=5e10, help="Bytes/s, each way (default: %(default)g, an assumption).")
+    add("--latency", type=float, default=1e-5, help="Seconds per hop (default: %(default)g, an assumption).")
     machine = vars(parser.parse_args())
     jax.config.update("jax_num_cpu_devices", 8)
     for t, k in ((8, 1), (4, 2), (2, 4), (1, 8)):

@@ -1,18 +1,19 @@
 # %% [markdown]
-# # Distillation: all of a teacher's probabilities, or 17 numbers a word, teach more than the text, and no logits exist
+# # Distillation: a teacher's probabilities, all or 17 numbers per word, teach more than the text, with logits in chunks
 #
-# A student learns from a teacher by minimising
+# A student learns from a teacher by minimizing
 #
 # $$\mathrm{KL}(p \Vert q) = \sum_i p_i \log \frac{p_i}{q_i} \qquad p = \mathrm{softmax}(W_p h_p) \qquad
 # q = \mathrm{softmax}(W_q h_q)$$
 #
-# in the mean over tokens, where $p$ is the teacher's and fixed (Hinton, Vinyals and Dean, 2015). As it stands it makes
-# the logits of both for all tokens. `jce.linear_kl_divergence(Linear(h_p, W_p), Linear(h_q, W_q))` is the same number
-# from some hundred tokens' logits at a time, whatever the two widths, in four products with a head: one each for the
-# logits, two for the student's derivatives.
+# averaged over tokens, where $p$ is the teacher's distribution and is fixed (Hinton, Vinyals and Dean, 2015). Evaluated
+# as written, this loss needs both models' logits for all tokens.
+# `jce.linear_kl_divergence(Linear(h_p, W_p), Linear(h_q, W_q))` returns the same number, but computes the logits of
+# some hundred tokens at a time. The two widths may differ. It takes four matmuls with a head: one for the logits of
+# each model, and two for the student's derivatives.
 #
-# The teacher is the next-word model of `examples/next_word.py`, of width 64, on Python's own documentation. Its
-# students have width 16. `python -m notebooks.examples.distill` does the same with a text of yours.
+# The teacher is the next-word model of `examples/next_word.py`, with width 64, trained on Python's own documentation.
+# Its students have width 16. `python -m notebooks.examples.distill` does the same with a text that you choose.
 
 # %%
 import io
@@ -35,14 +36,16 @@ print(f"perplexity of the words held out: {unigram:.1f} by frequency alone, {tau
 # %% [markdown]
 # ## What is kept of a teacher
 #
-# Where a teacher is too large to run beside its student, its likeliest classes are kept: here 16 words a place, found
-# by `linear_map` of `lax.top_k`, with the log-probability of each and of all other words together. These are 17
-# outcomes, and so are the student's, by `log_probs_with_integer_labels(words, x, tail=True)`. So
+# If a teacher is too large to run beside its student, you can store only its top-k classes. Here they are the top 16
+# words at each place of the text, found with `lax.top_k` inside `linear_map`. We store the log-probability of each of
+# them and that of all other words together. These 17 log-probabilities define a distribution over 17 classes.
+# `log_probs_with_integer_labels(words, x, tail=True)` returns the student's log-probabilities for the same classes. So
 #
 # $$\mathrm{KL} = \sum_k p_k \log \frac{p_k}{q_k} +
 # \Big(1 - \sum_k p_k\Big) \log \frac{1 - \sum_k p_k}{1 - \sum_k q_k}$$
 #
-# is a divergence: never below 0, and 0 where the two agree. What is often written, the sum over $k$ alone, is neither.
+# is a divergence: it is never negative, and it is 0 only if the two distributions agree. A common alternative, the sum
+# over $k$ alone, has neither property.
 
 # %%
 words, log_p = distill.likeliest(teacher, corpus.text)
@@ -54,10 +57,12 @@ print(f"all but 16 words have {np.exp(log_p[corpus.held_out, -1]).mean():.2f} of
 # %% [markdown]
 # ## Three lessons
 #
-# Students of the same start see the same batches, and learn from every word's probability, from the 16 and the text,
-# half and half, or from the text alone, as the teacher did. Three times, with other batches.
+# Three students start from the same parameters and see the same batches. One learns from every word's probability, one
+# from the 16 words and the text, with equal weights, and one from the text alone, as the teacher did. We repeat this
+# three times, with different seeds.
 
 # %%
+#| fig-alt: Perplexity of three students falls alike to 360; chunks take less memory and time than whole logits
 SEEDS = 3
 histories = [
     {name: list(distill.lesson(corpus, name, teacher, STEPS, seed=k)) for name in LESSONS} for k in range(SEEDS)
@@ -84,14 +89,15 @@ axes.axis("off")
 plt.show()
 
 # %% [markdown]
-# Of words that neither has seen, the teacher's probabilities teach a little more than the text, each time, and 16 of
-# them with the text nearly as much as all. What is left is the width: 16 numbers a word can't say what 64 do.
+# On held-out words, the teacher's probabilities teach a little more than the text, every time. The 16 words with the
+# text teach nearly as much as all probabilities. The remaining gap to the teacher comes from the width: a hidden state
+# of 16 numbers can't express what 64 can.
 #
 # ## The claim
 #
-# Each loss and its gradient are, to rounding, those of whole logits, at the start and after training; a student that
-# descends on whole logits takes the same course, within 1e-3 in its first 20 steps; and in chunks a batch takes less
-# than a sixth of the memory.
+# At the start and after training, each loss and its gradient equal those computed from whole logits, up to rounding. A
+# student trained on whole logits takes the same course: in the first 20 steps, its losses differ by at most 1e-3 of
+# their size. With chunks, a batch takes less than a sixth of the memory.
 
 
 # %%

@@ -77,6 +77,7 @@ for name, columns in errors.items():
 # by at most $2^{-24} |x_i - x_y|$, and that becomes a relative error of its exponential.
 
 # %%
+#| fig-alt: Errors by margin: the textbook's reach 1 from 17 on in float32, 37 in float64; jce's stay below 1e-5
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
 for name, (loss_error, label_error, other_error) in errors.items():
     *_, colour, stroke = CURVES[name]
@@ -149,6 +150,7 @@ print(f"the largest there is: {largest:.5f}")
 # more images' losses round to 0, and is exactly 0 in the end. The two others coincide.
 
 # %%
+#| fig-alt: By step: textbook float32 loses margin and its loss goes to 0; jce float32 coincides with textbook float64
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
 for name, h in histories.items():
     *_, colour, stroke = CURVES[name]

@@ -1,4 +1,4 @@
-"""Every value, first derivative and Hessian-vector product is within its bar of the formula in mpmath."""
+"""Every value, first derivative and Hessian-vector product agrees with the formula in mpmath, within its error bar."""
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,16 @@ each_dtype = pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float
 
 
 def sampled(kernel: Kernel, rng, shape, dtype) -> tuple[list[str], list[np.ndarray]]:
-    """The regime of each distribution, and the arguments, all regimes in one array for one compilation."""
+    """The regime of each distribution, and the arguments. All regimes are in one array, so it compiles only once."""
     samples = kernel.sample(rng, shape, dtype)
-    if len(samples) > 15 and kernel.has_classes:  # as many rows in all
+    if len(samples) > 15 and kernel.has_classes:  # to keep the total number of rows
         samples = {name: [x[: max(1, len(x) // 3)] for x in arrays] for name, arrays in samples.items()}
     arguments = [np.concatenate(arrays) for arrays in zip(*samples.values(), strict=True)]
     return list(np.repeat(list(samples), len(distributions(kernel, *arguments)) // len(samples))), arguments
 
 
 class Judge:
-    """Collects what misses its bar; results below the normal range, which XLA flushes, are out."""
+    """Collects the results that miss their bar. Results below the normal range are skipped, since XLA flushes them."""
 
     def __init__(self, dtype):
         self.dtype, self.misses = dtype, []
@@ -50,7 +50,7 @@ class Judge:
         assert not self.misses, f"{len(self.misses)} misses, such as\n" + "\n".join(self.misses[:5])
 
 
-# Few classes, and many: each kernel quick with one of them
+# Few classes, and many. For each kernel, one of the two is quick.
 SHAPES = [
     pytest.param(kernel, shape, id=f"{label(kernel)}-{shape[1]}", marks=SLOW if (i + j) % 2 else [])
     for i, kernel in enumerate(KERNELS)
@@ -99,7 +99,7 @@ def test_first_derivatives(kernel, dtype, rng):
 @each_kernel
 def test_hessian_vector_products(kernel, dtype, rng):
     regimes, arguments = sampled(kernel, rng, (3, 3), dtype)
-    # Directions in proportion to each entry: mixed ones, where terms cancel, and every term counts.
+    # Each direction is proportional to its entry, with either sign. So every term counts, and terms cancel.
     tangents = [(x * rng.uniform(-1, 1, x.shape)).astype(dtype) for x in arguments]
     for x, t, (_, highest) in zip(arguments, tangents, kernel.domains, strict=True):
         t[~np.isfinite(x) | (x == highest)] = 0
@@ -119,21 +119,22 @@ def test_hessian_vector_products(kernel, dtype, rng):
                 if scales:
                     scale = scales[i][j] if kernel.has_classes else scales[i]
                 bar = kernel.hvp_bar + conditioning(kernel, exact_row, dtype, j)
-                if kernel in HEADS and 0 < scale < 2**16 * np.finfo(dtype).tiny:  # a token's share of a mean is smaller
+                # A token's share of a mean is smaller than the scale, and may be below the normal range.
+                if kernel in HEADS and 0 < scale < 2**16 * np.finfo(dtype).tiny:
                     continue
                 judge(np.atleast_1d(got[i])[j], exact, scale, bar, regime, kernel.arguments[i], row)
     judge.finish()
 
 
 def shift(x, d, t):
-    """x + t d, of numbers or of lists."""
+    """x + t d, for numbers or lists."""
     return [a + t * b for a, b in zip(x, d, strict=True)] if isinstance(x, list) else x + t * d
 
 
 @each_kernel
 @pytest.mark.in_turn(8, "wide")
 def test_third_derivative(kernel, rng):
-    """Along a direction, to 1e-9 of the formula's: all three orders nested, forward over forward over reverse."""
+    """Along a direction it agrees with the formula's to 1e-9. It is computed forward over forward over reverse."""
     arguments = easy(kernel, rng, (4, 3), np.float64)
     direction = [x * rng.uniform(-0.5, 0.5, x.shape) for x in arguments]
 
@@ -158,7 +159,7 @@ def test_third_derivative(kernel, rng):
 @pytest.mark.one_for_each("kernel")
 @pytest.mark.in_turn(9, "wide")
 def test_half_precision(kernel, dtype, rng):
-    """Half-precision arguments give the float32 results of the same numbers; their gradients are those, rounded."""
+    """Half-precision arguments give the value of the same numbers in float32, and the float32 gradients, rounded."""
     _, arguments = sampled(kernel, rng, (12, 8), np.float32)
     largest = float(jnp.finfo(dtype).max)
     half = [jnp.asarray(np.where(np.isinf(x), x, np.clip(x, -largest, largest)), dtype) for x in arguments]
@@ -187,7 +188,7 @@ OF_PROBABILITIES = [kernel for kernel in WITH_CLASSES if LOGIT not in kernel.dom
 @each_dtype
 @pytest.mark.parametrize("kernel", OF_PROBABILITIES, ids=label)
 def test_parts_of_a_distribution(kernel, dtype, rng):
-    """Of p and q of every size, one class and some, which `where` keeps: relative to what each contributes alone."""
+    """`where` keeps one class or several, with p and q of every size. Errors are relative to the classes' own terms."""
     rows, n = 400, 6
     p, q = 10 ** rng.uniform(-12, 0, (2, rows, n))
     q = np.where(np.arange(rows)[:, None] % 4, q, p * 10 ** rng.uniform(-1, 1, (rows, n)))
@@ -205,7 +206,7 @@ def test_parts_of_a_distribution(kernel, dtype, rng):
     judge.finish()
 
 
-FUSED = ("entropy", "cross_entropy", "cross_entropy_with_logits")  # into the sum, with all that is summed
+FUSED = ("entropy", "cross_entropy", "cross_entropy_with_logits")  # XLA fuses all of their terms into the sum
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,10 @@ FUSED = ("entropy", "cross_entropy", "cross_entropy_with_logits")  # into the su
 )
 @pytest.mark.in_turn(4)
 def test_a_batch_of_one_row(kernel, n):
-    """However it is said to be one; of equal terms, which a sum in sequence rounds all one way. In tangents too."""
+    """It is as accurate as the row alone, however the batch is written, and in tangents too.
+
+    All terms are equal, so a sum in sequence would round all of them in the same direction.
+    """
     signs = np.where(np.arange(n) % 2, -1, 1)
     logits, probabilities = (np.full(n, 0.3), 0.3 * signs), (np.full(n, 1 / n), np.full(n, 0.5 / n))
     pairs = zip(kernel.domains, logits, probabilities, strict=False)
@@ -235,7 +239,7 @@ def test_a_batch_of_one_row(kernel, n):
     with jax.enable_x64(True):
         exact = np.array(run(*jax.tree.map(np.float64, (row, batch)))[0])
     bar = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(exact), 1)
-    for got in batches:  # an accelerator's sum of several results this CPU takes in sequence, of a row alone too
+    for got in batches:  # this CPU runs an accelerator's sum of several results in sequence, also for a row alone
         assert (np.abs(got - exact) <= bar + np.abs(alone - exact)).all()
 
 

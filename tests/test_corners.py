@@ -1,4 +1,4 @@
-"""At 0, 1, ±∞ and NaN: the value and the derivative of the table, in both modes, and never a NaN beside them."""
+"""At 0, 1, ±∞ and NaN, values and derivatives are those of the table, in both modes, with no NaN in other entries."""
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ def stacked(kernel: Kernel, dtype=np.float32) -> tuple[list[np.ndarray], np.ndar
 
 
 def agrees(got, expected, *what):
-    """To rounding; an error begins with what is compared."""
+    """Equal up to rounding. An error message begins with `what`."""
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-30, err_msg=", ".join(what))
 
 
 def along_each(kernel: Kernel, arguments: list[np.ndarray]) -> tuple[tuple, tuple]:
-    """The batch once for each number of a row, and as directions those numbers: so every derivative is one of a batch.
+    """The batch, repeated for each number of a row, with the direction of that number: one call gives all derivatives.
 
-    The arguments and the directions, of the shape (arguments × classes, rows, classes); elementwise without the last.
+    Arguments and directions have the shape (arguments × classes, rows, classes), elementwise without the last axis.
     """
     numbers = len(arguments) * (arguments[0].shape[-1] if kernel.has_classes else 1)
     of_row = np.eye(numbers, dtype=arguments[0].dtype).reshape(numbers, len(arguments), -1)
@@ -38,9 +38,11 @@ def along_each(kernel: Kernel, arguments: list[np.ndarray]) -> tuple[tuple, tupl
 @each_kernel
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 def test_value_and_gradient(kernel, dtype):
-    """In both modes; in one argument at a time, of which the others add exactly nothing to a tangent, and neither does
-    a tangent of zeros; and not at all where a cotangent is 0: an outer `where`, or a weight of 0, leaves no NaN. A
-    Hessian times zeros is 0."""
+    """Values and gradients in both modes, also in one argument at a time, where the others add nothing to a tangent.
+
+    A tangent of zeros and a Hessian times zeros give exactly 0. So does the gradient under an outer `where` or with a
+    weight of 0: a cotangent of 0 leaves no NaN.
+    """
     arguments, values, gradients = stacked(kernel, dtype)
     function, positions = kernel.function, tuple(range(len(arguments)))
     kept, finite = np.zeros(values.shape, bool), np.isfinite(values)
@@ -52,7 +54,7 @@ def test_value_and_gradient(kernel, dtype):
         return jnp.vdot(kept.astype(dtype), jnp.where(finite, function(*x), 0))
 
     def of_one(x, directions, i):
-        """The derivatives in an argument, of a function of that argument alone."""
+        """The derivatives in argument i, of the function of that argument alone."""
         return jax.jvp(lambda y: function(*x[:i], y, *x[i + 1 :]), (x[i],), (directions[i],))[1]
 
     @quick_jit
@@ -87,7 +89,7 @@ def test_value_and_gradient(kernel, dtype):
 @pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.in_turn(8, "wide")
 def test_alone_and_eagerly(kernel, step):
-    """Corners by themselves, not in a batch; eager calls are jitted inside, and disable_jit runs them op by op."""
+    """Corners one at a time, not in a batch. Eager calls are jitted inside; disable_jit runs them op by op."""
     eager_gradient = jax.grad(total(kernel), tuple(range(len(kernel.arguments))))
     for corner in kernel.corners[::step]:
         arguments = [np.float32(x) for x in corner.arguments]
@@ -103,8 +105,11 @@ NESTINGS = ("forward over reverse", "reverse over forward", "reverse over revers
 
 @each_kernel
 def test_second_derivatives(kernel, rng):
-    """The Hessian is the same in all nestings, in ordinary rows and at corners; NaN only where an argument is. Along a
-    direction that is 0 at corners, the product is 0 there, and elsewhere the sum of a row's second derivatives."""
+    """The Hessian is the same in all nestings, in ordinary rows and at corners. It is NaN only in rows whose value is.
+
+    Along a direction that is 0 at corners and 1 in ordinary rows, the Hessian-vector product is 0 at corners, and the
+    sum of the row's second derivatives in ordinary rows.
+    """
     arguments, values, _ = stacked(kernel)
     regular = [corner.second_order for corner in kernel.corners]
     ordinary = easy(kernel, rng, (2, *arguments[0].shape[1:]))
@@ -117,7 +122,7 @@ def test_second_derivatives(kernel, rng):
 
     programs = modes(total(kernel), tuple(range(len(arguments))))
     run = quick_jit(lambda x, t: {nesting: programs[nesting](x, t) for nesting in NESTINGS})
-    hessians = []  # numbers of a row × rows × numbers, of which the first are those of the outer derivative
+    hessians = []  # numbers of a row × rows × numbers of a row; the first axis is that of the outer derivative
     for nesting, found in run(batch, directions).items():
         columns = np.concatenate([np.reshape(x, (*batch[0].shape[:2], -1)) for x in found], -1)
         hessian, product = columns[:-1], columns[-1]
@@ -128,7 +133,7 @@ def test_second_derivatives(kernel, rng):
         np.testing.assert_allclose(hessians[-1], hessians[0], rtol=1e-5, atol=1e-7, err_msg=nesting)
 
 
-# JAX before 0.12 forgets the rule of the head's own loop inside of another one that isn't checkpointed.
+# JAX before 0.12 loses the derivative rule of the head's own loop inside another loop, unless that is checkpointed.
 KEPT = jax.__version_info__ >= (0, 12)
 LOOPS = {"map": lambda function: function, "checkpointed map": jax.checkpoint}
 
@@ -139,8 +144,10 @@ LOOPS = {"map": lambda function: function, "checkpointed map": jax.checkpoint}
 @pytest.mark.one_for_each("kernel")
 @pytest.mark.in_turn(9, "wide")
 def test_a_loop_over_rows(kernel, nesting, rng):
-    """A Hessian times a direction, where cotangents vary with the row and, if all is finite, with its value; one
-    loop or the other in turn."""
+    """Hessian-vector products of a loop over rows. Each function takes one of the two loops, in turn.
+
+    Cotangents vary with the row and, if all of its numbers are finite, with its value.
+    """
     needs_the_checkpoint = kernel.function.__name__ == "linear_cross_entropy" and not KEPT
     loop = list(LOOPS)[1 if needs_the_checkpoint else KERNELS.index(kernel) % 2]
     corners = [corner for corner in kernel.corners if corner.second_order and not corner.holds_nan()]
@@ -171,9 +178,9 @@ def test_a_loop_over_rows(kernel, nesting, rng):
 @each_kernel
 @pytest.mark.in_turn(8, "wide")
 def test_third_derivatives(kernel):
-    """No NaN at third order either, along each two numbers, forward or reverse: 0 · ∞ enters at no order."""
+    """Third derivatives are not NaN either, along any two numbers, forward or reverse: 0 · ∞ appears at no order."""
     arguments, values, _ = stacked(kernel)
-    # Not at the smallest normal number: there 1/q² is beyond the float range, and no corner.
+    # Leave out the smallest normal number: there 1/q² is beyond the float range, which is not an edge case.
     huge = [((x != 0) & (np.abs(x) < 1e-30)).reshape(len(values), -1).any(1) for x in arguments]
     inside = ~np.isnan(values) & ~np.any(huge, axis=0) & [corner.second_order for corner in kernel.corners]
     *others, x = (x[inside] for x in arguments)
@@ -197,7 +204,7 @@ def test_third_derivatives(kernel):
 
 
 HALF = np.float32(0.5)
-SMALL = {  # functions of a small p, and the third derivative along p, by p, where p → 0
+SMALL = {  # functions of a small p, and the limit for p → 0 of the third derivative along p, divided by p
     "entropy": (lambda p: jce.entropy(p[:, None]), 1),
     "cross_entropy in q": (lambda q: jce.cross_entropy(jax.lax.stop_gradient(q)[:, None], q[:, None]), -2),
     "cross_entropy in both": (lambda p: jce.cross_entropy(p[:, None], p[:, None]), 1),
@@ -214,7 +221,7 @@ SMALL = {  # functions of a small p, and the third derivative along p, by p, whe
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.in_turn(2)
 def test_third_derivatives_along_a_small_probability(name):
-    """d³/ds³ f(p(1 + s)) is of the size of p, in all eight nestings, though 1/p² and p² are no float32."""
+    """d³/ds³ f(p(1 + s)) is about as large as p, in all eight nestings, even where float32 can't hold 1/p² and p²."""
     function, expected = SMALL[name]
     p = np.float32(10.0 ** -np.arange(5, 38, 4))
     ones = np.ones_like(p)
@@ -250,7 +257,7 @@ def test_infinite_second_derivatives():
 
 
 def test_finite_second_derivatives():
-    """Where the first derivative is finite or its other argument's, the second is the formula's: p/q², 1/β², ..."""
+    """If the first derivative in this or the other argument is finite, the second is the formula's: p/q², 1/β², ..."""
     p, q = np.float32([0, 1]), np.float32([0.5, 0.5])
     for function in (jce.cross_entropy, jce.kl_divergence, jce.generalized_kl_divergence):
         agrees(quick_jit(jax.hessian(function, 1))(p, q), [[0, 0], [0, 4]])
@@ -262,7 +269,7 @@ def test_finite_second_derivatives():
 
 
 def test_the_exponential_of_a_sampled_divergence():
-    """Its derivatives are ±q/p from the second on, which of two impossible outcomes is 1, as of any two alike."""
+    """From the second on, its derivatives are ±q/p. For two impossible outcomes q/p is 1, as for any two equal ones."""
     log_p, log_q = np.float32([-1, -3, -1, -np.inf]), np.float32([-3, -1, -1, -np.inf])
     q_over_p, signs = np.exp([-2.0, 2.0, 0.0, 0.0]), np.array([-1, 1])
     second = jax.hessian(lambda x: jce.sampled_kl_divergence(*x))
@@ -275,7 +282,7 @@ def test_the_exponential_of_a_sampled_divergence():
 @each_with_classes
 @pytest.mark.in_turn(3, "wide")
 def test_absent_classes(kernel, rng):
-    """A class of p = q = 0 changes no value and no other class's gradient, and its own is no NaN."""
+    """A class with p = q = 0 doesn't change the value or other classes' gradients, and its own gradient is not NaN."""
     if None in kernel.absent:
         pytest.skip("every class counts")
     arguments = easy(kernel, rng, (4, 5))
@@ -290,7 +297,7 @@ def test_absent_classes(kernel, rng):
 
 @pytest.mark.holds_nan
 def test_equal_numbers_beyond_1_are_no_probabilities():
-    """Not even to a divergence, which of equal numbers is 0 otherwise."""
+    """They make even a divergence NaN, which is 0 for all other equal numbers."""
     beyond = np.float32([1.5, -0.5])
     assert np.isnan(jce.binary_kl_divergence(beyond, beyond)).all()
     assert np.isnan(jce.generalized_kl_divergence(beyond[1:], beyond[1:]))

@@ -1,4 +1,4 @@
-"""What doesn't depend on the machine: temporaries of the compiled programs, and how many calls an eager one makes."""
+"""Costs that don't depend on the computer: temporaries of compiled programs, and how many calls an eager call makes."""
 
 import jax
 import numpy as np
@@ -14,20 +14,20 @@ pytestmark = pytest.mark.needs_jit
 @pytest.mark.parametrize("shape", [(256, 1000), (4096, 10)])
 @pytest.mark.parametrize("kernel", [ROWS["entropy"], ROWS["cross_entropy"]], ids=lambda kernel: kernel.name)
 def test_value_and_gradient_need_no_temporary_of_the_inputs_size(kernel, shape):
-    """The entropies read their input and write the gradient, and nothing of its size between, on a CPU."""
+    """On a CPU the entropies read their input and write the gradient, with no other array of that size."""
     arguments = [jax.ShapeDtypeStruct(shape, np.float32) for _ in kernel.arguments]
     for position in range(len(arguments)):
         function = jax.value_and_grad(lambda *x: kernel.function(*x).mean(), position)
         for program in (kernel.function, function):
             temporaries = jax.jit(program).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-            assert temporaries < 4 * shape[0]  # less than a number a row, even
+            assert temporaries < 4 * shape[0]  # less than even one number per row
 
 
-# Arrays of the inputs' size: at most so many in the value alone, and beside a gradient
+# How many temporary arrays of the inputs' size are allowed: for the value alone, and for value and gradient
 STORED = {
     jce.kl_divergence: (1, 1),
     jce.generalized_kl_divergence: (1, 1),
-    # two of exponentials and two masks, or what is made of them
+    # two arrays of exponentials and two masks, or arrays made from them
     jce.kl_divergence_with_logits: (1, 2.25 if jax.__version_info__ < (0, 12) else 3),
     jce.entropy_with_logits: (0, 0),
     jce.binary_entropy: (0, 1),
@@ -44,7 +44,7 @@ STORED = {
 @pytest.mark.parametrize("function", STORED, ids=lambda function: function.__name__)
 @pytest.mark.in_turn(4)
 def test_what_is_stored(function):
-    """On a CPU: no quotient or exponential that is used more than once, nor what a value and a gradient share."""
+    """On a CPU, programs don't store every quotient or exponential that they use twice or for value and gradient."""
     kernel = next(k for k in TABLE if k.function is function)
     shape = (1024, 1000) if kernel.has_classes else (1024 * 1000,)
     arguments = [jax.ShapeDtypeStruct(shape, np.float32) for _ in kernel.arguments]
@@ -66,11 +66,11 @@ def test_what_is_not_differentiated_costs_nothing(kernel, rng):
 
 @each_function
 def test_an_eager_call_is_one_dispatch(kernel, rng):
-    """One jitted call that carries the function's name, in the value and in what differentiation makes of it."""
+    """It is one jitted call that carries the function's name. Programs of derivatives carry that name too."""
     arguments = easy(kernel, rng, (4, 5))
     equations = jax.make_jaxpr(kernel.function)(*arguments).eqns
     (equation,) = [e for e in equations if e.params.get("name") == kernel.name]
-    assert len(equations) == 1 or kernel.name == "log_probs_with_integer_labels"  # whose row takes one of its entries
+    assert len(equations) == 1 or kernel.name == "log_probs_with_integer_labels"  # its row then selects an entry
     assert equation.params["jaxpr"].eqns
     assert kernel.name in str(jax.make_jaxpr(gradient(kernel))(*arguments))
 

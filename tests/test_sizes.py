@@ -98,7 +98,7 @@ DROPPING = {"maximum": of_two(jnp.maximum), "minimum": of_two(jnp.minimum), "max
 
 @pytest.fixture
 def dropping(size, request):
-    """Only a CPU's sums drop a NaN, so not those of `--as-on` another device."""
+    """Only a CPU's sums drop a NaN. So nothing is replaced under `--as-on`."""
     drops = size.drops_nan and not request.config.option.as_on
     with mock.patch.multiple(jnp, **DROPPING) if drops else contextlib.nullcontext():
         yield
@@ -141,12 +141,12 @@ def in_a_row(kernel: Kernel, corner: Corner, n: int) -> list[np.ndarray]:
 
 
 def of_corner(kernel: Kernel, corner: Corner, x: np.ndarray) -> np.ndarray:
-    """The numbers of a row that are those of the classes of an edge case."""
+    """The numbers of a row x that belong to the classes of an edge case."""
     return x[places(corner, len(x))] if kernel.has_classes else x
 
 
 def ordinary(kernel: Kernel, rng, size: Size, dtype) -> list[np.ndarray]:
-    """A batch without edge cases; for an elementwise function as many numbers, but at most 20,000."""
+    """A batch without edge cases. For an elementwise function it has as many numbers, but at most 20,000."""
     arguments = easy(kernel, rng, (size.rows, size.classes))
     if not kernel.has_classes:
         arguments = [x.ravel()[:20_000] for x in arguments]
@@ -162,7 +162,7 @@ def agrees(got, expected, dtype, what=""):
 
 @each_row_and_size(KERNELS)
 def test_each_row(kernel, size, dtype, rng, dropping):
-    """Values and derivatives in both modes, where some rows are edge cases. The others are as without them."""
+    """Values and derivatives in both modes. Some rows are edge cases, which don't change the other rows."""
     corners, without = corners_of(kernel, dtype), ordinary(kernel, rng, size, dtype)
     batch, positions = [x.copy() for x in without], tuple(range(len(without)))
     at = range(1, 1 + len(corners))
@@ -202,7 +202,7 @@ def test_each_row(kernel, size, dtype, rng, dropping):
 
 @each_row_and_size(KERNELS, every=4)
 def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
-    """A mean over the batch is NaN if one row is, and so is the norm of a gradient that holds one."""
+    """A mean over the batch is NaN if one row is NaN, and so is the norm of a gradient that has a NaN."""
     without, positions = ordinary(kernel, rng, size, dtype), tuple(range(len(kernel.arguments)))
 
     @size.jit
@@ -266,7 +266,7 @@ TOKENS, CHUNK, CLASSES, WIDTH = 240, 80, 65, 5
 LABELS = np.arange(TOKENS) % 3
 
 
-# Functions (hidden states, a head, a bias) of one number for each token, or of several in a tree
+# Functions of (hidden states, a head, a bias) that return one number per token
 LISTS = {"label_probs": np.full((TOKENS, 2), 0.4, np.float32), "tail": True}
 OF_TOKENS: dict[str, Callable] = {
     "labels": lambda h, w, b, **k: jce.linear_cross_entropy(LABELS, h, w, b, reduction="none", **k),
@@ -307,8 +307,9 @@ def arguments_of_head(rng, dtype):
 @each_dtype
 @pytest.mark.in_turn(3, "wide")
 def test_a_nan_in_a_head(name, dtype, rng):
-    """In one class: every token's loss is NaN, their mean too, every hidden state's gradient, and the head's and the
-    bias'. In a hidden state: that token's loss and gradient, and no other's."""
+    """In a class of the head or the bias, it makes every token's loss NaN, their mean, and the gradients in all hidden
+    states, in the head and in the bias. In a hidden state it makes the loss and gradient of that token NaN, and of no
+    other token."""
 
     def mean(*arguments):
         return OF_TOKENS[name](*arguments, chunk_size=CHUNK).mean()
@@ -319,7 +320,7 @@ def test_a_nan_in_a_head(name, dtype, rng):
         return losses, jax.jvp(mean, arguments, arguments), jax.value_and_grad(mean, (0, 1, 2))(*arguments)
 
     def is_nan(argument, at):
-        """Of a number in an argument: losses, their mean by both derivatives, and the gradients."""
+        """What one NaN in an argument makes NaN: losses, their mean (in both modes of differentiation), gradients."""
         arguments = arguments_of_head(rng, dtype)
         arguments[argument][at] = np.nan
         losses, pushed, (value, gradients) = jax.tree.map(lambda x: np.isnan(np.float64(x)), program(*arguments))
@@ -378,7 +379,7 @@ def test_classes_on_several_devices(kernel, by, rng):
 
 
 def test_a_head_on_a_mesh(rng):
-    """A NaN in a class that one device has makes every token NaN, on all devices."""
+    """A NaN in a class on one device makes every token NaN, on all devices."""
     mesh = jax.make_mesh((2, 4), ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2)
     loss = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
     h, w, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((TOKENS, WIDTH), (128, WIDTH), (128,)))

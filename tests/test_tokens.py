@@ -1,4 +1,4 @@
-"""`jax.vmap` of a head over its tokens: more tokens, in one loop, with one sum of the head's gradient."""
+"""`jax.vmap` of a `linear_*` function: the members' tokens join in one loop, with one sum for the head's gradient."""
 
 import math
 import re
@@ -37,7 +37,7 @@ def divergence(y, h, w, b, a):
 
 
 FUNCTIONS = {"mean": mean, "sum": total, "none": each, "log-probabilities": log_probs, "divergence": divergence}
-# Which of labels, hidden states, head, bias and weights the batch has, and where
+# The batch axes of labels, hidden states, head, bias and weights
 AXES = {
     "tokens": (0, 0, None, None, 0),
     "another axis": (-1, 1, None, None, None),
@@ -68,7 +68,7 @@ def one_at_a_time(function, axes):
     return loop
 
 
-# Each function with tokens, and each batch with one function
+# Every function with the batch "tokens", and every other batch with one function
 TOGETHER = [
     (f, a) for i, a in enumerate(AXES) for j, f in enumerate(FUNCTIONS) if a == "tokens" or i % len(FUNCTIONS) == j
 ]
@@ -78,7 +78,10 @@ TOGETHER = [
 @pytest.mark.parametrize(("function", "axes"), TOGETHER)
 @pytest.mark.slow
 def test_a_batch_is_its_members(function, axes, rng):
-    """Value, gradients and Hessian-vector products, with a cotangent that varies, in float64."""
+    """A batch gives the results of its members one at a time: value, gradients and Hessian-vector products, in float64.
+
+    The cotangent varies.
+    """
     function, axes = FUNCTIONS[function], AXES[axes]
     with jax.enable_x64(True):
         y, *numbers = arguments(rng, axes)
@@ -101,7 +104,7 @@ def test_a_batch_is_its_members(function, axes, rng):
 @pytest.mark.needs_jit
 @pytest.mark.slow
 def test_gradients_of_each_member(rng):
-    """A head's gradient for each, where the gradient is inside of the batch; and a batch of batches."""
+    """If the gradient is taken inside the batch, each member has its own head gradient. Also a batch of batches."""
     axes = AXES["tokens"]
     y, *numbers = arguments(rng, axes)
     gradient = jax.grad(mean, 2)
@@ -118,7 +121,7 @@ def test_gradients_of_each_member(rng):
 @pytest.mark.parametrize("function", ["mean", "none", "log-probabilities"])
 @pytest.mark.in_turn(3)
 def test_a_batch_costs_what_its_tokens_do(function):
-    """Four products as a loss for each token, one array of the head's shape beside it, and no chunk of each member."""
+    """It takes four matmuls, as a loss for each token does, one array of the head's shape, and no chunk per member."""
     batch, tokens, d, n, chunk = 32, 32, 64, 2048, 64
     options = {"chunk_size": chunk}
     losses = {
@@ -135,5 +138,5 @@ def test_a_batch_costs_what_its_tokens_do(function):
     compiled = jax.jit(program).lower(h, w).compile()
     shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"f32\[(\d+(?:,\d+)+)\]", compiled.as_text())]
     assert max(map(math.prod, shapes)) == n * max(chunk, d)
-    most = 3 if jax.__version_info__ >= (0, 10) else 4  # where XLA writes less over a chunk's exponentials
+    most = 3 if jax.__version_info__ >= (0, 10) else 4  # older XLA overwrites a chunk's exponentials less often
     assert compiled.memory_analysis().temp_size_in_bytes / 4 < most * n * max(chunk, d) + 8 * n + 3 * batch * tokens * d

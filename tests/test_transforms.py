@@ -1,4 +1,4 @@
-"""Every transformation of JAX gives the numbers of the plain call."""
+"""Under every transformation of JAX, functions return the numbers of the plain call."""
 
 import copy
 import functools
@@ -35,7 +35,7 @@ def test_values(kernel, rng):
         "linearize": lambda *x: jax.linearize(function, *x)[0],
     }
     expected = {"eager": function(*arguments)}
-    for i, name in enumerate(kernel.arguments):  # a batch of one argument and a single other
+    for i, name in enumerate(kernel.arguments):  # a batch in one argument, a single row in the others
         ways[f"vmap over {name}"] = functools.partial(of_one_batch, function, i)
         expected[f"vmap over {name}"] = function(*broadcast(arguments, i))
     found = quick_jit(lambda *x: {name: f(*x) for name, f in ways.items()})(*arguments)
@@ -46,7 +46,7 @@ def test_values(kernel, rng):
 
 
 def of_one_batch(function, i, *arguments):
-    """vmap over argument i, with the first row of each other."""
+    """vmap over argument i, with the first row of every other argument."""
     mixed = [x if k == i else x[0] for k, x in enumerate(arguments)]
     return jax.vmap(function, [0 if k == i else None for k in range(len(mixed))])(*mixed)
 
@@ -58,7 +58,7 @@ def broadcast(arguments, i):
 @each_kernel
 @pytest.mark.in_turn(9, "wide")
 def test_gradients(kernel, rng):
-    """Of checkpointed, scanned and batched functions; and along a direction in forward mode."""
+    """Gradients of checkpointed, scanned and batched functions, and forward mode along a direction."""
     arguments, positions = tuple(easy(kernel, rng, (4, 5))), tuple(range(len(kernel.arguments)))
     directions = tuple(rng.standard_normal(x.shape).astype(x.dtype) for x in arguments)
     of_sum = jax.grad(total(kernel), positions)
@@ -95,7 +95,7 @@ def test_gradients(kernel, rng):
 @each_kernel
 @pytest.mark.in_turn(8, "wide")
 def test_a_batch_of_hessian_vector_products(kernel, rng):
-    """Each is that of its direction alone, in a batch so large that XLA makes matrix products of it."""
+    """Each equals the product of its direction alone. The batch is so large that XLA turns it into matmuls."""
     arguments = tuple(easy(kernel, rng, (256, 50)))
 
     def product(direction):
@@ -103,15 +103,15 @@ def test_a_batch_of_hessian_vector_products(kernel, rng):
 
     directions = rng.standard_normal((64, 256, 50)).astype(np.float32)
     together, alone = quick_jit(lambda v: (jax.vmap(product)(v), jax.lax.map(product, v)))(directions)
-    # Of the directions of two arguments, terms of the size of the largest entries cancel.
+    # With directions in two arguments, terms as large as the largest entries cancel.
     close(together, alone, rtol=1e-5, atol=max(1e-5, 2e-7 * max(float(jnp.abs(x).max()) for x in alone)))
 
 
-@pytest.mark.needs_jit  # what is exported is compiled, and rounds otherwise than op by op
+@pytest.mark.needs_jit  # an exported function is compiled, and rounds differently from op by op
 @each_kernel
 @pytest.mark.in_turn(8, "wide")
 def test_export(kernel, rng):
-    """Serialised and read back, with its gradient and a Hessian-vector product, and with all digits of a tail."""
+    """Value, gradient and a Hessian-vector product, serialized and read back. A tail stays accurate."""
     by_regime = kernel.sample(rng, (4, 5), np.float32).values()
     arguments = tuple(np.concatenate(x) for x in zip(*by_regime, strict=True))
     exported = jax.export.export(jax.jit(kernel.function))(*arguments).serialize(vjp_order=2)
@@ -126,7 +126,7 @@ def test_export(kernel, rng):
     directions = tuple(np.where(np.isfinite(x), x, 0).astype(np.float32) for x in arguments)
     products = quick_jit(pull.vjp().call)(*arguments, cotangent, *directions)
     expected = quick_jit(lambda x, t: jax.vjp(gradient(kernel), *x)[1](t))(arguments, directions)
-    # A direction deviates from its mean by no more than what rounding leaves of it: of a common offset of 10⁶, .06.
+    # A direction's differences from its mean are only as exact as its rounding: to .06 under a common offset of 10⁶.
     rounding = 2e-7 * functools.reduce(np.maximum, [np.abs(x).max(-1, keepdims=True) for x in directions])
     for got, true in zip(map(np.asarray, products), map(np.asarray, expected), strict=False):
         with np.errstate(invalid="ignore"):
@@ -138,7 +138,7 @@ def test_export(kernel, rng):
 @each_function
 @pytest.mark.in_turn(8, "wide")
 def test_export_of_any_number_of_rows(kernel, rng):
-    """Value and gradient, of a symbolic batch, serialised and read back; the second argument, if any, a single one."""
+    """Value and gradient for a symbolic number of rows, serialized and read back. A second argument is a single row."""
     (rows,) = jax.export.symbolic_shape("rows")
     arguments = easy(kernel, rng, (7, 5))
     arguments = [arguments[0], *(x[0] for x in arguments[1:])]
@@ -157,7 +157,7 @@ def test_export_of_any_number_of_rows(kernel, rng):
 @pytest.mark.parametrize("reduction", ["mean", "none", "log_probs"])
 @pytest.mark.slow
 def test_export_of_any_number_of_tokens(reduction, rng):
-    """Of two symbolic axes, in chunks whose number is symbolic: one token, or chunks."""
+    """With two symbolic token axes, so the number of chunks is symbolic. Called with one token and with several."""
     batch, n, d = jax.export.symbolic_shape("batch, length"), 4, 3
     head = rng.standard_normal((n, d)).astype(np.float32)
 
@@ -185,7 +185,7 @@ def test_export_of_any_number_of_tokens(reduction, rng):
 
 
 def negated(function):
-    """As a user may wrap a function."""
+    """A wrapper such as a user may write."""
 
     @functools.wraps(function)
     def wrapper(*arguments):
@@ -195,12 +195,12 @@ def negated(function):
 
 
 TRANSFORMED = (jax.grad, jax.value_and_grad, jax.jacfwd, jax.vmap, jax.checkpoint, negated)
-PROGRAMS = [n for n in jce.__all__ if hasattr(getattr(jce, n), "__wrapped__")]  # under `jax.jit`
+PROGRAMS = [n for n in jce.__all__ if hasattr(getattr(jce, n), "__wrapped__")]  # those that are jitted
 each_public = pytest.mark.parametrize("name", PROGRAMS)
 
 
 def one(name):
-    """Arguments of a public function: of a number, a distribution or a token."""
+    """Arguments of a public function for one number, one distribution or one token."""
     row, elementwise = np.float32([0.5, 0.25, 0.25]), "binary" in name or "sampled" in name
     if name == "linear_kl_divergence":
         return [jce.Linear(row, head) for head in np.float32([np.eye(3), 2 * np.eye(3)])]
@@ -230,7 +230,7 @@ def test_what_is_lowered_is_what_was_asked_for(name, transform):
 
 @each_public
 def test_a_function_is_one(name):
-    """Of its name, to what asks about functions, copies them or binds them."""
+    """`inspect`, `pickle`, `copy` and classes treat a public function as a plain function with its own name."""
     function = getattr(jce, name)
     assert inspect.isroutine(function)
     assert function.__name__ == name
@@ -268,7 +268,7 @@ def test_shapes(kernel, rng):
 @each_kernel
 @pytest.mark.in_turn(8, "wide")
 def test_sharded_arrays(kernel, rng):
-    """Rows, classes, or both, in turn, spread over eight devices: the same numbers."""
+    """The numbers are the same if rows, classes or both (in turn) are split over eight devices."""
     axes = [("rows", None), (None, "classes"), ("rows", "classes")][KERNELS.index(kernel) % 3]
     mesh = jax.make_mesh((4, 2), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)
     arguments = easy(kernel, rng, (8, 16))
@@ -284,7 +284,7 @@ def test_sharded_arrays(kernel, rng):
 @each_kernel
 @pytest.mark.in_turn(8, "wide")
 def test_inside_shard_map(kernel, rng):
-    """Rows spread over eight devices, with JAX's checks of varying axes: value, gradient, jvp, and a corner."""
+    """Value, gradient and jvp with rows split over eight devices, under JAX's checks of varying axes; also at 0."""
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
     rows = PartitionSpec("rows")
     arguments = tuple(x.copy() for x in easy(kernel, rng, (8, 4)))

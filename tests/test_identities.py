@@ -1,4 +1,4 @@
-"""The document's own statements, as relations between the functions."""
+"""Identities and inequalities between the functions, such as KL = H(p, q) - H(p)."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_entropy_is_not_negative_and_cross_entropy_of_itself(pair):
 
 
 def test_gibbs(pair):
-    """KL ≥ 0 and H(p, q) ≥ H(p): to the last bit in the generalised form, and up to Σp - Σq for sums rounded off 1."""
+    """KL ≥ 0 and H(p, q) ≥ H(p): exactly in the generalized form, and up to Σp - Σq if rounding moves sums off 1."""
     p, q = pair
     assert (jce.generalized_kl_divergence(p, q) >= 0).all()
     surplus = np.asarray(p.astype(np.float64).sum(-1) - q.astype(np.float64).sum(-1))
@@ -44,7 +44,7 @@ def test_gibbs(pair):
 
 
 def test_divergence_is_zero_only_at_equality(rng):
-    """Exactly for the generalised and the binary form, down to q one ulp away in a single entry."""
+    """This is exact for the generalized and the binary form, even if q is one ulp away in a single entry."""
     p, _ = probability_regimes(rng, (50, 20), np.float32)["dirichlet 1"]
     for divergence in (jce.kl_divergence, jce.generalized_kl_divergence):
         np.testing.assert_array_equal(divergence(p, p), np.zeros(50))
@@ -57,7 +57,7 @@ def test_divergence_is_zero_only_at_equality(rng):
 
 
 def test_generalized_form_is_never_negative(rng):
-    """For any non-negative floats, from one ulp apart to every pair of binary exponents."""
+    """For any non-negative floats: from one ulp apart to all pairs of binary exponents."""
     p = np.abs(rng.standard_normal(100_000)).astype(np.float32)
     for steps in range(1, 6):
         q = (p.view(np.int32) + steps).view(np.float32)
@@ -68,7 +68,7 @@ def test_generalized_form_is_never_negative(rng):
     value = jce.generalized_kl_divergence(p[:, None], q[:, None])
     exact = p.astype(float) * np.log(p.astype(float) / q) - p + q
     assert (value >= 0).all()
-    ordinary = (exact < np.finfo(np.float32).max / 4) & (p + q > 1e-36)  # smaller ones meet the subnormal range inside
+    ordinary = (exact < np.finfo(np.float32).max / 4) & (p + q > 1e-36)  # smaller ones make subnormal numbers inside
     np.testing.assert_allclose(value[ordinary], exact[ordinary], rtol=4 * EPS)
     log_ratio = jax.jit(jax.grad(lambda p: jce.generalized_kl_divergence(p[:, None], q[:, None]).sum()))(p)
     exact = np.log(p.astype(float) / q)
@@ -78,11 +78,11 @@ def test_generalized_form_is_never_negative(rng):
 
 @pytest.mark.slow
 def test_a_sampled_divergence_is_a_divergence_over_what_is_drawn(rng):
-    """Its mean under p is KL(p‖q), and the gradients are what the docstring says of each argument."""
+    """Its mean under p is KL(p‖q), and its gradients are those that the docstring states for each argument."""
     x, y = rng.standard_normal((2, 3))
 
     def drawn(x, y, once=True):
-        """Over all outcomes, of which p says only how often each is drawn."""
+        """The mean over all outcomes, where p only says how often each one is sampled."""
         log_p, log_q = jax.nn.log_softmax(x), jax.nn.log_softmax(y)
         each = jce.sampled_kl_divergence(log_p, log_q)
         still = jax.lax.stop_gradient(log_p)
@@ -100,7 +100,7 @@ def test_a_sampled_divergence_is_a_divergence_over_what_is_drawn(rng):
 
 
 def test_a_sampled_divergence_is_0_only_at_equality(rng):
-    """Down to one ulp, on either side."""
+    """It is greater than 0 even one ulp away, on either side."""
     a = -rng.exponential(3, 100_000).astype(np.float32)
     np.testing.assert_array_equal(jce.sampled_kl_divergence(a, a), 0 * a)
     for b in (np.nextafter(a, np.float32(1)), np.nextafter(a, np.float32(-1e9))):
@@ -138,7 +138,7 @@ def test_gradients_as_the_document_derives_them(rng):
 
 @pytest.mark.slow
 def test_same_minimizer_over_q(rng):
-    """min H ≡ min KL: equal gradients on the simplex, both 0 at q = p along it, and H(p, p) = H(p) the minimum."""
+    """H and KL have equal gradients on the simplex, both are 0 along it at q = p, and H(p, p) = H(p) is the minimum."""
     p, q = probability_regimes(rng, (50, 20), np.float32)["dirichlet 1"]
     h, kl = (jax.vmap(jax.grad(f, 1)) for f in (jce.cross_entropy, jce.kl_divergence))
     np.testing.assert_array_equal(h(p, q), kl(p, q))
@@ -175,7 +175,7 @@ def test_binary_is_two_classes(regime, rng):
 
 
 def test_chain_rule_of_entropy(rng):
-    """H of a product is the sum of the entropies, and KL of products the sum of the divergences."""
+    """H of a product distribution is the sum of the entropies, and KL of two products is the sum of the divergences."""
     p, q = probability_regimes(rng, (2, 12), np.float32)["dirichlet 1"]
     product = [np.outer(x[0], x[1]).ravel() for x in (p, q)]
     np.testing.assert_allclose(jce.entropy(product[0]), jce.entropy(p).sum(), rtol=1e-6)
@@ -184,7 +184,7 @@ def test_chain_rule_of_entropy(rng):
 
 @pytest.mark.slow
 def test_derivatives_where_the_difference_is_subnormal():
-    """1 - p/q and log p/q of p = 1 and q = 3/2 of the smallest normal numbers."""
+    """1 - p/q and log p/q, where p is the smallest normal number and q is 3/2 of it."""
     p, q = np.float32(2.0**-126), np.float32(1.5 * 2.0**-126)
     for function in (jce.binary_cross_entropy, jce.binary_kl_divergence):
         np.testing.assert_allclose(jax.grad(function, 1)(p, q), 1 / 3, rtol=1e-6)
@@ -194,7 +194,7 @@ def test_derivatives_where_the_difference_is_subnormal():
 
 
 def test_the_entropy_of_near_certainty():
-    """Where all of it is one unlikely class's, it has that class's logarithm."""
+    """If all of the entropy comes from one unlikely class, it is -p log p of that class."""
     p = np.array([2.0**-120, 1.0], np.float32)
     np.testing.assert_allclose(jce.entropy(p), 120 * np.log(2) * 2.0**-120, rtol=1e-6)
 
@@ -207,9 +207,9 @@ def value_and_gradient(function):
 @pytest.mark.parametrize("device", ["CPU", "GPU"])
 @pytest.mark.in_turn(2, "wide")
 def test_jensen_shannon_is_symmetric_to_the_bit(device, dtype, rng, monkeypatch):
-    """Far apart, near, and with a class that one of them or both haven't; and so are its derivatives.
+    """So are its derivatives. The distributions are far apart or near, and a class may be absent from one or both.
 
-    Not as on a TPU: there passes share m, and this CPU contracts what a TPU rounds.
+    This isn't tested as on a TPU: there passes share m, and this CPU contracts operations that a TPU rounds separately.
     """
     monkeypatch.setattr(_platforms, "CPU", getattr(_platforms, device))
     jax.clear_caches()
@@ -232,7 +232,7 @@ def test_jensen_shannon_is_symmetric_to_the_bit(device, dtype, rng, monkeypatch)
 
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 def test_the_other_outcome_to_the_bit(dtype, rng):
-    """Where 1-α is exact, α and 1-α are one distribution and logits x and -x; derivatives change their signs."""
+    """If 1-α is exact, α and 1-α give the same value, and so do logits x and -x. Derivatives change their signs."""
     a, b = (rng.integers(0, 2**12 + 1, (2, 2000)) / 2**12).astype(dtype)
     x, y = (5 * rng.standard_normal((2, 2000))).astype(dtype)
     y[::2] = x[::2] + y[::2] / dtype(1000)

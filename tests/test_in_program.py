@@ -1,7 +1,8 @@
-"""Right for inputs made in the same program, where XLA computes them anew in each pass and rounds them otherwise.
+"""Accuracy for inputs made in the same program. XLA computes them anew in each pass, and rounds them differently.
 
-The law, over functions × makers × modes: a result is off the truth, float64's of the same inputs, by no more than that
-of arrays from memory, whose bars other tests hold, and what two ulps of each input and the maker's own error do to it.
+The law, over functions × makers × modes: the truth is float64's result for the same inputs. A result may be off by the
+error for arrays from memory (other tests check its bar), and by the effect of two ulps of each input and of the maker's
+own error.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ROWS, CLASSES = 24, 5
 MODES = ("gradient", "forward over reverse", "reverse over forward", "reverse over reverse", "third order")
 
 
-# What makes arguments of numbers z [rows, n], which spread by 20, and a number w
+# Makers: functions that make an argument from numbers z [rows, n] with a spread of 20, and a number w
 
 
 def layer_norm(z, w):
@@ -73,7 +74,7 @@ LOGITS = {
     "bfloat16 product": product(2, jnp.bfloat16),
     "slices": lambda z, w: jnp.concatenate([z[..., 2:] * w, z[..., :2] / 3], -1),
 }
-# Of z/20
+# These get z/20
 PROBABILITIES = {
     "softmax": lambda z, w: jax.nn.softmax(z * w),
     "sigmoid": lambda z, w: jax.nn.sigmoid(z * w),
@@ -86,8 +87,8 @@ PROBABILITIES = {
 
 
 def made(kernel: Kernel, makers, z, w):
-    """Arguments, directions and a cotangent a row."""
-    # Log-probabilities no further apart than their quotient is a number.
+    """Arguments, directions, and a cotangent per row."""
+    # Log-probabilities must be so close that the quotient of the probabilities is finite.
     size = 5 if kernel.function is jce.sampled_kl_divergence else 1
     arguments = tuple(
         maker(x / (size if domain == LOGIT else 20), w)
@@ -98,14 +99,14 @@ def made(kernel: Kernel, makers, z, w):
 
 
 def combinations(kernel: Kernel) -> list[tuple]:
-    """Every maker in every argument, not each with each."""
+    """Every maker in every argument, but not every combination of makers."""
     lists = [list((LOGITS if domain == LOGIT else PROBABILITIES).values()) for domain in kernel.domains]
     longest = max(map(len, lists))
     return [tuple(makers[(i + 4 * k) % len(makers)] for k, makers in enumerate(lists)) for i in range(longest)]
 
 
 def raw(rng, classes=CLASSES):
-    """Rows of every spread, some with two equal numbers."""
+    """Rows with a spread of 20 or 2. One row has two equal numbers."""
     z = 20 * rng.standard_normal((ROWS, classes))
     z[: ROWS // 4] /= 10
     z[ROWS // 4, 1] = z[ROWS // 4, 0]
@@ -116,7 +117,7 @@ def raw(rng, classes=CLASSES):
 
 
 def results(kernel: Kernel) -> Callable:
-    """Each row's value, and the modes of Σ c f."""
+    """Each row's value, and the derivatives of Σ c f in each mode, with the cotangent c."""
 
     def run(arguments, directions, cotangent):
         positions = tuple(range(len(arguments)))
@@ -128,8 +129,11 @@ def results(kernel: Kernel) -> Callable:
 
 
 def truth(kernel: Kernel, exactly: Callable, inputs, wanted) -> dict:
-    """float64's results of the inputs, by how much at most they move with the inputs, one at a time, and their scale:
-    of a second derivative along a direction, the sum over its components of what each is alone, without sign."""
+    """For each mode: float64's results, how far they move at most when the inputs move, and their scale.
+
+    The inputs move one at a time, and the effects are added. The scale of a second derivative along a direction is the
+    sum of the magnitudes that the direction's components give alone.
+    """
     leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, inputs))
     off = [np.abs(x - y) for x, y in zip(leaves, jax.tree.leaves(wanted), strict=True)]
     steps = [2 * np.spacing(np.abs(np.float32(x))) + e for x, e in zip(leaves, off, strict=True)]
@@ -165,8 +169,10 @@ def truth(kernel: Kernel, exactly: Callable, inputs, wanted) -> dict:
 
 
 def entropy_hvp_terms(x, v):
-    """Of ∂²H/∂xᵢ∂xⱼ = pᵢpⱼ (log pᵢ + log pⱼ + 2H + 1) - δᵢⱼ pᵢ (log pᵢ + H + 1), without sign: for large classes alike
-    the parenthesis may be 0 by coincidence."""
+    """The terms of ∂²H/∂xᵢ∂xⱼ = pᵢpⱼ (log pᵢ + log pⱼ + 2H + 1) - δᵢⱼ pᵢ (log pᵢ + H + 1), without sign.
+
+    For equal large classes the parenthesis may be 0 by coincidence.
+    """
     p, surprisal = softmax(x), surprisals(x)
     entropy = sum(a * b for a, b in zip(p, surprisal, strict=True))
     of_all = sum(a * abs(t) * (1 + 2 * entropy + b) for a, b, t in zip(p, surprisal, v, strict=True))
@@ -176,7 +182,7 @@ def entropy_hvp_terms(x, v):
 
 
 def known_scale(kernel: Kernel, arguments, directions, cotangent) -> list[np.ndarray]:
-    """Of second derivatives whose entries are sums that cancel, by the table or by their terms, in each argument."""
+    """The scale of second derivatives whose entries are sums that cancel, from the table or from their terms."""
     scale = entropy_hvp_terms if kernel.function is jce.entropy_with_logits else kernel.hvp_scale
     if not (kernel.has_classes and scale):
         return []
@@ -195,12 +201,12 @@ def holds(kernel: Kernel, makers, rng, from_memory: Callable, classes=CLASSES) -
         wanted = jax.tree.map(np.asarray, made(kernel, makers, tuple(map(jnp.float64, z)), jnp.float64(w)))
         expected = truth(kernel, from_memory, inputs, wanted)
     eps = np.finfo(np.float32).eps
-    # The third derivative's terms are of the order of t² x, and some of 1 cancel.
+    # The third derivative's terms are of the order of t² x, and some terms of the order of t² cancel.
     arguments, directions, cotangent = inputs
     size = (1 + sum(map(np.abs, arguments))) * sum(map(np.square, directions))
     third = 4 * eps * np.abs(cotangent if size.ndim == cotangent.ndim else cotangent[:, None]) * size
     third = third.max(-1, keepdims=True) if kernel.has_classes else third
-    # Probabilities in a second derivative are as exact as the row's largest logit is.
+    # Probabilities in a second derivative are only as exact as the row's largest logit.
     logits = [np.abs(x) for x, domain in zip(arguments, kernel.domains, strict=True) if domain == LOGIT]
     ulp_of_row = 2 * np.spacing(np.maximum(functools.reduce(np.maximum, logits, np.zeros_like(size)), 1))
     ulp_of_row = ulp_of_row.max(-1, keepdims=True) if kernel.has_classes else ulp_of_row
@@ -213,7 +219,7 @@ def holds(kernel: Kernel, makers, rng, from_memory: Callable, classes=CLASSES) -
             with np.errstate(invalid="ignore", over="ignore"):
                 off = np.nan_to_num(np.abs(m - exact), posinf=0)
                 off = off.max(-1, keepdims=True) if off.ndim == 2 else off
-                # So is what weighs log p/q: Z comes from another pass than p, which then has a sum of 1 but for that.
+                # The weights of log p/q too: Z comes from another pass than p, so Σ p is 1 only up to that error.
                 by_weights = mode in MODES[1:] or kernel.function is jce.kl_divergence_with_logits
                 relative = 16 * eps + (ulp_of_row if by_weights else 0)
                 allowed = moved + 2 * off + relative * scale + (1e-36 if mode != "third order" else third)
@@ -231,7 +237,7 @@ def holds(kernel: Kernel, makers, rng, from_memory: Callable, classes=CLASSES) -
 
 
 def law(kernel: Kernel, rng, every: int) -> None:
-    """Every so many makers, each function beginning with the next."""
+    """Check every n-th combination of makers. Each function begins with a different one."""
     run = quick_jit(results(kernel))
     makers = combinations(kernel)
     for combination in makers[TABLE.index(kernel) % min(every, len(makers)) :: every]:
@@ -250,7 +256,7 @@ def test_more_inputs_made_in_the_same_program(kernel, rng):
     law(kernel, rng, 6)
 
 
-MANY = 96  # classes, which XLA sums otherwise
+MANY = 96  # classes: XLA sums so many differently
 
 
 @each_with_classes
@@ -280,7 +286,7 @@ CONSUMERS: dict[str, Callable] = {
 @pytest.mark.parametrize("consumer", CONSUMERS)
 @pytest.mark.slow
 def test_what_is_made_of_the_result_in_the_same_program(consumer, rng):
-    """Each with one of the functions, and each of these with another maker."""
+    """Each consumer is tried with one function, and each function with a different maker."""
     k = list(CONSUMERS).index(consumer)
     kernel = WITH_CLASSES[k]
     consumed = dataclasses.replace(kernel, function=CONSUMERS[consumer](kernel.function))
@@ -290,7 +296,7 @@ def test_what_is_made_of_the_result_in_the_same_program(consumer, rng):
 
 
 def forbidding(z, w):
-    """Classes forbidden in the program: not the first, and in some rows none but it."""
+    """Logits with classes that the program forbids: never the first one, and in some rows all others."""
     i, row = jnp.arange(z.shape[1])[None], jnp.arange(z.shape[0])[:, None]
     return jnp.where((i > 0) & ((i % 2 == 1) | (row % 4 == 0)), -jnp.inf, z * w)
 
@@ -322,7 +328,7 @@ def test_classes_forbidden_in_the_same_program(kernel, rng):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.in_turn(4)
 def test_gradient_of_labels_where_another_class_dominates(platform, smoothing, rng):
-    """It is 1 there, less what smoothing leaves: not off by as many ulps as the logit has digits before the point."""
+    """It is 1 there, minus the smoothing's share. It must not lose as many digits as the logit has before the point."""
     z, y = np.float32(30 * rng.standard_normal((256, 6))), rng.integers(0, 6, 256, np.int32)
 
     @jax.jit
@@ -338,7 +344,7 @@ def test_gradient_of_labels_where_another_class_dominates(platform, smoothing, r
     np.testing.assert_allclose(g[rows, x[rows].argmax(-1)], 1 - smoothing / 6, rtol=3e-7)
 
 
-WAYS = [*itertools.product([None, "ours"], ["cpu", "accelerator"]), ("the user's", "cpu")]  # that is no head
+WAYS = [*itertools.product([None, "ours"], ["cpu", "accelerator"]), ("the user's", "cpu")]  # not a head
 OF_HEADS = [(function, *way) for function in ("cross-entropy", "log-probabilities") for way in WAYS]
 OF_HEADS += [("divergence", None, "accelerator"), ("divergence", "ours", "cpu"), ("divergence", "the user's", "cpu")]
 
@@ -346,7 +352,7 @@ OF_HEADS += [("divergence", None, "accelerator"), ("divergence", "ours", "cpu"),
 @pytest.mark.parametrize(("function", "cap", "platform"), OF_HEADS, indirect=["platform"])
 @pytest.mark.slow
 def test_heads_of_width_1(function, cap, platform, rng):
-    """Logits h w + b, which XLA multiplies in each pass; and the dense loss of them, capped by the user."""
+    """Logits h w, which XLA multiplies anew in each pass, and the dense loss of logits that the user caps."""
     h, w = 20 * rng.standard_normal((64, 1)), rng.standard_normal((5, 1))
     h, w, t = (x.astype(np.float32) for x in (h, w, rng.standard_normal((64, 1))))
     y = np.arange(64, dtype=np.int32) % 5
@@ -381,7 +387,7 @@ def test_heads_of_width_1(function, cap, platform, rng):
 
 
 def test_products_that_round_to_1(rng):
-    """1 - uv, of which XLA would make one operation, is 0 there, not ±3e-8 or a logarithm's NaN."""
+    """1 - uv, which XLA would fuse into one operation, is then 0, not ±3e-8, and gives no NaN in a logarithm."""
     u = rng.uniform(0.5, 2, 10_000).astype(np.float32)
     v = np.float32(1) / u
     u, v = u[u * v == 1], v[u * v == 1]
@@ -396,7 +402,7 @@ def test_products_that_round_to_1(rng):
 
 
 def test_a_divergence_of_every_quotient(platform, rng):
-    """Of parts of a distribution too: what its sum leaves out of a term it adds again, whatever q/p is in each pass."""
+    """Also for parts of a distribution. The sum leaves out part of each term and adds it again, however q/p rounds."""
     ratios = np.concatenate([k + k * 2.0**-23 * np.arange(-50, 50) for k in (0.5, 1, 2, 3, 4, 8)])
     z = rng.uniform(1e-6, 1e-2, (100, ratios.size)).astype(np.float32)
     one = np.float32(1) + np.float32(2.0**-23)
@@ -412,7 +418,7 @@ def test_a_divergence_of_every_quotient(platform, rng):
 
 @pytest.fixture
 def other_rounding_in_later_passes(monkeypatch):
-    """Every later pass takes another m, as if it saw logits of another rounding."""
+    """Every later pass gets a slightly different m, as if it saw logits that were rounded differently."""
     monkeypatch.setattr(Passes, "again", lambda way, m, s: m * (1 + 3e-7))
     monkeypatch.setattr(Passes, "are_few", lambda way, x: False)
     jax.clear_caches()
@@ -423,7 +429,7 @@ def other_rounding_in_later_passes(monkeypatch):
 @pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)
 @pytest.mark.slow
 def test_another_rounding_in_later_passes(kernel, rng, other_rounding_in_later_passes):
-    """A relative error of the exponents is all that it makes, also where one class has all but e^-40 of both."""
+    """It only causes a relative error of the exponents, even where one class has all probability except e^-40."""
     arguments = []
     for domain in kernel.domains:
         z = raw(rng)

@@ -1,4 +1,4 @@
-"""Tokens that are left out: the numbers of whole logits, whatever they hold, and only chunks that hold another."""
+"""Masked tokens: results are those of dense logits, whatever masked tokens hold, and only other tokens' chunks run."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ MASKS = {
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.in_turn(2)
 def test_a_loop_takes_the_chunks_that_hold_a_kept_token(devices):
-    """How many they are, the kept tokens in their order, and each token's results in its place."""
+    """The number of chunks is right, the kept tokens stay in order, and each token's results are in its place."""
     keys = jax.random.split(jax.random.key(0), TOKENS)
 
     def step(total, chunk):
@@ -51,7 +51,7 @@ def test_a_loop_takes_the_chunks_that_hold_a_kept_token(devices):
 @pytest.mark.needs_jit
 @pytest.mark.slow
 def test_a_batch_of_loops_is_its_members(rng):
-    """Of masks with unlike numbers of chunks, of tokens, of what is shared, or all; value and gradients."""
+    """Value and gradients, for batches of masks (with different numbers of chunks), tokens, a shared number, or all."""
 
     def loop(kept, x, w):
         sums, results = over_kept(lambda _, x: (x.sum(0) ** 2 * w, jnp.sin(x * w)), kept, 3, 1, x)
@@ -64,7 +64,7 @@ def test_a_batch_of_loops_is_its_members(rng):
     arguments = masks, rng.standard_normal((TOKENS, batch, 2)), rng.standard_normal(batch)
 
     def of_batch(axes, member=2):
-        """Those that have no axis of the batch are one of its members'."""
+        """The arguments. Those without a batch axis are one member's."""
         return [a if k is not None else jnp.take(a, member, j) for a, k, j in zip(arguments, axes, at, strict=True)]
 
     def one_by_one(axes):
@@ -82,7 +82,7 @@ def test_a_batch_of_loops_is_its_members(rng):
         close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-# What the functions do: of labels, a teacher and a student, weights and a number t, as they are or on a mesh.
+# Functions of labels, a teacher, a student, weights and a number t. `on` is the identity or `jce.on_mesh`.
 
 
 def real_bool_and_sample(t):
@@ -117,31 +117,31 @@ CASES = [(name, how) for how in ("mean", "none", "sum") for name in FUNCTIONS if
 
 
 def numbers(rng, tokens=TOKENS):
-    """Of two pairs of hidden states and heads, weights, and t."""
+    """Two pairs of hidden states and a head, then weights, and t."""
     shapes = (tokens, WIDTH), (CLASSES, WIDTH), (tokens, 2), (CLASSES, 2)
     return (*(rng.standard_normal(shape) for shape in shapes), rng.random(tokens) - 0.2, np.array(1.5))
 
 
 def arguments(kept, y, label, fill, h, w, k, v, a, t):
-    """Made in the program; and what those hold that are left out."""
+    """The arguments, made in the same program. Masked tokens hold `label` and `fill`."""
     h, k = (jnp.where(kept[:, None], x, fill) for x in (jnp.tanh(h), 2 * jnp.sin(k)))
     return jnp.where(kept, y, label), Linear(h, w), Linear(k, v), a, t
 
 
 def total(results):
-    """A number that depends on each."""
+    """A number that depends on every result."""
     reals = [x.astype(float).ravel() for x in jax.tree.leaves(results)]
     return sum((jnp.cos(jnp.arange(1.0, x.size + 1)) * jnp.sin(x)).sum() for x in reals)
 
 
 def left_out(name, reduction, kept, y, label, fill, x, on=lambda f: f, chunk=CHUNK):
-    """By the function."""
+    """The results where the function masks tokens."""
     options = {"where": kept, "chunk_size": chunk} | ({} if name[:3] == "log" else {"reduction": reduction})
     return total(FUNCTIONS[name](on, *arguments(kept, y, label, fill, *x), **options))
 
 
 def left_out_after(name, reduction, kept, y, label, fill, x):
-    """Each token's results, without a mask, and then those of some."""
+    """The results where each token's results are computed without a mask, and masked afterwards."""
     options = {} if name[:3] == "log" else {"reduction": "none"}
     each = FUNCTIONS[name](lambda f: f, *arguments(kept, y, label, fill, *x), chunk_size=CHUNK, **options)
     each = jax.tree.map(lambda x: jnp.where(kept, x, jnp.zeros_like(x)), each)
@@ -168,7 +168,7 @@ def everything(of, wanted, name, reduction, **options):
 @modes_in_turn
 @pytest.mark.in_turn(16)
 def test_numbers_of_tokens_left_out_afterwards(name, reduction, wanted, rng):
-    """In float64; and what is left out changes no bit."""
+    """In float64. What a masked token holds doesn't change a bit."""
     with jax.enable_x64(True):
         y, x = rng.integers(0, CLASSES - 1, TOKENS), numbers(rng)
         directions = tuple(rng.standard_normal(a.shape) for a in x)
@@ -185,7 +185,8 @@ def make_mesh(shape):
     return jax.make_mesh(shape, ("tokens", "classes"), axis_types=axes, devices=jax.devices()[: tokens * classes])
 
 
-# Devices that have 4, 1, 0 and 0 of 4 tokens take 2, 1, 0 and 0 chunks; but alike where, in each, they sum a derivative
+# Devices that keep 4, 1, 0 and 0 of their 4 tokens run 2, 1, 0 and 0 chunks. If each chunk sums a derivative over the
+# devices, all run equally many.
 
 
 @pytest.mark.needs_jit
@@ -199,7 +200,10 @@ def make_mesh(shape):
 @modes_in_turn
 @pytest.mark.in_turn(6)
 def test_devices_of_a_mesh_take_the_chunks_that_their_tokens_need(name, shape, wanted, rng):
-    """The numbers of one device, of values that a function closes over too: no device waits for another's chunk."""
+    """Results are those of one device, also for values that a function closes over.
+
+    No device waits for another's chunk.
+    """
     axes = {"token_axis": "tokens", "class_axis": "classes" if shape[1] > 1 else None}
     mesh = make_mesh(shape)
     with jax.enable_x64(True):
@@ -215,7 +219,7 @@ def test_devices_of_a_mesh_take_the_chunks_that_their_tokens_need(name, shape, w
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("typed", [True, False])
 def test_devices_that_meet_in_each_step_take_as_many(typed, rng):
-    """A function that sums over the tokens' axis, whose devices have 2, 1, 0 and 0 chunks of tokens that are kept."""
+    """The function sums over the tokens' mesh axis. The devices have 2, 1, 0 and 0 chunks with kept tokens."""
     h, w, kept = rng.standard_normal((16, 2)), rng.standard_normal((CLASSES, 2)), np.arange(16) < 5
 
     def each(h, kept, t):
@@ -257,7 +261,7 @@ def test_a_weight_counts_that_is_not_0_or_has_a_derivative():
 @pytest.mark.parametrize("name", ["losses", "map of a number"])
 @pytest.mark.slow
 def test_of_weights_without_a_derivative_zeros_cost_nothing(name, rng, monkeypatch):
-    """Nor does a mask of the same tokens; where weights have a derivative, a token of weight 0 has one too."""
+    """They run as many chunks as a mask of the same tokens. With a derivative in the weights, all chunks run."""
     steps = []
 
     def counted(step):
@@ -296,7 +300,7 @@ def test_of_weights_without_a_derivative_zeros_cost_nothing(name, rng, monkeypat
 @pytest.mark.parametrize("options", [{}, {"reduction": "mean"}, {"chunk_size": 2}], ids=str)
 @pytest.mark.in_turn(3)
 def test_no_nan_of_a_token_left_out_in_an_eager_gradient(options):
-    """What isn't under jit is looked through for NaNs after each operation."""
+    """Outside of jit, `jax.debug_nans` looks for NaNs after each operation."""
     h, a, where = jnp.ones((4, 3)).at[1].set(jnp.nan), jnp.ones(4).at[1].set(jnp.nan), np.arange(4) != 1
 
     def total(h, a):

@@ -1,4 +1,4 @@
-"""What the fused head does without: arrays of tokens × classes in any mode, and products beyond the fewest."""
+"""Costs of fused heads: no mode needs an array of tokens × classes, or more matmuls (products) than the fewest."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ def linear_loss(tokens, **options):
     return lambda hidden, head: jce.linear_cross_entropy(labels, hidden, head, **options).mean()
 
 
-# Arrays of the head's shape that a mode may need at once
+# How many arrays of the head's shape a mode may need at once
 HEADS = dict(zip(modes(linear_loss(1), (0, 1)), (0, 1, 2, 2, 3, 4, 4, 6), strict=True))
 
 
@@ -36,7 +36,7 @@ HEADS = dict(zip(modes(linear_loss(1), (0, 1)), (0, 1, 2, 2, 3, 4, 4, 6), strict
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.in_turn(12)
 def test_no_mode_has_the_logits_of_all_tokens(mode, reduction):
-    """No array of tokens × classes in the compiled program, and in all some chunks, heads, and hidden states."""
+    """The compiled program has no array of tokens × classes, only some chunks, heads and hidden states."""
     tokens, d, n, chunk = 1024, 16, 4096, 32
     a = matrices(tokens, d, n)
     program = modes(linear_loss(tokens, chunk_size=chunk, reduction=reduction), (0, 1))[mode]
@@ -49,7 +49,7 @@ def test_no_mode_has_the_logits_of_all_tokens(mode, reduction):
 
 
 def products(function, *arguments, platform: str = "cpu") -> float:
-    """How many products of the size of hidden · headᵀ a program's results need, each loop's as often as it runs."""
+    """How many matmuls of the size of hidden · headᵀ a program's results need. In a loop they count once per pass."""
     (tokens, d), (n, _) = (x.shape for x in arguments[:2])
     return needed(jax.make_jaxpr(function)(*arguments).jaxpr, platform) / (tokens * d * n)
 
@@ -59,7 +59,7 @@ def needed(jaxpr, platform) -> int:
 
 
 def multiplications(jaxpr, platform, chunks: int | None = None) -> int:
-    """With as many chunks of those that hold a token that is kept, or all."""
+    """How many multiplications a program does if this many chunks hold a kept token, or all chunks if None."""
     count = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -68,10 +68,10 @@ def multiplications(jaxpr, platform, chunks: int | None = None) -> int:
                 equation.invars[0].aval.shape[i] for i in contracted
             )
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        if equation.primitive.name == "while":  # of rows to be read again (`_softmax/known_label.py`): mostly none is
+        if equation.primitive.name == "while":  # rows that are read again (`_softmax/known_label.py`): mostly none
             times = 0
         if equation.primitive.name == "first_chunks":
-            # Its arrays of chunks, and of others that it is transposed in: of these shapes the chunks are the fewest.
+            # Its arguments are arrays of chunks and, if transposed, others. Here the chunks are the shortest axis.
             lengths = [x.aval.shape[0] for x in equation.invars if x.aval.ndim]
             times = min(lengths) if chunks is None else chunks
         count += times * sum(multiplications(j, platform, chunks) for j in inner(equation, platform))
@@ -110,7 +110,7 @@ HEADS_LOSSES = {
 @pytest.mark.parametrize("name", HEADS_LOSSES)
 @pytest.mark.slow
 def test_products_of_tokens_of_which_some_are_left_out(name, platform):
-    """As many as of all, in every mode, and each in a loop over the chunks of those that are kept."""
+    """In every mode there are as many as without a mask, and all are in a loop over the chunks with kept tokens."""
     a = matrices(64, 8, 40)
 
     def program(mode, some):
@@ -127,7 +127,7 @@ def test_products_of_tokens_of_which_some_are_left_out(name, platform):
 
 
 def test_traced_numbers_cost_no_product():
-    """One program for all their values has the three of Python's numbers; a number's own derivative has two."""
+    """A program with traced numbers has three matmuls, as with Python numbers. The numbers' derivatives have two."""
 
     def loss(hidden, head, numbers):
         labels = np.zeros(64, np.int32)
@@ -151,7 +151,7 @@ def test_log_probs_are_one_pass(log_normalizer):
 
 
 def test_metrics_beside_a_loss_cost_no_product():
-    """Three of value and gradient, where two real numbers of each token cost four."""
+    """Value and gradient take three matmuls with a metric. If both results are differentiated, they take four."""
 
     def loss(hidden, head, **options):
         def both(x):
@@ -169,14 +169,14 @@ def test_metrics_beside_a_loss_cost_no_product():
     [(2048, 32768, 4), (1024, 8192, 2), (100_000, 10, 1), (100_000, 100, 2), (10_000, 1000, 10), (513, 50_000, 2)],
 )
 def test_chunks_by_the_rule(tokens, n, chunks):
-    """As many tokens as fill 4 MiB, of few classes 32 MiB, at least 512, and chunks of one size."""
+    """A chunk has as many tokens as fill 4 MiB (32 MiB with few classes), at least 512. All have the same size."""
     text = str(jax.make_jaxpr(linear_loss(tokens))(*matrices(tokens, 2, n)))
     assert f"length={chunks}" in text
     assert f"f32[{math.ceil(tokens / chunks)},{n}]" in text
 
 
 def test_chunks_of_two_heads_count_the_logits_of_both():
-    """Of 1024 classes each: 512 tokens fill 4 MiB."""
+    """With 1,024 classes in each head, 512 tokens fill 4 MiB."""
     h, w = matrices(2048, 2, 1024)
     text = str(jax.make_jaxpr(lambda h, w: jce.linear_kl_divergence(jce.Linear(h, w), jce.Linear(2 * h, w)))(h, w))
     assert "f32[512,1024]" in text
@@ -192,7 +192,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_the_rule_is_what_is_said_of_it(text):
-    """On a CPU, then on an accelerator, of float32 logits."""
+    """Each text has the rule for float32 logits, first on a CPU, then on an accelerator."""
     text = " ".join(text.split())
     said = re.findall(r"max\((\d+), 2([⁰¹²³⁴⁵⁶⁷⁸⁹]+)/n\)", text)
     powers = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
@@ -205,7 +205,7 @@ def test_the_rule_is_what_is_said_of_it(text):
 
 
 def test_a_few_more_chunks_that_need_no_filling():
-    """The 10⁵ tokens fill 200 chunks of 500, not 196 of 512: no copy of all hidden states is among the temporaries."""
+    """The 10⁵ tokens are 200 chunks of 500, not 196 of 512, so the temporaries have no copy of all hidden states."""
     tokens, d, n = 100_000, 64, 512
     program = jax.jit(linear_loss(tokens, chunk_size=512)).lower(*matrices(tokens, d, n))
     assert "200,500,64" in program.as_text().replace("x", ",")
@@ -215,7 +215,7 @@ def test_a_few_more_chunks_that_need_no_filling():
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.slow
 def test_precision_is_that_of_jax_or_the_keyword(dtype):
-    """In each product of value, gradient and Hessian-vector product, and of the log-probabilities."""
+    """In each matmul of a value, gradient and Hessian-vector product, also for log-probabilities."""
     highest = "precision = [HIGHEST, HIGHEST]"
     a = matrices(8, 2, 3, dtype)
 
@@ -239,13 +239,13 @@ def test_precision_is_that_of_jax_or_the_keyword(dtype):
         statistics,
     ):
         count, plain = text(make)
-        assert count >= 7  # as printed, where equal programs are one
+        assert count >= 7  # in the text, which has equal programs once
         assert highest not in plain
         count, as_asked = text(make, precision="highest")
         assert as_asked.count(highest) == count >= 7
         with jax.default_matmul_precision("highest"):
             traced = program(make)
-        count, as_set = counted(traced)  # lowered elsewhere
+        count, as_set = counted(traced)  # lowered outside of the `with`
         assert as_set.count(highest) == count >= 7
         count, preset = text(make, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32)
         assert preset.count("algorithm = <") == count >= 7

@@ -122,6 +122,7 @@ def iterates(step, start, steps):
 # corner, from where the full second step would be no descent.
 
 # %%
+#| fig-alt: Triangle with level curves around p: four methods' paths lead from q0 to p, Newton's by way of a corner
 theta0 = jnp.log(q0)
 newton_thetas = iterates(newton, theta0, 8)
 paths = {
@@ -259,6 +260,7 @@ for *row, order in zip(before, after, foreseen, [None, *orders], strict=True):
 # step, until, like the others below $10^{-30}$, $q$ is $p$ up to its last bits.
 
 # %%
+#| fig-alt: Gap by step on a log scale: straight lines with the predicted slopes for three methods, a fall for Newton
 figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
 for name, values in gaps.items():
     colour, _, marker = STROKES[name]

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # A big vocabulary: over 40 times less memory than a dense loss, as much for 64 times the tokens, derivatives too
+# # A big vocabulary: no more memory for 64 times the tokens, and over 40 times less than a dense loss, derivatives too
 #
 # A language model ends in a *head*: a matrix $W$ of $n \times d$ weights. It turns a token's hidden state $h$ into $n$
 # logits $x = Wh$, one for each class. The loss is the mean over the tokens of
@@ -155,8 +155,8 @@ print("time over that of three products, by chunk:", {chunk: round(r, 2) for chu
 # ## The eigenvalues of a Hessian
 #
 # Lanczos' method finds the largest eigenvalues of a symmetric matrix, and all that it needs is matrix-vector products.
-# `scipy.sparse.linalg.eigsh` is a restarted version of it. The Hessian of the loss in $W$ has $nd$ rows. For $N$ tokens
-# it is a mean of Kronecker products,
+# `scipy.sparse.linalg.eigsh` is such a method, with restarts. The Hessian of the loss in $W$ has $nd$ rows. For $N$
+# tokens it is a mean of Kronecker products,
 #
 # $$\nabla^2 = \frac{1}{N} \sum_{t=1}^{N} \left(\mathrm{diag}\, q_t - q_t q_t^\top\right) \otimes h_t h_t^\top$$
 #

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Switching: 43 losses in plain JAX, and for each the jce call with the same value and gradient
 #
-# Public code computes each of these losses. Each row names libraries that compute a loss, writes its formula in plain
-# JAX (ours, not their code), and then the jce call that replaces it. The reference is the plain formula in float64. The
-# picture shows the errors of both in float32. For ordinary inputs like these, both are about equally accurate. The
-# exceptions are divergences between nearly identical distributions, where the plain formulas are far off.
+# Each row names public code that computes a loss. It has the formula in plain JAX, written by us, and next to it the
+# jce call that replaces it. The reference is the plain formula in float64. The picture shows the errors of both in
+# float32. For ordinary inputs like these, both are about equally accurate. The exceptions are divergences between
+# nearly identical distributions, where the plain formulas are far off.
 
 # %%
 import functools

@@ -1,7 +1,7 @@
 """Loops over chunks of tokens, so that only one chunk's logits exist at a time.
 
-The body of a loop is checkpointed, by `each_token` or by its caller. So every derivative computes a chunk's logits
-again instead of keeping those of all: N × n numbers never exist, in any mode, to any order.
+The body of a loop is checkpointed, by `each_token` or by the caller. So every derivative computes the logits of a chunk
+again instead of keeping all logits. N × n numbers are never in memory, in any mode, to any order.
 """
 
 from __future__ import annotations
@@ -18,25 +18,24 @@ from jce._jax.varying import barrier, vary_over, varying
 
 
 def over_chunks(step: Callable, chunks: Chunks, carry, tokens, kept: Array | None = None):
-    """`lax.scan` of step(carry, chunk) over chunks of at most `chunks.size` tokens, the last padded with zeros. A step
-    must take None for a carry of zeros.
+    """`lax.scan` of step(carry, chunk) over chunks of at most `chunks.size` tokens. The last chunk is padded with
+    zeros. A step must accept None in place of a carry of zeros.
 
-    With `kept`, it runs over the chunks of the tokens that are kept, and the carry is the sum of those of
-    step(None, chunk). With `chunks.filled` it runs in the same way, over all tokens if `kept` is None. Each
-    chunk then has the same size, whatever the number of tokens, so that a product has the same bits in any number of
-    chunks.
+    With `kept`, the loop runs over chunks of the kept tokens only, and the returned carry is the sum of the carries of
+    step(None, chunk). With `chunks.filled` it runs in the same way, over all tokens if `kept` is None. Each chunk then
+    has the same size, whatever the number of tokens, so a matmul has the same bits in any number of chunks.
 
-    If `chunks.strided`, a chunk takes every k-th token. Where XLA splits tokens over devices, each device has
-    consecutive ones, and so an equal part of every chunk: no token is sent, and for GPUs and TPUs XLA then sums the
-    carry over devices after the loop. If `chunks.peeled`, the first step, whose carry is None, runs before the loop,
-    so that no zeros are written as an initial carry.
+    If `chunks.strided`, a chunk takes every k-th token. If XLA splits tokens over devices, each device has consecutive
+    tokens, and so an equal part of every chunk. Then no token is sent, and for GPUs and TPUs XLA sums the carry over
+    devices after the loop. If `chunks.peeled`, the first step, whose carry is None, runs before the loop, so that no
+    zeros are written as an initial carry.
     """
     size, devices, strided, peeled, filled = chunks
     count = jax.tree.leaves(tokens)[0].shape[0]
     empty = isinstance(count, int) and count == 0
     if filled and not empty:
         if kept is None:
-            # Unlike hidden states, it may not vary over the classes' mesh axes, since then results would too.
+            # Unlike hidden states, `kept` must not vary over the mesh axes of the classes: results would vary too.
             kept = vary_over(frozenset.intersection(*map(varying, jax.tree.leaves(tokens))), jnp.ones(count, bool))[0]
         return over_kept(step, kept, -(-count // size), devices, tokens, -(-size // devices))
     number = _number_of_chunks(count, size, devices)
@@ -60,21 +59,22 @@ def over_chunks(step: Callable, chunks: Chunks, carry, tokens, kept: Array | Non
 
 
 def _number_of_chunks(count, size: int, devices: int):
-    """Up to an eighth more chunks than needed, if these need no padding, which would copy all hidden states."""
+    """The number of chunks. It is up to an eighth larger than needed if that avoids padding, which would copy all
+    hidden states."""
     if not isinstance(count, int):
-        return -(-count // size)  # symbolic, as the number of tokens is, which is at least 1
+        return -(-count // size)  # the number of tokens is symbolic, and at least 1
     chunks = max(1, -(-count // size))
     return next((more for more in range(chunks, chunks + chunks // 8 + 1) if count % (more * devices) == 0), chunks)
 
 
 def _peeled_scan(step: Callable, carry, chunks):
-    """`lax.scan`, but the first step, from a carry of None, is peeled off and runs before the loop."""
+    """`lax.scan`, except that the first step, whose carry is None, is peeled off and runs before the loop."""
     carry, first = step(None, jax.tree.map(lambda x: x[0], chunks))
     results, rest = jax.tree.map(lambda x: x[None], first), jax.tree.map(lambda x: x[1:], chunks)
     number = 1 + jax.tree.leaves(rest)[0].shape[0]
     if number == 1:
         return carry, results
-    # The barrier has the first step end before the loop begins: side by side they would take twice the memory.
+    # Because of the barrier, the first step ends before the loop begins: side by side they would take twice the memory.
     carry, first = barrier((carry, first))
     carry, others = lax.scan(step, carry, _after(first, rest) if number == 2 else rest)
     return carry, jax.tree.map(lambda x, others: jnp.concatenate((x[None], others)), first, others)
@@ -82,17 +82,17 @@ def _peeled_scan(step: Callable, carry, chunks):
 
 @jax.custom_jvp
 def _after(first, rest):
-    """rest, made to depend on first. XLA inlines a loop of one step, and might otherwise compute the logits of both
+    """`rest`, made to depend on `first`. XLA inlines a loop of one step. Otherwise it might compute the logits of both
     chunks side by side, which takes twice the memory."""
     return barrier((first, rest))[1]
 
 
-# A tangent needs no such order: rest's passes as it is.
+# A tangent needs no such order, so the tangent of `rest` is passed on unchanged.
 _after.defjvp(lambda primals, tangents: (_after(*primals), tangents[1]))
 
 
 def each_token(function: Callable, chunks: Chunks, *tokens: Array, kept: Array | None = None):
-    """The function's results for all tokens. It is checkpointed: no derivative keeps more of a chunk than results. As
-    there is no carry, no step need be peeled."""
+    """The results of the function for all tokens. The function is checkpointed, so derivatives keep only the results of
+    a chunk. There is no carry, so no step needs to be peeled."""
     step = jax.checkpoint(lambda carry, chunk: (carry, function(*chunk)), prevent_cse=False)
     return over_chunks(step, chunks._replace(peeled=False), None, tokens, kept)[1]

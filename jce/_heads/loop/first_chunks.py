@@ -1,10 +1,10 @@
-"""A loop over the first few chunks of arrays, where their number is known only at run time.
+"""A loop over the first few chunks of arrays. How many chunks it takes is known only at run time.
 
-Such a loop is a `while`, which reverse mode can't differentiate. But it computes only a map over chunks, and sums over
-them. Its tangent is another such loop, and so is its transpose, in which an array that all chunks share turns into a
-sum, and a sum into a shared array. So it is a primitive, closed under derivatives and batching. It keeps no residuals,
-in any mode to any order, and no loop around it hoists a part of it. A `lax.cond` in a `lax.scan` wouldn't do: on a GPU
-each step copies the array to which a branch may add, the head's gradient.
+Such a loop is a `while`, which reverse mode can't differentiate. But it computes only a map over chunks and sums over
+chunks. Its tangent is another loop of this kind, and so is its transpose, in which shared arrays become sums, and sums
+become shared arrays. So the loop is a primitive that is closed under derivatives and batching. It keeps no residuals,
+in any mode, to any order, and no loop around it can hoist a part of it. A `lax.cond` in a `lax.scan` would be worse: on
+a GPU, each step copies the array to which a branch may add, here the head's gradient.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from jce._jax.varying import vary_over, varying, varying_type
 
 
 def first_chunks(step: Callable, count: Array, tokens: Any) -> Any:
-    """The sums and the chunks' results of step(None, chunk), over the first `count` of tokens [chunks, ...]; the
-    results of the other chunks are 0."""
+    """Runs step(None, chunk) for the first `count` chunks of tokens [chunks, ...]. Returns the sums over chunks and the
+    results per chunk, which are 0 for the other chunks."""
     leaves, tree = jax.tree.flatten(tokens)
     closed, types = _traced(lambda *chunk: step(None, tree.unflatten(chunk)), leaves, [True] * len(leaves))
-    # If the count varies over a mesh axis and a closed-over array doesn't, that array's gradient is summed over the
-    # axis in each step. So all devices along it must take equally many steps, or one would wait for the others forever.
-    # So must devices along an axis that a step names, as in a psum.
+    # If the count varies over a mesh axis and a closed-over array doesn't, the gradient of that array is summed over
+    # the axis in each step. So all devices along the axis must take equally many steps, or one would wait for the
+    # others forever. The same holds for an axis that a step names, for example in a psum.
     own = varying(count)
     unlike = [own - varying(x) for x in closed.consts if jnp.issubdtype(x.dtype, jnp.inexact)]
     named = named_axes(closed.effects)
-    if any(map(varying, [*leaves, *closed.consts])):  # else types don't say what varies: check_vma=False
+    if any(map(varying, [*leaves, *closed.consts])):  # otherwise check_vma is False, and types don't say what varies
         named &= own
     count = _largest(count, frozenset(named).union(*unlike))
     sums, results = (len(jax.tree.leaves(x)) for x in types)
@@ -49,7 +49,8 @@ def _largest(count: Array, axes: frozenset) -> Array:
 
 
 def _traced(function: Callable, arrays: Sequence[Array], chunked: Sequence[bool]):
-    """The function's jaxpr, for one chunk of the `chunked` arrays and the others whole; and its results' types."""
+    """The jaxpr of the function, called with one chunk of each `chunked` array and with the other arrays whole, and the
+    shapes and dtypes of its results."""
 
     def first(arrays):
         return [x[0] if is_chunked else x for x, is_chunked in zip(arrays, chunked, strict=True)]
@@ -58,15 +59,15 @@ def _traced(function: Callable, arrays: Sequence[Array], chunked: Sequence[bool]
 
 
 def _bind(closed, count: Array, arrays: Sequence[Array], chunks, chunked: Sequence[bool], results: Sequence[bool]):
-    """The loop's results, where `chunked` and `results` say which arrays and which results have an axis of chunks; the
-    other arrays are shared by all chunks, and the other results summed over them."""
+    """The results of the loop. `chunked` and `results` say which arrays and which results have an axis of chunks. The
+    other arrays are shared by all chunks, and the other results are summed over chunks."""
     chunked = (*chunked, *[False] * len(closed.consts))
     static = {"jaxpr": closed.jaxpr, "chunks": chunks, "chunked": chunked, "results": tuple(results)}
     return _first_chunks_p.bind(count, *arrays, *closed.consts, **static)
 
 
 def _bind_derived(function: Callable, count: Array, arrays: Sequence[Array], chunks, chunked, results) -> list[Array]:
-    """`_bind` of the trace of a function, from which operations are removed on which no result depends."""
+    """`_bind` for the trace of a function, without the operations on which no result depends."""
     closed, _ = _traced(function, arrays, chunked)
     return _bind(pruned(closed), count, arrays, chunks, chunked, results)
 
@@ -78,12 +79,13 @@ def _step(jaxpr, *arrays: Array) -> list[Array]:
 
 
 def _zeros(count: Array, jaxpr, chunks, results: Sequence[bool]) -> list[Array]:
-    """The loop's initial carry. It varies over the mesh axes of what is written or added, and over the count's."""
+    """The initial carry of the loop. It varies over the mesh axes of the arrays that are written or added, and of the
+    count."""
     zeros = []
     for i, (v, is_chunked) in enumerate(zip(jaxpr.outvars, results, strict=True)):
         t, shape = v.aval, (chunks, *v.aval.shape) if is_chunked else v.aval.shape
-        # If two results began with the same zero, XLA would copy it. Each of these is 0 since count ≥ 0, which XLA
-        # can't tell, so to XLA they differ.
+        # If two results began with the same zeros, XLA would copy them. Each of these is 0 because count ≥ 0. XLA can't
+        # know that, so it takes them for different values.
         zero = (count < -i).astype(t.dtype)
         zeros += vary_over(varying_type(t), jnp.broadcast_to(zero, shape))
     return zeros
@@ -131,17 +133,18 @@ def _transpose(cotangents, count, *arrays, jaxpr, chunks, chunked, results):
 def _batch(arguments, axes, *, jaxpr, chunks, chunked, results):
     (count, *arrays), (of_count, *axes) = arguments, axes
     size = batch_size(arguments, (of_count, *axes))
-    # The batch's axis comes first, but behind that of chunks.
+    # The batch axis comes first, or after the axis of chunks if there is one.
     arrays = [x if k is None else jnp.moveaxis(x, k, int(c)) for x, k, c in zip(arrays, axes, chunked, strict=True)]
     axes = [None if k is None else 0 for k in axes]
     batched = jax.vmap(functools.partial(_step, jaxpr), axes, axis_size=size)
-    # Every member takes as many chunks as the one that has most. Those after its own are zeros, like padding.
+    # Every member of the batch takes as many chunks as the member with the most. Chunks after its own are zeros, like
+    # padding.
     most = count if of_count is None else count.max()
     return _bind_derived(batched, most, arrays, chunks, chunked, results), list(map(int, results))
 
 
 def _checked(errors, count, *arrays, jaxpr, chunks, chunked, results):
-    """checkify's errors are one more result of each chunk, so that the loop stays differentiable."""
+    """The loop with checkify's errors as one more result per chunk, so that the loop stays differentiable."""
     step = checkify.checkify(functools.partial(_step, jaxpr), errors=errors)
     closed, types = _traced(step, arrays, chunked)
     found, structure = jax.tree.flatten(types)

@@ -1,4 +1,4 @@
-"""Skips tokens that are left out: those that are kept are moved to the front, and only their chunks are computed."""
+"""Skips masked tokens: the kept tokens are moved to the front, and only their chunks are computed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jce._jax.primitives import batch_axis_first, primitive
 
 
 def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: Any, size: int | None = None) -> Any:
-    """The sums of step(None, chunk), and each token's results, which are 0 for a token that isn't kept.
+    """The sums of step(None, chunk) over chunks, and the results per token, which are 0 for a masked token.
 
-    Tokens that are kept come first, and zeros after them. Where XLA splits the tokens over devices, each device's part
-    is ordered so, and a chunk takes an equal part of each: no token is sent. `size` is the number of tokens in
-    such a part. If it is given, a token has the same bits in any number of chunks: XLA, which might compile a single
-    chunk otherwise than many, doesn't see their number.
+    Kept tokens come first, and zeros after them. If XLA splits the tokens over devices, the part of each device is
+    ordered in this way, and a chunk takes an equal part from each device, so no token is sent. `size` is the number of
+    tokens in such a part. If `size` is given, the results of a token have the same bits in any number of chunks: XLA
+    might compile a single chunk differently from many, so the number of chunks is hidden from it.
     """
     count, filled = kept.shape[0], size is not None
     n = -(-count // devices)
@@ -48,10 +48,10 @@ def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: An
 
 
 class _Order(NamedTuple):
-    """An order of tokens [devices, n] in which those that are kept come first, in the order in which they were."""
+    """An order of tokens [devices, n] in which the kept tokens come first, in their original order."""
 
-    there: Array  # [devices, m], the token in each place; n in an empty place
-    back: Array  # [devices, n], the place of each token; m for one that isn't kept
+    there: Array  # [devices, m], the token in each place; n for an empty place
+    back: Array  # [devices, n], the place of each token; m for a masked token
 
     @classmethod
     def of(cls, kept: Array, m: int) -> _Order:
@@ -65,18 +65,19 @@ class _Order(NamedTuple):
 
 def padded(x: Array, length: int) -> Array:
     """x, padded with zeros to this length."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # there is no random key 0, so the first key is the padding
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys have no 0, so they are padded with the first key
         return jnp.concatenate([x, jnp.broadcast_to(x[:1], (length - x.shape[0], *x.shape[1:]))])
     return jnp.pad(x, [(0, length - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
-# A gather, with zeros for empty places. JAX would transpose it to a scatter, which a GPU sums in any order, so that
-# bits would change from run to run. Here no element is taken twice, so the transpose is a gather too: the way back.
+# A gather, with zeros for empty places. JAX would transpose it to a scatter. A GPU sums a scatter in any order, so bits
+# would change from run to run. Here no element is taken twice, so the transpose is a gather too, with `there` and
+# `back` exchanged.
 
 
 def _taken(x: Array, there: Array, back: Array) -> Array:
-    """The elements of x [devices, n, ...] at `there` [devices, m], of which `back` [devices, n] is the inverse. More
-    axes may come first in all three."""
+    """The elements of x [devices, n, ...] at the indices `there` [devices, m]. `back` [devices, n] is the inverse of
+    `there`. All three arrays may have more leading axes."""
     return _taken_p.bind(x, there, back)
 
 

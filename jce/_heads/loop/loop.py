@@ -1,8 +1,8 @@
-"""Computes any function of tokens chunk by chunk: a result for each token, or weighted sums and their gradient at once.
+"""Computes any function of tokens chunk by chunk: results per token, or weighted sums and their gradient in one loop.
 
-With a result for each token, a derivative needs the tokens' cotangents first, and then recomputes each chunk. In a sum
-each token's cotangent is its weight, which is known, so a chunk's gradient can be computed while its logits exist: the
-rule of `weighted_sums` computes value and gradient in one loop, whatever the function is.
+The gradient of results per token needs the cotangents of the tokens first, and then computes each chunk again. In a
+sum, the cotangent of a token is its weight, which is known. So the gradient of a chunk can be computed while its logits
+exist: the JVP rule of `weighted_sums` computes value and gradient in one loop, whatever the function is.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from jce._numerics.mul0 import mul0
 
 
 class Loop(NamedTuple):
-    """What a loop computes of each chunk, and how many tokens a chunk has.
+    """The per-chunk function of a loop, and the size of its chunks.
 
-    JAX's caches keep it, so it holds no array and no tracer: what a function closes over is in `Inputs.shared`.
+    JAX's caches keep it, so it holds no array and no tracer. Arrays that a function closes over are in `Inputs.shared`.
     """
 
     of_chunk: Callable  # (platform, inputs of a chunk) -> arrays whose first axis is that of the chunk's tokens
-    logits: jax.ShapeDtypeStruct  # of one token, under all heads
+    logits: jax.ShapeDtypeStruct  # of one token, with the classes of all heads counted together
     chunk_size: int | None  # the caller's choice, or None for the platform's rule
-    filled: bool  # whether each chunk is filled up to this size, however few tokens there are
+    filled: bool  # whether each chunk is padded to this size, even if there are fewer tokens
     class_axis: Hashable | None
-    trained: int | None  # which result has a derivative, if all are summed and the gradient comes from the same loop
-    skips: bool  # whether tokens may be left out
+    trained: int | None  # index of the differentiated result, if the loop sums all results and has their gradient too
+    skips: bool  # whether tokens may be masked
     takes_padding: bool  # whether `of_chunk` is finite, with finite derivatives, at padding of zeros
-    halved: bool  # whether a chunk's logits are stored in half the bytes, on a platform that can
-    refused: str  # the names of effects of `of_chunk` with which it can't be differentiated
+    halved: bool  # whether a chunk's logits are stored in half the bytes, on platforms that can do so
+    refused: str  # names of effects of `of_chunk` that prevent a derivative
 
     @property
     def sums_in_loop(self) -> bool:
-        """Whether the loop itself sums the results, and has the gradient of the sum too."""
+        """Whether the loop itself sums the results, and computes the gradient of the sum too."""
         return self.trained is not None
 
     def results(self, inputs: Inputs) -> list[Array]:
-        """The results r of all tokens, or wr with weights; or Σ wr, if the loop sums."""
+        """The result r of each token, or wr if there are weights. Or Σ wr, if the loop sums."""
 
         def per_token(*parts):
             inputs = Inputs(*parts)
@@ -76,21 +76,21 @@ class Loop(NamedTuple):
         return chunks_of(platform, self.chunk_size, self.filled, self.logits, self.halved)
 
     def on_each_platform(self, on: Callable, *arguments):
-        """on(platform, *arguments) for the platform that it is lowered for; traced once for those with chunks of the
-        same size."""
+        """on(platform, *arguments) for the platform for which the program is lowered. Platforms with the same chunk
+        size share a trace."""
         return on_platform(on, lambda platform: self.chunks(platform).size, *arguments)
 
 
 def _with_first(inputs: Inputs, skips: bool) -> Inputs:
-    """The inputs, and in `shared.first` the arguments of the first token that is kept. If none is kept, these may be
-    anything, so heads and shared arrays get no derivative."""
+    """The inputs, with the arguments of the first kept token in `shared.first`. If no token is kept, these arguments
+    may be anything, so heads and shared arrays get no derivative."""
     kept, at = inputs.kept, jnp.argmax(inputs.kept) if skips else 0
     first = tuple([first_of(x, at) for x in arrays] for arrays in (inputs.hidden, inputs.others))
     if skips:
         any_kept = kept.any()
 
-        # An x that is closed over and varies over fewer mesh axes than tokens do stays as it is: the select would make
-        # it vary as they do.
+        # A closed-over x that varies over fewer mesh axes than the tokens stays as it is: the select would make it vary
+        # over all of them.
         def still(x):
             return jnp.where(any_kept, x, lax.stop_gradient(x)) if varying(any_kept) <= varying(x) else x
 
@@ -100,8 +100,8 @@ def _with_first(inputs: Inputs, skips: bool) -> Inputs:
 
 
 def _without_nans(inputs: Inputs) -> Inputs:
-    """The inputs, 0 for tokens that aren't kept. Reverse mode saves the arguments of a function that gives a result
-    for each token, and jax_debug_nans would find a NaN there."""
+    """The inputs, with 0 for masked tokens. For results per token, reverse mode saves the arguments of the function,
+    and jax_debug_nans would find a NaN in them."""
 
     def cleaned(x):
         if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -117,11 +117,11 @@ def _unhoisted(inputs: Inputs, *others) -> Inputs:
 
 
 # Until JAX 0.12: our own custom_jvp (`_numerics/calculus.py`) keeps all residuals of a loop, which are the logits of
-# all tokens. So it is JAX's that is used here and below.
+# all tokens. So here and below, JAX's custom_jvp is used.
 def _value_apart(static: int) -> Callable:
-    """Decorates function(loop, *static, *arrays), of so many static arguments. Where it is differentiated, one call
-    gives the value and another the derivative. If one loop gave both, reverse-over-reverse mode would drop the
-    checkpoint and keep the logits of all tokens."""
+    """A decorator for function(loop, *static, *arrays), where `static` counts the loop and the other static arguments.
+    When the function is differentiated, one call computes the value and another the derivative. If one loop computed
+    both, reverse-over-reverse mode would drop the checkpoint and keep the logits of all tokens."""
 
     def decorated(function):
         value = functools.partial(jax.custom_jvp, nondiff_argnums=tuple(range(static)))(function)
@@ -139,7 +139,7 @@ def _value_apart(static: int) -> Callable:
 
 @_value_apart(static=1)
 def token_results(loop: Loop, inputs: Inputs) -> list[Array]:
-    """The results of all tokens, arrays [N, ...]."""
+    """The results per token: arrays [N, ...]."""
     return loop.on_each_platform(functools.partial(_results_on, loop), _unhoisted(inputs))
 
 
@@ -156,8 +156,8 @@ def weighted(result, w):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def weighted_sums(loop: Loop, w: Array, inputs: Inputs) -> list[Array]:
-    """Σ wr over tokens, for each result r. In the inputs, only result number `loop.trained`, a number per token, has a
-    derivative."""
+    """Σ wr over tokens, for each result r. Only result number `loop.trained`, a number per token, has a derivative in
+    the inputs."""
     return [weighted(r, w).sum(0) for r in token_results(loop, inputs)]
 
 
@@ -192,8 +192,9 @@ weighted_sums.defjvp(_weighted_sums_rule, symbolic_zeros=True)
 
 
 def _sums_its_own_gradient(loop: Loop, w: Array, inputs: Inputs, x: Array) -> bool:
-    """Whether a device sums the gradient in x over its own tokens and classes, as types tell. If not, `jax.vjp` in the
-    loop would sum it over devices, and each device would count the whole sum: so it takes another pass."""
+    """Whether a device sums the gradient in x over only its own tokens and classes, according to types. If not,
+    `jax.vjp` in the loop would sum the gradient over devices, and each device would count the whole sum. So such a
+    gradient takes another pass."""
     classes = frozenset(mesh_names(loop.class_axis))
     typed = all(classes <= varying(x) for x in jax.tree.leaves(inputs.heads))  # False under check_vma=False: no types
     return typed and varying(w) <= varying(x)
@@ -201,14 +202,14 @@ def _sums_its_own_gradient(loop: Loop, w: Array, inputs: Inputs, x: Array) -> bo
 
 @_value_apart(static=2)
 def _results_and_gradients(loop, live, w, inputs):
-    """All results, and the gradients of the trained one's weighted sum in the leaves numbered `live` of the inputs."""
+    """All results, and the gradients of the trained result's weighted sum in the leaves `live` of the inputs."""
     return loop.on_each_platform(functools.partial(_summed, loop, live), w, _unhoisted(inputs, w))
 
 
 def _summed(loop, live, platform, w, inputs):
-    """`_results_and_gradients` on a platform."""
+    """`_results_and_gradients` on one platform."""
     count = len(jax.tree.leaves(inputs.tokens))
-    of_tokens = sum(i < count for i in live)  # the gradients of the others are summed over chunks
+    of_tokens = sum(i < count for i in live)  # gradients in the other leaves are summed over chunks
     # Without the checkpoint, the derivative of this loop would keep the logits of all chunks.
     of_chunk = jax.checkpoint(functools.partial(_chunk_and_gradients, loop, live, platform), prevent_cse=False)
 
@@ -226,7 +227,7 @@ def _summed(loop, live, platform, w, inputs):
 
 
 def _chunk_and_gradients(loop, live, platform, w, inputs):
-    """The results of a chunk, and the gradients of the trained one's weighted sum."""
+    """The results of a chunk, and the gradients of the trained result's weighted sum."""
     leaves, structure = jax.tree.flatten(inputs)
 
     def weighted_sum(*values):

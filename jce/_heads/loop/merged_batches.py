@@ -1,8 +1,8 @@
-"""A function of tokens whose batch, under `jax.vmap`, is the same function of more tokens, in one loop.
+"""A function of tokens that, under `jax.vmap`, computes the tokens of the whole batch in one loop.
 
-By JAX's own rule, a batched loop over chunks would take a chunk of every batch member at a time, and sum a gradient of
-the head for each member. So a function of tokens is a primitive. Lowered or differentiated, it is replaced by what it
-computes; batched over tokens, but not over the head, its tokens are merged.
+By JAX's own rule, a batched loop over chunks would take a chunk of every batch member at a time, and sum one gradient
+of the head per member. So a function of tokens is a primitive. When it is lowered or differentiated, it is replaced by
+its computation. When it is batched over tokens, and not over the head, the tokens of all members are merged.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from jce._jax.primitives import batch_axis_first, derivative_inside, evaluated_j
 
 
 def with_merged_batches(per_token: Callable, tokens: tuple[Any, ...], shared: tuple, sums: Callable | None = None):
-    """per_token(*tokens, *shared), arrays with a result for each token; or sums(*tokens, *shared), the sums of these
-    over tokens, whose gradient comes from the same loop. (Where a batch is differentiated, it comes from another loop,
-    that of `per_token`.) `tokens` begin with hidden states. Neither function may close over traced values.
+    """Returns per_token(*tokens, *shared), the results per token. Or, if `sums` is given, sums(*tokens, *shared): the
+    sums of these results over tokens, with their gradient from the same loop. (If a batch is differentiated, the
+    gradient comes from the loop of `per_token` instead.) The first of `tokens` are hidden states. Neither function may
+    close over traced values.
     """
     leaves, tree = jax.tree.flatten((tokens, shared))
 

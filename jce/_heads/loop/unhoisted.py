@@ -1,8 +1,8 @@
-"""Makes the tokens' arrays depend on all inputs of a loop, so that nothing is computed ahead of it from some of them.
+"""Makes the arrays of tokens depend on all inputs of a loop, so that nothing is computed from some of them beforehand.
 
-Until JAX no longer hoists out of a loop what is the same in each of its steps: where labels or a teacher's states are,
-it keeps what depends on them alone, numbers for every token and class.
-Until JAX no longer has XLA fold constants of this size: the logits of constants are computed in compilation.
+Until JAX no longer hoists out of a loop whatever is the same in each of its steps: if labels or a teacher's states are
+the same, it keeps all that depends on them alone, numbers for every token and class.
+Until JAX no longer has XLA fold constants of this size: logits of constants are computed during compilation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def unhoisted(tokens: T, *others) -> T:
-    """The same arrays, but for JAX and XLA each depends on all of them, and on the others."""
+    """The same token arrays. To JAX and XLA, each of them depends on all of them and on the others."""
     leaves, tree = jax.tree.flatten(tokens)
     return tree.unflatten([_unhoisted_p.bind(x, *leaves, *jax.tree.leaves(others)) for x in leaves])
 

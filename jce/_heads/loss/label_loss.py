@@ -77,8 +77,8 @@ def _loss_rule(loss, products, primals, tangents):
     parts, r = [], lax.stop_gradient(r)  # its tangent is 0, and as an array of zeros it would cost a matmul
     h, rest = h.astype(e.dtype), r
     if head.weight.shape[0] < head.weight.shape[1] and not products.narrow:
-        # e is smaller than h, so r multiplies e here. The remaining factor, `rest`, is 1, or NaN if r is NaN. Because of
-        # mul0, such a NaN contributes 0 for tokens whose cotangent is 0.
+        # e is smaller than h, so r multiplies e here. The remaining factor, `rest`, is 1, or NaN if r is NaN. Because
+        # of mul0, such a NaN contributes 0 for tokens whose cotangent is 0.
         e, rest = mul0(jnp.broadcast_to(r[:, None], e.shape), e), 1 + (r - r)
     if not is_zero(dh):
         pull = products.with_head(e, head, 0)

@@ -52,7 +52,7 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
-      A class with pᵢ = 0 contributes 0 for every number qᵢ ≥ 0, with ∂H/∂qᵢ = 0. A class with pᵢ > 0 = qᵢ makes
+      A class with pᵢ = 0 contributes 0 for every finite qᵢ ≥ 0, with ∂H/∂qᵢ = 0. A class with pᵢ > 0 = qᵢ makes
       H = +∞, with ∂H/∂qᵢ = -∞ and ∂H/∂pᵢ = +∞. A class with pᵢ = qᵢ = 0 is absent: both derivatives are 0.
 
     Derivative:

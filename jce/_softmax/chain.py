@@ -1,7 +1,7 @@
-"""A GPU's way with short rows: all sums over a row, and the array computed from them, are fused into one kernel.
+"""The way for short rows on a GPU: all sums over a row, and the array computed from them, are fused into one kernel.
 
-XLA fuses such a chain if the row fits into a core's memory, x enters only as x - m, no operation has two results, and
-there is no barrier inside.
+XLA fuses such a chain under four conditions: the row fits into a core's memory, x enters only as x - m, no operation
+has two results, and there is no barrier inside.
 
 Without this file, compiled for an H100, 11 programs of losses with rows of 1,000 classes would read and write more than
 the best of optax, JAX and distrax. With it none of the 11 does. The gradient of a label's loss would take 3.0 passes
@@ -32,9 +32,10 @@ class Chain(Way):
         return x.shape[classes.axis] <= LONGEST_CHAIN and classes.mesh_axis is None and not classes.are_split(x)
 
     def results(self, function, arrays, ndim):
-        """Each result from a chain of its own, and each number per row behind a barrier. Otherwise XLA may leave chains
-        unfused that share their inputs, or one that goes on into a sum over the batch."""
-        alone = jax.tree.map(lax.optimization_barrier, arrays)  # one each: t and x may vary over different mesh axes
+        """Computes each result by a chain of its own, and puts each number per row behind a barrier. Otherwise XLA may
+        not fuse chains that share their inputs, or a chain that continues into a sum over the batch."""
+        # One barrier per array: t and x may vary over different mesh axes.
+        alone = jax.tree.map(lax.optimization_barrier, arrays)
         results, tree = jax.tree.flatten(function(*arrays))
         results[1:] = [jax.tree.leaves(function(*alone))[i] for i in range(1, len(results))]
         return tree.unflatten([r if r.ndim == ndim else lax.optimization_barrier(r) for r in results])

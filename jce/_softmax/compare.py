@@ -1,8 +1,8 @@
-"""Two rows of logits compared: p, q, δ = log q/p and q - p, relatively accurate also where p ≈ q.
+"""Two rows of logits compared: p, q, δ = log q/p and q - p, accurate even if p ≈ q.
 
-Dividing logits x and y by a temperature rounds each, and y - x loses its digits. So d = y - x may be an argument of its
-own, computed with all of them, or None. If d is differentiated too, as in a derivative in the temperature, tangents of
-both rows are combined by formulas in which nothing cancels where p ≈ q:
+Dividing logits x and y by a temperature rounds each of them, and their difference y - x loses digits. So d = y - x may
+be a separate argument, computed without this loss; otherwise d is None. If d is differentiated too, as for a derivative
+in the temperature, the tangents of both rows are combined by formulas in which nothing cancels if p ≈ q:
 
     d log pᵢ = dxᵢ - Σ p dx        d log qᵢ/pᵢ = ddᵢ - Σ p dd - Σ (q - p) dy
 """
@@ -85,14 +85,14 @@ def _deviances_rule(classes, primals, tangents):
 
 
 def one_at_a_time(tangents) -> bool:
-    """Whether x, y or d has no tangent. Then the formulas above, which need all three, can't be used: a rule takes the
-    difference of both rows' tangents, or the only one."""
+    """Whether x, y or d has no tangent. The formulas above need all three. Without one of them, a rule takes the
+    difference of the two rows' tangents, or the only tangent."""
     return any(t is None or isinstance(t, SymbolicZero) for t in tangents)
 
 
 def _tangents_of_logarithms(primals, tangents, classes):
-    """Where |log q/p| < 3/2; d log p; d log q; and d log q/p as above, which is needed only there: elsewhere
-    d log q - d log p is accurate enough."""
+    """Where |log q/p| < 3/2; d log p; d log q; and d log q/p by the formula above. It is needed only where
+    |log q/p| < 3/2: elsewhere d log q - d log p is accurate enough."""
     (x, y, _), (dx, dy, dd) = primals, tangents
     near = jnp.abs(lax.stop_gradient(log_q_over_p(*primals, classes))) < 1.5
     mean = classes.sum(mul0(q_minus_p(*primals, classes), dy))
@@ -114,14 +114,14 @@ def _difference_of_tangents(tangent, primals, tangents, classes):
 
 
 def tempered(x: Array, t: Array, classes: Classes) -> Array:
-    """(x - max x)/t, for a number t per row. In x/t each entry would have the rounding of an offset common to all."""
+    """(x - max x)/t, for a number t per row. In x/t, each entry would have the rounding of an offset that all share."""
     t = jnp.broadcast_to(vary_over(varying(x), classes.column(t))[0], x.shape)
     x = x - classes.column(classes.max(lax.stop_gradient(x)))
     return _over_where_possible(x, t, x)
 
 
 def _over_where_possible(z, t, *rows):
-    """z/t; where an entry of the rows is -∞, z/t doesn't depend on t, and its derivative in t is 0 instead of NaN."""
+    """z/t. Where an entry of a row is -∞, z/t doesn't depend on t, and its derivative in t is 0 instead of NaN."""
     possible = functools.reduce(jnp.minimum, map(lax.stop_gradient, rows)) > -jnp.inf
     return over(z, jnp.where(possible, t, lax.stop_gradient(t)))
 
@@ -129,8 +129,8 @@ def _over_where_possible(z, t, *rows):
 def at_common_temperature(
     x: Array, y: Array, temperature: float | Array, classes: Classes
 ) -> tuple[Array, Array, Array | None]:
-    """Both rows over one temperature, up to a constant per row, and their difference with more digits; None for that
-    where x/T isn't rounded. The difference has a derivative in a traced temperature alone."""
+    """Both rows divided by one temperature, up to a constant per row, and their difference, more accurate than they
+    are (None if x/T isn't rounded). The difference is differentiated only with respect to a traced temperature."""
     if not is_array(temperature):
         if temperature == 1:
             return x, y, None
@@ -142,7 +142,7 @@ def at_common_temperature(
 
 
 def divided(x: Array, y: Array, t: Array, classes: Classes) -> tuple[Array, Array, Array]:
-    """(x - max x)/t, (y - max y)/t, and their difference, which is rounded once before it is divided by t."""
+    """(x - max x)/t, (y - max y)/t, and their difference, which is rounded only once before it is divided by t."""
     m, n = (classes.max(lax.stop_gradient(z)) for z in (x, y))
     t, difference = like(t.astype(x.dtype), x), _difference_of_rows(x, y, m, n, classes)
     return (
@@ -165,9 +165,9 @@ def _difference_of_rows_rule(classes, primals, tangents):
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def compare(x: Array, y: Array, d: Array | None, way: Way, stored: bool = False) -> tuple[Array, Array, Array]:
-    """p = softmax(x), q = softmax(y), and δ = log q/p, relatively accurate also where p ≈ q.
+    """p = softmax(x), q = softmax(y), and δ = log q/p, accurate even if p ≈ q.
 
-    `stored` is for a kernel that reads them several times: they are computed once and kept in memory.
+    `stored` is for a kernel that reads these arrays several times: they are computed once and kept in memory.
     """
     (nx, of_x), (ny, of_y) = (way.comparison(z, stored) for z in (x, y))
     log_z_y_x = ny.log_z - nx.log_z
@@ -175,28 +175,29 @@ def compare(x: Array, y: Array, d: Array | None, way: Way, stored: bool = False)
     def of_pass(s, fraction):
         (m, p, dominant_x), (n, q, dominant_y) = of_x(s), of_y(s)
         difference = _difference(x, y, m, n, way, fraction) if d is None else d
-        # A class that dominates both rows has x - m = y - n = 0 by definition; their difference would be rounding.
+        # If a class dominates both rows, its x - m and y - n are 0 by definition. Computed, their difference would be
+        # mere rounding.
         return p, q, jnp.where(dominant_x & dominant_y, jnp.zeros_like(x), difference)
 
-    # δ = (y - n) - (x - m) - log Z_y/Z_x. The logarithm's rounding error is the same for the whole row, and shows in
-    # S = Σ (q - p) = Σ p (e^δ - 1), which would be 0 without it. A second pass subtracts log(1 + S).
+    # δ = (y - n) - (x - m) - log Z_y/Z_x. The rounding error of the logarithm is the same for the whole row. It can be
+    # seen in S = Σ (q - p) = Σ p (e^δ - 1), which would be 0 without it. A second pass subtracts log(1 + S).
     p, q, difference = of_pass(0 * nx.s, 0.25)
     surplus = way.sum(difference_from_log(p, q, difference - way.column(log_z_y_x)))
     p, q, difference = of_pass(surplus * surplus, 0.5)
-    # log(1 + S) to first order for either sign of S, as an odd function, so that exchanging p and q gives exactly -δ.
+    # log(1 + S) to first order. An odd function of S, so that exchanging p and q gives exactly -δ.
     delta = difference - way.column(log_z_y_x + jnp.copysign(log1p(jnp.abs(surplus)), surplus))
     return (p, q, way.stored(delta)) if stored else (p, q, delta)
 
 
 def _difference(x, y, m, n, classes, fraction):
-    """(y - n) - (x - m) with a single rounding where it is small; -∞ where y is -∞, and finite where only x is.
+    """(y - n) - (x - m), with a single rounding where it is small. It is -∞ where y is -∞, and finite where only x is.
 
-    Each pass calls it with another fraction < 1, as with another m and n: XLA would store what two passes share
-    (`passes.py`).
+    Each pass calls it with a different fraction < 1, and with a different m and n: XLA would store arrays that two
+    passes share (`passes.py`).
     """
     least = jnp.finfo(x.dtype).min
-    # A -∞ in x is raised to a number whose probability is 0. In y it is raised in the error term alone, which would be
-    # NaN: the difference itself stays -∞.
+    # A -∞ in x is raised to a number whose probability is 0. A -∞ in y is raised only in the error term, which would be
+    # NaN otherwise: the difference itself stays -∞.
     low_x, low_y = (classes.column(jnp.maximum(maximum + fraction * least, least)) for maximum in (m, n))
     x, finite_y = jnp.maximum(x, low_x), jnp.maximum(y, low_y)
     n_m, lost = two_sum(n, -m)

@@ -1,4 +1,4 @@
-"""A kernel: a function of rows, traced when it is lowered, with the way of summing that suits the platform."""
+"""Kernels: functions of rows, which are traced at lowering, with the way of summing that suits the platform."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def way_of(classes: Classes, platform: Platform, x: Array) -> Way:
 
 
 def kernel(function: Callable, stores_intermediates: bool = False) -> Callable:
-    """Decorates function(*arrays and numbers per row, way). Callers give `Classes` in place of the `Way`, since the
-    platform isn't known yet; a kernel that calls another one gives it its own way.
+    """Decorates function(*arrays and numbers per row, way). Callers pass `Classes` in place of the `Way`, since the
+    platform isn't known yet. A kernel that calls another kernel passes its own way.
 
-    With `stores_intermediates` its results may be computed from intermediate arrays in memory, as in a kernel that
-    compares two rows. Without it, a way may compute each result by itself (`chain.py`).
+    With `stores_intermediates`, the results may be computed from intermediate arrays in memory, as in a kernel that
+    compares two rows. Without it, a way may compute each result separately (`chain.py`).
     """
 
     @functools.wraps(function)

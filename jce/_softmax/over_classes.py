@@ -1,8 +1,8 @@
-"""Puts numbers of a few classes at these classes' places in a row, or -∞.
+"""Puts numbers, or -∞, into a row at the places of a few classes.
 
-On a CPU they are scattered, since comparing each class with each label is slow there; an accelerator compares, since
-scattering is slow there. So both wait for the platform (`waiting.py`). That also hides them from checkify, which would
-report an IndexError of its own for a batch of scatters (JAX 0.8 to 0.12).
+A CPU scatters them, since comparing each class with each label is slow there. An accelerator compares, since scattering
+is slow there. So both functions wait until the platform is known (`waiting.py`). This also hides them from checkify,
+which would report an IndexError of its own for a batch of scatters (JAX 0.8 to 0.12).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jce._jax.classes import Classes
 from jce._jax.platforms import named
 from jce._jax.waiting import Program, waiting
 
-FEW = 16  # an accelerator compares each class with up to so many labels; more are scattered there too
+FEW = 16  # an accelerator compares each class with up to 16 labels; more labels are scattered there too
 
 
 def over_classes(y: Array, a: Array, x: Array, classes: Classes) -> Array:
@@ -60,5 +60,5 @@ def _struck(y, x, classes):
 
 
 def _none_below(y, x, classes):
-    """Labels, with n in place of those that are no class here: a negative index would count from the end."""
+    """Labels, with n in place of those out of range here: a negative index would count from the end."""
     return jnp.where(classes.has(x, y), y, jnp.full_like(y, x.shape[-1]))

@@ -1,18 +1,18 @@
-"""A CPU's way: each sum is a pass over the row, without selects.
+"""The way for a CPU: each sum is a pass over the row, without selects.
 
-XLA passes reductions to a library with a fixed set of operations. A compare, a select or an iota inside a reduction, or
-between one and the next, makes XLA write its operand to memory first, N × n numbers; so does a constant that two passes
-share. So masks are arithmetic here: eᵢ min(|i - y|, 1) leaves out class y, and eᵢ ⌊7/4 - eᵢ⌋ classes of eᵢ > 3/4. For
-short rows the library is slow at two more things: combining an input with a per-row result, and constants not combined
-with any input. It is also slow at long formulas: these end in a select on purpose, so that one loop stores their terms
-for the sum.
+XLA hands reductions to a library with a fixed set of operations. A compare, a select or an iota inside a reduction, or
+between two reductions, makes XLA first write the operand to memory (N × n numbers). So does a constant that two passes
+share. So masks are arithmetic here: eᵢ min(|i - y|, 1) leaves out class y, and eᵢ ⌊7/4 - eᵢ⌋ leaves out classes with
+eᵢ > 3/4. For short rows the library is slow at two more things: combining an input with a per-row result, and constants
+that aren't combined with any input. It is also slow at long formulas. They end in a select on purpose, so that one loop
+stores their terms for the sum.
 
-A label's row needs no maximum (`known_label.py`): one pass sums its eᵢ, and stores them where the result is an array.
+A label's row needs no maximum (`known_label.py`). One pass sums its eᵢ, and stores them if the result is an array.
 
-XLA stores the N × n numbers that two passes share, unless it fuses the passes. Where the result is a number per row,
-that would waste memory: so each pass gets m as max(m, m - s), which XLA doesn't see through, and recomputes its own eᵢ,
-perhaps from logits rounded differently. Where the result is an array, eᵢ are stored once, behind a barrier, and the
-result is written over them: that takes 0.5 to 0.9 of the time.
+XLA stores N × n numbers that two passes share, unless it fuses the passes. If the result is a number per row, this
+would waste memory. So each pass gets m as max(m, m - s), which XLA doesn't see through, and recomputes its own eᵢ,
+perhaps from logits that are rounded differently. If the result is an array, the eᵢ are stored once, behind a barrier,
+and the result is written over them. That takes 0.5 to 0.9 times as long.
 
 Long rows are folded (`classes.py`).
 """
@@ -37,7 +37,7 @@ from jce._softmax.known_label import at_maximum, off_known_label
 from jce._softmax.sums import Compared, Deviation, Exponentials, Normalizer, OffLabel, Sums
 from jce._softmax.way import Way, exponential, off_maximum, unless_no_class, with_derivative_of
 
-FINE = 2.0**12  # 12 bits of eᵢ are enough in a weight that only centers a tangent (`deviation`)
+FINE = 2.0**12  # a weight that only centers a tangent (`deviation`) needs no more than 12 bits of eᵢ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Passes(Way):
         return super().of(classes.folding(x), x)
 
     def maximum(self, x):
-        return self.max(x)  # +∞ may stay: x - m is NaN there, and with it each sum of exponentials
+        return self.max(x)  # +∞ may stay: x - m is NaN there, and so is each sum of exponentials
 
     def stored(self, e):
         return lax.optimization_barrier(e)
@@ -58,7 +58,7 @@ class Passes(Way):
         m = self.maximum(x)
         if self.blocks == 1:
             return self.stored(exp(x - self.column(m)))
-        # The result can't be written over stored eᵢ of folded rows: there each pass computes its own.
+        # For folded rows, the result can't be written over stored eᵢ. So each pass computes its own.
         return exp(x - self.column(self.again(m, number * self.sum(exp(x - self.column(m)))) if number else m))
 
     def normalizer(self, x):
@@ -77,13 +77,13 @@ class Passes(Way):
         if self.mesh_axis is None:
             d = x - self.column(self.again(n.m, n.log_z))
             e = exp(d)
-            # The weight is 0 for a class that dominates, since ⌊7/4 - 1⌋ = 0, and eᵢ for all others: their floor is ≥
-            # 1.
+            # For a class that dominates, the weight is ⌊7/4 - 1⌋ = 0. For all others it is eᵢ, since their floor is
+            # ≥ 1.
             weight = jnp.minimum(jnp.floor(self.column(self.again(1.75 + n.undominated, n.log_z)) - e), e)
         else:
             d = self.depth(x, n)
             weight = exp(d)
-        # -∞ is raised to the lowest number, since eᵢ = 0 there, and 0 · ∞ would be NaN.
+        # A -∞ is raised to the lowest finite number: eᵢ = 0 there, and 0 · ∞ would be NaN.
         return Sums(*n, -self.sum(weight * jnp.maximum(d, jnp.finfo(x.dtype).min)))
 
     def exponentials(self, x):
@@ -95,7 +95,7 @@ class Passes(Way):
             return super().comparison(x, stored)
         e, _, n = self.exponentials(x)
         dominant = e > self.column(0.6 + n.undominated)
-        # `reused`, so that the quotient isn't contracted with a difference: q - p must be exactly -(p - q).
+        # `reused` keeps XLA from contracting the quotient with a difference: q - p must be exactly -(p - q).
         q = reused(jnp.where(dominant, jnp.ones_like(e), e) / self.column(n.z))
         return n, lambda s: Compared(self.again(n.m, s), q, dominant)
 
@@ -104,14 +104,14 @@ class Passes(Way):
         return m, self.sum(exp(x - self.column(jnp.maximum(m, jnp.finfo(m.dtype).min))))
 
     def sum_with_differences(self, terms, p, q):
-        """float32 numbers are summed in float64, which is fast for many classes."""
+        """Sums float32 numbers in float64, which is fast if there are many classes."""
         total = self.sum(terms)
         if p.dtype != jnp.float32 or self.are_few(p):
             return total + self.sum_of_two_floats(*two_sum(p, -q))
         with jax.enable_x64(True):
             difference = p.astype(jnp.float64) - q.astype(jnp.float64)
             here = self
-            if self.blocks == 1:  # rows may be short enough unfolded in float32 but not in float64
+            if self.blocks == 1:  # rows that need no folding in float32 may need it in float64
                 here = Passes.of(self, difference)
                 difference = here.fold(difference)
             return total + here.reduce(row_sum, difference).astype(p.dtype)
@@ -128,12 +128,12 @@ class Passes(Way):
         return self._off_label(labels, x, m, s, at)
 
     def exponentials_off_label(self, labels, x):
-        # The result can't be written over stored eᵢ of folded rows (`exponential_of_pass`).
+        # For folded rows, the result can't be written over stored eᵢ (`exponential_of_pass`).
         if self._asks_for_maximum(x) or self.blocks > 1:
             return super().exponentials_off_label(labels, x)
 
         def others(m, again):
-            # The mask is computed here: one shared by both readings would be stored.
+            # The mask is computed in each reading: XLA would store a mask that both share.
             is_label, e = self.is_at(x, self.local(labels, x)), exp(x - self.column(m))
             e = self.stored(jnp.where(is_label, jnp.zeros_like(e), e))
             return [self.sum(e), e]
@@ -146,7 +146,8 @@ class Passes(Way):
         return not self.any_shift or self.mesh_axis is not None or may_be_split(x)
 
     def _off_known_label(self, at, others, x):
-        # For s < most, xᵢ - x_y is at most log(64 + 8n), 9 for n = 1000: its rounding costs eᵢ half as many ulps.
+        # For s < most, xᵢ - x_y is at most log(64 + 8n), which is 9 for n = 1000. Its rounding puts eᵢ off by half as
+        # many ulps.
         most = 64.0 + 8 * self.count(x)
         first, again = (functools.partial(others, again=again) for again in (False, True))
         return off_known_label(at, first, at_maximum(again, lambda: self.maximum(x)), most)
@@ -160,11 +161,11 @@ class Passes(Way):
     def _sum_off_label(self, labels, x):
         """s as a function of m. eᵢ min(far |i - y|, 1) is 0 at the label y, and eᵢ elsewhere.
 
-        Without `keeps_nan` it is min(eᵢ, far |i - y|), which takes less time, but XLA may turn a NaN into `far` or more
-        (`Classes.above_0`). Rows with s ≥ 2⁶⁴ (2⁶⁰⁰) are read again (`known_label.py`), so no eᵢ that counts reaches
-        `far`.
+        Without `keeps_nan` it is min(eᵢ, far |i - y|). This takes less time, but XLA may turn a NaN into `far` or more
+        (`Classes.above_0`). Rows with s ≥ 2⁶⁴ (2⁶⁰⁰ in float64) are read again (`known_label.py`), so no eᵢ that counts
+        reaches `far`.
         """
-        # `far` is a power of 2, so that far y is exact, fused or not.
+        # `far` is a power of 2, so that far · y is exact, whether XLA fuses it or not.
         far = 2.0**800 if x.dtype == jnp.float64 else 2.0**96
         exact = self.count(x) <= 2 ** jnp.finfo(x.dtype).nmant
         dtype, scale = (x.dtype, far) if exact else (labels.dtype, 1)
@@ -183,7 +184,7 @@ class Passes(Way):
         return total
 
     def depth_off_label(self, x, off):
-        # The result is written over stored eᵢ, but not of folded rows: there each pass computes its own.
+        # The result is written over stored eᵢ, except for folded rows, where each pass computes its own.
         return x - self.column(off.m if self.blocks == 1 else self.again(off.m, off.s))
 
     def put(self, x, y, r):
@@ -193,7 +194,7 @@ class Passes(Way):
         z = self.sum(exponential(x, 0, self))
         undominated = jnp.minimum(jnp.floor(z - 0.5), 1)
 
-        # A per-row factor is cheap on an input if classes are few (`early`), else on the sum (`late`).
+        # A per-row factor is cheap on an input if there are few classes (`early`), and otherwise on the sum (`late`).
         few = self.are_few(x)
 
         def early(r, a):
@@ -202,16 +203,16 @@ class Passes(Way):
         def late(r, total):
             return total if few else multiply(r, total)
 
-        # Any number per row may be subtracted from t as its center. If a class dominates, it is that class's t, whose
-        # weight is ⌊1.25⌋ = 1 while others have ⌊1.25 eᵢ⌋ = 0, as eᵢ < 1/2. If none does, it is a mean with weights
-        # ⌊4097.25 eᵢ⌋.
+        # Any number per row may be subtracted from t as its center. If a class dominates, the center is the t of that
+        # class: its weight is ⌊1.25⌋ = 1, while others have ⌊1.25 eᵢ⌋ = 0, since their eᵢ < 1/2. If no class dominates,
+        # the center is a mean with weights ⌊4097.25 eᵢ⌋.
         weight = jnp.floor(self.column(1.25 + FINE * undominated) * exponential(x, 2, self))
         scale = 1 / jnp.maximum(1, FINE * undominated * lax.stop_gradient(z))
         center = late(scale, self.sum(multiply(weight, early(scale, t))))
 
-        # `others` is made of a = eᵢ, or a = qᵢ of few classes. It is 0 at a class that dominates, where a = 1 or
-        # a > 2/3, so ⌊1.6 - a⌋ = 0; and a at all others, where a < 1/2, so ⌊1.6 - a⌋ = 1. If no class dominates, it is
-        # a at all classes, since the floor is ⌊3.6 - a⌋ ≥ 2 > a.
+        # `others` is computed from a = eᵢ or, if there are few classes, a = qᵢ. It is 0 at a class that dominates,
+        # where a = 1 or a > 2/3, so ⌊1.6 - a⌋ = 0. It is a at all others, where a < 1/2, so ⌊1.6 - a⌋ = 1. If no class
+        # dominates, it is a at all classes, since the floor is ⌊3.6 - a⌋ ≥ 2 > a.
         over_z = ratio(jnp.ones_like(z), z)
         e = early(over_z, exponential(x, 3, self))
         others = jnp.minimum(jnp.floor(self.column(1.6 + 2 * undominated) - e), e)
@@ -220,8 +221,9 @@ class Passes(Way):
             return late(over_z, self.sum(multiply(a, t - self.column(center))))
 
         mean_from_center = sum_of_others(others)
-        # The barrier keeps the last pass from sharing an array with the sums, which XLA would store. It is elementwise,
-        # so it may select: 0.6 is between a dominant eᵢ = 1 and the others' eᵢ < 1/2, and 1.6 above all eᵢ.
+        # The barrier keeps the last pass from sharing an array with the sums, which XLA would store. The last pass is
+        # elementwise, so it may use selects: 0.6 is between a dominant eᵢ = 1 and the others' eᵢ < 1/2, and 1.6 is
+        # above all eᵢ.
         from_center = t - self.column(lax.optimization_barrier(center))
         mean = self.column(mean_from_center)
         e = exponential(x, 4, self)

@@ -1,8 +1,8 @@
-"""An accelerator's way: one reduction with several results reads a row once, and may select.
+"""The way for an accelerator: one reduction with several results reads a row once, and may use selects.
 
-An accelerator is limited by memory bandwidth alone. m, s and the entropy's sum come from one reading of x, so that they
-agree in its rounding and nothing cancels between them. At a label a GPU gathers, which reads next to nothing; a TPU
-masks, during a reading for another sum.
+An accelerator is limited by memory bandwidth only. m, s and the entropy's sum come from the same reading of x. So they
+see x rounded in the same way, and nothing cancels between them. To look up a label's logit, a GPU gathers, which reads
+next to nothing. A TPU masks, during a reading for another sum.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jce._numerics.mul0 import mul0
 from jce._softmax.sums import Normalizer, OffLabel, Sums
 from jce._softmax.way import Way, off_maximum, unless_no_class
 
-FAR = 1e4  # so far below the maximum exp is 0, in float64 too (from 745 on)
+FAR = 1e4  # this far below the maximum, exp is 0, also in float64 (where it is 0 from 745 on)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Reduction(Way):
         m, s, t = _sums_here(x, self)
         if self.mesh_axis is not None:
             here, m = m, lax.pmax(lax.stop_gradient(m), self.mesh_axis)
-            # Each device whose own maximum is less than 0.5 below m leaves its maximal class out of s. Where several
-            # do, `off_maximum` repairs s, since each of these classes has e > e^-0.5 = .61 > .6.
+            # Each device whose own maximum is less than 0.5 below m leaves its maximal class out of s. If several
+            # devices do so, `off_maximum` repairs s, since each of these classes has e > e^-0.5 = .61 > .6.
             depth = jnp.minimum(jnp.maximum(m, jnp.finfo(m.dtype).min) - lax.stop_gradient(here), FAR)
             e, z = exp(-depth), 1 + s
             t, s, z = map(self.over_devices, (e * (t + depth * z), e * jnp.where(depth < 0.5, s, z), e * z))
@@ -44,7 +44,7 @@ class Reduction(Way):
         m, s, _ = self.sums(x)
         m = unless_no_class(m, labels, x, self)
         d = m - self.at_label(x, labels)
-        # Where s < 1/2, only the maximal class has d < log 2 = 0.69: so a d below 1/2 is rounding, and set to 0.
+        # If s < 1/2, only the maximal class has d < log 2 = 0.69. So a d below 1/2 is mere rounding, and is set to 0.
         d = jnp.where(jnp.maximum(s, d) < 0.5, d - lax.stop_gradient(d), d)
         return OffLabel(m, s + (1 - exp(-d)), d)
 
@@ -52,14 +52,14 @@ class Reduction(Way):
         return self.at(x, self.local(labels, x))
 
     def depth_off_label(self, x, off):
-        # In the sum of the one reading a class that dominates counts exactly 1, so its depth must be 0 here too.
+        # In the reduction's sum, a class that dominates counts as exactly 1, so its depth must be 0 here too.
         return Normalizer(off.m, off.z - 1).depth_and_dominant(x, off.m, self)[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedReduction(Reduction):
-    """A TPU's way. Its gathers are slow, so it masks. XLA makes one pass of two sums there if they share m, so `again`
-    doesn't disguise m."""
+    """The way for a TPU. Gathers are slow there, so it masks. XLA for TPUs fuses two sums into one pass if they share
+    m, so `again` doesn't disguise m."""
 
     def again(self, m, s):
         return m
@@ -72,11 +72,11 @@ class MaskedReduction(Reduction):
 def _sums_here(x, way):
     """m, s and t of this device's classes.
 
-    To merge two sets of classes, the one with the lower maximum is rescaled to the other's, and its maximal class, left
-    out before, is added to s and t. All terms are positive, so nothing cancels.
+    To merge two sets of classes, the set with the lower maximum is rescaled to the other's maximum. Its maximal class,
+    left out before, is added to s and t. All terms are positive, so nothing cancels.
 
-    `merged` calls no function that is jitted, as `jnp.where` is: XLA crashes at such a call in a reduction of which no
-    result is used (jaxlib 0.10 to 0.12).
+    `merged` must not call jitted functions such as `jnp.where`: XLA crashes at such a call if no result of the
+    reduction is used (jaxlib 0.10 to 0.12).
     """
 
     def merged(a, b):
@@ -89,8 +89,8 @@ def _sums_here(x, way):
 
     first = tuple(jnp.asarray(number, x.dtype) for number in (-jnp.inf, 0, 0))
     sums = lax.reduce((x, jnp.zeros_like(x), jnp.zeros_like(x)), first, merged, (x.ndim + way.axis,))
-    # Without the barrier XLA drops results that one caller doesn't use, and then computes the rest twice for another
-    # caller that uses all.
+    # Without the barrier, XLA drops results that one caller doesn't use. For another caller, which uses all results, it
+    # then computes the rest twice.
     return tuple(lax.optimization_barrier(tuple(sums)))
 
 

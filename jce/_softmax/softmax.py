@@ -1,19 +1,21 @@
-"""softmax(x), log 1/softmax(x) and their derivatives, right to a few ulps also where one class dominates.
+"""softmax(x), log 1/softmax(x) and their derivatives, within a few ulps even if one class dominates.
 
-With m = max x and eᵢ = exp(xᵢ - m), the normalizer is Z = Σ eᵢ = 1 + s, where s is the sum over all classes but one
-maximal one: the off-maximum sum. At a margin of 40, s = 4e-18 has all its digits while Z has rounded to 1. So
+With m = max x and eᵢ = exp(xᵢ - m), the normalizer is Z = Σ eᵢ = 1 + s. Here s is the off-maximum sum: the sum over all
+classes except one maximal class. At a margin of 40, s = 4e-18 has all its digits, while Z has rounded to 1. So
 
     log 1/qᵢ = (m - xᵢ) + log(1 + s)        1 - qᵢ = (s + (1 - eᵢ)) / Z
 
-keep their digits too. A class with logit -∞ has probability 0. A row with a NaN, a +∞ or only -∞ is NaN.
+stay accurate too. A class with logit -∞ has probability 0. A row with a NaN, a +∞ or only -∞ is NaN.
 
-Where x is made in the same program, each pass may see it rounded differently (`_jax/rows.py` says why). Then
-xᵢ - m at the maximum may be some ulps of m off 0, so no formula tests for x = m. There are two cases instead. If
-Z < 3/2, one class dominates: it alone has eᵢ > 1/2, so a comparison finds it with a margin; its xᵢ - m is set to 0, its
-eᵢ to 1. If Z ≥ 3/2, s = Z - 1, and nothing cancels: each formula has the form log Z - (xᵢ - m) or eᵢ/Z, in which m
-drops out, however it is rounded.
+If x is computed in the same program, each pass may see it rounded differently (`_jax/rows.py` says why). Then xᵢ - m at
+the maximum may differ from 0 by some ulps of m, so no formula tests for x = m. Instead there are two cases:
 
-How the sums are computed depends on the machine (`way.py`): a kernel is called with the `Way` of where it runs.
+- If Z < 3/2, one class dominates. It alone has eᵢ > 1/2, so a comparison with a margin finds it. Its xᵢ - m is set to
+  0, and its eᵢ to 1.
+- If Z ≥ 3/2, s = Z - 1, and nothing cancels. Each formula has the form log Z - (xᵢ - m) or eᵢ/Z, in which m drops out,
+  however it is rounded.
+
+How the sums are computed depends on the platform: a kernel is called with the `Way` (`way.py`) of its platform.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ from jce._softmax.way import Way
 def surprisal_at_label(off: OffLabel) -> Array:
     """log 1/q_y = log(1 + s e^d) = d + log(e^-d + s)."""
     _, s, d = off
-    # With d = near + rest the loss is rest + log1p(s e^near - (1 - e^-rest)). A label near the maximum has near = d, so
-    # the loss is log1p(s e^d), to which the rounding of x and m adds only relative errors. Where s < 1/2, near = d too:
-    # s + e^-d may be tiny there, and log1p's argument would cancel to nearly -1. Since d < 16 there (`known_label.py`),
-    # e^d doesn't overflow.
+    # With d = near + rest, the loss is rest + log1p(s e^near - (1 - e^-rest)). For a label near the maximum, near = d,
+    # so the loss is log1p(s e^d), and the rounding of x and m adds only relative errors. If s < 1/2, near = d too: here
+    # s + e^-d may be tiny, and the argument of log1p would cancel to nearly -1. Since d < 16 in this case
+    # (`known_label.py`), e^d doesn't overflow.
     near = jnp.where(s < 0.5, d, jnp.minimum(d, 1))
     rest = d - near
     return rest + log1p(s * exp(near) - (1 - exp(-rest)))
@@ -62,7 +64,7 @@ def _softmax_rule(classes, primals, tangents):
 # dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
 @kernel
 def softmax_tangent(t: Array, x: Array, scale: Array | None, way: Way) -> Array:
-    """dqᵢ along t, times a scale per row if there is one."""
+    """dqᵢ along t, times `scale`, a number per row, if it is given."""
     e, z, u, *_ = way.deviation(t, x)
     q = e * way.column(ratio(jnp.ones_like(z) if scale is None else scale, z))
     return unless_nan(z, mul0(q, u), t, way)
@@ -76,7 +78,7 @@ def centered(t: Array, x: Array, way: Way) -> Array:
 
 
 def unless_nan(z, tangent, t, way):
-    """The tangent; in a NaN row, NaN where t ≠ 0 and 0 where t = 0. The sums over such a row are NaN, and would make
+    """The tangent; in a NaN row, NaN where t ≠ 0, and 0 where t = 0. The sums over a NaN row are NaN, and would make
     its whole tangent NaN."""
     zero = lax.stop_gradient(way.column(z - z))  # or NaN; jax_debug_nans would stop at a constant NaN
     nan = mul0(jnp.broadcast_to(zero, t.shape), t)
@@ -130,7 +132,7 @@ def _logsumexp_rule(classes, primals, tangents):
 @kernel
 def _mean(t, x, way):
     _, z, _, mean, _ = way.deviation(t, x)
-    # `mean` instead of the sum of softmax(x) t: if passes round x differently, the qᵢ of that sum don't add up to 1, as
-    # those of `mean` do to the last digit.
+    # `mean`, not the sum of softmax(x) t: if passes round x differently, the qᵢ in that sum don't add up to 1, while
+    # the qᵢ in `mean` do, to the last digit.
     nan = way.sum(mul0(jnp.broadcast_to(way.column(lax.stop_gradient(z - z)), t.shape), t))
     return jnp.where(jnp.isfinite(z), mean, nan)

@@ -1,6 +1,6 @@
-"""What passes over a row give: m = max x, and sums of eᵢ = exp(xᵢ - m), whose normalizer is Z = Σ eᵢ = 1 + s.
+"""The results of passes over a row: m = max x, and sums of eᵢ = exp(xᵢ - m). Their normalizer is Z = Σ eᵢ = 1 + s.
 
-`softmax.py` says what s is for."""
+`softmax.py` explains why there is an s."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Sums(NamedTuple):
-    """m = max x and, over all classes but one maximal one, s = Σ eᵢ and t = Σ eᵢ (m - xᵢ)."""
+    """m = max x and, over all classes except one maximal class, s = Σ eᵢ and t = Σ eᵢ (m - xᵢ)."""
 
     m: Array
     s: Array
@@ -25,7 +25,7 @@ class Sums(NamedTuple):
 
 
 class OffLabel(NamedTuple):
-    """Some m, s = Σ exp(xᵢ - m) over all classes but the label, and d = m - x_y; d is NaN if the label is no class."""
+    """Some m, s = Σ exp(xᵢ - m) over all classes except the label, and d = m - x_y (NaN for a label out of range)."""
 
     m: Array
     s: Array
@@ -37,7 +37,7 @@ class OffLabel(NamedTuple):
 
 
 class Normalizer(NamedTuple):
-    """m = max x and the off-maximum sum s of each row: Σ exp(xᵢ - m) = 1 + s = Z."""
+    """m = max x and the off-maximum sum s, per row: Σ exp(xᵢ - m) = 1 + s = Z."""
 
     m: Array
     s: Array
@@ -52,7 +52,7 @@ class Normalizer(NamedTuple):
 
     @property
     def undominated(self) -> Array:
-        """0 where one class dominates (s < 1/2, so Z < 3/2 and its q > 2/3), and 1 or more where none does."""
+        """0 if one class dominates (s < 1/2, so Z < 3/2 and its q > 2/3), and 1 or more if none does."""
         return jnp.floor(self.s + 0.5)
 
     def surprisal(self, x: Array, way: Way) -> Array:
@@ -60,16 +60,16 @@ class Normalizer(NamedTuple):
         return way.column(self.log_z) - way.depth(x, self)
 
     def depth_and_dominant(self, x: Array, m: Array, way: Way) -> tuple[Array, Array]:
-        """`Way.depth` in an elementwise pass with its own m, where a select is free; and which class dominates."""
+        """`Way.depth` for an elementwise pass with its own m, in which a select is free; and which class dominates."""
         d = x - way.column(m)
-        # If one class dominates, its d is near 0 > -0.5, and all others' are below log 1/2 = -0.69. If none does, no d
-        # is above 0.5.
+        # If one class dominates, its d is near 0 > -0.5, and all other d are below log 1/2 = -0.69. If none dominates,
+        # no d is above 0.5.
         dominant = d > way.column(self.undominated - 0.5)
         return jnp.where(dominant, jnp.zeros_like(d), d), dominant
 
 
 class Exponentials(NamedTuple):
-    """eᵢ and Z, for a kernel whose result is an array made of eᵢ; and the normalizer."""
+    """eᵢ and Z, for a kernel whose result is an array computed from eᵢ; and the normalizer."""
 
     e: Array
     z: Array
@@ -77,7 +77,7 @@ class Exponentials(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """What one pass of `_softmax/compare.compare` reads of a row: m, qᵢ, and which class dominates."""
+    """The numbers of one row that a pass of `_softmax/compare.compare` uses: m, qᵢ, and which class dominates."""
 
     m: Array
     q: Array

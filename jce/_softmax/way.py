@@ -1,7 +1,8 @@
-"""The interface through which formulas sum over classes: a `Way`, of which each kind of machine has its own.
+"""The interface through which formulas sum over classes: a `Way`. Each kind of platform has its own subclass.
 
-With m = max x and eᵢ = exp(xᵢ - m), Z = Σ eᵢ = 1 + s; `softmax.py` says what s is for. This file has what all machines
-share; where machines differ, the method here suits those on which a select inside a sum costs nothing.
+With m = max x and eᵢ = exp(xᵢ - m), Z = Σ eᵢ = 1 + s. (`softmax.py` explains why there is an s.) This file has the
+methods that all platforms share. If platforms differ, the method here is for those on which a select inside a sum costs
+nothing.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ class Way(Classes, ABC):
     # Sums over classes
 
     def for_log_sum(self, x: Array) -> Way:
-        """The way for a formula in which m itself enters, not only x - m."""
+        """The way for a formula that uses m itself, not only x - m."""
         return self
 
     @abstractmethod
     def maximum(self, x: Array) -> Array:
-        """m = max x. Where it is +∞, x - m must be NaN at some class."""
+        """m = max x. If it is +∞, x - m must be NaN at some class."""
 
     @abstractmethod
     def sums(self, x: Array) -> Sums: ...
@@ -61,12 +62,12 @@ class Way(Classes, ABC):
         """The sums with m = max x."""
 
     def off_label_of_any_shift(self, labels: Array, x: Array) -> OffLabel:
-        """The sums with any m that keeps s and e^-d in range: formulas may assume nothing else of it."""
+        """The sums with any m that keeps s and e^-d in range. Formulas may assume nothing else about m."""
         return self.off_label(labels, x)
 
     def exponentials_off_label(self, labels: Array, x: Array) -> tuple[OffLabel, Array]:
-        """`off_label_of_any_shift` and exp(xᵢ - m), arbitrary at the label: for a kernel whose result is an array of
-        them."""
+        """`off_label_of_any_shift` and exp(xᵢ - m), for a kernel whose result is an array computed from these
+        exponentials. At the label the exponential is arbitrary."""
         off = self.off_label_of_any_shift(labels, x)
         return off, exp(self.depth_off_label(x, off))
 
@@ -78,13 +79,13 @@ class Way(Classes, ABC):
         return Exponentials(exp(x - self.column(n.m)), n.z, n)
 
     def max_and_sum(self, x: Array) -> tuple[Array, Array]:
-        """m and Z, which is 0 where all logits are -∞."""
+        """m and Z. Z is 0 if all logits are -∞."""
         n = self.normalizer(x)
         return n.m, jnp.where(n.m == -jnp.inf, jnp.zeros_like(n.z), n.z)
 
     def sum_with_differences(self, terms: Array, p: Array, q: Array) -> Array:
-        """Σ terms + Σ (p - q). The second is right to an ulp, though it may be the mere rounding left of 1 - 1: each
-        p - q is an exact pair of floats, high + low, and terms are added to low."""
+        """Σ terms + Σ (p - q). The second sum is right to an ulp, even if it is only the rounding left over from 1 - 1:
+        each p - q is an exact pair of floats, high + low, and the terms are added to low."""
         high, low = two_sum(p, -q)
         return self.sum_of_two_floats(high, low + terms)
 
@@ -96,9 +97,9 @@ class Way(Classes, ABC):
     # Elementwise, of sums
 
     def comparison(self, x: Array, stored: bool) -> tuple[Normalizer, Callable[[Array], Compared]]:
-        """The normalizer, and a function of s for each pass over both rows, where s ≥ 0 is a result of the pass before.
+        """The normalizer, and a function that each pass over both rows calls with s ≥ 0, a result of the previous pass.
 
-        `stored` is for a kernel that reads it several times.
+        `stored` is for a kernel that reads the function's result several times.
         """
         n = self.normalizer(x)
 
@@ -110,38 +111,39 @@ class Way(Classes, ABC):
         return n, compared
 
     def again(self, m: Array, s: Array) -> Array:
-        """m, disguised so that XLA doesn't share exp(x - m) between passes (it would store N × n numbers). s ≥ 0 is a
-        result of the pass before, so max(m, m - s) is m."""
+        """m, disguised so that XLA doesn't share exp(x - m) between passes, which would store N × n numbers. s ≥ 0 is a
+        result of the previous pass, so max(m, m - s) is m."""
         return jnp.maximum(m, m - s)
 
     def exponential_of_pass(self, x: Array, number: int) -> Array:
         return exp(x - self.column(self.maximum(x)))
 
     def stored(self, e: Array) -> Array:
-        """e, kept in memory where reading it in several passes is better than recomputing it in each."""
+        """e, kept in memory on platforms where reading it in several passes is better than recomputing it in each."""
         return e
 
     def depth(self, x: Array, n: Normalizer) -> Array:
         """xᵢ - m ≤ 0, and exactly 0 at a class that dominates."""
-        # min(max(2d + lift, d), 0). If one class dominates, lift = 0.6: its d is above -0.3, so 2d + 0.6 > 0 and the
-        # result is 0; all others have d < log 1/2 = -0.69 < -0.6, so 2d + 0.6 < d. If none does, lift < -9e29, so
-        # 2d + lift < d. The barrier has these numbers, constants too, computed once per row and for this pass alone:
-        # XLA would store a constant that two passes share (`passes.py`).
+        # The result is min(max(2d + lift, d), 0). If one class dominates, lift = 0.6. The d of this class is above
+        # -0.3, so 2d + 0.6 > 0, and the result is 0. All other classes have d < log 1/2 = -0.69 < -0.6, so 2d + 0.6 <
+        # d. If no class dominates, lift < -9e29, so 2d + lift < d. The barrier makes XLA compute these numbers, and the
+        # constant 0, once per row and for this pass only. XLA would store a constant shared by two passes
+        # (`passes.py`).
         m, lift, zero = map(self.column, lax.optimization_barrier((n.m, 0.6 - 1e30 * n.undominated, 0 * n.s)))
         d = x - m
         depth = jnp.minimum(jnp.maximum(d + (d + lift), d), zero)
         return depth if self.mesh_axis is None else with_derivative_of(depth, jnp.maximum(d, jnp.finfo(d.dtype).min))
 
     def depth_off_label(self, x: Array, off: OffLabel) -> Array:
-        """xᵢ - m, for all classes but the label."""
+        """xᵢ - m, for all classes except the label."""
         return x - self.column(off.m)
 
     def put(self, x: Array, y: Array, r: Array) -> Array:
-        """x, not folded, with r, a number per row, in the place of the local label y."""
+        """x (not folded), with r, a number per row, in the place of the local label y."""
         return jnp.where(self.is_at(x, y), self.column(r), x)
 
     def scattered(self, x: Array, y: Array, r: Array) -> Array:
-        """`put` where nothing else reads x: a scatter in place reads no other entries."""
+        """`put`, if nothing else reads x: a scatter in place reads no other entries."""
         y = jnp.where(self.has(x, y), y, jnp.full_like(y, x.shape[-1]))  # a negative index would count from the end
         return x.at[jnp.arange(y.size), y].set(r, mode="drop")
 
@@ -150,8 +152,8 @@ class Way(Classes, ABC):
     def deviation(self, t: Array, x: Array) -> Deviation:
         """How t deviates from its mean under q.
 
-        Where a class dominates, its own t is subtracted from t first: then the deviation at that class is minus the sum
-        over the others, with all digits.
+        If a class dominates, its own t is first subtracted from all t. Then the deviation at that class is minus the
+        sum over the others, and has all digits.
         """
         still = lax.stop_gradient(x)
         n = self.normalizer(still)
@@ -178,7 +180,7 @@ def _add(a, b):
 
 @functools.partial(custom_jvp, nondiff_argnums=(1, 2))
 def exponential(x: Array, number: int, way: Way) -> Array:
-    """eᵢ = exp(xᵢ - m), for a constant m, as pass `number` over x computes it."""
+    """eᵢ = exp(xᵢ - m) for a constant m, as computed by pass `number` over x."""
     return way.exponential_of_pass(x, number)
 
 
@@ -190,23 +192,23 @@ def _exponential_rule(number, way, primals, tangents):
 
 
 def off_maximum(z: Array) -> Array:
-    """Z - 1 for Z ≥ 4.6/3 = 1.53, where Z - 1 = 4Z - 5.6, and less below; ≤ 0 for Z ≤ 1.4.
+    """Z - 1 for Z ≥ 4.6/3 = 1.53, where Z - 1 = 4Z - 5.6. Below, it is less than Z - 1, and for Z ≤ 1.4 it is ≤ 0.
 
-    max(s, this) repairs a masked sum s in which classes beside a maximal one were left out: these have e > 0.6, so
-    Z > 1.6. It leaves a small s alone, of which Z - 1 keeps no digit. It is continuous, so that passes which round Z
-    differently get nearly the same s.
+    max(s, off_maximum(Z)) repairs a masked sum s that leaves out more classes than one maximal class. These have
+    e > 0.6, so Z > 1.6. A small s, of which Z - 1 would keep no digit, is not changed. The function is continuous, so
+    passes that round Z differently get nearly the same s.
     """
     return jnp.minimum(z - 1, 4 * z - 5.6)
 
 
 def with_derivative_of(a: Array, b: Array) -> Array:
-    """a, with b's derivative. Over devices m is constant, and the derivative of a sum without the maximal class lacks
-    that class's part."""
-    # Until JAX 0.12: JAX loses the kernels' rules, which make this unnecessary, in the head's loop.
+    """a, with the derivative of b. For classes split over devices, m is constant, and the derivative of a sum without
+    the maximal class lacks the part of that class."""
+    # Until JAX 0.12: JAX loses the kernels' rules in the head's loop. With these rules, this would be unnecessary.
     return lax.stop_gradient(a) + (b - lax.stop_gradient(b))
 
 
 def unless_no_class(number: Array, labels: Array, x: Array, classes: Classes) -> Array:
-    """A number per row, and NaN where its label is out of range."""
+    """The number of each row, or NaN if the label of the row is out of range."""
     is_class = (labels >= 0) & (labels < classes.count(x))
     return jnp.where(is_class, number, jnp.full_like(number, jnp.nan))

@@ -1,7 +1,7 @@
-"""The ways to run a function: JAX under jit, PyTorch, and NumPy, which has values alone.
+"""Three ways to run a function: JAX under jit, PyTorch, and NumPy, which computes values only.
 
-A program of a function f and a mode takes f's arguments; of the Hessian-vector product also a direction for each
-argument that is differentiated. Derivatives are those of Σ f.
+The program for a function f and a mode takes the arguments of f. For the Hessian-vector product, it also takes a
+direction for each argument that is differentiated. Derivatives are those of Σ f.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ MODES = (VALUE, GRADIENT, HVP)
 
 
 def optional(name: str) -> ModuleType | None:
-    """The module, or None where it isn't installed or can't be imported beside the others."""
+    """The module, or None if it isn't installed or can't be imported together with the others."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
-    except Exception:  # a peer that fails to import, however, is a peer to skip
+    except Exception:  # a library that fails to import, for whatever reason, is skipped
         return None
 
 
@@ -66,7 +66,7 @@ class Torch:
     name = "torch"
 
     def on(self, platform: str) -> bool:
-        return platform == "cpu"  # its CPU build is what the extra installs
+        return platform == "cpu"  # the extra installs its CPU build
 
     def put(self, x: np.ndarray):
         return torch.from_numpy(np.array(x)) if x.dtype.kind == "f" else torch.from_numpy(np.array(x, np.int64))
@@ -118,5 +118,5 @@ class NumPy:
 
 
 def fetched(result):
-    """Its arrays, as NumPy's."""
+    """The result with NumPy arrays."""
     return jax.tree.map(np.asarray, result)

@@ -1,8 +1,9 @@
-"""What a first call takes: a function's program traced, lowered and compiled, apart, and how many lines its jaxpr has.
+"""The cost of a first call: the time to trace, to lower and to compile a program, and the number of lines of its jaxpr.
 
-Nothing runs, and shapes hardly matter. Each is made anew, with what JAX keeps of others thrown away, in turn with the
-peers' in one process, and timed by the processor's time of all threads: so a busy machine moves no ratio far, and of
-some rounds the least of each step is told. Here, and where their compilers are installed for an H100 and a TPU v5e.
+Nothing runs, and shapes hardly matter. The programs of jce and of other libraries are made in turn in one process, each
+after clearing JAX's caches. The time is processor time in all threads, so other load on the machine hardly changes
+ratios. The results have the least time of each step over several rounds. Programs are compiled for this machine and, if
+the compilers are installed, for an H100 and a TPU v5e.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ QUICK = ("cross_entropy_with_integer_labels", "kl_divergence_with_logits", "line
 
 
 def policy(reference, x):
-    """A clipped ratio at label 0, and a divergence from a reference: what a policy gradient asks of two heads."""
+    """A policy gradient with two heads: a clipped ratio at label 0, and a divergence from a reference."""
     ratio = jnp.exp(-jce.cross_entropy_with_integer_labels(0, x) + 1)
     return -jnp.minimum(ratio, jnp.clip(ratio, 0.8, 1.2)) + jce.kl_divergence_with_logits(x, reference)
 
@@ -56,13 +57,13 @@ ALL = [*TASKS, POLICY]
 
 
 def spent() -> float:
-    """Seconds of the processor's, by all threads of this process and by the compilers that it has called."""
+    """Seconds of processor time, in all threads of this process and in the compilers that it has called."""
     called = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + called.ru_utime + called.ru_stime
 
 
 def steps(program: Callable, shapes: list[tuple], device: str) -> tuple[list[float], int]:
-    """Seconds of each, and lines of the jaxpr."""
+    """The seconds of each step, and the number of lines of the jaxpr."""
     jax.clear_caches()
     place = None if device == HERE else jax.sharding.SingleDeviceSharding(compilers.devices(device)[0])
     arguments = [jax.ShapeDtypeStruct(*s, sharding=place) for s in shapes]
@@ -77,7 +78,7 @@ def steps(program: Callable, shapes: list[tuple], device: str) -> tuple[list[flo
 
 
 def measured(task: Task, mode: str, rounds: int, device: str = HERE) -> list[dict]:
-    """A line for each library that has the mode."""
+    """One line for each library that supports the mode."""
     shapes = task.shapes(TOKENS, CLASSES, WIDTH)
     shapes += [shapes[i] for i in task.trained] if mode == HVP else []
     found: dict[str, list] = {}
@@ -90,7 +91,7 @@ def measured(task: Task, mode: str, rounds: int, device: str = HERE) -> list[dic
                     continue
                 found.setdefault(library, []).append(one)
     lines = []
-    for library, (_, *some) in found.items():  # what the first imports is its own
+    for library, (_, *some) in found.items():  # the first round also imports modules
         seconds = {step: min(times[k] for times, _ in some) for k, step in enumerate(STEPS)}
         line = {"function": task.label, "library": library, "mode": mode, "shape": [TOKENS, CLASSES], "device": device}
         lines.append(line | seconds | {"first_call": sum(seconds.values()), "jaxpr_lines": some[0][1]})
@@ -99,14 +100,14 @@ def measured(task: Task, mode: str, rounds: int, device: str = HERE) -> list[dic
 
 
 def check(lines: list[dict]) -> None:
-    """What doesn't depend on the machine: of a function of rows nothing is traced before its platform is known."""
+    """On every machine: functions of rows are not traced before the platform is known, so their jaxprs are short."""
     for line in lines:
         if line["library"] == "jce" and not line["function"].startswith(("linear", "binary")):
             assert line["jaxpr_lines"] < 400, line
 
 
 def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
-    """A label of what was measured, and its lines; at first the number of them all as a label."""
+    """Yields a label and lines for each case. The first label is the number of cases."""
     tasks = [task for task in ALL if only in task.label and (not quick or task.name in QUICK)]
     modes = (GRADIENT,) if quick else MODES
     there = [] if quick or compilers.missing() else [(device, task.label) for device in DEVICES for task in tasks]
@@ -118,7 +119,7 @@ def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
 
 
 def main() -> None:
-    """The child, which compiles for devices: its lines of value and gradient."""
+    """Runs in the child process, which compiles for devices: tells the lines of value and gradient."""
     for device, label in children.todo():
         task = next(task for task in ALL if task.label == label)
         children.tell(f"{device}, {label}", measured(task, GRADIENT, 1, device))

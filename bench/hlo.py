@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""Reads from the text of a compiled program which arrays it sends between devices."""
 
 import math
 import re
@@ -9,12 +9,12 @@ KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 
 class Collective(NamedTuple):
     kind: str
-    size: int  # numbers, of what it returns
+    size: int  # how many numbers it returns
     in_loop: bool
 
 
 def collectives(text: str) -> list[Collective]:
-    """Each array that a collective returns, but of those among one device each, which send nothing."""
+    """Each array that a collective returns, except for collectives over a single device, which send nothing."""
     found, computation = [], ""
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if line and not line[0].isspace():
@@ -30,7 +30,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def group_size(line: str) -> int:
-    """How many devices a collective joins, in each of the ways that XLA writes it."""
+    """The number of devices of a collective, in all notations of XLA."""
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return 1 + match[1].count(",")
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
@@ -38,4 +38,4 @@ def group_size(line: str) -> int:
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", line):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", match[2]))
-    return 2  # collective-permute has no groups; of others nothing is known
+    return 2  # collective-permute has no groups; for others the size is unknown

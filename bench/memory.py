@@ -1,8 +1,8 @@
-"""What a program needs beside its arguments and results, from XLA's own account of the compiled program.
+"""Temporary memory: what a program needs in addition to its arguments and results, by XLA's account of the program.
 
-Only shapes are given, so that nothing runs and real sizes fit: 8192 tokens at each model's head. Then the growth with
-the number of tokens and of classes, fitted to a power: temporaries ~ size^exponent. On a CPU the account leaves out
-what one of XLA's fusions takes for itself: where a value is one fusion whole, it says 0.
+Programs are compiled for shapes only. Nothing runs, so real sizes are possible: 8192 tokens with each model's head.
+The growth with the number of tokens and of classes is fitted to a power: temporaries ~ size^exponent. On a CPU, the
+account omits the memory inside of a fusion. If the whole program is one fusion, it is therefore 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.models import MODELS
 from bench.peers import JAX, TASKS, Task, engine_of
 
 TOKENS = 8192
-PAGE = 4096.0  # bytes: less is as good as nothing
+PAGE = 4096.0  # bytes; smaller amounts count as this
 HEADS = ("linear_cross_entropy", "linear_kl_divergence")
 GROWN = ("cross_entropy_with_integer_labels", "cross_entropy_with_logits", *HEADS)
 SIZES = [10**3, 10**4, 10**5, 10**6]
@@ -25,7 +25,7 @@ FIXED_CLASSES, FIXED_WIDTH = 32_000, 512
 
 
 def temporaries(task: Task, library: str, mode: str, tokens: int, n: int, width: int) -> int | None:
-    """Bytes, or None where the library has no such mode."""
+    """In bytes, or None if the library does not support the mode."""
     shapes = task.shapes(tokens, n, width)
     shapes += [shapes[i] for i in task.trained] if mode == HVP else []
     program = JAX.program(task.functions[library], mode, task.trained)
@@ -37,13 +37,13 @@ def temporaries(task: Task, library: str, mode: str, tokens: int, n: int, width:
 
 
 def exponent(sizes: list[int], found: list[float], least: float = 0.0) -> float:
-    """The slope of log `found` over log `sizes`; what is under `least` counts as that."""
+    """The slope of log `found` over log `sizes`. Numbers below `least` count as `least`."""
     slope, _ = np.polyfit(np.log(sizes), np.log(np.maximum(found, least)), 1)
     return round(float(slope), 2) + 0.0  # not -0
 
 
 def contenders(task: Task) -> list[str]:
-    """XLA has no account of the others'."""
+    """The libraries that run on JAX: XLA has no account of the others."""
     return [name for name in task.contenders(jax.default_backend()) if engine_of(name) is JAX]
 
 
@@ -86,14 +86,14 @@ def growth(task: Task, along: str, sizes: list[int], modes: tuple[str, ...]) -> 
 
 
 def check(lines: list[dict]) -> None:
-    """What doesn't depend on the machine: the memory of jce's heads and their gradient doesn't grow with the tokens."""
+    """On every machine, the memory of jce's heads, with or without gradient, does not grow with the tokens."""
     for line in lines:
         if line["function"] in HEADS and (line["library"], line.get("along")) == ("jce", "tokens"):
             assert line["mode"] == HVP or line["exponent"] < 0.1, line
 
 
 def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
-    """A label of what was measured, and its lines; at first the number of them all as a label."""
+    """Yields a label and lines for each case. The first label is the number of cases."""
     tasks = [task for task in TASKS if only in task.label and task.kernel.has_classes and not task.note]
     grown = [task for task in tasks if task.name in GROWN]
     if quick:

@@ -9,10 +9,10 @@ class Model(NamedTuple):
     name: str
     classes: int
     width: int
-    rows: int | None = None  # as many as are asked for
+    rows: int | None = None  # a fixed number of rows
 
     def tokens(self, numbers: float, multiplications: float | None = None) -> int:
-        """As many as make logits of so many numbers, or a head's product of so many multiplications; at most 65,536."""
+        """The number of tokens that gives so many logits, or a matmul of so many multiplications; at most 65,536."""
         if self.rows:
             return self.rows
         most = numbers / self.classes
@@ -29,7 +29,7 @@ MODELS = [
     Model("Qwen3 0.6B", 151_936, 1024),
 ]
 
-# Batches that fit a CPU's caches, of losses without a head
+# Batches that fit into a CPU's caches, for losses without a head
 BATCHES = [
     Model(f"{rows:,} rows of {n:,}", n, 64, rows)
     for rows, n in ((128, 1000), (1024, 1000), (128, 10_000), (10_000, 10))

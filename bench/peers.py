@@ -1,7 +1,7 @@
-"""What is measured: each function of jce beside the same function of other libraries, with the target first everywhere.
+"""The functions that are measured: those of jce, and the same functions in other libraries, with the target first.
 
-Who has no function of that name is given its shortest idiom. Distrax normalises the probabilities it is given, which is
-another function of them, so that it has rows for logits and for its Bernoulli alone.
+If a library does not have the function, the shortest way to write it is used. Distrax normalizes the probabilities that
+it gets, which makes it another function. So distrax appears only for logits and for its Bernoulli distribution.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ F = torch and torch.nn.functional
 D = torch and torch.distributions
 
 JAX, TORCH, NUMPY = Jax(), Torch(), NumPy()
-# Of each library: its module, None where it isn't installed, and what runs it.
+# For each library: its module, or None if it isn't installed, and the engine that runs it.
 LIBRARIES = {
     "jce": (jce, JAX),
     "jax": (jax, JAX),
@@ -43,7 +43,7 @@ LIBRARIES = {
 
 
 def named(library: str) -> tuple:
-    """The module and what runs it; the name may go on with how it is used, as in "jax, scan"."""
+    """The module and its engine. After a comma, the name may say how the library is used, as in "jax, scan"."""
     return LIBRARIES[library.partition(",")[0]]
 
 
@@ -65,11 +65,14 @@ def missing() -> list[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """A function of jce, its row in the tests' table, and the same function elsewhere, by library.
+    """A function of jce, its row in the tests' table, and the same function in each library.
 
-    `kind`: what the functions take: "rows", the arguments of the table's row; "labels", labels and logits; "head",
-    labels, hidden states and a head, of which they return the sum over tokens; "two heads", the hidden states and the
-    head of a teacher p, which is frozen, and those of a student, and the sum over tokens again.
+    `kind` says which arguments the functions take:
+
+    - "rows": the arguments of the table's row
+    - "labels": labels and logits
+    - "head": labels, hidden states and a head; the functions return the sum over tokens
+    - "two heads": hidden states and head of a frozen teacher p, then those of a student; again a sum over tokens
     """
 
     name: str
@@ -96,25 +99,25 @@ class Task:
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Where the arguments of the table's row are among the functions': behind labels, each before its head."""
+        """The positions of the table row's arguments: after labels, and each before its head."""
         first, step = int(self.has_labels), 1 + self.has_heads
         return tuple(range(first, first + step * len(self.kernel.arguments), step))
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Where the heads are: behind the hidden states that they take."""
+        """The positions of the heads: after their hidden states."""
         return tuple(i + 1 for i in self.places) if self.has_heads else ()
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """What a user differentiates in: the model's argument, or the hidden states and the head."""
+        """The positions that a user differentiates with respect to: the last argument, or hidden states and head."""
         return (self.places[-1], *self.heads[-1:])
 
     def contenders(self, platform: str = "cpu") -> dict[str, Callable]:
         return {name: f for name, f in self.functions.items() if installed(name) and engine_of(name).on(platform)}
 
     def from_row(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
-        """The functions' arguments at which they are the table's row: label 0, heads that give the logits back."""
+        """Arguments at which the functions equal the table's row: label 0, and identity matrices as heads."""
         labels = [np.zeros(arrays[0].shape[:-1], np.int32)] if self.has_labels else []
         if not self.has_heads:
             return labels + arrays
@@ -163,7 +166,7 @@ def of_label(surprisals, y):
 
 
 def several(y, x):
-    """Eight labels, each row's first."""
+    """Eight labels per row, of which the first is the label of the row."""
     return (y[..., None] + np.arange(8, dtype=y.dtype)[None]) % x.shape[-1]
 
 
@@ -183,7 +186,7 @@ def to_mixture_of_logits(library, log_p, log_q):
 
 
 def kl_of_two_heads(hp, wp, h, w, most=512, logits=lambda h, w: h @ w.T):
-    """Σ KL(p‖q) over tokens in equal chunks of at most so many, of which one has its logits at a time."""
+    """Σ KL(p‖q) over tokens, in equal chunks of at most `most` tokens. Only one chunk has logits at a time."""
     size = max(k for k in range(1, most + 1) if len(h) % k == 0)
 
     def of_chunk(total, chunk):

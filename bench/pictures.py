@@ -1,4 +1,4 @@
-"""The results as pictures: a heat map of errors, and growth on logarithmic axes."""
+"""Pictures of the results: a heat map of errors, growth on logarithmic axes, and rooflines on accelerators."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.engines import GRADIENT
 from bench.results import best_peer, grouped, worst
 from bench.tables import written
 
-EXACT, USABLE, WRONG = 5, 100, 1e5  # ulps: float32 has 1.7e7 of them to lose
+EXACT, USABLE, WRONG = 5, 100, 1e5  # ulps; from 1.7e7 ulps on, no digit of a float32 is correct
 PANELS = [
     ("cross_entropy_with_integer_labels", "value", "label loss"),
     ("cross_entropy_with_integer_labels", "∂logits", "gradient of the label loss"),
@@ -28,7 +28,7 @@ COLOURS = ["#2c7fb8", "#a6d9e4", "#fed98e", "#fe9929", "#cc4c02"]
 
 
 def accuracy(lines: list[dict], path: pathlib.Path) -> None:
-    """For some functions the largest error in float32, libraries as rows and regimes as columns."""
+    """Draws the largest error of some functions in float32, with libraries as rows and regimes as columns."""
     panels = []
     for function, quantity, title in PANELS:
         chosen = {
@@ -75,7 +75,7 @@ def accuracy(lines: list[dict], path: pathlib.Path) -> None:
 
 
 def growth(lines: list[dict], path: pathlib.Path) -> None:
-    """Temporaries, and seconds where they were measured, against the size, for each function and direction."""
+    """Draws temporary memory, and times if there are any, against the number of tokens and of classes."""
     lines = [line for line in lines if "grown" in line or "seconds_at" in line]
     lines = [line for line in lines if line["mode"] == GRADIENT]
     kinds = [
@@ -115,7 +115,7 @@ def growth(lines: list[dict], path: pathlib.Path) -> None:
 
 
 def accelerators(lines: list[dict], path: pathlib.Path) -> None:
-    """Value and gradient on each device, over the least time that its speeds allow: of heads, and of losses of rows."""
+    """Draws the roofline of value and gradient over the floor on each device, for heads and for losses of rows."""
     lines = [line for line in lines if line["mode"] == GRADIENT]
     for kind, some in (
         ("heads", [line for line in lines if len(line["shape"]) == 3]),
@@ -126,7 +126,7 @@ def accelerators(lines: list[dict], path: pathlib.Path) -> None:
 
 
 def beside_the_best_peer(lines: list[dict], path: pathlib.Path, title: str) -> None:
-    """The roofline over the floor, jce's and the best peer's: devices as panels, functions and sizes as rows."""
+    """Draws jce's roofline over the floor and the best peer's, with devices as panels, functions and sizes as rows."""
     devices = list(dict.fromkeys(line["device"] for line in lines))
     sizes = {line["model"]: " × ".join(f"{n:,}" for n in line["shape"][1:]) for line in lines}
     rows = list(dict.fromkeys((line["function"], line["model"]) for line in lines))

@@ -1,4 +1,4 @@
-"""A compiled program, from its text: a scheduled HLO module as computations of instructions that know each other."""
+"""Parses the text of a compiled program, a scheduled HLO module, into computations of linked instructions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Unreadable(ValueError):
-    """An instruction that isn't known well enough to say what it costs."""
+    """The cost of an instruction is not known."""
 
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
@@ -31,7 +31,7 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """With the padding; each further tile splits the one before it."""
+        """With padding. Each further tile splits the one before it."""
         dims = [self.dims[i] for i in reversed(self.minor_to_major)]
         for tile in self.tiles:
             dims = [1] * (len(tile) - len(dims)) + dims
@@ -46,11 +46,11 @@ class Instruction:
     opcode: str
     shape: Array | list  # a tuple's is a list
     operands: list[Instruction]
-    literal: str  # what stands in the parentheses
+    literal: str  # the text in the parentheses
     attributes: str
     called: dict[str, Computation]  # by the attribute that names it
     root: bool
-    users: list[tuple[Instruction, int]] = field(default_factory=list)  # and as which operand of theirs
+    users: list[tuple[Instruction, int]] = field(default_factory=list)  # and the number of the operand that it is there
 
     @cached_property
     def config(self) -> dict:
@@ -58,7 +58,7 @@ class Instruction:
         return json.JSONDecoder().raw_decode(self.attributes, start + len("backend_config="))[0] if start >= 0 else {}
 
     def attribute(self, name: str, default: str = "") -> str:
-        """What stands behind the name: a word, or what is in braces or quotation marks."""
+        """The value of an attribute: a word, or the text in braces or quotation marks."""
         match = re.search(rf", {name}=(?:\{{([^{{}}]*)\}}|\"([^\"]*)\"|([^\s,]+))", self.attributes)
         return next(x for x in match.groups() if x is not None) if match else default
 
@@ -97,7 +97,7 @@ CALLED = re.compile(r", (calls|to_apply|body|condition|true_computation|false_co
 
 
 def entry(text: str) -> Computation:
-    """The computation that the program is; those that it calls hang on it, and stand before it in the text."""
+    """The entry computation of the program. Its instructions link to the computations that they call."""
     computations: dict[str, Computation] = {}
     main = current = None
     for line in text.splitlines():
@@ -132,7 +132,7 @@ def _instruction(name: str, right: str, root: bool, earlier: dict, computations:
 
 
 def _closing(text: str, start: int) -> int:
-    """Just behind the parenthesis that closes the one at `start`."""
+    """The index after the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -142,7 +142,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that are in no brackets."""
+    """Splits at the commas outside of brackets."""
     parts, depth = [""], 0
     for c in text:
         depth += (c in "([{") - (c in ")]}")

@@ -1,4 +1,4 @@
-"""The figures of bench/README.md, from the files of results: `python -m bench.readme` writes them into it.
+"""The tables of bench/README.md. `python -m bench.readme` writes them into it, from the files of results.
 
 Each table stands between the comments `<!-- bench: name -->` and `<!-- bench -->`.
 """
@@ -21,8 +21,8 @@ from bench.search.functions import BARS, IN_BLOCKS, LONG, OTHERS, WHOLE
 from bench.tables import where
 
 README = pathlib.Path(__file__).parent / "README.md"
-DENSE = ("optax, bfloat16 logits", "jax, bfloat16 logits")  # the first that there is
-BIG = "Llama 3.2 1B"  # where there are two heads
+DENSE = ("optax, bfloat16 logits", "jax, bfloat16 logits")  # the first of these that exists
+BIG = "Llama 3.2 1B"  # the model for two heads
 NOTES = {HEAD: "", "linear_map": ", with entropies", TWO_HEADS: ", KL of two"}
 CPU, ACCELERATORS = "on a CPU", "as accelerators sum"
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- bench -->)", re.DOTALL)
@@ -38,7 +38,7 @@ def markdown(columns: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def functions() -> str:
-    """jce's largest errors, float32 / float64, and its time over the fastest peer's at each number of classes."""
+    """jce's largest errors, float32 / float64, and its time divided by the fastest peer's, by the number of classes."""
     models = [model.name for model in MODELS]
     timed = [x for x in lines("speed") if x["malloc"] == "pinned" and "over_floor" in x and x["model"] in models]
     times = grouped(timed, "function", "model", "mode")
@@ -52,7 +52,7 @@ def functions() -> str:
 
 
 def errors(task: Task) -> list[str]:
-    """Of the value and of all derivatives; ¹ where the tests' table gives a scale."""
+    """Errors of the value and of all derivatives; ¹ marks those with a scale in the tests' table."""
     found: dict[str, dict[str, float]] = {}
     for line in lines("accuracy"):
         if (line["library"], line["function"]) == ("jce", task.label):
@@ -78,7 +78,7 @@ def over_the_fastest(times: dict, label: str, model: str) -> str:
 
 
 def floor() -> str:
-    """The heads' time over their bare matrix products, and the fastest peer's; of two at the biggest."""
+    """The time of heads and of the fastest peer, divided by that of bare matmuls; for two heads, the biggest model."""
     heads = [x for x in lines("speed") if x["malloc"] == "pinned" and "over_floor" in x]
     heads = [x for x in heads if x["function"] in (HEAD, TWO_HEADS)]
     groups = grouped(heads, "function", "model", "mode")
@@ -98,13 +98,13 @@ def floor() -> str:
 
 
 def memory() -> str:
-    """The heads' temporaries at big vocabularies, in GB; a scan by hand is JAX's."""
+    """Temporary memory of heads with big vocabularies, in GB. The manual scan counts as JAX."""
     heads = [x for x in lines("memory") if x["function"] in (HEAD, TWO_HEADS) and "model" in x]
     heads = [x | {"library": x["library"].partition(",")[0]} for x in heads]
     groups = grouped(heads, "function", "model", "mode")
     names = list(dict.fromkeys(line["library"] for line in heads))
 
-    def gigabytes(x):  # 0 is a whole fusion, whose memory isn't in the account
+    def gigabytes(x):  # 0 if the program is one fusion, whose memory XLA does not count
         return f"{x['temporaries'] / 1e9:.2g}" if x and x["temporaries"] else "–"
 
     rows = []
@@ -117,7 +117,7 @@ def memory() -> str:
 
 
 def accelerators() -> str:
-    """The heads' value and gradient, over their bare products by the roofline, and their temporaries; and a peer's."""
+    """Value and gradient of heads: the roofline over that of the bare matmuls, and temporary memory; and a peer's."""
     heads = [x for x in lines("accelerators", "compiled") if x["mode"] == GRADIENT and x["function"] in NOTES]
     groups = grouped(heads, "function", "model", "device")
     devices = list(dict.fromkeys(device for *_, device in groups))
@@ -136,7 +136,7 @@ def accelerators() -> str:
 
 
 def rows() -> str:
-    """How many arrays of logits losses of rows move on accelerators, in each mode; and the least of their peers'."""
+    """The number of arrays of logits that losses move on accelerators, in each mode; and the smallest of the peers'."""
     lines_of_rows = [x for x in lines("accelerators", "compiled") if x["function"] not in NOTES]
     groups = grouped(lines_of_rows, "function", "device", "model", "mode")
     places = [(device, model) for device in ("h100", "v5e") for model in ("ResNet-50", BIG)]
@@ -158,7 +158,7 @@ def rows() -> str:
 
 
 def first_call() -> str:
-    """Seconds of processor time, and their ratio to the quickest peer's: value alone, then value and gradient."""
+    """Seconds of processor time, and their ratio to the fastest peer's: value alone, then value and gradient."""
 
     def cells(function: str, mode: str) -> list[str]:
         found = groups[function, mode]
@@ -174,7 +174,7 @@ def first_call() -> str:
 
 
 def search() -> str:
-    """The largest known errors in single numbers and rows of few classes, and where the largest on a CPU is."""
+    """The largest known errors for single numbers and rows of few classes, and the argument of the largest on a CPU."""
 
     def column(line):
         if classes(line):
@@ -191,7 +191,7 @@ def search() -> str:
 
 
 def bars() -> str:
-    """The bounds that the tests hold: ulps of a value / a first derivative."""
+    """The bounds in the tests: ulps of a value / a first derivative."""
     tail = "log_probs_with_integer_labels, tail"
     named = [
         ("single numbers, and rows of 2 to 16 classes", "rows"),
@@ -216,7 +216,7 @@ def told(bars: Iterable[float]) -> str:
 
 
 def long_rows() -> str:
-    """The largest known errors in rows of many classes, on a CPU."""
+    """The largest known errors for rows of many classes, on a CPU."""
     columns = [f"{n:,} classes" for n in LONG]
     found = largest_errors(classes)
     table = [[f"`{function}`", quantity, *ulps(of, columns)] for (function, quantity), of in found.items()]
@@ -224,12 +224,12 @@ def long_rows() -> str:
 
 
 def classes(line: dict) -> str:
-    """How many, for rows of many."""
+    """The number of classes, for rows of many classes."""
     return line["arguments"].removesuffix(", structured") if "classes" in line["arguments"] else ""
 
 
 def largest_errors(column: Callable[[dict], str]) -> dict[tuple, dict[str, dict]]:
-    """By function and quantity, and in it by column, the line of the largest error."""
+    """By function and quantity, and then by column, the line with the largest error."""
     groups: dict[tuple, dict[str, dict]] = {}
     for line in filter(lambda line: line["worst"], lines("search")):
         found = groups.setdefault((line["function"], line["quantity"]), {})
@@ -255,7 +255,7 @@ TABLES = {
 
 
 def rendered(text: str) -> str:
-    """The text with its tables as the results have them."""
+    """The text with tables made from the results."""
     return BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 

@@ -1,4 +1,4 @@
-"""Lines of results: one JSON object each, with what it was measured on; read, written, and compared."""
+"""Reads, writes and compares lines of results. Each is a JSON object, with the environment of the measurement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import jax
 from bench.peers import version
 
 FOLDER = pathlib.Path(__file__).parent / "results"
-# What says which measurement a line is; the rest says what came out.
+# The keys that identify a measurement. The other keys hold its result.
 IDENTITY = (
     "bench",
     "function",
@@ -30,11 +30,11 @@ IDENTITY = (
     "device",
 )
 NOISE = 1.1  # two medians within this factor are the same, however close their quartiles
-COMPILED = 1.01  # nor does a compiled program's cost count as another, within this
+COMPILED = 1.01  # two costs of compiled programs within this factor are the same
 
 
 def commit() -> str:
-    """Of the working tree, with a + where it is changed."""
+    """The commit of the working tree, with a + if there are changes."""
     try:
         describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
         return subprocess.run(describe, cwd=FOLDER.parent, capture_output=True, text=True, check=True).stdout.strip()
@@ -56,19 +56,19 @@ def environment(settings: dict) -> dict:
 
 
 def driver(device: jax.Device) -> str:
-    """What JAX's runtime there calls itself, and on NVIDIA's GPUs the driver's own version."""
+    """The version of JAX's runtime for the device, and for an NVIDIA GPU also that of its driver."""
     runtime = " ".join(device.client.platform_version.split())
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         asked = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):  # it comes with NVIDIA's driver alone
+    except (OSError, subprocess.CalledProcessError):  # nvidia-smi exists only with NVIDIA's driver
         asked = ""
     return ", ".join([runtime, *asked.split()[:1]])
 
 
 def complete(line: dict, bench: str, around: dict) -> dict:
-    """The line, with the versions and all else that it was measured on."""
-    library = line.get("library", "jce").partition(",")[0]  # which may be followed by how it is used
+    """The line, with the environment of the measurement and the library's version."""
+    library = line.get("library", "jce").partition(",")[0]  # a comma and a way to use the library may follow
     known = {} if library in ("jax", "floor") else {library: version(library)}
     return {"bench": bench} | line | {"environment": around | known}
 
@@ -103,13 +103,13 @@ def identity(line: dict) -> tuple:
 
 
 def merged(old: Iterable[dict], new: Iterable[dict]) -> list[dict]:
-    """The old lines with the new in place of those of the same measurement."""
+    """The old lines, where new lines replace those of the same measurement."""
     by_identity = {identity(line): line for line in [*old, *new]}
     return list(by_identity.values())
 
 
 def figures(line: dict) -> dict[str, tuple[float, float, float]]:
-    """What is compared, as (lowest, middle, highest): the quartiles of time over the floor's, bytes, errors, costs."""
+    """The figures to compare, as (low, middle, high): quartiles of the time over the floor's, bytes, errors, costs."""
     found = {}
     if line["bench"] == "accuracy":
         found = {f"ulps, {regime}": [max(1.0, worst(x, "max"))] * 3 for regime, x in line["regimes"].items()}
@@ -130,16 +130,16 @@ def figures(line: dict) -> dict[str, tuple[float, float, float]]:
 
 
 def worst(statistics: dict, key: str) -> float:
-    """The largest error, "max", or "beyond" what the inputs' rounding does; ∞ with a NaN."""
+    """The largest error ("max"), or that "beyond" the effect of rounding the inputs. ∞ if a result was NaN."""
     value = statistics[key]
     return math.inf if value is None else value
 
 
 def moved(old: Iterable[dict], new: Iterable[dict]) -> Iterator[tuple[dict, str, float, float]]:
-    """What is in both and differs by more than the noise: a line, its figure's name, and the two figures.
+    """Yields figures that are in both and differ by more than the noise: a line, the figure's name, and both figures.
 
-    Those whose quartiles are apart, and their middles by a tenth. Times are compared as multiples of the floor's, which
-    were measured between them.
+    The ranges between the quartiles must be disjoint, and the medians differ by more than a tenth (1 % for compiled
+    programs). Times are compared as multiples of the floor's time, which was measured in turn with them.
     """
     before = {identity(line): figures(line) for line in old}
     for line in new:
@@ -153,7 +153,7 @@ def moved(old: Iterable[dict], new: Iterable[dict]) -> Iterator[tuple[dict, str,
 
 
 def grouped(lines: list[dict], *keys: str) -> dict[tuple, dict[str, dict]]:
-    """By these keys, and in it by library."""
+    """The lines by these keys, and then by library."""
     groups: dict[tuple, dict[str, dict]] = {}
     for line in lines:
         groups.setdefault(tuple(line.get(key) for key in keys), {})[line["library"]] = line
@@ -161,7 +161,7 @@ def grouped(lines: list[dict], *keys: str) -> dict[tuple, dict[str, dict]]:
 
 
 def best_peer(found: dict[str, dict]) -> str | None:
-    """The library, of those beside jce, whose program has the shortest roofline."""
+    """The library other than jce whose program has the shortest roofline."""
     peers = {name: line["roofline"] for name, line in found.items() if name != "jce" and "cannot" not in line}
     return min(peers, key=lambda name: peers[name], default=None)
 

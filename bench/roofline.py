@@ -1,11 +1,14 @@
-"""What a compiled program would cost on an accelerator: bytes, operations, and seconds by the roofline.
+"""Estimates the cost of a compiled program on an accelerator: bytes, operations, and seconds by the roofline.
 
-Its kernels are the instructions of its entry computation and of what that calls. A kernel moves its operands and its
-results, and multiplies matrices; it lasts as long as the slower of the two at the device's peaks, and after it comes
-the next. That is no measurement: what is elementwise, or done again for each tile of a product, takes no time here,
-and a copy that runs beside a product takes its own. Of a program for several devices it is what each of them does: a
-sum over devices takes the reading and writing of it here, and `hlo.collectives` lists what is sent. What can't be read
-raises `Unreadable`, which names the instruction: a cost that is silently too small is worse than none.
+The kernels of a program are the instructions of its entry computation and of the computations that it calls. A kernel
+moves its operands and results, and multiplies matrices. It takes as long as the slower of the two at the device's
+peaks. Kernels run one after another.
+
+This is not a measurement. Elementwise operations, and work that is repeated for each tile of a matmul, take no time
+here. A copy that would run during a matmul adds its own time. For a program on several devices, the cost is that of one
+device: an all-reduce counts as reading and writing its array here, and `hlo.collectives` lists what is sent. An
+instruction of unknown cost raises `Unreadable` with its name, because a cost that is silently too small is worse than
+none.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from bench.programs import WIDTHS, Array, Computation, Instruction, Unreadable, 
 
 
 class Device(NamedTuple):
-    """The peaks that its maker publishes."""
+    """A device's peaks, as its maker publishes them."""
 
     platform: str
-    bandwidth: float  # bytes a second
-    peaks: dict[str, float]  # operations a second, by what is multiplied
+    bandwidth: float  # bytes per second
+    peaks: dict[str, float]  # operations per second, by the dtype that is multiplied
 
 
 DEVICES = {
@@ -37,15 +40,15 @@ DEVICES = {
 class Kernel(NamedTuple):
     name: str
     times: int
-    bytes: float  # of one time, like the rest
+    bytes: float  # for one run, like the fields below
     operations: dict[str, float]
     seconds: float
-    cycles: int  # the compiler's estimate, 0 where it makes none
+    cycles: int  # the compiler's estimate, or 0 if there is none
 
 
 class Cost(NamedTuple):
     bytes: float
-    operations: dict[str, float]  # by what is multiplied
+    operations: dict[str, float]  # by the dtype that is multiplied
     seconds: float
     cycles: int
     kernels: int
@@ -65,7 +68,7 @@ def cost(text: str, device: Device) -> Cost:
 
 
 def kernels(text: str, device: Device) -> list[Kernel]:
-    """In the order in which they run; those of a loop's body once, with how many times."""
+    """In the order in which they run. The kernels of a loop's body appear once, with their number of runs."""
     return list(_launched(entry(text), {}, device))
 
 
@@ -73,7 +76,7 @@ def seconds(found: Iterable[Kernel]) -> float:
     return sum(k.times * k.seconds for k in found)
 
 
-# Opcodes: of what costs nothing, of what may stand between an array and a slice of it in a fusion, and of the rest.
+# Opcodes: those that cost nothing, those that may be between an array and a slice of it in a fusion, and the others.
 NOTHING = """add-dependency after-all bitcast constant get-tuple-element opt-barrier parameter partition-id replica-id
 tuple copy-done slice-done dynamic-slice-done call-done async-update async-done all-reduce-done"""
 UNARY = """abs bitcast-convert cbrt ceil convert copy cosine count-leading-zeros erf exponential exponential-minus-one
@@ -86,19 +89,19 @@ shift-right-arithmetic shift-right-logical slice slice-start sort subtract xor""
 FREE, KERNELS = set(NOTHING.split()), set(UNARY.split()) | set(OTHERS.split())
 THROUGH = set(UNARY.split()) | {"bitcast"}
 UPDATES = {"dynamic-update-slice", "scatter"}
-ON_CHIP = {1, 2, 3, 6}  # of a TPU: vector memory, flags, scalar memory
+ON_CHIP = {1, 2, 3, 6}  # a TPU's vector memory, flags and scalar memory
 MOST_TRIPS = 10**6
-NO_ESTIMATE = 2**63 - 1  # what stands for one where a tpu7x's compiler makes none
+NO_ESTIMATE = 2**63 - 1  # written by the compiler for a tpu7x if it has no estimate
 
 
 def _launched(computation: Computation, known: dict[int, int], device: Device) -> Iterator[Kernel]:
-    """What it launches; `known` are integers in the tuple that it is given, by their place."""
+    """The kernels that it launches. `known` has integers in the tuple that it gets, by their position."""
     for x in computation.instructions.values():
         if x.opcode in ("call", "call-start", "async-start"):
             yield from _launched(next(iter(x.called.values())), {}, device)
         elif x.opcode == "while":
             yield from _looped(x, known, device)
-        elif x.opcode == "conditional":  # the dearest of its branches
+        elif x.opcode == "conditional":  # the most expensive branch
             yield from max((list(_launched(branch, {}, device)) for branch in x.called.values()), key=seconds)
         elif x.opcode in KERNELS:
             if not _is_nothing(x, device):
@@ -108,7 +111,7 @@ def _launched(computation: Computation, known: dict[int, int], device: Device) -
 
 
 def _is_nothing(x: Instruction, device: Device) -> bool:
-    """A place in memory, or on a TPU a few scalars, which its scalar unit computes."""
+    """Whether it only places an array in memory, or on a TPU computes only scalars, in the scalar unit."""
     if x.opcode == "custom-call" and x.attribute("custom_call_target") in PLACES:
         return True
     arrays = [a for shape in (x.shape, *(y.shape for y in x.operands)) for a in leaves(shape)]
@@ -150,9 +153,9 @@ def _looped(x: Instruction, known: dict[int, int], device: Device) -> Iterator[K
 
 
 def _trips(x: Instruction, state: dict[int, int]) -> int:
-    """How often a loop runs, by running what its condition depends on: a TPU's program doesn't say it otherwise.
+    """The number of trips of a loop, found by running what its condition depends on: a TPU's program does not state it.
 
-    One that ends after its first trip, whatever it began with, asks for something rare by a flag: it is taken for none.
+    A loop that ends after its first trip, whatever its initial state, is a branch for a rare case, so it counts as 0.
     """
     body, condition = x.called["body"], x.called["condition"]
     for times in range(MOST_TRIPS):
@@ -178,7 +181,7 @@ def _integers(values: list[Instruction], places: Iterable[int], known: dict[int,
 
 
 def _integer(x: Instruction, known: dict[int, int]) -> int | None:
-    """The value of an integer or a bool, where it follows from constants and what is known of the argument."""
+    """The value of an integer or a bool, if it follows from constants and known parts of the argument."""
     if not isinstance(x.shape, Array) or x.shape.dims or x.shape.dtype[0] not in "sup":
         return None
     if x.opcode == "constant":
@@ -214,14 +217,14 @@ ARITHMETIC = {
 
 
 def _in_memory(x: Instruction, array: Array, device: Device) -> bool:
-    """Or else on the chip, where moving it costs nothing."""
+    """Whether the array is in the device's memory. Otherwise it is on the chip, where moving it costs nothing."""
     if array.space and (device.platform != "tpu" or array.space not in ON_CHIP):
         raise Unreadable(f"{x.name}: the memory space {array.space}")
     return not array.space
 
 
 def _read(x: Instruction, operand: Instruction, device: Device) -> float:
-    """Bytes of the device's memory that a kernel reads of an operand."""
+    """Bytes of an operand that a kernel reads from the device's memory."""
     arrays = leaves(operand.shape)
     whole = sum(a.bytes for a in arrays if _in_memory(operand, a, device))
     if not whole or not isinstance(operand.shape, Array):
@@ -230,7 +233,7 @@ def _read(x: Instruction, operand: Instruction, device: Device) -> float:
 
 
 def _touched(x: Instruction, i: int, in_place: frozenset[str] | None) -> float:
-    """Bytes that it takes of its operand number i; the updates named write to their target (None: all do)."""
+    """Bytes that it reads of operand i. The updates named in `in_place` write into their target (None: all do)."""
     operand = x.operands[i].shape
     opcode = x.opcode.removesuffix("-start")
     if opcode == "fusion":
@@ -241,7 +244,7 @@ def _touched(x: Instruction, i: int, in_place: frozenset[str] | None) -> float:
     if i == 0 and opcode in ("slice", "dynamic-slice"):
         return operand._replace(dims=_result(x).dims).bytes
     if i == 0 and opcode == "gather":
-        return _result(x).numbers * WIDTHS[operand.dtype]  # of the tiles around them nothing is known
+        return _result(x).numbers * WIDTHS[operand.dtype]  # the tiles around them are unknown
     if opcode in UPDATES and i < _targets(x) and (in_place is None or x.name in in_place):
         combines = opcode == "scatter" and x.called["to_apply"].root.opcode != "parameter"
         return _changed(x, i) if combines else 0
@@ -249,7 +252,7 @@ def _touched(x: Instruction, i: int, in_place: frozenset[str] | None) -> float:
 
 
 def _used(x: Instruction, in_place: frozenset[str]) -> float:
-    """Bytes that a fusion needs of one of its values: of what only slices look at, the slices."""
+    """Bytes that a fusion needs of one of its values: only the slices, if nothing else uses the value."""
     if not isinstance(x.shape, Array):
         raise Unreadable(f"{x.name}: a tuple in a fusion")
     total = x.shape.bytes if x.root else 0.0
@@ -262,17 +265,17 @@ def _used(x: Instruction, in_place: frozenset[str]) -> float:
 
 
 def _result(x: Instruction) -> Array:
-    """An asynchronous slice's shape is (what it takes, what it makes, flags)."""
+    """The shape of an asynchronous slice is (input, result, flags)."""
     return x.shape if isinstance(x.shape, Array) else leaves(x.shape[1])[0]
 
 
 def _targets(update: Instruction) -> int:
-    """How many arrays it changes: a scatter's operands are those, indices, and as many updates."""
+    """How many arrays it changes. The operands of a scatter are these arrays, indices, and as many updates."""
     return (len(update.operands) - 1) // 2 if update.opcode == "scatter" else 1
 
 
 def _changed(x: Instruction, i: int = 0) -> float:
-    """Bytes of what an update changes in its target number i."""
+    """Bytes that an update changes in target i."""
     target = x.operands[i].shape
     if x.opcode != "scatter":
         return target._replace(dims=x.operands[1].shape.dims).bytes
@@ -280,12 +283,12 @@ def _changed(x: Instruction, i: int = 0) -> float:
 
 
 def _in_place(computation: Computation) -> frozenset[str]:
-    """The updates of a fusion whose result takes its argument's place, so that the rest of it isn't moved."""
+    """The updates of a fusion that work in place, so that the rest of the array isn't moved."""
     return frozenset(x.name for result in computation.results for x in _chain(result))
 
 
 def _chain(result: Instruction) -> list[Instruction]:
-    """Updates of updates of a parameter, with no other user: from the last to the first; none if it is otherwise."""
+    """A chain of updates from a parameter to the result, without other users, last first. Otherwise an empty list."""
     found, x = [], result
     while x.opcode in UPDATES | {"bitcast"} and len(x.users) == (not x.root):
         found += [x] if x.opcode in UPDATES else []
@@ -303,12 +306,12 @@ def _written(x: Instruction, device: Device) -> float:
     if x.opcode in UPDATES:
         arrays = enumerate(leaves(x.shape))
         return sum(_changed(x, i) for i, a in arrays if _in_memory(x, a, device))
-    if x.opcode == "copy-start":  # (what it makes, what it takes, flags)
+    if x.opcode == "copy-start":  # (result, input, flags)
         arrays = leaves(x.shape[0])
     elif x.opcode.endswith("-start") and x.opcode != "all-reduce-start":
         arrays = leaves(x.shape[1])
     elif x.opcode == "custom-call" and x.attribute("custom_call_target") in CUBLAS:
-        arrays = leaves(x.shape)[:1]  # and then its workspace
+        arrays = leaves(x.shape)[:1]  # the second array is its workspace
     else:
         arrays = leaves(x.shape)
     return sum(a.bytes for a in arrays if _in_memory(x, a, device))

@@ -1,7 +1,7 @@
-"""How time and memory grow with the number of classes and of tokens, from 100 to 1,000,000, as a power of it.
+"""Growth of time and memory with the number of classes and of tokens, from 100 to 1,000,000, fitted to a power.
 
-Value and gradient of the label loss and of the head with its loss. The exponent is fitted to the last two decades,
-where what a call costs at least no longer shows.
+For value and gradient of `cross_entropy_with_integer_labels` and of `linear_cross_entropy`. The exponent is fitted to
+the last two decades, where the constant cost of a call no longer shows.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from bench.peers import JAX, TASKS, Task, engine_of
 from bench.speed import interleaved, quartiles
 
 SIZES = [10**k for k in range(2, 7)]
-FEW_TOKENS = [8192, 16_384, 32_768]  # in a short run, each more than a chunk of so many classes
-TOKENS, CLASSES, MORE_CLASSES, WIDTH = 64, 64, 2048, 64  # of what doesn't grow
+FEW_TOKENS = [8192, 16_384, 32_768]  # in a quick run; each is more than one chunk of so many classes
+TOKENS, CLASSES, MORE_CLASSES, WIDTH = 64, 64, 2048, 64  # sizes that stay fixed
 FUNCTIONS = ("cross_entropy_with_integer_labels", "linear_cross_entropy")
 DECADES = 2
-MOST_BYTES = 2**33  # of temporaries; a program that needs more isn't run
+MOST_BYTES = 2**33  # of temporary memory; programs that need more do not run
 
 
 class Point(NamedTuple):
     seconds: float
-    temporaries: int | None  # XLA's alone are known
+    temporaries: int | None  # known only for JAX
 
 
 def points(task: Task, tokens: int, n: int, repetitions: int) -> dict[str, Point]:
-    """By library; who can't, or would need too much memory, is left out."""
+    """By library. Libraries without derivatives, or whose program needs too much memory, are left out."""
     arrays = task.sample(np.random.default_rng(2026), tokens, n, WIDTH)
     calls, wait, temporaries = {}, {}, {}
     for name, f in task.contenders(jax.default_backend()).items():
@@ -70,12 +70,12 @@ def measure(task: Task, along: str, sizes: list[int], repetitions: int, classes:
 
 
 def check(lines: list[dict]) -> None:
-    """Times depend on the machine; that there are some doesn't."""
+    """There are times. How long they are depends on the machine."""
     assert all(min(line["seconds_at"]) > 0 for line in lines)
 
 
 def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
-    """A label of what was measured, and its lines; at first the number of them all as a label."""
+    """Yields a label and lines for each case. The first label is the number of cases."""
     todo = [(task, along) for task in TASKS for along in ("classes", "tokens") if task.label in FUNCTIONS]
     todo = [(task, along) for task, along in todo if only in task.label]
     yield str(len(todo)), []

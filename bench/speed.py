@@ -1,14 +1,18 @@
-"""How long value, value and gradient, and a Hessian-vector product take, beside the peers and beside the floor.
+"""Run times of value, value and gradient, and a Hessian-vector product, next to other libraries and to the floor.
 
-All contenders of a function, shape and mode run in turn, warm and blocked, so that what else the machine does falls on
-all of them. Each line has its quartiles in seconds, its time over the floor's and jce's time over its own, both of the
-same turn, and the seconds its compilation took. The floor is a program that reads the same arrays and writes results of
-the same size and does nothing else; of the head, its bare matrix products: 1, 3, and 7 for the Hessian-vector product,
-and 1 more each of a teacher's head.
-Where a call is short, several are made before one waits, so that an accelerator's queue is timed and not its latency.
+For each function, shape and mode, all libraries run in turn, after a warm-up, so that other load on the machine affects
+all of them. Each call waits for its result. If calls are short, several are made before waiting, so that the throughput
+of an accelerator is timed and not its latency. Each line has:
 
-On a CPU it runs twice, in processes of their own: with the C library's allocator `pinned`, so that it keeps the memory
-it was given, and as it is by `default`, when big arrays are taken from the system at every call, page by page.
+- the quartiles of the time in seconds
+- its time over the floor's and jce's time over its own, both from the same turn
+- the seconds that compilation took
+
+The floor is a program that only reads the same arrays and writes results of the same size. For a head, it is the bare
+matmuls: 1 for the value, 3 with the gradient, 7 for the Hessian-vector product, and 1 more for a teacher's head.
+
+On a CPU, everything runs twice, in separate processes. With `malloc` "pinned", the C library's allocator
+keeps freed memory. With "default", it takes big arrays from the system in every call, page by page.
 """
 
 from __future__ import annotations
@@ -34,16 +38,16 @@ PINNED = {
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
     "MALLOC_TOP_PAD_": "0",
 }
-QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}  # PyTorch's threads, so that they don't spin while the next one is timed
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}  # keeps PyTorch's threads from spinning while the next library is timed
 
 
 class Settings(NamedTuple):
     only: str  # part of a function's name
     models: tuple[str, ...]
-    numbers: float  # of logits
-    multiplications: float  # in one product of the head
+    numbers: float  # how many logits
+    multiplications: float  # in one matmul of the head
     repetitions: int
-    least_seconds: float  # of a timing; shorter calls are repeated in it
+    least_seconds: float  # of one timing, in which shorter calls are repeated
 
     @classmethod
     def of(cls, quick: bool, only: str) -> Settings:
@@ -59,7 +63,7 @@ class Settings(NamedTuple):
 def interleaved(
     calls: dict[str, Callable], wait: dict[str, Callable], repetitions: int, least_seconds: float
 ) -> dict[str, np.ndarray]:
-    """Seconds a call, by name, an entry a turn."""
+    """Seconds per call, by name, with one entry per turn."""
 
     def seconds(name: str, times: int) -> float:
         start = time.perf_counter()
@@ -78,7 +82,7 @@ def quartiles(x: np.ndarray) -> list[float]:
 
 
 def floor(task: Task, mode: str) -> Callable:
-    """What no implementation can do without."""
+    """The work that every implementation must do."""
     if task.has_heads:
         products = {VALUE: product, GRADIENT: three_products, HVP: seven_products}[mode]
         if task.kind == "head":
@@ -109,13 +113,13 @@ def seven_products(y, h, w, dh, dw):
 
 
 def same(a, b) -> bool:
-    """Do two results agree to 0.1 % of the largest number, or as far as their few bits allow?"""
+    """Whether two results agree to 0.1 % of the largest number, or to 4 eps if that is more."""
     pairs = [map(on_device, pair) for pair in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
     return all(bool(near(x, y, max(1e-3, 4 * float(jnp.finfo(x.dtype).eps)))) for x, y in pairs)
 
 
 def on_device(x) -> jax.Array:
-    """JAX's arrays stay there: to fetch a head's gradient takes longer than to compute it."""
+    """JAX's arrays stay on the device: fetching a head's gradient takes longer than computing it."""
     return x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x))
 
 
@@ -126,7 +130,7 @@ def near(x: jax.Array, y: jax.Array, within: float) -> jax.Array:
 
 
 def peak_bytes() -> int | None:
-    """The most that this process has had on the device so far, where the device tells."""
+    """The peak memory of this process on the device so far, or None if the device does not report it."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
@@ -158,12 +162,12 @@ def measure(task: Task, model: Model, mode: str, settings: Settings, dtype=np.fl
             before = peak_bytes()
             result = program(*inputs)
             engine.wait(result)
-            if peak_bytes() != before:  # or another program has needed more, and nothing is known of this one
+            if peak_bytes() != before:  # else an earlier program needed more, and the peak of this one is unknown
                 costs[name]["peak_bytes"] = peak_bytes()
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             if name in ("jce", FLOOR):
                 raise
-            if not isinstance(error, NotImplementedError):  # a library that has no derivatives is simply not there
+            if not isinstance(error, NotImplementedError):  # a library without derivatives is left out
                 agrees[name] = f"can't: {type(error).__name__}"
             continue
         expected = result if expected is None else expected
@@ -187,7 +191,7 @@ def measure(task: Task, model: Model, mode: str, settings: Settings, dtype=np.fl
 
 
 def eager(task: Task, settings: Settings) -> list[dict]:
-    """A call as a user types it, without jit, on 8 × 10 numbers: what dispatch costs."""
+    """A call without jit, as a user types it, on 8 × 10 numbers: the cost of dispatch."""
     arrays = task.sample(np.random.default_rng(2026), 8, 10, 16)
     calls, wait = {}, {}
     for name, f in task.contenders(jax.default_backend()).items():
@@ -206,14 +210,14 @@ def cases(settings: Settings) -> list[tuple[Task, Model | None, str]]:
     timed = [
         (task, model, mode)
         for task, model, mode in itertools.product(tasks, models, MODES)
-        # the size is all that matters to elementwise functions
+        # the cost of elementwise functions depends only on the size
         if model in MODELS[:2] or (task.kernel.has_classes and not (model.rows and task.has_heads))
     ]
     return timed + [(task, None, EAGER) for task in tasks]
 
 
 def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
-    """A label of what was measured, and its lines; at first the number of them all as a label."""
+    """Yields a label and lines for each case. The first label is the number of cases."""
     settings = Settings.of(quick, only)
     kinds = {"pinned": PINNED, "default": {}} if jax.default_backend() == "cpu" else {"default": {}}
     yield str(len(kinds) * len(cases(settings))), []
@@ -223,13 +227,13 @@ def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
 
 
 def check(lines: list[dict]) -> None:
-    """Times depend on the machine; that all do the same doesn't."""
+    """On every machine, all libraries compute the same."""
     wrong = [(x["function"], x["library"], x["mode"]) for x in lines if x.get("agrees") is False]
     assert not wrong, wrong
 
 
 def main() -> None:
-    """The child: its lines of each case."""
+    """Runs in the child process: tells the lines of each case."""
     only, models, *rest = children.todo()
     settings = Settings(only, tuple(models), *rest)
     for task, model, mode in cases(settings):

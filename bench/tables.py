@@ -1,4 +1,4 @@
-"""The results as tables for a terminal."""
+"""Prints results as tables in a terminal."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def libraries(lines: list[dict]) -> list[str]:
     return list(dict.fromkeys(line["library"] for line in lines))
 
 
-FAILURES = {"nan": "NaN", "wrong sign": "of the wrong sign", "zero": "lost to 0"}  # what is counted, and how it is said
-ALLOCATORS = {"pinned": "where freed memory is kept", "default": "with the C library's allocator as it is"}
+FAILURES = {"nan": "NaN", "wrong sign": "of the wrong sign", "zero": "lost to 0"}  # counted failures, and their words
+ALLOCATORS = {"pinned": "if freed memory is kept", "default": "with the C library's default allocator"}
 
 
 def accuracy(lines: list[dict]) -> Iterable[Table]:
@@ -58,14 +58,14 @@ def accuracy(lines: list[dict]) -> Iterable[Table]:
             for (function, quantity), found in grouped(some, "function", "quantity").items()
         ]
         legend = (
-            "Beyond what rounding x - max x does, where there are several logits. Behind a colon how many entries are"
-            " NaN, of the wrong sign, or 0 where the truth isn't."
+            "For several logits, the error beyond the effect of rounding x - max x. After a colon, how many entries are"
+            " NaN, of the wrong sign, or 0 although the exact result isn't."
         )
         yield table(f"Largest error over all kinds of input, in ulps, {dtype}", ["", *names], rows, legend)
 
 
 def search(lines: list[dict]) -> Iterable[Table]:
-    """For each kind of arguments, the largest error on any kind of device."""
+    """For each kind of arguments, the largest error, as any kind of device sums rows."""
     for arguments in dict.fromkeys(line["arguments"] for line in lines):
         groups: dict[tuple, list[dict]] = {}
         for line in lines:
@@ -75,12 +75,12 @@ def search(lines: list[dict]) -> Iterable[Table]:
         for keys, some in groups.items():
             found = max(some, key=lambda line: worst(line["worst"][0], "ulps"))
             rows.append([", ".join(keys), f"{worst(found['worst'][0], 'ulps'):.3g}", found["device"], where(found)])
-        legend = "Ulps of the result, or of the sum of its terms; as a CPU, an accelerator or a GPU sums rows."
+        legend = "Ulps of the result, or of the sum of its terms; as jce sums rows on a CPU, a TPU or a GPU."
         yield table(f"The largest known error, float32, arguments {arguments}", ["", "ulps", "as", "at"], rows, legend)
 
 
 def where(line: dict) -> str:
-    """The worst argument, short."""
+    """The worst argument, abbreviated."""
     at = line["worst"][0]["at"]
     if corpus.is_recipe(at):
         return "; ".join(map(str, long_rows.recipes(at)))
@@ -115,8 +115,8 @@ def speed(lines: list[dict]) -> Iterable[Table]:
         columns = ["", "jce, ms", "/ floor", "compile, s", "best peer", "jce / it", "compile, s", "other peers"]
         rows = [row(", ".join(keys), found) for keys, found in groups.items()]
         legend = (
-            "Medians. Floor: a copy of the arrays, or a head's matrix products alone. Of other peers is said what they"
-            " can't, or that they compute something else."
+            "Medians. Floor: a copy of the arrays, or the bare matmuls of a head. Other peers are listed if they failed"
+            " or computed something else."
         )
         yield table(f"Time, {ALLOCATORS[malloc]}", columns, rows, legend)
     eager = [x for x in lines if "shape" not in x and x["malloc"] == lines[0]["malloc"]]
@@ -129,7 +129,7 @@ def speed(lines: list[dict]) -> Iterable[Table]:
 
 
 def first_call(lines: list[dict]) -> Iterable[Table]:
-    """jce's steps in milliseconds, and its whole over the peers'."""
+    """jce's steps in milliseconds, and the sum of its steps over that of the peers."""
     names = [name for name in libraries(lines) if name != "jce"]
     columns = ["", "trace, ms", "lower", "compile", "jaxpr, lines", *(f"jce / {name}" for name in names)]
     for device in dict.fromkeys(line["device"] for line in lines):
@@ -139,9 +139,7 @@ def first_call(lines: list[dict]) -> Iterable[Table]:
             cells = [f"{1e3 * ours[step]:.0f}" for step in ("trace", "lower", "compile")]
             ratios = [f"{found[name]['jce_over_it']:.2f}" if name in found else "–" for name in names]
             rows.append([", ".join(keys), *cells, str(ours["jaxpr_lines"]), *ratios])
-        legend = (
-            "Processor time of all threads, the least of some rounds; jce over a peer in the whole of the three steps."
-        )
+        legend = "Processor time in all threads, the least of several rounds. jce / a peer: for the sum of the steps."
         where = "here" if device == "here" else f"for a {device}"
         yield table(f"A first call {where}, not run", columns, rows, legend)
 
@@ -159,7 +157,7 @@ def memory(lines: list[dict]) -> Iterable[Table]:
             for keys, found in at_models.items()
         ]
         yield table(
-            "Temporaries at 8192 tokens, MB", ["", *names], rows, "Beside arguments and results; – has no such loss."
+            "Temporaries at 8192 tokens, MB", ["", *names], rows, "Besides arguments and results. –: no such loss."
         )
     yield from growth(lines)
 
@@ -176,19 +174,19 @@ def growth(lines: list[dict]) -> Iterable[Table]:
             for (function, mode, along), found in grouped(some, "function", "mode", "along").items()
         ]
         if rows:
-            legend = "1 grows as the size does, 0 not at all; fitted to the last three sizes."
+            legend = "1: grows like the size; 0: does not grow. Fitted to the last three sizes."
             yield table(f"{what} ~ size^exponent", ["", *names], rows, legend)
 
 
 def accelerators(lines: list[dict]) -> Iterable[Table]:
-    """For each device: jce, the peer of the shortest roofline, and jce's over it."""
+    """For each device: jce, the peer with the shortest roofline, and the ratio of their rooflines."""
     columns = ["", "passes", "best peer", "passes", "roofline / floor", "its", "jce / it", "cycles / its", "kernels"]
     for device in dict.fromkeys(line["device"] for line in lines):
         groups = grouped([x for x in lines if x["device"] == device], "function", "model", "mode")
         rows = [accelerators_row(", ".join(keys), found) for keys, found in groups.items()]
         legend = (
-            "Passes: arrays of logits read and written. Roofline / floor: the least time that the device's speeds"
-            " allow, over that of the bare products, or of reading arguments and writing results. Its: the best peer's."
+            "Passes: arrays of logits read and written. Roofline / floor: the least time at the device's peaks, over"
+            " that of the bare matmuls, or of reading arguments and writing results. Its: the best peer's."
         )
         yield table(f"Compiled for {device}, not timed", [*columns, "temporaries, MB", "its", "can't"], rows, legend)
 
@@ -211,7 +209,7 @@ def accelerators_row(label: str, found: dict[str, dict]) -> list[str]:
 
 
 def verify(lines: list[dict]) -> Iterable[Table]:
-    """A table for each claim, and how many hold."""
+    """A table for each claim, and a table of how many hold."""
     environment = lines[0]["environment"]
     on = f"On {environment['device']}, JAX {environment['jax']}"
     on += f", {environment['driver']}" if "driver" in environment else ""
@@ -226,7 +224,7 @@ def verify(lines: list[dict]) -> Iterable[Table]:
 
 
 def nearest_to_the_claim(found: Iterable[Found]) -> list[Found]:
-    """For each function what is nearest to what is claimed, or furthest beyond it."""
+    """For each function, the finding that is nearest to its claim, or furthest beyond it."""
     worst_of: dict[str, Found] = {}
     for x in found:
         worst_of[x.of] = max(worst_of.get(x.of, x), x, key=lambda x: x.measured / (x.said or 1))
@@ -234,7 +232,7 @@ def nearest_to_the_claim(found: Iterable[Found]) -> list[Found]:
 
 
 def of_claim(claim: Claim, found: list[Found], on: str) -> Table:
-    """Its columns are those that have something in them."""
+    """Empty columns are left out."""
     words = {True: "yes", False: "no", None: ""}
     columns = ["function", "claimed", "measured", "holds", "detail"]
     rows = [
@@ -256,7 +254,7 @@ def moved(changes: list[tuple[dict, str, float, float]]) -> Table:
         [label(line), name, f"{old:.3g}", f"{new:.3g}", f"{new / old:.2f}" if old and math.isfinite(new / old) else "–"]
         for line, name, old, new in changes
     ]
-    legend = "Now over before; figures that don't depend on the machine by 1 %, times by more than they scatter."
+    legend = "Ratio: now over before. Noise: 1 % for programs compiled for accelerators, 10 % otherwise."
     return table("Moved beyond the noise", ["", "figure", "before", "now", "ratio"], rows, legend)
 
 

@@ -1,4 +1,4 @@
-"""Heads that are functions: the dense loss of what they give, in every function of heads, nesting and mode."""
+"""Heads that are functions: all `linear_*` functions, nestings and modes agree with the loss of the dense logits."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ def normed(h, gain):
 
 
 def loosely(head):
-    """With the promotion that people's heads count on, where these tests forbid it."""
+    """Allow promotion inside the head: these tests forbid it, but users' heads need it."""
 
     def called(h):
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
@@ -45,7 +45,7 @@ def loosely(head):
     return called
 
 
-HEADS = {  # of parameters, a function of hidden states
+HEADS = {  # functions of parameters that return a function of hidden states
     "a matrix": lambda p: lambda h: h @ p["kernel"],
     "an embedding": lambda p: lambda h: jnp.einsum("bsd,vd->bsv", h, p["kernel"].T) * D**-0.5,
     "low-rank": lambda p: lambda h: h @ jax.lax.stop_gradient(p["kernel"]) + (h @ p["a"]) @ p["b"],
@@ -88,7 +88,7 @@ def custom(p):
 @pytest.mark.parametrize("name", [*HEADS, "custom"])
 @pytest.mark.slow
 def test_first_and_second_derivatives(name, problem):
-    """Of a mean over some tokens, whose others are NaN; and under a custom_vjp rule, which has no second."""
+    """Derivatives of a mean over some tokens. The other tokens are NaN. A custom_vjp rule has no second derivative."""
     y, h, parameters, where = problem
     bad = 1e30 if jax.config.jax_debug_nans else np.nan
     options = {"where": where, "chunk_size": 16, "z_loss": 1e-2, "label_smoothing": 0.1}
@@ -164,7 +164,7 @@ def test_every_function_takes_one(problem):
 
 @pytest.mark.wide
 def test_a_model_gives_one_instead_of_logits(problem):
-    """Through jit, grad and vmap: it is a tree of the states and of what the head closes over."""
+    """It passes through jit and grad, since it is a pytree of the states and the arrays that the head closes over."""
     y, h, p, _ = problem
 
     @jax.jit
@@ -178,12 +178,12 @@ def test_a_model_gives_one_instead_of_logits(problem):
     x = model(h, p)
     calls = []
     jce.Linear(h, lambda h: (calls.append(h.shape), h @ p["kernel"])[1])
-    assert calls == [(1, 1, D)]  # traced once, of one token
+    assert calls == [(1, 1, D)]  # traced once, for one token
     assert jax.tree.structure(x) == jax.tree.structure(jax.tree.map(lambda a: a, x))
 
 
 def test_a_model_picks_and_caps_tokens(problem):
-    """The loss of the next tokens, and its gradient, where a Linear has been indexed and has got a soft cap."""
+    """The loss of the next tokens, and its gradient, for a Linear that was indexed and got a soft cap."""
     y, h, p, where = problem
 
     def ours(h, p):
@@ -226,7 +226,7 @@ def test_a_callable_that_has_a_shape_and_a_dtype(problem):
 
 @pytest.mark.slow
 def test_nestings(problem):
-    """Rows of a vmap, parameters of a vmap, a scan, a token alone, and none."""
+    """A vmap over rows, a vmap over parameters, a scan, one token alone, and no tokens."""
     y, h, p, _ = problem
     kernels = jnp.stack([p["kernel"], 2 * p["kernel"]])
 
@@ -252,7 +252,7 @@ def test_nestings(problem):
 @pytest.mark.needs_jit
 @pytest.mark.slow
 def test_what_it_costs():
-    """At most what the matrix does; and of what is trained beside a frozen kernel nothing of the kernel's size."""
+    """At most as much as an array as head. If parameters beside a frozen kernel are trained, no array has its size."""
     tokens, d, n = 1024, 64, 8192
     shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in ((4, tokens // 4, d), (n, d), (d, 4), (4, n))]
     y = jnp.zeros((4, tokens // 4), int)
@@ -276,7 +276,10 @@ def test_what_it_costs():
 
 
 def test_narrow_arrays_have_their_gradient_summed_wide(rng):
-    """As a matrix' is: of many tokens a bfloat16 sum would be some percent off. Each comes back in its own dtype."""
+    """As the gradient of an array head is: with many tokens a bfloat16 sum would be some percent off.
+
+    Gradients are returned in the arrays' own dtypes.
+    """
     h, w = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((4096, 4), (8, 4)))
     y = jnp.zeros(4096, int)
 
@@ -315,7 +318,7 @@ def test_what_it_holds_is_the_callers_alone(problem):
 
 @pytest.mark.slow
 def test_devices(problem):
-    """XLA splits tokens under Auto axes, and a caller in a shard_map."""
+    """Tokens are split by XLA (Auto axes), or by the caller in a shard_map."""
     y, h, p, _ = problem
     y, h = y[:, :16].reshape(12, 4), h[:, :16].reshape(12, 4, D)
     mesh = jax.make_mesh((4, 2), ("data", "stage"), axis_types=(AxisType.Auto,) * 2)

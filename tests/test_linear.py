@@ -1,4 +1,4 @@
-"""The head and its loss in one: every option against dense float64 logits, accuracy, corners, transforms, errors."""
+"""Fused heads: every option against dense float64 logits, accuracy, edge cases, transformations, errors."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ INF, NAN = np.inf, np.nan
 N, D, CLASSES = 11, 5, 13
 
 
-# Every option, against logits that exist
+# Every option, against dense logits
 
 CHOICES = {
     "target": ["a label", "labels", "labels and a tail"],
@@ -48,14 +48,14 @@ PAIRWISE = [dict(zip(CHOICES, row, strict=True)) for row in AllPairs(list(CHOICE
 
 
 def chosen_arguments(options, rng):
-    """What the choices stand for: the labels, the arguments that are differentiated, and static options."""
+    """The labels, the differentiated arguments and the static options that the choices stand for."""
     target, bias, weights, where, temperature, numbers = (
         options.pop(name) for name in ("target", "bias", "weights", "where", "temperature", "numbers")
     )
     arguments = {"hidden": rng.standard_normal((N, D)), "head": rng.standard_normal((CLASSES, D))}
     if bias != "none":
         arguments["bias"] = np.append(rng.standard_normal(CLASSES - 1), -INF if bias == "forbidding" else 0.5)
-    labels = rng.permuted(np.tile(np.arange(CLASSES - 1), (N, 1)), axis=1)[:, :3]  # unlike each other
+    labels = rng.permuted(np.tile(np.arange(CLASSES - 1), (N, 1)), axis=1)[:, :3]  # distinct
     if target == "a label":
         labels = labels[:, 0]
     else:
@@ -79,7 +79,7 @@ def chosen_arguments(options, rng):
 @pytest.mark.parametrize("options", PAIRWISE, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.in_turn(12)
 def test_every_pair_of_options(options, rng, monkeypatch):
-    """Value, gradient and Hessian-vector product in each argument that may have one, in float64, on each platform."""
+    """Value, gradient and Hessian-vector product in every differentiable argument, in float64, as on each platform."""
     options = dict(options)
     platform = getattr(_platforms, options.pop("platform"))
     monkeypatch.setattr(_platforms, "CPU", platform)
@@ -112,7 +112,7 @@ def test_every_pair_of_options(options, rng, monkeypatch):
     ids=["a temperature for each token", "smoothing under a soft cap"],
 )
 def test_what_an_accelerator_reads_more_than_once(options, rng, monkeypatch):
-    """Logits that one pass can't reduce, summed as on a TPU: value and gradient, in float64."""
+    """Value and gradient in float64, summed as on a TPU, with options whose logits can't be reduced in one pass."""
     monkeypatch.setattr(_platforms, "CPU", _platforms.TPU)
     labels, h, w = rng.integers(0, CLASSES, N), rng.standard_normal((N, D)), rng.standard_normal((CLASSES, D))
     jax.clear_caches()
@@ -128,7 +128,7 @@ def test_what_an_accelerator_reads_more_than_once(options, rng, monkeypatch):
 
 
 def confident(rng, tokens=24, n=13, dtype=np.float32):
-    """Labels, and logits right and wrong by margins from 0 to 80."""
+    """Labels, and logits. The label's logit gets from -20 to 80 more than the others."""
     x = rng.standard_normal((tokens, n))
     labels = rng.integers(0, n, tokens)
     x[np.arange(tokens), labels] += np.linspace(-20, 80, tokens)
@@ -139,7 +139,7 @@ def confident(rng, tokens=24, n=13, dtype=np.float32):
 @pytest.mark.parametrize("smoothing", [0.0, 0.25])
 @pytest.mark.slow
 def test_an_identity_as_head_changes_nothing(chunk_size, smoothing, rng):
-    """Value and gradient of the label loss to a few ulps, so to its bars, whatever the chunks."""
+    """Value and gradient equal those of the label loss to a few ulps, so they are within its bars, for any chunks."""
     labels, x = confident(rng)
     eye = np.eye(x.shape[1], dtype=np.float32)
 
@@ -157,7 +157,7 @@ def test_an_identity_as_head_changes_nothing(chunk_size, smoothing, rng):
         return jce.cross_entropy_with_integer_labels(labels, x, label_smoothing=smoothing)
 
     np.testing.assert_allclose(linear(x), plain(x), rtol=3e-7, atol=0)
-    for i in range(len(x)):  # each by itself, as the rule of the sum computes it
+    for i in range(len(x)):  # each token alone, with the derivative rule for sums
         value, _ = jax.value_and_grad(
             lambda row, y: jce.linear_cross_entropy(y, row, eye, label_smoothing=smoothing, chunk_size=chunk_size)
         )(x[i], labels[i])
@@ -169,7 +169,7 @@ def test_an_identity_as_head_changes_nothing(chunk_size, smoothing, rng):
 
 @pytest.mark.slow
 def test_confident_tokens_keep_their_digits(rng):
-    """Through a head that rotates: what is lost is what rounding x loses, some ulps of |h| |W|, not the tail."""
+    """If the head is a rotation, the error is that of rounding x, some ulps of |h| |W|. The tail isn't lost."""
     labels, x = confident(rng, n=16)
     rotation = np.linalg.qr(rng.standard_normal((16, 16)))[0].astype(np.float32)
     hidden = (x @ rotation).astype(np.float32)
@@ -197,7 +197,10 @@ def test_confident_tokens_keep_their_digits(rng):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.slow
 def test_half_precision(dtypes, reduction, rng):
-    """Against float64 on the same numbers: the loss as float32's, gradients rounded once, however many the chunks."""
+    """Against float64 for the same numbers: the loss is as exact as in float32, and gradients are rounded only once.
+
+    This holds for any number of chunks.
+    """
     tokens, d, n = 256, 16, 32
     labels = np.full(tokens, 3)
     h = jnp.asarray(rng.standard_normal((tokens, d)) + 1, dtypes[0])
@@ -214,7 +217,7 @@ def test_half_precision(dtypes, reduction, rng):
         exact_gradients = [np.asarray(e) for e in exact_gradients]
     np.testing.assert_allclose(value, exact, rtol=2e-6)
     for g, e in zip(gradients, exact_gradients, strict=True):
-        scale = np.abs(e).mean()  # below it, float32's own rounding of a sum in which terms cancel
+        scale = np.abs(e).mean()  # smaller entries have float32's rounding of a sum in which terms cancel
         error = np.abs(np.asarray(g, np.float64) - e)
         assert (error <= 0.51 * spacing(e, g.dtype) + 4e-6 * scale).all()
 
@@ -227,7 +230,7 @@ def test_the_same_bits_each_time(rng):
         np.testing.assert_array_equal(a, b)
 
 
-# Raggedness and corners
+# Incomplete chunks and edge cases
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7])
@@ -235,7 +238,7 @@ def test_the_same_bits_each_time(rng):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.in_turn(24)
 def test_padding_enters_no_sum(tokens, n, reduction):
-    """At zero logits each loss is log n, q is 1/n, and a row or a column too many would show."""
+    """With logits of 0, each loss is log n and each q is 1/n, so an additional row or column would be noticed."""
     h, w, b = np.zeros((tokens, 2), np.float32), np.zeros((n, 2), np.float32), np.zeros(n, np.float32)
     labels = np.zeros(tokens, np.int32)
 
@@ -285,7 +288,7 @@ def test_a_token_left_out_may_hold_anything(problem, reduction, how):
 
 
 def test_a_token_of_weight_0_is_left_out_if_anything_in_it_is_no_number(problem):
-    """One coordinate of its hidden state, or a label just beyond the last class."""
+    """The NaN or ∞ may be in one coordinate of its hidden state. The label may be just beyond the last class."""
     labels, h, w, b = problem
     weights = np.ones(labels.shape, np.float32)
     weights[0, :3] = 0
@@ -298,7 +301,7 @@ def test_a_token_of_weight_0_is_left_out_if_anything_in_it_is_no_number(problem)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.in_turn(3)
 def test_an_infinite_loss_left_out_adds_nothing(problem, reduction):
-    """Class 0, which a token left out is given as its label, is forbidden; or it is the label at weight 0."""
+    """Class 0 is forbidden. Masked tokens get it as their label, and zero-weight tokens have it as their label."""
     labels, h, w, b = problem
     labels, kept = np.maximum(labels, 1), np.arange(8).reshape(2, 4) > 1
     b[0], labels[0, :2] = -INF, 0
@@ -378,7 +381,7 @@ def test_z_loss_of_logits_beyond_the_exponential(problem):
 
 @pytest.mark.slow
 def test_hessian_vector_products_of_confident_tokens(rng):
-    """Through the fused sum, as of the label loss itself: no term of it is a difference of larger ones."""
+    """Through the fused sum they equal those of the label loss: no term is a difference of larger terms."""
     labels, x = confident(rng)
     eye, t = np.eye(x.shape[1], dtype=np.float32), rng.standard_normal(x.shape).astype(np.float32)
 
@@ -404,7 +407,7 @@ def test_nothing_left(problem, reduction):
 
 
 def test_the_derivative_in_a_weight_of_0_is_the_loss(problem):
-    """A sum of wℓ is linear in w, also at 0; a token that holds no label or no number is left out there too."""
+    """A sum of wℓ is linear in w, also at w = 0. But a token with an invalid label or a NaN is masked there too."""
     labels, h, w, b = problem
     losses = jce.linear_cross_entropy(labels, h, w, b, reduction="none")
     labels[0, 0], h[0, 1] = -100, NAN
@@ -421,7 +424,7 @@ def test_the_derivative_in_a_weight_of_0_is_the_loss(problem):
 
 
 def test_the_derivative_in_a_weight_of_0_where_a_label_of_probability_0_is_no_class(problem):
-    """Such a label pads the list of a token's labels; one with a probability leaves the token out."""
+    """Such a label pads the token's list of labels. If an invalid label has a probability, its token is masked."""
     _, h, w, b = problem
     labels, p = np.array([[1, -100], [1, -100]]), np.float32([[1, 0], [0.5, 0.5]])
 
@@ -436,7 +439,7 @@ def test_the_derivative_in_a_weight_of_0_where_a_label_of_probability_0_is_no_cl
 @pytest.mark.parametrize("how", ["where", "weight 0"])
 @pytest.mark.slow
 def test_an_infinite_loss_left_out_spoils_no_derivative_in_a_weight(problem, how):
-    """Its label is a forbidden class. In its own weight of 0 the derivative is +∞, unless `where` excludes it."""
+    """The token's label is a forbidden class. The derivative in its weight of 0 is +∞, unless `where` masks it."""
     labels, h, w, b = problem
     labels = np.minimum(labels, 4)
     labels[0, 0], b[5] = 5, -INF
@@ -481,7 +484,7 @@ def test_a_label_of_no_class_makes_its_token_nan_and_no_other(problem, wrong):
 @pytest.mark.parametrize("cap", [None, 4.0])
 @pytest.mark.in_turn(2)
 def test_a_forbidden_class(problem, cap):
-    """As if it weren't in the head, in every derivative; as a label it costs infinity."""
+    """All derivatives are as if the class weren't in the head. If it is a label, the loss is infinite."""
     labels, h, w, b = problem
     labels = np.minimum(labels, 4)
     shorter = value_and_gradients(labels, h, w[:5], b[:5], logit_soft_cap=cap)
@@ -544,12 +547,12 @@ def test_a_soft_cap_below_what_matters_flattens_all_but_what_is_forbidden():
     np.testing.assert_allclose(losses, math.log(2), rtol=1e-6)
 
 
-# Numbers that are traced
+# Traced numbers
 
 
 @pytest.mark.slow
 def test_a_traced_0_is_none_whatever_the_logits(problem):
-    """Label smoothing and z-loss at 0 with a forbidden class and logits whose square overflows: dense, and in heads."""
+    """Label smoothing and z-loss of 0, with a forbidden class and logits whose square overflows, dense and in heads."""
     labels, h, w, b = problem
     labels, b[5] = np.minimum(labels, 4), -INF
     h[0, 0] *= 1e25
@@ -593,7 +596,7 @@ def test_a_traced_label_smoothing_of_1_asks_of_the_label_only_that_it_be_one(pro
 
 @pytest.mark.slow
 def test_derivatives_in_a_traced_cap(problem):
-    """And in hidden states, first and second; and in another traced number alone."""
+    """First and second derivatives in the cap and in hidden states, and a derivative in another traced number alone."""
     labels, h, w, b = (np.float64(x) if x.dtype == np.float32 else x for x in problem)
     labels, h = labels.ravel(), h.reshape(-1, h.shape[-1])
 
@@ -613,7 +616,7 @@ def test_derivatives_in_a_traced_cap(problem):
 
 @pytest.mark.slow
 def test_a_traced_cap_leaves_forbidden_classes_alone(problem):
-    """Of any size, in the cap's own derivatives too."""
+    """For a cap of any size, and in the cap's own derivatives too."""
     labels, h, w, b = problem
     labels, b[5] = np.minimum(labels, 4), -INF
 
@@ -634,7 +637,7 @@ def test_a_traced_cap_leaves_forbidden_classes_alone(problem):
 
 @pytest.mark.slow
 def test_traced_numbers_are_as_pythons(problem):
-    """Of any dtype, which widens nothing; batched; over devices; and in an eager call, as an array."""
+    """For any dtype (which doesn't widen the result), in a batch, over devices, and as an array in an eager call."""
     labels, h, w, b = problem
     labels = labels.astype(np.int32)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -668,7 +671,7 @@ def test_traced_numbers_are_as_pythons(problem):
 
 
 def test_a_traced_number_beside_sharded_logits(rng):
-    """Its derivative is a number on all devices, also where types say how arrays are split."""
+    """Its derivative is one number for all devices, also if types say how arrays are split (explicit mesh axes)."""
     labels, x = rng.integers(0, 6, 8), rng.standard_normal((8, 6)).astype(np.float32)
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
 
@@ -694,7 +697,7 @@ def linear_mean(labels, h, w):
 
 
 def test_a_batch_of_means(problem):
-    """Its members' tokens join in one loop, but each has a mean of its own, also where the batch is differentiated."""
+    """The members' tokens join in one loop, but each member has its own mean, also if the batch is differentiated."""
     labels, h, w, _ = problem
 
     def of_batch(loss, h, w):
@@ -759,7 +762,7 @@ def test_gradient_of_a_jvp_and_gauss_newton_products(problem):
     close(jax.grad(slope)(w, linear_mean), jax.grad(slope)(w, dense_mean), rtol=1e-5, atol=1e-6)
 
     def gauss_newton(layer, t, loss):
-        """Jᵀ H J t: J of the hidden states in the layer, H of the loss in the hidden states."""
+        """Jᵀ H J t: J is the Jacobian of the states in the layer, H the Hessian of the loss in the states."""
 
         def states(layer):
             return jnp.tanh(h @ layer)
@@ -886,7 +889,7 @@ def test_fewer_classes_than_the_width(rng):
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_label_out_of_range_under_a_head_of_few_classes(reduction):
-    """Where r meets e, since there are fewer classes than hidden states are wide."""
+    """With fewer classes than hidden states are wide, r multiplies e (`jce/_heads/loss/label_loss.py`)."""
 
     def loss(h, w):
         return jce.linear_cross_entropy(np.array([1, 7]), h, w, reduction=reduction).sum()

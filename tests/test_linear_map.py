@@ -1,4 +1,4 @@
-"""Any function of a head's tokens: against whole logits, in every mode; what is left out, closed over, and its cost."""
+"""`linear_map`: results against dense logits in every mode, masked tokens, closed-over values, and costs."""
 
 import functools
 import itertools
@@ -33,7 +33,7 @@ def policy_loss(y, advantage, old, reference, x):
 
 
 class Mapped(NamedTuple):
-    """A function of one token, and its arguments, by the names that `arrays` gives them."""
+    """A function of one token, and the names of its arguments in `arrays`."""
 
     function: Callable
     arguments: tuple[str, ...]
@@ -63,7 +63,7 @@ FUNCTIONS = {
 
 @pytest.fixture
 def arrays(rng):
-    """By name: what tokens have, and the hidden states and heads of a teacher and a student."""
+    """By name: the arguments with one entry per token, and the hidden states and heads of a teacher and a student."""
     labels = rng.integers(0, CLASSES, TOKENS)
     legal = rng.random((TOKENS, CLASSES)) < 0.6
     legal[np.arange(TOKENS), labels] = True
@@ -83,7 +83,7 @@ def arrays(rng):
 
 
 def whole(function, arguments, where, weights, reduction):
-    """Of all logits at once."""
+    """The same results, from the logits of all tokens at once."""
     x = [a.hidden @ a.head.T if isinstance(a, Linear) else a for a in arguments]
     results = jax.vmap(function)(*x)
     w = jnp.where(where, weights, 0)
@@ -111,7 +111,7 @@ def test_functions_of_whole_logits(name, reduction, wanted, arrays, rng):
 
     def of(how):
         def loss(th, tw, sh, sw, weights):
-            # Made in the same program, as a model's are.
+            # The inputs are made in the same program, as in a model.
             linear = {"teacher": Linear(jnp.tanh(th), tw), "student": Linear(2 * jnp.sin(sh), sw)}
             arguments = [linear.get(name, of_tokens.get(name)) for name in names]
             cotangent = jnp.arange(1.0, TOKENS + 1) if reduction == "none" else 1
@@ -132,7 +132,7 @@ def test_functions_of_whole_logits(name, reduction, wanted, arrays, rng):
 
 
 def test_trees_and_numbers_of_every_kind(arrays):
-    """In and out; a mean counts what is true."""
+    """As arguments and as results. The mean of bools is the share that is True."""
     of_tokens, heads = arrays
     data = {"labels": of_tokens["labels"], "logits": (Linear(*heads["student"], logit_soft_cap=2.0), None)}
 
@@ -158,7 +158,7 @@ def test_trees_and_numbers_of_every_kind(arrays):
 
 @pytest.mark.slow
 def test_token_axes_and_samples(rng):
-    """Two axes of tokens, each with a random key: the class that the whole logits give."""
+    """With two token axes and a random key per token, the sampled classes are those of the dense logits."""
     h, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 5, 3), (CLASSES, 3)))
     keys = jax.random.split(jax.random.key(0), (2, 5))
     got = jce.linear_map(jax.random.categorical, keys, Linear(h, w), chunk_size=4)
@@ -167,11 +167,11 @@ def test_token_axes_and_samples(rng):
     assert (got == expected).all()
 
 
-# What is left out
+# Masked tokens
 
 
 def singular(x, scale):
-    """Infinite at logits of 0, which zeros to fill a chunk would make."""
+    """Infinite at logits of 0, which zeros that fill up a chunk would have."""
     return scale * jnp.log(jnp.abs(x).sum())
 
 
@@ -180,7 +180,7 @@ def singular(x, scale):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.in_turn(2)
 def test_what_is_left_out_reaches_no_derivative(how, reduction, rng):
-    """61 tokens in chunks of 16; those left out hold NaN."""
+    """61 tokens in chunks of 16. Masked tokens hold NaN."""
     h, w = rng.standard_normal((61, 3)), rng.standard_normal((CLASSES, 3))
     kept = np.ones(61, bool) if how == "filled up" else np.arange(61) % 3 == 1
     kept &= how != "nothing left"
@@ -202,7 +202,7 @@ def test_what_is_left_out_reaches_no_derivative(how, reduction, rng):
 
 @pytest.mark.slow
 def test_an_infinite_result_of_weight_0_adds_nothing():
-    """And its derivative in the weight is what it is."""
+    """But the derivative in that weight is infinite."""
     x = Linear(jnp.ones((2, 1)), jnp.zeros((3, 1)), jnp.array([0, 0, -jnp.inf]))
 
     def total(weights):
@@ -227,12 +227,12 @@ def test_no_tokens_and_no_classes():
     ).all()
 
 
-# What is closed over, or shared
+# Closed-over and shared values
 
 
 @pytest.mark.slow
 def test_traced_values_closed_over_and_shared(arrays):
-    """A temperature's derivatives, from either place, to the second order."""
+    """The derivatives of a temperature in either place, up to the second order."""
     of_tokens, heads = arrays
     x = Linear(*heads["student"])
 
@@ -274,7 +274,7 @@ QUICK = ("a number and a bool", "mean"), ("two reals and an integer", "sum"), ("
     ],
 )
 def test_every_result_has_its_derivative_in_the_weights(tree, reduction, arrays):
-    """Of sums, of means and of each, forward and reverse, whatever else has a derivative."""
+    """For sums, means and single tokens, forward and reverse, whatever else has a derivative."""
     of_tokens, heads = arrays
     h, w = (a.astype(np.float32) for a in heads["student"])
     results = jax.vmap(TREES[tree])(of_tokens["labels"], h @ w.T)
@@ -296,7 +296,7 @@ def test_every_result_has_its_derivative_in_the_weights(tree, reduction, arrays)
 
 
 def limited(limit):
-    """The identity, whose cotangent is clipped, by a rule that closes over the limit."""
+    """The identity with a clipped cotangent. Its rule closes over the limit."""
 
     @jax.custom_vjp
     def identity(x):
@@ -308,7 +308,7 @@ def limited(limit):
 
 @pytest.mark.needs_jit
 def test_rules_that_close_over_a_traced_value():
-    """Where results are summed; those of each token are as `jax.lax.map`'s, which tests/test_plain_jax.py has."""
+    """If results are summed. Without a sum they are as with `jax.lax.map`, which tests/test_plain_jax.py tests."""
     h, w = np.ones((5, 2), np.float32), np.ones((3, 2), np.float32)
 
     def loss(limit, h):
@@ -324,7 +324,7 @@ def test_rules_that_close_over_a_traced_value():
 
 @pytest.mark.needs_jit
 def test_axes_of_a_vmap():
-    """Its members' tokens join in one loop: functions that name it are told so, and others needn't know."""
+    """The members' tokens join in one loop. So a function that names the vmap's axis raises an error; others work."""
     x = Linear(jnp.ones((2, 3, 4)), jnp.ones((5, 4)))
 
     def batched(function, **options):
@@ -346,7 +346,7 @@ def test_axes_of_a_vmap():
 
 @pytest.mark.slow
 def test_a_derivative_in_nothing_but_weights_or_what_is_closed_over(arrays):
-    """With heads and tokens frozen."""
+    """Heads and hidden states are not differentiated."""
     of_tokens, heads = arrays
     h, w = (a.astype(np.float32) for a in heads["student"])
     x, losses = Linear(h, w), ce(of_tokens["labels"], h @ w.T)
@@ -364,7 +364,7 @@ def test_a_derivative_in_nothing_but_weights_or_what_is_closed_over(arrays):
 @pytest.mark.needs_jit
 @pytest.mark.slow
 def test_a_symbolic_number_of_tokens(arrays):
-    """Exported once, for as many as there will be."""
+    """One export works for any number of tokens."""
     (tokens,) = jax.export.symbolic_shape("tokens")
     of_tokens, heads = arrays
 
@@ -416,7 +416,7 @@ def test_a_shared_array_comes_in_its_own_dtype():
 
 @pytest.mark.holds_nan
 def test_a_weight_of_0_where_one_head_has_no_finite_state(rng):
-    """Is left out: its derivative is 0, and the divergence's elsewhere."""
+    """The token is masked: the derivative in its weight is 0. The derivative in other weights is the divergence."""
     w, h = rng.standard_normal((3, 2)).astype(np.float32), np.float32([[1, 2], [3, 4]])
 
     def total(weights, bad):
@@ -429,7 +429,7 @@ def test_a_weight_of_0_where_one_head_has_no_finite_state(rng):
 
 @pytest.mark.wide
 def test_half_precision_is_summed_in_float32():
-    """bfloat16 shared by 1024 tokens, a chunk each: their gradient's sum has no digits of bfloat16 to lose."""
+    """1,024 tokens, each in its own chunk, share a bfloat16 number. Its gradient, summed in float32, is exact."""
     x = Linear(jnp.ones((1024, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16))
 
     def loss(scale, reduction):
@@ -448,7 +448,7 @@ def test_half_precision_is_summed_in_float32():
 @pytest.mark.parametrize("of_head", [jnp.bfloat16, jnp.float32])
 @pytest.mark.slow
 def test_derivatives_in_half_precision(of_head, rng):
-    """In hidden states and head at once, forward and reverse, each in its own dtype, to bfloat16's digits."""
+    """In hidden states and head at once, forward and reverse, each in its own dtype, to bfloat16's precision."""
     numbers, directions = (
         (jnp.asarray(rng.standard_normal((7, 4)), jnp.bfloat16), jnp.asarray(rng.standard_normal((5, 4)), of_head))
         for _ in range(2)
@@ -469,7 +469,7 @@ def test_derivatives_in_half_precision(of_head, rng):
 
 
 def test_jacobians_in_half_precision(rng):
-    """Of each token's number in all hidden states: batches of tangents and of cotangents under one head."""
+    """Jacobians of one number per token in all hidden states: batches of tangents and of cotangents for one head."""
     hidden, head = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((3, 2), (5, 2)))
 
     @quick_jit
@@ -500,7 +500,7 @@ WAYS = list(itertools.product(OF_HALF, ["accelerator", "cpu"]))
 )
 @pytest.mark.wide
 def test_second_derivatives_in_half_precision(name, platform, rng):
-    """They cross from hidden states to heads, whose derivatives are float32: in all nestings, to bfloat16's digits."""
+    """In all nestings, to bfloat16's precision. They mix hidden states and heads, whose derivatives are float32."""
     numbers, directions = (
         tuple(jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((7, 4), (5, 4))) for _ in range(2)
     )
@@ -517,14 +517,16 @@ def test_second_derivatives_in_half_precision(name, platform, rng):
 
 
 def divergence_at(temperature, x, y):
-    """KL(p‖q) of each two rows, as it is written."""
+    """KL(p‖q) for each pair of rows, by the formula as written."""
     log_p, log_q = (jax.nn.log_softmax(z / temperature) for z in (x, y))
     return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
 def value_and_derivatives(function, static):
-    """Of a function of T and two rows: its values and gradients, and what a direction makes of these; or, where T is
-    traced, what T makes of both, and of the values' slope."""
+    """For a function of T and two rows: its values, its gradients, and the gradients' derivative along a direction.
+
+    If T is traced: values, gradients, and the derivatives in T of the values, of that slope, and of the gradients.
+    """
 
     def gradient(t, *rows):
         return jax.grad(lambda *rows: function(static or t, *rows).sum(), (0, 1))(*rows)
@@ -550,8 +552,8 @@ def value_and_derivatives(function, static):
     ],
 )
 def test_a_temperature_divides_what_the_logits_are_apart(temperature, traced, rng):
-    """Of two heads from an ulp to a lot apart, and with what all logits have in common: relative to a token's largest
-    entry. That float64 is right it shows where the two are well apart, beside the divergence as it is written."""
+    """Two heads whose logits are from one ulp to far apart, with a common offset: errors are relative to the largest
+    entry of a token. Where the two are well apart, float64 itself is checked against the formula as written."""
     apart = np.repeat(np.float64([0, 1e-3, 1, 5]), 6)[:, None]
     x = (3 * rng.standard_normal((24, 12)) + np.resize(np.float64([0, 20, 1000]), (24, 1))).astype(np.float32)
     y = (x + apart * rng.standard_normal(x.shape)).astype(np.float32)
@@ -577,7 +579,7 @@ def test_a_temperature_divides_what_the_logits_are_apart(temperature, traced, rn
 
 @pytest.mark.slow
 def test_a_traced_temperature_beside_forbidden_classes(rng):
-    """One that both forbid isn't there, and of one that p alone forbids p is 0, also in what T makes of a gradient."""
+    """A class that both forbid is absent. If only p forbids it, its p is 0, also in a gradient's derivative in T."""
     x, y = rng.standard_normal((2, 4, 6)).astype(np.float32)
     forbidden = np.float32([0, 0, 0, 0, -np.inf, -np.inf])
 
@@ -597,7 +599,7 @@ def test_a_traced_temperature_beside_forbidden_classes(rng):
 
 @pytest.mark.slow
 def test_second_derivatives_in_a_temperature_beside_what_p_alone_forbids():
-    """Or thinks next to impossible: the Hessian in T and q's biases is symmetric, and a float64 formula's."""
+    """Or makes almost impossible. The Hessian in T and in q's biases is symmetric, and equals a float64 formula's."""
     cases = list(itertools.product([-np.inf, -1e30, -200, -30, -3], [-4, -1, 1], [0.7, 1, 2]))
     x, y, t = (np.array(a, np.float32) for a in zip(*cases, strict=True))
     x, y = (np.stack([a, 0 * y, r + 0 * y], 1) for a, r in ((x, np.float32(1)), (y, np.float32(0))))
@@ -623,7 +625,7 @@ def test_second_derivatives_in_a_temperature_beside_what_p_alone_forbids():
 @pytest.mark.parametrize("which", ["by name", "map"])
 @pytest.mark.slow
 def test_two_heads_are_their_logits_bit_for_bit(which, rng):
-    """Where a head is the identity: value, gradient and a Hessian-vector product, near and far apart."""
+    """If both heads are the identity: value, gradient and a Hessian-vector product, for logits near and far apart."""
     x = 3 * rng.standard_normal((12, 9)).astype(np.float32)
     y = x + np.resize(np.float32([1e-6, 1e-3, 1, 10]), (12, 1)) * rng.standard_normal((12, 9)).astype(np.float32)
     eye, t = np.eye(9, dtype=np.float32), tuple(rng.standard_normal((2, 12, 9)).astype(np.float32))
@@ -646,7 +648,7 @@ def test_two_heads_are_their_logits_bit_for_bit(which, rng):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-# What it costs
+# Costs
 
 LOSSES = {
     "label": (lambda t, s: jce.linear_map(ce, np.zeros(64, int), s, reduction="mean", chunk_size=16), 1, 3),
@@ -723,7 +725,7 @@ def test_no_mode_has_the_logits_of_all_tokens(name, mode):
     a = jax.ShapeDtypeStruct((tokens, d), np.float32), jax.ShapeDtypeStruct((n, d), np.float32)
     text = jax.jit(program).lower(a, a).compile().as_text()
     shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"\[(\d+(?:,\d+)+)\]", text)}
-    # The third nesting of reverse mode alone keeps a gradient of the head for each chunk.
+    # Only reverse mode nested three times keeps a gradient of the head for each chunk.
     assert max(map(math.prod, shapes)) < tokens * n / (1 if mode == "reverse three times" else 8)
 
 
@@ -815,7 +817,7 @@ def test_errors(arguments, options, error, message):
     ],
 )
 def test_an_argument_without_all_token_axes(shape, written, rng):
-    """It isn't broadcast. The error says how to write that, and that runs."""
+    """The argument isn't broadcast. The error says how to broadcast it, and that code runs."""
     x, a = Linear(ones(2, 3, 3), ones(5, 3)), rng.standard_normal(shape).astype(np.float32)
     scaled = functools.partial(jce.linear_map, lambda a, x: a * x.sum())
     for call in (scaled, quick_jit(scaled)):
@@ -844,7 +846,7 @@ def test_errors_of_a_divergence():
         jce.linear_kl_divergence(x, x, temperature=0)
 
 
-# Metrics beside what is trained
+# Metrics beside a loss
 
 
 def loss_and_metrics(y, x):
@@ -854,7 +856,10 @@ def loss_and_metrics(y, x):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.slow
 def test_metrics_beside_a_loss(reduction, rng):
-    """The loss' derivatives as alone; the metrics' only in the weights, and there exact; both to the second order."""
+    """The loss has the same derivatives as alone. Metrics have derivatives only in the weights, and these are exact.
+
+    Both are tested up to the second order.
+    """
     y, a = rng.integers(0, CLASSES, 20), rng.uniform(0.5, 2, 20)
     h, w = rng.standard_normal((20, 3)), rng.standard_normal((CLASSES, 3))
 
@@ -876,7 +881,7 @@ def test_metrics_beside_a_loss(reduction, rng):
         }
         return jax.tree.map(lambda r: jnp.tensordot(share, r, 1), of_each)
 
-    def pull(f):  # a number that all have a share in
+    def pull(f):  # a number that depends on every result
         return lambda *a: sum(jnp.sin(x).sum() for x in jax.tree.leaves(f(*a)))
 
     def expected(*a):
@@ -915,7 +920,7 @@ def test_what_is_no_pair_of_a_loss_and_metrics(result):
 
 
 def test_keys_among_the_results(rng):
-    """They have no 0, for a token that is left out."""
+    """Keys have no 0, which masked tokens would return."""
     x, keys = jce.Linear(ones(4, 3), ones(5, 3)), jax.random.split(jax.random.key(0), 4)
 
     def drawn(**options):

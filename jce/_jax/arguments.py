@@ -1,7 +1,7 @@
-"""Checks of single arguments: arrays, numbers and options, and the texts of errors.
+"""Checks of single arguments (arrays, numbers and options), and texts for errors.
 
-All checks are of static facts, so they cost nothing at run time, and errors are raised while tracing. Rows of classes
-are handled in `rows.py`, and arguments that only functions of a head take in `_heads`.
+All checks are static. They cost nothing at run time, and raise their errors while tracing. Rows of classes are checked
+in `rows.py`, and arguments that only functions of heads take are checked in `_heads`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHARE = "Pass the share of the target's weight that is spread over all classes, 
 
 
 def fraction(function: str, dtype, *, ends: bool = True, advice: str = SHARE, **option: Any) -> float | Array:
-    """A traced number, or a Python number from 0 to 1; without `ends`, above 0 and below 1 as the dtype rounds it."""
+    """A traced number, or a Python number from 0 to 1. Without `ends`, it must be above 0 and below 1 in this dtype."""
     ((name, value),) = option.items()
     if is_array(value):
         return _traced(function, dtype, name, value)
@@ -31,8 +31,8 @@ def fraction(function: str, dtype, *, ends: bool = True, advice: str = SHARE, **
 
 
 def positive(function: str, dtype, *, or_zero: bool = False, **option: Any) -> float | Array:
-    """A traced number, or a Python number above 0 (or 0, with `or_zero`) in the normal range of float32, outside of
-    which it might become 0 or ∞ in the program."""
+    """A traced number, or a Python number greater than 0 (or 0, with `or_zero`). It must be in the normal range of
+    float32: outside of this range, it might become 0 or ∞ in the program."""
     ((name, value),) = option.items()
     if is_array(value):
         return _traced(function, dtype, name, value)
@@ -51,20 +51,22 @@ def positive(function: str, dtype, *, or_zero: bool = False, **option: Any) -> f
 
 
 def is_array(value) -> TypeGuard[Array]:
-    """Whether a number is an array, traced or not: then its value isn't checked, and no branch depends on it."""
+    """Whether a number is an array, traced or not. If so, its value isn't checked, and no branch depends on it."""
     return isinstance(value, Array | np.ndarray)
 
 
 def is_function(head: Any) -> bool:
-    """Whether a head is a function. What `jnp.asarray` takes is a matrix, even if it's callable, as in Flax.
+    """Whether a head is a function. If `jnp.asarray` accepts it, it is a matrix, even if it is callable, as in Flax.
 
-    A module may have a shape and a dtype (tunix' `Einsum` has both), but only an array has `ndim` as well."""
+    A module may have a shape and a dtype (Tunix's `Einsum` has both), but only an array has `ndim` too.
+    """
     is_matrix = hasattr(head, "__jax_array__") or all(hasattr(head, name) for name in ("shape", "dtype", "ndim"))
     return callable(head) and not is_matrix
 
 
 def _traced(function: str, dtype, name: str, value: Array) -> Array:
-    """The value, checked to be of shape (), cast to this dtype: like a Python number, it widens no other array."""
+    """The value, after a check that its shape is (), cast to this dtype. So, like a Python number, it never widens
+    other arrays."""
     if value.ndim or value.dtype == bool or not is_real(value):
         raise ValueError(
             f"{function}: {name} must be a real number, or a real array of shape (); got {described({name: value})}."
@@ -75,13 +77,14 @@ def _traced(function: str, dtype, name: str, value: Array) -> Array:
 
 
 def as_number(function: str, name: str, value: Any) -> Any:
-    """The value, made an array if it is a list, a tuple, or what JAX takes as an array, such as a parameter of flax."""
+    """The value. It becomes an array if it is a list, a tuple, or an object that JAX takes as an array, such as a
+    parameter of Flax."""
     is_one = isinstance(value, list | tuple) or (hasattr(value, "__jax_array__") and not is_array(value))
     return as_array(function, name, value) if is_one else value
 
 
 def integer(value: Any) -> int | None:
-    """The int of a static integer of Python or NumPy; None for anything else."""
+    """The value as an int if it is a static integer of Python or NumPy, otherwise None."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -89,14 +92,14 @@ def integer(value: Any) -> int | None:
 
 
 def require_bool(function: str, **option: Any) -> None:
-    """Raises unless the option is True or False: not an array, nor a 0, 1 or string that Python would accept."""
+    """Raises an error unless the option is True or False, also for an array, 0, 1 or a string, which Python accepts."""
     ((name, value),) = option.items()
     if not isinstance(value, bool):
         raise ValueError(f"{function}: {name} must be a static bool; got {name}={value!r}. Pass True or False.")
 
 
 def choice(function: str, *, choices: tuple[str, ...], **option: str) -> str:
-    """The option's value, checked to be one of the choices."""
+    """The value of the option, after a check that it is one of the choices."""
     ((name, value),) = option.items()
     if not isinstance(value, str) or value not in choices:
         words = " or ".join(f'"{word}"' for word in choices)
@@ -105,18 +108,18 @@ def choice(function: str, *, choices: tuple[str, ...], **option: str) -> str:
 
 
 def is_number(value) -> TypeGuard[float]:
-    """Whether value is a real number of Python or NumPy, and no bool."""
+    """Whether value is a real number of Python or NumPy, and not a bool."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def as_floats(function: str, arguments: Mapping[str, ArrayLike]) -> list[Array]:
-    """Arrays of the widest floating dtype among the arguments, at least float32. A Python scalar never widens."""
+    """The arguments as arrays of the widest floating dtype among them, at least float32. Python scalars never widen."""
     dtype = float_dtype(function, arguments)
     return [as_array(function, name, x).astype(dtype) for name, x in arguments.items()]
 
 
 def float_dtype(function: str, arguments: Mapping[str, ArrayLike]):
-    """float64 if one of the arguments is, else float32."""
+    """float64 if one of the arguments is float64, otherwise float32."""
     arrays = [as_array(function, name, x) for name, x in arguments.items()]
     if not all(map(is_real, arrays)):
         raise TypeError(
@@ -130,8 +133,8 @@ def float_dtype(function: str, arguments: Mapping[str, ArrayLike]):
 
 
 def _require_wide(function: str, arguments: Mapping[str, ArrayLike]) -> None:
-    """Raises for floats of 8 bits or fewer: values would be right, but gradients, which come back in the argument's
-    dtype, would mostly be rounded to 0. Integers have no gradient, so their width doesn't matter.
+    """Raises an error for floats of 8 bits or fewer. Values would be right, but a gradient has the dtype of its
+    argument, and would mostly be rounded to 0. Integers have no gradient, so their width doesn't matter.
     """
     dtypes = {name: as_array(function, name, x).dtype for name, x in arguments.items()}
     narrow = [name for name, t in dtypes.items() if jnp.issubdtype(t, jnp.floating) and t.itemsize < 2]
@@ -152,11 +155,11 @@ def as_array(function: str, name: str, x: Any) -> Array:
     try:
         if x is None:
             raise TypeError
-        # An array stays as it is: under an eager gradient asarray would be an operation, at which jax_debug_nans stops
-        # for a NaN that `where` leaves out.
+        # An array stays as it is. Under an eager gradient, asarray would be an operation, and jax_debug_nans would stop
+        # there for a NaN that `where` masks.
         return x if isinstance(x, Array) else jnp.asarray(x)
     except (TypeError, ValueError):
-        taken_by = getattr(x, "_taken_by", None)  # a `Linear` isn't an array, and says which functions take it
+        taken_by = getattr(x, "_taken_by", None)  # a `Linear` isn't an array, and names the functions that accept it
         advice = taken_by(function, name) if taken_by else "Pass what jnp.asarray takes."
         raise TypeError(
             f"{function}: {name} must be an array, a number or a rectangular nest of numbers;"

@@ -1,5 +1,5 @@
-"""Evaluates jaxprs, removes what they compute in vain, and lists the axes that they name. JAX has nothing public for
-these."""
+"""Evaluates jaxprs, removes their unused operations, and lists the axes that they name. JAX has no public functions for
+this."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def pruned(closed: Any) -> Any:
 
 
 def named_axes(effects: Collection) -> set[Hashable]:
-    """The mesh axes and batch axes that an operation with these effects names, as `jax.lax.psum` does."""
+    """The mesh axes and batch axes that an operation with these effects names, for example a `jax.lax.psum`."""
     return {e.name for e in effects if type(e).__name__ == "NamedAxisEffect"}

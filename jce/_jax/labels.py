@@ -1,4 +1,4 @@
-"""Canonicalizes labels, alone or several with probabilities, and the logits that they are labels of."""
+"""Canonicalizes labels (one per row, or several with probabilities) and their logits."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def labelled(
     logits: ArrayLike,
     several: str = "label_probs",
 ) -> tuple[Array, Array, Array, Classes]:
-    """Labels of the batch's shape, logits as in `distributions`, an array that is 1 at each class that `where` keeps
-    and 0 at the others, and the `Classes`."""
+    """Labels in the shape of the batch, logits as in `distributions`, an array with 1 for each class that `where` keeps
+    and 0 for the others, and the `Classes`."""
     got = {"labels": labels, "logits": logits}
     y = _integer_labels(function, got)
     x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
@@ -36,8 +36,8 @@ def labelled(
         )
     y = rows.broadcast(y)
     if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
-        # A row with no class left is 0 whatever its label, so each label becomes 0: another class would make it +∞, and
-        # a label that is no class NaN.
+        # If all classes of a row are masked, its loss is 0 for any label. So its label becomes 0: another class would
+        # make the loss +∞, and a label out of range would make it NaN.
         y = jnp.where(classes.any(kept != 0), y, jnp.zeros_like(y))
     return y, x, kept, classes
 
@@ -51,8 +51,8 @@ def labelled_with_probs(
     label_probs: ArrayLike,
     logits: ArrayLike,
 ) -> tuple[Array, Array, Array, Array, Classes]:
-    """Labels and their probabilities, [..., k]; and logits, classes kept and classes as in `labelled`, with the class
-    axis last."""
+    """Labels and their probabilities, [..., k]. And logits, the array of 1 and 0, and `Classes` as in `labelled`, with
+    the class axis last."""
     got = {"labels": labels, "label_probs": label_probs, "logits": logits}
     y = _integer_labels(function, got)
     p, x = as_floats(function, {name: got[name] for name in ("label_probs", "logits")})
@@ -66,7 +66,8 @@ def labelled_with_probs(
     few = Layout(y.shape, rows.mesh, (*rows.spec, None))
     y, p = few.broadcast(y), few.broadcast(p)
     if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
-        # A row with no class left is 0 whatever its labels: probabilities at any but the first would make it +∞.
+        # If all classes of a row are masked, its loss is 0 for any labels. A probability of any class except the first
+        # would make it +∞.
         p = jnp.where(jnp.expand_dims(classes.any(kept != 0), -1), p, jnp.zeros_like(p))
     x, kept = (jnp.moveaxis(a, classes.axis, -1) for a in (x, kept))
     return y, p, x, kept, Classes(-1, classes.mesh_axis)
@@ -75,8 +76,8 @@ def labelled_with_probs(
 def labelled_several(
     function: str, axis: int, where: ArrayLike | None, axis_name: Hashable | None, labels: ArrayLike, logits: ArrayLike
 ) -> tuple[Array, Array, Array | None, Classes]:
-    """Labels, [..., k]; logits with the class axis last; which rows have a class left, or None if all have; and the
-    `Classes`."""
+    """Labels [..., k], logits with the class axis last, which rows have a class that is not masked (None if all have),
+    and the `Classes`."""
     got = {"labels": labels, "logits": logits}
     y = _integer_labels(function, got)
     x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
@@ -103,7 +104,7 @@ def _integer_labels(function: str, got: Mapping[str, ArrayLike]) -> Array:
 
 
 def _logits_of_labels(function, axis, where, axis_name, logits) -> tuple[Array, Array, Classes, Layout]:
-    """Logits, the array of 1 and 0, and the classes, as in `labelled`; and the layout of a number per row."""
+    """Logits, the array of 1 and 0, and the `Classes` as in `labelled`, and the layout for one number per row."""
     (x,), classes = distributions(function, axis, where, axis_name, in_logits=("logits",), logits=logits)
     logits, mask = jnp.asarray(logits), jnp.asarray(True if where is None else where)
     layout = Layout.of(logits.shape, [logits, mask])  # as in `distributions`
@@ -120,5 +121,5 @@ def require_no_tail(function: str, tail: bool) -> None:
 
 
 def wide_enough(labels: Array) -> Array:
-    """The labels, as int32 if their dtype has one or two bytes, which might not hold the number of classes."""
+    """The labels, cast to int32 if their dtype has one or two bytes, which might not hold the number of classes."""
     return labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)

@@ -1,7 +1,7 @@
-"""How arrays are split over the devices of a mesh: as their types say under Explicit axes, or as a caller says.
+"""`Layout`: how arrays are split over the devices of a mesh, by their types (under Explicit axes) or by the caller.
 
-If two operands are split differently, JAX raises an error unless it is told how to split the result; and a derivative
-must be split as its argument is. So the arguments of a function are first all split alike.
+If two operands are split differently, JAX raises an error, unless it is told how to split the result. And a derivative
+must be split like its argument. So all arguments of a function are first split in the same way.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from jax.sharding import PartitionSpec as P
 
 try:  # Until JAX no longer hides which spmd_axis_name are around (0.8 to 0.12): a private import.
     from jax._src.core import get_axis_env
-except ImportError:  # then gradients under spmd_axis_name end in JAX's own error
+except ImportError:  # gradients under spmd_axis_name then raise JAX's own error
     get_axis_env = None
 
 
 class Layout(NamedTuple):
     """A shape, and the mesh axes over which each of its axes is split.
 
-    `mesh` is None where types say nothing of a split: on one device, under Auto axes, where XLA chooses, and inside
+    `mesh` is None if types say nothing about a split: on one device, under Auto axes (where XLA chooses), and inside
     `jax.shard_map`.
     """
 
@@ -35,9 +35,9 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, shape: tuple[int, ...], arrays: Sequence[Array]) -> Layout:
-        """The layout of a shape. Arrays either broadcast to it or have it as their first axes.
+        """The layout of a shape. Arrays must either broadcast to it or have it as their first axes.
 
-        Each axis is split as it is in some array, in the first one where two disagree.
+        Each axis is split like the same axis of an array that splits it. If two arrays disagree, the first one counts.
         """
         spec, mesh = [None] * len(shape), None
         for x in arrays:
@@ -49,8 +49,8 @@ class Layout(NamedTuple):
 
     @classmethod
     def said(cls, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, spec: P) -> Layout:
-        """The layout of a shape whose first axes are split by a spec: of its mesh axes only the Explicit ones, since
-        types don't tell of others."""
+        """The layout of a shape whose first axes are split by a spec. Only its Explicit mesh axes count, since types
+        don't mention others."""
         types = explicit_axes(mesh)
         split = [tuple(name for name in mesh_names(axes) if name in types) or None for axes in spec]
         return cls(shape, mesh if types else None, (*split, *[None] * (len(shape) - len(split))))
@@ -65,30 +65,30 @@ class Layout(NamedTuple):
         return None if self.mesh is None else NamedSharding(self.mesh, P(*self.spec))
 
     def broadcast(self, x: Array) -> Array:
-        """x broadcast to the shape and split as this layout is.
+        """x, broadcast to this shape and split like this layout.
 
         x is split before it is broadcast. So its cotangent is first summed over devices and then split as x was,
         instead of being gathered.
         """
-        mesh = self.mesh or Layout.of(x.shape, [x]).mesh  # an array that is split, in a layout that isn't, is gathered
+        mesh = self.mesh or Layout.of(x.shape, [x]).mesh  # if x is split and the layout isn't, x is gathered
         if mesh is None:
             return jnp.broadcast_to(x, self.shape)
         first = len(self.shape) - x.ndim
         lengths = zip(x.shape, self.shape[first:], self.spec[first:], strict=True)
         own = tuple(axes if n == whole else None for n, whole, axes in lengths)
-        if own != Layout.of(x.shape, [x]).spec:  # where it is split so already, resharding would be a needless copy
+        if own != Layout.of(x.shape, [x]).spec:  # if x is split so already, resharding would be a needless copy
             x = jax.sharding.reshard(x, NamedSharding(mesh, P(*own)))
         return jnp.broadcast_to(x, self.shape, out_sharding=NamedSharding(mesh, P(*self.spec)))
 
 
 def split_alike(*arrays: Array) -> list[Array]:
-    """Arrays of one shape, all split as their common layout is."""
+    """Arrays of the same shape, all split like their common layout."""
     layout = Layout.of(arrays[0].shape, arrays)
     return [layout.broadcast(x) for x in arrays]
 
 
 def over_devices(part: Array, mesh_axes: tuple) -> Array:
-    """Inside `jax.shard_map`, the sum of all devices' parts."""
+    """Inside `jax.shard_map`, the sum of the parts of all devices."""
     return lax.psum(part, mesh_axes) if mesh_axes else part
 
 
@@ -103,12 +103,12 @@ def manual_axes() -> tuple:
 
 
 def split_batch_axes() -> frozenset:
-    """The mesh axes over which the `jax.vmap`s around the call split their batches, by spmd_axis_name."""
+    """The mesh axes that the spmd_axis_name of each `jax.vmap` around the call names, and which split its batch."""
     return frozenset() if get_axis_env is None else get_axis_env().spmd_axis_names
 
 
 def auto_devices() -> int:
-    """Over how many devices XLA may split arrays: the product of the current mesh's Auto axes, 1 without a mesh."""
+    """The number of devices over which XLA may split arrays: the product of the current mesh's Auto axes, or 1."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(
         mesh.shape[n] for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto
@@ -116,16 +116,16 @@ def auto_devices() -> int:
 
 
 def may_be_split(x: Array) -> bool:
-    """Whether rows of x may lie on several devices, by types or as XLA chooses: a number made from all rows then takes
-    communication."""
+    """Whether rows of x may be on several devices, by types or by XLA's choice. A number computed from all rows then
+    takes communication."""
     meshes = (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh)
     kinds = [(m.shape[n], kind) for m in meshes for n, kind in zip(m.axis_names, m.axis_types, strict=True)]
     return any(size > 1 and kind != AxisType.Manual for size, kind in kinds)
 
 
 def told_axes(mesh: Mesh | AbstractMesh | None) -> frozenset:
-    """The Explicit axes, as `axis_names` of a `jax.shard_map`. If all axes are Explicit, it is empty: to
-    `jax.shard_map` that means all axes but those of a `jax.vmap` around it."""
+    """The Explicit axes of a mesh, for the `axis_names` of `jax.shard_map`. If all axes are Explicit, the set is empty:
+    for `jax.shard_map` that means all axes except those of a `jax.vmap` around it."""
     assert mesh is not None
     explicit = explicit_axes(mesh)
     return frozenset() if explicit == {*mesh.axis_names} else explicit

@@ -1,7 +1,7 @@
-"""The kinds of device, and functions that differ between them: of rows (`_softmax`) and of chunks (`_heads/loop`).
+"""Platforms, for functions that differ between them: functions of rows (`_softmax`) and of chunks (`_heads/loop`).
 
-The platform is known when a program is lowered, not when it is traced. There are two ways to ask for it. A function of
-rows waits for it (`waiting.py`), and is traced at lowering, for that platform alone. A loop over tokens asks by
+The platform is known when a program is lowered, not when it is traced. There are two ways to get it. A function of rows
+waits for the platform (`waiting.py`), and is traced at lowering, for that platform alone. A loop over tokens uses
 `on_platform`: all versions are traced, and each platform lowers its own. If a loop waited, its value and its tangent
 would be two loops, which XLA doesn't merge.
 """
@@ -15,11 +15,11 @@ from jax import lax
 
 
 class Platform(NamedTuple):
-    """A kind of device.
+    """A platform: CPU, TPU or GPU.
 
-    `masks_labels` says whether looking up a label by a mask, in a sum over its row, is faster than a gather.
-    `fuses_operands` says whether XLA computes an elementwise operand of a matrix product inside the product, instead of
-    storing it first.
+    `masks_labels` says whether it is faster to look up a label by a mask, in a sum over its row, than by a gather.
+    `fuses_operands` says whether XLA computes an elementwise operand of a matmul inside the matmul, instead of storing
+    it first.
     """
 
     name: str
@@ -37,12 +37,13 @@ GPU = Platform("gpu")
 
 
 def named(platform: str | None) -> Platform:
-    """The platform of this name in JAX."""
+    """The platform that JAX calls by this name."""
     return CPU if platform == "cpu" else TPU if platform == "tpu" else GPU
 
 
 def on_platform(function: Callable, key: Callable, *arguments):
-    """function(platform, *arguments) for the platform that it is lowered for; traced once for those with equal keys."""
+    """function(platform, *arguments) for the platform for which the program is lowered. Platforms with equal keys share
+    a trace."""
 
     def on(platform):
         return lambda *arguments: function(platform, *arguments)

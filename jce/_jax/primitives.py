@@ -1,5 +1,4 @@
-"""Makes a primitive of JAX from a plain function and, where they aren't the function's own, its derivative, transpose
-and batching rule.
+"""Makes a JAX primitive from a plain function, its derivative, and its transpose and batching rules if needed.
 
 The rest is the same for all primitives: types come from tracing the function, an eager call is jitted, and in a program
 the primitive is lowered to the function.
@@ -23,10 +22,10 @@ from jce._jax.restricted import is_zero, linear_in, live_jvp, spread
 
 try:  # Until JAX no longer hides how checkify is told what to check in a primitive (0.8 to 0.12): a private import.
     from jax._src import checkify
-except ImportError:  # then checkify checks nothing in ours
+except ImportError:  # checkify then checks nothing in our primitives
     checkify = None
 
-# Until JAX no longer imports Pallas with `jax.extend.core`, which has this class.
+# Until JAX no longer imports Pallas with `jax.extend.core`, which exports this class.
 Primitive = type(mul_p)
 
 
@@ -45,30 +44,31 @@ def primitive(
     """A primitive that computes function(*arrays, *, static), which is an array, or a list of arrays if `several`.
 
     Args:
-      function: the function, or a dict of one for each platform, by JAX's names, with None for all other platforms.
-      derivative: JAX's JVP rule, (arguments, tangents) -> results and their tangents; or for each argument a function
-        (tangent, *arguments) -> its term of the result's tangent, or None where that is 0.
-      transpose: JAX's transpose rule, (cotangents, *arguments) -> cotangents; or for each argument in which the
-        function is linear a function (cotangent, *arguments) -> its cotangent.
-      batch: JAX's batching rule, (arguments, their axes) -> results and their axes. By default that of an elementwise
-        function: the same function of arrays with an axis more.
-      types: (*types of the arguments) -> types of the results, where that is faster than tracing the function.
-      holds_arrays: a static argument is a jaxpr, which may hold arrays: so no cache of programs may keep it alive. The
-        primitive has the jaxpr's effects.
-      checked: what checkify looks at. By default the results, for NaN, but nothing inside: a NaN that the function
-        makes and leaves out is no error. False for nothing. Or a function (errors, *arrays, *, static) -> an Error of
-        checkify, or a batch of them, that reports errors of these kinds, and the results.
+      function: the function, or a dict of one function per platform, with JAX's names as keys and None for all other
+        platforms.
+      derivative: JAX's JVP rule, (arguments, tangents) -> results and their tangents. Or one function per argument,
+        (tangent, *arguments) -> its term of the result's tangent, with None if this term is 0.
+      transpose: JAX's transpose rule, (cotangents, *arguments) -> cotangents. Or one function per argument in which the
+        function is linear, (cotangent, *arguments) -> the argument's cotangent.
+      batch: JAX's batching rule, (arguments, their axes) -> results and their axes. The default is the rule of an
+        elementwise function: the same function of arrays with one more axis.
+      types: (*types of the arguments) -> types of the results, if that is faster than tracing the function.
+      holds_arrays: whether a static argument is a jaxpr. A jaxpr may hold arrays, so no cache of programs may keep it
+        alive. The primitive has the effects of the jaxpr.
+      checked: what checkify checks. By default, it looks for NaN in the results, but not inside: a NaN that the
+        function computes and discards is not an error. False for no checks. Or a function (errors, *arrays, *, static)
+        -> an Error of checkify, or a batch of them, with errors of these kinds, and the results.
     """
     p = Primitive(name)
     p.multiple_results = several
-    # `one` has the signature and types of all platforms' functions. `alone` is what an eager call runs: if platforms
-    # differ, the primitive itself, so that lowering picks the platform's.
+    # `one` has the signature and types that the functions of all platforms have. `alone` is what an eager call runs. If
+    # platforms differ, it is the primitive itself, so that lowering picks the function of the platform.
     functions: dict = function if isinstance(function, dict) else {None: function}
     one = next(iter(functions.values()))
     alone = p.bind if len(functions) > 1 else one
     p.def_impl(_eager(alone, one, holds_arrays))
-    # JAX 0.12 under JAX_REMAT3 and similar flags first rewrites a jaxpr's operations, and asks each primitive how:
-    # without an answer it raises an error.
+    # Under JAX_REMAT3 and similar flags, JAX 0.12 first rewrites the operations of a jaxpr by this attribute of their
+    # primitives. Without it, JAX raises an error.
     p.to_lojax = alone
     p.def_effectful_abstract_eval(_types_and_effects(types or _traced_types(one, several), holds_arrays))
     if callable(derivative):
@@ -85,7 +85,7 @@ def primitive(
     return p
 
 
-# What is the same for all primitives
+# Rules that all primitives share
 
 
 def _eager(alone: Callable, one: Callable, holds_arrays: bool) -> Callable:
@@ -96,7 +96,7 @@ def _eager(alone: Callable, one: Callable, holds_arrays: bool) -> Callable:
     def run(*arrays, **static):
         if holds_arrays:
             return jax.jit(functools.partial(alone, **static))(*arrays)
-        # Under jax.disable_jit an `alone` that binds the primitive would call `run` again, forever.
+        # Under jax.disable_jit, if `alone` binds the primitive, it would call `run` again, without end.
         with contextlib.nullcontext() if alone is one else jax.disable_jit(False):
             return jitted(*arrays, **static)
 
@@ -114,14 +114,14 @@ def _traced_types(one: Callable, several: bool) -> Callable:
 def _types_and_effects(types: Callable, holds_arrays: bool) -> Callable:
     def rule(*avals, **static):
         effects = static["jaxpr"].effects if holds_arrays else ()
-        # A mutable array that the function makes for itself has no effect on what is outside.
+        # A mutable array that the function makes for itself has no effect outside of the function.
         return types(*avals, **static), {e for e in effects if type(e).__name__ != "InternalMutableArrayEffect"}
 
     return rule
 
 
 def _transposed_in_each(rules: Sequence[Callable], cotangent, *arrays, **static) -> list:
-    """The transpose rule of a function that has one for each argument."""
+    """The transpose rule of a primitive that has one rule per argument."""
     live = linear_in(arrays)
     if is_zero(cotangent):
         return spread(len(arrays), live, (ad.Zero(arrays[i].aval) for i in live))
@@ -133,10 +133,10 @@ def _batched_elementwise(p, arrays, axes, **static):
 
 
 def _checked_inside(checked: Callable, *arguments, **static):
-    """checkify's rule of a primitive that reports errors by itself."""
+    """checkify's rule for a primitive that reports errors itself."""
     assert checkify is not None
     at = next(i for i, x in enumerate(arguments) if isinstance(x, frozenset))
-    # Until JAX 0.11: it passes no context.
+    # Until JAX 0.11: it passes no context before the error.
     (*context, error), errors, arrays = arguments[:at], arguments[at], arguments[at + 1 :]
     found, results = checked(errors, *arrays, **static)
     leaves, tree = jax.tree.flatten(found)
@@ -161,7 +161,7 @@ def derivative_inside(primals, tangents, *, jaxpr, **_):
 
 
 def batch_axis_first(arrays: Sequence[Array], axes: Sequence[int | None]) -> list[Array]:
-    """The arrays with the batch's axis first; one without such an axis is broadcast."""
+    """The arrays with the batch axis first. An array without a batch axis is broadcast."""
     size, pairs = batch_size(arrays, axes), zip(arrays, axes, strict=True)
     return [jnp.broadcast_to(x, (size, *x.shape)) if k is None else jnp.moveaxis(x, k, 0) for x, k in pairs]
 

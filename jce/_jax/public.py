@@ -1,4 +1,4 @@
-"""How a public function is called: under `jax.jit`, with clear errors for arguments that it doesn't have."""
+"""`public`: calls a function under `jax.jit`, with clear errors for arguments that it doesn't have."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 Kind = inspect.Parameter
 
-# Hints for arguments that other libraries have: for functions of rows of classes, elementwise ones and those of tokens.
-# Of several hints for one argument, a function gets the first that names only arguments which it has.
+# Hints for arguments that other libraries have: for functions of rows, for elementwise functions, and for functions of
+# tokens. If there are several hints for an argument, a function gets the first one that names only arguments that the
+# function has.
 OF_EACH = {
     "weights": (" Multiply the result by them.",),
     "weight": (
@@ -52,24 +53,24 @@ TOKENS = {
 }
 
 
-# Hints for values that can't be static, since they aren't hashable
+# Hints for values that can't be static because they aren't hashable
 A_NUMBER = "Pass a Python value; of an array its number, by float(x) or int(x) outside jax.jit."
 STATIC = {"axis_name": "Pass a name, or a tuple of names."}
 
 
 def instead(parameters: Collection[str], option: str) -> str:
-    """The hint for an option that isn't among a function's parameters; empty if there is none."""
+    """The hint for an option that isn't among the parameters of a function. Empty if there is no hint."""
     of_tokens = "hidden" in parameters or "chunk_size" in parameters
     hints = (TOKENS if of_tokens else ROWS if "where" in parameters else ELEMENTWISE).get(option, ())
-    # A hint that names an argument which this function lacks too would only lead to the next error.
+    # A hint must not name another argument that this function lacks: it would only lead to the next error.
     absent = [name for name in ("labels", "weights") if name not in parameters]
     return next((hint for hint in hints if not any(name in hint for name in absent)), "")
 
 
 def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
-    """Decorates a function: `jax.jit` with these arguments static, and errors for arguments that it doesn't take.
+    """A decorator: `jax.jit` with these arguments static, and errors for arguments that the function doesn't take.
 
-    `numbers` are static where they are Python's, and traced like other arguments where they are arrays or traced.
+    `numbers` are static if they are Python numbers. If they are arrays or traced, they are traced like other arguments.
     """
 
     def jitted(function):
@@ -83,16 +84,16 @@ def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
         def program(*traced: str):
             return jax.jit(results, static_argnames=[n for n in static + numbers if n not in traced])
 
-        # A plain function around the jitted one: `jax.grad` and others apply `functools.wraps`, which would copy the
-        # jitted one's `lower`, and jax.grad(f).lower would then lower f instead of its gradient.
+        # A plain function around the jitted function. `jax.grad` and others apply `functools.wraps`, which would copy
+        # the `lower` of a jitted function f. Then jax.grad(f).lower would lower f instead of its gradient.
         @functools.wraps(function)
         def called(*args, **options):
-            # What JAX takes as an array, such as a parameter of flax, becomes one here: as a static argument its value
-            # would be part of the program, and each value would compile another.
+            # Objects that JAX takes as arrays, such as parameters of Flax, become arrays here. As a static argument,
+            # such an object would make its value part of the program, and each value would compile another program.
             options = {key: as_number(name, key, x) if key in numbers else x for key, x in options.items()}
             _require_own(name, parameters, len(args), options, static, numbers)
             if any(_has_function(x) for x in (*args, *(x for key, x in options.items() if key not in static))):
-                return results(*args, **options)  # jitted, each call would compile a program that no other call reuses
+                return results(*args, **options)  # under jit, each call would compile a program that no other reuses
             args, options = unfolded((args, options))
             return program(*(key for key in numbers if is_array(options.get(key))))(*args, **options)
 
@@ -101,12 +102,12 @@ def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
     return jitted
 
 
-LARGE = 2**16  # of so many numbers a softmax takes a CPU some milliseconds to fold
+LARGE = 2**16  # folding a softmax of an array of this size takes some milliseconds on a CPU
 
 
 def unfolded(arguments: T) -> T:
-    """A tree of arguments, with each large array that is a constant of the program behind a barrier."""
-    # Until JAX no longer has XLA fold such constants: a teacher's logits [64, 32768] take it from 10 to 140 s.
+    """A pytree of arguments, with a barrier for each large array that is a constant of the program."""
+    # Until JAX no longer has XLA fold such constants: for a teacher's logits [64, 32768] that takes 10 to 140 s.
     leaves, tree = jax.tree.flatten(arguments)
     if not any(map(_is_large_constant, leaves)) or not in_a_program():
         return arguments
@@ -120,12 +121,12 @@ def _is_large_constant(x) -> bool:
 
 
 def _has_function(x) -> bool:
-    """Whether x is a head that is a function, or a `Linear` of one."""
+    """Whether x is a function (as head), or a `Linear` whose head is a function."""
     return not is_array(x) and (is_function(x) or getattr(x, "of_function", False))
 
 
 def _require_own(name, parameters, count: int, options: Mapping[str, Any], static, numbers) -> None:
-    """Raises unless the function takes `count` arguments by position and these options by name."""
+    """Raises an error unless the function takes `count` positional arguments and these options by keyword."""
     kinds = [p.kind for p in parameters.values()]
     positional = kinds.count(Kind.POSITIONAL_OR_KEYWORD)
     if Kind.VAR_POSITIONAL not in kinds and count > positional:
@@ -154,8 +155,8 @@ def _require_own(name, parameters, count: int, options: Mapping[str, Any], stati
 
 
 # The identity, as a primitive at which checkify looks for a NaN in a public result.
-# Until JAX no longer raises a ValueError for the gradient of a function that checkify has transformed, where a check is
-# inside custom_jvp under jax.jit or jax.checkpoint (0.8 to 0.12): so public results are checked, instead of kernels.
+# Until JAX no longer raises a ValueError for the gradient of a function that checkify has transformed, if a check is
+# inside custom_jvp under jax.jit or jax.checkpoint (0.8 to 0.12): check public results instead of kernels.
 
 
 def _result(x: Array) -> Array:
@@ -166,7 +167,7 @@ _result_p = primitive("result", lambda x: x, (lambda t, x: t,), (lambda ct, x: c
 
 
 def _is_hashable(value) -> bool:
-    """Whether the value and all that it holds are hashable: a tuple of lists isn't."""
+    """Whether the value is hashable, with everything that it contains: a tuple of lists isn't."""
     try:
         hash(value)
     except TypeError:

@@ -1,6 +1,7 @@
-"""Functions restricted to some of their arguments: those that are differentiated, or in which they are linear.
+"""Restricts functions to some of their arguments: those that are differentiated, or those in which they are linear.
 
-The rules of primitives are built from these."""
+The rules of primitives are built from these functions.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from jax.interpreters import ad
 
 
 def replaced(xs: Iterable, indices: Iterable[int], values: Iterable) -> list:
-    """xs, with values at these indices."""
+    """A list of xs, with these values at these indices."""
     xs = list(xs)
     for i, x in zip(indices, values, strict=True):
         xs[i] = x
@@ -22,22 +23,22 @@ def replaced(xs: Iterable, indices: Iterable[int], values: Iterable) -> list:
 
 
 def spread(count: int, indices: Iterable[int], values: Iterable) -> list:
-    """A list of this length with values at these indices, and None elsewhere."""
+    """A list of length `count`, with these values at these indices, and None elsewhere."""
     return replaced([None] * count, indices, values)
 
 
 def of_some(function: Callable, arguments: Sequence, indices: Sequence[int]) -> Callable:
-    """The function of the arguments at these indices alone; the others have the given values."""
+    """The function of only the arguments at these indices. The others keep the given values."""
     return lambda *values: function(*replaced(arguments, indices, values))
 
 
 def jvp_of_some(function: Callable, primals: Sequence, indices: Sequence[int], tangents: Sequence):
-    """`jax.jvp` in the primals at these indices, along their tangents."""
+    """`jax.jvp` with respect to the primals at these indices, along these tangents."""
     return jax.jvp(of_some(function, primals, indices), [primals[i] for i in indices], list(tangents))
 
 
 def live_jvp(function: Callable, primals, tangents):
-    """`jax.jvp` in the arguments whose tangents aren't symbolic zeros."""
+    """`jax.jvp` with respect to the arguments whose tangents aren't symbolic zeros."""
     leaves, tree = jax.tree.flatten(primals)
     tangents = jax.tree.leaves(tangents, is_leaf=is_zero)
     live = not_zero(tangents)
@@ -45,7 +46,8 @@ def live_jvp(function: Callable, primals, tangents):
 
 
 def tangent(function: Callable, live: Sequence[int], *arrays: Array) -> list[Array]:
-    """The tangents of those results that have one. `arrays` are the arguments, then the tangents of the `live` ones."""
+    """The tangents of the results that have a tangent. `arrays` are all arguments, then the tangents of the `live`
+    ones."""
     primals, tangents = arrays[: -len(live)], arrays[-len(live) :]
 
     def results(*primals):
@@ -56,7 +58,7 @@ def tangent(function: Callable, live: Sequence[int], *arrays: Array) -> list[Arr
 
 
 def cotangent(function: Callable, live: Sequence[int], types: Sequence, nonzero: Sequence[int], *arrays: Array):
-    """The cotangents of the `live` arguments, in which the function is linear and which have these types. `arrays` are
+    """The cotangents of the `live` arguments, which have these types and in which the function is linear. `arrays` are
     the cotangents of the results at the indices `nonzero`, then the other arguments."""
     cotangents, known = list(arrays[: len(nonzero)]), arrays[len(nonzero) :]
     count = len(known) + len(live)
@@ -70,7 +72,7 @@ def cotangent(function: Callable, live: Sequence[int], types: Sequence, nonzero:
 
 
 def all_but(count: int, indices: Sequence[int]) -> list[int]:
-    """Of `count` indices those that aren't among these."""
+    """The indices below `count` that aren't among these."""
     return [i for i in range(count) if i not in indices]
 
 
@@ -80,7 +82,7 @@ def with_tangents(xs: Sequence) -> list[int]:
 
 
 def linear_in(arrays: Sequence) -> tuple[int, ...]:
-    """The indices of the arguments in which a function is to be transposed."""
+    """In a transpose rule, the indices of the arguments with respect to which JAX transposes the function."""
     return tuple(i for i, x in enumerate(arrays) if ad.is_undefined_primal(x))
 
 
@@ -93,6 +95,6 @@ def is_zero(t) -> bool:
 
 
 def with_zeros(results: Sequence[Array], tangents: Iterable) -> list:
-    """The tangents of all results: the given ones where a result has one, and symbolic zeros elsewhere."""
+    """The tangents of all results. Inexact results get the given tangents, the others symbolic zeros."""
     zeros = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
     return replaced(zeros, with_tangents(results), tangents)

@@ -1,7 +1,7 @@
-"""Σ along an axis, accurate also for a batch of one row on a CPU.
+"""A sum along an axis that is accurate on a CPU also for a batch of one row.
 
-Axes of length 1 are squeezed out before the sum. `jax.vmap` may add such axes after tracing, so this must happen when
-the sum is lowered. Hence a primitive, which otherwise is `jax.lax.reduce_sum`.
+Axes of length 1 are squeezed out before the sum. `jax.vmap` may add such axes after tracing, so they must be squeezed
+when the sum is lowered. So `row_sum` is a primitive of its own. Otherwise it works like `jax.lax.reduce_sum`.
 """
 
 # Until JAX 0.11: it sums [1, n] sequentially on a CPU (jaxlib 0.10: 30,000 equal numbers are 200 ulps off), while it
@@ -17,7 +17,7 @@ from jce._jax.primitives import primitive
 
 
 def row_sum(x: Array, axis: int) -> Array:
-    """jnp.sum(x, axis) of a floating-point x."""
+    """jnp.sum(x, axis) for a floating-point x."""
     return _row_sum_p.bind(x, axes=(axis % x.ndim,), out_sharding=None)
 
 
@@ -35,7 +35,7 @@ def _batch(arguments, at, **params):
     return row_sum(x, axis), k - (k > axis)
 
 
-# Its types (shape, dtype, sharding, varying manual axes) and its transpose are those of the ordinary sum.
+# The types (shape, dtype, sharding, varying manual axes) and the transpose are those of the ordinary sum.
 _row_sum_p = primitive(
     "row_sum",
     _sum,

@@ -1,11 +1,11 @@
-"""Canonicalizes rows of classes, as functions of quantities take them: dtype, shape, axis and `where`.
+"""Canonicalizes rows of classes for the functions in `_quantities`: dtype, shape, axis and `where`.
 
-Under `jax.jit` an argument need not be an array in memory: XLA fuses the operations that make it into each pass that
-reads it, and recomputes it there, each time rounded a little differently. For example it contracts a product x·t with a
-difference behind it to one fused multiply-add, and has two implementations of tanh. So two reads of one entry may be
-some ulps apart, and no kernel may depend on their being equal: not by ==, a floor, a difference of 0 or the rounding
-error of a sum. Comparisons need a margin, or must be such that either answer is right. tests/test_in_program.py tests
-this.
+Under `jax.jit`, an argument may never be an array in memory. XLA fuses the operations that compute the argument into
+each pass that reads it, so each pass computes it again, with slightly different rounding. For example, XLA contracts a
+product x·t and a difference after it into one fused multiply-add, and has two implementations of tanh. So two reads of
+one entry may be some ulps apart, and no kernel may rely on their being equal: not by ==, by a floor, by a difference of
+0 or by the rounding error of a sum. A comparison needs a margin, or must be right with either answer.
+tests/test_in_program.py tests this.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def distributions(
 ) -> tuple[list[Array], Classes]:
     """The arguments as floating-point arrays of one dtype and shape, and their `Classes`.
 
-    Excluded classes have probability 0: a logit of -∞ in the arguments named by `in_logits`, and 0 in the others. A row
-    of logits with no class left becomes certainty in the first class, for which every function is 0.
+    Masked classes get probability 0: a logit of -∞ in the arguments that `in_logits` names, and 0 in the others. In a
+    row of logits whose classes are all masked, the first class gets probability 1. Every function is 0 for such a row.
     """
     arrays, given = as_floats(function, arguments), axis
     axis = _class_axis(function, axis, arguments, arrays)
@@ -64,11 +64,12 @@ def distributions(
     masks = [] if where is None else [_mask(function, where, shape, axis, arguments)]
     layout = Layout.of(shape, arrays + masks)
     arrays, masks = ([layout.broadcast(x) for x in xs] for xs in (arrays, masks))
-    if shape[axis] == 0:  # each device gets a single class, which is excluded: an empty row has no maximum
+    if shape[axis] == 0:  # an empty row has no maximum, so each device gets a single class, which is masked
         arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
         masks = [jnp.zeros(arrays[0].shape, bool)]
     for mask in masks:
-        # The select stands outside every rule, so an excluded entry's derivative is exactly 0, whatever it holds.
+        # The select is outside of all derivative rules. So the derivative in a masked entry is exactly 0, whatever it
+        # holds.
         arrays = [
             jnp.where(mask, x, _impossible(mask, classes, x.dtype) if name in in_logits else jnp.zeros_like(x))
             for name, x in zip(arguments, arrays, strict=True)
@@ -77,12 +78,12 @@ def distributions(
 
 
 def checked_axis_name(function: str, axis_name: Hashable | None, arrays: Iterable[Array]) -> Hashable | None:
-    """`axis_name`, checked to name axes of a `jax.shard_map` around the call. If it named the axis of a `jax.vmap`, a
-    gradient taken inside would be too large by a factor of the batch's size.
+    """`axis_name`, after a check that it names axes of a `jax.shard_map` around the call. If it named the axis of a
+    `jax.vmap`, a gradient taken inside would be too large, by a factor of the batch size.
     """
     # Until JAX no longer fails its type checks under spmd_axis_name: it batches one operation after another, and
-    # between two of them batched arrays vary over that mesh axis while others don't. The error below says what to do
-    # instead.
+    # between two operations, batched arrays vary over that mesh axis while others don't. The error below says what to
+    # do instead.
     names = mesh_names(axis_name)
     if not all(isinstance(name, Hashable) and name in manual_axes() for name in names):
         raise ValueError(
@@ -100,7 +101,7 @@ def checked_axis_name(function: str, axis_name: Hashable | None, arrays: Iterabl
 
 
 def _impossible(mask: Array, classes: Classes, dtype) -> Array:
-    """Logits for excluded classes: -∞, but 0 for the first class of a row where all are excluded."""
+    """Logits for masked classes: -∞, except 0 for the first class of a row whose classes are all masked."""
     first = classes.is_at(mask, classes.local(jnp.zeros(_without(mask.shape, classes.axis), jnp.int32), mask))
     nothing = ~classes.column(classes.any(mask))
     return jnp.where(first & nothing, jnp.zeros((), dtype), jnp.full((), -jnp.inf, dtype))
@@ -121,7 +122,7 @@ def _broadcast_shape(function: str, what: str, arguments: Mapping[str, ArrayLike
 
 
 def _class_axis(function: str, axis: int, arguments: Mapping[str, ArrayLike], arrays: list[Array]) -> int:
-    """`axis` of the broadcast arguments as a negative int, which means the same for arrays of different rank."""
+    """`axis` of the broadcast arguments as a negative int, which has the same meaning for arrays of different rank."""
     if min(x.ndim for x in arrays) == 0:
         raise ValueError(
             f"{function}: {joined(arguments)} must have a class axis; got {described(arguments)}."

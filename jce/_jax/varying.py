@@ -1,4 +1,4 @@
-"""Over which mesh axes arrays vary inside `jax.shard_map`, as their types tell; and barriers that keep it so."""
+"""The mesh axes over which arrays vary inside `jax.shard_map`, by their types. And barriers that don't change them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jax import Array, lax
 
 
 def varying_alike(*arrays: Array) -> list[Array]:
-    """Arrays marked as varying over the mesh axes of any of them; their types tell, inside `jax.shard_map`."""
+    """The arrays, each marked as varying over the mesh axes over which any of them varies."""
     return vary_over(frozenset().union(*map(varying, arrays)), *arrays)
 
 
@@ -18,15 +18,15 @@ def vary_over(axes: frozenset, *arrays: Array) -> list[Array]:
 
 
 def like(number: Array, x: Array) -> Array:
-    """The number broadcast to x's shape and marked as varying as x does. It is marked before the broadcast, so that its
+    """The number, broadcast to the shape of x and marked as varying like x. It is marked before the broadcast, so its
     gradient is summed locally first."""
     return jnp.broadcast_to(vary_over(varying(x), number)[0], x.shape)
 
 
 def barrier(tree):
-    """`lax.optimization_barrier` of all arrays of a tree."""
-    # Until JAX 0.11: it marks all arrays of one barrier as varying over the same mesh axes. So those that vary over
-    # different axes get barriers of their own.
+    """`lax.optimization_barrier` for all arrays of a pytree."""
+    # Until JAX 0.11: it marks all arrays of one barrier as varying over the same mesh axes. So arrays that vary over
+    # different axes get separate barriers.
     arrays, structure = jax.tree.flatten(tree)
     alike = {axes: [i for i, x in enumerate(arrays) if varying(x) == axes] for axes in map(varying, arrays)}
     for places in alike.values():
@@ -36,7 +36,7 @@ def barrier(tree):
 
 
 def varying(x: Array) -> frozenset:
-    """The mesh axes over which x varies, by its type."""
+    """The mesh axes over which x varies, according to its type."""
     return varying_type(jax.typeof(x))
 
 

@@ -1,9 +1,9 @@
-"""A program that waits for its platform: a function of arrays, traced only when it is lowered, for that platform alone.
+"""Programs that wait for their platform: functions of arrays that are traced at lowering, for one platform only.
 
-The platform isn't known earlier: a traced program may be compiled for another machine, or exported for several. The
-program's derivatives and batched forms wait too, so that in every nesting only one platform's version is traced. A
-program must be hashable, and equal each time it is made, so that its trace is found in a cache: a frozen dataclass, or
-a `Program`.
+The platform isn't known earlier: a traced program may be compiled for another platform, or exported for several. The
+derivatives and batched forms of a program wait too, so in every nesting only one platform's version is traced. A
+program must be hashable, and equal each time it is made, so that JAX finds its trace in a cache. It is a frozen
+dataclass or a `Program`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ PLATFORMS = ("cpu", "tpu", None)  # as JAX names them; None for all others
 
 
 def waiting(program: Callable, *arrays: Any) -> Any:
-    """program(platform, *arrays): a tree of arrays, whose types must be the same on each of the PLATFORMS."""
+    """program(platform, *arrays): a pytree of arrays, whose types must be the same on all PLATFORMS."""
     leaves, tree = jax.tree.flatten(arrays)
     return _bind(Program(_of_trees, (program, tree)), JaxSettings.now(), *map(jnp.asarray, leaves))
 
 
 def as_one(function: Callable, static: int = 0) -> Callable:
-    """The function as one operation, the last `static` of its arguments being static. checkify doesn't look into it:
-    otherwise it would report each NaN and each division by 0 that the function computes and then discards."""
+    """The function as one operation. Its last `static` arguments are static. checkify doesn't look into the operation.
+    Otherwise it would report each NaN and each division by 0 that the function computes and then discards."""
 
     @functools.wraps(function)
     def of_all(*arguments):
@@ -46,13 +46,13 @@ def as_one(function: Callable, static: int = 0) -> Callable:
 
 
 def in_a_program() -> bool:
-    """Whether operations are traced here, as under `jax.jit` or in a loop, instead of run one by one."""
+    """Whether operations are being traced, as under `jax.jit` or in a loop, instead of run one by one."""
     return isinstance(jax.device_put(0.0), jax.core.Tracer)  # an explicit transfer, which jax.transfer_guard allows
 
 
 class JaxSettings(NamedTuple):
-    """JAX's settings where the program was called. Tracing at lowering, when they may have changed, restores them; and
-    as a parameter of the primitive they keep traces under unlike settings apart."""
+    """JAX's settings in the call of the program. At lowering they may have changed, so tracing restores them. As a
+    parameter of the primitive, they also keep traces under different settings apart."""
 
     x64: bool
     precision: Any
@@ -88,7 +88,7 @@ class JaxSettings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """function(*static, platform, *arrays); equal to another Program if function and static arguments are."""
+    """function(*static, platform, *arrays). Programs with equal functions and static arguments are equal."""
 
     function: Callable
     static: tuple
@@ -122,12 +122,12 @@ def _batched(program, axes, platform, *arrays):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _traced(program, platform, *arrays):
-    """program(platform, *arrays), traced once for each platform and types of arrays: jit caches its traces."""
+    """program(platform, *arrays). jit caches its traces, so it is traced once per platform and types of arrays."""
     return program(platform, *arrays)
 
 
 def _types(program, settings, *avals):
-    """The results' types and their tree, from tracing the program for a CPU."""
+    """The types of the results and their pytree, from a trace of the program for a CPU."""
     with settings.again():
         return jax.make_jaxpr(_traced, static_argnums=(0, 1), return_shape=True)(program, "cpu", *avals)
 

@@ -18,9 +18,9 @@ WORDS = {"Σp": "sum(p)", "Σq": "q[y]", "q_y": "q[y]", "[i = y]": "(i == y)", "
 NAME = re.compile(r"(\d+|p_logits|q_logits|KL|[a-zα-ωHL])([ᵢⱼ]?)")
 # Where a function's first line is of another row: what its docstring says of this one
 OF_NUMBERS = r"the loss is\s+(.*?)\.\s"
-VALUES = {"smoothed": OF_NUMBERS, "z-loss": OF_NUMBERS, TAIL: r"an entry\s+more is (.*?), of all"}
+VALUES = {"smoothed": OF_NUMBERS, "z-loss": OF_NUMBERS, TAIL: r"one more entry\s+is (.*?), for all"}
 NUMBERS = [("ε", "smoothed", SMOOTHING), ("ζ", "z-loss", Z_LOSS)]
-DERIVATIVES = {TAIL: r"of the tail (.*?)\."}
+DERIVATIVES = {TAIL: r"for the tail it\s+is (.*?)\."}
 
 
 class Formula:

@@ -1,8 +1,8 @@
-"""min over q of H(p, q), on real text: `python -m jce.demo [TEXT]`.
+"""Minimizes H(p, q) over q, on real text: `python -m jce.demo [TEXT]`.
 
-A text gives a batch of targets p, one for each letter: how often each of a-z and space follows it, many of them never.
-Each target has a model q = softmax(θ), which starts at random and descends along ∇H(p, q). As H(p, q) = H(p) + KL(p‖q),
-the least cross-entropy is the entropy, reached at q = p, and the gap to it is the KL divergence.
+A text gives a batch of targets p, one for each letter: how often each of a-z and space follows it. (Many never do.)
+Each target has a model q = softmax(θ), with a random θ at the start, which descends along ∇H(p, q). Because
+H(p, q) = H(p) + KL(p‖q), the least cross-entropy is the entropy, at q = p, and the gap to it is the KL divergence.
 
 The same in Python:
 
@@ -49,17 +49,17 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 
 
 def transition_distributions(text: str) -> tuple[Array, str]:
-    """The distributions of the next character: how often each of a-z and space follows each of them.
+    """The distributions of the next character: how often each of a-z and space follows each of a-z and space.
 
-    The text is lower-cased, and each run of other characters becomes one space. A character that nothing follows has no
-    distribution, and no row.
+    The text is converted to lower case, and each run of other characters becomes one space. A character that nothing
+    follows has no distribution, and no row.
 
     Returns:
-      p: [m, 27], row i the distribution of the character after letters[i], columns in the order of `ALPHABET`.
+      p: [m, 27]. Row i is the distribution of the character after letters[i]. Columns are in the order of `ALPHABET`.
       letters: the m characters that have a row, in the order of `ALPHABET`.
 
     Raises:
-      ValueError: if the text has no letter, or is a single one.
+      ValueError: if the text has no letter, or is a single letter.
     """
     text = re.sub("[^a-z]+", " ", text.lower())
     if not text.strip():
@@ -76,7 +76,7 @@ def transition_distributions(text: str) -> tuple[Array, str]:
 
 
 def default_text() -> str:
-    """The documentation that ships inside Python, some 400 000 characters of English."""
+    """The documentation that ships with Python, some 400 000 characters of English."""
     from pydoc_data.topics import topics
 
     return " ".join(topics.values())
@@ -88,9 +88,9 @@ def default_text() -> str:
 def _lbfgs(learning_rate: float) -> optax.GradientTransformationExtraArgs:
     """optax's L-BFGS, without the steps that would raise the value.
 
-    Its curvature pairs are differences of float32 gradients, whose rounding can make a direction go uphill, at times by
-    whole nats. The line search gives up on such a direction, but takes a step all the same. Here that step is dropped:
-    this adds a pair of zeros to L-BFGS's memory, so that the bad pair leaves it in time.
+    Its curvature pairs are differences of float32 gradients. Their rounding can make a direction go uphill, at times by
+    whole nats. The line search gives up on such a direction, but still takes a step. Here that step is dropped. This
+    adds a pair of zeros to the memory of L-BFGS, so that the bad pair leaves the memory in time.
     """
 
     def update(updates, state, params: Any = None, **extra):
@@ -101,8 +101,8 @@ def _lbfgs(learning_rate: float) -> optax.GradientTransformationExtraArgs:
     return optax.chain(optax.lbfgs(learning_rate), never_uphill)
 
 
-# Each has a learning rate that suits any text. Of the first two it is 2 = 1/(1/2): no eigenvalue of diag(q) - qqᵀ, the
-# Hessian of H(p, softmax(θ)), exceeds 1/2.
+# Each optimizer has a learning rate that suits any text. For the first two it is 2 = 1/(1/2): no eigenvalue of
+# diag(q) - qqᵀ, the Hessian of H(p, softmax(θ)), exceeds 1/2.
 OPTIMIZERS: dict[str, tuple[Callable[[float], optax.GradientTransformation], float]] = {
     "sgd": (optax.sgd, 2.0),
     "nesterov": (functools.partial(optax.sgd, momentum=0.9, nesterov=True), 2.0),
@@ -113,13 +113,13 @@ OPTIMIZERS: dict[str, tuple[Callable[[float], optax.GradientTransformation], flo
 
 @functools.cache  # the same object for the same arguments, so that `_descend` is compiled once
 def make_optimizer(name: str, learning_rate: float | None = None) -> optax.GradientTransformation:
-    """The optimizer of that name in `OPTIMIZERS`, at its own learning rate if none is given."""
+    """The optimizer of this name in `OPTIMIZERS`, with its default learning rate if none is given."""
     make, default = OPTIMIZERS[name]
     return make(default if learning_rate is None else learning_rate)
 
 
 class Snapshot(NamedTuple):
-    """The state of a fit: q, means over the rows, and the largest of all entries' differences."""
+    """The state of a fit: q, means over the rows, and the largest differences over all entries."""
 
     step: int
     q: Array  # [m, 27]
@@ -135,13 +135,13 @@ class Snapshot(NamedTuple):
 
 
 def fit(p: Array, optimizer: optax.GradientTransformation, steps: int, *, seed: int = 0) -> Iterator[Snapshot]:
-    """Minimizes H(p, softmax(θ)) from a random θ, and yields snapshots: at step 0, at some between, and at the last.
+    """Minimizes H(p, softmax(θ)) from a random θ, and yields snapshots: at step 0, at some steps, and at the last step.
 
-    It is a generator, so that a caller can show progress, or stop; `list(fit(...))` is the whole history.
+    It is a generator, so that a caller can show progress, or stop. `list(fit(...))` is the whole history.
 
     Args:
-      p: [m, n], a batch of targets, each fitted by itself.
-      optimizer: any of optax's.
+      p: [m, n], a batch of targets, which are fitted independently.
+      optimizer: any optimizer of optax.
       steps: at least 1.
       seed: the seed of the initial θ, which is standard normal.
 
@@ -149,7 +149,8 @@ def fit(p: Array, optimizer: optax.GradientTransformation, steps: int, *, seed: 
       FloatingPointError: if the fit diverges, so that H(p, q) is no longer finite.
     """
     theta = jax.random.normal(jax.random.key(seed), p.shape, p.dtype)
-    # optax starts from some weakly typed zeros. The loop returns strongly typed arrays, and would be compiled again.
+    # Some of optax's initial zeros are weakly typed. The loop returns strongly typed arrays, so it would be compiled
+    # twice.
     state = jax.tree.map(lambda x: x.astype(x.dtype), jax.vmap(optimizer.init)(theta))
     done = 0
     for mark in _marks(steps):
@@ -163,18 +164,19 @@ def fit(p: Array, optimizer: optax.GradientTransformation, steps: int, *, seed: 
 
 
 def _marks(steps: int) -> list[int]:
-    """The snapshots' steps: 20 a decade for a curve on log axes, each hundredth for the progress bar, the table's."""
+    """The steps of the snapshots: 20 per decade for a curve on log axes, every hundredth of all steps for the progress
+    bar, and those of the table."""
     curve = np.geomspace(1, steps, 2 + math.floor(20 * math.log10(steps))).round().astype(int).tolist()
     bar = np.linspace(0, steps, 101).astype(int).tolist()
     return sorted({*curve, *bar, *_table_marks(steps)})
 
 
 def _table_marks(steps: int) -> set[int]:
-    """0, 1, 3, 10, 30, 100 … and the last."""
+    """0, 1, 3, 10, 30, 100 … and the last step."""
     return {0, steps} | {c * 10**k for k in range(len(str(steps))) for c in (1, 3) if c * 10**k < steps}
 
 
-# A loop with a traced bound, not a scan, which would be compiled again for each number of steps between two marks.
+# A loop with a traced bound. A scan would be compiled again for each number of steps between two marks.
 @functools.partial(jax.jit, static_argnames="optimizer")
 def _descend(p, theta, state, steps, optimizer):
     update = optax.with_extra_args_support(optimizer).update
@@ -187,8 +189,8 @@ def _descend(p, theta, state, steps, optimizer):
             return jce.generalized_kl_divergence(p, jax.nn.softmax(theta))
 
         grad = jax.grad(loss)(theta)
-        # The line search of L-BFGS compares values. Near the minimum H(p, q) is within an ulp of H(p), so that steps no
-        # longer change it; KL(p‖q), which differs from it by a constant, has all its digits.
+        # The line search of L-BFGS compares values. Near the minimum, H(p, q) is within an ulp of H(p), so steps no
+        # longer change it. KL(p‖q), which differs from it by a constant, still has all its digits.
         direction, state = update(grad, state, theta, value=gap(theta), grad=grad, value_fn=gap)
         return optax.apply_updates(theta, direction), state
 
@@ -204,26 +206,28 @@ def _measure(p, theta):
 def _measure_one(p, theta):
     q = jax.nn.softmax(theta)
     distance, disagreement = jnp.abs(q - p), jnp.abs(chain_rule_gradient(p, theta) - (q - p))
-    # The generalized form is KL too, as p and q both sum to 1, and rounding can't make it negative.
+    # The generalized form equals KL, since p and q both sum to 1, and rounding can't make it negative.
     kl = jce.generalized_kl_divergence(p, q)
     return q, jce.entropy(p), jce.cross_entropy(p, q), kl, distance.max(), disagreement.max()
 
 
 def chain_rule_gradient(p: Array, theta: Array) -> Array:
-    """∇θ H(p, q) as a product, -p/q times the Jacobian of q = softmax(θ). In closed form, q - p, it divides by no q."""
+    """∇θ H(p, q) by the chain rule: -p/q times the Jacobian of q = softmax(θ). (The closed form q - p doesn't divide by
+    q.)"""
     q, times_jacobian = jax.vjp(jax.nn.softmax, theta)
     return times_jacobian(jax.grad(jce.cross_entropy, argnums=1)(p, q))[0]
 
 
 # The picture
 
-# Okabe and Ito's colours, which every kind of colour vision tells apart; strokes tell the lines apart without colour.
+# Okabe and Ito's colors, which can be told apart with every kind of color vision. Strokes tell the lines apart without
+# color.
 LINES = {"sgd": ("#CC79A7", ":"), "nesterov": ("#009E73", "-."), "adam": ("#0072B2", "--"), "lbfgs": ("#D55E00", "-")}
 
 
 @matplotlib.rc_context({"font.size": 16, "axes.titlesize": 18, "axes.labelsize": 16, "figure.titlesize": 23})
 def picture(p: Array, letters: str, histories: dict[str, list[Snapshot]], name: str) -> Figure:
-    """Heat maps of p and of the q of the optimizer `name`, beside the gaps of all optimizers against steps."""
+    """Heat maps of p and of q for the optimizer `name`, beside the gaps of all optimizers by step."""
     history = histories[name]
     midway = next((s for s in history if s.kl < history[0].kl / 5), history[-1])
     stages = {"start": history[0], "midway": midway, "end": history[-1]}
@@ -237,7 +241,7 @@ def picture(p: Array, letters: str, histories: dict[str, list[Snapshot]], name: 
 
 
 def _draw_heat_maps(figure: Figure, place: SubplotSpec, letters: str, maps: dict[str, Array]) -> None:
-    norm = PowerNorm(0.5, 0, 1)  # the square root, or rare letters wouldn't show
+    norm = PowerNorm(0.5, 0, 1)  # square-root scale: otherwise rare letters wouldn't be visible
     panels = list(place.subgridspec(2, 2).subplots(squeeze=False).flat)
     for axes, (title, x) in zip(panels, maps.items(), strict=True):
         axes.imshow(x, norm=norm, cmap="viridis", aspect="auto")
@@ -320,7 +324,7 @@ def _row(s: Snapshot) -> str:
 
 
 def _watch(p: Array, name: str, rate: float, steps: int, seed: int, rows: Container[int] = ()) -> list[Snapshot]:
-    """The history of a fit, shown while it runs: a progress bar, and a line of the table at each step in `rows`."""
+    """The history of a fit. While it runs, shows a progress bar, and a line of the table at each step in `rows`."""
     history = []
     with tqdm(total=steps, desc=f"{name:8}", unit=" steps", leave=False, disable=None, dynamic_ncols=True) as bar:
         for s in fit(p, make_optimizer(name, rate), steps, seed=seed):
@@ -351,7 +355,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo; the exit status is 2 for wrong input, 1 if the fit diverges, 130 if it is interrupted."""
+    """Runs the demo. The exit status is 2 for wrong input, 1 if the fit diverges, and 130 if it is interrupted."""
     args = _parser().parse_args(argv)
     try:
         _run(args)

@@ -1,9 +1,9 @@
-"""Closed-form derivative rules that hold to any order, and the quotient that their coefficients are written in.
+"""Closed-form derivative rules that hold to any order, and the quotient that their coefficients use.
 
-A rule's coefficients are differentiated again for a Hessian, and again for a third derivative, where a plain `a / b`
-would give 0 · ∞ = NaN at a corner. The rule of `ratio` is written in `ratio` itself, so it gives none at any order.
-Rules divide tangents by b instead of multiplying them by 1/b, so that tangents as small as b don't lose the float
-range.
+The coefficients of a rule are differentiated again for a Hessian, and again for a third derivative. There a plain
+`a / b` would give 0 · ∞ = NaN at the boundary. The rule of `ratio` uses `ratio` itself, so it gives no such NaN at any
+order. Rules divide tangents by b instead of multiplying them by 1/b: if tangents are as small as b, intermediate
+results might otherwise leave the range of floats.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from jce._numerics.mul0 import mul0, over
 
 
 class custom_jvp:
-    """`jax.custom_jvp`, with a rule that also holds to any order inside `lax.scan` and `lax.map`."""
+    """`jax.custom_jvp`, with a rule that holds to any order also inside `lax.scan` and `lax.map`."""
 
     def __init__(self, kernel: Callable, nondiff_argnums: tuple[int, ...] = ()):
         functools.update_wrapper(self, kernel)
         self._kernel = with_rule = jax.custom_jvp(as_one(kernel, len(nondiff_argnums)), nondiff_argnums=nondiff_argnums)
         self.defjvp = with_rule.defjvp
-        # Until JAX 0.12: reverse mode of a loop inlines the kernels that a rule calls. They lose their own rules, and
-        # as plain code give 0 · ∞ = NaN when differentiated again. A checkpoint isn't inlined; this one keeps all
-        # residuals, so that nothing is recomputed.
+        # Until JAX 0.12: reverse mode of a loop inlines the kernels that a rule calls. They then lose their own rules,
+        # and as plain code give 0 · ∞ = NaN when differentiated again. A checkpoint isn't inlined. This checkpoint
+        # keeps all residuals, so nothing is recomputed.
         if jax.__version_info__ < (0, 12):
             self._kernel = jax.checkpoint(
                 with_rule,
@@ -45,7 +45,8 @@ class custom_jvp:
 
 
 def sum_of_tangents(tangents, *terms: Callable[[Array], Array]) -> Array:
-    """The sum of term(tangent) over the arguments that are differentiated: others are None, or have a symbolic zero."""
+    """The sum of term(tangent) over the arguments that are differentiated. The tangents of others are None or symbolic
+    zeros."""
     live = [term(t) for term, t in zip(terms, tangents, strict=True) if not isinstance(t, SymbolicZero | None)]
     return functools.reduce(jnp.add, live)
 
@@ -75,8 +76,8 @@ def def_partials_of_sum(kernel: custom_jvp, *partials: Callable[..., Array]) -> 
 
 
 def def_tangents(kernel: custom_jvp, *tangents_of: Callable[..., Array]) -> None:
-    """`def_partials` with a term for each argument instead of a partial derivative: a function of the argument's
-    tangent, in which it is linear, and of all arguments."""
+    """`def_partials`, with a term for each argument instead of a partial derivative: a function of the argument's
+    tangent and of all arguments, linear in the tangent."""
 
     def rule(primals, tangents):
         return kernel(*primals), sum_of_tangents(tangents, *(lambda t, f=f: f(t, *primals) for f in tangents_of))
@@ -90,7 +91,7 @@ def def_twin(kernel: custom_jvp, twin: Callable[..., Array]) -> None:
 
 
 def def_at_once(at_once: custom_jvp, *functions: Callable) -> None:
-    """Gives a kernel that computes several functions in one go their derivatives, by each function's own rule."""
+    """Gives a kernel that computes several functions at once their derivatives, by the rule of each function."""
 
     def rule(classes, primals, tangents):
         def separately(*arguments):
@@ -102,7 +103,7 @@ def def_at_once(at_once: custom_jvp, *functions: Callable) -> None:
 
 
 def both_zero(a: Array, b: Array) -> Array:
-    """Where an outcome has probability 0 in both distributions."""
+    """Where a class has probability 0 in both distributions."""
     return (a == 0) & (b == 0)
 
 
@@ -113,7 +114,7 @@ def ratio(a: Array, b: Array) -> Array:
 
 
 def over_if_present(t: Array, a: Array, b: Array) -> Array:
-    """t / b, the derivative of log b along t, but 0 where a = b = 0: an outcome of a and b that is absent."""
+    """t / b, the derivative of log b along t, but 0 where a = b = 0, that is, for a class that is absent."""
     return over(jnp.where(both_zero(a, b), jnp.zeros_like(t), t), b)
 
 
@@ -126,10 +127,10 @@ def _ratio_rule(primals, tangents):
 
 @custom_jvp
 def negative(x: Array) -> Array:
-    """0 - x, which at x = 0 is 0 where -x is -0: else the reciprocal of an entropy of 0 would be -∞."""
+    """0 - x. At x = 0 it is 0, while -x is -0, and the reciprocal of an entropy of -0 would be -∞."""
     return 0 - x
 
 
-# Under differentiation it is plain -x, so -0 at 0: XLA moves -x out of a mean, but not 0 - x, and so reads the batch
-# once less.
+# Under differentiation it is plain -x, and thus -0 at 0. XLA can move -x out of a mean, which saves one reading of the
+# batch. It can't move 0 - x.
 negative.defjvp(lambda primals, tangents: (-primals[0], -tangents[0]))

@@ -1,14 +1,15 @@
-"""log p/q, and the deviance p log p/q - p + q, accurate also where p ≈ q: every divergence is built from these two.
+"""log p/q, and the deviance p log p/q - p + q, accurate even if p ≈ q. Every divergence is built from these two.
 
 With d = p - q, v = d / (p + q) and T = 1/3 + v²/5 + v⁴/7 + …, which is (atanh v / v - 1) / v²,
 
     log p/q           = 2 atanh v = 2v (1 + v² T)
     p log p/q - p + q = d v (1 + v (1 + v) T)
 
-The second follows from 2p = (p + q)(1 + v); its factor d v carries the magnitude, the other is near 1. Where |v| ≤ 1/3
-(p and q within a factor 2), d = p - q is exact; up to |v| = 1/2 it is rounded once, and nothing else cancels. It is the
-deviance of C. Loader, Fast and Accurate Computation of Binomial Probabilities (2000). The difference d is an argument
-of its own, because the binary functions know (1 - α) - (1 - β) = β - α better than the rounded 1 - α and 1 - β do.
+The second formula follows from 2p = (p + q)(1 + v). Its factor d v carries the magnitude, and the other factor is near
+1. For |v| ≤ 1/3 (p and q within a factor of 2), d = p - q is exact. Up to |v| = 1/2 it is rounded once, and nothing
+else cancels. This is the deviance of C. Loader, Fast and Accurate Computation of Binomial Probabilities (2000). The
+difference d is a separate argument because the binary functions can compute (1 - α) - (1 - β) as β - α, which is more
+accurate than the difference of the rounded 1 - α and 1 - β.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jce._numerics.mul0 import mul0
 
 
 def log_ratio(p: Array, q: Array, d: Array) -> Array:
-    """log p/q for p, q ≥ 0 and d = p - q; ±∞ where one of them is 0, 0 where both are. Not differentiable."""
+    """log p/q for p, q ≥ 0 and d = p - q; ±∞ where only one of them is 0, and 0 where both are. Not differentiable."""
     near, v, log_r = _contrast_and_log_ratio(p, q, d)
     return jnp.where(near, 2 * v * (1 + v * v * atanh_tail(v)), log_r)
 
@@ -31,8 +32,8 @@ def log_ratio(p: Array, q: Array, d: Array) -> Array:
 def deviance(p: Array, q: Array, d: Array, left_out: Array | None = None) -> Array:
     """p log p/q - p + q ≥ 0, for p, q ≥ 0 and d = p - q; q where p = 0, +∞ where only q = 0. Not differentiable.
 
-    `left_out`, if given, is subtracted from p log p/q instead of p - q. It must equal p - q where |v| < 1/2 (for q > p,
-    where q < 3p), since the formula that is used there subtracts p - q.
+    If `left_out` is given, it is subtracted from p log p/q instead of p - q. It must equal p - q where |v| < 1/2 (for
+    q > p this means q < 3p), since the formula for this range subtracts p - q.
     """
     near, v, log_r = _contrast_and_log_ratio(p, q, d)
     log_r = at_least(jnp.finfo(p.dtype).min, log_r)  # at p = 0, 0 · -∞ would be NaN
@@ -41,11 +42,11 @@ def deviance(p: Array, q: Array, d: Array, left_out: Array | None = None) -> Arr
 
 
 def _contrast_and_log_ratio(p, q, d):
-    """Whether |v| < 1/2; v; and log of the quotient p/q, for use where |v| ≥ 1/2."""
+    """Whether |v| < 1/2; v; and log p/q from the quotient p/q, for use where |v| ≥ 1/2."""
     v = reused(d / jnp.maximum(p + q, jnp.finfo(p.dtype).tiny))
     rises = p < q
     less, more = jnp.where(rises, p, q), jnp.where(rises, q, p)
-    # The quotient of any two floats may underflow, and its logarithm would be -∞. Then it is scaled by 2ᵏ.
+    # The quotient of two floats may underflow, and its logarithm would then be -∞. If so, it is scaled by 2ᵏ.
     k = -jnp.finfo(p.dtype).minexp
     under = less * 2.0 ** (k // 2) < more * 2.0 ** -(k // 2)
     log_r = log(less * jnp.where(under, 2.0**k, 1) / more) - jnp.where(under, k * math.log(2), 0)

@@ -1,6 +1,6 @@
-"""Elementary functions: XLA's at their highest accuracy, and our own where those are too inaccurate or too slow.
+"""Elementary functions: XLA's at their highest accuracy, and our own if XLA's are too inaccurate or too slow.
 
-Ours compute the leading terms exactly and add the rest by a short series or a correction, so that nothing cancels.
+Ours compute the leading terms exactly and add the rest as a short series or a correction, so that nothing cancels.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from jax.typing import ArrayLike
 # By default a TPU approximates these, which leaves errors of 1e-4 in a loss. On a CPU and a GPU nothing changes.
 exp, log, tanh = (functools.partial(f, accuracy=lax.AccuracyMode.HIGHEST) for f in (lax.exp, lax.log, lax.tanh))
 
-# Coefficients of (atanh v / v - 1) / v² as a polynomial in v², |v| ≤ 1/2, highest power first: Chebyshev approximations
-# with relative errors of 2⁻²⁷ and 2⁻⁵⁵ before the coefficients were rounded. In the results at most a quarter comes
-# from this polynomial: at v = 1/2 it is .394, and v (1 + v) .394 = .296 of 1.296.
+# Coefficients of (atanh v / v - 1) / v² as a polynomial in v² for |v| ≤ 1/2, highest power first. These are Chebyshev
+# approximations, with relative errors of 2⁻²⁷ and 2⁻⁵⁵ before the coefficients were rounded. At most a quarter of a
+# result comes from this polynomial: at v = 1/2 it is .394, and v (1 + v) .394 = .296 of 1.296.
 ATANH_TAIL = {
     np.dtype("float32"): (
         0.1562916538185637,
@@ -48,8 +48,9 @@ ATANH_TAIL = {
     ),
 }
 
-# The last power kept of the series e^d - 1 - d, |d| < 3/2. At d = -3/2 the next one is below 2⁻²⁷ and 2⁻⁶⁰ of the sum.
-# Beyond 3/2 the difference itself cancels little: at -3/2 it is .72 of terms up to 1.5, at 3/2 1.98 of 4.48.
+# The last power that is kept of the series for e^d - 1 - d, |d| < 3/2. At d = -3/2 the next term is below 2⁻²⁷ (2⁻⁶⁰ in
+# float64) of the sum. Beyond 3/2, little cancels in e^d - 1 - d itself: at -3/2 it is .72, from terms up to 1.5, and at
+# 3/2 it is 1.98, from terms up to 4.48.
 LAST_POWER = {np.dtype("float32"): 13, np.dtype("float64"): 22}
 
 
@@ -59,18 +60,19 @@ def atanh_tail(v):
 
 
 def log1p_unit(e: Array) -> Array:
-    """log(1 + e) for 0 ≤ e ≤ 1, within 1.1 ulps. XLA's log1p is up to 2.5 off, and slower on a CPU. Not differentiable.
+    """log(1 + e) for 0 ≤ e ≤ 1, within 1.1 ulps. XLA's log1p is off by up to 2.5 ulps, and slower on a CPU. Not
+    differentiable.
 
-    It is 2 atanh v = 2v + 2v³T with v = e/(2 + e), and 2v = e - ev. So it is e less a correction v (e - 2v²T), which is
-    at most 1 - log 2 = 0.31 of e, so that the rounding of v weighs little.
+    log(1 + e) = 2 atanh v = 2v + 2v³T with v = e/(2 + e), and 2v = e - ev. So it is e minus a correction v (e - 2v²T).
+    The correction is at most 1 - log 2 = 0.31 of e, so the rounding of v has little weight.
     """
-    v = reused(e / (2 + e))  # flushed to 0 where it is subnormal; there log(1 + e) rounds to e
+    v = reused(e / (2 + e))  # a subnormal v is flushed to 0, but then log(1 + e) rounds to e
     return e - v * (e - 2 * (v * v) * atanh_tail(v))
 
 
 @jax.custom_jvp
 def log1p(s: Array) -> Array:
-    """log(1 + s) for 0 ≤ s < ∞, within 1.7 ulps. XLA's log1p is up to 2.5 ulps off, in float64 more."""
+    """log(1 + s) for 0 ≤ s < ∞, within 1.7 ulps. XLA's log1p is off by up to 2.5 ulps, and by more in float64."""
     return log_complement(-s)
 
 
@@ -79,8 +81,8 @@ log1p.defjvp(lambda primals, tangents: (log1p(*primals), tangents[0] / (1 + prim
 
 @jax.custom_jvp
 def one_minus(a):
-    """1 - α for α as it is rounded. Without the maximum, which is α, XLA contracts 1 - uv to a fused multiply-add, and
-    that gives ±3e-8 instead of 0 where uv rounds to 1."""
+    """1 - α, for the rounded α. The maximum is always α. Without it, XLA would contract 1 - uv to a fused multiply-add,
+    which gives ±3e-8 instead of 0 where uv rounds to 1."""
     return 1 - jnp.maximum(a, a - jnp.finfo(a.dtype).max)
 
 
@@ -88,14 +90,16 @@ one_minus.defjvp(lambda primals, tangents: (one_minus(*primals), -tangents[0]))
 
 
 def reused(x: Array) -> Array:
-    """x > -∞, for repeated use: on a CPU XLA stores a quotient or an exponential used twice, but not a clamped one."""
+    """x > -∞, for repeated use. On a CPU, XLA stores a quotient or an exponential that is used twice, but not if it is
+    clamped."""
     return at_least(jnp.finfo(x.dtype).min, x)
 
 
 def at_least(least: ArrayLike, x: Array) -> Array:
-    """max(x, least), and NaN where x is: XLA may drop a NaN from a maximum (`classes.py`), but not from a clamp.
+    """max(x, least), and NaN where x is NaN. XLA may drop a NaN in a maximum (`classes.py`), but not in a clamp.
 
-    On a CPU a clamp can't be part of a sum: it is for formulas that end in a select, which can't either.
+    On a CPU, XLA can't fuse a clamp into a sum. So use it in formulas that end in a select, which can't be fused
+    either.
     """
     return lax.clamp(jnp.asarray(least, x.dtype), x, jnp.asarray(jnp.inf, x.dtype))
 
@@ -106,25 +110,26 @@ def unless_negative(x, result):
 
 
 def raising(p, q):
-    """A power of 2 to multiply p and q by; 1 unless both are below 1. Then their products with small weights don't
-    underflow, and those with a logarithm, of at most 745 < 2¹¹, don't overflow: 2^(maxexp - 12) · 2¹¹ < 2^maxexp."""
+    """A power of 2 by which to multiply p and q; 1 unless both are below 1. Scaled, their products with small weights
+    don't underflow. Their products with a logarithm, which is at most 745 < 2¹¹, don't overflow, since
+    2^(maxexp - 12) · 2¹¹ < 2^maxexp."""
     return jnp.where(jnp.maximum(p, q) < 1, 2.0 ** (jnp.finfo(p.dtype).maxexp - 12), 1.0).astype(p.dtype)
 
 
 def raised(p, q):
-    """p and q times `raising`: else the difference of the smallest numbers is subnormal, and XLA flushes it to 0."""
+    """p and q times `raising`. XLA flushes the difference of the smallest numbers, which is subnormal, to 0."""
     scale = raising(p, q)
     return p * scale, q * scale
 
 
 def log_complement(b):
-    """log(1 - β), from the rounded 1 - β and its rounding error. XLA's log1p is up to 128 ulps off in float64."""
+    """log(1 - β), from the rounded 1 - β and its rounding error. XLA's log1p is off by up to 128 ulps in float64."""
     c = one_minus(b)
     return log(c) + ((1 - c) - b) / jnp.maximum(c, jnp.finfo(b.dtype).tiny)
 
 
 def exponential_minus_1(d: Array) -> Array:
-    """e^d - 1 for |d| < 3/2. XLA's expm1 is further off, up to 6 ulps. Not differentiable."""
+    """e^d - 1 for |d| < 3/2. XLA's expm1 is less accurate: it is off by up to 6 ulps. Not differentiable."""
     return d + exponential_tail(d)
 
 
@@ -135,7 +140,7 @@ def exponential_tail(d):
 
 
 def two_sum(a, b):
-    """The rounded a + b and its rounding error, whose sum is exactly a + b (Knuth, TAOCP 2, §4.2.2, theorem B)."""
+    """The rounded a + b, and its rounding error. Their sum is exactly a + b (Knuth, TAOCP 2, §4.2.2, theorem B)."""
     s = a + b
     t = s - a
     return s, (a - (s - t)) + (b - t)

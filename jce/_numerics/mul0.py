@@ -1,9 +1,10 @@
-"""0 · anything = 0: the product and the quotient that closed-form derivatives need at a corner.
+"""0 · anything = 0: the product and the quotient that closed-form derivatives need at the boundary.
 
-At a corner a partial derivative is infinite (∂H/∂p = +∞ at p = 0) while the tangent or cotangent that multiplies it is
-often exactly zero: another row's, a masked class's, a weight of 0. The limit along such a direction is 0, but the
-IEEE product is NaN. Reverse mode couldn't transpose a rule with `jnp.where(t == 0, ...)`, which isn't linear in t. So
-the product is a primitive that is declared bilinear. It lowers to a multiply and a select.
+At the boundary a partial derivative may be infinite (∂H/∂p = +∞ at p = 0), while the tangent or cotangent that
+multiplies it is often exactly zero: it belongs to another row or to a masked class, or has a weight of 0. The limit
+along such a direction is 0, but the IEEE product is NaN. Reverse mode couldn't transpose a rule with
+`jnp.where(t == 0, ...)`, which isn't linear in t. So the product is a primitive that is declared to be bilinear. It
+lowers to a multiply and a select.
 """
 
 from __future__ import annotations
@@ -18,32 +19,32 @@ from jce._jax.varying import varying_alike
 
 
 def mul0(c: Array, t: Array) -> Array:
-    """c · t elementwise, and 0 where t = 0, whatever c is there. Equal shapes and dtypes; linear in each argument."""
+    """c · t elementwise, and 0 where t = 0, whatever c is. c and t have the same shape and dtype. Linear in each."""
     return _bind(c, t, "t")
 
 
 def mul00(c: Array, t: Array) -> Array:
     """c · t elementwise, and 0 where c = 0 or t = 0, whatever the other is.
 
-    In a first derivative only t is ever exactly 0 where c is infinite, so mul0 makes only that comparison. In a second
-    one c has a tangent too, which may be 0 where t is infinite.
+    In a first derivative, only t can be exactly 0 while c is infinite, so mul0 compares only t with 0. In a second
+    derivative, c has a tangent too, which may be 0 while t is infinite.
     """
     return _bind(c, t, "either")
 
 
 def multiply(c: Array, t: Array) -> Array:
-    """Plain c · t, with mul00 as its derivatives and transposes: for sums, in which a select would cost a pass.
+    """Plain c · t, whose derivatives and transposes use mul00. For sums, in which a select would cost a pass.
 
-    It is NaN where one factor is 0 and the other infinite: the caller must avoid or replace that.
+    It is NaN where one factor is 0 and the other infinite. The caller must avoid or replace this NaN.
     """
     return _bind(c, t, "neither")
 
 
 def over(t: Array, b: Array) -> Array:
-    """t / |b| elementwise, and 0 where t = 0, whatever b is there; linear in t.
+    """t / |b| elementwise, and 0 where t = 0, whatever b is. Linear in t.
 
-    Not mul0(1/b, t): its derivative in b would first multiply two tangents, as small as b · b, and underflow, before it
-    divides by b². Here each is divided by b first.
+    mul0(1/b, t) isn't enough. Its derivative in b would first multiply two tangents, and then divide by b². If the
+    tangents are as small as b, their product may underflow. Here each tangent is divided by b first.
     """
     return _over_p.bind(*varying_alike(*split_alike(t, b)))
 
@@ -70,7 +71,8 @@ def _batch(args, axes, *, zero):
     c, t = batch_axis_first(args, axes)
     if zero == "neither" and None in axes:
         # Until JAX 0.11: it makes a wrong dot product of x - (c * x).sum(-1, keepdims=True) on a CPU, with one c for a
-        # whole batch (jaxlib 0.10.2). The maximum with a lower number, which is NaN where the product is, prevents it.
+        # whole batch (jaxlib 0.10.2). The maximum with a lower number prevents it. (This number is NaN where the
+        # product is.)
         zero = "neither, batched"
     return _mul0_p.bind(c, t, zero=zero), 0
 
@@ -84,7 +86,7 @@ def _transpose_c(ct, c, t, *, zero):
 
 
 def _types(*avals, **_):
-    """Shape, dtype, sharding and varying manual axes are those of the ordinary product."""
+    """Shape, dtype, sharding and varying manual axes are the same as for the ordinary product."""
     return mul_p.abstract_eval(*avals)[0]
 
 

@@ -1,4 +1,4 @@
-"""What the programs' command lines share: exit status, errors in one line, checks of values, and a missing extra."""
+"""Helpers for the programs' command lines: exit status, errors in one line, checks of values, and missing extras."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import NoReturn
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Exits with main's status; or, if its output's reader ends early, as `| head` does, as if SIGPIPE had ended it."""
+    """Exits with the status of main; or as after SIGPIPE, if the reader of its output ends early, as `| head` does."""
     try:
         try:
             raise SystemExit(main())
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout once more as it exits, which would print another traceback.
+        # Python flushes stdout once more when it exits, which would print another traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + 13) from None  # SIGPIPE is 13
 
 
 @contextlib.contextmanager
 def extra(program: str, module: str, install: str) -> Iterator[None]:
-    """Wraps a program's imports. If a package isn't installed, the error is one line, which says how to install it."""
+    """Wraps the imports of a program. If a package is missing, the error is one line that says how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -73,7 +73,8 @@ def png(name: str) -> str:
         raise argparse.ArgumentTypeError(f"must end in .png, not {name!r}")
     is_new = not os.path.exists(name)
     try:
-        # Only opening the file tells: root passes all permission bits, even on a read-only disk.
+        # Only opening the file shows whether it can be written: root passes all permission bits, even on a read-only
+        # disk.
         with open(name, "ab"):
             pass
         if is_new:

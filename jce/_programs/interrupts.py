@@ -1,4 +1,4 @@
-"""Ctrl-C ends a program at once, with one line, from the import of its package on, before its own first line runs."""
+"""Ctrl-C ends a program at once, with one line: already during the import of its package, before its first own line."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import threading
 
 
 def end_if_program_of(package: str) -> None:
-    """At the top of a package: `end_when_interrupted`, if Python imports it to run a module of it by `-m`.
+    """Calls `end_when_interrupted` if Python imports the package to run one of its modules with `-m`. Call this at the
+    top of a package.
 
-    sys.argv[0] is "-m" then, and in sys.orig_argv the module's name comes right before the program's own arguments.
+    In this case sys.argv[0] is "-m", and in sys.orig_argv the module's name comes right before the program's own
+    arguments.
     """
     if sys.argv[:1] == ["-m"]:
         module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
@@ -22,12 +24,13 @@ def end_if_program_of(package: str) -> None:
 
 
 def end_when_interrupted() -> None:
-    """From now on Ctrl-C ends the process at once, with one line and status 130, whatever it is doing.
+    """From now on, Ctrl-C ends the process at once, with one line and status 130, whatever it is doing.
 
-    Python raises KeyboardInterrupt only once its main thread runs Python code again, which a compiled loop may delay
-    for minutes; raised in a callback, it prints a traceback, and the program goes on. So a thread waits for the signal.
+    Python raises KeyboardInterrupt only when its main thread runs Python code again, and a compiled loop may delay this
+    for minutes. If it is raised in a callback, it prints a traceback, and the program goes on. So a thread waits for
+    the signal.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in a shell's background
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in a background job of a shell
         return
     wakes, woken = socket.socketpair()
     woken.setblocking(False)
@@ -42,7 +45,7 @@ def end_when_interrupted() -> None:
         os.write(2, b"\ninterrupted\n" if sys.stderr.isatty() else b"interrupted\n")  # below a progress bar
         os._exit(130)
 
-    # The thread keeps `woken` alive, of which set_wakeup_fd knows only the file descriptor.
+    # `woken` is an argument of the thread to keep it alive: set_wakeup_fd has only its file descriptor.
     threading.Thread(target=lambda _: wait(), args=(woken,), daemon=True).start()
 
 

@@ -54,8 +54,8 @@ def jensen_shannon_divergence_with_logits(
       p_logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
       q_logits: real, [..., n, ...], the logits of q. Batch axes broadcast, the class axis doesn't.
       beta: β, the weight of p in the mixture, a number above 0 and below 1.
-      temperature: T > 0, a number by which both rows of logits are divided first. It is applied to the difference of
-        the two rows, so rows that are nearly the same are compared as exactly as at T = 1.
+      temperature: T > 0, a number by which both rows of logits are divided. T divides the difference of the two rows,
+        so rows that are nearly the same are compared as exactly as at T = 1.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
       axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.

@@ -51,9 +51,9 @@ def kl_divergence_with_logits(
     Args:
       p_logits: real, [..., n, ...], the target's logits (or log-probabilities) of n classes along `axis`.
       q_logits: real, [..., n, ...], the model's logits. Batch axes broadcast, the class axis doesn't.
-      temperature: T > 0, a number by which both rows of logits are divided first. The result isn't multiplied by T².
-        It is applied to the difference of the two rows, so rows that are nearly the same are compared as exactly as at
-        T = 1. If you divide the logits yourself, each is rounded, and that accuracy is lost.
+      temperature: T > 0, a number by which both rows of logits are divided. The result isn't multiplied by T². T
+        divides the difference of the two rows, so rows that are nearly the same are compared as exactly as at T = 1. If
+        you divide the logits yourself, each is rounded, and that accuracy is lost.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
       axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.

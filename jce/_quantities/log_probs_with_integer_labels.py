@@ -40,7 +40,7 @@ def log_probs_with_integer_labels(
 
     Its relative error is small even when the model is confident. For one label it is minus
     `cross_entropy_with_integer_labels(labels, logits)`. With k labels it takes the same single pass over the classes.
-    With `tail` an entry more is log (1-Σq), of all classes without a label together. (Σq is the sum over the labels.)
+    With `tail` one more entry is log (1-Σq), for all classes without a label together. (Σq is the sum over the labels.)
     The k labels and the tail are then a distribution of k+1 outcomes. The KL divergence of two such distributions is
     ≥ 0, and it is 0 only if they are equal. Use a tail if you keep only the top-k classes `top` of a teacher:
 
@@ -48,8 +48,8 @@ def log_probs_with_integer_labels(
         kl_divergence_with_logits(teacher, log_probs_with_integer_labels(top, logits, tail=True))
 
     Store such a teacher as these k+1 logarithms. If you store float32 probabilities instead and compute the tail 1-Σp
-    from them, a tail of 1e-5 has a relative error of 3e-3, and a tail of 1e-7 one of a third. From bfloat16
-    probabilities, a tail of 1e-3 has no correct digit.
+    from them, a tail of 1e-5 has a relative error of 3e-3, and a tail of 1e-7 has one of a third. From
+    bfloat16 probabilities, a tail of 1e-3 has no correct digit.
 
     Args:
       labels: integer, class indices: [..., ...], exactly the shape of logits without `axis`, or [..., ..., k], with a
@@ -71,8 +71,8 @@ def log_probs_with_integer_labels(
       without classes, or whose logits are all -∞, is -∞. A row with a NaN, a +∞ or only -∞ is NaN.
 
     Derivative:
-      ∂/∂xᵢ = [i = y] - qᵢ, in logits' dtype; of the tail [no label is i] qᵢ/(1-Σq) - qᵢ. The relative error is small
-      for every i, as far as the rounding of x - max x allows.
+      ∂/∂xᵢ = [i = y] - qᵢ, in logits' dtype; for the tail it is [no label is i] qᵢ/(1-Σq) - qᵢ. The relative error is
+      small for every i, as far as the rounding of x - max x allows.
 
     Raises:
       TypeError: labels are not integers, logits not real, or `where` not boolean.

@@ -24,7 +24,7 @@ FUNCTIONS = (linear_cross_entropy, linear_kl_divergence, linear_log_probs, linea
 
 
 def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis: Hashable | None) -> F:
-    """Splits a function of heads over a mesh of devices: tokens over one mesh axis, classes over another.
+    """Makes a `linear_*` function run on a mesh of devices: tokens split over one mesh axis, classes over another.
 
     Example:
       >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -39,9 +39,8 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
     token, the gradient of each hidden state (summed over the class axis) and, once, the gradient of each head (summed
     over the token axis).
 
-    A head must be an array. A head that is a function works only if both axes are None, so that neither tokens nor
-    classes are split. For such a head, use a mesh with Auto axes and call the function itself: XLA then splits the
-    tokens.
+    A head must be an array, unless both axes are None, so that neither tokens nor classes are split. With a head that
+    is a function, call the `linear_*` function itself under a mesh with Auto axes: XLA then splits the tokens.
 
     Args:
       function: `jce.linear_cross_entropy`, `jce.linear_kl_divergence`, `jce.linear_log_probs` or `jce.linear_map`. The

@@ -103,7 +103,7 @@ def manual_axes() -> tuple:
 
 
 def split_batch_axes() -> frozenset:
-    """The mesh axes that the spmd_axis_name of each `jax.vmap` around the call names, and which split its batch."""
+    """The mesh axes that split the batches of the `jax.vmap`s around the call, by spmd_axis_name."""
     return frozenset() if get_axis_env is None else get_axis_env().spmd_axis_names
 
 

@@ -67,8 +67,8 @@ def primitive(
     one = next(iter(functions.values()))
     alone = p.bind if len(functions) > 1 else one
     p.def_impl(_eager(alone, one, holds_arrays))
-    # Under JAX_REMAT3 and similar flags, JAX 0.12 first rewrites the operations of a jaxpr by this attribute of their
-    # primitives. Without it, JAX raises an error.
+    # Under JAX_REMAT3 and similar flags, JAX 0.12 first rewrites the operations of a jaxpr, by this attribute of each
+    # primitive. Without the attribute, JAX raises an error.
     p.to_lojax = alone
     p.def_effectful_abstract_eval(_types_and_effects(types or _traced_types(one, several), holds_arrays))
     if callable(derivative):

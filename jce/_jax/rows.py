@@ -1,6 +1,6 @@
 """Canonicalizes rows of classes for the functions in `_quantities`: dtype, shape, axis and `where`.
 
-Under `jax.jit`, an argument may never be an array in memory. XLA fuses the operations that compute the argument into
+Under `jax.jit`, an argument is not always an array in memory. XLA fuses the operations that compute the argument into
 each pass that reads it, so each pass computes it again, with slightly different rounding. For example, XLA contracts a
 product x·t and a difference after it into one fused multiply-add, and has two implementations of tanh. So two reads of
 one entry may be some ulps apart, and no kernel may rely on their being equal: not by ==, by a floor, by a difference of

@@ -32,8 +32,8 @@ class Rule(NamedTuple):
 
 
 # Adding to the head's float32 gradient reads and writes 8 n d bytes per chunk. The matmul for this gradient has 2 N n d
-# operations, and takes longer than that from N = 4 · (operations/s)/(bytes/s) tokens on: 4 · 989e12/3.35e12 = 1200 on
-# an H100, 4 · 197e12/0.82e12 = 1000 on a TPU v5e and 4 · 918e12/1.64e12 = 2200 on a TPU v6e.
+# operations. It hides the reads and writes if N is at least 4 · (operations/s)/(bytes/s) tokens: 4 · 989e12/3.35e12 =
+# 1200 on an H100, 4 · 197e12/0.82e12 = 1000 on a TPU v5e and 4 · 918e12/1.64e12 = 2200 on a TPU v6e.
 RULES = {
     "cpu": Rule(2**22, 512, 512, few=256),  # a CPU is faster at logits that fit in its caches
     "tpu": Rule(2**28, 2048, 4096),

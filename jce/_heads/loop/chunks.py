@@ -82,8 +82,8 @@ def _peeled_scan(step: Callable, carry, chunks):
 
 @jax.custom_jvp
 def _after(first, rest):
-    """`rest`, made to depend on `first`. XLA inlines a loop of one step. Otherwise it might compute the logits of both
-    chunks side by side, which takes twice the memory."""
+    """`rest`, made to depend on `first`. XLA inlines a loop of one step. Without this dependence, it might then compute
+    the logits of both chunks side by side, which takes twice the memory."""
     return barrier((first, rest))[1]
 
 

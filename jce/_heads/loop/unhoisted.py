@@ -1,8 +1,8 @@
-"""Makes the arrays of tokens depend on all inputs of a loop, so that nothing is computed from some of them beforehand.
+"""Makes the arrays of tokens depend on all inputs of a loop, so that nothing is computed from some inputs in advance.
 
 Until JAX no longer hoists out of a loop whatever is the same in each of its steps: if labels or a teacher's states are
-the same, it keeps all that depends on them alone, numbers for every token and class.
-Until JAX no longer has XLA fold constants of this size: logits of constants are computed during compilation.
+the same, it stores the results of all operations on them alone, which are numbers for every token and class.
+Until JAX no longer has XLA fold constants of this size: it would compute logits of constants during compilation.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 It works like `jax.core.eval_jaxpr`, with three exceptions:
 
-- Inside `jax.shard_map`, each array of an operation is marked as varying over the mesh axes of all of them: in a loop,
-  arrays vary over more axes than when the head was traced.
+- Inside `jax.shard_map`, each argument of an operation is marked as varying over every mesh axis over which one of the
+  arguments varies: in a loop, arrays vary over more axes than when the head was traced.
 - Matmuls have no unit axes.
 - An operation that checkify checks (a lookup, an update or a `checkify.check`) is put into a form that checkify can
   check, or that it doesn't see: JAX fails at checks in a `jax.vmap` and in a `jax.checkpoint`.
@@ -76,7 +76,7 @@ def _checkable(primitive: Any, params: dict[str, Any], *arrays: Array) -> list[A
     # Until JAX no longer raises an IndexError for a batch of updates under checkify: hide updates from checkify.
     function = waiting if primitive.name in UPDATES else _looked_up if is_lookup else _anywhere
     program = Program(_bound, (primitive, tuple(params.items())))
-    # Until JAX no longer raises a ValueError where checkify adds a check to a jax.checkpoint: in a jit, it doesn't.
+    # Until JAX no longer raises a ValueError where checkify adds a check to a jax.checkpoint: a jit prevents it.
     return jax.tree.leaves(jax.jit(functools.partial(function, program))(*arrays))
 
 

@@ -52,8 +52,8 @@ def _number_of_classes(head: Any, class_axis: Hashable | None) -> int:
 
 
 def _marked(inputs: Inputs, class_axis: Hashable | None) -> Inputs:
-    """The inputs, each marked as varying over the mesh axes of all of them, since the type of a loop's carry can't
-    change. Hidden states and heads also vary over the mesh axes of the classes, the other arrays don't.
+    """The inputs, each marked as varying over every mesh axis over which one of them varies, since the type of a loop's
+    carry can't change. Only hidden states and heads vary over the mesh axes of the classes, and they always do.
 
     They are marked before the loop, so gradients are summed over devices once, after the loop.
     """
@@ -85,8 +85,8 @@ def are_bfloat16(inputs: Inputs) -> bool:
 
 
 def _counting(hidden: list[Array], others: list[Array], w: Array, is_defined: IsDefined | None, n: int) -> Array:
-    """Which tokens must be computed. A zero-weight token must be if weights are differentiated, since the derivative in
-    its weight is its loss; except if that loss is not defined. n is the number of classes of the first head."""
+    """Which tokens must be computed. If weights are differentiated, this includes zero-weight tokens whose loss is
+    defined, since the derivative in a weight is the loss. n is the number of classes of the first head."""
     defined = jnp.stack([jnp.isfinite(h).all(-1) for h in hidden]).all(0)
     if is_defined is not None:
         defined &= is_defined(others, n)

@@ -128,8 +128,8 @@ def cross_entropy_with_logits(
 
     At the boundary:
       A logit of -∞ is a class of probability 0. If pᵢ = 0, this class contributes 0, with derivative 0 in the logit. If
-      pᵢ > 0, it makes H = +∞. In both cases ∂H/∂pᵢ = +∞. A row is NaN if its logits hold NaN or +∞, or are all -∞. A
-      traced ζ of 0 adds 0, even if L is infinite.
+      pᵢ > 0, it makes H = +∞, with derivative -pᵢ. In both cases ∂H/∂pᵢ = +∞. A row is NaN if its logits hold NaN or
+      +∞, or are all -∞. A traced ζ of 0 adds 0, even if L is infinite.
 
     Derivative:
       ∂/∂xᵢ = qᵢ Σp - pᵢ + 2ζLqᵢ, ∂/∂pᵢ = log 1/qᵢ, each in its argument's dtype. In a traced ζ the derivative is L².
@@ -204,9 +204,10 @@ def cross_entropy_with_integer_labels(
       A label outside [0, n) makes its own row NaN, in value and gradient. It never counts from the end. With
       label_probs, a label outside [0, n) contributes 0 if its probability is 0.
 
-      A logit of -∞ is a class of probability 0, with derivative 0. At the label, or with label smoothing, it makes the
-      loss +∞. A row with a NaN, a +∞ or only -∞ is NaN. A traced ε of 0 is like no smoothing: a logit of -∞ at another
-      class than the label has no effect. If the label's logit is -∞, the derivative in a traced ε is NaN.
+      A logit of -∞ is a class of probability 0: it contributes 0, with derivative 0. At the label, or with label
+      smoothing, it makes the loss +∞, with the derivative of the formula. A row with a NaN, a +∞ or only -∞ is NaN. A
+      traced ε of 0 is like no smoothing: a logit of -∞ has no effect, except at the label. If the label's logit is -∞,
+      the derivative in a traced ε is NaN.
 
       A tail without classes (every class that `where` keeps has a label) contributes 0. A tail whose logits are all -∞
       contributes (1-Σp) · ∞, except if Σp is 1 within 4 eps of the dtype of label_probs: then it contributes 0, with

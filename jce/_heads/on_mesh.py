@@ -55,8 +55,8 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
     Returns:
       A function with the signature of the given one, without axis_name. Its reductions are over the tokens of all
       devices: "mean" is the sum over all tokens, divided by their total weight. The results of "mean" and "sum" are the
-      same on all devices. Results per token are split over the devices like the tokens. In every mode, derivatives are
-      whole arrays, split like the arguments. A chunk_size counts the tokens of one device.
+      same on all devices. Results per token are split over the devices like the tokens. Derivatives, in forward and
+      reverse mode, are whole arrays, split like the arguments. A chunk_size counts the tokens of one device.
 
     Raises:
       TypeError: function is not one of these four. The returned function raises a TypeError if it gets an axis_name.

@@ -124,7 +124,7 @@ def test_an_eager_gradient_leaves_nothing_compiled(problem):
 
 
 @pytest.mark.wide
-def test_every_function_takes_one(problem):
+def test_every_linear_function_accepts_a_function_as_head(problem):
     y, h, p, where = problem
     head, teacher = HEADS["normed and capped"](p), 0.5 * p["kernel"].T
     x, logits = jce.Linear(h, head), head(h)

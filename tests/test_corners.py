@@ -296,7 +296,7 @@ def test_absent_classes(kernel, rng):
 
 
 @pytest.mark.holds_nan
-def test_equal_numbers_beyond_1_are_no_probabilities():
+def test_equal_numbers_outside_0_to_1_are_not_probabilities():
     """They make even a divergence NaN, which is 0 for all other equal numbers."""
     beyond = np.float32([1.5, -0.5])
     assert np.isnan(jce.binary_kl_divergence(beyond, beyond)).all()

@@ -285,7 +285,7 @@ CONSUMERS: dict[str, Callable] = {
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
 @pytest.mark.slow
-def test_what_is_made_of_the_result_in_the_same_program(consumer, rng):
+def test_results_used_in_the_same_program(consumer, rng):
     """Each consumer is tried with one function, and each function with a different maker."""
     k = list(CONSUMERS).index(consumer)
     kernel = WITH_CLASSES[k]

@@ -167,7 +167,7 @@ def everything(of, wanted, name, reduction, **options):
 @pytest.mark.parametrize(("name", "reduction"), CASES)
 @modes_in_turn
 @pytest.mark.in_turn(16)
-def test_numbers_of_tokens_left_out_afterwards(name, reduction, wanted, rng):
+def test_results_of_masked_tokens_agree_with_masking_afterwards(name, reduction, wanted, rng):
     """In float64. What a masked token holds doesn't change a bit."""
     with jax.enable_x64(True):
         y, x = rng.integers(0, CLASSES - 1, TOKENS), numbers(rng)
@@ -260,7 +260,7 @@ def test_a_weight_counts_that_is_not_0_or_has_a_derivative():
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("name", ["losses", "map of a number"])
 @pytest.mark.slow
-def test_of_weights_without_a_derivative_zeros_cost_nothing(name, rng, monkeypatch):
+def test_weights_of_0_without_a_derivative_cost_nothing(name, rng, monkeypatch):
     """They run as many chunks as a mask of the same tokens. With a derivative in the weights, all chunks run."""
     steps = []
 
@@ -299,7 +299,7 @@ def test_of_weights_without_a_derivative_zeros_cost_nothing(name, rng, monkeypat
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("options", [{}, {"reduction": "mean"}, {"chunk_size": 2}], ids=str)
 @pytest.mark.in_turn(3)
-def test_no_nan_of_a_token_left_out_in_an_eager_gradient(options):
+def test_an_eager_gradient_has_no_nan_from_a_masked_token(options):
     """Outside of jit, `jax.debug_nans` looks for NaNs after each operation."""
     h, a, where = jnp.ones((4, 3)).at[1].set(jnp.nan), jnp.ones(4).at[1].set(jnp.nan), np.arange(4) != 1
 

@@ -276,7 +276,7 @@ def close(a, b, rtol=2e-6, atol=1e-7):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("how", ["where", "weight 0"])
 @pytest.mark.slow
-def test_a_token_left_out_may_hold_anything(problem, reduction, how):
+def test_a_masked_token_may_hold_anything(problem, reduction, how):
     labels, h, w, b = problem
     kept = np.array([[True, False, True, True], [False, True, True, True]])
     ours = {"where": kept} if how == "where" else {"weights": kept.astype(np.float32)}
@@ -287,7 +287,7 @@ def test_a_token_left_out_may_hold_anything(problem, reduction, how):
     np.testing.assert_array_equal(dh[~kept], 0)
 
 
-def test_a_token_of_weight_0_is_left_out_if_anything_in_it_is_no_number(problem):
+def test_a_zero_weight_token_with_a_nan_or_an_invalid_label_is_masked(problem):
     """The NaN or ∞ may be in one coordinate of its hidden state. The label may be just beyond the last class."""
     labels, h, w, b = problem
     weights = np.ones(labels.shape, np.float32)
@@ -300,7 +300,7 @@ def test_a_token_of_weight_0_is_left_out_if_anything_in_it_is_no_number(problem)
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.in_turn(3)
-def test_an_infinite_loss_left_out_adds_nothing(problem, reduction):
+def test_an_infinite_loss_that_is_masked_adds_nothing(problem, reduction):
     """Class 0 is forbidden. Masked tokens get it as their label, and zero-weight tokens have it as their label."""
     labels, h, w, b = problem
     labels, kept = np.maximum(labels, 1), np.arange(8).reshape(2, 4) > 1
@@ -333,7 +333,7 @@ def test_the_mean_divides_by_the_weights_whatever_their_size_and_sign(problem):
 
 
 @pytest.mark.holds_nan
-def test_label_smoothing_of_1_asks_of_the_label_only_that_it_be_one(problem):
+def test_label_smoothing_of_1_still_needs_a_valid_label(problem):
     labels, h, w, b = problem
     b[0], labels[0, 0] = -INF, 0
     value, _ = value_and_gradients(labels, h, w, b, label_smoothing=1.0, reduction="sum")
@@ -396,7 +396,7 @@ def test_hessian_vector_products_of_confident_tokens(rng):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.slow
-def test_nothing_left(problem, reduction):
+def test_all_tokens_masked(problem, reduction):
     labels, h, w, b = problem
     for options in ({"where": np.zeros(labels.shape, bool)}, {"weights": np.zeros(labels.shape, np.float32)}):
         for x in (h, np.full_like(h, NAN)):
@@ -423,7 +423,7 @@ def test_the_derivative_in_a_weight_of_0_is_the_loss(problem):
             np.testing.assert_array_equal(g[0, :2], 0)
 
 
-def test_the_derivative_in_a_weight_of_0_where_a_label_of_probability_0_is_no_class(problem):
+def test_the_derivative_in_a_weight_of_0_with_a_padded_list_of_labels(problem):
     """Such a label pads the token's list of labels. If an invalid label has a probability, its token is masked."""
     _, h, w, b = problem
     labels, p = np.array([[1, -100], [1, -100]]), np.float32([[1, 0], [0.5, 0.5]])
@@ -438,7 +438,7 @@ def test_the_derivative_in_a_weight_of_0_where_a_label_of_probability_0_is_no_cl
 
 @pytest.mark.parametrize("how", ["where", "weight 0"])
 @pytest.mark.slow
-def test_an_infinite_loss_left_out_spoils_no_derivative_in_a_weight(problem, how):
+def test_a_masked_infinite_loss_does_not_change_derivatives_in_other_weights(problem, how):
     """The token's label is a forbidden class. The derivative in its weight of 0 is +∞, unless `where` masks it."""
     labels, h, w, b = problem
     labels = np.minimum(labels, 4)
@@ -459,7 +459,7 @@ def test_an_infinite_loss_left_out_spoils_no_derivative_in_a_weight(problem, how
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("wrong", [-1, 6, 2**31 - 1])
 @pytest.mark.in_turn(3)
-def test_a_label_of_no_class_makes_its_token_nan_and_no_other(problem, wrong):
+def test_an_invalid_label_makes_only_its_own_token_nan(problem, wrong):
     labels, h, w, b = problem
     losses, jacobian = (
         f(lambda h: jce.linear_cross_entropy(labels, h, w, b, reduction="none", chunk_size=3))(h)
@@ -524,7 +524,7 @@ def test_a_soft_cap_keeps_the_gradient_of_what_it_flattens():
 
 
 @pytest.mark.slow
-def test_a_soft_cap_beyond_what_matters_is_none(problem):
+def test_a_huge_soft_cap_has_no_effect(problem):
     """Value, gradient and two Hessian-vector products, where logit / cap is subnormal, which XLA takes for 0."""
     labels, h, w, b = problem
 
@@ -540,7 +540,7 @@ def test_a_soft_cap_beyond_what_matters_is_none(problem):
     close(derivatives(logit_soft_cap=1e38), derivatives(), rtol=1e-5)
 
 
-def test_a_soft_cap_below_what_matters_flattens_all_but_what_is_forbidden():
+def test_a_tiny_soft_cap_flattens_all_logits_except_forbidden_ones():
     losses = jce.linear_cross_entropy(
         [0, 1], np.float32([[9], [-9]]), np.float32([[1], [0], [0]]), np.float32([0, 0, -INF]), logit_soft_cap=2e-38
     )
@@ -551,7 +551,7 @@ def test_a_soft_cap_below_what_matters_flattens_all_but_what_is_forbidden():
 
 
 @pytest.mark.slow
-def test_a_traced_0_is_none_whatever_the_logits(problem):
+def test_a_traced_0_has_no_effect_for_any_logits(problem):
     """Label smoothing and z-loss of 0, with a forbidden class and logits whose square overflows, dense and in heads."""
     labels, h, w, b = problem
     labels, b[5] = np.minimum(labels, 4), -INF
@@ -580,7 +580,7 @@ def test_a_traced_0_is_none_whatever_the_logits(problem):
 
 
 @pytest.mark.holds_nan
-def test_a_traced_label_smoothing_of_1_asks_of_the_label_only_that_it_be_one(problem):
+def test_a_traced_label_smoothing_of_1_still_needs_a_valid_label(problem):
     labels, h, w, b = problem
     b[0] = labels[0, 0] = 0
     labels[0, 1] = 6
@@ -808,7 +808,7 @@ def test_log_probs_against_the_losses_of_dense_logits(problem):
 
 
 @pytest.mark.holds_nan
-def test_log_probs_of_a_label_of_no_class(problem):
+def test_log_probs_of_a_label_out_of_range(problem):
     labels, h, w, b = problem
     labels[0, 0] = 6
     log_prob, entropy = jce.linear_log_probs(labels, h, w, b)

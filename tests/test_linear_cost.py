@@ -109,7 +109,7 @@ HEADS_LOSSES = {
 @pytest.mark.parametrize("platform", ["cpu", "other"])
 @pytest.mark.parametrize("name", HEADS_LOSSES)
 @pytest.mark.slow
-def test_products_of_tokens_of_which_some_are_left_out(name, platform):
+def test_matrix_products_with_masked_tokens(name, platform):
     """In every mode there are as many as without a mask, and all are in a loop over the chunks with kept tokens."""
     a = matrices(64, 8, 40)
 
@@ -191,7 +191,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_the_rule_is_what_is_said_of_it(text):
+def test_the_rule_in_texts_is_the_rule_in_the_code(text):
     """Each text has the rule for float32 logits, first on a CPU, then on an accelerator."""
     text = " ".join(text.split())
     said = re.findall(r"max\((\d+), 2([⁰¹²³⁴⁵⁶⁷⁸⁹]+)/n\)", text)

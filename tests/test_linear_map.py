@@ -179,7 +179,7 @@ def singular(x, scale):
 @pytest.mark.parametrize("how", ["filled up", "where", "weights", "nothing left"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.in_turn(2)
-def test_what_is_left_out_reaches_no_derivative(how, reduction, rng):
+def test_derivatives_ignore_masked_tokens(how, reduction, rng):
     """61 tokens in chunks of 16. Masked tokens hold NaN."""
     h, w = rng.standard_normal((61, 3)), rng.standard_normal((CLASSES, 3))
     kept = np.ones(61, bool) if how == "filled up" else np.arange(61) % 3 == 1
@@ -415,7 +415,7 @@ def test_a_shared_array_comes_in_its_own_dtype():
 
 
 @pytest.mark.holds_nan
-def test_a_weight_of_0_where_one_head_has_no_finite_state(rng):
+def test_a_weight_of_0_where_one_hidden_state_is_not_finite(rng):
     """The token is masked: the derivative in its weight is 0. The derivative in other weights is the divergence."""
     w, h = rng.standard_normal((3, 2)).astype(np.float32), np.float32([[1, 2], [3, 4]])
 
@@ -908,7 +908,7 @@ def test_metrics_beside_a_loss(reduction, rng):
 
 
 @pytest.mark.parametrize("result", ["alone", "three", "vector", "integer"])
-def test_what_is_no_pair_of_a_loss_and_metrics(result):
+def test_results_that_are_not_a_pair_of_a_loss_and_metrics(result):
     results = {
         "alone": lambda x: x.sum(),
         "three": lambda x: (x.sum(), 1, 2),

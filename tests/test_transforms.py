@@ -214,7 +214,7 @@ def one(name):
 @each_public
 @pytest.mark.parametrize("transform", [lambda f: f, *TRANSFORMED], ids=["none", *(f.__name__ for f in TRANSFORMED)])
 @pytest.mark.one_for_each("name")
-def test_what_is_lowered_is_what_was_asked_for(name, transform):
+def test_lowering_a_transformed_function(name, transform):
     function, arguments = getattr(jce, name), one(name)
     if name == "linear_log_probs" and transform in (jax.grad, jax.value_and_grad):
         pytest.skip("two numbers for each token")

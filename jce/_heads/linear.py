@@ -15,7 +15,7 @@ from jce._jax.arguments import brief, float_dtype, is_function
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linear:
-    """The logits hidden · headᵀ + bias of many tokens, kept as hidden states and a head: never all in memory at once.
+    """Stands for the logits hidden · headᵀ + bias of many tokens, which are never all in memory at once.
 
     Example:
       >>> print(jce.linear_map(jnp.argmax, jce.Linear(jnp.eye(2), 20 * jnp.eye(3, 2))))

@@ -79,8 +79,8 @@ def linear_cross_entropy(
         example the top-k probabilities of a teacher. See `cross_entropy_with_integer_labels`, also for tail.
       tail: a static bool: whether all classes without a label count as one more outcome, which has the remaining target
         probability.
-      weights: real, broadcast to the token axes: w, one weight per token. If they may sum to 0, as advantages do, use
-        reduction="sum": a mean is then 0.
+      weights: real, broadcast to the token axes: w, one weight per token. If they can sum to 0, as RL advantages
+        can, use reduction="sum": the mean would then be 0.
       where: bool, broadcast to the token axes. Tokens where it is False are masked: their loss is 0, and they cost no
         matmul.
       reduction: "mean" for Σ wℓ / Σ w, which is 0 if Σ w = 0; "sum" for Σ wℓ; "none" for wℓ, one number per token.
@@ -112,9 +112,10 @@ def linear_cross_entropy(
       traced and 0, nothing is smoothed, and forbidden classes add nothing to the loss.
 
     Derivative:
-      ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and from there in hidden, head and bias (argnums 1, 2 and 3
-      of `jax.grad`) and in weights, each in its own dtype. Traced numbers and temperatures have derivatives too, which
-      take another pass. Forward and reverse mode, any order.
+      ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and, by the chain rule, derivatives with respect to hidden,
+      head and bias (argnums 1, 2 and 3 of `jax.grad`). Weights have derivatives too. Each gradient has its argument's
+      dtype. Derivatives with respect to traced numbers and temperatures take another pass. Forward and reverse mode,
+      any order.
 
     Raises:
       TypeError: labels are not integers; hidden, head, bias, weights or temperature is not real; or `where` is not

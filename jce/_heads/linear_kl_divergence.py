@@ -55,8 +55,8 @@ def linear_kl_divergence(
     Args:
       p: the target, the teacher: `jce.Linear(hidden, head)`, with hidden states [..., d] and a head [n, d].
       q: the model, the student: `jce.Linear(hidden, head)`, with the same n classes and its own width.
-      weights: real, broadcast to the token axes: w, one weight per token. If they may sum to 0, as advantages do, use
-        reduction="sum": a mean is then 0.
+      weights: real, broadcast to the token axes: w, one weight per token. If they can sum to 0, as RL advantages
+        can, use reduction="sum": the mean would then be 0.
       where: bool, broadcast to the token axes. Tokens where it is False are masked: their divergence is 0, and they
         cost no matmul.
       reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, one number per token.
@@ -78,9 +78,9 @@ def linear_kl_divergence(
       the loss's derivative in a traced temperature NaN.
 
     Derivative:
-      ∂KL/∂yᵢ = (qᵢ - pᵢ)/T in q's logits y, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T in p's logits x, and from there in hidden
-      states, heads and biases, each in its own dtype, in weights, a traced temperature and traced soft caps. Forward
-      and reverse mode, any order.
+      ∂KL/∂yᵢ = (qᵢ - pᵢ)/T in q's logits y, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T in p's logits x, and, by the chain
+      rule, derivatives with respect to hidden states, heads, biases, weights, a traced temperature and traced soft caps.
+      Each gradient has its argument's dtype. Forward and reverse mode, any order.
 
     Raises:
       TypeError: p or q is not a Linear, an array is not real, or `where` is not boolean.

@@ -70,8 +70,8 @@ def linear_map(
       function: a function of one token. It is called with the token's part of each argument, in order, and then with
         shared, if that is given. It may use jax.numpy and the functions of jce. It returns an array, a number, or a
         pytree of them, of any dtype. Traced values that it closes over, such as a temperature, are differentiated too.
-        But with reduction="none", `custom_vjp` and `custom_jvp` rules in it must take them as arguments, as in
-        `jax.lax.map`. Prints and callbacks (`jax.debug.print`, an unordered `io_callback`) run for each token that is
+        Exception: with reduction="none", a `custom_vjp` or `custom_jvp` rule in the function must not close over traced
+        values. Pass them to it as arguments, as in `jax.lax.map`. Prints and callbacks (`jax.debug.print`, an unordered `io_callback`) run for each token that is
         not masked, in any order, and also for the padding of a chunk, which holds another token's arguments.
       *arguments: at least one `jce.Linear(hidden, head)`, and arrays with the same leading token axes [...], for
         example labels, advantages, masks or random keys. Or pytrees of them.

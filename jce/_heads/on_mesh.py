@@ -45,8 +45,8 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
     Args:
       function: `jce.linear_cross_entropy`, `jce.linear_kl_divergence`, `jce.linear_log_probs` or `jce.linear_map`. The
         function that `linear_map` maps gets the logits of its device's classes, so pass axis_name=class_axis to jce's
-        functions in it. Pass traced values as shared: one that the mapped function closes over must not be split, and
-        its gradient takes another pass.
+        functions in it. Pass traced values through `shared`. A traced value that the mapped function closes over must
+        not be split over devices, and its gradient takes another pass over the tokens.
       mesh: the devices, for example from `jax.make_mesh`. Over its other axes, all arrays are replicated.
       token_axis: the mesh axis, or a tuple of axes, that splits the first axis of the tokens. None or () for none.
       class_axis: the mesh axis, or a tuple of axes, that splits the classes. It must not share an axis with token_axis.

@@ -252,7 +252,8 @@ def test_nestings(problem):
 @pytest.mark.needs_jit
 @pytest.mark.slow
 def test_what_it_costs():
-    """At most as much as an array as head. If parameters beside a frozen kernel are trained, no array has its size."""
+    """It needs at most 1.2 times the memory of an array head. If parameters beside a frozen kernel are trained, no
+    operation makes an array of the kernel's size."""
     tokens, d, n = 1024, 64, 8192
     shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in ((4, tokens // 4, d), (n, d), (d, 4), (4, n))]
     y = jnp.zeros((4, tokens // 4), int)

@@ -219,7 +219,7 @@ def holds(kernel: Kernel, makers, rng, from_memory: Callable, classes=CLASSES) -
             with np.errstate(invalid="ignore", over="ignore"):
                 off = np.nan_to_num(np.abs(m - exact), posinf=0)
                 off = off.max(-1, keepdims=True) if off.ndim == 2 else off
-                # The weights of log p/q too: Z comes from another pass than p, so Σ p is 1 only up to that error.
+                # The weights p of log p/q have that error too: Z comes from another pass, so Σ p is not exactly 1.
                 by_weights = mode in MODES[1:] or kernel.function is jce.kl_divergence_with_logits
                 relative = 16 * eps + (ulp_of_row if by_weights else 0)
                 allowed = moved + 2 * off + relative * scale + (1e-36 if mode != "third order" else third)
@@ -344,7 +344,7 @@ def test_gradient_of_labels_where_another_class_dominates(platform, smoothing, r
     np.testing.assert_allclose(g[rows, x[rows].argmax(-1)], 1 - smoothing / 6, rtol=3e-7)
 
 
-WAYS = [*itertools.product([None, "ours"], ["cpu", "accelerator"]), ("the user's", "cpu")]  # not a head
+WAYS = [*itertools.product([None, "ours"], ["cpu", "accelerator"]), ("the user's", "cpu")]  # the user caps dense logits
 OF_HEADS = [(function, *way) for function in ("cross-entropy", "log-probabilities") for way in WAYS]
 OF_HEADS += [("divergence", None, "accelerator"), ("divergence", "ours", "cpu"), ("divergence", "the user's", "cpu")]
 

@@ -128,7 +128,7 @@ def test_what_an_accelerator_reads_more_than_once(options, rng, monkeypatch):
 
 
 def confident(rng, tokens=24, n=13, dtype=np.float32):
-    """Labels, and logits. The label's logit gets from -20 to 80 more than the others."""
+    """Labels, and random logits, with from -20 to 80 added to the label's logit."""
     x = rng.standard_normal((tokens, n))
     labels = rng.integers(0, n, tokens)
     x[np.arange(tokens), labels] += np.linspace(-20, 80, tokens)
@@ -197,10 +197,8 @@ def test_confident_tokens_keep_their_digits(rng):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.slow
 def test_half_precision(dtypes, reduction, rng):
-    """Against float64 for the same numbers: the loss is as exact as in float32, and gradients are rounded only once.
-
-    This holds for any number of chunks.
-    """
+    """Compared with float64 for the same numbers: the loss is as exact as in float32, and gradients are rounded only
+    once, for any number of chunks."""
     tokens, d, n = 256, 16, 32
     labels = np.full(tokens, 3)
     h = jnp.asarray(rng.standard_normal((tokens, d)) + 1, dtypes[0])
@@ -301,7 +299,7 @@ def test_a_zero_weight_token_with_a_nan_or_an_invalid_label_is_masked(problem):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.in_turn(3)
 def test_an_infinite_loss_that_is_masked_adds_nothing(problem, reduction):
-    """Class 0 is forbidden. Masked tokens get it as their label, and zero-weight tokens have it as their label."""
+    """Class 0 is forbidden. It is the label of the masked tokens, and also the label that any masked token is given."""
     labels, h, w, b = problem
     labels, kept = np.maximum(labels, 1), np.arange(8).reshape(2, 4) > 1
     b[0], labels[0, :2] = -INF, 0
@@ -616,7 +614,7 @@ def test_derivatives_in_a_traced_cap(problem):
 
 @pytest.mark.slow
 def test_a_traced_cap_leaves_forbidden_classes_alone(problem):
-    """For a cap of any size, and in the cap's own derivatives too."""
+    """It has no effect on them, for a cap of any size, and in the cap's own derivatives too."""
     labels, h, w, b = problem
     labels, b[5] = np.minimum(labels, 4), -INF
 
@@ -637,7 +635,7 @@ def test_a_traced_cap_leaves_forbidden_classes_alone(problem):
 
 @pytest.mark.slow
 def test_traced_numbers_are_as_pythons(problem):
-    """For any dtype (which doesn't widen the result), in a batch, over devices, and as an array in an eager call."""
+    """They may have any dtype (which doesn't widen the result), in a batch, over devices, or as an eager array."""
     labels, h, w, b = problem
     labels = labels.astype(np.int32)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -132,7 +132,7 @@ def test_functions_of_whole_logits(name, reduction, wanted, arrays, rng):
 
 
 def test_trees_and_numbers_of_every_kind(arrays):
-    """As arguments and as results. The mean of bools is the share that is True."""
+    """They may be arguments and results. The mean of bools is the share that is True."""
     of_tokens, heads = arrays
     data = {"labels": of_tokens["labels"], "logits": (Linear(*heads["student"], logit_soft_cap=2.0), None)}
 
@@ -308,7 +308,7 @@ def limited(limit):
 
 @pytest.mark.needs_jit
 def test_rules_that_close_over_a_traced_value():
-    """If results are summed. Without a sum they are as with `jax.lax.map`, which tests/test_plain_jax.py tests."""
+    """They work if results are summed. Otherwise they do what they do under `jax.lax.map` (tests/test_plain_jax.py)."""
     h, w = np.ones((5, 2), np.float32), np.ones((3, 2), np.float32)
 
     def loss(limit, h):
@@ -599,7 +599,10 @@ def test_a_traced_temperature_beside_forbidden_classes(rng):
 
 @pytest.mark.slow
 def test_second_derivatives_in_a_temperature_beside_what_p_alone_forbids():
-    """Or makes almost impossible. The Hessian in T and in q's biases is symmetric, and equals a float64 formula's."""
+    """The Hessian in T and in q's biases is symmetric, and equals a float64 formula's.
+
+    This also holds beside classes that p makes almost impossible.
+    """
     cases = list(itertools.product([-np.inf, -1e30, -200, -30, -3], [-4, -1, 1], [0.7, 1, 2]))
     x, y, t = (np.array(a, np.float32) for a in zip(*cases, strict=True))
     x, y = (np.stack([a, 0 * y, r + 0 * y], 1) for a, r in ((x, np.float32(1)), (y, np.float32(0))))

@@ -78,9 +78,9 @@ def linear_kl_divergence(
       the loss's derivative in a traced temperature NaN.
 
     Derivative:
-      ∂KL/∂yᵢ = (qᵢ - pᵢ)/T in q's logits y, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T in p's logits x, and, by the chain
-      rule, derivatives with respect to hidden states, heads, biases, weights, a traced temperature and traced soft caps.
-      Each gradient has its argument's dtype. Forward and reverse mode, any order.
+      ∂KL/∂yᵢ = (qᵢ - pᵢ)/T in q's logits y, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T in p's logits x, and, by the chain rule,
+      derivatives with respect to hidden states, heads, biases, weights, a traced temperature and traced soft caps. Each
+      gradient has its argument's dtype. Forward and reverse mode, any order.
 
     Raises:
       TypeError: p or q is not a Linear, an array is not real, or `where` is not boolean.

@@ -71,8 +71,9 @@ def linear_map(
         shared, if that is given. It may use jax.numpy and the functions of jce. It returns an array, a number, or a
         pytree of them, of any dtype. Traced values that it closes over, such as a temperature, are differentiated too.
         Exception: with reduction="none", a `custom_vjp` or `custom_jvp` rule in the function must not close over traced
-        values. Pass them to it as arguments, as in `jax.lax.map`. Prints and callbacks (`jax.debug.print`, an unordered `io_callback`) run for each token that is
-        not masked, in any order, and also for the padding of a chunk, which holds another token's arguments.
+        values. Pass them to it as arguments, as in `jax.lax.map`. Prints and callbacks (`jax.debug.print`, an unordered
+        `io_callback`) run for each token that is not masked, in any order, and also for the padding of a chunk, which
+        holds another token's arguments.
       *arguments: at least one `jce.Linear(hidden, head)`, and arrays with the same leading token axes [...], for
         example labels, advantages, masks or random keys. Or pytrees of them.
       where: bool, broadcast to the token axes. Tokens where it is False are masked: the function is not called for

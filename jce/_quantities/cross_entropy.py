@@ -46,7 +46,7 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       q: real, [..., n, ...], the model's probabilities. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
+      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
@@ -111,7 +111,7 @@ def cross_entropy_with_logits(
       >>> print(jce.cross_entropy_with_logits(p, logits), jax.grad(jce.cross_entropy_with_logits, 1)(p, logits))
       4.1223074e-09 [-4.1223074e-09  2.0611537e-09  2.0611537e-09]
 
-    Its relative error is small even when the model is confident and correct: a loss of 1e-30 is 1e-30, not 0. As a
+    Its relative error is small even when the model is confident and correct: a loss of 1e-30 does not round to 0. As a
     function of q it is minimal at q = p. z_loss adds ζL² with L = log Σ exp logits: the loss is Σᵢ pᵢ log 1/qᵢ + ζL².
 
     Args:
@@ -120,16 +120,17 @@ def cross_entropy_with_logits(
         doesn't.
       z_loss: ζ, a number ≥ 0; training with it pulls L towards 0.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and logits. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
-      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
+      where: bool, broadcast to p and logits. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
+        returns wrong gradients.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or logits is.
 
     At the boundary:
-      A logit of -∞ is a class of probability 0. If pᵢ = 0, this class contributes 0, with derivative 0 in the logit. If
-      pᵢ > 0, it makes H = +∞, with derivative -pᵢ. In both cases ∂H/∂pᵢ = +∞. A row is NaN if its logits hold NaN or
-      +∞, or are all -∞. A traced ζ of 0 adds 0, even if L is infinite.
+      A logit of -∞ is a class of probability 0. If pᵢ = 0, this class contributes 0, with derivative 0 with respect to
+      the logit. If pᵢ > 0, it makes H = +∞, with derivative -pᵢ. In both cases ∂H/∂pᵢ = +∞. A row is NaN if its logits
+      hold NaN or +∞, or are all -∞. A traced ζ of 0 adds 0, even if L is infinite.
 
     Derivative:
       ∂/∂xᵢ = qᵢ Σp - pᵢ + 2ζLqᵢ, ∂/∂pᵢ = log 1/qᵢ, each in its argument's dtype. In a traced ζ the derivative is L².
@@ -193,7 +194,8 @@ def cross_entropy_with_integer_labels(
       axis: the axis of the n classes: a static int.
       where: bool, broadcast to logits. False excludes a class, whatever it holds, and n counts the others;
         `(labels >= 0)[..., None]` drops the rows with a negative label.
-      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
+        returns wrong gradients.
 
     Returns:
       [..., ...], the shape of logits without `axis`; float32, or float64 if logits or label_probs is.
@@ -207,20 +209,20 @@ def cross_entropy_with_integer_labels(
       A logit of -∞ is a class of probability 0: it contributes 0, with derivative 0. At the label, or with label
       smoothing, it makes the loss +∞, with the derivative of the formula. A row with a NaN, a +∞ or only -∞ is NaN. A
       traced ε of 0 is like no smoothing: a logit of -∞ has no effect, except at the label. If the label's logit is -∞,
-      the derivative in a traced ε is NaN.
+      the derivative with respect to a traced ε is NaN.
 
       A tail without classes (every class that `where` keeps has a label) contributes 0. A tail whose logits are all -∞
       contributes (1-Σp) · ∞, except if Σp is 1 within 4 eps of the dtype of label_probs: then it contributes 0, with
       derivative 0. So pass label_probs in the dtype in which they were rounded. If Σp exceeds 1 by no more than 4 eps,
-      1-Σp counts as 0 in the value, while its derivative in p is that of the formula.
+      1-Σp counts as 0 in the value, while its derivative with respect to p is that of the formula.
 
     Derivative:
       ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype; at ε = ζ = 0 its relative error is small for every i.
       In a traced ε the derivative is 1/n Σᵢ log 1/qᵢ - log 1/q_y, and in a traced ζ it is L².
 
-      With label_probs, smoothing turns the target p into (1-ε)p + εΣp/n. At ε = ζ = 0 the derivative in xᵢ is
-      qᵢ Σp - pᵢ, and the derivative in pⱼ is log 1/q_yⱼ. A tail adds (1-Σp)(qᵢ - [no label is i] qᵢ/(1-Σq)) to the
-      former, and -log 1/(1-Σq) to the latter.
+      With label_probs, smoothing turns the target p into (1-ε)p + εΣp/n. At ε = ζ = 0 the derivative with respect to xᵢ
+      is qᵢ Σp - pᵢ, and the derivative with respect to pⱼ is log 1/q_yⱼ. A tail adds (1-Σp)(qᵢ - [no label is i]
+      qᵢ/(1-Σq)) to the former, and -log 1/(1-Σq) to the latter.
 
     Raises:
       TypeError: labels are not integers, logits or label_probs not real, or `where` not boolean.

@@ -33,7 +33,7 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
     Args:
       p: real, [..., n, ...], probabilities of n classes along `axis`.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to p. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
+      where: bool, broadcast to p. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
 
     Returns:
       [..., ...], p without `axis`; float32, or float64 if p is.
@@ -114,8 +114,9 @@ def entropy_with_logits(
     Args:
       logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to logits. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
-      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
+      where: bool, broadcast to logits. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
+        returns wrong gradients.
 
     Returns:
       [..., ...], logits without `axis`; float32, or float64 if logits is.

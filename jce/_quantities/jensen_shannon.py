@@ -49,16 +49,16 @@ def jensen_shannon_divergence(
       q: real, [..., n, ...], the second distribution. Batch axes broadcast, the class axis doesn't.
       beta: β, the weight of p in the mixture, a number above 0 and below 1.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
+      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
 
     At the boundary:
-      A class with pᵢ = 0 < qᵢ contributes (1-β) qᵢ log 1/(1-β), with ∂/∂pᵢ = -∞, the one-sided limit. A class with
-      qᵢ = 0 < pᵢ contributes β pᵢ log 1/β, with ∂/∂qᵢ = -∞. A class with pᵢ = qᵢ = 0 is absent: both derivatives are 0.
-      A traced β of 0 or 1 gives 0, the limit, with derivatives 0 in p and q. The derivative in β is then infinite if
-      the mixture lacks a class that p or q has.
+      A class with pᵢ = 0 < qᵢ contributes (1-β) qᵢ log 1/(1-β), with ∂/∂pᵢ = -∞, the one-sided limit. A class with qᵢ =
+      0 < pᵢ contributes β pᵢ log 1/β, with ∂/∂qᵢ = -∞. A class with pᵢ = qᵢ = 0 is absent: both derivatives are 0. A
+      traced β of 0 or 1 gives 0, the limit, with derivatives 0 with respect to p and q. The derivative with respect to
+      β is then infinite if the mixture lacks a class that p or q has.
 
     Derivative:
       ∂/∂pᵢ = β log pᵢ/mᵢ, ∂/∂qᵢ = (1-β) log qᵢ/mᵢ, each in its argument's dtype. In a traced β the derivative is

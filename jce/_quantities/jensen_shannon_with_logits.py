@@ -57,8 +57,9 @@ def jensen_shannon_divergence_with_logits(
       temperature: T > 0, a number by which both rows of logits are divided. T divides the difference of the two rows,
         so rows that are nearly the same are compared as exactly as at T = 1.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
-      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
+      where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
+        returns wrong gradients.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
@@ -66,14 +67,14 @@ def jensen_shannon_divergence_with_logits(
     At the boundary:
       A logit of -∞ is a class of probability 0, and the derivative with respect to this logit is 0. If the class has a
       logit of -∞ in one distribution only, its probability in the other still contributes. A row with a NaN, a +∞ or
-      only -∞ is NaN. A traced β of 0 or 1 gives 0, the limit, with derivatives 0 in the logits. The derivative in β is
-      then infinite if the mixture lacks a class that p or q has, and mixed derivatives in β and the logits are
-      unspecified.
+      only -∞ is NaN. A traced β of 0 or 1 gives 0, the limit, with derivatives 0 with respect to the logits. The
+      derivative with respect to β is then infinite if the mixture lacks a class that p or q has, and mixed derivatives
+      with respect to β and the logits are unspecified.
 
     Derivative:
       ∂/∂p_logitsᵢ = β pᵢ (log pᵢ/mᵢ - KL(p‖m)), ∂/∂q_logitsᵢ = (1-β) qᵢ (log qᵢ/mᵢ - KL(q‖m)), each in its argument's
       dtype. In a traced β the derivative is KL(p‖m) - KL(q‖m). At a temperature T the first two are divided by T. The
-      derivative in a traced T may have a large relative error if p ≈ q.
+      derivative with respect to a traced T may have a large relative error if p ≈ q.
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.

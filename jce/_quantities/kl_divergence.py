@@ -47,7 +47,7 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       q: real, [..., n, ...], the model's probabilities. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
+      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
@@ -66,8 +66,8 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 
     Not checked:
       Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). If p ≈ q, and rounding left Σ pᵢ 1e-7 below Σ qᵢ, KL is about -1e-7.
-      For p ≈ q, use `kl_divergence_with_logits`, or `generalized_kl_divergence`, whose derivative in q is 1 - pᵢ/qᵢ. A
-      negative pᵢ or qᵢ gives NaN, because its logarithm is NaN.
+      For p ≈ q, use `kl_divergence_with_logits`, or `generalized_kl_divergence`, whose derivative with respect to q is
+      1 - pᵢ/qᵢ. A negative pᵢ or qᵢ gives NaN, because its logarithm is NaN.
 
     Source:
       S. Kullback and R. A. Leibler, On Information and Sufficiency (1951).
@@ -114,7 +114,7 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
       p: real, [..., n, ...], the target's weights of n classes along `axis`.
       q: real, [..., n, ...], the model's weights. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
+      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.

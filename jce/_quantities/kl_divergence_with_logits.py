@@ -55,17 +55,18 @@ def kl_divergence_with_logits(
         divides the difference of the two rows, so rows that are nearly the same are compared as exactly as at T = 1. If
         you divide the logits yourself, each is rounded, and that accuracy is lost.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
-      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
+      where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
+        returns wrong gradients.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.
 
     At the boundary:
-      A logit of -∞ is a class of probability 0. If it is in p_logits, the class contributes 0, with
-      ∂KL/∂p_logits = 0. If it is in q_logits only, KL = +∞. Then ∂KL/∂p_logits is +∞ at this class and -∞ at the other
-      classes with p > 0, ∂KL/∂q_logits is q - p as usual, and the derivative in a traced temperature is NaN. A row with
-      a NaN, a +∞ or only -∞ is NaN.
+      A logit of -∞ is a class of probability 0. If it is in p_logits, the class contributes 0, with ∂KL/∂p_logits = 0.
+      If it is in q_logits only, KL = +∞. Then ∂KL/∂p_logits is +∞ at this class and -∞ at the other classes with p > 0,
+      ∂KL/∂q_logits is q - p as usual, and the derivative with respect to a traced temperature is NaN. A row with a NaN,
+      a +∞ or only -∞ is NaN.
 
     Derivative:
       ∂KL/∂p_logitsᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂q_logitsᵢ = qᵢ - pᵢ, each in its argument's dtype. At a temperature T

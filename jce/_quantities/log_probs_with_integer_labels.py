@@ -58,8 +58,9 @@ def log_probs_with_integer_labels(
       logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
       tail: a static bool: whether to add a last entry for all classes without a label.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to logits. False excludes a class, whatever it holds; `mask[..., None]` drops rows.
-      axis_name: in `jax.shard_map`, the mesh axis of the classes. With check_vma=False, a `jax.grad` inside is wrong.
+      where: bool, broadcast to logits. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
+        returns wrong gradients.
 
     Returns:
       The shape of labels, or with a tail [..., ..., k+1]; float32, or float64 if logits is.

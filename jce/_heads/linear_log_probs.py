@@ -143,7 +143,7 @@ def linear_log_probs(
     if tail and y.ndim != h.ndim:
         raise ValueError(
             f"{name}: with a tail, labels must have an axis for k labels of each token last, {(*h.shape[:-1], 'k')};"
-            f" got {described({'labels': y, 'hidden': h})}. One label is k = 1: labels[..., None]."
+            f" got {described({'labels': y, 'hidden': h})}. For one label per token, pass labels[..., None]."
         )
     of_tokens = {"labels": y} | checked_temperature(name, temperature, h.shape[:-1])
     options = Options(where, None, "none", chunk_size, precision, axis_name, batch_invariant)

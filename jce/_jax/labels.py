@@ -115,8 +115,8 @@ def _logits_of_labels(function, axis, where, axis_name, logits) -> tuple[Array, 
 def require_no_tail(function: str, tail: bool) -> None:
     if tail:
         raise ValueError(
-            f"{function}: tail must come with label_probs, the probabilities of labels; got tail={tail!r} alone. A"
-            f" single label leaves nothing for a tail."
+            f"{function}: tail must come with label_probs, the probabilities of labels; got tail={tail!r} alone. With"
+            f" a single label, the tail has probability 0."
         )
 
 

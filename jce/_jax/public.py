@@ -40,7 +40,7 @@ ELEMENTWISE = OF_EACH | {
     "where": (" Write jnp.where(where, result, 0).",),
 }
 TOKENS = {
-    "mask": (" Leave tokens out with where=mask.",),
+    "mask": (" Mask tokens with where=mask.",),
     "weights": (" Multiply a field of the result, such as result.log_prob, by them.",),
     "weight": (
         " Write weights=weight for a weight per token, weights=weight[labels] for one per class.",
@@ -48,13 +48,13 @@ TOKENS = {
         " Multiply a field of the result, such as result.log_prob, by weight for a weight per token, by weight[labels]"
         " for one per class.",
     ),
-    "ignore_index": (" Leave tokens out with where=labels != index.",),
+    "ignore_index": (" Mask tokens with where=labels != index.",),
     "reduction": (" The result isn't reduced: take the .mean() or .sum() of a field, such as result.log_prob.",),
 }
 
 
 # Hints for values that can't be static because they aren't hashable
-A_NUMBER = "Pass a Python value; of an array its number, by float(x) or int(x) outside jax.jit."
+A_NUMBER = "Pass a Python number. For an array x, pass float(x) or int(x), outside of jax.jit."
 STATIC = {"axis_name": "Pass a name, or a tuple of names."}
 
 

@@ -41,7 +41,7 @@ class FunctionHead:
     @classmethod
     def of(cls, name: str, head: Callable, hidden: Any, bias: Any) -> FunctionHead:
         if bias is not None:
-            raise ValueError(f"{name}: a head that is a function adds its own bias; got both. Leave out bias.")
+            raise ValueError(f"{name}: a head that is a function adds its own bias; got both. Don't pass bias.")
         h = as_array(name, "hidden", hidden)
         float_dtype(name, {"hidden": h})
         rank = max(h.ndim, 1)

@@ -129,8 +129,8 @@ def on_axes(name: str, mesh: Mesh, token_axis: Hashable | None, class_axis: Hash
     tokens, classes = mesh_names(token_axis), mesh_names(class_axis)
     if set(tokens) & set(classes):
         raise ValueError(
-            f"{name}: token_axis and class_axis must name unlike axes of the mesh, since a device has some tokens and"
-            f" some classes; got token_axis={token_axis!r} and class_axis={class_axis!r}. Give None for one of them."
+            f"{name}: token_axis and class_axis must be different mesh axes: one splits the tokens, the other the"
+            f" classes; got token_axis={token_axis!r} and class_axis={class_axis!r}. Pass None for one of them."
         )
     return Places(mesh, P(tokens) if tokens else P(), classes or None)
 

@@ -104,7 +104,7 @@ def conditioning(kernel: Kernel, row, dtype, j: int | None = None) -> float:
 
 
 def interior(kernel: Kernel, row) -> Iterator[tuple]:
-    """The entries where a central difference of the formula gives its derivative. Corners are tested separately."""
+    """The entries where a central difference of the formula gives its derivative. Edge cases are tested separately."""
     for i, j, x in entries(row):
         at_j = [a[j] if isinstance(a, list) else a for a in row]
         inside = [low < y < high for y, (low, high) in zip(at_j, kernel.domains, strict=True)]

@@ -11,7 +11,7 @@ from tests.quick_jit import quick_jit
 
 
 def stacked(kernel: Kernel, dtype=np.float32) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
-    """All corners of a kernel as one batch: arguments, values, gradients."""
+    """All edge cases (`Corner`) of a kernel as one batch: arguments, values, gradients."""
     arguments = zip(*(corner.arguments for corner in kernel.corners), strict=True)
     gradients = zip(*(corner.gradient for corner in kernel.corners), strict=True)
     values = [corner.value for corner in kernel.corners]
@@ -24,7 +24,7 @@ def agrees(got, expected, *what):
 
 
 def along_each(kernel: Kernel, arguments: list[np.ndarray]) -> tuple[tuple, tuple]:
-    """The batch, repeated for each number of a row, with the direction of that number: one call gives all derivatives.
+    """The batch once for each number of a row, with a unit direction along that number: one call gives all derivatives.
 
     Arguments and directions have the shape (arguments × classes, rows, classes), elementwise without the last axis.
     """
@@ -89,7 +89,7 @@ def test_value_and_gradient(kernel, dtype):
 @pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.in_turn(8, "wide")
 def test_alone_and_eagerly(kernel, step):
-    """Corners one at a time, not in a batch. Eager calls are jitted inside; disable_jit runs them op by op."""
+    """Edge cases one at a time, not in a batch. Eager calls are jitted inside; disable_jit runs them op by op."""
     eager_gradient = jax.grad(total(kernel), tuple(range(len(kernel.arguments))))
     for corner in kernel.corners[::step]:
         arguments = [np.float32(x) for x in corner.arguments]
@@ -105,10 +105,10 @@ NESTINGS = ("forward over reverse", "reverse over forward", "reverse over revers
 
 @each_kernel
 def test_second_derivatives(kernel, rng):
-    """The Hessian is the same in all nestings, in ordinary rows and at corners. It is NaN only in rows whose value is.
+    """The Hessian is the same in all nestings, in ordinary rows and at edge cases. It is NaN only if the value is NaN.
 
-    Along a direction that is 0 at corners and 1 in ordinary rows, the Hessian-vector product is 0 at corners, and the
-    sum of the row's second derivatives in ordinary rows.
+    Along a direction that is 0 at edge cases and 1 in ordinary rows, the Hessian-vector product is 0 at edge cases, and
+    the sum of the row's second derivatives in ordinary rows.
     """
     arguments, values, _ = stacked(kernel)
     regular = [corner.second_order for corner in kernel.corners]
@@ -297,7 +297,7 @@ def test_absent_classes(kernel, rng):
 
 @pytest.mark.holds_nan
 def test_equal_numbers_outside_0_to_1_are_not_probabilities():
-    """They make even a divergence NaN, which is 0 for all other equal numbers."""
+    """They make even a divergence NaN, although it is 0 for other equal numbers."""
     beyond = np.float32([1.5, -0.5])
     assert np.isnan(jce.binary_kl_divergence(beyond, beyond)).all()
     assert np.isnan(jce.generalized_kl_divergence(beyond[1:], beyond[1:]))

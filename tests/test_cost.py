@@ -70,7 +70,7 @@ def test_an_eager_call_is_one_dispatch(kernel, rng):
     arguments = easy(kernel, rng, (4, 5))
     equations = jax.make_jaxpr(kernel.function)(*arguments).eqns
     (equation,) = [e for e in equations if e.params.get("name") == kernel.name]
-    assert len(equations) == 1 or kernel.name == "log_probs_with_integer_labels"  # its row then selects an entry
+    assert len(equations) == 1 or kernel.name == "log_probs_with_integer_labels"  # its table row also selects an entry
     assert equation.params["jaxpr"].eqns
     assert kernel.name in str(jax.make_jaxpr(gradient(kernel))(*arguments))
 

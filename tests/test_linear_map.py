@@ -552,8 +552,11 @@ def value_and_derivatives(function, static):
     ],
 )
 def test_a_temperature_divides_what_the_logits_are_apart(temperature, traced, rng):
-    """Two heads whose logits are from one ulp to far apart, with a common offset: errors are relative to the largest
-    entry of a token. Where the two are well apart, float64 itself is checked against the formula as written."""
+    """Two heads whose logits are from one ulp to far apart, with a common offset.
+
+    Errors are relative to the largest entry of a token. Where the two heads are well apart, float64 itself is checked
+    against the formula as written.
+    """
     apart = np.repeat(np.float64([0, 1e-3, 1, 5]), 6)[:, None]
     x = (3 * rng.standard_normal((24, 12)) + np.resize(np.float64([0, 20, 1000]), (24, 1))).astype(np.float32)
     y = (x + apart * rng.standard_normal(x.shape)).astype(np.float32)

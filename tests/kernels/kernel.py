@@ -43,7 +43,7 @@ class Kernel:
     are in ulps of the exact result. If `value_scale` or `gradient_scale` is given, they are in ulps of that scale, the
     sum of the absolute values of the closed form's terms. `hvp_bar` is always in ulps of a scale: Σ |Hᵢⱼ vⱼ|, or, if
     Hᵢⱼ is itself a sum whose terms cancel, `hvp_scale`, a function of the arguments and the direction. Derivatives are
-    compared with the formula's wherever every number is inside its open domain. The corners cover the boundary.
+    compared with the formula's wherever every number is inside its open domain. The `corners` cover the boundary.
     `absent` is the number that stands for an absent class in each argument, or None if no number can.
     """
 

@@ -1,4 +1,4 @@
-"""What the functions accept: dtypes, numbers, lists, axes and masks; and what they say to anything else."""
+"""Accepted arguments (dtypes, numbers, lists, axes and masks), and the errors for all others."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ NAN = float("nan")
 
 @each_function
 def test_result_and_gradient_dtypes(kernel):
-    """At least float32 out; gradients in the argument's dtype; unlike dtypes promote."""
+    """Results are float32 or wider, gradients have the argument's dtype, and different dtypes promote."""
     positions = tuple(range(len(kernel.arguments)))
     for dtype in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
         with jax.enable_x64(dtype == jnp.float64):
@@ -60,7 +60,7 @@ def test_python_scalars_never_widen(x64):
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float4_e2m1fn])
 def test_narrow_floats(dtype):
-    """The value would be that of the upcast, but most of the gradient 0."""
+    """The value would be that of the upcast argument, but most of the gradient would be 0."""
     wide, labels = np.ones((2, 3), np.float32), np.zeros(2, int)
 
     def refuses(function, name, *arguments, **options):
@@ -91,7 +91,7 @@ def test_narrow_floats(dtype):
 
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "int8"])
 def test_narrow_integers(dtype):
-    """They are exact, and have no gradient: labels, and what is quantized."""
+    """They are exact and have no gradient: labels and quantized arrays."""
     labels, head = np.array([3, 0]), np.arange(12).reshape(4, 3) % 7
     narrow = jce.linear_cross_entropy(jnp.asarray(labels, dtype), ones(2, 3), jnp.asarray(head, dtype))
     assert narrow == jce.linear_cross_entropy(labels, ones(2, 3), head.astype(np.float32))
@@ -110,7 +110,7 @@ def test_broadcasting(kernel, rng):
 @pytest.mark.parametrize(("dtype", "n"), [(np.uint8, 300), (np.int16, 40_000), (np.uint16, 70_000)])
 @pytest.mark.slow
 def test_labels_that_hold_no_number_of_classes(dtype, n, rng):
-    """The largest label of a dtype, and half of it, among more classes than it can count: value and gradient."""
+    """Value and gradient for a dtype's largest label, and half of it, with more classes than the dtype can count."""
     labels = np.array([1, 1 / 2]) * np.iinfo(dtype).max
     logits = rng.standard_normal((2, n)).astype(np.float32)
 
@@ -131,7 +131,7 @@ def test_labels_that_hold_no_number_of_classes(dtype, n, rng):
 @each_with_classes
 @pytest.mark.in_turn(2, "wide")
 def test_axis(kernel, rng):
-    """Value and gradient along axes that aren't the last; and each axis by either of its numbers."""
+    """Value and gradient along axes other than the last, and each axis by its positive and its negative number."""
     arguments, axes = easy(kernel, rng, (2, 3, 4, 5)), (0, 2)
     moved = {axis: [np.moveaxis(x, -1, axis) for x in arguments] for axis in axes}
 
@@ -156,7 +156,7 @@ def test_axis(kernel, rng):
 @each_with_classes
 @pytest.mark.in_turn(2, "wide")
 def test_where_is_leaving_classes_out(kernel, rng):
-    """Whatever an excluded class holds, the value and the gradient are those of the other classes alone."""
+    """Whatever a masked class holds, the value and the gradient are those of the other classes alone."""
     arguments, positions = easy(kernel, rng, (4, 6)), tuple(range(len(kernel.arguments)))
     mask = np.array([True, False, True, True, False, False])
     kept = [x[:, mask] for x in arguments]
@@ -200,7 +200,7 @@ def test_where_drops_rows(kernel, rng):
     assert np.isfinite(g).all()
 
 
-# Errors: the function, what it wants, what it got by argument name, what to do
+# Errors: the function, what it requires, what it got (by argument name), and what to do
 
 
 def complains(error, function, *arguments, wants, got, do, **options):
@@ -371,7 +371,7 @@ def test_what_others_call_ignore_index():
 
 
 def test_what_others_call_otherwise():
-    """What to write instead, where there is something; and nothing that it doesn't take either."""
+    """The error says what to write instead, if there is something, and never suggests what the function rejects too."""
     of = {
         jce.cross_entropy_with_integer_labels: (np.zeros(2, int), ones(2, 3)),
         jce.kl_divergence: (ones(2, 3), ones(2, 3)),
@@ -430,7 +430,7 @@ EACH, CLASSES = np.array([0.5, 2.0], np.float32), np.array([0.5, 2.0, 3.0], np.f
 )
 @pytest.mark.in_turn(4, "wide")
 def test_following_a_hint(function, option, given, written, after):
-    """What it says to write runs, under jit too; the message has that text, where it is an argument."""
+    """The suggested code runs, also under jit. If it is an argument, the message contains that text."""
     labels = jnp.array([1, 0])
     arguments = {
         "cross_entropy_with_integer_labels": (labels, ones(2, 3)),
@@ -452,7 +452,7 @@ def test_following_a_hint(function, option, given, written, after):
     np.testing.assert_allclose(quick_jit(followed)(), followed(), rtol=1e-6)
 
 
-# A Linear where an array is expected
+# A Linear in place of an array
 
 
 @pytest.mark.parametrize(
@@ -469,7 +469,7 @@ def test_following_a_hint(function, option, given, written, after):
     ],
 )
 def test_a_linear_for_logits(name, arguments, fused):
-    """The error names the functions that take it."""
+    """The error names the functions that take a Linear."""
     complains(
         TypeError,
         getattr(jce, name),
@@ -534,7 +534,7 @@ def test_what_a_linear_says_of_itself():
 
 
 def test_the_axis_of_a_vmap_splits_no_classes():
-    """Of its size times the gradient, silently, if it did."""
+    """If it did, the gradient would silently be multiplied by the size of the axis."""
     for kernel in OF_LOGITS:
         split = jax.vmap(lambda *x, f=kernel.function: f(*x, axis_name="classes"), axis_name="classes")
         with pytest.raises(ValueError, match=r"axis_name must name an axis of the mesh.*got axis_name='classes'"):
@@ -632,7 +632,7 @@ def test_labels_of_another_shape():
 
 @pytest.mark.parametrize(("labels", "probs"), [((8,), (8, 5)), ((8, 2), (8, 5)), ((8, 5, 1), (8, 5))])
 def test_label_probs_of_all_classes(labels, probs):
-    """Both functions name what takes them, and their text runs."""
+    """Both errors name the function that takes them, and the suggested code runs."""
     names = {
         "jce": jce,
         "hidden": ones(8, 4),
@@ -675,7 +675,7 @@ def test_label_smoothing():
         )
 
 
-# Options: what of them is static, and numbers
+# Options: static ones and numbers
 
 H, W, LOGITS, LABELS = ones(2, 4), ones(3, 4), ones(2, 3), jnp.array([0, 1])
 X = jce.Linear(H, W)
@@ -706,7 +706,7 @@ def test_static_options(option):
 
 
 class Parameter:
-    """What is an array to JAX, and can't be hashed: as flax's parameters are."""
+    """An array to JAX that can't be hashed, like flax's parameters."""
 
     __hash__ = None
 
@@ -732,7 +732,7 @@ NUMBERS = {
 @pytest.mark.parametrize("option", NUMBERS)
 @pytest.mark.in_turn(3)
 def test_numbers_that_are_parameters(option):
-    """They are arrays, differentiated too; and what is no number is said to be none."""
+    """They are arrays, and can be differentiated. The error for anything else says that it is not a number."""
     for function, *arguments in NUMBERS[option]:
 
         def of(number, function=function, arguments=arguments):
@@ -747,7 +747,7 @@ def test_numbers_that_are_parameters(option):
 
 @pytest.mark.parametrize("option", ["z_loss", "temperature", "logit_soft_cap"])
 def test_numbers_out_of_range(option):
-    """A bound at 0 is named alone. Only a number that float32 can't hold is told the range of those that it can."""
+    """A bound at 0 is named alone. Only for a number that float32 can't hold, the error states float32's range."""
     or_zero = option == "z_loss"
     bound, zero = ("at least 0", "0, or ") if or_zero else ("greater than 0", "")
     for value, wants in (

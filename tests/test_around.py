@@ -1,7 +1,7 @@
-"""A head's loss inside of other loops: no array of tokens × classes there either, whatever is the same at each step.
+"""A head's loss inside other loops: no tokens × classes array there either, whatever stays the same at each step.
 
-Where a loop is differentiated, JAX moves out of it what doesn't change from step to step, for all steps to share: of a
-loop over chunks in it, what follows for all tokens from labels, or from a teacher, alone.
+When JAX differentiates a loop, it moves out whatever doesn't change from step to step, so that all steps share it. For
+an inner loop over chunks, that would be everything, for all tokens, that depends only on labels or on a teacher.
 """
 
 import math
@@ -22,7 +22,7 @@ LOSSES = losses(TOKENS, CHUNK)
 each_loss = pytest.mark.parametrize("name", LOSSES)
 H, W, STEPS = (jnp.ones(shape, np.float32) for shape in ((TOKENS, WIDTH), (CLASSES, WIDTH), 3))
 
-# What changes from step to step, by which of a loss's arguments are constants
+# What changes from step to step, by which arguments of a loss are constants
 FIXED = {
     "nothing": lambda h, w, t: (h, w, t),
     "hidden states": lambda h, w, t: (H, w, t),
@@ -31,7 +31,9 @@ FIXED = {
 
 
 def around(loss, fixed):
-    """The loss in loops of every kind: of a matrix that makes hidden states, the head, states, and a number a step."""
+    """The loss in every kind of loop: a function of a matrix that makes hidden states, the head, states, and one number
+    per step.
+    """
 
     def of_step(a, w, h, t):
         return loss(*fixed(jnp.tanh(h @ a), w, t))
@@ -59,7 +61,7 @@ def around(loss, fixed):
 
 
 def elements(text: str) -> int:
-    """Of the largest array in a compiled program."""
+    """The number of elements of the largest array in a compiled program."""
     return max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w\d+\[(\d+(?:,\d+)*)\]", text))
 
 
@@ -67,7 +69,7 @@ def elements(text: str) -> int:
 @pytest.mark.parametrize("fixed", FIXED)
 @pytest.mark.in_turn(36)
 def test_no_loop_has_the_logits_of_all_tokens(name, fixed):
-    """Value, gradient, jvp; and of a loop that only goes forward, value and jvp."""
+    """Value, gradient and jvp. For a loop that only runs forward, value and jvp."""
     both_ways, forward = around(LOSSES[name], FIXED[fixed])
 
     def program(a, w, h, ts):
@@ -85,7 +87,7 @@ def test_no_loop_has_the_logits_of_all_tokens(name, fixed):
 @pytest.mark.parametrize("name", ["mean", "divergence", "map of each", "a number and a bool"])
 @pytest.mark.in_turn(4)
 def test_a_gradient_in_a_loop_differentiated_again(name):
-    """Gradient steps in a scan, and the gradient of where they lead: reverse mode over reverse mode."""
+    """Gradient steps in a scan, and the gradient of their result: reverse mode over reverse mode."""
 
     def after_steps(w, h, ts):
         def step(w, t):
@@ -110,7 +112,7 @@ OF_EACH = {
 @pytest.mark.parametrize("name", OF_EACH)
 @pytest.mark.in_turn(4)
 def test_cotangents_that_depend_on_each_loss(name):
-    """Of the squares of each token's, in reverse mode over reverse mode."""
+    """The squares of each token's loss, in reverse mode over reverse mode."""
     y = jnp.zeros(TOKENS, int)
     gradient = jax.grad(lambda *a: jnp.square(OF_EACH[name](y, *a)).sum(), (0, 1))
     twice = jax.grad(lambda *a: sum(jnp.square(g).sum() for g in gradient(*a)), (0, 1))
@@ -120,7 +122,7 @@ def test_cotangents_that_depend_on_each_loss(name):
 
 @pytest.mark.parametrize("frozen", ["teacher", "all"])
 def test_products_of_constants_are_not_computed_by_the_compiler(frozen):
-    """A teacher that a program closes over, of no more tokens than a chunk: there is no loop, but XLA folds nothing."""
+    """The program closes over a teacher with at most one chunk of tokens: there is no loop, but XLA folds nothing."""
     h, w = (jnp.asarray(np.random.default_rng(0).standard_normal(s), np.float32) for s in ((8, 4), (16, 4)))
     y = jnp.zeros(8, int)
 

@@ -1,4 +1,4 @@
-"""The plain head where `jax.jit` splits the tokens over a mesh of Auto axes, as data-parallel training does."""
+"""The plain head when `jax.jit` splits tokens over a mesh with Auto axes, as in data-parallel training."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def split(rng, tokens, dtype=np.float32):
 
 
 def test_a_chunk_has_the_tokens_of_all_devices(rng):
-    """On each of 8 devices 512 tokens, which suit a CPU: so of 16,384 tokens there are 4 chunks, and alone 32."""
+    """512 tokens on each of 8 devices, a good chunk for a CPU. So 16,384 tokens make 4 chunks, and 32 on one device."""
     y = jax.ShapeDtypeStruct((2**14,), np.int32)
     h, w = (jax.ShapeDtypeStruct((length, WIDTH), np.float32) for length in (2**14, 2**11))
 
@@ -57,11 +57,11 @@ def test_a_chunk_has_the_tokens_of_all_devices(rng):
         assert steps() == [4]
 
 
-@pytest.mark.parametrize("tokens", [256, 72])  # chunks of as many tokens of each device, and chunks that are filled up
+@pytest.mark.parametrize("tokens", [256, 72])  # equal chunks on each device, and padded chunks
 @each_loss
 @pytest.mark.slow
 def test_numbers(platform, loss, tokens, rng):
-    """Value, gradient and Hessian-vector products, in float64, are those of one device."""
+    """Value, gradient and Hessian-vector products in float64 are those of one device."""
     with jax.enable_x64(True):
         y, *numbers = split(rng, tokens, np.float64)
         numbers, directions = tuple(numbers), tuple(rng.standard_normal(x.shape) for x in numbers)
@@ -79,7 +79,7 @@ def test_numbers(platform, loss, tokens, rng):
 @each_loss
 @pytest.mark.in_turn(6)
 def test_tokens_stay_where_they_are(platform, loss, rng):
-    """Value and gradient send some numbers a token of a chunk, the head's gradient, and before the loop one token."""
+    """Value and gradient send a few numbers per token of a chunk, the head's gradient, and one token beforehand."""
     y, *numbers = split(rng, 256)
     with jax.set_mesh(mesh()):
         program = jax.jit(lambda y, *a: jax.value_and_grad(lambda *a: loss(y, *a), (0, 1))(*a))
@@ -87,12 +87,12 @@ def test_tokens_stay_where_they_are(platform, loss, rng):
     gathered = [x.size for x in sent if x.kind != "all-reduce"]
     if platform == "accelerator":
         assert not gathered
-    assert max(gathered, default=0) <= 2 * CHUNK  # labels and their places, on a CPU
+    assert max(gathered, default=0) <= 2 * CHUNK  # labels and their positions, on a CPU
     assert {x.size for x in sent if x.kind == "all-reduce" and (x.in_loop or x.size != WIDTH)} <= {1, CLASSES * WIDTH}
 
 
 def test_a_chunk_has_as_many_tokens_of_each_device_as_one_alone(platform):
-    """Where the mesh is set; where it isn't, JAX doesn't say that there is one."""
+    """This holds if the mesh is set. If it isn't, JAX doesn't reveal that there is a mesh."""
     shapes = jax.ShapeDtypeStruct((2**15,), np.int32), jax.ShapeDtypeStruct((2**15, 2), np.float32)
 
     def lengths():

@@ -1,4 +1,4 @@
-"""What surrounds a call: an array that the program closes over, a guard of transfers, a collective in a head."""
+"""The context of a call: an array that the program closes over, a transfer guard, a collective in a head."""
 
 import functools
 
@@ -29,7 +29,7 @@ CLOSING_OVER = {
 @pytest.mark.parametrize("name", CLOSING_OVER)
 @pytest.mark.in_turn(3, "wide")
 def test_a_large_constant_is_not_folded(name):
-    """The program computes as much from an array that it closes over as from an argument: nothing while it compiles."""
+    """The program treats an array that it closes over like an argument: nothing is computed during compilation."""
     array, function = CLOSING_OVER[name]
     array, x = jnp.asarray(array), jnp.zeros((ROWS, CLASSES), jnp.float32)
 
@@ -59,7 +59,7 @@ def test_an_eager_call_transfers_nothing(head):
         lambda: jce.linear_log_probs(LABELS, linear).entropy,
         lambda: jce.linear_kl_divergence(linear, linear),
     ]
-    if head == "a function":  # a linear_map of a matrix isn't jitted, so it transfers what JAX's own eager calls do
+    if head == "a function":  # a linear_map with a matrix isn't jitted, so it transfers what JAX's own eager calls do
         calls.append(lambda: jce.linear_map(jce.cross_entropy_with_integer_labels, LABELS, linear, where=MASK))
     with jax.transfer_guard("disallow"):
         results = jax.block_until_ready([call() for call in calls])
@@ -68,7 +68,7 @@ def test_an_eager_call_transfers_nothing(head):
 
 
 def test_a_collective_in_a_head():
-    """It is refused by an error that says what to do, and that is right."""
+    """It is rejected with an error that says what to do, and that advice is correct."""
     mesh = jax.make_mesh((2, 2), ("tokens", "width"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     split = functools.partial(
         jax.shard_map,

@@ -1,4 +1,4 @@
-"""What `checkify` finds in ours: checks in a mapped function, and each NaN that is a result, but no other."""
+"""`checkify` with jce: it finds checks in a mapped function, and each NaN that is a result, but no other NaN."""
 
 import functools
 
@@ -93,7 +93,7 @@ INDEXED = {
 @pytest.mark.parametrize("name", INDEXED)
 @pytest.mark.in_turn(20)
 def test_indices_in_a_mapped_function(options, name):
-    """A lookup out of range is reported in values and derivatives, but not in a token that is masked."""
+    """A lookup out of range is reported in values and derivatives, but not for a masked token."""
     good, bad = np.array([0, 1, 2, 1, 0, 1]), np.array([0, 1, 2, 9, 0, 1])
     masked = np.array([0, 1, 9, 1, 0, 1]) if "where" in options else good
 
@@ -101,7 +101,7 @@ def test_indices_in_a_mapped_function(options, name):
         return lambda h: jce.linear_map(INDEXED[name], labels, jce.Linear(h, HEAD), **options).sum()
 
     for change, errors in ((lambda f: f, checkify.index_checks), (jax.grad, checkify.all_checks)):
-        if "is set" not in name:  # JAX checks no update of a batch
+        if "is set" not in name:  # JAX doesn't check updates of a batch
             assert "out-of-bounds" in found(change(of(bad)), HIDDEN, errors=errors)
         assert found(change(of(masked)), HIDDEN, errors=errors) is None
 
@@ -168,7 +168,7 @@ def test_several_labels(function):
 @each_function
 @pytest.mark.in_turn(8, "wide")
 def test_the_gradient_of_what_is_checked(kernel):
-    """But of a head, whose checks are in a custom_jvp function: there it is an error of JAX's own (0.8 to 0.12)."""
+    """Except for a head, whose checks are in a custom_jvp function: there JAX itself (0.8 to 0.12) raises an error."""
     arguments, *_ = stacked(kernel)
     positions = tuple(range(len(arguments)))
 

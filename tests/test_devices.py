@@ -1,4 +1,4 @@
-"""Classes split over devices inside shard_map, and the sharded head: the same numbers, and little that is sent."""
+"""Classes split over devices inside shard_map, and the sharded head: the same numbers, and little is sent."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tests.kernels import LOGIT, OF_LOGITS, each_of_logits, easy, modes
 from tests.quick_jit import quick_jit
 from tests.test_corners import agrees, stacked
 
-pytestmark = pytest.mark.needs_jit  # a jax.shard_map is compiled: without, JAX takes minutes or fails in itself
+pytestmark = pytest.mark.needs_jit  # without jit, JAX takes minutes for a jax.shard_map, or fails
 INF, NAN = np.inf, np.nan
 MESHES = [(8, 1), (2, 4), (1, 8)]
 
@@ -34,7 +34,7 @@ def close(a, b, rtol=4e-6, atol=1e-6):
 
 
 def second_order(function, positions):
-    """Value, gradient, jvp and Hessian-vector products of three nestings: one program of (arguments, directions)."""
+    """Value, gradient, jvp and Hessian-vector products in three nestings, as one program (arguments, directions)."""
     programs = modes(function, positions)
     wanted = [name for name in programs if name not in ("linearize", "third order")]
     return quick_jit(lambda a, t: {name: programs[name](a, t) for name in wanted})
@@ -48,7 +48,7 @@ def second_order(function, positions):
 @pytest.mark.one_for_each("kernel")
 @pytest.mark.in_turn(4, "wide")
 def test_split_classes_are_whole_ones(kernel, shape, rng):
-    """Value, gradient, jvp and Hessian-vector products, in float64, with a −∞ and a tie."""
+    """Value, gradient, jvp and Hessian-vector products agree in float64, with a −∞ and a tie."""
     arguments = tuple(easy(kernel, rng, (16, 24), np.float64))
     for x, domain in zip(arguments, kernel.domains, strict=True):
         if domain == LOGIT:
@@ -100,7 +100,7 @@ def test_corners_with_a_class_a_device(kernel):
 @each_of_logits
 @pytest.mark.in_turn(5, "wide")
 def test_split_classes_are_as_accurate(kernel, rng):
-    """In every regime, float32: a loss of 1e-30 is 1e-30, and a divergence of 1e-12 has its digits."""
+    """In every regime, in float32: a loss of 1e-30 is 1e-30, and a divergence of 1e-12 is accurate."""
     samples = kernel.sample(rng, (3, 16), np.float32)
     arguments = tuple(np.concatenate(x) for x in zip(*samples.values(), strict=True))
     split = split_rows(kernel)
@@ -115,7 +115,7 @@ def test_split_classes_are_as_accurate(kernel, rng):
     for g, e in zip(got, map(np.asarray, expected), strict=True):
         finite = np.isfinite(e)
         np.testing.assert_array_equal(np.asarray(g)[~finite], e[~finite])
-        # Of the largest entry of a row, or of a target's 1: entries may pass through 0.
+        # Relative to a row's largest entry, or to a target's 1, because entries may pass through 0.
         scale = np.maximum(np.abs(np.where(finite, e, 0)).max(-1, keepdims=True), kernel.arguments[0] == "p")
         error = np.abs(np.subtract(g, e, where=finite, out=np.zeros_like(e)))
         assert (error <= 1e-6 * scale + 1e-37).all()
@@ -124,7 +124,7 @@ def test_split_classes_are_as_accurate(kernel, rng):
 @pytest.mark.holds_nan
 @pytest.mark.slow
 def test_labels_are_of_all_classes(rng):
-    """Every class as label, and labels of no class, among them those a block would wrap around."""
+    """Every class as label, and labels outside [0, n), including those that a block would wrap around."""
     n = 16
     labels = np.concatenate([np.arange(n), [-1, -2, n, n + 1, 2**31 - 1, -(2**31), 0, 1]])
     logits = rng.standard_normal((len(labels), n)).astype(np.float32)
@@ -191,8 +191,8 @@ def problem(rng, tokens=16, d=5, n=24, dtype=np.float64):
     labels[3], labels[5] = -100, n - 1
     a = rng.standard_normal((tokens, d)), rng.standard_normal((n, d)), rng.standard_normal(n), rng.random(tokens)
     a = tuple(x.astype(dtype) for x in a)
-    a[0][3], a[0][8] = NAN, np.finfo(dtype).max  # left out, as 13 is
-    a[3][5] = 0  # of a label in the last block
+    a[0][3], a[0][8] = NAN, np.finfo(dtype).max  # masked, as 13 is
+    a[3][5] = 0  # its label is in the last block
     return labels, a, np.arange(tokens) % 5 != 3
 
 
@@ -212,7 +212,7 @@ OPTIONS = [
 )
 @pytest.mark.slow
 def test_the_sharded_head_is_the_head(shape, options, rng):
-    """In every mode, for hidden, head, bias and weights, with tokens left out unevenly."""
+    """In every mode, for hidden states, head, bias and weights, with unevenly masked tokens."""
     labels, arguments, where = problem(rng)
     directions = tuple(np.where(np.isfinite(x), rng.standard_normal(x.shape), 0) for x in arguments)
     cotangent = rng.standard_normal(len(labels)) if options["reduction"] == "none" else np.ones(())
@@ -300,7 +300,7 @@ def test_batches_of_sequences_and_scalars_of_weights(rng):
 
 @pytest.mark.slow
 def test_a_mesh_whose_axes_are_explicit(rng):
-    """Arrays of any sharding, or of none; the gradients have the arguments'."""
+    """Arrays with any sharding or none. The gradients have the sharding of the arguments."""
     mesh = jax.make_mesh((2, 4), ("tokens", "classes"), axis_types=(AxisType.Explicit,) * 2)
     labels, (h, w, _, _), where = problem(rng, dtype=np.float32)
 
@@ -327,7 +327,7 @@ def test_an_eager_call_is_one_dispatch():
 @on_meshes
 @pytest.mark.slow
 def test_in_the_loop_go_some_numbers_a_token(shape):
-    """Value and gradient: over the classes' axis O(chunk), the hidden states' gradient, the head's once; no gather."""
+    """The class axis carries O(chunk) and the hidden states' gradient. The head's gradient is sent once. No gather."""
     tokens, d, n, chunk = 256, 16, 1024, 8
     mesh = make_mesh(shape)
 
@@ -353,7 +353,7 @@ def test_in_the_loop_go_some_numbers_a_token(shape):
 
 @pytest.mark.slow
 def test_less_is_sent_than_by_the_partitioner():
-    """Bytes a device sends and receives for value and gradient, against the dense loss left to XLA's partitioner."""
+    """Bytes sent and received per device for value and gradient, against the dense loss with XLA's partitioner."""
     tokens, d, n = 1024, 32, 4096
     mesh = make_mesh((2, 4))
     specs = [((tokens, d), P("tokens")), ((n, d), P("classes"))]
@@ -391,7 +391,7 @@ def test_a_head_that_is_the_same_on_all_devices(rng):
 
 @pytest.mark.slow
 def test_no_classes_on_several_devices():
-    """A sum over no classes is 0 on eight devices as on one."""
+    """A sum over no classes is 0, on eight devices as on one."""
     mesh, nothing = make_mesh((2, 4)), np.zeros((2, 0), np.float32)
     for kernel in OF_LOGITS:
         split = jax.shard_map(
@@ -406,7 +406,7 @@ def test_no_classes_on_several_devices():
 
 
 def test_a_row_with_nothing_left_on_several_devices():
-    """Its loss is 0 whatever the labels are; a row with a class left on one device alone has its loss."""
+    """Its loss is 0 whatever the labels are. A row whose kept classes are on one device has the loss of those."""
     mesh = make_mesh((2, 4))
     x, kept = np.tile(np.arange(8, dtype=np.float32), (2, 1)), np.array([[False] * 8, [True] * 2 + [False] * 6])
 
@@ -462,7 +462,7 @@ def test_group_sizes_as_xla_writes_them(groups, size):
     assert group_size(f"%x = f32[8] all-reduce(%y), replica_groups={groups}, to_apply=%z") == size
 
 
-# The model of larger meshes
+# The cost model for larger meshes
 
 
 @pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (2, 4), (1, 8)], ids=str)

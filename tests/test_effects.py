@@ -1,4 +1,4 @@
-"""What a mapped function prints, calls and writes: kept as `jax.lax.map` keeps it, or refused in words of ours."""
+"""Side effects of a mapped function (print, call, write): kept as in `jax.lax.map`, or rejected with jce's error."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ new_ref = jax.new_ref if hasattr(jax, "new_ref") else jax.array_ref  # JAX 0.8
 
 
 def mapped(effect, **options):
-    """Of hidden states: the losses, beside an effect of a token's number."""
+    """A function of hidden states: the losses, with a side effect for each token's number."""
 
     def function(i, y, x):
         effect(i)
@@ -34,7 +34,7 @@ def mapped(effect, **options):
 
 
 def recorder(ordered=False):
-    """What a function calls with a token's number, unused results and all; and the numbers that came, none twice."""
+    """A callback that records a token's number, and a function that returns the numbers and how many were repeats."""
     came = []
 
     def called():
@@ -58,7 +58,7 @@ def test_a_callback_is_called_with_each_token_though_nobody_uses_its_result(opti
         jax.block_until_ready(change(HIDDEN))
         numbers, repeated = called()
         assert numbers == kept
-        assert repeated <= filled  # of a chunk that is filled up, with a token that is kept
+        assert repeated <= filled  # a padded chunk repeats a kept token
     jax.block_until_ready(jax.lax.scan(lambda c, _: (c, function(HIDDEN)), 0, None, length=2))
     assert called()[0] == kept
     jax.block_until_ready(jax.vmap(function)(np.stack([HIDDEN, HIDDEN])))
@@ -125,11 +125,11 @@ def test_ordered_prints_are_kept(capfd):
 
 
 def test_what_a_derivative_may_repeat_jax_repeats_too():
-    """In derivatives of ours of which `jax.checkpoint` is a part, where its error would say less."""
+    """In jce's derivatives that use `jax.checkpoint`, whose error would say less."""
     from jax._src.effects import remat_allowed_effects
 
     allowed = {c.__name__ for c in remat_allowed_effects._effect_types}
-    assert {*REPEATED} - {"CallTfEffect", "CommsEffect"} <= allowed  # those come with modules that aren't imported
+    assert {*REPEATED} - {"CallTfEffect", "CommsEffect"} <= allowed  # these two come with modules that aren't imported
 
 
 @pytest.mark.parametrize(
@@ -149,5 +149,5 @@ def test_no_array_of_the_callers_is_read_or_written(use):
         (closing_over, "function must not read or write a jax.Ref"),
         (shared, "function must not|shared must"),
     ):
-        with pytest.raises((TypeError, ValueError), match=rf"^linear_map: ({said})"):  # on JAX 0.12 it is no array
+        with pytest.raises((TypeError, ValueError), match=rf"^linear_map: ({said})"):  # on JAX 0.12 it isn't an array
             jax.jit(function)(HIDDEN)

@@ -1,4 +1,4 @@
-"""The Jensen-Shannon divergences beside entropies and KL divergences, and what their weight β does."""
+"""The Jensen-Shannon divergences against entropies and KL divergences, and the effect of their weight β."""
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ PLAIN = [plain, lambda x, y, beta: plain(jax.nn.softmax(x), jax.nn.softmax(y), b
     "mode", [x if x == "forward over reverse" else pytest.param(x, marks=pytest.mark.slow) for x in MODES]
 )
 def test_a_traced_weight_has_derivatives(function, mode, rng):
-    """Of every order, beside those of the formula as it is written, in float64; all made in the same program."""
+    """Of every order, compared with those of the formula as written, in float64, all computed in the same program."""
 
     def made(f):
         return lambda p, q, z: f(p * p, jnp.exp(q), jax.nn.sigmoid(z))
@@ -97,7 +97,7 @@ def test_a_traced_weight_has_derivatives(function, mode, rng):
 @each_divergence
 @pytest.mark.slow
 def test_weights_in_a_batch(function, rng):
-    """Values, and derivatives in the weight."""
+    """Values, and derivatives with respect to the weight."""
     p, q = np.abs(rng.standard_normal((2, 5))).astype(np.float32)
     weights = np.float32(WEIGHTS)
     together, slopes = jax.vmap(jax.value_and_grad(lambda beta: function(p, q, beta=beta)))(weights)
@@ -116,14 +116,14 @@ def test_a_weight_without_a_mixture_names_the_divergence_that_is_meant(function,
 
 
 def written(function, *distributions):
-    """As its arguments."""
+    """The distributions as the function's arguments."""
     p = [jnp.float32(p) for p in distributions]
     return p if function is jce.jensen_shannon_divergence else list(map(jnp.log, p))
 
 
 @pytest.mark.parametrize("function", [DIVERGENCES[0], pytest.param(DIVERGENCES[1], marks=pytest.mark.slow)])
 def test_a_class_that_neither_has_changes_nothing(function):
-    """In first and second derivatives either, along the weight too."""
+    """Nor does it change first and second derivatives, including those along the weight."""
     longer, shorter = (written(function, *x) for x in ([[0.5, 0.5, 0], [0.25, 0.75, 0]], [[0.5, 0.5], [0.25, 0.75]]))
     along = lambda n: (jnp.arange(n, dtype=np.float32), -jnp.arange(n, dtype=np.float32), jnp.float32(0.3))  # noqa: E731
 
@@ -141,7 +141,7 @@ def test_a_class_that_neither_has_changes_nothing(function):
 @each_divergence
 @pytest.mark.slow
 def test_a_traced_weight_of_0_or_1_is_the_limit(function):
-    """And a direction of 0 moves nothing, where derivatives are infinite too."""
+    """A direction of 0 has no effect, even where derivatives are infinite."""
 
     def run(p, q, beta, zeros):
         f = lambda p, q, beta: function(p, q, beta=beta)  # noqa: E731
@@ -165,7 +165,7 @@ def test_a_traced_weight_of_0_or_1_is_the_limit(function):
 
 @pytest.mark.in_turn(2)
 def test_derivatives_where_the_two_are_apart(platform, rng):
-    """There log q/m is log 1/(1-β) but for a little, of which the gradient is made; and p may be next to nothing."""
+    """There log q/m is nearly log 1/(1-β). The gradient comes from the small difference, and p may be almost 0."""
     x, y = (10 * rng.standard_normal((2, 40, 5))).astype(np.float32)
     y[:, 0], x[:, 1] = y.max(-1) + 20, x.max(-1) + 20
     x[0], y[0] = [44, -20, 9, -41.5, 6], [70, 33, 2, 802, 18]
@@ -183,7 +183,7 @@ def test_derivatives_where_the_two_are_apart(platform, rng):
 @pytest.mark.parametrize("form", ["probabilities", "logits"])
 @pytest.mark.slow
 def test_a_python_beta_near_1_is_1_less_the_other(form, rng):
-    """Exchanging p and q exchanges β and 1-β, which double precision knows of both."""
+    """Exchanging p and q exchanges β and 1-β. Both are known in double precision."""
     x, y = rng.standard_normal((2, 20, 5)).astype(np.float32)
     function = jce.jensen_shannon_divergence_with_logits
     if form == "probabilities":
@@ -192,7 +192,7 @@ def test_a_python_beta_near_1_is_1_less_the_other(form, rng):
         np.testing.assert_allclose(function(x, y, beta=beta), function(y, x, beta=1 - beta), rtol=2e-6)
 
 
-LACKING = [  # logits of p, of q, which lacks a class, and β, whose product with p there underflows
+LACKING = [  # logits of p; logits of q, which lacks a class; and β, whose product with p at that class underflows
     ([0.0, -86.0], [0.0, -INF], 1e-8),
     ([36.62, -46.83, 6.61, 18.02], [-0.0063, -INF, -0.00996, -0.0085], 5.4e-19),
     ([0.0, -80.0], [0.0, -INF], 1e-37),
@@ -202,7 +202,7 @@ LACKING = [  # logits of p, of q, which lacks a class, and β, whose product wit
 @pytest.mark.parametrize("case", LACKING, ids=str)
 @pytest.mark.slow
 def test_the_derivative_in_a_weight_whose_product_underflows(case):
-    """Finite, as it is in float64; also differentiated again in β, and of probabilities."""
+    """It is finite, as in float64, also when differentiated again with respect to β, and for probabilities."""
     *logits, beta = case
     found = []
     for dtype in (np.float32, np.float64):
@@ -220,7 +220,7 @@ def test_the_derivative_in_a_weight_whose_product_underflows(case):
 
 @pytest.mark.slow
 def test_derivatives_in_both_at_a_weight_of_0_and_1():
-    """∂²/∂p∂β of probabilities, in either order and mode: ±∞ where the mixture lacks a class, or p is 0."""
+    """∂²/∂p∂β for probabilities, in either order and mode: ±∞ where the mixture lacks a class, or p is 0."""
     p, q = np.float32([0.5, 0.5, 0, 0]), np.float32([0, 0.5, 0.5, 0])
     expected = {  # log p/m - β (p - q)/m and -log q/m - (1-β) (p - q)/m
         0.0: ([INF, 0, -INF, 0], [-INF, 0, 1, 0]),

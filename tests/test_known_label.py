@@ -1,4 +1,4 @@
-"""A label's row in one reading: every shift, the rows that are read again, and what a batch of them costs."""
+"""A label's row read in one pass: every shift, the rows that are read again, and the cost of a batch."""
 
 import itertools
 
@@ -23,7 +23,7 @@ GRADIENT, PENALIZED = (jax.jit(jax.grad(lambda y, x, z=z: loss(y, x, z_loss=z).s
 
 
 def exact(y, x, z_loss=0.0):
-    """Value and gradient in float64, of which nothing cancels."""
+    """Value and gradient in float64, without cancellation."""
     x = x.astype(np.float64)
     m, at, is_label = x.max(-1), np.take_along_axis(x, y[:, None], -1)[:, 0], np.arange(x.shape[-1]) == y[:, None]
     with np.errstate(all="ignore"):
@@ -38,7 +38,7 @@ def exact(y, x, z_loss=0.0):
 
 
 def rows(rng, n, offset, depth, count=24):
-    """The label so far below the others' highest logit, which is near the offset."""
+    """The label is `depth` below the highest other logit, which is near the offset."""
     x = 1.5 * rng.standard_normal((count, n)) + offset
     y = rng.integers(0, n, count)
     x[np.arange(count), y] = -np.inf
@@ -57,7 +57,7 @@ def within(found, true, ulps, scale=None):
 @pytest.mark.parametrize("n", [2, 1000])
 @pytest.mark.in_turn(2)
 def test_every_offset(n, rng):
-    """Beyond what half an ulp of each difference does, which a shift of 0 has not."""
+    """Errors beyond the effect of half an ulp of each difference. With a shift of 0 there is no such rounding."""
     if n == 1000 and not _platforms.CPU.is_cpu:
         pytest.skip("many classes are summed one after another")
     for offset, depth in itertools.product(OFFSETS, (-80, -40, -20, -5, 0, 5, 20, 50, 80)):
@@ -75,7 +75,7 @@ def test_every_offset(n, rng):
 @of_a_cpu
 @pytest.mark.parametrize("n", [10, 1000])
 def test_ordinary_logits_are_not_rounded(n, rng):
-    """Whatever the label's depth: a difference from the maximum would add ulps."""
+    """At any depth of the label. A difference from the maximum would add ulps."""
     for offset, depth in ((3, 0), (3, 10), (10, -20), (30, 20)):
         y, x = rows(rng, n, offset, depth, 200)
         value, excess, _ = exact(y, x)
@@ -84,7 +84,7 @@ def test_ordinary_logits_are_not_rounded(n, rng):
 
 
 def test_labels_beside_far_others():
-    """Not lost: what is far below a label that is itself low, and what is far above."""
+    """No class is lost: neither those far below a label that is itself low, nor those far above."""
     x = np.float32(
         [[-8, -20], [-15, -90], [-15.9, -80], [-16.1, -90], [0, -80], [39, -40], [-10, 70], [30, 80], [-90, -99]]
     )
@@ -103,7 +103,7 @@ def test_labels_beside_far_others():
 
 
 def test_a_small_log_sum():
-    """Where the label outweighs all others L is its logit, with all its digits, though Z is rounded at 1."""
+    """Where the label outweighs all others, L is the label's logit and stays accurate, although Z is rounded at 1."""
     x, y = np.float32([[1e-4, -30], [-2e-3, -40]]), np.zeros(2, int)
     value, excess, _ = exact(y, x, 0.1)
     np.testing.assert_allclose(loss(y, x, z_loss=0.1), value, rtol=2e-6)
@@ -114,7 +114,7 @@ def test_a_small_log_sum():
 
 
 def maxima_asked(at, others):
-    """How often the maximum is asked for, of rows of a label's logit and another one."""
+    """How often the maximum is requested, for rows of a label's logit and one other logit."""
     asked = []
 
     def maximum():
@@ -175,7 +175,7 @@ def test_a_row_that_is_read_again_leaves_the_others_as_they_were(transform, rng)
 @pytest.mark.parametrize("shape", [(1024, 1000), (16, 64, 1000), (64, 50_000)])
 @pytest.mark.in_turn(6)
 def test_nothing_of_the_inputs_size_is_stored(shape, options):
-    """Nor by a batch of calls, whose rows have one question in common: of each its own would be both readings."""
+    """A batch of calls stores none either: its rows share one condition. With one each, both passes would run."""
     y, x = jax.ShapeDtypeStruct(shape[:-1], np.int32), jax.ShapeDtypeStruct(shape, np.float32)
 
     def temporaries(f):

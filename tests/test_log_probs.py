@@ -1,4 +1,4 @@
-"""Log-probabilities at k labels of each row, and of all others: against 300 bits, at corners, and their divergences."""
+"""Log-probabilities of k labels per row and of the tail: against 300 bits, at edge cases, and their divergences."""
 
 import functools
 
@@ -20,7 +20,7 @@ with_tail = pytest.mark.parametrize("tail", [False, True], ids=["no tail", "tail
 
 
 def rows(rng, count, n, k, dtype):
-    """Logits, of which the first label's, the others' or no one's take nearly everything."""
+    """Logits where nearly all probability is at the first label, at other classes, or spread."""
     x = 3 * rng.standard_normal((count, n))
     y = np.stack([rng.choice(n, k, replace=False) for _ in range(count)])
     x[np.arange(count), y[:, 0]] = x.max(1) + np.resize([-20, 0, 5, 20, 60], count)
@@ -31,7 +31,7 @@ def rows(rng, count, n, k, dtype):
 
 
 def truth(y, x):
-    """k + 1 values, and their derivatives in each logit; in 300 bits."""
+    """k + 1 values, and their derivatives with respect to each logit, in 300 bits."""
     with mp.workprec(300):
         e = [mp.exp(mp.mpf(float(v))) for v in x]
         q = [v / mp.fsum(e) for v in e]
@@ -39,7 +39,7 @@ def truth(y, x):
         rest = mp.fsum(v for v, other in zip(q, others, strict=True) if other)
         shares = [[mp.mpf(int(i == j)) for i in range(len(x))] for j in y]
         shares.append([other * v / rest for v, other in zip(q, others, strict=True)])
-        # 1 - q of a class that takes everything, by the others
+        # 1 - q of a class with nearly all probability, as the sum of the others
         slopes = [
             [
                 mp.fsum(q[i] for i in range(len(x)) if i != m) if s == 1 else s - v
@@ -59,7 +59,7 @@ CASES = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) 
 @pytest.mark.parametrize(("k", "dtype", "tail"), CASES)
 @pytest.mark.in_turn(4)
 def test_accuracy(k, dtype, tail, platform, rng):
-    """Relative, beyond what half an ulp of x - max x does to its exponential: 6 ulps, and 5 with the gradient."""
+    """Relative errors: 6 ulps (5 with the gradient), plus the effect of half an ulp of x - max x on its exponential."""
     y, x = rows(rng, 30, 30, k, dtype)
     with jax.enable_x64(dtype == np.float64):
         values, slopes = map(
@@ -107,7 +107,7 @@ def test_every_mode_is_that_of_whole_logits(tail, rng):
 
 @pytest.mark.slow
 def test_one_label_is_minus_its_loss(rng):
-    """To the bit, along any axis; and k = 1 of it."""
+    """To the bit, along any axis. Lists of one or two labels give the same up to rounding."""
     y, x = rng.integers(0, 7, (3, 5)), rng.standard_normal((3, 7, 5)).astype(np.float32)
     got = log_probs(y, x, axis=1)
     np.testing.assert_array_equal(got, -jce.cross_entropy_with_integer_labels(y, x, axis=1))
@@ -120,7 +120,7 @@ def test_one_label_is_minus_its_loss(rng):
 @with_tail
 @pytest.mark.slow
 def test_a_label_that_is_no_class_is_nan_in_its_entry_alone(tail, rng):
-    """In value and derivative, and in nothing that leaves it out; in a tail it counts for nothing."""
+    """In value and derivative, but not in results that mask it. It adds nothing to a tail."""
     x = rng.standard_normal(5).astype(np.float32)
     y, others = np.array([2, 5, -1, 0]), np.array([0, 3] + [4] * tail)
     value, jacobian = quick_jit(
@@ -139,8 +139,8 @@ def test_rows_and_tails_of_nothing():
     x = jnp.array([[2.0, 0.0, -INF], [1.0, NAN, 0.0], [0.0, 1.0, 2.0]])
     y = jnp.array([[0, 1], [2, 9], [1, 1]])
     whole = log_probs(y[:1], x[:1], tail=True)
-    assert whole[0, -1] == -INF  # of a class at -∞
-    assert log_probs(jnp.array([2, 0, 1]), x[2], tail=True)[-1] == -INF  # of none
+    assert whole[0, -1] == -INF  # the tail has only a class at -∞
+    assert log_probs(jnp.array([2, 0, 1]), x[2], tail=True)[-1] == -INF  # the tail has no class
     kept = jnp.array([[True, True, True], [False] * 3, [True, True, False]])
     got = log_probs(y, x, tail=True, where=kept)
     np.testing.assert_array_equal(got[1], np.zeros(3))
@@ -154,12 +154,12 @@ def test_rows_and_tails_of_nothing():
         assert log_probs(jnp.zeros((4, 2), int), jnp.zeros((4, 0)), tail=tail).shape == (4, 2 + tail)
 
 
-KL_BAR = 0.25  # of what rounding the logits does: eps (1 + span) Σ|p - q|
+KL_BAR = 0.25  # relative to the effect of rounding the logits: eps (1 + span) Σ|p - q|
 
 
 @pytest.mark.slow
 def test_a_top_k_divergence_is_a_divergence(platform, rng):
-    """KL of the likeliest classes and a tail, either way round, and Jensen-Shannon: ≥ 0, 0 at equality, and right."""
+    """KL of the top-k classes and a tail, in both directions, and Jensen-Shannon: ≥ 0, 0 at equality, and accurate."""
     n, k = 40, 4
     z = np.repeat(3 * rng.standard_normal((8, n)), 6, 0)
     d = np.tile([0, 1e-5, 1e-3, 1e-1, 1, 1], 8)[:, None]
@@ -190,7 +190,7 @@ def test_a_top_k_divergence_is_a_divergence(platform, rng):
 @with_tail
 @pytest.mark.parametrize("k", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_split_classes_are_whole_ones(tail, k, rng):
-    """By axis_name: the same numbers on all devices, and the same gradients."""
+    """With axis_name: the same numbers on all devices, and the same gradients."""
     y, x = rows(rng, 8, 24, k, np.float64)
 
     def split(x):
@@ -213,7 +213,7 @@ def test_split_classes_are_whole_ones(tail, k, rng):
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
 @pytest.mark.slow
 def test_k_labels_cost_no_array_of_classes_in_the_value():
-    """Nothing of N × n but, with a tail, the logits of the others."""
+    """No N × n array except, with a tail, the logits of the other classes."""
     shapes = jax.ShapeDtypeStruct((64, 20), np.int32), jax.ShapeDtypeStruct((64, 30_000), np.float32)
     for tail in (False, True):
         compiled = jax.jit(lambda y, x, tail=tail: log_probs(y, x, tail=tail)).lower(*shapes).compile()

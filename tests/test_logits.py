@@ -1,4 +1,4 @@
-"""What only logits and labels have: labels of no class, smoothing, and logits spread over devices."""
+"""Tests for logits and labels only: labels outside [0, n), smoothing, and logits split over devices."""
 
 import math
 
@@ -99,7 +99,7 @@ def test_labels_are_one_hot_targets(rng):
 @pytest.mark.parametrize("n", [4, 10, 1000])
 @pytest.mark.in_turn(3)
 def test_how_labels_and_one_hot_targets_round(n, rng):
-    """On a CPU, as the docstring says: not alike, but most rows are the same to the bit, and few are an ulp apart."""
+    """On a CPU, as the docstring says: most rows are equal to the bit, and a few are an ulp apart."""
     x, labels = 3 * rng.standard_normal((2000, n)).astype(np.float32), rng.integers(0, n, 2000)
     soft = jce.cross_entropy_with_logits(np.eye(n, dtype=np.float32)[labels], x)
     value = np.asarray(jce.cross_entropy_with_integer_labels(labels, x))
@@ -118,7 +118,7 @@ def test_a_forbidden_class_beside_the_lowest_numbers():
 
 
 def test_derivatives_in_a_traced_smoothing(rng):
-    """1/n Σ log 1/qᵢ - log 1/q_y, and [i = y] - 1/n in the logits too; of the classes that `where` keeps alike."""
+    """1/n Σ log 1/qᵢ - log 1/q_y, and [i = y] - 1/n with respect to the logits too. The same holds under `where`."""
     logits, labels = np.float32(rng.standard_normal((5, 6))), np.array([0, 1, 2, 3, 0])
     kept = np.arange(6) < 4
     for options, n in (({}, 6), ({"where": kept}, 4)):
@@ -137,7 +137,7 @@ def test_derivatives_in_a_traced_smoothing(rng):
 
 @pytest.mark.slow
 def test_smoothing_is_a_mixture_of_targets(rng):
-    """(1-ε) one-hot + ε/n, with n the classes that are kept; at ε = 1 the label doesn't matter."""
+    """(1-ε) one-hot + ε/n, where n counts the kept classes. At ε = 1 the label has no effect."""
     logits = 3 * rng.standard_normal((50, 7)).astype(np.float32)
     labels, where = rng.integers(5, size=50), np.arange(7) < 5
     for epsilon in (0.0, 0.1, 0.5, 1.0):
@@ -212,7 +212,7 @@ def test_kl_is_zero_only_at_equality_up_to_a_shift(rng):
 
 
 def test_a_divergence_of_classes_of_probability_1e_87():
-    """In float64, where they are far from subnormal: KL = (log p/q - 1) p + q of the second class."""
+    """In float64, where they are far from subnormal: KL = (log p/q - 1) p + q, for p and q of the second class."""
     x, y = np.array([0.0, -200.0]), np.array([0.0, -300.0])
     p, q = math.exp(-200), math.exp(-300)
     with jax.enable_x64(True):
@@ -224,7 +224,7 @@ def test_a_divergence_of_classes_of_probability_1e_87():
 
 @pytest.mark.slow
 def test_gradients_of_near_divergences_keep_their_direction(rng):
-    """At logits 1e-4 apart q - p, as a difference of two rounded numbers, has three digits left."""
+    """For logits 1e-4 apart, q - p as a difference of two rounded numbers would have only three correct digits."""
     x = rng.standard_normal((50, 7)).astype(np.float32)
     y = x + np.float32(1e-4) * rng.standard_normal(x.shape).astype(np.float32)
     for function in (jce.kl_divergence_with_logits, jce.binary_kl_divergence_with_logits):
@@ -246,7 +246,7 @@ def test_gradients_of_near_divergences_keep_their_direction(rng):
 @pytest.mark.one_for_each("kernel")
 @pytest.mark.in_turn(3, "wide")
 def test_sharded_logits_are_not_gathered(kernel, axes, rng):
-    """Between devices go some numbers a row, in value and gradient: no collective holds as much as a row's classes."""
+    """Value and gradient send a few numbers per row between devices. No collective is as large as a row's classes."""
     mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec(*axes))
     rows, n = 8, 512
@@ -273,13 +273,13 @@ def test_sharded_logits_are_not_gathered(kernel, axes, rng):
 )
 @pytest.mark.slow
 def test_no_temporary_of_the_logits_size(function, shape):
-    """Value and gradient read their arguments and write the gradient, on a CPU: optax stores two such arrays more."""
+    """On a CPU, value and gradient only read arguments and write the gradient. optax stores two more such arrays."""
     logits = jax.ShapeDtypeStruct(shape, np.float32)
     is_soft = function is jce.cross_entropy_with_logits
     target = logits if is_soft else jax.ShapeDtypeStruct(shape[:1], np.int32)
     for program in (function, jax.value_and_grad(lambda p, x: function(p, x).mean(), 1)):
         temporaries = jax.jit(program).lower(target, logits).compile().memory_analysis().temp_size_in_bytes
-        assert temporaries <= 4 * (64 * shape[0] + shape[1])  # some numbers a row, and a number a class
+        assert temporaries <= 4 * (64 * shape[0] + shape[1])  # a few numbers per row, and one per class
 
 
 @pytest.mark.needs_jit
@@ -293,7 +293,7 @@ def test_nothing_of_classes_times_classes(kernel):
 
 @pytest.mark.slow
 def test_more_classes_than_float32_tells_apart():
-    """Above 2²⁴ classes the distance from the label is an integer's: float32 can't tell neighbours apart."""
+    """Above 2²⁴ classes, the distance from the label is computed in integers: float32 can't tell neighbors apart."""
     n = 2**24 + 8
     logits = jnp.zeros(n).at[n - 1].set(40.0)
     loss = jce.cross_entropy_with_integer_labels(n - 2, logits)
@@ -301,7 +301,7 @@ def test_more_classes_than_float32_tells_apart():
 
 
 def test_a_hessian_vector_product_at_equal_logits_keeps_its_digits(rng):
-    """Its reference is the mean over a thousand maximal classes; their sum would leave three digits fewer."""
+    """Its reference is the mean over a thousand maximal classes. With their sum, it would lose three more digits."""
     t = (1 + 1e-3 * rng.standard_normal(1000)).astype(np.float32)
     gradient = jax.grad(lambda x: jce.cross_entropy_with_integer_labels(0, x))
     _, hvp = jax.jvp(gradient, (np.zeros(1000, np.float32),), (t,))
@@ -311,7 +311,7 @@ def test_a_hessian_vector_product_at_equal_logits_keeps_its_digits(rng):
 
 @pytest.mark.slow
 def test_the_mixed_derivative_of_soft_targets_at_a_class_that_is_nearly_certain():
-    """∂²H/∂p∂x along p₀ is q₀ - 1 = -4e-9 there, in which 1 - q has no digit."""
+    """∂²H/∂p∂x along p₀ is q₀ - 1 = -4e-9 there. Computed as 1 - q, it would have no correct digit."""
     p, x = jnp.array([1.0, 0.0, 0.0]), jnp.array([20.0, 0.0, 0.0])
     gradient = jax.grad(jce.cross_entropy_with_logits, 1)
     mixed = jax.jvp(lambda p: gradient(p, x), (p,), (jnp.array([1.0, 0.0, 0.0]),))[1]
@@ -321,7 +321,7 @@ def test_the_mixed_derivative_of_soft_targets_at_a_class_that_is_nearly_certain(
 @pytest.mark.parametrize("margin", [6, 12, 16])
 @pytest.mark.slow
 def test_derivatives_keep_their_digits_where_a_class_dominates(margin, rng):
-    """Where 1 - q is e^-margin: of targets that are sure too, and the second ones, as float64 has them."""
+    """First and second derivatives where 1 - q is e^-margin, also for confident targets, compared with float64."""
     x, y, t, u = 0.5 * rng.standard_normal((4, 6, 8))
     x[:, 3] += margin
     y[:, 3] += margin

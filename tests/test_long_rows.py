@@ -1,4 +1,4 @@
-"""Rows of more classes than XLA sums fast on a CPU are folded into blocks; nothing else about them may differ."""
+"""Rows with too many classes for a fast sum in XLA on a CPU are folded into blocks. Nothing else may differ."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ N = 33_000  # 40 blocks of 825
     [(10, 1), (32_768, 1), (40_009, 1), (33_000, 40), (50_257, 29), (65_536, 128), (128_256, 128), (151_936, 128)],
 )
 def test_blocks(n, blocks):
-    """Many, a power of two if it can be, of 512 classes and more; a prime number of classes stays whole."""
+    """Many blocks, a power of two if possible, of at least 512 classes. A prime number of classes isn't folded."""
     x = jnp.zeros((1, n), np.float32)
     classes = Classes(-1).folding(x)
     assert classes.blocks == blocks
@@ -34,7 +34,7 @@ def test_float64_rows_are_folded_at_half_as_many():
 
 
 def derivatives(function, positions):
-    """Value, gradient, and a Hessian-vector product along a direction for each argument."""
+    """Value, gradient, and a Hessian-vector product with a direction for each argument."""
 
     def gradient(*arguments):
         return jax.grad(lambda *a: function(*a).sum(), positions)(*arguments)
@@ -49,7 +49,7 @@ def derivatives(function, positions):
 @each_with_classes
 @pytest.mark.in_turn(5, "wide")
 def test_leaving_out_classes_by_where_is_leaving_them_out(kernel, rng):
-    """Of the kept classes, which are in all blocks, a short row holds the same; in each order of derivatives."""
+    """The kept classes are in all blocks. A short row of them has the same value and derivatives of each order."""
     kept = rng.random(N) < 0.5
     kept[0] = True
     if kernel.note == "smoothed":  # its weight on the label, like the others
@@ -105,7 +105,7 @@ def test_a_label_of_no_class(y, rng):
 @pytest.mark.parametrize("n", [N, 40_000])
 @pytest.mark.in_turn(2)
 def test_a_logit_of_infinity_makes_its_row_nan(n, rng):
-    """At the label or not. In a long row it isn't enough that exp(∞ - ∞) is NaN: XLA's minimum may lose that."""
+    """At the label or elsewhere. In a long row, the NaN of exp(∞ - ∞) isn't enough: XLA's minimum may lose it."""
     logits = rng.standard_normal((4, n)).astype(np.float32)
     logits[range(3), [0, 1, -1]] = np.inf
     loss, pull_back = jax.vjp(lambda x: jce.cross_entropy_with_integer_labels(np.zeros(4, int), x), logits)
@@ -115,7 +115,7 @@ def test_a_logit_of_infinity_makes_its_row_nan(n, rng):
 
 @pytest.mark.slow
 def test_the_heads_logits(rng):
-    """The head's rows are folded as the logits' are; with every option, since each touches them."""
+    """The head's rows are folded like those of logits, with every option, since each option affects them."""
     hidden, head = rng.standard_normal((6, 3)).astype(np.float32), rng.standard_normal((N, 3)).astype(np.float32)
     labels, bias = np.array([0, 824, 825, N - 1, 7, -1]), rng.standard_normal(N).astype(np.float32)
 
@@ -131,7 +131,7 @@ def test_the_heads_logits(rng):
 
     arguments = hidden, head, bias
     directions = tuple(rng.standard_normal(x.shape).astype(np.float32) for x in arguments)
-    # The gradient alone is another program than that which is differentiated: value and gradient in one loop.
+    # The gradient alone is a different program from the differentiated one: it has value and gradient in one loop.
     got, expected = (
         (jax.jit(jax.grad(f, (0, 1, 2)))(*arguments), derivatives(f, (0, 1, 2))(arguments, directions))
         for f in (fused, dense)
@@ -161,7 +161,7 @@ def losses(kernel: Kernel, arguments):
 @each_of_logits
 @pytest.mark.in_turn(5, "wide")
 def test_sharded_rows_stay_where_they_are(kernel, rng):
-    """Nothing but some numbers a row goes between devices, though each device's classes are folded."""
+    """Only a few numbers per row go between devices, although each device's classes are folded."""
     n = 65_536
     sharding = NamedSharding(mesh_of(AxisType.Auto), P("rows", "classes"))
     arguments = easy(kernel, rng, (4, n))

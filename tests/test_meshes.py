@@ -1,4 +1,4 @@
-"""Arrays that lie anywhere on a mesh, whatever JAX's types say of it: the numbers of one device."""
+"""Arrays placed anywhere on a mesh, whatever JAX's types say about it, give the numbers of one device."""
 
 import collections
 import contextlib
@@ -20,11 +20,11 @@ from jce._jax.layout import Layout
 from tests.kernels import TABLE, easy, label, modes
 from tests.quick_jit import quick_jit
 
-pytestmark = pytest.mark.needs_jit  # where an array lies is known of compiled programs
+pytestmark = pytest.mark.needs_jit  # only compiled programs show where an array lies
 ROWS, CLASSES, WIDTH = 8, 16, 4
 MODES = ("gradient", "jvp", "forward over reverse", "reverse over reverse")
 PLACES = {
-    "anywhere": None,  # an array of NumPy's, of which nothing is said
+    "anywhere": None,  # a NumPy array, without a sharding
     "rows": ("rows", None),
     "classes": (None, "classes"),
     "both": ("rows", "classes"),
@@ -37,7 +37,7 @@ def make_mesh(kind):
 
 
 def place(x, where, mesh):
-    """The array with its axes there; of a single axis it takes the last that the place names."""
+    """The array with its axes at that place. A single axis takes the last one that the place names."""
     if PLACES[where] is None:
         return x
     axes = PLACES[where] if x.ndim == 2 else [name for name in PLACES[where] if name][-1:]
@@ -55,7 +55,7 @@ def test_the_layout_of_what_a_shape_is_the_beginning_of_or_the_end():
 
 
 class Row(NamedTuple):
-    """A function of (what is not differentiated, *arguments); on a mesh, maybe another."""
+    """A function of (non-differentiated inputs, *arguments). On a mesh it may be a different function."""
 
     function: Callable
     others: dict
@@ -132,7 +132,7 @@ def same_type(x, y):
 
 
 def in_mode(function, mode, others, arguments, directions):
-    """Σ c · f in a mode."""
+    """A derivative of Σ c · f in a mode."""
 
     def total(*x):
         result = function(others, *x)
@@ -144,7 +144,7 @@ def in_mode(function, mode, others, arguments, directions):
 @pytest.mark.parametrize("name", TABLE_OF_ROWS)
 @pytest.mark.slow
 def test_numbers_of_one_device(name, rng):
-    """Pairwise: each function in each mode, with arguments, weights, where and labels in each place."""
+    """Pairwise: each function in each mode, with arguments, weights, `where` and labels at each place."""
     row = TABLE_OF_ROWS[name]
     directions = tuple(rng.standard_normal(x.shape) for x in row.arguments)
     cases = collections.defaultdict(list)
@@ -178,11 +178,11 @@ def test_numbers_of_one_device(name, rng):
                 )
                 got = run([placed(*places) for _, *places in group])
             close(got, [expected[mode] for mode, *_ in group])
-            if kind == AxisType.Explicit and context:  # a derivative is split as its argument is
+            if kind == AxisType.Explicit and context:  # a derivative is split like its argument
                 for (mode, *places), derivatives in zip(group, got, strict=True):
                     if mode == "reverse over reverse":
                         for x, y in zip(derivatives, placed(*places)[1], strict=True):
-                            if not isinstance(y, np.ndarray):  # of which no type says anything
+                            if not isinstance(y, np.ndarray):  # a NumPy array has no type that says
                                 same_type(x, y)
 
 
@@ -192,7 +192,7 @@ def on(mesh, x, *axes):
 
 @pytest.mark.slow
 def test_arguments_that_broadcast(rng):
-    """Numbers, rows and columns beside whole arrays, another axis of classes, tokens of two axes."""
+    """Numbers, rows and columns beside whole arrays, another axis of classes, tokens with two axes."""
     x, p, alpha = (
         rng.standard_normal((ROWS, CLASSES)),
         rng.dirichlet(np.ones(CLASSES), ROWS),
@@ -243,7 +243,7 @@ def test_arguments_that_broadcast(rng):
 @pytest.mark.holds_nan
 @pytest.mark.slow
 def test_labels_of_split_classes(rng):
-    """Each class as label, and labels of none, among them those that a device would count from its last class."""
+    """Each class as label, and labels outside [0, n), including those that a device would count from its last class."""
     labels = np.array([*range(CLASSES), -1, -CLASSES, CLASSES, CLASSES + 1, 2**31 - 1, -(2**31), 0, 1], np.int32)
     logits = rng.standard_normal((len(labels), CLASSES)).astype(np.float32)
 
@@ -261,7 +261,7 @@ def test_labels_of_split_classes(rng):
 
 @pytest.mark.slow
 def test_axes_of_more_than_one_kind(rng):
-    """A mesh Explicit along its rows and Auto along its classes, and one whose classes a shard_map has split."""
+    """A mesh that is Explicit along rows and Auto along classes, and one whose classes a shard_map has split."""
     kinds = (AxisType.Explicit, AxisType.Auto)
     mixed = jax.make_mesh((2, 2), ("rows", "classes"), axis_types=kinds, devices=jax.devices()[:4])
     mesh = make_mesh(AxisType.Explicit)
@@ -291,7 +291,7 @@ def test_axes_of_more_than_one_kind(rng):
 
 
 def sent(function, *arguments):
-    """Of abstract arguments on a mesh."""
+    """The collectives for abstract arguments on a mesh."""
     with jax.set_mesh(arguments[0].sharding.mesh):
         return collectives(jax.jit(function).lower(*arguments).compile().as_text())
 
@@ -303,7 +303,7 @@ def abstract(shape, *axes, dtype=np.float32):
 @pytest.mark.parametrize("name", ["cross_entropy_with_logits", "kl_divergence_with_logits", "labels"])
 @pytest.mark.in_turn(12)
 def test_some_numbers_a_row_are_sent(name):
-    """Of rows and classes that are both split, in a gradient and in reverse over reverse."""
+    """With both rows and classes split, in a gradient and in reverse over reverse."""
     rows, x = 64, abstract((64, 512), "rows", "classes")
     arguments = (x,) if name == "labels" else (x, x)
 
@@ -312,14 +312,14 @@ def test_some_numbers_a_row_are_sent(name):
         programs = modes(lambda *a: f(*a).sum(), tuple(range(len(a))))
         return programs["gradient"](a, t), programs["reverse over reverse"](a, t)
 
-    labels = abstract((rows,), "classes", dtype=np.int32)  # which must be moved
+    labels = abstract((rows,), "classes", dtype=np.int32)  # they must be moved
     found = sent(run, labels, arguments, arguments)
     assert found
     assert max(c.size for c in found) <= rows
 
 
 def test_a_row_beside_a_batch_sends_itself():
-    """Its derivative is summed over the devices of the batch, not taken of a whole batch's."""
+    """Its derivative is summed over the batch's devices, not computed from the derivative of the whole batch."""
     row, batch = abstract((1, 512), None, None), abstract((64, 512), "rows", "classes")
     gradient = jax.grad(lambda q, p: jce.cross_entropy(p, q).sum())
     assert max(c.size for c in sent(gradient, row, batch)) <= 512
@@ -327,7 +327,7 @@ def test_a_row_beside_a_batch_sends_itself():
 
 @pytest.mark.slow
 def test_the_head_sends_what_the_sharded_head_does():
-    """Of arguments whose types say how they are split."""
+    """For arguments whose types say how they are split."""
     hidden, head = abstract((256, 16), "rows"), abstract((1024, 16), "classes")
     labels = abstract((256,), "rows", dtype=np.int32)
     on = {"mesh": hidden.sharding.mesh, "token_axis": "rows", "class_axis": "classes"}
@@ -341,12 +341,12 @@ def test_the_head_sends_what_the_sharded_head_does():
     assert {c.kind for c in by_type} == {"all-reduce"}
 
 
-# What JAX has no way for
+# Limitations of JAX
 
 
 @pytest.mark.slow
 def test_without_check_vma_a_gradient_inside_is_of_another_function():
-    """In plain JAX too, by the number of devices; outside it is right.
+    """In plain JAX too, it is off by a factor, the number of devices. A gradient from outside is correct.
 
     When this fails, docstrings and jce/README.md can say less."""
     mesh, x = make_mesh(AxisType.Auto), np.arange(4.0, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The functions of heads on a mesh: the numbers of one device, in every mode, and no more sent than that takes."""
+"""The head functions on a mesh: the numbers of one device, in every mode, and no more is sent than necessary."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ ce = jce.cross_entropy_with_integer_labels
 
 
 def policy(axis_name):
-    """Of one token: a clipped ratio's loss with an entropy bonus, at a temperature that all share."""
+    """For one token: a clipped-ratio loss with an entropy bonus, at a temperature that all tokens share."""
 
     def loss(y, advantage, x, t):
         log_prob, entropy = -ce(y, x / t, axis_name=axis_name), jce.entropy_with_logits(x, axis_name=axis_name)
@@ -32,7 +32,7 @@ def policy(axis_name):
     return loss
 
 
-# Of labels, an advantage a token, two pairs of hidden states and heads, and a number; and where the classes are
+# Functions of labels, an advantage per token, two pairs of hidden states and heads, and a number; and the class axis
 LOSSES = {
     "cross-entropy": lambda on, axis, y, a, p, q, t: on(jce.linear_cross_entropy)(y, q.hidden, q.head, chunk_size=3),
     "log-probabilities": lambda on, axis, y, a, p, q, t: sum(
@@ -62,7 +62,7 @@ def arguments(rng, tokens=16, widths=(3, 5), n=24, dtype=np.float64):
 
 
 def test_a_weight_of_0_has_its_labels_loss_as_derivative(rng):
-    """Also where the label is of a class that another device has; and 0 where it is no class."""
+    """Also if another device has the label's class. It is 0 if the label is outside [0, n)."""
     y, h, w = np.arange(4) * 3, rng.standard_normal((4, 3)), rng.standard_normal((8, 3))
     weights = np.float64([1, 0, 0, 0])
 
@@ -101,7 +101,7 @@ def test_numbers_of_one_device(name, shape, rng):
 
 @pytest.mark.slow
 def test_tokens_over_the_stages_of_a_pipeline_too(rng):
-    """Split over two axes of the mesh, and unevenly left out: each function's value, and gradients in all numbers."""
+    """Tokens split over two mesh axes, unevenly masked: each function's value, and gradients of all float arguments."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "stage", "classes"), axis_types=(AxisType.Auto,) * 3)
     axes = {"mesh": mesh, "token_axis": ("data", "stage"), "class_axis": "classes"}
     y, (a, p, q, t) = arguments(rng)
@@ -131,7 +131,7 @@ def test_tokens_over_the_stages_of_a_pipeline_too(rng):
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)], ids=str)
 @pytest.mark.in_turn(18)
 def test_in_the_loop_go_some_numbers_a_token(name, shape):
-    """Value and gradient: no gather; in the loop numbers a token; after it each gradient's sum, once."""
+    """Value and gradient: no gather. The loop sends a few numbers per token; after it, each gradient is summed once."""
     skip_if_jax_cannot(name)
     tokens, widths, n, chunk = 256, (12, 16), 1024, 3
     mesh = make_mesh(shape)
@@ -160,7 +160,7 @@ def test_in_the_loop_go_some_numbers_a_token(name, shape):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.slow
 def test_in_a_shard_map_of_the_users(check_vma, rng):
-    """Where JAX doesn't check what varies, derivatives from outside are right too."""
+    """Derivatives from outside are correct also if JAX doesn't check what varies."""
     skip_if_jax_cannot("map")
     y, (a, _, q, t) = arguments(rng)
 
@@ -196,7 +196,7 @@ def test_in_a_shard_map_of_the_users(check_vma, rng):
 
 @pytest.mark.slow
 def test_by_the_types_of_explicit_axes(rng):
-    """Tokens that types say are split stay so; shared and closed over, a number has the same derivative."""
+    """Tokens that are split by type stay split. A number has the same derivative, whether shared or closed over."""
     skip_if_jax_cannot("map")
     mesh = jax.make_mesh((8,), ("tokens",), axis_types=(AxisType.Explicit,))
     y, (a, _, q, t) = arguments(rng, dtype=np.float32)
@@ -226,7 +226,8 @@ def test_by_the_types_of_explicit_axes(rng):
 
 
 def test_tokens_split_by_type_inside_a_shard_map_over_the_classes(rng):
-    """The caller splits the classes, and types say that the tokens are split over another axis of the mesh: the value.
+    """The value, if the caller splits the classes, and types say that the tokens are split over another mesh axis.
+
     JAX (0.8 to 0.12) can't lower a gradient through two `shard_map`s, one in the other."""
     mesh = jax.make_mesh((2, 4), ("tokens", "classes"), axis_types=(AxisType.Explicit,) * 2)
     y, (_, _, q, _) = arguments(rng, dtype=np.float32)
@@ -255,7 +256,7 @@ OF_WIDTHS = {
 @pytest.mark.parametrize("head_is_split", [True, False])
 @pytest.mark.slow
 def test_states_split_over_their_width_by_type(name, head_is_split, rng):
-    """The dense numbers, and gradients that lie as the arguments do, whether the head is so split or not."""
+    """The numbers are the dense ones, and gradients are placed like arguments, whether the head is split too or not."""
     y, (h, w) = rng.integers(0, 8, 6), (rng.standard_normal(s).astype(np.float32) for s in ((6, 4), (8, 4)))
     mesh = jax.make_mesh((2,), ("width",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
     specs = P(None, "width"), P(None, "width" if head_is_split else None)
@@ -267,7 +268,7 @@ def test_states_split_over_their_width_by_type(name, head_is_split, rng):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
 
 
-# A batch that is split over another mesh axis, by jax.vmap: (a function of labels, states, head and a mask, what it is)
+# A batch split over another mesh axis by jax.vmap: (a function of labels, states, head and a mask, its description)
 
 
 def split_rows(check_vma):
@@ -308,7 +309,7 @@ SPLIT_BATCHES = {
 @pytest.mark.parametrize("name", SPLIT_BATCHES)
 @pytest.mark.slow
 def test_a_batch_split_by_spmd_axis_name(name, own_heads, rng):
-    """Values, and gradients of the batch and of each in it, with one head for all, or one for each."""
+    """Values, and gradients of the batch and of each element, with one head for all or one for each."""
     mesh = jax.make_mesh((2, 2, 2), ("batch", "tokens", "classes"), axis_types=(AxisType.Auto,) * 3)
     of_mesh, whole = SPLIT_BATCHES[name]
     y, where = rng.integers(0, 8, (4, 6)), rng.random((4, 6)) < 0.7
@@ -321,7 +322,7 @@ def test_a_batch_split_by_spmd_axis_name(name, own_heads, rng):
             return jax.vmap(f, axes, **split)(y, h, w, where).sum()
 
         values = jax.vmap(f, axes, **split)(y, h, w, where)
-        if jax.__version_info__ < (0, 10):  # batches no gradient without check_vma
+        if jax.__version_info__ < (0, 10):  # can't batch a gradient without check_vma
             return values
         return values, jax.grad(total, (0, 1))(h, w), jax.vmap(jax.grad(f, (1, 2)), axes, **split)(y, h, w, where)
 

@@ -1,4 +1,4 @@
-"""What plain JAX gives at the corners today. Where one of these fails, JAX has mended it, and a rule of ours may go."""
+"""Results of plain JAX at edge cases today. If one of these fails, JAX has fixed it, and a rule of jce may go."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -71,7 +71,7 @@ def test_kl_of_near_distributions_is_noise(rng):
 
 @pytest.mark.needs_jit
 def test_a_scan_loses_rules_in_second_derivatives():
-    """Up to JAX 0.11, where the inner derivative is in reverse mode and the scan's body isn't checkpointed."""
+    """Up to JAX 0.11, if the inner derivative is in reverse mode and the scan's body isn't checkpointed."""
 
     @jax.custom_jvp
     def seven(x):
@@ -94,7 +94,7 @@ def test_a_scan_loses_rules_in_second_derivatives():
 
 @pytest.mark.needs_jit
 def test_a_rule_in_a_loop_may_close_over_no_traced_value():
-    """As `jce.linear_map` says of results for each token."""
+    """As `jce.linear_map` says about results for each token."""
 
     def loss(limit, x):
         return jax.lax.map(limited(limit), x).sum()
@@ -105,7 +105,7 @@ def test_a_rule_in_a_loop_may_close_over_no_traced_value():
 
 @pytest.mark.needs_jit
 def test_a_subnormal_bfloat16_is_zero_and_is_not():
-    """On a CPU, in one program. So jce may count it as 0 in one place and not in another, and a derivative be NaN."""
+    """On a CPU, in one program. jce may treat it as 0 in only one of two places, and a derivative can be NaN."""
 
     @jax.jit
     def program(x):
@@ -120,9 +120,9 @@ def test_a_subnormal_bfloat16_is_zero_and_is_not():
 @pytest.mark.holds_nan
 @pytest.mark.needs_jit
 def test_a_derivative_of_a_custom_rule_ends_debug_nans():
-    """For compiled calls, where it is the process's; jax.debug_nans(True) lasts. So tests/conftest.py sets that."""
+    """For compiled calls, if it is set for the process. jax.debug_nans(True) lasts, so tests/conftest.py uses that."""
     double = jax.jit(lambda x: 2 * x)
-    double(0.0)  # what is compiled is checked elsewhere than what is being compiled
+    double(0.0)  # JAX checks compiled calls elsewhere than calls being compiled
 
     def is_noticed():
         try:
@@ -140,7 +140,7 @@ def test_a_derivative_of_a_custom_rule_ends_debug_nans():
 
     jax.config.update("jax_debug_nans", True)
     try:
-        with ThreadPoolExecutor(1) as thread:  # of which nothing is set yet
+        with ThreadPoolExecutor(1) as thread:  # nothing is set in this thread yet
             assert thread.submit(list, before_after_and_within()).result() == [True, False, True]
     finally:
         jax.config.update("jax_debug_nans", False)

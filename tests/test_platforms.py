@@ -1,4 +1,4 @@
-"""The head as an accelerator computes it, run on a CPU; and what each platform lowers."""
+"""The accelerator's version of the head, run on a CPU; and the program that each platform lowers."""
 
 import functools
 import itertools
@@ -29,7 +29,7 @@ REDUCTION = Reduction(-1)
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    """A CPU lowers what an accelerator does, in chunks of 16 tokens."""
+    """Makes a CPU lower the accelerator's program, in chunks of 16 tokens."""
     monkeypatch.setattr(_platforms, "CPU", _platforms.TPU)
     monkeypatch.setitem(RULES, "tpu", RULES["tpu"]._replace(chunk_bytes=0, least_tokens=16))
     jax.clear_caches()
@@ -46,7 +46,7 @@ def arguments(rng, dtype=np.float32, confident=False):
 
 @pytest.mark.slow
 def test_confident_losses_keep_their_digits(accelerator, rng):
-    """In float32: a loss of 1e-30 is 1e-30, whichever class is the largest."""
+    """In float32, a loss of 1e-30 is computed as 1e-30, whichever class is the largest."""
     x = np.zeros((64, 5), np.float32)
     x[np.arange(64), np.arange(64) % 5] = np.linspace(-80, 80, 64)
     y = np.asarray(np.arange(64) // 5 % 5, np.int32)
@@ -75,7 +75,7 @@ ALONE = [
 )
 @pytest.mark.slow
 def test_heads_at_every_offset(accelerator, rng, options, split):
-    """Whose shift is known before their logits: also of tokens that are read again, beside others that aren't."""
+    """The shift is known before the logits. Includes tokens that are read again beside tokens that aren't."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     on = {"mesh": mesh, "token_axis": "data", "class_axis": "model"}
     of_head = jce.on_mesh(jce.linear_cross_entropy, **on) if split else jce.linear_cross_entropy
@@ -88,7 +88,7 @@ def test_heads_at_every_offset(accelerator, rng, options, split):
         options.get("label_smoothing", 0),
     )
 
-    def total(x, weights):  # whose derivatives in weights are the losses
+    def total(x, weights):  # its derivatives with respect to weights are the losses
         return of_head(y, x, jnp.eye(40), weights=weights, reduction="sum", **options)
 
     def dense(x):
@@ -96,7 +96,7 @@ def test_heads_at_every_offset(accelerator, rng, options, split):
         return jce.cross_entropy_with_integer_labels(y, x, z_loss=penalty, label_smoothing=smoothing)
 
     @jax.jit
-    def alone(x):  # losses without a gradient, of which nothing else is stored
+    def alone(x):  # losses without a gradient, so nothing else is stored
         return of_head(y, x, jnp.eye(40, dtype=x.dtype), reduction="none", **options)
 
     gradients, values = jax.jit(jax.grad(total, (0, 1)))(x, ones)
@@ -108,7 +108,7 @@ def test_heads_at_every_offset(accelerator, rng, options, split):
     tolerance = {"rtol": 2e-5 if cap is None else 3e-4, "atol": 1e-37}
     np.testing.assert_allclose(values, expected, **tolerance)
     np.testing.assert_allclose(alone(narrow), of_narrow, **tolerance)
-    # Where z-loss and label pull alike, what is left of both has their rounding.
+    # Where z-loss and label terms cancel, the difference has the rounding errors of both.
     largest = np.maximum(np.abs(expected_gradients), 2 * penalty * np.abs(x)).max(-1, keepdims=True)
     unlike = np.abs(np.float64(gradients) - expected_gradients) / np.maximum(largest, 1e-30)
     assert unlike.max() < (2e-5 if cap is None else 3e-4)
@@ -118,7 +118,7 @@ def test_heads_at_every_offset(accelerator, rng, options, split):
 @pytest.mark.parametrize("case", ["no such label", "all forbidden", "label forbidden", "a nan"])
 @pytest.mark.in_turn(4)
 def test_corners(accelerator, case):
-    """As on a CPU: NaN, +∞, and the other tokens untouched."""
+    """As on a CPU: NaN or +∞, and the other tokens don't change."""
     y, x = np.zeros(20, np.int32), np.tile(np.float32([1, 2, 3]), (20, 1))
     y[3] = 3 if case == "no such label" else 0
     if case == "all forbidden":
@@ -129,7 +129,7 @@ def test_corners(accelerator, case):
         x[3, 1] = np.nan
     bad = np.inf if case == "label forbidden" else np.nan
     each = jce.cross_entropy_with_integer_labels(y, x)
-    # one token's logits are its own head's rows: a bias can't say them, so the head is of one token
+    # a bias can't give each token its own logits, so each call has one token, with its logits as the bias
     for token in (2, 3):
         loss = jce.linear_cross_entropy(y[token : token + 1], jnp.zeros((1, 1)), jnp.zeros((3, 1)), x[token])
         np.testing.assert_allclose(loss, each[token], rtol=1e-6)
@@ -154,7 +154,7 @@ def test_tokens_and_classes_on_several_devices(accelerator, rng, options):
 
 @pytest.mark.slow
 def test_log_probs_of_classes_on_several_devices(accelerator, rng):
-    """The entropy's sums too are those of all devices; one of them has nothing but forbidden classes."""
+    """The entropy's sums too run over all devices. One device has only forbidden classes."""
     with jax.enable_x64(True):
         y, h, w = arguments(rng, np.float64)
         bias = jnp.where(jnp.arange(CLASSES) < CLASSES // 4, -jnp.inf, 0.0)
@@ -183,7 +183,7 @@ def close(got, expected):
 @pytest.mark.parametrize("confident", [False, True])
 @pytest.mark.slow
 def test_bfloat16_products_lose_no_more_than_the_dense_loss_does(accelerator, confident, reduction):
-    """Against float64, where XLA rounds: the derivative in the logits, scaled so that the label's is exactly -1."""
+    """Compared with float64, where XLA rounds: the logits' derivative, scaled so that the label's is exactly -1."""
 
     def ours(h, w):
         if reduction == "log_prob":
@@ -215,7 +215,7 @@ def test_bfloat16_products_lose_no_more_than_the_dense_loss_does(accelerator, co
 
 @pytest.mark.slow
 def test_where_the_dense_derivative_is_0(accelerator):
-    """A margin of 40: every entry of bfloat16 logits' derivative is 0, and ours is as it should be."""
+    """At a margin of 40, the derivative of dense bfloat16 logits is 0 in every entry. The head's is correct."""
     h, w, y = jnp.full((16, 1), 40, jnp.bfloat16), jnp.asarray([[1], [0], [0]], jnp.bfloat16), jnp.zeros(16, jnp.int32)
     dense = jax.grad(lambda h: optax.softmax_cross_entropy_with_integer_labels(h @ w.T, y).sum())(h)
     ours = jax.grad(lambda h: jce.linear_cross_entropy(y, h, w, reduction="sum"))(h)
@@ -224,7 +224,7 @@ def test_where_the_dense_derivative_is_0(accelerator):
 
 
 def test_precision_keeps_float32(accelerator):
-    """Its products are then of float32 derivatives."""
+    """With `precision`, the matmuls take float32 derivatives."""
     y, h, w = arguments(np.random.default_rng(0), jnp.bfloat16)
 
     def types(**options):
@@ -239,7 +239,7 @@ def test_precision_keeps_float32(accelerator):
 @pytest.mark.parametrize("function", ["linear_cross_entropy", "linear_log_probs"])
 @pytest.mark.slow
 def test_each_platform_lowers_its_own(function, rng):
-    """A CPU's program has a CPU's chunks, an accelerator's has larger ones; one export for all of them has both."""
+    """A CPU's program has a CPU's chunk size, an accelerator's a larger one. An export for all platforms has both."""
     tokens, n = 8192, 100_000
     shapes = [((tokens,), jnp.int32), ((tokens, 2), jnp.float32), ((n, 2), jnp.float32)]
     y, h, w = (jax.ShapeDtypeStruct(*s) for s in shapes)
@@ -265,7 +265,7 @@ def test_each_platform_lowers_its_own(function, rng):
 
 
 LONGEST = ("jensen_shannon_divergence_with_logits", "kl_divergence_with_logits")
-ON_DEVICES = [  # each but those that take longest on one of them; CI has all with --as-on
+ON_DEVICES = [  # all kernels except the slowest, each on one platform; CI tests all with --as-on
     pytest.param(kernel, ["TPU", "GPU"][i % 2], id=label(kernel))
     for i, kernel in enumerate(
         kernel for kernel in WITH_CLASSES if kernel in OF_LOGITS or kernel.name == "kl_divergence"
@@ -277,7 +277,7 @@ ON_DEVICES = [  # each but those that take longest on one of them; CI has all wi
 @pytest.mark.parametrize(("kernel", "device"), ON_DEVICES)
 @pytest.mark.in_turn(9)
 def test_rows_are_as_accurate(kernel, device, monkeypatch):
-    """As on a CPU, whose bars they have, and at each corner; `--as-on` has all other laws hold."""
+    """As on a CPU, with the same bars, and at each edge case. `--as-on` tests all other laws."""
     monkeypatch.setattr(_platforms, "CPU", getattr(_platforms, device))
     jax.clear_caches()
     test_accuracy.test_values(kernel, (6, 33), np.float32, np.random.default_rng(2026))
@@ -290,7 +290,7 @@ def test_rows_are_as_accurate(kernel, device, monkeypatch):
 @each_of_logits
 @pytest.mark.in_turn(5, "wide")
 def test_a_gradient_alone_is_a_program(kernel):
-    """Of which XLA is given also what nobody reads, such as the value: a call in a reduction for it crashes XLA."""
+    """XLA also receives unused results, such as the value. A call in the reduction that computes one crashes XLA."""
     gradient = jax.jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))
     traced = gradient.trace(*easy(kernel, np.random.default_rng(0), (6, 33)))
     for platform in ("cpu", "cuda", "tpu"):
@@ -298,7 +298,7 @@ def test_a_gradient_alone_is_a_program(kernel):
 
 
 def test_rows_are_summed_as_each_platform_does():
-    """Long ones folded on a CPU, in one reduction of three results on a TPU, also on a GPU where they are long."""
+    """Long rows are folded on a CPU. One reduction has three results on a TPU, and on a GPU if the rows are long."""
 
     def text(rows, classes, *platforms):
         x = jax.ShapeDtypeStruct((rows, classes), jnp.float32)
@@ -340,7 +340,7 @@ def test_log_probs(accelerator, rng):
 
 @pytest.mark.slow
 def test_explicit_meshes(accelerator, rng):
-    """Tokens and classes split by their types."""
+    """Tokens and classes split as their types say."""
     y, h, w = arguments(rng)
     y, h = y[:60], h[:60]
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
@@ -382,7 +382,7 @@ def test_gradients_of_bfloat16(accelerator, rng):
 @pytest.mark.slow
 @pytest.mark.long
 def test_hessian_vector_products_of_bfloat16(accelerator, rng, name):
-    """In every nesting, third order, batched by head, and split over a mesh: float64's, to what the rounding does."""
+    """Every nesting, third order, batched heads, and on a mesh: they equal float64's, up to the effect of rounding."""
     y, *numbers = arguments(rng, jnp.bfloat16)
     y, numbers = y[:60], (numbers[0][:60], numbers[1])
     directions = tuple(jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in numbers)
@@ -427,7 +427,7 @@ ROWS = {
 @pytest.mark.parametrize("way", [REDUCTION, Chain(-1)], ids=lambda way: type(way).__name__)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_sums_in_one_pass(row, way):
-    """m, and to a few ulps what is of all but one maximal class, in several orders of the classes."""
+    """m exactly, and within a few ulps the sums over all except one maximal class, in several orders of classes."""
     x = np.array([np.roll(row, k) for k in range(len(row))], np.float32)
     m, s, t = jax.jit(way.sums)(x)
     below = np.sort(np.float64(x[0]))[::-1]
@@ -438,7 +438,7 @@ def test_sums_in_one_pass(row, way):
 
 
 def test_sums_in_one_pass_over_devices(accelerator, rng):
-    """The entropy, of which t is the most, with four classes a device."""
+    """The entropy, to which t contributes most, with four classes per device."""
     x = (3 * rng.standard_normal((6, 16))).astype(np.float32)
     mesh = jax.make_mesh((4,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     entropy = functools.partial(jce.entropy_with_logits, axis_name="classes")
@@ -455,7 +455,7 @@ def test_sums_of_no_distribution(bad):
 
 @pytest.mark.parametrize("top", [80.0, -80.0])
 def test_a_confident_head_with_a_large_z_loss(accelerator, top):
-    """The derivative at the label is then much larger than the others' sum, with either sign."""
+    """The derivative at the label is then much larger than the sum of the others, and can have either sign."""
     x, y = np.float32([[top, top - 200, top - 200], [top, top - 1, top - 2]]), np.array([0, 0])
     loss = functools.partial(jce.linear_cross_entropy, y, z_loss=1.0, reduction="sum")
     got = jax.jit(jax.grad(lambda x, w: loss(x, w), (0, 1)))(x, jnp.eye(3))
@@ -487,7 +487,7 @@ def test_a_row_of_impossible_classes_has_no_mass(way):
 
 
 def test_labels_by_a_mask_or_a_gather(rng):
-    """The same numbers, also of a forbidden class, whichever an accelerator takes."""
+    """Both give the same numbers, also for a forbidden class, whichever an accelerator uses."""
     y, x = jnp.array([0, 2, 6, 3]), rng.standard_normal((4, 7)).astype(np.float32)
     x[1, 2] = -np.inf
     np.testing.assert_array_equal(
@@ -497,7 +497,7 @@ def test_labels_by_a_mask_or_a_gather(rng):
 
 @pytest.mark.slow
 def test_a_labels_logit_of_another_rounding(monkeypatch):
-    """As of a program that makes the logits anew for it: losses keep their digits, and none is below 0."""
+    """As if a program recomputed the logits for it: losses stay accurate, and none is below 0."""
     for error in (-3e-7, 3e-7):
         monkeypatch.setattr(Reduction, "at_label", lambda way, x, y, error=error: way.at(x * (1 + error), y))
         x = np.float32([[30, 0, 1], [-20, 3, -30], [1, 0.5, 0.2], [2, 2, -1]])
@@ -510,7 +510,7 @@ def test_a_labels_logit_of_another_rounding(monkeypatch):
 
 @pytest.mark.wide
 def test_the_sums_in_one_pass_have_a_rule(rng):
-    """Where a loop forgets the rule of a loss, it is differentiated through its sums: the gradient, and again."""
+    """If a loop loses a loss's rule, JAX differentiates through the loss's sums: the gradient, and its gradient."""
     with jax.enable_x64(True):
         y, x, t = jnp.asarray(rng.integers(0, 7, 5)), rng.standard_normal((5, 7)), rng.standard_normal((5, 7))
 

@@ -1,6 +1,7 @@
-"""Lines that users write of a head's tokens, each beside its formula of whole logits: value, gradient, and no N × n.
+"""Lines that users write for a head's tokens, each against its formula on whole logits: value, gradient, no N × n.
 
-The lines are the README's and `linear_map`'s; what each needs of jce is here, so that none stops working unseen.
+The lines come from the README and from `linear_map`. These tests cover what each line needs from jce, so that no line
+stops working unnoticed.
 """
 
 import functools
@@ -17,8 +18,8 @@ from jce import Linear
 from tests.quick_jit import quick_jit
 from tests.test_devices import make_mesh
 
-N, WIDTH, KEPT, CHUNK = 12, 3, 4, 5  # tokens, also of classes, as of the other's features
-AHEAD = (1, 2)  # tokens, which a head each predicts
+N, WIDTH, KEPT, CHUNK = 12, 3, 4, 5  # the first is the number of tokens, and of classes
+AHEAD = (1, 2)  # how many tokens ahead; one head predicts each
 TEMPERATURE, GAMMA, EPSILON, SHARPNESS, BIAS = 0.5, 2.0, 1.5, 3.0, -1.25
 SMOOTHING, SCALE, CAP, Z_LOSS = 0.1, 0.3, 0.7, 0.2
 ce, bce = jce.cross_entropy_with_integer_labels, jce.binary_cross_entropy_with_logits
@@ -71,7 +72,7 @@ def others_smoothed(y, h, w, **options):
 
 
 def scaled(y, h, w, **options):
-    """By s: before a soft cap, at a temperature; after it; and without one, with a z-loss."""
+    """Scaled by s: before a soft cap, at a temperature; after a soft cap; and without one, with a z-loss."""
     s, c, t = SCALE, CAP, TEMPERATURE
     return (
         jce.linear_cross_entropy(y, h, w, logit_soft_cap=c / s, temperature=t / s, **options)
@@ -81,12 +82,12 @@ def scaled(y, h, w, **options):
 
 
 def of_classes(w):
-    """A weight for each class."""
+    """One weight per class."""
     return 1 + jnp.arange(len(w), dtype=w.dtype) / len(w)
 
 
 def classes_weighted(y, h, w, **options):
-    """Also where some labels are none, whose weights are then whatever indexing gives."""
+    """Also if some labels are outside [0, n). Their weights are then whatever indexing returns."""
     labels = jnp.where(y % 3 == 0, -100, y)
     return jce.linear_cross_entropy(labels, h, w, weights=of_classes(w)[labels], where=labels >= 0, **options)
 
@@ -106,11 +107,11 @@ def in_sequences(y, h):
 
 
 def ahead(labels):
-    """Of each number of tokens ahead; -1 where the text ends."""
+    """Labels for each number of tokens ahead, -1 past the end of the text."""
     return [jnp.pad(labels[k:], (0, k), constant_values=-1) for k in AHEAD]
 
 
-# By name the line, of labels, kept ids, hidden states and a head; and the same of whole logits
+# By name: the line, a function of labels, kept ids, hidden states and a head; WHOLE has the same on whole logits
 LINES = {
     "the sampler's kept set": lambda y, ids, h, w, **k: mapped(kept_by_the_sampler, y, ids, h=h, w=w, **k),
     "DFT": lambda y, ids, h, w, **k: mapped(dynamic_fine_tuning, y, h=h, w=w, **k),
@@ -161,7 +162,7 @@ def whole_siglip(y, ids, h, w):
 
 
 def whole_others_smoothed(y, ids, h, w):
-    """The label keeps 1-ε, and each of the others has ε/(n-1)."""
+    """The label keeps 1-ε, and each of the other classes has ε/(n-1)."""
     n = len(w)
     one_hot = jax.nn.one_hot(y, n, dtype=h.dtype)
     targets = (1 - SMOOTHING) * one_hot + SMOOTHING / (n - 1) * (1 - one_hot)
@@ -192,7 +193,7 @@ def whole_z_loss(y, ids, h, w):
 
 
 def of_each(formula):
-    """A mean over tokens, of q at the label."""
+    """The mean over tokens of the formula, a function of q at the label."""
     return lambda y, ids, h, w: formula(jnp.exp(at(log_q(h @ w.T), y))).mean()
 
 
@@ -214,7 +215,7 @@ WHOLE = {
 
 @pytest.fixture
 def sample(rng):
-    """Labels, kept ids with the label among them, and padded with n, hidden states, and a head."""
+    """Labels, kept ids (with the label among them, padded with n), hidden states, and a head."""
     y = rng.integers(0, N, N)
     ids = np.concatenate([y[:, None], rng.integers(0, N, (N, KEPT - 1))], 1)
     ids[::2, -2:] = N
@@ -223,7 +224,7 @@ def sample(rng):
 
 @pytest.mark.wide
 def test_each_line_is_its_formula(sample):
-    """In value and in both gradients, in float64; all in one program."""
+    """In value and in both gradients, in float64, all in one program."""
 
     def results(y, ids, h, w):
         return [
@@ -241,7 +242,7 @@ def test_each_line_is_its_formula(sample):
 @pytest.mark.needs_jit
 @pytest.mark.slow
 def test_no_line_has_the_logits_of_all_tokens():
-    """With its gradients: no array of N × n in the program, and in all some chunks, heads and hidden states."""
+    """Value and gradients: the program has no N × n array. In total it holds a few chunks, heads and hidden states."""
     n, d, chunk = 1024, 8, 16
     integers, numbers = jax.ShapeDtypeStruct((n,), np.int32), jax.ShapeDtypeStruct((n, d), np.float32)
     ids = jax.ShapeDtypeStruct((n, KEPT), np.int32)
@@ -256,15 +257,15 @@ def test_no_line_has_the_logits_of_all_tokens():
 
     largest, temporaries = largest_and_all(LINES, chunk_size=chunk)
     assert largest < n * n / 8
-    assert temporaries < n * n / 2  # of all together
-    assert min(largest_and_all({"focal": WHOLE["focal"]})) >= n * n  # which is found where it is
+    assert temporaries < n * n / 2  # of all lines together
+    assert min(largest_and_all({"focal": WHOLE["focal"]})) >= n * n  # the check finds an N × n array where there is one
 
 
 @pytest.mark.slow
 def test_ids_that_wrap_round(sample):
-    """Of -1 JAX makes the last class, whatever the mode, so that it counts as kept: lists are padded with n."""
+    """JAX turns -1 into the last class, in every mode, so that class would count as kept. Pad lists with n instead."""
     y, _, h, w = (x.astype(np.float32 if x.dtype == np.float64 else np.int32) for x in sample)
-    w[-1] = 20 * h[0]  # a class that all but one of these tokens rule out
+    w[-1] = 20 * h[0]  # a class that all except one of these tokens rule out
     line = functools.partial(LINES["the sampler's kept set"], y[:1], h=h[:1], w=w)
     assert y[0] != N - 1
     padded, wrapped = (line(np.array([[y[0], y[0], pad, pad]])) for pad in (N, -1))
@@ -273,7 +274,7 @@ def test_ids_that_wrap_round(sample):
 
 
 def kept_here(y, ids, x):
-    """Of a device's part of the classes: its local ids, with those of other devices out of range on both sides."""
+    """For a device's part of the classes: its local ids. Those of other devices are out of range on both sides."""
     local = ids - jax.lax.axis_index("classes").astype(ids.dtype) * x.size
     here = jnp.zeros(x.shape, bool).at[jnp.where(local < 0, x.size, local)].set(True, mode="drop")
     return ce(y, x, where=here, axis_name="classes")
@@ -295,7 +296,7 @@ def test_the_kept_set_where_the_classes_are_split(sample):
 
 
 def test_what_is_made_of_a_sure_tokens_loss_has_its_digits():
-    """1 - q of a class that has all but 2e^-25, in float32."""
+    """1 - q of a class that has all except 2e^-25, in float32."""
     x, s = np.float32([25.0, 0.0, 0.0]), 2 * np.exp(-25.0)
     np.testing.assert_allclose([focal(0, x), poly_1(0, x)], [s**3, (1 + EPSILON) * s], rtol=1e-5)
     in_x, _, _ = jax.grad(focal, 1)(0, x)
@@ -304,7 +305,7 @@ def test_what_is_made_of_a_sure_tokens_loss_has_its_digits():
 
 @pytest.mark.needs_jit
 def test_a_float32_head_in_products_of_bfloat16(sample):
-    """Where it is cast to the states' dtype, with sums in float32; as it is, products are of float32."""
+    """If the head is cast to the states' dtype, matmuls are in bfloat16 with float32 sums, otherwise in float32."""
     y, _, h, w = sample
     h, w = jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, np.float32)
 
@@ -328,7 +329,7 @@ def test_a_float32_head_in_products_of_bfloat16(sample):
 
 @pytest.mark.needs_jit
 def test_a_trainers_ratio_to_the_sampler_is_1(rng):
-    """The same bits of one token at a time, and of a batch with a mask inside a policy's gradient."""
+    """The bits are equal for one token at a time, and for a batch with a mask inside a policy's gradient."""
     tokens, classes, width = 40, 300, 33
     h, w = (jnp.asarray(rng.standard_normal(s), np.float32) for s in ((tokens, width), (classes, width)))
     y, advantages = jnp.asarray(rng.integers(0, classes, tokens)), jnp.asarray(rng.standard_normal(tokens), np.float32)

@@ -1,4 +1,4 @@
-"""Labels with a probability each, and the tail: against 300 bits and dense targets, at corners, and under a head."""
+"""Labels with probabilities, and the tail: against 300 bits and dense targets, at edge cases, and under a head."""
 
 import functools
 
@@ -20,7 +20,7 @@ with_tail = pytest.mark.parametrize("tail", [False, True], ids=["no tail", "tail
 
 
 def truth(y, p, x, tail):
-    """Value, gradient in the logits, and its scale Σp q + p; in 300 bits."""
+    """Value, gradient with respect to the logits, and the gradient's scale Σp q + p, all in 300 bits."""
     with mp.workprec(300):
         e = [mp.exp(mp.mpf(float(v))) for v in x]
         q, p = [v / mp.fsum(e) for v in e], [mp.mpf(float(v)) for v in p]
@@ -40,7 +40,7 @@ def truth(y, p, x, tail):
 
 
 def rows(rng, count, n, k, dtype):
-    """Targets of k classes, which take all or little, and logits, the first label's from far behind to far ahead."""
+    """Targets for k classes with a large or small sum, and logits: the first label's from far below to far above."""
     x = 3 * rng.standard_normal((count, n))
     y = np.stack([rng.choice(n, k, replace=False) for _ in range(count)])
     margins = np.resize([-20, 0, 5, 10, 20], count)
@@ -57,7 +57,7 @@ CASES = [case if case == QUICK else pytest.param(*case, marks=pytest.mark.slow) 
 @pytest.mark.parametrize(("k", "dtype", "tail"), CASES)
 @pytest.mark.in_turn(2)
 def test_accuracy(k, dtype, tail, platform, rng):
-    """Beyond what half an ulp of x - max x does to its exponential, a few ulps."""
+    """A few ulps, plus the effect of half an ulp of x - max x on its exponential."""
     y, p, x = rows(rng, 15, 30, k, dtype)
     with jax.enable_x64(dtype == np.float64):
         program = jax.jit(jax.value_and_grad(lambda x: loss(y, x, label_probs=p, tail=tail).sum()))
@@ -109,7 +109,7 @@ def test_corners():
         return jax.value_and_grad(lambda p, x: loss(y, x, label_probs=p, tail=tail), (0, 1))(p, x)
 
     def value_and_gradients(y, p, tail=False):
-        """Of lists that are padded, for one program, with no class or another."""
+        """Pads the lists, so that one program serves all. Padding labels are outside [0, n)."""
         pad = 4 - len(y)
         y, p = np.array(y + [9, -1, -7][:pad]), np.float32(p + [0] * pad)
         return jax.tree.map(np.asarray, of_lists(y, p, tail))
@@ -118,21 +118,21 @@ def test_corners():
     np.testing.assert_allclose(value, loss(jnp.array([0]), x, label_probs=jnp.array([0.5]), tail=True), rtol=1e-6)
     assert (in_p[1:] == 0).all()
     assert np.isfinite(in_x).all()
-    value, (_, in_x) = value_and_gradients([0, 7], [0.5, 0.1])  # but not with a probability
+    value, (_, in_x) = value_and_gradients([0, 7], [0.5, 0.1])  # a padding label must have probability 0
     assert np.isnan(value)
     value, (_, in_x) = value_and_gradients([0, 3], [0.5, 0])  # an impossible class
     assert value == pytest.approx(float(0.5 * loss(0, x)), rel=1e-6)
     assert in_x[3] == 0
     assert value_and_gradients([0, 3], [0.5, 0.1])[0] == INF
-    assert value_and_gradients([0, 1, 2], [0.2, 0.2, 0.2], tail=True)[0] == INF  # a tail of an impossible class
-    value, (_, in_x) = value_and_gradients([0, 1, 2, 3], [0.2, 0.3, 0.5, 0], tail=True)  # of no class
+    assert value_and_gradients([0, 1, 2], [0.2, 0.2, 0.2], tail=True)[0] == INF  # the tail has only an impossible class
+    value, (_, in_x) = value_and_gradients([0, 1, 2, 3], [0.2, 0.3, 0.5, 0], tail=True)  # the tail has no class
     assert value == pytest.approx(
         float(loss(jnp.array([0, 1, 2]), x, label_probs=jnp.array([0.2, 0.3, 0.5]))), rel=1e-6
     )
     assert np.isfinite(in_x).all()
     assert loss(jnp.zeros((2, 0), int), jnp.ones((2, 3)), label_probs=jnp.ones((2, 0))).tolist() == [0, 0]
     assert loss(jnp.array([[0, 1]] * 2), jnp.ones((2, 0)), label_probs=jnp.full((2, 2), 0.5)).tolist() == [0, 0]
-    pair, quarters = jnp.array([[0, 1]] * 3), jnp.full((3, 2), 0.25)  # with the 1 of 1 - Σp, an odd number a row
+    pair, quarters = jnp.array([[0, 1]] * 3), jnp.full((3, 2), 0.25)  # with the 1 of 1 - Σp, an odd count per row
     one = loss(pair[0], x, label_probs=quarters[0], tail=True)
     three = loss(pair, jnp.stack([x] * 3), label_probs=quarters, tail=True)
     np.testing.assert_allclose(three, [one] * 3, rtol=1e-6)
@@ -143,7 +143,7 @@ def test_corners():
     np.testing.assert_allclose(two, [[0.5 * (loss(0, x) + loss(1, x)), 0]], rtol=1e-6)
 
 
-# Lists that hold every possible class, of which rounding leaves 1 - Σp a little off 0
+# Lists that hold every possible class: because of rounding, their 1 - Σp is slightly off 0
 
 
 def complete_lists(rng, dtype, possible, n, rows=300):
@@ -180,7 +180,7 @@ EXCLUDED = [
 @pytest.mark.parametrize(("way", "dtype"), EXCLUDED)
 @pytest.mark.slow
 def test_a_tail_over_nothing_is_nothing(way, dtype, rng):
-    """Value and gradients are those without a tail; of 3 classes, or of 30."""
+    """Value and gradients are those without a tail, for 3 or 30 possible classes."""
     y, p, x, legal = complete_lists(rng, dtype, *((30, 40) if dtype == np.float32 else (3, 7)))
 
     def of(how, p, x):
@@ -200,7 +200,7 @@ def test_a_tail_over_nothing_is_nothing(way, dtype, rng):
 
 @pytest.mark.holds_nan
 def test_a_tail_of_impossible_classes_is_infinite_unless_nothing_is_left():
-    """And where Σp is above 1 by a rounding, it is no reward."""
+    """If Σp exceeds 1 by a rounding error, the tail doesn't lower the loss."""
     x, y = jnp.array([0.0, 1.0, 2.0, -INF], np.float32), jnp.arange(3)
 
     def of(p, x=x, **options):
@@ -212,9 +212,9 @@ def test_a_tail_of_impossible_classes_is_infinite_unless_nothing_is_left():
     for ulps in (-4, -1, 1, 4):
         assert of(exact.at[0].add(ulps * eps)) == pytest.approx(float(plain), rel=1e-5)
     assert of(exact.at[0].add(-8 * eps)) == INF
-    # But of no class at all it is 0, however much is left of the target.
+    # A tail with no class at all contributes 0, however much probability the list leaves.
     assert of(exact / 2, where=np.arange(4) < 3) == pytest.approx(float(plain / 2), rel=1e-6)
-    # With another class, by value; and the derivative in p is the formula's on both sides of 1.
+    # With a possible class in the tail: the value, and the derivative with respect to p on both sides of Σp = 1.
     low = x.at[3].set(-50.0)
     for ulps, tail in ((-4, 4 * eps), (0, 0), (4, 0)):
         p = exact.at[0].add(ulps * eps)
@@ -225,7 +225,7 @@ def test_a_tail_of_impossible_classes_is_infinite_unless_nothing_is_left():
         assert np.isfinite(in_x).all()
     falling = [float(of(exact.at[0].add(3 * eps), x.at[3].set(-b))) for b in (10.0, 100.0, 1000.0)]
     assert falling[1] == falling[2] >= falling[0] - 1e-3
-    assert of(1.1 * exact, low) < loss(y, low, label_probs=1.1 * exact)  # further above it is the linear formula
+    assert of(1.1 * exact, low) < loss(y, low, label_probs=1.1 * exact)  # well above Σp = 1, the linear formula holds
 
 
 @pytest.mark.holds_nan
@@ -233,7 +233,7 @@ def test_a_tail_of_impossible_classes_is_infinite_unless_nothing_is_left():
 @with_tail
 @pytest.mark.in_turn(2, "wide")
 def test_a_label_that_is_no_class_is_nan_in_every_derivative(under, tail):
-    """Of its row alone, where its probability isn't 0, in both modes; and 0 where the row doesn't count."""
+    """Only in its own row, and only if its probability isn't 0, in both modes. If the row is masked, it is 0."""
     y = jnp.array([[0, 9], [0, -1], [9, 0], [1, 2]])
     p = jnp.array([[0.5, 0.25], [0.5, 0.0], [0.75, 0.0], [0.5, 0.25]])
     x = jnp.array([[0.0, 1.0, 2.0]] * 4)
@@ -287,7 +287,7 @@ def test_no_tokens_no_labels_and_no_nan_beside_a_class(tail):
 
 
 def test_more_labels_than_classes(rng):
-    """A list that repeats and is padded: as the dense target."""
+    """A padded list with repeated labels gives the same loss as the dense target."""
     y = np.array([[0, 2, 0, 1, 2, 7, -1]] * 2)
     p = np.float32([[0.1, 0.2, 0.1, 0.25, 0.05, 0, 0]] * 2)
     x = rng.standard_normal((2, 4)).astype(np.float32)
@@ -300,7 +300,7 @@ def test_more_labels_than_classes(rng):
 @with_tail
 @pytest.mark.in_turn(2)
 def test_along_any_axis_with_smoothing(tail, rng):
-    """n counts the classes that are kept, and smoothing spreads the probabilities that there are."""
+    """n counts only the kept classes, and smoothing spreads only the listed probabilities."""
     y, p, x = rows(rng, 4, 9, 3, np.float32)
     kept = np.arange(9) < 7
     y %= 7
@@ -316,7 +316,7 @@ def test_along_any_axis_with_smoothing(tail, rng):
 
 
 def test_one_row_alone(rng):
-    """Smoothed, without a batch axis, it is what it is in a batch."""
+    """A smoothed loss without a batch axis has the same gradients as in a batch."""
     x, y, p = np.float32(rng.standard_normal(7)), rng.permutation(7)[:2], np.float32([0.5, 0.3])
     loss = functools.partial(jce.cross_entropy_with_integer_labels, label_smoothing=0.1)
     alone = jax.grad(lambda x, p: loss(y, x, label_probs=p), (0, 1))
@@ -326,7 +326,7 @@ def test_one_row_alone(rng):
 
 
 def test_dtypes():
-    """float64 where an argument is."""
+    """The result is float64 if an argument is."""
     y = np.zeros((4, 2), int)
     functions = {
         ((4, 2), (4, 5)): lambda p, x: loss(y, x, label_probs=p),
@@ -366,7 +366,7 @@ def test_three_products():
 @with_tail
 @pytest.mark.slow
 def test_split_classes_are_whole_ones(tail, rng):
-    """By axis_name, and under a head on a mesh."""
+    """With axis_name, and under a head on a mesh."""
     y, p, x = rows(rng, 8, 24, 3, np.float32)
     mesh = make_mesh((2, 4))
 

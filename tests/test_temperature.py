@@ -1,4 +1,4 @@
-"""What heads' logits are divided by, in losses and log-probabilities: digits, corners, meshes, errors."""
+"""The temperature of heads, in losses and log-probabilities: accuracy, edge cases, meshes, errors."""
 
 import functools
 
@@ -19,7 +19,7 @@ OF_EACH = pytest.mark.parametrize("of_each", [False, True], ids=["for all", "for
 
 @pytest.fixture
 def problem(rng):
-    """Labels, hidden states, a head and a bias that forbids a class, and a temperature for each token."""
+    """Labels, hidden states, a head, a bias that forbids a class, and one temperature per token."""
     labels = rng.integers(1, CLASSES, TOKENS)
     h, w, b = (rng.standard_normal(shape) for shape in ((TOKENS, WIDTH), (CLASSES, WIDTH), CLASSES))
     b[0] = -np.inf
@@ -29,11 +29,11 @@ def problem(rng):
 @OF_EACH
 @pytest.mark.in_turn(2)
 def test_what_logits_have_in_common_costs_no_digits(of_each, problem):
-    """An offset of 100 at T = .7: of x/T the rounding would be some 60 ulps."""
+    """With an offset of 100 at T = .7, rounding x/T would cost some 60 ulps."""
     labels, h, w, b, *_ = problem
     t = np.float32(0.7) * np.ones(TOKENS if of_each else (), np.float32)
     b = np.float32(np.where(np.isinf(b), 100, np.round(8 * b) / 8 + 100))
-    h, w = (np.float32(np.round(8 * x) / 8) for x in (h, w))  # products and sums without a rounding
+    h, w = (np.float32(np.round(8 * x) / 8) for x in (h, w))  # matmuls are then exact
 
     def log_prob(t, h):
         return jce.linear_log_probs(labels, h, w, b, temperature=t).log_prob
@@ -76,7 +76,7 @@ def test_of_python_s_1_nothing_is_computed(problem):
 @pytest.mark.parametrize("reduction", ["mean", "none", "log-probabilities"])
 @pytest.mark.slow
 def test_a_temperature_of_what_is_left_out_may_be_0(reduction, problem):
-    """No derivative of it is anything but 0; and of a token that is kept T = 0 is greedy."""
+    """Every derivative for a masked token is 0. For a kept token, T = 0 means greedy."""
     labels, h, w, b, t = problem
     kept = np.arange(TOKENS) % 2 == 0
 
@@ -98,7 +98,7 @@ def test_a_temperature_of_what_is_left_out_may_be_0(reduction, problem):
     def total(*args):
         return sum(x.sum() for x in jax.tree.leaves(results(labels, *args, z_loss=0.1, where=kept)))
 
-    with jax.debug_nans(False):  # which raises where a NaN is computed, though it is selected away
+    with jax.debug_nans(False):  # debug_nans would raise even if a select drops the NaN
         got, expected = (jax.grad(total, (0, 1, 2, 3))(h, w, b, np.where(kept, t, x)) for x in (0, 1))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert np.isfinite(np.concatenate([x.ravel() for x in got])).all()
@@ -112,7 +112,7 @@ def test_a_temperature_of_what_is_left_out_may_be_0(reduction, problem):
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_at_a_temperature_of_0_a_derivative_is_0_or_infinite(reduction):
-    """Of a label that isn't greedy: in its own logit, and in the greedy class's."""
+    """For a label that isn't greedy, it is infinite with respect to the label's and the greedy class's logits."""
     h, w, t = np.ones((1, 1), np.float32), np.zeros((3, 1), np.float32), np.zeros(1, np.float32)
 
     def loss(b):
@@ -127,7 +127,7 @@ def test_at_a_temperature_of_0_a_derivative_is_0_or_infinite(reduction):
 @pytest.mark.parametrize("wrong", ["greedy", "no class", "overflow"])
 @pytest.mark.in_turn(3)
 def test_a_loss_that_is_left_out_afterwards_adds_nothing_to_the_head(wrong, problem):
-    """Its derivative is infinite, or no number, and its cotangent 0: in a product of matrices that would be NaN."""
+    """Its derivative is infinite or NaN, and its cotangent is 0. In a matmul, their product would be NaN."""
     labels, h, w, b, t = problem
     out = np.arange(TOKENS) % 2 == 0
     h, w, b, t = map(np.float32, (h, 4 * w, b, t))
@@ -152,7 +152,10 @@ def test_a_loss_that_is_left_out_afterwards_adds_nothing_to_the_head(wrong, prob
 
 
 def test_at_a_temperature_of_0_a_tail_is_infinite_with_its_derivative():
-    """Of which no class is the greedy one; but not of one that takes nothing, or of forbidden classes alone."""
+    """The list holds the greedy class, so at T = 0 every class in the tail has probability 0.
+
+    A tail of probability 0 gives 0. If the tail has only forbidden classes, its derivative is 0.
+    """
     x, labels = np.float32([[3, 1, 0, -1]]), np.array([[0]])
 
     def loss(t, p, bias):
@@ -171,7 +174,7 @@ def test_at_a_temperature_of_0_a_tail_is_infinite_with_its_derivative():
 
 
 def test_a_list_is_an_array(problem):
-    """No part of the program, which would be compiled anew for each."""
+    """A list isn't compiled into the program as a constant; each list would then need a new compilation."""
     labels, h, w, b, t = problem
     t = np.float32(t)
     expected = jce.linear_cross_entropy(labels, h, w, b, temperature=t)
@@ -199,7 +202,7 @@ def test_wrong_arguments(problem):
 @pytest.mark.parametrize("of", ["mean", "none", "list"])
 @pytest.mark.in_turn(6)
 def test_on_a_mesh(of, of_each, rng):
-    """Tokens and classes split over two devices each, as on one; with tokens left out, and z-loss."""
+    """Tokens and classes, each split over two devices, give the same as one device, with masked tokens and z-loss."""
     mesh = jax.make_mesh((2, 2), ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     h, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, WIDTH), (12, WIDTH)))
     labels, t = rng.integers(0, 12, 8), np.linspace(0.5, 2, 8, dtype=np.float32) if of_each else np.float32(0.7)
@@ -218,7 +221,7 @@ def test_on_a_mesh(of, of_each, rng):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 
 
-# Two rows of logits at one temperature
+# Functions of two rows of logits at one temperature
 
 
 OF_TWO = (jce.kl_divergence_with_logits, jce.jensen_shannon_divergence_with_logits)
@@ -226,13 +229,13 @@ each_of_two = pytest.mark.parametrize("function", OF_TWO, ids=lambda function: f
 
 
 def two_rows(rng, apart, offset, shape=(40, 16)):
-    """Logits on a grid, so that their differences are exact, with a common offset, and nearly alike."""
+    """Nearly equal logits with a common offset, on a grid, so that their differences are exact."""
     x = np.round(1024 * (3 * rng.standard_normal(shape) + offset)) / 1024
     return np.float32(x), np.float32(x + np.round(2**16 * apart * rng.standard_normal(shape)) / 2**16)
 
 
 def in_double(function, t, x, y):
-    """Value and gradient in the logits, computed in float64 from logits that are divided first."""
+    """Value and gradient with respect to the logits, in float64, from logits that are divided first."""
     with jax.enable_x64(True):
         x, y = np.float64(x), np.float64(y)
 
@@ -284,7 +287,7 @@ def test_a_head_gives_the_same_as_its_logits(rng):
 @pytest.mark.parametrize("mode", ["jvp", *SECOND])
 @pytest.mark.in_turn(4)
 def test_two_rows_in_every_mode(function, mode, rng):
-    """At T derivatives of first and second order, forward and reverse, in rows and in T, are those of divided rows."""
+    """First and second derivatives in both modes, with respect to rows and T, equal those of rows divided by T."""
     with jax.enable_x64(True):
         x, y = (np.float64(z) for z in two_rows(rng, 1, 0, (5,)))
         t, kept = np.float64(1.7), np.arange(5) != 3
@@ -309,7 +312,7 @@ def test_two_rows_in_every_mode(function, mode, rng):
 @pytest.mark.holds_nan
 @pytest.mark.in_turn(2, "wide")
 def test_two_rows_at_the_boundary(function):
-    """-∞, NaN and +∞ have the effect that they have at T = 1, in the value and in the gradient of each row."""
+    """-∞, NaN and +∞ have the same effect as at T = 1, in the value and in the gradient of each row."""
     inf, nan = np.inf, np.nan
     x = np.float32([[0, 1, -inf], [0, 0, -inf], [nan, 0, 0], [0, inf, 0], [-inf] * 3, [0, 0, 0], [5, 5, 5]])
     y = np.float32([[0, 2, -inf], [0, -inf, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, nan, 0], [5, 5, 5]])

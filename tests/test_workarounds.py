@@ -1,8 +1,9 @@
-"""When a workaround in jce may go: a row for each says whether plain JAX still behaves as the comment beside it says.
+"""When a workaround in jce can go: for each, a row tests if plain JAX still behaves as the workaround's comment says.
 
-The comment begins with `Until JAX 0.12:` if a release is known that doesn't need the workaround, else with `Until JAX
-no longer`. A row without a version turns red on the first JAX that behaves otherwise. A row with a version turns red
-where JAX behaves otherwise before that version, or still so from it on, and once pyproject.toml admits no older JAX.
+The comment begins with `Until JAX 0.12:` if we know a release that doesn't need the workaround, and otherwise with
+`Until JAX no longer`. A row without a version fails on the first JAX that behaves differently. A row with a version
+fails if JAX behaves differently before that version, if it behaves the same from that version on, and once
+pyproject.toml admits no older JAX.
 """
 
 from __future__ import annotations
@@ -41,25 +42,25 @@ RUNNING: Version = jax.__version_info__[:2]
 
 
 class Place(NamedTuple):
-    """A comment, by the file in jce and the line in which it begins."""
+    """A comment: its file in jce and its first line."""
 
     file: str
     line: str
 
     @property
     def until(self) -> Version | None:
-        """The first JAX that doesn't need the workaround, if the comment knows one."""
+        """The first JAX that doesn't need the workaround, if the comment names one."""
         found = re.search(r"Until JAX (\d+)\.(\d+):", self.line)
         return found and (int(found[1]), int(found[2]))
 
 
 class Row(NamedTuple):
-    """A workaround, by its file and words that no other comment there has in its first line."""
+    """A workaround: its file, and words that no other comment in that file has in its first line."""
 
     file: str
     words: str
-    still: Callable[[], bool]  # whether the JAX that runs behaves as the comment says
-    since: Version = (0, 0)  # the first JAX that does so
+    still: Callable[[], bool]  # whether the installed JAX behaves as the comment says
+    since: Version = (0, 0)  # the first JAX that behaves so
 
     def is_of(self, place: Place) -> bool:
         return self.file == place.file and self.words in place.line
@@ -89,7 +90,7 @@ def named(version: Version) -> str:
 
 
 def complaint(row: Row, place: Place, running: Version, oldest: Version, still: bool) -> str | None:
-    """What is to be done about a workaround, or None if it is right as it is."""
+    """What to do about a workaround, or None if nothing."""
     where = f"in jce/{row.file}: {place.line!r}"
     if place.until and oldest >= place.until:
         return f"JAX no longer needs it since {named(place.until)}: delete the workaround {where}"
@@ -103,11 +104,11 @@ def complaint(row: Row, place: Place, running: Version, oldest: Version, still: 
     )
 
 
-# Loops and products
+# Loops and matmuls
 
 
 def a_loop_loses_rules() -> bool:
-    """Whether a rule that is called by another rule is lost where the gradient of a loop is differentiated again."""
+    """Whether a rule called by another rule is lost when the gradient of a loop is differentiated again."""
 
     @jax.custom_jvp
     def slope(x):
@@ -127,7 +128,7 @@ def a_loop_loses_rules() -> bool:
 
 
 def a_loop_hoists_what_stays_the_same() -> bool:
-    """Whether gradient steps, differentiated, keep numbers for each token and class that depend on labels alone."""
+    """Whether differentiated gradient steps store numbers per token and class that depend only on labels."""
     chunk, chunks, classes = 8, 8, 64
     labels = jnp.arange(chunks * chunk).reshape(chunks, chunk)
     hidden, head = (np.ones(shape, np.float32) for shape in ((chunks, chunk, 3), (classes, 3)))
@@ -153,20 +154,20 @@ def a_loop_hoists_what_stays_the_same() -> bool:
 
 
 def products_of_constants_are_folded() -> bool:
-    """Whether a product of two arrays that a program closes over is computed while it is compiled."""
+    """Whether a matmul of two arrays that a program closes over is computed during compilation."""
     rng = np.random.default_rng(0)
     h, w = (jnp.asarray(rng.standard_normal(shape), np.float32) for shape in ((8, 4), (16, 4)))
     return " dot(" not in jax.jit(lambda: h @ w.T).lower().compile().as_text()
 
 
 def large_constants_are_folded() -> bool:
-    """Whether a sum of exponentials of an array that a program closes over is computed while it is compiled."""
+    """Whether a sum of exponentials of an array that a program closes over is computed during compilation."""
     x = jnp.ones((64, 1024), np.float32)
     return "exponential" not in jax.jit(lambda: jnp.exp(x).sum(-1)).lower().compile().as_text()
 
 
 def products_over_unit_axes_are_copied() -> bool:
-    """Whether a sum over two axes copies a factor, though one of the axes has length 1."""
+    """Whether a sum over two axes copies a factor although one of the axes has length 1."""
     a, b = (np.ones(shape, np.float32) for shape in ((64, 1, 32), (64, 1, 48)))
 
     def temporary(formula: str, *factors) -> int:
@@ -180,14 +181,14 @@ def products_over_unit_axes_are_copied() -> bool:
 
 
 def one_row_is_summed_sequentially() -> bool:
-    """Whether the sum of products is hundreds of ulps off in a batch of one row, but not in a batch of two."""
+    """Whether a sum of products is hundreds of ulps off in a batch of one row, but not in a batch of two."""
     program = jax.jit(lambda x, y: (x * y).sum(-1))
     one, two = (program(*(np.full((count, 30_000), x, np.float32) for x in (0.1, 0.3)))[0] for count in (1, 2))
     return bool(np.abs(one - two) > 100 * np.spacing(two))
 
 
 def longer_rows_are_summed_slowly() -> bool:
-    """Whether rows of a little more than 32,768 numbers take 1.6 times as long as those."""
+    """Whether rows of slightly more than 32,768 numbers take 1.6 times as long as rows of 32,768."""
     program = jax.jit(lambda x, m: ((x - m) * x * (x + m)).sum(-1))
     batches = [(jnp.ones((128, n), np.float32), jnp.ones((128, 1), np.float32)) for n in (32_768, 32_832)]
     times = [[], []]
@@ -214,7 +215,7 @@ def large_arrays_lose_a_nan() -> bool:
 
 
 def a_dot_product_is_wrong() -> bool:
-    """Whether XLA computes something else than x - Σ cx where one c is for a whole batch."""
+    """Whether XLA computes x - Σ cx incorrectly if a whole batch shares one c."""
     rng = np.random.default_rng(0)
     c, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((256, 50), (64, 256, 50)))
     got = jax.jit(jax.vmap(lambda x: x - (c * x).sum(-1, keepdims=True)))(x)
@@ -225,7 +226,7 @@ def a_dot_product_is_wrong() -> bool:
 
 
 def error_of(function: Callable, *arguments) -> str:
-    """Its class and its text; empty if there is none."""
+    """The error's class and text, or an empty string if there is no error."""
     try:
         function(*arguments)
     except Exception as error:
@@ -234,7 +235,7 @@ def error_of(function: Callable, *arguments) -> str:
 
 
 def types_are_checked_wrongly() -> bool:
-    """Whether a batch that is split has a gradient under `check_vma=False` alone."""
+    """Whether a split batch has a gradient only under `check_vma=False`."""
     mesh = jax.make_mesh((2, 4), ("batch", "classes"), axis_types=(AxisType.Auto,) * 2)
 
     def sum_of_part(x):
@@ -258,7 +259,7 @@ def lookups_along_a_split_axis_are_refused() -> bool:
 
 
 def a_barrier_mixes_types() -> bool:
-    """Whether an array behind a barrier varies over the mesh axes of another array too."""
+    """Whether an array behind a barrier also varies over the mesh axes of another array."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     found = []
 
@@ -281,7 +282,7 @@ def types_have_vma() -> bool:
 
 
 def checks_get_no_context() -> bool:
-    """Whether the function that checks a primitive gets the error first."""
+    """Whether the function that checks a primitive gets the error as its first argument."""
     from jax._src.checkify import error_checks
 
     given = []
@@ -297,7 +298,7 @@ def checks_get_no_context() -> bool:
 
 
 def checks_in_a_rule_have_no_gradient() -> bool:
-    """Whether the gradient of a checked custom_jvp function under jit is an error of JAX's."""
+    """Whether JAX raises an error for the gradient of a checked custom_jvp function under jit."""
 
     @jax.custom_jvp
     def double(x):
@@ -309,7 +310,7 @@ def checks_in_a_rule_have_no_gradient() -> bool:
 
 
 def indices_in_a_checkpoint_are_errors() -> bool:
-    """Whether checkify fails at an index inside of a jax.checkpoint."""
+    """Whether checkify fails at an index inside a jax.checkpoint."""
     looked_up = checkify.checkify(jax.checkpoint(lambda x, y: x[y]), errors=checkify.index_checks)
     return error_of(looked_up, np.ones(3, np.float32), np.int32(1)).startswith("ValueError")
 
@@ -331,7 +332,7 @@ def derivatives_of_lookups_are_errors() -> bool:
 
 
 def lookups_of_several_labels_are_errors() -> bool:
-    """Whether checkify fails at the gradient of a batch of lookups of which only the labels have an axis."""
+    """Whether checkify fails at the gradient of a batch of lookups if only the labels have a batch axis."""
     labels = np.array([[0, 1]] * 3)
 
     def at_labels(x):
@@ -348,7 +349,7 @@ def lookups_of_several_labels_are_errors() -> bool:
 
 
 def is_hidden(thing: object) -> bool:
-    """Whether no public module of JAX that is imported above, or by JAX itself, has it under any name."""
+    """Whether no public JAX module, imported above or by JAX itself, has the object under any name."""
     public = re.compile(r"jax(\.(?!_src|experimental).*)?|jax\.experimental\.checkify")
     modules = [module for name, module in sys.modules.items() if public.fullmatch(name)]
     return not any(x is thing for module in modules for x in vars(module).values())
@@ -398,7 +399,7 @@ ROWS = [
     Row("_quantities/label_log_probs.py", "an IndexError of its own", lookups_of_several_labels_are_errors),
     Row("_softmax/way.py", "loses the kernels' rules", a_loop_loses_rules),
 ]
-MEASURED = [longer_rows_are_summed_slowly]  # by a clock, and so wrong at times on a busy machine
+MEASURED = [longer_rows_are_summed_slowly]  # measured by a clock, so sometimes wrong on a busy machine
 
 
 def test_each_workaround_has_a_row():

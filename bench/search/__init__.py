@@ -1,9 +1,9 @@
-"""The largest error that a search finds of each function, in float32, and the argument that has it.
+"""The worst-case error search: the largest float32 error found for each function, and the arguments that cause it.
 
-A maximum over some thousand samples isn't the largest error there is: over millions, climbing from the worst, errors
-are 2 to 4 times those. A line for each function, quantity, kind of arguments and kind of device, each of which sums
-rows its own way: the worst few arguments that are known, from which the next search begins, so that an error that was
-found once is tried again.
+The maximum over a few thousand samples underestimates the largest error. A search over millions of samples that climbs
+from the worst ones finds errors 2 to 4 times as large. The results have one line for each function, quantity, kind of
+arguments and kind of device, because each kind of device sums rows in its own way. A line holds the few worst known
+arguments. The next search begins from them, so an error that was found once is always tried again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAMES = [searched.label for searched in ALL] + [elementary.label for elementary 
 
 
 class Part(NamedTuple):
-    """A part of the search, in a process of its own."""
+    """A part of the search, which runs in its own process."""
 
     device: str
     long: bool
@@ -34,8 +34,11 @@ class Part(NamedTuple):
 
 
 def parts(quick: bool, only: str, long_rows: bool) -> list[Part]:
-    """Only sums of rows differ between devices. Long rows are searched as a CPU sums them: this CPU would add the
-    numbers of an accelerator's row one after another, which says nothing about an accelerator."""
+    """The parts to run. Devices differ only in how they sum rows, so only functions of rows are searched for each.
+
+    Long rows are searched only with a CPU's sums: for an accelerator's program, this CPU would add the numbers of a row
+    one after another, which says nothing about an accelerator.
+    """
     of_rows = [searched.label for searched in ALL if searched.kernel.has_classes]
     on_others = [label for label in of_rows if label in QUICK_ON_OTHERS or not quick]
     long = [searched.label for searched in ALL if searched.long and searched.label in on_others]
@@ -53,11 +56,11 @@ def run(
     known: tuple[str, ...] = (),
     long_rows: bool = False,
 ) -> Iterator[tuple[str, list[dict]]]:
-    """A label of what was searched, and its lines; at first the number of them all as a label.
+    """Yields a label and the result lines for each search. The first label is the number of searches.
 
-    So many seconds for each function as each device sums rows, and as many for its long rows, all its quantities
-    together, but a few batches when quick. It goes on from the arguments of the first file of `known` that there is.
-    With `long_rows` it searches long rows alone.
+    Each function is searched for `seconds` per kind of device, and for another `seconds` in its long rows, with all
+    its quantities together. With `quick` a search takes only a few batches. A search begins from the arguments in the
+    first file of `known` that exists. With `long_rows` only long rows are searched.
     """
     todo = parts(quick, only, long_rows)
     yield str(sum(len(part.functions) for part in todo)), []
@@ -68,7 +71,7 @@ def run(
 
 
 def check(lines: list[dict]) -> None:
-    """Every error is within its bar, and is what mpmath says that it is."""
+    """Checks that every error is within its bar, and that mpmath confirms it."""
     by_label = {searched.label: searched for searched in ALL}
     ours = [line for line in lines if line["library"] == "jce"]
     for line in ours:

@@ -1,7 +1,7 @@
-"""Where a search begins, and where it goes from there: arguments drawn at random, and the neighbours of such.
+"""The points that a search tries: randomly sampled arguments, and neighbors of earlier points.
 
-A point is a list of arrays, the arguments and behind them the directions of a Hessian-vector product; many points are
-a list of arrays with one more axis in front.
+A point is a list of arrays: the arguments, followed by the directions of a Hessian-vector product. A batch of points
+is a list of arrays with one more leading axis.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from bench.search.functions import Searched
 from bench.search.judging import LEAST
 from tests.kernels import LOGIT
 
-GRID, WITHIN = 2.0**-12, 32.0  # differences of such logits are exact in float32, and differences of those
-LARGEST_LOGIT = 87.0  # of elementwise functions: exp of it is finite, and of minus it normal
+GRID, WITHIN = 2.0**-12, 32.0  # differences of such logits are exact in float32, and so are differences of those
+LARGEST_LOGIT = 87.0  # for elementwise functions: exp(87) is finite, and exp(-87) is normal
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of an argument: how they are drawn, between what they lie, and on what grid, if on any."""
+    """The numbers of an argument: how they are sampled, their bounds, and their grid if they have one."""
 
     draw: Draw
     lowest: float
@@ -33,13 +33,13 @@ class Numbers:
         return self.within(self.draw(rng, shape))
 
     def within(self, x: np.ndarray) -> np.ndarray:
-        """The nearest float32 that the argument may be; what may meet subnormals is 0."""
+        """The nearest allowed float32. Off the grid, a number so small that it could lead to subnormals becomes 0."""
         x = np.clip(np.nan_to_num(x), self.lowest, self.highest)
         x = np.round(x / self.grid) * self.grid if self.grid else np.where(np.abs(x) < LEAST, 0, x)
         return x.astype(np.float32)
 
     def moved(self, x: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """By steps of the grid, or else by ulps."""
+        """x moved by this many steps of the grid, or by this many ulps if there is no grid."""
         if self.grid:
             return self.within(x + steps * self.grid)
         bits = x.view(np.int32).astype(np.int64)
@@ -47,7 +47,7 @@ class Numbers:
         return self.within(np.copysign(bits.astype(np.int32).view(np.float32), x))
 
 
-# How they are drawn
+# How arguments are sampled
 
 
 def spread(rng, shape, low, high):
@@ -56,21 +56,21 @@ def spread(rng, shape, low, high):
 
 
 def row_of_logits(rng, shape):
-    """Of every spread; in half of them one class is ahead, by up to 25."""
+    """Rows of many spreads. In half of the rows one class is raised by up to 25."""
     x = spread(rng, shape, -2.5, 1) * rng.standard_normal(shape)
     x[np.arange(len(x)), rng.integers(shape[1], size=len(x))] += np.maximum(rng.uniform(-25, 25, len(x)), 0)
     return x
 
 
 def shifted_row_of_logits(rng, shape):
-    """With a common offset of up to 60 in half of them, and of up to 10⁶ in a tenth."""
+    """Rows with a common offset: up to 60 in half of the rows, and up to 10⁶ in a tenth of them."""
     kind, sign = rng.random((shape[0], 1)), rng.choice([-1, 1], (shape[0], 1))
     offset = np.where(kind < 0.1, spread(rng, shape, 1, 6), rng.uniform(0, 60, (shape[0], 1)) * (kind < 0.6))
     return row_of_logits(rng, shape) + sign * offset
 
 
 def row_of_probabilities(rng, shape):
-    """From one class alone to all alike, some of them 0; a third of the rows has any sum."""
+    """Rows from nearly one-hot to nearly uniform, with some zeros. About a third of the rows don't sum to 1."""
     x = rng.standard_gamma(np.broadcast_to(spread(rng, shape, -1.5, 1), shape)) + LEAST
     x = np.where(rng.random(shape) < 0.05, 0, x)
     total = np.maximum(x.sum(-1, keepdims=True), LEAST)
@@ -92,7 +92,7 @@ def log_probability(rng, shape):
 
 
 def direction(rng, shape):
-    """In half of them of one class or few."""
+    """Random directions. Half of them are 0 except in one class or a few."""
     some = rng.random(shape) < np.where(rng.random((shape[0], *[1] * (len(shape) - 1))) < 0.5, 0.3, 1)
     return rng.standard_normal(shape) * some
 
@@ -103,7 +103,7 @@ DIRECTION = Numbers(direction, -4, 4, 2.0**-6)
 
 
 def kinds(searched: Searched, off_grid: bool) -> list[Numbers]:
-    """Of each argument, and behind them of each direction."""
+    """The `Numbers` of each argument, followed by those of each direction."""
     kernel = searched.kernel
 
     def kind(domain):
@@ -120,7 +120,7 @@ def kinds(searched: Searched, off_grid: bool) -> list[Numbers]:
 
 
 def fresh(rng, of: list[Numbers], shape) -> list[np.ndarray]:
-    """Points drawn at random; of two arguments of a kind, the second is near the first in most of them."""
+    """Randomly sampled points. If two arguments are of the same kind, they are near each other in most points."""
     points = [numbers.fresh(rng, shape) for numbers in of]
     if len(of) > 1 and of[0] == of[1] != DIRECTION:
         alike = rng.random((shape[0], *[1] * (len(shape) - 1))) < 0.7
@@ -131,7 +131,7 @@ def fresh(rng, of: list[Numbers], shape) -> list[np.ndarray]:
 
 
 def near(rng, numbers: Numbers, x: np.ndarray) -> np.ndarray:
-    """From an ulp to some factors of it apart: by a part of each number, of what it lacks to 1, or of 1."""
+    """x with noise, from about an ulp to several times the number. It is relative to the number, to 1 - x, or to 1."""
     noise = spread(rng, x.shape, -7, 1.3) * rng.standard_normal(x.shape)
     noise *= rng.random(x.shape) < np.where(rng.random((len(x), *[1] * (x.ndim - 1))) < 0.5, 0.3, 1)
     of = np.choose(rng.integers(3, size=(len(x), *[1] * (x.ndim - 1))), [x, 1 - x, np.ones_like(x)])
@@ -139,8 +139,8 @@ def near(rng, numbers: Numbers, x: np.ndarray) -> np.ndarray:
 
 
 def neighbours(rng, of: list[Numbers], points: list[np.ndarray]) -> list[np.ndarray]:
-    """Each point moved in one way: steps of a number or of all, a factor, a shift, and in rows another order of the
-    classes or a new class; or one of its arguments alone."""
+    """Moves each point in one way: by steps of one number or of all, by a factor, by a shift, or in rows by permuting
+    the classes or sampling a class again. Sometimes only one of the arguments is moved."""
     shape = points[0].shape
     column = (len(points[0]), *[1] * (len(shape) - 1))
     move, alone = rng.integers(9, size=column), rng.integers(len(points), size=column)

@@ -1,4 +1,4 @@
-"""A process that searches, under x64, as one kind of device sums rows: `python -m bench.search.child JSON`."""
+"""A process that searches, under x64, with the row sums of one kind of device: `python -m bench.search.child JSON`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ QUICK_CLASSES, QUICK_BATCHES = (3,), 4
 
 
 def classes(searched: Searched, todo: dict, known: list) -> list[int]:
-    """Of how many classes rows are searched: also of those that were before. Many are summed as others do in parts, but
-    on this CPU one after another, of which nothing follows for them."""
+    """The numbers of classes to search, including those of earlier searches. For an accelerator, rows of 1,000 classes
+    are left out: an accelerator sums them in parts, but this CPU would sum them one by one, which says nothing about
+    it."""
     if not searched.kernel.has_classes:
         return [1]
     if todo["quick"]:
@@ -30,7 +31,7 @@ def classes(searched: Searched, todo: dict, known: list) -> list[int]:
 
 
 def kind(search: climb.Search) -> str:
-    """What its arguments are."""
+    """The kind of its arguments, as written in a result line."""
     if not search.searched.of_logits:
         return ANY
     return OFF_GRID if search.off_grid else THOUSAND if search.shape[-1] == MANY else ON_GRID
@@ -42,7 +43,7 @@ def fits(search: climb.Search, line: dict, point: list[np.ndarray]) -> bool:
 
 
 def climbed(searched: Searched, todo: dict, lines: list[dict]) -> list[climb.Search]:
-    """Searches of rows of each number of classes, on the grid and off it, from where earlier ones ended."""
+    """Searches rows of each number of classes, on the grid and off it, from the points that earlier searches found."""
     known, done = corpus.points(searched, lines), []
     every = classes(searched, todo, known)
     for n in every:
@@ -57,7 +58,7 @@ def climbed(searched: Searched, todo: dict, lines: list[dict]) -> list[climb.Sea
 
 
 def tried_again(search: climb.Search, quantity: str, point: list[np.ndarray]) -> dict:
-    """A point and its error there, in a batch of its own; and where it isn't too long, by mpmath."""
+    """A point and the error there, measured again in a batch of its own; also by mpmath, if that isn't too slow."""
     searched, k = search.searched, len(search.searched.kernel.arguments)
     batch = [np.broadcast_to(x, search.shape) for x in point]
     found = judged(searched, batch[:k], batch[k:], search.off_grid)[quantity]
@@ -68,9 +69,9 @@ def tried_again(search: climb.Search, quantity: str, point: list[np.ndarray]) ->
     )
     place = int(np.argmax(errors))
     told = {"ulps": rounded(errors[place]), "at": corpus.told(searched, quantity, point)}
-    if search.shape[-1] != MANY or not quantity.startswith(HVP):  # there a million differences
+    if search.shape[-1] != MANY or not quantity.startswith(HVP):  # it would take a million differences
         exact = by_mpmath(searched, quantity, point, place)
-        if mp.isfinite(exact):  # which a difference across the edge isn't
+        if mp.isfinite(exact):  # a difference across the domain's edge isn't finite
             error = float(abs(float(got[place]) - exact)) / ulp[place]
             told["by_mpmath"] = rounded(max(0.0, error - beyond[place]))
     return told
@@ -81,7 +82,7 @@ def rounded(x: float) -> float:
 
 
 def lines_of(searched: Searched, todo: dict, lines: list[dict]) -> list[dict]:
-    """The worst points of each quantity and kind of arguments."""
+    """The result lines: the worst points for each quantity and kind of arguments."""
     if searched.one_number:
         return lines_of_floats(searched, todo, lines)
     found: dict[tuple[str, str], list] = {}
@@ -138,7 +139,7 @@ def lines_of_long_rows(searched: Searched, todo: dict, lines: list[dict]) -> lis
 
 
 def lines_of_elementary(label: str, todo: dict, lines: list[dict]) -> list[dict]:
-    """Of XLA's own functions."""
+    """The result lines of XLA's own functions."""
     if label == floats.DIVISION:
         names, worst = ["dividend", "divisor"], floats.of_division(1 if todo["quick"] else 200, todo["seed"])
     else:

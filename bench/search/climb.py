@@ -1,4 +1,4 @@
-"""The search: random restarts, then climbing from the worst points, of which each cell of binades keeps its own."""
+"""The search: random restarts, then climbing from the worst points. Each cell of binades keeps its own worst point."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from bench.search import arguments
 from bench.search.functions import Searched
 from bench.search.judging import judged
 
-NUMBERS = 2**17  # of each argument in a batch
-CANDIDATES = 256  # of each batch
+NUMBERS = 2**17  # per argument in a batch
+CANDIDATES = 256  # per batch
 CELLS = 4000
 
 
 @dataclass
 class Worst:
-    """Of one quantity the worst point of each cell: so that the search doesn't stay at one place."""
+    """The worst point in each cell, for one quantity. The cells keep the search from staying in one place."""
 
     cells: dict[tuple, tuple[float, list[np.ndarray]]] = field(default_factory=dict)
 
@@ -37,7 +37,7 @@ class Worst:
         return sorted(self.cells.values(), key=lambda found: -found[0])
 
     def drawn(self, rng, count: int) -> list[np.ndarray]:
-        """Points to go on from: half of them among the ten worst, the rest among 200, or all at times."""
+        """Points to continue from: half are among the ten worst, the rest among the worst 200, or sometimes all."""
         worst = self.ordered()[: 200 if rng.random() < 0.6 else CELLS]
         i = np.where(rng.random(count) < 0.5, rng.integers(min(10, len(worst)), size=count), 0)
         i = np.where(i, i, rng.integers(len(worst), size=count))
@@ -45,7 +45,7 @@ class Worst:
 
 
 def cells(points: list[np.ndarray]) -> list[tuple]:
-    """The binades of the arguments, of what they are apart, and in rows of what the largest is ahead of others."""
+    """The binades of the arguments, of their difference, and in rows of the largest entry's lead over other entries."""
 
     def binades(x):
         with np.errstate(divide="ignore"):
@@ -67,7 +67,7 @@ def cells(points: list[np.ndarray]) -> list[tuple]:
 
 
 class Search:
-    """Of one function, of rows of so many classes, on the grid or off it."""
+    """The search for one function, in rows of `classes` classes, on the grid or off it."""
 
     def __init__(self, searched: Searched, classes: int, off_grid: bool, seed: int):
         self.searched, self.off_grid = searched, off_grid
@@ -91,7 +91,7 @@ class Search:
         self.try_(self.batch())
 
     def begin(self, known: list[list[np.ndarray]]) -> None:
-        """At points of earlier searches, among others at random."""
+        """Tries the points of earlier searches, in a batch with random points."""
         points = self.batch()
         for x, column in zip(points, zip(*known, strict=True), strict=True):
             x[: len(known)] = np.stack(column)
@@ -106,7 +106,7 @@ class Search:
 
 
 def run(searches: list[Search], seconds: float, batches: int) -> None:
-    """Each in turn, for so many seconds in all, or so many batches each where that is less."""
+    """Runs the searches in turn, for `seconds` in all or for `batches` batches each, whichever ends first."""
     end, done = time.monotonic() + seconds, 0
     while done < batches and time.monotonic() < end:
         for search in searches:

@@ -1,4 +1,4 @@
-"""Arguments as lines of results keep them, from which a later search goes on and which a test tries again."""
+"""Arguments as result lines store them. A later search begins from them, and a test tries them again."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from bench import results
 from bench.search.functions import HVP, Searched
 
-KEPT, KEPT_OF_MANY = 3, 1  # points of each quantity
+KEPT, KEPT_OF_MANY = 3, 1  # points per quantity
 DIRECTION = "direction of "
 
 
 def stored(x: np.ndarray) -> float | list[float]:
-    """The shortest numbers that are these floats again."""
+    """The shortest decimal numbers that read back as these floats."""
 
     def number(value: np.float32) -> float:
         short = float(str(value))
@@ -30,19 +30,19 @@ def names(searched: Searched) -> list[str]:
 
 
 def told(searched: Searched, quantity: str, point: list[np.ndarray]) -> dict:
-    """By name; directions only where they count."""
+    """The arrays of a point by name. Directions are included only for an HVP."""
     pairs = zip(names(searched), point, strict=True)
     return {name: stored(x) for name, x in pairs if quantity.startswith(HVP) or not name.startswith(DIRECTION)}
 
 
 def point(searched: Searched, at: dict) -> list[np.ndarray]:
-    """As it was told; a direction that was not is 0."""
+    """The inverse of `told`. A missing direction is 0."""
     first = np.array(at[searched.kernel.arguments[0]], np.float32)
     return [np.array(at[name], np.float32) if name in at else np.zeros_like(first) for name in names(searched)]
 
 
 def points(searched: Searched, lines: Iterable[dict]) -> list[tuple[dict, list[np.ndarray]]]:
-    """Of each line of the function the points that are stored as numbers, and the line of each."""
+    """The function's points that are stored as numbers, each with its result line."""
     lines = [line for line in lines if line["function"] == searched.label]
     return [(x, point(searched, of["at"])) for x in lines for of in x["worst"] if not is_recipe(of["at"])]
 
@@ -53,7 +53,7 @@ def is_recipe(at: dict) -> bool:
 
 
 def read(paths: Iterable[pathlib.Path]) -> list[dict]:
-    """The lines of the first file that there is."""
+    """The search's lines in the first of these files that exists."""
     for path in paths:
         if path.exists():
             return [line for line in results.read(path) if line["bench"] == "search"]
@@ -61,5 +61,5 @@ def read(paths: Iterable[pathlib.Path]) -> list[dict]:
 
 
 def worst(line: dict) -> float:
-    """The largest error that is known."""
+    """The largest known error in this line."""
     return max((results.worst(x, "ulps") for x in line["worst"]), default=0.0)

@@ -1,5 +1,5 @@
-"""Where there is one number to try, all of them are: functions of one number over every float32, and XLA's own, of
-which exp, log and tanh are those that jce asks for."""
+"""Tries every float32 for functions of one number: jce's, and XLA's own elementary functions. Of the latter, exp, log
+and tanh are the versions that jce calls."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from bench.search.scales import spacing
 from jce._numerics.elementary import exp, log, tanh
 
 CHUNK = 2**20
-STRIDE = 4099  # of a quick run
-# Below it, exp x is 1 and what is x to first order is x.
+STRIDE = 4099  # in a quick run
+# Below it, exp x rounds to 1, and a function that is x to first order rounds to x.
 SMALL = 2.0**-26
 
 
@@ -29,7 +29,7 @@ def bits(x: float) -> int:
 
 
 def every_float(lowest: float, highest: float, stride: int) -> Iterator[np.ndarray]:
-    """In chunks of one size, the last with repetitions; both ends are of one sign."""
+    """Every float between two ends of the same sign, in chunks of equal size. The last chunk repeats some floats."""
     first, last = sorted((bits(abs(lowest)), bits(abs(highest))))
     for start in range(first, last + 1, CHUNK * stride):
         some = np.arange(start, min(start + CHUNK * stride, last + 1), stride, dtype=np.int64).astype(np.int32)
@@ -37,14 +37,14 @@ def every_float(lowest: float, highest: float, stride: int) -> Iterator[np.ndarr
 
 
 def domain(searched: Searched) -> list[tuple[float, float]]:
-    """The meaningful one, without what may meet subnormals."""
+    """The function's domain, without numbers so small that they could lead to subnormals."""
     if searched.kernel.domains == ((0, 1),):
         return [(LEAST, 1 - 2.0**-24)]
     return [(LEAST, LARGEST_LOGIT), (-LARGEST_LOGIT, -LEAST)]
 
 
 def over_all(searched: Searched, stride: int, known: list[np.ndarray]) -> dict[str, Worst]:
-    """By quantity, the worst floats."""
+    """The worst floats for each quantity."""
     worst = {quantity: Worst() for quantity in searched.quantities}
     chunks = [np.resize(np.array(known, np.float32), CHUNK)] if known else []
     for x in itertools.chain(chunks, *(every_float(*ends, stride) for ends in domain(searched))):
@@ -56,7 +56,7 @@ def over_all(searched: Searched, stride: int, known: list[np.ndarray]) -> dict[s
 
 @dataclass(frozen=True)
 class Elementary:
-    """A function of XLA's over a range of one sign, and the same in float64."""
+    """One of XLA's functions, over a range of one sign, with the same function in float64."""
 
     label: str
     function: Callable
@@ -95,7 +95,7 @@ def of_elementary(elementary: Elementary, stride: int, known: list[float]) -> Wo
 
 
 def of_division(chunks: int, seed: int) -> Worst:
-    """Of random significands: each quotient of two is met at every scale."""
+    """Divides random significands: the quotient of two significands is the same at every scale."""
     worst, function, rng = Worst(), jax.jit(lambda a, b: a / b), np.random.default_rng(seed)
     for _ in range(chunks):
         a, b = (rng.integers(bits(1), bits(2), CHUNK, dtype=np.int32).view(np.float32) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What is searched: the rows of the tests' table, and what it has no row for."""
+"""The functions that are searched: those in the tests' table, and some that have no row in it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bench.search.scales import HVP
 from tests.kernels import LOGIT, ROWS, SMOOTHING, TABLE, Z_LOSS, Kernel, formulas, label
 
 FEW, MANY = (2, 3, 5, 16), 1000
-# Rows that are stored as recipes: vocabularies below and above 32,768 classes. On a CPU jce sums longer rows in blocks.
+# The lengths of rows that are stored as recipes. On a CPU jce sums rows of more than 32,768 classes in blocks.
 LONG = (MANY, 4_096, 32_768, 50_257, 128_256, 262_144)
 WHOLE, IN_BLOCKS = "long rows", "longer rows"
 VALUE = "value"
 
-# How many ulps a function may be off at the worst argument that is known, in value, first derivatives and those of
-# second order: the one place that says so. By its name, else by what it takes.
+# The bars: how many ulps a function may be off at the worst known arguments, in its value, its first derivatives and
+# its second derivatives. They are defined only here, by the function's name or by the kind of its arguments.
 BARS = {
     "elementwise": (7, 6, 6),
     "binary_kl_divergence_with_logits": (8, 7, 7),
@@ -31,34 +31,34 @@ BARS = {
     "kl_divergence_with_logits": (10, 10, 12),
     "jensen_shannon_divergence": (12, 12, 12),
     "jensen_shannon_divergence_with_logits": (12, 12, 12),
-    # What rounding each logit's difference to the largest does to a comparison of two rows is allowed for, but by less
-    # than it may do.
+    # Rounding each logit's difference from the largest logit changes a comparison of two rows. The search allows for
+    # this, but for less than the largest possible effect.
     "kl_divergence_with_logits, off the grid": (10, 14, 14),
     "jensen_shannon_divergence_with_logits, off the grid": (13, 18, 18),
-    # Of the tail a derivative is the product of two softmaxes.
+    # A derivative of the tail is the product of two softmaxes.
     "log_probs_with_integer_labels, tail": (8, 14, 14),
-    "1,000 classes": (6, 12, 20),  # of a derivative 4 with sums in float64, which cost a CPU 1.2 times a loss's time
-    # Long rows may hold thousands of equal terms: in their sum each addition may round in the same direction.
+    "1,000 classes": (6, 12, 20),  # float64 sums give 4 for a derivative, but a loss takes 1.2 times as long on a CPU
+    # Long rows may hold thousands of equal terms. In their sum each addition may round in the same direction.
     WHOLE: (15, 18),
     IN_BLOCKS: (28, 42),
     f"log_probs_with_integer_labels, tail, {WHOLE}": (15, 25),
     f"log_probs_with_integer_labels, tail, {IN_BLOCKS}": (36, 72),
 }
-OTHERS = 1.25  # times the bar, as accelerators sum rows
+OTHERS = 1.25  # the bar's factor when rows are summed as on accelerators
 
 
 def structured(classes: int) -> str:
-    """What a line of results calls the arguments."""
+    """The kind of arguments, as written in a result line."""
     return f"{classes:,} classes, structured"
 
 
-LONG_ROWS = {structured(n): WHOLE if n <= 32_768 else IN_BLOCKS for n in LONG}  # by kind of arguments, the bars' kind
+LONG_ROWS = {structured(n): WHOLE if n <= 32_768 else IN_BLOCKS for n in LONG}  # kind of arguments: key in BARS
 
 
 @dataclass(frozen=True, eq=False)
 class Searched:
-    """A row of the table, and what of it is searched: of second order if `hvp`, with many classes if `many`, and in the
-    rows of `LONG` if `long`."""
+    """A row of the table, and its searches: second derivatives if `hvp`, 1,000 classes if `many`, and the row
+    lengths in `LONG` if `long`."""
 
     kernel: Kernel
     hvp: bool = False
@@ -84,7 +84,7 @@ class Searched:
 
     @property
     def in_long_rows(self) -> Searched:
-        """Value and first derivatives of the function with labels that aren't constants."""
+        """The same function without second derivatives, and with labels that aren't constants of the program."""
         function = self.kernel.function
         if self.key in WITH_LABELS:
             function = functools.wraps(function)(WITH_LABELS[self.key])
@@ -97,7 +97,7 @@ class Searched:
         return [VALUE, *first, *([f"{HVP}, {name}" for name in names] if self.hvp else [])]
 
     def bar(self, quantity: str, arguments: str, on_cpu: bool = True) -> float:
-        """Of sums as a CPU's; more as others sum, which this CPU does one after another."""
+        """The largest allowed error in ulps. It is larger for accelerators' sums: this CPU adds those one by one."""
         kind = "rows" if self.kernel.has_classes else "elementwise"
         name, rows = self.kernel.name, LONG_ROWS.get(arguments, arguments)
         names = (f"{self.label}, {rows}", rows, f"{name}, {rows}", self.label, name)
@@ -106,11 +106,11 @@ class Searched:
         return bar if on_cpu else OTHERS * bar
 
 
-# What has no row of its own
+# Functions without a row in the table
 
 
 def at_half(formula: Callable) -> Callable:
-    """The Jensen-Shannon divergence's mean of two KL divergences to the middle, of two lists of probabilities."""
+    """The Jensen-Shannon divergence with beta 1/2: the mean of the two KL divergences to the middle distribution."""
 
     def divergence(x, y):
         p, q = formula(x), formula(y)
@@ -121,7 +121,7 @@ def at_half(formula: Callable) -> Callable:
 
 
 def entropy_of_head(x):
-    """Of linear_log_probs, through a head that gives the hidden states back."""
+    """The entropy from linear_log_probs. The head is the identity, so the logits are the hidden states x."""
     return jce.linear_log_probs(jnp.zeros(len(x), int), x, jnp.eye(x.shape[-1], dtype=x.dtype)).entropy
 
 
@@ -140,7 +140,7 @@ def derivative_in_smoothing(x):
 
 
 def zeros(x):
-    """Labels 0 that depend on the logits, so that they are no constants of the program, as a user's labels aren't."""
+    """Labels 0 that depend on the logits. So they aren't constants of the program, just as a user's labels aren't."""
     return jnp.isnan(x[..., 0]).astype(jnp.int32)
 
 
@@ -157,7 +157,7 @@ def of_labels(entry: int, *labels: int, **options):
 
 
 LABELS, LOG_PROBS = "cross_entropy_with_integer_labels", "log_probs_with_integer_labels"
-# In long rows: the functions of the table whose labels are constants there
+# Used in long rows, for those functions whose labels are constants in the table
 WITH_LABELS = {
     LABELS: of_label(),
     f"{LABELS}-smoothed": of_label(label_smoothing=SMOOTHING),

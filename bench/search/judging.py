@@ -1,4 +1,4 @@
-"""How far off a function is at many arguments: against itself in float64; and at one, against mpmath."""
+"""Measures a function's error: at many arguments against the same function in float64, at a single one by mpmath."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bench.search.scales import HVP, SCALES, conditioning, lost_of_differences, 
 from tests.kernels import total
 from tests.oracle import entries, partial, precision, second_partial, to_mp
 
-LEAST, MOST = 2.0**-63, 2.0**63  # beyond them a square is subnormal, which XLA on a CPU takes for 0, or infinite
+LEAST, MOST = 2.0**-63, 2.0**63  # beyond these a square is infinite, or subnormal, which XLA on a CPU flushes to 0
 
 
 @functools.cache
 def programs(searched: Searched) -> list[Callable]:
-    """Of arguments and directions: value and gradient, as one program; and where it is searched the HVP, as another."""
+    """Programs of (arguments, directions): one returns value and gradient, and another the HVP if it is searched."""
     kernel, positions = searched.kernel, tuple(range(len(searched.kernel.arguments)))
     gradient = jax.grad(total(kernel), positions)
 
@@ -42,7 +42,7 @@ def results(searched: Searched, arguments: list, directions: list, dtype) -> dic
 
 
 def scales(searched: Searched, arguments: list, directions: list, exact: dict) -> dict[str, np.ndarray]:
-    """The results themselves where there is no scale of terms that cancel."""
+    """What errors are relative to: the scale of the terms that cancel if there is one, otherwise the result itself."""
     known = SCALES.get(searched.key, {})
     found = {name: known[name](*arguments) if name in known else np.abs(x) for name, x in exact.items()}
     if searched.hvp:
@@ -53,7 +53,7 @@ def scales(searched: Searched, arguments: list, directions: list, exact: dict) -
 
 @dataclass(frozen=True)
 class Judged:
-    """Of one quantity at many arguments, and of each class where it has classes: results, and their errors in ulps."""
+    """The results for one quantity and their errors in ulps: per argument, and per class if there are classes."""
 
     got: np.ndarray
     exact: np.ndarray
@@ -75,15 +75,16 @@ class Judged:
 
 @contextlib.contextmanager
 def on_host() -> Iterator[None]:
-    """In float64, which an accelerator may lack, on the CPU beside it."""
+    """Runs the block in float64 on the host's CPU, since an accelerator may lack float64."""
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         yield
 
 
 def judged(searched: Searched, arguments: list, directions: list, off_grid: bool = False) -> dict[str, Judged]:
-    """Against the same function in float64 on the host at the same stored floats, which the tests hold to mpmath.
+    """Compares with the same function in float64 on the host, at the same floats. Tests compare that with mpmath.
 
-    Off the grid, where there is nothing of second order, beyond what half an ulp of each difference of logits does.
+    Off the grid, second derivatives aren't judged, and the effect of rounding each difference of logits by half an ulp
+    is subtracted from the error.
     """
     with np.errstate(all="ignore"):
         got = results(searched, arguments, directions, jnp.float32)
@@ -104,7 +105,7 @@ def judged(searched: Searched, arguments: list, directions: list, off_grid: bool
 
 
 def by_mpmath(searched: Searched, quantity: str, point: list, place: int) -> mp.mpf:
-    """The formula in mpmath, or its derivative at one place, at an argument and, for an HVP, its direction."""
+    """The formula in mpmath, or its derivative in one entry, at a point (arguments and, for an HVP, directions)."""
     kernel, k = searched.kernel, len(searched.kernel.arguments)
     row, directions = to_mp(point[:k]), to_mp(point[k:])
     with precision(kernel, point[:k]):
@@ -119,6 +120,6 @@ def by_mpmath(searched: Searched, quantity: str, point: list, place: int) -> mp.
 
 
 def step_of(row: tuple, argument: int, place: int) -> mp.mpf:
-    """The number there, for a step in proportion to it; 1 where it is 0."""
+    """The number at this place, which the step is proportional to; 1 if it is 0."""
     x = row[argument][place] if isinstance(row[argument], list) else row[argument]
     return x or mp.mpf(1)

@@ -1,9 +1,9 @@
-"""Rows of thousands of classes. Such a row is stored as a recipe: a kind of row, and the few numbers that make it.
+"""Searches rows of thousands of classes. Such a row is stored as a recipe: a kind of row and its few parameters.
 
-A recipe gives the same floats again with the same NumPy. Its logits are on the search's grid, with a common offset of
-up to 1000, so differences of logits are exact in float32. Probabilities are the softmax of such logits.
+With the same version of NumPy a recipe always gives the same floats. Its logits are on the search's grid, with a common
+offset of up to 1000, so differences of logits are exact in float32. Probabilities are the softmax of such logits.
 
-The oracle is the function in float64. mpmath doesn't judge these rows: a derivative would take it minutes.
+The reference is the same function in float64. mpmath isn't used for these rows: one derivative would take minutes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from bench.search.functions import LONG, Searched, structured
 from bench.search.judging import LEAST, judged
 from tests.kernels import LOGIT
 
-WITHIN = 2.0**11  # such logits on the grid have 23 bits, and their differences 24
+WITHIN = 2.0**11  # logits on the grid below this have 23 bits, and their differences 24
 FEWEST_ROWS, NUMBERS = 4, 2**17  # in a batch
 QUICK_STEPS = 4
-KEPT = 10  # points of each quantity, from which the search goes on
+KEPT = 10  # points per quantity, from which the search continues
 
 
 def ramp(rng, n):
@@ -42,8 +42,8 @@ KINDS: dict[str, Callable] = {
 
 
 class Recipe(NamedTuple):
-    """`scale` times a row of the kind; one class `ahead` of it, or behind; and an offset. All is added to the first
-    argument's row where `beside`."""
+    """`scale` times a row of the given kind, plus `offset`. The class `at` is moved by `ahead`, up or down. With
+    `beside` the result is added to the first argument's row."""
 
     classes: int
     kind: str
@@ -98,7 +98,7 @@ def probabilities(x: np.ndarray) -> np.ndarray:
 
 
 def row_of(searched: Searched, recipes: list[Recipe]) -> list[np.ndarray]:
-    """The arguments, each a row of float32."""
+    """The arguments as float32 rows."""
     domains = searched.kernel.domains[: len(recipes)]
     logits: list[np.ndarray] = []
     for recipe in recipes:
@@ -108,7 +108,7 @@ def row_of(searched: Searched, recipes: list[Recipe]) -> list[np.ndarray]:
 
 
 def told(searched: Searched, recipes: list[Recipe]) -> dict[str, dict]:
-    """As lines of results keep them."""
+    """The recipes in the form that result lines store."""
     return {name: recipe.fields for name, recipe in zip(searched.kernel.arguments, recipes, strict=True)}
 
 
@@ -117,13 +117,13 @@ def recipes(at: dict[str, dict]) -> list[Recipe]:
 
 
 def known(searched: Searched, classes: int, lines: list[dict]) -> list[tuple[dict, list[Recipe]]]:
-    """The stored recipes, and the line of each."""
+    """The stored recipes, each with its result line."""
     lines = [x for x in lines if (x["function"], x["arguments"]) == (searched.label, structured(classes))]
     return [(x, recipes(of["at"])) for x in lines for of in x["worst"]]
 
 
 class Search:
-    """Of one function's value and first derivatives, in rows of so many classes."""
+    """The search for one function's value and first derivatives, in rows of `classes` classes."""
 
     def __init__(self, searched: Searched, classes: int, seed: int):
         self.searched, self.classes = searched.in_long_rows, classes
@@ -132,7 +132,7 @@ class Search:
         self.rng = np.random.default_rng(seed)
 
     def drawn(self) -> list[Recipe]:
-        """A point at random, or in half of them a neighbour of one of the worst."""
+        """A new point: with probability 1/2 a neighbor of one of the worst points, otherwise a random point."""
         worst = self.worst[str(self.rng.choice(list(self.worst)))]
         if worst and self.rng.random() < 0.5:
             _, point = worst[self.rng.integers(len(worst))]
@@ -144,7 +144,7 @@ class Search:
         return [Recipe.drawn(self.rng, self.classes, x) for x in beside]
 
     def errors(self, points: list[list[Recipe]]) -> dict[str, np.ndarray]:
-        """Of at most as many points as a batch has; it is filled up with the same points again."""
+        """The errors at up to `self.rows` points. Fewer points are repeated until the batch is full."""
         rows = [row_of(self.searched, point) for point in points]
         batch = [np.stack([rows[i % len(rows)][k] for i in range(self.rows)]) for k in range(len(rows[0]))]
         return {name: x.of_rows[: len(points)] for name, x in judged(self.searched, batch, []).items()}
@@ -156,7 +156,7 @@ class Search:
             self.worst[quantity] = sorted(by_point.values(), key=lambda x: -x[0])[:KEPT]
 
     def begin(self, points: list[list[Recipe]]) -> None:
-        """At points of earlier searches."""
+        """Tries the points of earlier searches."""
         for start in range(0, len(points), self.rows):
             self.try_(points[start : start + self.rows])
 
@@ -165,7 +165,7 @@ class Search:
 
 
 def searches(searched: Searched, todo: dict, lines: list[dict]) -> list[Search]:
-    """Of rows of each number of classes, each for an equal part of the time."""
+    """Searches rows of each number of classes in turn, with an equal share of the time for each."""
     every, done = LONG[: 1 if todo["quick"] else None], []
     for n in every:
         search, end = Search(searched, n, todo["seed"]), time.monotonic() + todo["seconds"] / len(every)

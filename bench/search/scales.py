@@ -1,7 +1,8 @@
-"""The scales of the tests' table, of many rows at once in float64: what an error is divided by where a result is itself
-a sum whose terms cancel. A test holds each to the table's, which is in mpmath and takes a row at a time.
+"""The scales from the tests' table, for many rows at once in float64. If a result is a sum whose terms cancel, its
+error is divided by this scale. A test compares each scale with the table's, which uses mpmath and takes one row at a
+time.
 
-And what the table says of a logit's rounding, which a search beside the grid takes off.
+Also the effect of rounding a logit, as the table defines it. A search off the grid subtracts this effect.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import numpy as np
 from tests.kernels import BETA, LOGIT, SMOOTHING, Z_LOSS, Kernel
 
 EPS, TINY = 2.0**-23, 2.0**-1000
-NEAR = 1.5  # |log q/p| up to which q - p is known better than from q and p (`jce/_numerics/deviance.py`)
+NEAR = 1.5  # for |log q/p| up to this, q - p isn't computed from q and p (`jce/_numerics/deviance.py`)
 
 
 class Softmax:
-    """Of rows of logits: probabilities, surprisals, and what is left of 1, each with all digits of float64."""
+    """For rows of logits: probabilities p, surprisals, and `rest`, which is 1 - p. All are accurate in float64."""
 
     def __init__(self, x: np.ndarray):
         self.at_max = np.arange(x.shape[-1]) == x.argmax(-1, keepdims=True)
@@ -35,7 +36,7 @@ class Softmax:
         return (self.p * x).sum(-1, keepdims=True)
 
     def other(self, x: np.ndarray) -> np.ndarray:
-        """Σ p x of all classes but each."""
+        """For each class, Σ p x over all other classes."""
         terms = self.p * x
         return np.where(self.at_max, self.but_the_largest(terms), terms.sum(-1, keepdims=True) - terms)
 
@@ -57,7 +58,7 @@ def is_label(x: np.ndarray) -> np.ndarray:
 
 
 def most_log_sum(x: np.ndarray) -> np.ndarray:
-    """max |x| + log n, of which log Σ exp x may be what is left."""
+    """max |x| + log n: the scale of log Σ exp x, whose terms may cancel."""
     return np.abs(x).max(-1, keepdims=True) + np.log(x.shape[-1])
 
 
@@ -73,7 +74,7 @@ def entropy_gradient(x: np.ndarray) -> np.ndarray:
 
 
 def entropy_hvp(x: np.ndarray, t: np.ndarray) -> list[np.ndarray]:
-    """Σⱼ |tⱼ| of the terms of Hᵢⱼ = ∂pᵢ/∂xⱼ (sᵢ - H - 1) - pᵢ pⱼ (sⱼ - H), of surprisals s: they cancel at some x."""
+    """Σⱼ |tⱼ| times the terms of Hᵢⱼ = ∂pᵢ/∂xⱼ (sᵢ - H - 1) - pᵢ pⱼ (sⱼ - H). s: surprisals. At some x they cancel."""
     q, t = Softmax(x), np.abs(t)
     beyond = np.abs(q.surprisal - q.mean(q.surprisal))
     return [q.jacobian(t) * (beyond + 1) + q.p * q.mean(beyond * t)]
@@ -121,8 +122,8 @@ def logistic_hvp(alpha: np.ndarray, x: np.ndarray, da: np.ndarray, dx: np.ndarra
     return [np.abs(dx), np.abs(da) + sigmoid(x) * sigmoid(-x) * np.abs(dx)]
 
 
-HVP = "HVP"  # its scale is of the arguments and the directions, and is a list, with an array for each argument
-# By the label of a row of the table; what isn't here is relative to the result.
+HVP = "HVP"  # its scale takes arguments and directions, and returns a list with one array per argument
+# By the label of the table's row. Errors of quantities that aren't listed are relative to the result.
 SCALES: dict[str, dict[str, Callable]] = {
     "entropy": {"∂p": lambda p: np.abs(np.log(p)) + 1},
     "kl_divergence": {
@@ -168,10 +169,10 @@ def spacing(x: np.ndarray) -> np.ndarray:
 
 
 def conditioning(kernel: Kernel, arguments: list[np.ndarray], each: bool) -> np.ndarray | float:
-    """What rounding xᵢ - max x does, in ulps, to each class or to the row, as `tests.oracle.conditioning` has it.
+    """The effect of rounding xᵢ - max x, in ulps, for each class or for the row, like `tests.oracle.conditioning`.
 
-    But of all that is summed beside the largest, not of its largest alone: others may be rounded by more. Of two rows,
-    what it does in both.
+    But this function takes all terms that are summed besides the largest, not only the second largest: others may be
+    rounded by more. For two rows it adds the effects.
     """
     lost_in_all = 0.0
     for x, domain in zip(arguments, kernel.domains, strict=True):
@@ -191,15 +192,15 @@ def half_an_ulp(x: np.ndarray) -> np.ndarray:
 
 
 def of_difference(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """What is lost of log qᵢ/pᵢ when what each logit lacks to its maximum is rounded; but of near ones only what is
-    lost of the difference of the two, since that is what their q - p is made of."""
+    """The error of log qᵢ/pᵢ from rounding each logit's distance to its row's maximum. If the two logits are near each
+    other, it is only the error of rounding their difference, because q - p is then computed from this difference."""
     depths = sum(half_an_ulp(z.max(-1, keepdims=True) - z) for z in (x, y))
     return np.where(np.abs(y - x) < NEAR, np.minimum(depths, half_an_ulp(y - x)), depths)
 
 
 def lost_of_differences(key: str, arguments: list[np.ndarray], exact: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What this does to a divergence of two rows of logits and to its derivatives; and what rounding the terms of its
-    sums does, of which the largest may be of any class. By quantity."""
+    """By quantity: the effect of `of_difference` on a divergence of two rows of logits and on its derivatives, and the
+    effect of rounding the terms of its sums, where any class may have the largest term."""
     if key not in WEIGHTS:
         return {}
     lost, (p, q) = of_difference(*arguments), map(Softmax, arguments)
@@ -209,7 +210,7 @@ def lost_of_differences(key: str, arguments: list[np.ndarray], exact: dict[str, 
     logs = [np.abs(np.log1p((middle - r.p) / r.p)) for r in (p, q)]
     terms = b * deviance(p.p, middle) * of_p + c * deviance(q.p, middle) * of_q
     in_value = np.abs(exact["∂q_logits"]) * lost + terms
-    lost = lost + (np.abs(q.p - p.p) * (of_p + of_q)).sum(-1, keepdims=True)  # of log Σ p e^d, in every log q/p
+    lost = lost + (np.abs(q.p - p.p) * (of_p + of_q)).sum(-1, keepdims=True)  # log Σ p e^d is in every log q/p
     of_p, of_q = (logs[0] * of_p, logs[1] * of_q) if c == 0 else (log * (of_p + of_q) for log in logs)  # of p and of m
     return {
         "value": in_value.sum(-1),
@@ -218,7 +219,7 @@ def lost_of_differences(key: str, arguments: list[np.ndarray], exact: dict[str, 
     }
 
 
-# Of the two divergences to the middle; that of one alone is to the other
+# The weights of the two divergences to the middle. If there is only one divergence, it is to the other row.
 WEIGHTS = {
     "kl_divergence_with_logits": (1, 0),
     "jensen_shannon_divergence_with_logits": (BETA, 1 - BETA),

@@ -1,9 +1,10 @@
-"""Does what the READMEs say hold on this device? For whoever has a GPU or a TPU: `python -m bench verify`.
+"""Checks on this device what the READMEs claim: `python -m bench verify`. It is meant for GPUs and TPUs.
 
-Errors are those of the device as it computes, against float64 on its host's CPU: of each function at the arguments of
-the largest errors that the search knows and some 10,000 rows or 100,000 numbers beside them, at the corners of the
-tests' table, of XLA's own functions, and of heads. A head's time and memory are those of bfloat16 on an accelerator and
-of float32 on a CPU, beside its bare products; losses' time is beside optax's. `CLAIMS` says what is held to what.
+It runs the functions on the device and measures their errors against float64 on the host's CPU. Each function runs at
+the arguments with the largest known errors, at some 10,000 rows or 100,000 numbers besides, and at the edge cases of
+the tests' table. It also measures the errors of XLA's own functions and of heads. A head's time and memory are measured
+in bfloat16 on an accelerator and in float32 on a CPU, and its time is compared with that of its matmuls alone. A loss's
+time is compared with optax's. `CLAIMS` lists each claim and how it is checked.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ QUICK = ("cross_entropy_with_integer_labels", "binary_kl_divergence", "kl_diverg
 
 
 def file_name() -> str:
-    """Of the device, in a file's name."""
+    """The device's name, in a form that is safe in file names."""
     return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
 
 
@@ -74,20 +75,20 @@ def host_is_there() -> None:
 
 
 def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
-    """A label of what was measured, and its lines; at first the number of them all as a label."""
+    """Yields a label and the result lines for each measurement. The first label is the number of measurements."""
     host_is_there()
     todo = [case for case in cases(quick) if only in case.function]
     yield str(len(todo)), []
     for case in todo:
         try:
             lines = case.measure()
-        except RuntimeError as error:  # as of a device with too little memory: the others are asked for all the same
+        except RuntimeError as error:  # for example too little memory: the other cases still run
             lines = [{"function": case.function, "library": "jce", "quantity": case.label, "cannot": str(error)[:500]}]
         yield case.label, lines
 
 
 def check(lines: list[dict]) -> None:
-    """On a CPU, of which the claims are, what depends on no clock holds; an accelerator's lines are what is asked."""
+    """Checks, on a CPU only, the claims that don't depend on time. The claims were measured on a CPU."""
     missed = [
         f"{claim.text}: {found.of} {found.measured:.3g}, said {found.said:.3g}"
         for claim in CLAIMS

@@ -1,4 +1,4 @@
-"""What the READMEs and docstrings say, in one list, and what lines of results say of it."""
+"""The claims of the READMEs and docstrings in one list, and how to check each against result lines."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from bench.verify.times import LOSSES
 
 
 class Found(NamedTuple):
-    of: str  # a function, or what else has a row of the table
+    of: str  # a function, or another subject of a row in the table
     detail: str
     measured: float
-    said: float | None  # nothing is, of some devices
+    said: float | None  # the claimed number; None if nothing is claimed for this device
 
 
 class Claim(NamedTuple):
-    """What is said, and where; what is found of it in lines; and how much more than it still counts as that."""
+    """A claim: its text, the place where it is made, a function that finds the measured numbers in result lines, and
+    the factor by which a measured number may exceed the claimed one."""
 
     text: str
     source: str
     found: Callable[[list[dict]], Iterable[Found]]
     margin: float = 1.0
-    of_machine: bool = False  # then it may fail to hold without a fault of jce's
+    of_machine: bool = False  # if True, the claim may fail without a fault in jce
 
     def holds(self, found: Found) -> bool | None:
         return None if found.said is None else found.measured <= self.margin * found.said
 
 
 KINDS = {"H100": "h100", "v5 lite": "v5e", "v5e": "v5e", "v6 lite": "v6e", "v6e": "v6e", "TPU7x": "tpu7x"}
-OVER_OPTAX = dict(zip(LOSSES, (1.5, 2.3, 3.2), strict=True))  # the README's, on a CPU
+OVER_OPTAX = dict(zip(LOSSES, (1.5, 2.3, 3.2), strict=True))  # the README's figures, on a CPU
 
 
 @functools.cache
@@ -53,13 +54,13 @@ def of_cpu(line: dict) -> bool:
 
 
 def compiled(line: dict, **others) -> dict:
-    """What is published of the same program, compiled for this line's device and not run: nothing, of many."""
+    """The published line of the same program, compiled for this line's device, not run. For many devices it is {}."""
     kind = next((k for part, k in KINDS.items() if part in line["environment"]["device"]), None)
     return published("accelerators-compiled").get((kind, *what(line | others)), {})
 
 
 def published_here(line: dict, name: str, malloc: str | None = None) -> dict:
-    """What is published of the same line, of the same shape, on a CPU."""
+    """The published CPU line for the same program and shape, or {}."""
     found = published(name).get((malloc, *what(line)), {})
     return found if found.get("shape") == line["shape"] else {}
 
@@ -92,13 +93,13 @@ def of_xla(lines: list[dict]) -> Iterator[Found]:
 def of_heads(lines: list[dict]) -> Iterator[Found]:
     for line in lines:
         if "error" in line:
-            rounded = line["dtype"] == "bfloat16" and line["quantity"] != "value"  # once, and an accelerator's twice
+            rounded = line["dtype"] == "bfloat16" and line["quantity"] != "value"  # once, and on an accelerator twice
             function = line["function"] if line["dtype"] == "float32" else f"{line['function']}, {line['dtype']}"
             yield Found(function, line["quantity"], results.worst(line, "error"), 2**-7 if rounded else 2e-6)
 
 
 def of_temporaries(lines: list[dict]) -> Iterator[Found]:
-    """In gigabytes, of 8192 tokens; a peer's beside jce's."""
+    """Temporary memory in gigabytes, for 8192 tokens. The detail has other libraries' memory."""
     groups = results.grouped([line for line in lines if "temporaries" in line], "function", "model", "mode")
     for (function, model, mode), found in groups.items():
         ours = found["jce"]
@@ -122,7 +123,7 @@ def of_products(lines: list[dict]) -> Iterator[Found]:
 
 
 def of_optax(lines: list[dict]) -> Iterator[Found]:
-    """Of an accelerator what its programs' rooflines say."""
+    """Time over optax's. For an accelerator the claimed number is the ratio of the two rooflines."""
     for line in lines:
         if line["library"].startswith("optax") and "jce_over_it" in line:
             said = OVER_OPTAX.get(line["function"]) if of_cpu(line) else None
@@ -143,7 +144,7 @@ def of_chunks(lines: list[dict]) -> Iterator[Found]:
 
 
 def of_failures(lines: list[dict]) -> Iterator[Found]:
-    """What doesn't run, and whose result isn't jce's."""
+    """Programs that don't run, and programs whose result differs from jce's."""
     failed = [f"{line['quantity']}: {line['cannot']}" for line in lines if "cannot" in line]
     failed += [", ".join(filter(None, what(line))) for line in lines if line.get("agrees") is False]
     yield Found("all programs", "; ".join(failed), len(failed), 0)

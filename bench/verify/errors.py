@@ -1,6 +1,6 @@
-"""How far off a device is in float32 as it computes, against float64 on its host's CPU: at the arguments of the largest
-errors that the search knows, some 10,000 rows or 100,000 numbers beside them, and the corners of the tests' table; and
-XLA's own functions."""
+"""Measures a device's float32 errors against float64 on its host's CPU: at the arguments with the largest known errors,
+at some 10,000 rows or 100,000 numbers besides, and at the edge cases of the tests' table; also for XLA's own
+functions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def known_errors() -> list[dict]:
 
 
 def function_errors(searched: Searched) -> list[dict]:
-    """Of value and first derivatives, in rows of as many classes as the largest known error has, and of 1,000."""
+    """Errors of the value and first derivatives, in rows as long as that of the largest known error. Some functions are
+    also measured in rows of 1,000 classes."""
     first = dataclasses.replace(searched, hvp=False)
     known = corpus.points(first, known_errors())
     some = [x for x in known if x[0]["arguments"] != child.THOUSAND and not x[0]["quantity"].startswith(HVP)]
@@ -48,15 +49,15 @@ def errors_in(searched: Searched, n: int, off_grid: bool, known: list) -> Iterat
 
 
 def line(searched: Searched, quantity: str, arguments: str, found: list[tuple[float, dict]]) -> dict:
-    """Of errors and where they are, the largest first."""
+    """A result line for errors and their arguments, sorted with the largest error first."""
     of = {"function": searched.label, "library": "jce", "dtype": "float32", "quantity": quantity}
     of |= {"arguments": arguments, "ulps": 0.0}
     return of | {"ulps": child.rounded(found[0][0]), "at": found[0][1]} if found else of
 
 
 def long_row_errors(searched: Searched) -> list[dict]:
-    """Of value and first derivatives, in rows of the length at which the largest error is known: at the stored rows,
-    and at some random ones."""
+    """Errors of the value and first derivatives, in rows of the length with the largest known error: at the stored rows
+    and at some new ones."""
     stored = [long_rows.known(searched, n, known_errors()) for n in LONG]
     worst = max(filter(None, stored), key=lambda found: max(corpus.worst(line) for line, _ in found))
     points = [point for _, point in worst]
@@ -81,7 +82,7 @@ def elementary_errors(label: str) -> list[dict]:
 
 
 def corner_errors(label: str) -> list[dict]:
-    """How many of a row's entries at the corners, values and derivatives, aren't the table's to 1e-6."""
+    """How many values and derivatives at the edge cases differ from the table's by more than a relative 1e-6."""
     corners = ROWS[label].corners
     arguments = tuple(np.array(x, np.float32) for x in zip(*(corner.arguments for corner in corners), strict=True))
     expected = [np.array([corner.value for corner in corners])]

@@ -1,4 +1,4 @@
-"""How far off a head's value and gradient are, against a dense float64 loss on the host's CPU."""
+"""Measures the errors of a head's value and gradient, against a dense float64 loss on the host's CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.kernels import SMOOTHING, Z_LOSS
 
 
 class Problem(NamedTuple):
-    """What a head's loss is of, beside hidden states and head."""
+    """The arguments of a head's loss, other than hidden states and head."""
 
     labels: np.ndarray
     several: np.ndarray
@@ -39,7 +39,8 @@ def kl_of_logits(a, x):
     return (jnp.exp(log_p) * (log_p + surprisal(x))).sum(-1)
 
 
-# By name: a loss of a problem, hidden states and a head; and the same of the problem and logits, of each token or all.
+# By name: a loss that takes a problem, hidden states and a head; and a dense loss that takes a problem and logits, and
+# returns one number per token or one for all.
 LOSSES_OF_HEADS: dict[str, tuple[Callable, Callable]] = {
     HEAD: (
         lambda a, h, w: jce.linear_cross_entropy(a.labels, h, w, **CHUNKED),
@@ -73,7 +74,7 @@ LOSSES_OF_HEADS: dict[str, tuple[Callable, Callable]] = {
 
 
 def head_errors(name: str, dtype=np.float32, tokens: int = 512, width: int = 64, n: int = 1000) -> list[dict]:
-    """Of value and gradient, beside the largest entry of each; float32 is multiplied at the highest precision."""
+    """Errors of value and gradient, relative to the largest entry of each. Float32 matmuls use precision="highest"."""
     loss, dense = LOSSES_OF_HEADS[name]
     rng = np.random.default_rng(2026)
     h, teacher = (3 * rng.standard_normal((tokens, width), np.float32) for _ in range(2))

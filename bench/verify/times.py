@@ -1,5 +1,5 @@
-"""Which programs are timed, and asked for their memory: heads beside their bare products and losses beside optax, in
-the shapes of the README's figures. An accelerator is given heads in bfloat16, in chunks of several sizes."""
+"""The programs whose time and memory are measured, in the shapes of the README's figures. Heads are compared with their
+matmuls alone, and losses with optax's. On an accelerator heads run in bfloat16, in chunks of several sizes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from bench.peers import TASKS, Task
 
 LOSSES = ("cross_entropy_with_integer_labels", "cross_entropy_with_logits", "kl_divergence_with_logits")
 CHUNKS = (2048, 4096, 8192)
-NUMBERS = 2**26  # of an accelerator's logits
+NUMBERS = 2**26  # logits on an accelerator
 
 
 def beside(label: str, functions: dict[str, Callable], *names: str) -> Task:
-    """The task, of jce and the first of these that there is."""
+    """The task with jce and the first of the named libraries that is available."""
     task = next(task for task in TASKS if task.label == label)
     there = [name for name in names if name in functions and peers.installed(name)][:1]
     return dataclasses.replace(task, functions={name: functions[name] for name in ("jce", *there)})
 
 
 def head_of(label: str, chunks: tuple[int, ...] = ()) -> Task:
-    """As an accelerator is given it, in bfloat16, beside a dense loss; and with chunks of so many tokens."""
+    """The head's task for an accelerator: in bfloat16, with a dense loss to compare with, and at these chunk sizes."""
     task = beside(label, HEAD_FUNCTIONS[label], "optax, bfloat16 logits", "jax, bfloat16 logits")
     chunked = {
         f"jce, chunks of {size}": functools.partial(HEAD_FUNCTIONS[label]["jce"], chunk_size=size) for size in chunks
@@ -39,7 +39,7 @@ def head_of(label: str, chunks: tuple[int, ...] = ()) -> Task:
 
 
 class Timed(NamedTuple):
-    """What `speed.measure` takes."""
+    """The arguments of `speed.measure`."""
 
     task: Task
     model: Model
@@ -68,7 +68,7 @@ def peers_of(label: str) -> Task:
 
 
 def timed_on_accelerator(quick: bool) -> list[Timed]:
-    """Programs that need more memory come later, so that the device tells the peak of each."""
+    """Programs that need more memory come later, so that the device's peak memory is that of each program in turn."""
     settings = speed.Settings("", (), NUMBERS, 0, 10, 2e-3)
     gpt2, llama, larger = (model._replace(rows=TOKENS) for model in HEADS[:3])
     losses = [Timed(peers_of(label), model, GRADIENT, settings) for model in (MODELS[1], MODELS[3]) for label in LOSSES]
@@ -86,5 +86,5 @@ def timed_on_accelerator(quick: bool) -> list[Timed]:
 
 
 def temporaries() -> list[dict]:
-    """Of the README's head, which is compiled here and not run."""
+    """The temporary memory of the README's head, which is compiled here and not run."""
     return memory.at_models(peers_of(HEAD), [MODELS[3]], (GRADIENT,))

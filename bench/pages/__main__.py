@@ -1,6 +1,6 @@
 """Builds the documentation as pages: `python -m bench.pages [FOLDER]`. Needs the extra `docs`.
 
-MkDocs builds them from READMEs, notebooks and the pages in docs/. In a page of docs/, mkdocstrings replaces
+MkDocs builds the pages from READMEs, notebooks and the pages in docs/. In a page of docs/, mkdocstrings replaces
 `::: jce.NAME` by the docstring of that function, and a comment such as `<!-- jce/README.md: Heads -->` is replaced by
 this section of the file. The pages can be read without a network.
 """
@@ -22,7 +22,7 @@ from jce._programs.command_line import Parser, run
 PROGRAM = "python -m bench.pages"
 
 try:
-    import material  # noqa: F401  # its absence would be a traceback of MkDocs
+    import material  # noqa: F401  # without it, MkDocs would print a traceback
     import mkdocstrings  # noqa: F401
     from math_core import LatexToMathML
 
@@ -36,23 +36,27 @@ ROOT, HERE = pathlib.Path(__file__).parents[2], pathlib.Path(__file__).parent
 
 
 def build(folder: pathlib.Path) -> None:
-    """Writes the pages, unless a link is dead or a public name has none: then it says so, and writes nothing."""
+    """Writes the pages to the folder.
+
+    If a link is dead, or a public name isn't on exactly one page, exits with a message and writes nothing.
+    """
     with tempfile.TemporaryDirectory() as project:
         stage(pathlib.Path(project))
-        command = [sys.executable, "-m", "mkdocs", "build", "--strict"]  # --quiet would hide a warning from --strict
+        # Without --quiet: it would hide warnings from --strict.
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{PROGRAM}: MkDocs can't build the pages\n{done.stdout}{done.stderr}")
         site = pathlib.Path(project, "site")
-        (site / "404.html").unlink()  # of a server, at whose root alone its links would hold
+        (site / "404.html").unlink()  # only a server needs it; its links work only at a server's root
         if found := problems(site):
-            raise SystemExit("\n".join([f"{PROGRAM}: the pages aren't whole", *found]))
+            raise SystemExit("\n".join([f"{PROGRAM}: the pages have these problems", *found]))
         shutil.copytree(site, folder, dirs_exist_ok=True)
 
 
 def stage(project: pathlib.Path) -> None:
-    """Writes what MkDocs reads: each file where it is in the repository, so that links between them hold."""
+    """Writes the input of MkDocs. Each file keeps its place in the repository, so that links between files work."""
     docs = project / "docs"
     shutil.copytree(HERE / "docs", docs)
     shutil.copy(HERE / "mkdocs.yml", project)
@@ -76,14 +80,15 @@ def stage(project: pathlib.Path) -> None:
 
 
 def _section(file: str, title: str) -> str:
-    """The section of a file, with its heading. What stands before the first section has the file's own title."""
+    """The section of a file, with its heading. The text before the first section counts as a section too: its title is
+    the title of the file."""
     sections = re.split(r"^(?=## )", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
     (text,) = (text for text in sections if text.partition("\n")[0].lstrip("# ") == title)
     return _linked(text)
 
 
 def _linked(text: str) -> str:
-    """Links to files become links to their pages."""
+    """Replaces links to files by links to their pages."""
     text = re.sub(r"\]\(jce/README\.md#([\w-]+)\)", r"][\1]", text)  # autorefs finds the page
     text = text.replace("](jce/README.md)", "](conventions.md)").replace("](README.md)", "](../conventions.md)")
     text = re.sub(r"(\]\([^):]*)\.ipynb\)", r"\1.md)", text)
@@ -91,9 +96,9 @@ def _linked(text: str) -> str:
 
 
 def _write_notebook(notebook: pathlib.Path, folder: pathlib.Path) -> None:
-    """As it was rendered: its text, its code, what that printed, and its pictures.
+    """Writes a rendered notebook as Markdown: its text, its code, its printed output and its pictures.
 
-    A cell that draws a picture begins with its description, as in Quarto: `#| fig-alt: ...`.
+    The first line of a cell that draws a picture describes the picture, as in Quarto: `#| fig-alt: ...`.
     """
     parts, heading = [], ""
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
@@ -117,20 +122,20 @@ def _write_notebook(notebook: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _with_mathml(text: str) -> str:
-    """With MathML, which browsers show themselves, for TeX, which would need a script and its fonts."""
+    """Replaces TeX by MathML. Browsers display MathML without help, but TeX would need a script and its fonts."""
     converter = LatexToMathML()
 
     def mathml(found: re.Match) -> str:
         formula = converter.convert_with_local_state(found[1] or found[2], displaystyle=bool(found[1]))
-        # Within a span, since Markdown ends a paragraph where a line begins with <math>
+        # In a span, because Markdown ends a paragraph before a line that begins with <math>
         return formula if found[1] else f"<span>{formula}</span>"
 
     return re.sub(r"\$\$(.+?)\$\$|\$(.+?)\$", mathml, text, flags=re.DOTALL)
 
 
 def main() -> None:
-    parser = Parser(prog=PROGRAM, description="Write the documentation as pages.")
-    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=pathlib.Path, default="site", help="Where to.")
+    parser = Parser(prog=PROGRAM, description="Write the documentation as web pages to FOLDER (default: site).")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=pathlib.Path, default="site", help="The folder.")
     folder = parser.parse_args().folder
     build(folder)
     print(folder / "index.html")

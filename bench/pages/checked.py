@@ -1,4 +1,7 @@
-"""What is wrong with built pages, whatever built them: dead links, names without a page, what a network would bring."""
+"""Checks built pages, whichever tool built them.
+
+It finds dead links, public names without a page, pictures without text, and files that are loaded from a network.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "vide
 
 
 class Page(HTMLParser):
-    """What it has that may be linked to, what it links to, what a browser loads with it, and its pictures."""
+    """A page's link targets, its links, the files that a browser loads with it, and its pictures without a text."""
 
     def __init__(self, path: pathlib.Path) -> None:
         super().__init__()
@@ -37,13 +40,13 @@ class Page(HTMLParser):
 
 
 def problems(site: pathlib.Path) -> list[str]:
-    """A line for each, or none."""
+    """One line for each problem."""
     pages = {path: Page(path) for path in site.rglob("*.html")}
     found = [f"{path.relative_to(site)}: {what}" for path, page in pages.items() for what in _of_page(page, pages)]
     for name in jce.__all__:
         places = [page for page in pages.values() if f"jce.{name}" in page.ids]
         if len(places) != 1:
-            found.append(f"jce.{name}: {len(places)} pages have it")
+            found.append(f"jce.{name} is on {len(places)} pages, not on 1")
     for sheet in site.rglob("*.css"):
         for url in re.findall(r"""(?:url\(|@import )["']?((?:https?:)?//[^"')]*)""", sheet.read_text(encoding="utf-8")):
             found.append(f"{sheet.relative_to(site)}: {url} is loaded from a network")

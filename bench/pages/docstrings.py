@@ -1,6 +1,7 @@
-"""An extension of Griffe: the lines under `Example:` are code, as those under its own `Examples:` are.
+"""An extension of Griffe for this project's docstrings.
 
-Where a docstring's last line says `See "Arguments" in jce/README.md.`, this is a link to the page with that section.
+A section `Example:` is treated as Griffe's own `Examples:`, so its lines are shown as code. A last line such as
+`See "Arguments" in jce/README.md.` becomes a link to the page with that section.
 """
 
 from __future__ import annotations

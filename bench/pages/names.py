@@ -1,4 +1,4 @@
-"""An extension of Markdown: `entropy(p)` or `help(jce.entropy)` in code, on any page, is a link to its function."""
+"""An extension of Markdown: code such as `entropy(p)` or `help(jce.entropy)`, on any page, links to its function."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Names(Treeprocessor):
 
 class NamesExtension(Extension):
     def extendMarkdown(self, md: Markdown) -> None:
-        md.treeprocessors.register(Names(md), "names", 15)  # after the one of inline code, which has 20
+        md.treeprocessors.register(Names(md), "names", 15)  # runs after inline code, which has 20
 
 
 def makeExtension(**options) -> NamesExtension:

@@ -1,4 +1,4 @@
-"""The losses of the notebook 0_switch as tables, by the library that they come from."""
+"""Makes tables of the losses in the notebook 0_switch, grouped by the library that the losses come from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OTHERS = ("Other losses of a head", "Other losses of logits and of probabilities
 
 
 def tables(source: str) -> str:
-    """For each group a table of names, plain formulas and lines of jce."""
+    """A table for each group of losses, with their names, their formulas in plain JAX, and their lines of jce."""
     rows: dict[str, list[str]] = {group: [] for group in (*LIBRARIES, *OTHERS)}
     heads = source.partition("# ## Losses of logits and of probabilities")[0].count("\n")
     for call in _calls(source):
@@ -24,16 +24,17 @@ def tables(source: str) -> str:
 
 
 def _calls(source: str) -> list[ast.Call]:
-    """`row(name, plain, ours, *arrays)`, in order."""
+    """The calls `row(name, plain, ours, *arrays)`, in order."""
     values = [node.value for node in ast.parse(source).body if isinstance(node, ast.Expr)]
     return [call for call in values if isinstance(call, ast.Call) and ast.unparse(call.func) == "row"]
 
 
 def _code(function: ast.expr, arrays: list[ast.expr], source: str) -> str:
-    """The body of a lambda, or another function of the arrays, as code in one line of a table."""
+    """The code of a function in one line of a table: the body of a lambda, or a call of another function."""
     if isinstance(function, ast.Lambda):
         text = ast.get_source_segment(source, function.body) or ""
-        text = re.sub(r"(?<=\() | (?=\))|,(?= ?\))", "", " ".join(text.split()))  # without the spaces of line breaks
+        # Removes spaces and commas that came from line breaks
+        text = re.sub(r"(?<=\() | (?=\))|,(?= ?\))", "", " ".join(text.split()))
     else:
         text = f"{ast.unparse(function)}({', '.join(map(ast.unparse, arrays))})"
     return f"`{text.replace('|', chr(0x5C) + '|')}`"

@@ -112,7 +112,7 @@ def plain_binary_logits(a, x):
     return -(a * jax.nn.log_sigmoid(x) + (1 - a) * jax.nn.log_sigmoid(-x))
 
 
-CASES = [  # what, plain JAX, jce, the arguments, the value, and the derivative in the last argument
+CASES = [  # a name, plain JAX, jce, the arguments, the value, the derivative with respect to the last argument
     ("H(p), a class of p = 0", plain_entropy, jce.entropy, [[0.0, 1.0]], 0, [inf, -1]),
     ("H(p, q), p = 0", plain_cross_entropy, jce.cross_entropy, [[0.0, 1.0], [0.5, 0.5]], np.log(2), [0, -2]),
     ("H(p, q), p = q = 0", plain_cross_entropy, jce.cross_entropy, [[0.0, 1.0], [0.0, 1.0]], 0, [0, -1]),

@@ -176,9 +176,9 @@ axes.set_aspect("equal")
 # - **Gradient descent on $\theta$**: the Jacobian is $I - \eta \, (\operatorname{diag}(p) - pp^\top)$, so that
 #   $\rho = \max_\lambda |1 - \eta\lambda|$ over the eigenvalues $\lambda$ of that Hessian.
 # - **Projected gradient**: near $p$ no constraint $q_i \ge 0$ is active, and $P_\Delta$ only takes the mean from a
-#   step: it multiplies it by $C = I - \mathbf 1 \mathbf 1^\top/n$. The Hessian in $q$, $\operatorname{diag}(p/q^2)$, is
-#   $\operatorname{diag}(1/p)$ at $p$. So $\rho = \max_\lambda |1 - \eta\lambda|$ over the eigenvalues of
-#   $C \operatorname{diag}(1/p) \, C$.
+#   step: it multiplies it by $C = I - \mathbf 1 \mathbf 1^\top/n$. The Hessian with respect to $q$ is
+#   $\operatorname{diag}(p/q^2)$, which at $q = p$ is $\operatorname{diag}(1/p)$. So
+#   $\rho = \max_\lambda |1 - \eta\lambda|$ over the eigenvalues of $C \operatorname{diag}(1/p) \, C$.
 # - **Mirror descent**: let $q = p \, (1 + \delta)$, where $\sum_i p_i \delta_i = 0$. To first order
 #   $\log q = \log p + \delta$ and $p/q = 1 - \delta$. A step adds $\eta \, p/q$ to $\log q$ and takes the constant
 #   $\log Z$ away, so $\delta$ becomes $(1 - \eta) \, \delta$ and a constant, which has to be 0 to keep

@@ -166,7 +166,10 @@ print("time over that of three products, by chunk:", {chunk: round(r, 2) for chu
 
 # %%
 def top_eigenvalues(count, labels, hidden, head, bias=None, **options):
-    """The largest `count` eigenvalues of the loss's Hessian in the head, in descending order, and the products used."""
+    """The largest `count` eigenvalues of the loss's Hessian with respect to the head, in descending order.
+
+    Also returns the number of Hessian-vector products used.
+    """
     slope = jax.grad(lambda head: jce.linear_cross_entropy(labels, hidden, head, bias, **options))
     product = jax.jit(lambda v: jax.jvp(slope, (head,), (v.reshape(head.shape),))[1].ravel())
     used = []

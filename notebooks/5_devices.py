@@ -107,7 +107,7 @@ def gradient(loss):
 
 
 def hvp(loss):
-    """The Hessian in (hidden, head) times a direction."""
+    """The Hessian with respect to (hidden, head), times a direction."""
 
     def product(labels, hidden, head, *direction):
         return jax.jvp(lambda *a: jax.grad(loss, (1, 2))(labels, *a), (hidden, head), direction)[1]
@@ -146,19 +146,19 @@ for name in ("jce", "dense"):
 
 # %% [markdown]
 # A chunk has 256 tokens, and the loop runs $N/T/256$ times. For value and gradient, the partitioner's program has no
-# loop and sends just as much, so there the split head saves only memory. In a Hessian-vector product it also saves half
-# of what is sent: the partitioner adds up the tangent of each gradient in two parts, jce in one, with 7 numbers per
-# token in the loop.
+# loop and sends just as many numbers as jce's, so jce saves only memory. For a Hessian-vector product, jce also sends
+# about half as many numbers: for each of the two gradients, the partitioner's program adds up two arrays of the
+# gradient's size over the devices, and jce's program adds up one. In the loop, jce sends 7 numbers per token.
 #
-# The pictures show megabytes per step: how much data a device adds up with other devices, and how much temporary memory
-# it needs beyond arguments and results. (In a ring of $p$ devices, each device sends $2(p-1)/p$ bytes to add up one
-# byte.)
+# The pictures show megabytes per step: the size of all arrays that a device adds up with other devices, and the
+# temporary memory that it needs beyond arguments and results. (To add up an array in a ring all-reduce over $p$
+# devices, each device sends $2(p-1)/p$ times the array's size.)
 
 
 # %%
 #| fig-alt: Bars by mesh: jce adds up as much as dense, or half for Hessian products, and needs less memory
 def numbers(shape, name, mode):
-    """How many numbers a device adds up with others': in the loop, and once."""
+    """How many numbers a device adds up with other devices: in the loop, and outside the loop."""
     found, trips = exchanges[shape, name, mode], TOKENS // shape[0] // CHUNK
     return trips * sum(c.size for c in found if c.in_loop), sum(c.size for c in found if not c.in_loop)
 
@@ -205,7 +205,7 @@ cases = {
 
 
 def with_gradient(function, *arguments):
-    """Compiled for the arguments: value and gradient in the last of them."""
+    """The compiled value and gradient with respect to the last argument."""
     program = jax.jit(jax.value_and_grad(lambda *a: function(*a).sum(), len(arguments) - 1))
     return program.lower(*arguments).compile()
 

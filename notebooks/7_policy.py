@@ -334,7 +334,7 @@ def run(program, batches, rate):
 
 
 def program(loss, *arguments):
-    """Of value and gradient in the policy, and the megabytes that it needs beside arguments and results."""
+    """The compiled value and gradient with respect to the policy, and its megabytes of temporary memory."""
     compiled = jax.jit(jax.value_and_grad(loss, 1)).lower(*arguments).compile()
     return compiled, compiled.memory_analysis().temp_size_in_bytes / 1e6
 

@@ -28,7 +28,7 @@ COLOURS = ["#2c7fb8", "#a6d9e4", "#fed98e", "#fe9929", "#cc4c02"]
 
 
 def accuracy(lines: list[dict], path: pathlib.Path) -> None:
-    """Draws the largest error of some functions in float32, with libraries as rows and regimes as columns."""
+    """Draws the largest float32 errors of some functions, with libraries as rows and kinds of input as columns."""
     panels = []
     for function, quantity, title in PANELS:
         chosen = {
@@ -64,8 +64,8 @@ def accuracy(lines: list[dict], path: pathlib.Path) -> None:
         ax.tick_params(length=0)
         ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
     figure.suptitle(
-        "Largest error in float32, in ulps of the truth, beyond what half an ulp of x - max x does to its exponential:"
-        " from 10⁷ on no digit is right",
+        "Largest float32 error, in ulps of the exact result. From 10⁷ ulps on, no digit is correct.\n"
+        "For logits x, the error that comes only from rounding x - max x before its exponential is not counted.",
         x=0.01,
         ha="left",
         fontsize=10,
@@ -80,7 +80,7 @@ def growth(lines: list[dict], path: pathlib.Path) -> None:
     lines = [line for line in lines if line["mode"] == GRADIENT]
     kinds = [
         (key, name)
-        for key, name in (("grown", "bytes of temporaries"), ("seconds_at", "seconds"))
+        for key, name in (("grown", "temporary memory, bytes"), ("seconds_at", "seconds"))
         if any(key in line for line in lines)
     ]
     panels = list(dict.fromkeys((line["function"], line["along"]) for line in lines))
@@ -115,7 +115,7 @@ def growth(lines: list[dict], path: pathlib.Path) -> None:
 
 
 def accelerators(lines: list[dict], path: pathlib.Path) -> None:
-    """Draws the roofline of value and gradient over the floor on each device, for heads and for losses of rows."""
+    """Draws the estimated time of value and gradient on each device, once for heads and once for losses of rows."""
     lines = [line for line in lines if line["mode"] == GRADIENT]
     for kind, some in (
         ("heads", [line for line in lines if len(line["shape"]) == 3]),
@@ -126,7 +126,10 @@ def accelerators(lines: list[dict], path: pathlib.Path) -> None:
 
 
 def beside_the_best_peer(lines: list[dict], path: pathlib.Path, title: str) -> None:
-    """Draws jce's roofline over the floor and the best peer's, with devices as panels, functions and sizes as rows."""
+    """Draws the rooflines of jce and of the fastest other library, divided by the floor.
+
+    Each panel is a device. Each row is a function and a size.
+    """
     devices = list(dict.fromkeys(line["device"] for line in lines))
     sizes = {line["model"]: " × ".join(f"{n:,}" for n in line["shape"][1:]) for line in lines}
     rows = list(dict.fromkeys((line["function"], line["model"]) for line in lines))
@@ -156,7 +159,10 @@ def beside_the_best_peer(lines: list[dict], path: pathlib.Path, title: str) -> N
         ax.set_yticks(range(len(rows)), [f"{function}, {sizes[model]}" for function, model in rows], fontsize=9)
         ax.set_ylim(len(rows), -1)
         ax.grid(alpha=0.3)
-    figure.suptitle(f"{title}, compiled, not timed: roofline over the floor's; ● jce, | the best peer", fontsize=11)
+    figure.suptitle(
+        f"{title}: estimated time (not measured) / least possible time;   ● jce   | the fastest other library",
+        fontsize=11,
+    )
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

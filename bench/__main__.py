@@ -24,8 +24,8 @@ BENCHES = ("accuracy", "search", "speed", "first-call", "memory", "scale", "acce
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-# `verify` has an extra of its own, without the packages of the other benchmarks. So modules that run benchmarks or
-# report results are imported when the command line is known.
+# `verify` has its own extra, which lacks the packages of the other benchmarks. So modules that run benchmarks or report
+# results are imported only when the command line is known.
 
 
 def module(name: str) -> ModuleType:
@@ -45,9 +45,9 @@ def import_all(benches: Sequence[str]) -> None:
 
 
 def measured(name: str, quick: bool, only: str, path: pathlib.Path, options: dict) -> list[dict]:
-    """Runs one benchmark with a progress bar, and writes its lines to the file in place of the old ones.
+    """Runs one benchmark with a progress bar, and replaces the lines of the file by the new ones.
 
-    If it is interrupted, or measures only some functions or rows, the other lines of the file stay.
+    If it is interrupted, or measures only some functions or rows, the file keeps its other lines.
     """
     from bench import results
 
@@ -159,10 +159,15 @@ def parser() -> Parser:
     )
     add = made.add_argument
     add("benches", metavar="BENCH", nargs="*", help=f"Any of {', '.join(BENCHES)} (default: all).")
-    add("--quick", action="store_true", help="Measure some functions on small inputs: four minutes for all benchmarks.")
+    add("--quick", action="store_true", help="Measure some functions on small inputs (all benchmarks: four minutes).")
     add("--only", "--of", default="", metavar="NAME", help="Measure only functions with this in their name.")
     add("--out", type=_folder, default=str(RESULTS), metavar="DIR", help="The folder for results and pictures.")
-    add("--compare", default="", metavar="OLD.jsonl", help="Print what moved beyond the noise since these results.")
+    add(
+        "--compare",
+        default="",
+        metavar="OLD.jsonl",
+        help="Print what has changed since these results, beyond the noise.",
+    )
     add("--seconds", type=float, metavar="S", help="The time that search takes for each function (default: 30).")
     add("--seed", type=int, default=0, metavar="N", help="The seed of search's random numbers.")
     add("--long-rows", action="store_true", help="Let search try only rows of thousands of classes.")

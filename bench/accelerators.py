@@ -5,7 +5,7 @@ passes over an array of logits; operations of matmuls; seconds by the roofline (
 compiler's own count of cycles; kernels; and temporary memory. Nothing is timed.
 
 The floor is the least cost of any implementation. A function of logits or probabilities reads each input that it
-depends on once, and writes each result once. A head does its bare bfloat16 matmuls: 1 for the value, 3 with the
+depends on once, and writes each result once. A head does only its bare bfloat16 matmuls: 1 for the value, 3 with the
 gradient, 7 for a Hessian-vector product, and 1 more for a frozen teacher's head.
 
 The compilers run in a separate process, because the settings that they need would change the other benchmarks.
@@ -125,7 +125,7 @@ def cases(quick: bool, only: str) -> list[Case]:
         if task.has_heads:
             models, modes = HEADS if task.label == HEAD else HEADS[2:3], tuple(PRODUCTS[task.kind])
         else:
-            models = ROWS if task.kernel.has_classes else ROWS[1:2]  # elementwise, only the size matters
+            models = ROWS if task.kernel.has_classes else ROWS[1:2]  # for elementwise functions only the size matters
             modes = MODES
         found += [(task.label, model.name, modes) for model in models]
     if quick:
@@ -161,14 +161,14 @@ def measured(case: Case) -> Measured:
 
 
 def floor(what: Measured, mode: str, device: str, texts: Iterable[str]) -> float:
-    """In seconds."""
+    """The least time of any implementation, in seconds."""
     if what.products:
         return what.products[mode] * 2 * np.prod(what.shape, dtype=float) / DEVICES[device].peaks["bf16"]
     return min(arguments_and_results(text) for text in texts) / DEVICES[device].bandwidth
 
 
 def arguments_and_results(text: str) -> float:
-    """Bytes of both, without padding. Arguments that no result depends on are not in the compiled program."""
+    """Their bytes, without padding. Arguments that no result depends on are not in the compiled program."""
     program = entry(text)
     arrays = [array for x in [*program.parameters, program.root] for array in leaves(x.shape)]
     return sum(array.numbers * WIDTHS[array.dtype] for array in arrays)
@@ -217,8 +217,8 @@ def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
 
 
 def check(lines: list[dict]) -> None:
-    """Each program of jce could be read. No program costs less than its floor (some of its cost would not have been
-    counted), or has fewer matmul operations (it would compute another function)."""
+    """Checks that the cost of each program of jce is known. Also checks that no program costs less than its floor (some
+    cost would not have been counted), or has fewer matmul operations (it would compute another function)."""
     for line in lines:
         if "cannot" in line:
             assert line["library"] != "jce", line
@@ -231,7 +231,7 @@ def check(lines: list[dict]) -> None:
 
 
 def main() -> None:
-    """Runs in the child process: tells the lines of each case and mode."""
+    """Runs in the child process. Prints the lines of each case and mode."""
     for some in children.todo():
         case = Case(*some)
         for mode in case.modes:

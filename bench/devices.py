@@ -46,7 +46,7 @@ def sent(tokens: int, width: int, classes: int, t: int, k: int) -> Sent:
 
 
 def check(tokens: int, width: int, classes: int, t: int, k: int, chunk: int) -> Sent:
-    """The same numbers, read from the compiled program. JAX must have t · k devices."""
+    """The same numbers as `sent`, but read from the compiled program. JAX must have t · k devices."""
     mesh = jax.make_mesh((t, k), ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2)
 
     def abstract(shape, axis, dtype=np.float32):
@@ -83,7 +83,7 @@ class Step(NamedTuple):
 
 
 def step(t: int, k: int, *, flops: float, bandwidth: float, latency: float) -> Step:
-    """In seconds, if nothing overlaps."""
+    """The times of a step in seconds, if nothing overlaps."""
     numbers = sent(TOKENS, WIDTH, CLASSES, t, k)
 
     def ring(size, p):
@@ -109,10 +109,20 @@ def best(devices: int, **machine: float) -> Step:
 
 
 def main() -> None:
-    parser = Parser(prog="python -m bench.devices", description="A model of the time of a step of the sharded head.")
+    parser = Parser(prog="python -m bench.devices", description="Model the time of a step of a head on many devices.")
     add = parser.add_argument
-    add("--flops", type=float, default=4e14, help="Operations per second (default: %(default)g, an assumption).")
-    add("--bandwidth", type=float, default=5e10, help="Bytes/s, each way (default: %(default)g, an assumption).")
+    add(
+        "--flops",
+        type=float,
+        default=4e14,
+        help="Operations per second of a device (default: %(default)g, an assumption).",
+    )
+    add(
+        "--bandwidth",
+        type=float,
+        default=5e10,
+        help="Bytes per second of a link, each way (default: %(default)g, an assumption).",
+    )
     add("--latency", type=float, default=1e-5, help="Seconds per hop (default: %(default)g, an assumption).")
     machine = vars(parser.parse_args())
     jax.config.update("jax_num_cpu_devices", 8)
@@ -120,8 +130,12 @@ def main() -> None:
         sizes = (64, 8, 256, t, k)
         assert check(*sizes, chunk=4) == sent(*sizes), (t, k)
     print(f"{TOKENS:,} tokens, d = {WIDTH:,}, n = {CLASSES:,}, chunks of {CHUNK:,}; {machine}")
-    print("what is sent agrees with the programs compiled for 8 devices as 8×1, 4×2, 2×4 and 1×8\n")
-    columns = ("tokens×classes", "products", "loop", "hidden", "head", "efficiency")
+    print(
+        "The sizes of all-reduces agree with programs compiled for 8 devices, as meshes of 8×1, 4×2, 2×4 and 1×8.\n"
+        "Columns: the times of the matmuls and of three kinds of all-reduces: those in the loop over chunks, and those of\n"
+        "the gradients of hidden states and head. The efficiency is the matmuls' share of the total time.\n"
+    )
+    columns = ("tokens×classes", "matmuls", "loop", "hidden", "head", "efficiency")
     print(f"{'devices':>8}" + "".join(f"{name:>15}" for name in columns))
     for devices in (2**i for i in range(3, 13)):
         s = best(devices, **machine)

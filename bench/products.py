@@ -15,7 +15,7 @@ from bench.programs import Array, Instruction, Unreadable, leaves
 PLACES = {"AllocateBuffer", "ConcatBitcast"}  # custom calls that only place arrays in memory
 NO_PRODUCTS = PLACES | {"AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
 CUBLAS = {"__cublas$gemm", "__cublas$lt$matmul"}
-ALGORITHMS = {  # the dtype that is multiplied, and how many such matmuls make one
+ALGORITHMS = {  # the dtype that is multiplied, and how many matmuls in it make one
     "dot_bf16_bf16_f32": ("bf16", 1),
     "dot_bf16_bf16_bf16": ("bf16", 1),
     "dot_bf16_bf16_f32_x3": ("bf16", 3),
@@ -64,7 +64,7 @@ def _call(x: Instruction, platform: str) -> Counter:
 
 
 def _convolution(x: Instruction, platform: str) -> Counter:
-    """A TPU's matmuls. The batch of a batched one is a dimension of a dilated window, or groups."""
+    """A TPU's matmuls are convolutions. The batch of a batched matmul is a dimension of a dilated window, or groups."""
     left, right = (operand.shape for operand in x.operands)
     of_left, of_right, _ = re.split("_|->", x.attribute("dim_labels"))
     spatial = [c for c in of_left if c.isdigit()]
@@ -79,14 +79,14 @@ def _convolution(x: Instruction, platform: str) -> Counter:
 
 
 def multiplied(x: Instruction, precision: str, algorithm: str, platform: str) -> tuple[str, int]:
-    """The dtype that is multiplied, and how many such matmuls make this one."""
+    """The dtype that the device multiplies, and how many matmuls in this dtype the instruction takes."""
     dtypes = [operand.shape.dtype for operand in x.operands[:2] if isinstance(operand.shape, Array)]
     if not set(dtypes) <= {"f32", "bf16", "f16"} or len(dtypes) != 2 or (algorithm and algorithm not in ALGORITHMS):
         raise Unreadable(f"{x.name}: a product of {' and '.join(dtypes)} by {algorithm or 'no algorithm'}")
     if algorithm:
         kind, times = ALGORITHMS[algorithm]
         return ("bf16", 6) if (platform, kind) == ("tpu", "f32") else (kind, times)
-    if platform == "tpu":  # a float32 operand is a sum of bfloat16 pieces; small times small is left out
+    if platform == "tpu":  # a float32 operand is a sum of bfloat16 pieces; products of small pieces are omitted
         pieces = 3 if "highest" in precision else 2 if "high" in precision else 1
         return "bf16", (1, pieces, pieces * (pieces + 1) // 2)[dtypes.count("f32")]
     if dtypes[0] == dtypes[1] != "f32":
@@ -114,7 +114,7 @@ def windows(text: str, n: int) -> list[Window]:
 
 
 def meetings(left: int, right: int, window: Window) -> int:
-    """How often a number of the left meets one of the right along a dimension, without padding and holes."""
+    """How many pairs of a left and a right number are multiplied along a dimension, without padding and holes."""
     width, reach = (left - 1) * window.left_dilation + 1, (right - 1) * window.right_dilation + 1
     results = max(0, (window.low + width + window.high - reach) // window.stride + 1)
     starts, taps = np.arange(results) * window.stride - window.low, np.arange(right) * window.right_dilation

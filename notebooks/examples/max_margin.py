@@ -116,7 +116,7 @@ def picture(histories: dict[str, list[Snapshot]]) -> Figure:
         right.plot(steps, losses, stroke, color=colour, linewidth=4, label=name)
     largest, low = largest_margin(), 0 if left.get_ylim()[1] > 0 else None  # margins of a short run are below 0
     left.axhline(largest, color="black", linewidth=1.5)
-    left.annotate("the largest there is", (0, largest), (0, 5), textcoords="offset points")
+    left.annotate("the largest possible margin", (0, largest), (0, 5), textcoords="offset points")
     left.set(title="margin", ylabel="min (x_y − max of the other x) / ‖W‖", ylim=(low, 1.1 * largest))
     right.set(title="mean loss, as computed: 0 where a curve drops", ylabel="nats", yscale="log")
     right.legend(handlelength=3)

@@ -4,11 +4,11 @@ There is one line for each function, library, dtype and quantity. It has for eac
 
 - the median and the largest error
 - the number of results that are NaN, have the wrong sign, or are exactly 0 although the exact result is not
-- the largest error `beyond` the effect of half an ulp of x - max x on its exponential
+- `beyond`: the largest error if the effect of rounding x - max x (by half an ulp) on its exponential isn't counted
 
 Errors are relative to the result. If the result passes through 0, they are relative to the scale in the tests' table.
 A library whose median error in the first regime, an easy one, is at least 0.1 % computes another formula, and is
-reported to disagree. Results below the normal range are left out, because XLA on a CPU replaces them by 0.
+reported to disagree. Results below the normal range are not counted, because XLA on a CPU replaces them by 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ QUICK = (
 
 @dataclass(frozen=True)
 class Truth:
-    """A quantity at one place of one row."""
+    """The exact result for a quantity at one place of one row."""
 
     row: int
     place: int
@@ -84,7 +84,7 @@ def truths(task: Task, arrays: list[np.ndarray], dtype) -> dict[str, list[Truth]
 
 
 def results(task: Task, library: str, arrays: list[np.ndarray], dtype) -> dict[str, np.ndarray]:
-    """By quantity, an array of rows × places. Quantities that the library can't compute are left out."""
+    """By quantity, an array of rows × places. Quantities that the library can't compute are absent."""
     engine = engine_of(library)
     f, arguments = task.functions[library], task.from_row(arrays)
     found = {}
@@ -123,7 +123,7 @@ def judged(regimes: list[str], truth: list[Truth], got: np.ndarray, dtype) -> di
     statistics = {}
     for regime, rows in errors.items():
         error, beyond, nan, wrong_sign, zero = (np.array(x) for x in zip(*rows, strict=True))
-        numbers = {"median": np.median(error), "max": error.max(), "beyond": beyond.max()}  # ∞ where one was NaN
+        numbers = {"median": np.median(error), "max": error.max(), "beyond": beyond.max()}  # ∞ if one is NaN
         counts = {"nan": nan.sum(), "wrong sign": wrong_sign.sum(), "zero": zero.sum()}
         statistics[regime] = {k: float(f"{x:.3g}") for k, x in numbers.items()}
         statistics[regime] |= {"of": len(rows)} | {k: int(x) for k, x in counts.items() if x}
@@ -148,7 +148,7 @@ def measure(task: Task, rows: int, dtype) -> Iterator[dict]:
 
 
 def check(lines: list[dict]) -> None:
-    """jce's errors are within the bounds, on every machine."""
+    """Checks that jce's errors are within the bounds. This holds on every machine."""
     allowed = {task.label: bars(task) for task in TASKS}
     for line in (x for x in lines if x["library"] == "jce"):
         worst = max(statistics["beyond"] for statistics in line["regimes"].values())

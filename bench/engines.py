@@ -66,13 +66,13 @@ class Torch:
     name = "torch"
 
     def on(self, platform: str) -> bool:
-        return platform == "cpu"  # the extra installs its CPU build
+        return platform == "cpu"  # the extra `bench` installs the CPU build
 
     def put(self, x: np.ndarray):
         return torch.from_numpy(np.array(x)) if x.dtype.kind == "f" else torch.from_numpy(np.array(x, np.int64))
 
     def wait(self, result) -> None:
-        """Its calls return when they are done."""
+        """PyTorch's calls return when they are done."""
 
     def program(self, f: Callable, mode: str, positions: tuple[int, ...]) -> Callable:
         def value(*arguments):
@@ -109,7 +109,7 @@ class NumPy:
         return x
 
     def wait(self, result) -> None:
-        """Its calls return when they are done."""
+        """NumPy's calls return when they are done."""
 
     def program(self, f: Callable, mode: str, positions: tuple[int, ...]) -> Callable:
         if mode != VALUE:
@@ -118,5 +118,5 @@ class NumPy:
 
 
 def fetched(result):
-    """The result with NumPy arrays."""
+    """The result as NumPy arrays."""
     return jax.tree.map(np.asarray, result)

@@ -99,13 +99,13 @@ class Task:
 
     @property
     def places(self) -> tuple[int, ...]:
-        """The positions of the table row's arguments: after labels, and each before its head."""
+        """The positions of the table row's arguments. They follow the labels, and each comes before its head."""
         first, step = int(self.has_labels), 1 + self.has_heads
         return tuple(range(first, first + step * len(self.kernel.arguments), step))
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """The positions of the heads: after their hidden states."""
+        """The positions of the heads. Each comes after its hidden states."""
         return tuple(i + 1 for i in self.places) if self.has_heads else ()
 
     @property
@@ -117,7 +117,7 @@ class Task:
         return {name: f for name, f in self.functions.items() if installed(name) and engine_of(name).on(platform)}
 
     def from_row(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
-        """Arguments at which the functions equal the table's row: label 0, and identity matrices as heads."""
+        """Arguments for which the functions equal the table's row: labels 0, and identity matrices as heads."""
         labels = [np.zeros(arrays[0].shape[:-1], np.int32)] if self.has_labels else []
         if not self.has_heads:
             return labels + arrays
@@ -130,7 +130,7 @@ class Task:
         return labels + logits * len(self.kernel.arguments)
 
     def sample(self, rng: np.random.Generator, tokens: int, n: int, width: int) -> list[np.ndarray]:
-        """Random arguments of those shapes."""
+        """Random arguments of the shapes that `shapes` returns."""
 
         def draw(shape, dtype, domain):
             if dtype == np.int32:
@@ -466,7 +466,7 @@ TASKS = [
         "kl_divergence_with_logits",
         {
             "jce": lambda hp, wp, h, w: jce.linear_kl_divergence(jce.Linear(hp, wp), jce.Linear(h, w), reduction="sum"),
-            "jax, scan": kl_of_two_heads,  # a loop over chunks of tokens, by hand
+            "jax, scan": kl_of_two_heads,  # a manual loop over chunks of tokens
             "optax": lambda hp, wp, h, w: optax.losses.kl_divergence_with_log_targets(
                 -surprisal(h @ w.T), -surprisal(hp @ wp.T)
             ).sum(),

@@ -1,12 +1,12 @@
-"""Run times of value, value and gradient, and a Hessian-vector product, next to other libraries and to the floor.
+"""Run times of value, value and gradient, and a Hessian-vector product, compared with other libraries and a floor.
 
 For each function, shape and mode, all libraries run in turn, after a warm-up, so that other load on the machine affects
 all of them. Each call waits for its result. If calls are short, several are made before waiting, so that the throughput
-of an accelerator is timed and not its latency. Each line has:
+of an accelerator is timed and not its latency. There is one line for each library. It has:
 
 - the quartiles of the time in seconds
-- its time over the floor's and jce's time over its own, both from the same turn
-- the seconds that compilation took
+- that time divided by the floor's, and jce's time divided by that time, both from the same turn
+- the compile time in seconds
 
 The floor is a program that only reads the same arrays and writes results of the same size. For a head, it is the bare
 matmuls: 1 for the value, 3 with the gradient, 7 for the Hessian-vector product, and 1 more for a teacher's head.
@@ -45,9 +45,9 @@ class Settings(NamedTuple):
     only: str  # part of a function's name
     models: tuple[str, ...]
     numbers: float  # how many logits
-    multiplications: float  # in one matmul of the head
+    multiplications: float  # in one matmul of a head
     repetitions: int
-    least_seconds: float  # of one timing, in which shorter calls are repeated
+    least_seconds: float  # for one timing; shorter calls are repeated
 
     @classmethod
     def of(cls, quick: bool, only: str) -> Settings:
@@ -162,12 +162,12 @@ def measure(task: Task, model: Model, mode: str, settings: Settings, dtype=np.fl
             before = peak_bytes()
             result = program(*inputs)
             engine.wait(result)
-            if peak_bytes() != before:  # else an earlier program needed more, and the peak of this one is unknown
+            if peak_bytes() != before:  # otherwise an earlier program needed more, and this peak is unknown
                 costs[name]["peak_bytes"] = peak_bytes()
         except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             if name in ("jce", FLOOR):
                 raise
-            if not isinstance(error, NotImplementedError):  # a library without derivatives is left out
+            if not isinstance(error, NotImplementedError):  # a library without derivatives gets no line
                 agrees[name] = f"can't: {type(error).__name__}"
             continue
         expected = result if expected is None else expected
@@ -191,7 +191,7 @@ def measure(task: Task, model: Model, mode: str, settings: Settings, dtype=np.fl
 
 
 def eager(task: Task, settings: Settings) -> list[dict]:
-    """A call without jit, as a user types it, on 8 × 10 numbers: the cost of dispatch."""
+    """Times a call without jit, as a user types it, on 8 × 10 numbers. This is the cost of dispatch."""
     arrays = task.sample(np.random.default_rng(2026), 8, 10, 16)
     calls, wait = {}, {}
     for name, f in task.contenders(jax.default_backend()).items():
@@ -227,13 +227,13 @@ def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
 
 
 def check(lines: list[dict]) -> None:
-    """On every machine, all libraries compute the same."""
+    """Checks that all libraries compute the same. This holds on every machine."""
     wrong = [(x["function"], x["library"], x["mode"]) for x in lines if x.get("agrees") is False]
     assert not wrong, wrong
 
 
 def main() -> None:
-    """Runs in the child process: tells the lines of each case."""
+    """Runs in the child process. Prints the lines of each case."""
     only, models, *rest = children.todo()
     settings = Settings(only, tuple(models), *rest)
     for task, model, mode in cases(settings):

@@ -35,7 +35,7 @@ def libraries(lines: list[dict]) -> list[str]:
     return list(dict.fromkeys(line["library"] for line in lines))
 
 
-FAILURES = {"nan": "NaN", "wrong sign": "of the wrong sign", "zero": "lost to 0"}  # counted failures, and their words
+FAILURES = {"nan": "NaN", "wrong sign": "with the wrong sign", "zero": "wrongly 0"}  # the name of each counted failure
 ALLOCATORS = {"pinned": "if freed memory is kept", "default": "with the C library's default allocator"}
 
 
@@ -58,14 +58,14 @@ def accuracy(lines: list[dict]) -> Iterable[Table]:
             for (function, quantity), found in grouped(some, "function", "quantity").items()
         ]
         legend = (
-            "For several logits, the error beyond the effect of rounding x - max x. After a colon, how many entries are"
-            " NaN, of the wrong sign, or 0 although the exact result isn't."
+            "For functions of several logits, errors that come only from rounding x - max x are not counted. After a"
+            " colon: how many entries are NaN, have the wrong sign, or are 0 although the exact result isn't."
         )
         yield table(f"Largest error over all kinds of input, in ulps, {dtype}", ["", *names], rows, legend)
 
 
 def search(lines: list[dict]) -> Iterable[Table]:
-    """For each kind of arguments, the largest error, as any kind of device sums rows."""
+    """For each kind of arguments, the largest error over the ways in which kinds of devices sum rows."""
     for arguments in dict.fromkeys(line["arguments"] for line in lines):
         groups: dict[tuple, list[dict]] = {}
         for line in lines:
@@ -75,8 +75,16 @@ def search(lines: list[dict]) -> Iterable[Table]:
         for keys, some in groups.items():
             found = max(some, key=lambda line: worst(line["worst"][0], "ulps"))
             rows.append([", ".join(keys), f"{worst(found['worst'][0], 'ulps'):.3g}", found["device"], where(found)])
-        legend = "Ulps of the result, or of the sum of its terms; as jce sums rows on a CPU, a TPU or a GPU."
-        yield table(f"The largest known error, float32, arguments {arguments}", ["", "ulps", "as", "at"], rows, legend)
+        legend = (
+            "Ulps of the result, or of the sum of the absolute values of its terms. Summed as on: rows were summed here"
+            " in the way that jce sums them on this kind of device."
+        )
+        yield table(
+            f"The largest known error, float32, arguments: {arguments}",
+            ["", "ulps", "summed as on", "at"],
+            rows,
+            legend,
+        )
 
 
 def where(line: dict) -> str:
@@ -112,11 +120,11 @@ def speed(lines: list[dict]) -> Iterable[Table]:
     compiled = [line for line in lines if "over_floor" in line or "shape" in line]
     for malloc in dict.fromkeys(line["malloc"] for line in lines):
         groups = grouped([x for x in compiled if x["malloc"] == malloc], "function", "model", "mode")
-        columns = ["", "jce, ms", "/ floor", "compile, s", "best peer", "jce / it", "compile, s", "other peers"]
+        columns = ["", "jce, ms", "/ floor", "compile, s", "fastest other", "jce / it", "compile, s", "failed"]
         rows = [row(", ".join(keys), found) for keys, found in groups.items()]
         legend = (
-            "Medians. Floor: a copy of the arrays, or the bare matmuls of a head. Other peers are listed if they failed"
-            " or computed something else."
+            "Medians. Floor: a copy of the arrays, or the bare matmuls of a head. It: the fastest other library."
+            " Failed: libraries that failed or computed something else."
         )
         yield table(f"Time, {ALLOCATORS[malloc]}", columns, rows, legend)
     eager = [x for x in lines if "shape" not in x and x["malloc"] == lines[0]["malloc"]]
@@ -129,7 +137,7 @@ def speed(lines: list[dict]) -> Iterable[Table]:
 
 
 def first_call(lines: list[dict]) -> Iterable[Table]:
-    """jce's steps in milliseconds, and the sum of its steps over that of the peers."""
+    """jce's steps in milliseconds, and their sum divided by that of each other library."""
     names = [name for name in libraries(lines) if name != "jce"]
     columns = ["", "trace, ms", "lower", "compile", "jaxpr, lines", *(f"jce / {name}" for name in names)]
     for device in dict.fromkeys(line["device"] for line in lines):
@@ -139,9 +147,11 @@ def first_call(lines: list[dict]) -> Iterable[Table]:
             cells = [f"{1e3 * ours[step]:.0f}" for step in ("trace", "lower", "compile")]
             ratios = [f"{found[name]['jce_over_it']:.2f}" if name in found else "–" for name in names]
             rows.append([", ".join(keys), *cells, str(ours["jaxpr_lines"]), *ratios])
-        legend = "Processor time in all threads, the least of several rounds. jce / a peer: for the sum of the steps."
-        where = "here" if device == "here" else f"for a {device}"
-        yield table(f"A first call {where}, not run", columns, rows, legend)
+        legend = (
+            "Processor time in all threads, the least of several rounds. jce / a library: for the sum of the steps."
+        )
+        where = "this machine" if device == "here" else f"the {device}"
+        yield table(f"Compile time for {where}; nothing runs", columns, rows, legend)
 
 
 def megabytes(x: float | None) -> str:
@@ -157,38 +167,42 @@ def memory(lines: list[dict]) -> Iterable[Table]:
             for keys, found in at_models.items()
         ]
         yield table(
-            "Temporaries at 8192 tokens, MB", ["", *names], rows, "Besides arguments and results. –: no such loss."
+            "Temporary memory for 8,192 tokens, MB",
+            ["", *names],
+            rows,
+            "Without arguments and results. –: the library has no such loss. can't: it doesn't support the mode.",
         )
     yield from growth(lines)
 
 
 def growth(lines: list[dict]) -> Iterable[Table]:
     names = libraries(lines)
-    for key, what in (("time_exponent", "Time"), ("exponent", "Temporaries")):
+    for key, what in (("time_exponent", "Time"), ("exponent", "Temporary memory")):
         some = [line for line in lines if key in line]
         rows = [
             [
-                f"{function}, {mode}, with the {along}",
+                f"{function}, {mode}, by {along}",
                 *(f"{found[name][key]:.2f}" if name in found else "–" for name in names),
             ]
             for (function, mode, along), found in grouped(some, "function", "mode", "along").items()
         ]
         if rows:
-            legend = "1: grows like the size; 0: does not grow. Fitted to the last three sizes."
+            legend = "1: proportional to the size; 0: constant. The benchmark `scale` fits only the last three sizes."
             yield table(f"{what} ~ size^exponent", ["", *names], rows, legend)
 
 
 def accelerators(lines: list[dict]) -> Iterable[Table]:
-    """For each device: jce, the peer with the shortest roofline, and the ratio of their rooflines."""
-    columns = ["", "passes", "best peer", "passes", "roofline / floor", "its", "jce / it", "cycles / its", "kernels"]
+    """For each device: jce, the other library with the shortest roofline, and the ratio of their rooflines."""
+    columns = ["", "passes", "fastest other", "its", "roofline / floor", "its", "jce / it", "cycles / its", "kernels"]
     for device in dict.fromkeys(line["device"] for line in lines):
         groups = grouped([x for x in lines if x["device"] == device], "function", "model", "mode")
         rows = [accelerators_row(", ".join(keys), found) for keys, found in groups.items()]
         legend = (
-            "Passes: arrays of logits read and written. Roofline / floor: the least time at the device's peaks, over"
-            " that of the bare matmuls, or of reading arguments and writing results. Its: the best peer's."
+            "Passes: how many arrays of logits are read and written. Roofline / floor: the estimated time at the"
+            " device's peaks, divided by that of bare matmuls, or of reading arguments and writing results. Its: the"
+            " figure of the fastest other library. Can't: libraries that can't be compiled, or whose cost is unknown."
         )
-        yield table(f"Compiled for {device}, not timed", [*columns, "temporaries, MB", "its", "can't"], rows, legend)
+        yield table(f"Compiled for {device}, not timed", [*columns, "temporary MB", "its", "can't"], rows, legend)
 
 
 def accelerators_row(label: str, found: dict[str, dict]) -> list[str]:
@@ -232,7 +246,7 @@ def nearest_to_the_claim(found: Iterable[Found]) -> list[Found]:
 
 
 def of_claim(claim: Claim, found: list[Found], on: str) -> Table:
-    """Empty columns are left out."""
+    """The table of a claim, without empty columns."""
     words = {True: "yes", False: "no", None: ""}
     columns = ["function", "claimed", "measured", "holds", "detail"]
     rows = [
@@ -254,7 +268,7 @@ def moved(changes: list[tuple[dict, str, float, float]]) -> Table:
         [label(line), name, f"{old:.3g}", f"{new:.3g}", f"{new / old:.2f}" if old and math.isfinite(new / old) else "–"]
         for line, name, old, new in changes
     ]
-    legend = "Ratio: now over before. Noise: 1 % for programs compiled for accelerators, 10 % otherwise."
+    legend = "Ratio: now divided by before. Noise: 1 % for programs compiled for accelerators, 10 % otherwise."
     return table("Moved beyond the noise", ["", "figure", "before", "now", "ratio"], rows, legend)
 
 

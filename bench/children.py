@@ -14,8 +14,8 @@ from collections.abc import Iterator
 def lines(module: str, todo: object, environment: dict[str, str], quiet: bool = False) -> Iterator[tuple[str, list]]:
     """Runs the module in a child with `todo`, and yields its pairs. If quiet, shows stderr only if the child fails."""
     command = [sys.executable, "-m", module, json.dumps(todo)]
-    # The child has its own session, so Ctrl-C does not reach it. It ends when its standard input closes, thus with this
-    # process.
+    # The child has its own session, so Ctrl-C does not reach it. It ends when its standard input closes, that is, when
+    # this process ends.
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
@@ -37,7 +37,7 @@ def lines(module: str, todo: object, environment: dict[str, str], quiet: bool = 
 
 
 def todo() -> object:
-    """Called in the child: returns what there is to do. From here on the child ends when its parent does."""
+    """Returns the work of the child, which calls this. From then on the child ends when its parent ends."""
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     return json.loads(sys.argv[1])
 

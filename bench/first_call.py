@@ -1,4 +1,4 @@
-"""The cost of a first call: the time to trace, to lower and to compile a program, and the number of lines of its jaxpr.
+"""Compile time: the time to trace, to lower and to compile a program. Also the number of lines of its jaxpr.
 
 Nothing runs, and shapes hardly matter. The programs of jce and of other libraries are made in turn in one process, each
 after clearing JAX's caches. The time is processor time in all threads, so other load on the machine hardly changes
@@ -91,7 +91,7 @@ def measured(task: Task, mode: str, rounds: int, device: str = HERE) -> list[dic
                     continue
                 found.setdefault(library, []).append(one)
     lines = []
-    for library, (_, *some) in found.items():  # the first round also imports modules
+    for library, (_, *some) in found.items():  # the first round isn't counted: it also imports modules
         seconds = {step: min(times[k] for times, _ in some) for k, step in enumerate(STEPS)}
         line = {"function": task.label, "library": library, "mode": mode, "shape": [TOKENS, CLASSES], "device": device}
         lines.append(line | seconds | {"first_call": sum(seconds.values()), "jaxpr_lines": some[0][1]})
@@ -100,7 +100,8 @@ def measured(task: Task, mode: str, rounds: int, device: str = HERE) -> list[dic
 
 
 def check(lines: list[dict]) -> None:
-    """On every machine: functions of rows are not traced before the platform is known, so their jaxprs are short."""
+    """Checks that the jaxprs of functions of rows are short, because these functions aren't traced before the platform
+    is known. This holds on every machine."""
     for line in lines:
         if line["library"] == "jce" and not line["function"].startswith(("linear", "binary")):
             assert line["jaxpr_lines"] < 400, line
@@ -119,7 +120,7 @@ def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
 
 
 def main() -> None:
-    """Runs in the child process, which compiles for devices: tells the lines of value and gradient."""
+    """Runs in the child process, which compiles for devices. Prints the lines of value and gradient."""
     for device, label in children.todo():
         task = next(task for task in ALL if task.label == label)
         children.tell(f"{device}, {label}", measured(task, GRADIENT, 1, device))

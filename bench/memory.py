@@ -25,7 +25,7 @@ FIXED_CLASSES, FIXED_WIDTH = 32_000, 512
 
 
 def temporaries(task: Task, library: str, mode: str, tokens: int, n: int, width: int) -> int | None:
-    """In bytes, or None if the library does not support the mode."""
+    """The temporary memory in bytes, or None if the library does not support the mode."""
     shapes = task.shapes(tokens, n, width)
     shapes += [shapes[i] for i in task.trained] if mode == HVP else []
     program = JAX.program(task.functions[library], mode, task.trained)
@@ -86,7 +86,8 @@ def growth(task: Task, along: str, sizes: list[int], modes: tuple[str, ...]) -> 
 
 
 def check(lines: list[dict]) -> None:
-    """On every machine, the memory of jce's heads, with or without gradient, does not grow with the tokens."""
+    """Checks that the memory of jce's heads, with or without gradient, does not grow with the number of tokens. This
+    holds on every machine."""
     for line in lines:
         if line["function"] in HEADS and (line["library"], line.get("along")) == ("jce", "tokens"):
             assert line["mode"] == HVP or line["exponent"] < 0.1, line

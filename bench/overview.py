@@ -1,7 +1,7 @@
-"""README's first picture: `python -m bench.overview`, in two minutes.
+"""Draws the README's first picture: `python -m bench.overview`. It takes two minutes.
 
-Left: what a train step like the README's costs on this machine, by the number of classes, with jce's loss and with
-optax's. Right: both losses of a label, as the model becomes more confident.
+Left: the cost of a train step like the README's on this machine, by the number of classes, with jce's loss and with
+optax's. Right: the loss of a label in both libraries, as the model becomes more confident.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from jce._programs.command_line import Parser, png, run
 
 CLASSES = (4096, 16_384, 65_536, 131_072)
 BATCH, LENGTH, WIDTH = 8, 256, 256
-STYLES = {"jce": ("#D55E00", "-", "o"), "optax": ("#0072B2", "--", "s")}  # of Okabe and Ito
+STYLES = {"jce": ("#D55E00", "-", "o"), "optax": ("#0072B2", "--", "s")}  # colors by Okabe and Ito
 
 
 class Cost(NamedTuple):
-    """Of a step, beside parameters, optimizer's state and words."""
+    """The cost of a step. The memory does not include parameters, optimizer state and words."""
 
     megabytes: float
     seconds: float
 
 
 def loss(library: str, params: dict[str, jax.Array], words: jax.Array, labels: jax.Array) -> jax.Array:
-    """A model of one hidden layer, whose table is its head too."""
+    """The loss of a model with one hidden layer. Its embedding table is also its head."""
     hidden = jax.nn.gelu(params["table"][words] @ params["dense"])
     if library == "jce":
         return jce.linear_cross_entropy(labels, hidden, params["table"])
@@ -44,7 +44,7 @@ def loss(library: str, params: dict[str, jax.Array], words: jax.Array, labels: j
 
 
 def costs(classes: int, steps: int = 5) -> dict[str, Cost]:
-    """The least time of some steps, which take turns."""
+    """The costs of a step with each library. The libraries take turns, and the time is the least of several steps."""
     optimizer, keys = optax.adamw(3e-3), jax.random.split(jax.random.key(0), 3)
     text = jax.random.randint(keys[0], (BATCH, LENGTH + 1), 0, classes)
     params = {
@@ -65,7 +65,7 @@ def costs(classes: int, steps: int = 5) -> dict[str, Cost]:
         programs[name] = step.lower(name, *arguments, text[:, :-1], text[:, 1:]).compile()
         memory[name] = programs[name].memory_analysis().temp_size_in_bytes / 1e6
         runs[name] = arguments
-    for _ in range(steps + 1):  # the first is to warm up
+    for _ in range(steps + 1):  # the first step is a warm-up
         for name, program in programs.items():
             start = time.perf_counter()
             *runs[name], _ = jax.block_until_ready(program(*runs[name], text[:, :-1], text[:, 1:]))
@@ -74,7 +74,7 @@ def costs(classes: int, steps: int = 5) -> dict[str, Cost]:
 
 
 def surprisals(margins: np.ndarray) -> dict[str, np.ndarray]:
-    """The loss of a label whose logit is so far above those of two other classes, in float32."""
+    """By library, float32 losses of a label whose logit is above the logits of two other classes by these margins."""
     logits = jnp.pad(jnp.asarray(margins, jnp.float32)[:, None], ((0, 0), (0, 2)))
     labels = jnp.zeros(len(margins), jnp.int32)
     losses = jce.cross_entropy_with_integer_labels, optax.softmax_cross_entropy_with_integer_labels
@@ -91,7 +91,7 @@ def picture(of_step: dict[int, dict[str, Cost]], margins: np.ndarray, losses: di
         memory.plot(places, [c[name].megabytes / 1e3 for c in of_step.values()], marker=mark, **look)
         seconds.plot(places, [c[name].seconds for c in of_step.values()], marker=mark, **look)
         right.plot(margins, np.where(losses[name] > 0, losses[name], np.nan), **look)
-    # The first margin from which on the loss is 0, and the last loss before it.
+    # The first margin at which the loss is 0, and the smallest loss before it.
     gone, least = margins[losses["optax"] == 0].min(), losses["optax"][losses["optax"] > 0].min()
     arrow = {"arrowstyle": "->", "linewidth": 1.5}
     note = f"optax's loss is 0\nfrom {gone:.4g} on"
@@ -115,7 +115,7 @@ def picture(of_step: dict[int, dict[str, Cost]], margins: np.ndarray, losses: di
 def main() -> None:
     parser = Parser(prog="python -m bench.overview", description="Draw the README's first picture.")
     default = pathlib.Path(FOLDER) / "overview-cpu.png"
-    parser.add_argument("--out", type=png, default=str(default), help="Where to (default: %(default)s).")
+    parser.add_argument("--out", type=png, default=str(default), help="The picture (default: %(default)s).")
     args = parser.parse_args()
     of_step = {}
     print(f"{'classes':>10}{'jce':>12}{'optax':>12} MB{'jce':>12}{'optax':>12} s")

@@ -31,7 +31,7 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """With padding. Each further tile splits the one before it."""
+        """The size in memory, with padding. Each further tile splits the tile before it."""
         dims = [self.dims[i] for i in reversed(self.minor_to_major)]
         for tile in self.tiles:
             dims = [1] * (len(tile) - len(dims)) + dims
@@ -44,13 +44,13 @@ class Array(NamedTuple):
 class Instruction:
     name: str
     opcode: str
-    shape: Array | list  # a tuple's is a list
+    shape: Array | list  # a list for a tuple
     operands: list[Instruction]
     literal: str  # the text in the parentheses
     attributes: str
-    called: dict[str, Computation]  # by the attribute that names it
+    called: dict[str, Computation]  # by the attribute that names the computation
     root: bool
-    users: list[tuple[Instruction, int]] = field(default_factory=list)  # and the number of the operand that it is there
+    users: list[tuple[Instruction, int]] = field(default_factory=list)  # and which of their operands this is
 
     @cached_property
     def config(self) -> dict:

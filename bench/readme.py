@@ -1,4 +1,4 @@
-"""The tables of bench/README.md. `python -m bench.readme` writes them into it, from the files of results.
+"""Makes the tables of bench/README.md from the files of results. `python -m bench.readme` writes them into the README.
 
 Each table stands between the comments `<!-- bench: name -->` and `<!-- bench -->`.
 """
@@ -38,7 +38,8 @@ def markdown(columns: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def functions() -> str:
-    """jce's largest errors, float32 / float64, and its time divided by the fastest peer's, by the number of classes."""
+    """jce's largest errors, float32 / float64; and for each number of classes, jce's time divided by the time of the
+    fastest other library."""
     models = [model.name for model in MODELS]
     timed = [x for x in lines("speed") if x["malloc"] == "pinned" and "over_floor" in x and x["model"] in models]
     times = grouped(timed, "function", "model", "mode")
@@ -78,7 +79,8 @@ def over_the_fastest(times: dict, label: str, model: str) -> str:
 
 
 def floor() -> str:
-    """The time of heads and of the fastest peer, divided by that of bare matmuls; for two heads, the biggest model."""
+    """The times of jce's heads and of the fastest other library, divided by the time of bare matmuls. For two heads,
+    only one model is shown."""
     heads = [x for x in lines("speed") if x["malloc"] == "pinned" and "over_floor" in x]
     heads = [x for x in heads if x["function"] in (HEAD, TWO_HEADS)]
     groups = grouped(heads, "function", "model", "mode")
@@ -117,7 +119,8 @@ def memory() -> str:
 
 
 def accelerators() -> str:
-    """Value and gradient of heads: the roofline over that of the bare matmuls, and temporary memory; and a peer's."""
+    """Value and gradient of heads: the roofline divided by that of the bare matmuls, and the temporary memory. Then the
+    same figures of a dense loss."""
     heads = [x for x in lines("accelerators", "compiled") if x["mode"] == GRADIENT and x["function"] in NOTES]
     groups = grouped(heads, "function", "model", "device")
     devices = list(dict.fromkeys(device for *_, device in groups))
@@ -136,7 +139,8 @@ def accelerators() -> str:
 
 
 def rows() -> str:
-    """The number of arrays of logits that losses move on accelerators, in each mode; and the smallest of the peers'."""
+    """How many arrays of logits the losses move on accelerators, in each mode; and the smallest numbers of other
+    libraries."""
     lines_of_rows = [x for x in lines("accelerators", "compiled") if x["function"] not in NOTES]
     groups = grouped(lines_of_rows, "function", "device", "model", "mode")
     places = [(device, model) for device in ("h100", "v5e") for model in ("ResNet-50", BIG)]
@@ -158,7 +162,8 @@ def rows() -> str:
 
 
 def first_call() -> str:
-    """Seconds of processor time, and their ratio to the fastest peer's: value alone, then value and gradient."""
+    """Seconds of processor time, and their ratio to those of the fastest other library: for the value alone, and for
+    value and gradient."""
 
     def cells(function: str, mode: str) -> list[str]:
         found = groups[function, mode]

@@ -103,13 +103,14 @@ def identity(line: dict) -> tuple:
 
 
 def merged(old: Iterable[dict], new: Iterable[dict]) -> list[dict]:
-    """The old lines, where new lines replace those of the same measurement."""
+    """The old lines and the new lines. A new line replaces an old one of the same measurement."""
     by_identity = {identity(line): line for line in [*old, *new]}
     return list(by_identity.values())
 
 
 def figures(line: dict) -> dict[str, tuple[float, float, float]]:
-    """The figures to compare, as (low, middle, high): quartiles of the time over the floor's, bytes, errors, costs."""
+    """The figures to compare, as (low, middle, high). Times are quartiles, divided by the floor's time; bytes, errors
+    and costs are single numbers."""
     found = {}
     if line["bench"] == "accuracy":
         found = {f"ulps, {regime}": [max(1.0, worst(x, "max"))] * 3 for regime, x in line["regimes"].items()}
@@ -130,7 +131,7 @@ def figures(line: dict) -> dict[str, tuple[float, float, float]]:
 
 
 def worst(statistics: dict, key: str) -> float:
-    """The largest error ("max"), or that "beyond" the effect of rounding the inputs. ∞ if a result was NaN."""
+    """The statistic `key`: a largest error ("max", "beyond" or "ulps"). ∞ if it is stored as null: a result was NaN."""
     value = statistics[key]
     return math.inf if value is None else value
 
@@ -153,7 +154,7 @@ def moved(old: Iterable[dict], new: Iterable[dict]) -> Iterator[tuple[dict, str,
 
 
 def grouped(lines: list[dict], *keys: str) -> dict[tuple, dict[str, dict]]:
-    """The lines by these keys, and then by library."""
+    """The lines, grouped by the values of these keys, and then by library."""
     groups: dict[tuple, dict[str, dict]] = {}
     for line in lines:
         groups.setdefault(tuple(line.get(key) for key in keys), {})[line["library"]] = line

@@ -40,7 +40,7 @@ DEVICES = {
 class Kernel(NamedTuple):
     name: str
     times: int
-    bytes: float  # for one run, like the fields below
+    bytes: float  # of one run, as are the fields below
     operations: dict[str, float]
     seconds: float
     cycles: int  # the compiler's estimate, or 0 if there is none
@@ -76,7 +76,7 @@ def seconds(found: Iterable[Kernel]) -> float:
     return sum(k.times * k.seconds for k in found)
 
 
-# Opcodes: those that cost nothing, those that may be between an array and a slice of it in a fusion, and the others.
+# Opcodes: those that cost nothing, those that in a fusion may stand between an array and its slice, and the others.
 NOTHING = """add-dependency after-all bitcast constant get-tuple-element opt-barrier parameter partition-id replica-id
 tuple copy-done slice-done dynamic-slice-done call-done async-update async-done all-reduce-done"""
 UNARY = """abs bitcast-convert cbrt ceil convert copy cosine count-leading-zeros erf exponential exponential-minus-one
@@ -95,7 +95,7 @@ NO_ESTIMATE = 2**63 - 1  # written by the compiler for a tpu7x if it has no esti
 
 
 def _launched(computation: Computation, known: dict[int, int], device: Device) -> Iterator[Kernel]:
-    """The kernels that it launches. `known` has integers in the tuple that it gets, by their position."""
+    """The kernels that a computation launches. `known` maps positions in its argument tuple to integers there."""
     for x in computation.instructions.values():
         if x.opcode in ("call", "call-start", "async-start"):
             yield from _launched(next(iter(x.called.values())), {}, device)
@@ -111,7 +111,7 @@ def _launched(computation: Computation, known: dict[int, int], device: Device) -
 
 
 def _is_nothing(x: Instruction, device: Device) -> bool:
-    """Whether it only places an array in memory, or on a TPU computes only scalars, in the scalar unit."""
+    """Whether an instruction only places an array in memory, or on a TPU only computes scalars, in the scalar unit."""
     if x.opcode == "custom-call" and x.attribute("custom_call_target") in PLACES:
         return True
     arrays = [a for shape in (x.shape, *(y.shape for y in x.operands)) for a in leaves(shape)]
@@ -153,7 +153,8 @@ def _looped(x: Instruction, known: dict[int, int], device: Device) -> Iterator[K
 
 
 def _trips(x: Instruction, state: dict[int, int]) -> int:
-    """The number of trips of a loop, found by running what its condition depends on: a TPU's program does not state it.
+    """The number of trips of a loop. A TPU's program does not state it, so this function runs the code that the loop's
+    condition depends on.
 
     A loop that ends after its first trip, whatever its initial state, is a branch for a rare case, so it counts as 0.
     """
@@ -233,7 +234,7 @@ def _read(x: Instruction, operand: Instruction, device: Device) -> float:
 
 
 def _touched(x: Instruction, i: int, in_place: frozenset[str] | None) -> float:
-    """Bytes that it reads of operand i. The updates named in `in_place` write into their target (None: all do)."""
+    """Bytes that it reads of operand i. Updates named in `in_place` write into their target (if it is None, all do)."""
     operand = x.operands[i].shape
     opcode = x.opcode.removesuffix("-start")
     if opcode == "fusion":
@@ -270,7 +271,7 @@ def _result(x: Instruction) -> Array:
 
 
 def _targets(update: Instruction) -> int:
-    """How many arrays it changes. The operands of a scatter are these arrays, indices, and as many updates."""
+    """How many arrays an update changes. The operands of a scatter are these arrays, indices, and as many updates."""
     return (len(update.operands) - 1) // 2 if update.opcode == "scatter" else 1
 
 

@@ -1,7 +1,7 @@
 """Growth of time and memory with the number of classes and of tokens, from 100 to 1,000,000, fitted to a power.
 
-For value and gradient of `cross_entropy_with_integer_labels` and of `linear_cross_entropy`. The exponent is fitted to
-the last two decades, where the constant cost of a call no longer shows.
+It measures value and gradient of `cross_entropy_with_integer_labels` and of `linear_cross_entropy`. The exponent is
+fitted to the last two decades, where the constant cost of a call no longer shows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bench.peers import JAX, TASKS, Task, engine_of
 from bench.speed import interleaved, quartiles
 
 SIZES = [10**k for k in range(2, 7)]
-FEW_TOKENS = [8192, 16_384, 32_768]  # in a quick run; each is more than one chunk of so many classes
+FEW_TOKENS = [8192, 16_384, 32_768]  # in a quick run; with MORE_CLASSES each is more than one chunk
 TOKENS, CLASSES, MORE_CLASSES, WIDTH = 64, 64, 2048, 64  # sizes that stay fixed
 FUNCTIONS = ("cross_entropy_with_integer_labels", "linear_cross_entropy")
 DECADES = 2
@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 
 def points(task: Task, tokens: int, n: int, repetitions: int) -> dict[str, Point]:
-    """By library. Libraries without derivatives, or whose program needs too much memory, are left out."""
+    """Time and memory by library, except for libraries without derivatives or whose program needs too much memory."""
     arrays = task.sample(np.random.default_rng(2026), tokens, n, WIDTH)
     calls, wait, temporaries = {}, {}, {}
     for name, f in task.contenders(jax.default_backend()).items():
@@ -70,7 +70,7 @@ def measure(task: Task, along: str, sizes: list[int], repetitions: int, classes:
 
 
 def check(lines: list[dict]) -> None:
-    """There are times. How long they are depends on the machine."""
+    """Checks that there are times. Their length depends on the machine, so it is not checked."""
     assert all(min(line["seconds_at"]) > 0 for line in lines)
 
 

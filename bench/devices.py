@@ -133,7 +133,7 @@ def main() -> None:
     print(
         "The sizes of all-reduces agree with programs compiled for 8 devices, as meshes of 8×1, 4×2, 2×4 and 1×8.\n"
         "Columns: the times of the matmuls and of three kinds of all-reduces: those in the loop over chunks,\n"
-        "and those of the gradients of hidden states and head. The efficiency is the matmuls' share of the total time.\n"
+        "and those of the gradients of hidden states and head. The efficiency is the matmuls' share of the time.\n"
     )
     columns = ("tokens×classes", "matmuls", "loop", "hidden", "head", "efficiency")
     print(f"{'devices':>8}" + "".join(f"{name:>15}" for name in columns))

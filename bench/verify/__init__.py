@@ -1,10 +1,10 @@
 """Checks on this device what the READMEs claim: `python -m bench verify`. It is meant for GPUs and TPUs.
 
 It runs the functions on the device and measures their errors against float64 on the host's CPU. Each function runs at
-the arguments with the largest known errors, at some 10,000 rows or 100,000 numbers besides, and at the edge cases of
-the tests' table. It also measures the errors of XLA's own functions and of heads. A head's time and memory are measured
-in bfloat16 on an accelerator and in float32 on a CPU, and its time is compared with that of its matmuls alone. A loss's
-time is compared with optax's. `CLAIMS` lists each claim and how it is checked.
+the arguments with the largest known errors, at about 10,000 other rows or 100,000 other numbers, and at the edge cases
+of the tests' table. It also measures the errors of XLA's own functions and of heads. A head's time and memory are
+measured in bfloat16 on an accelerator and in float32 on a CPU, and its time is compared with that of its matmuls alone.
+A loss's time is compared with optax's. `CLAIMS` lists each claim and how it is checked.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from bench.verify.heads import LOSSES_OF_HEADS, head_errors
 from bench.verify.times import temporaries, timed
 from tests.kernels import ROWS
 
-TO_SEND = "To tell the project what this device does, attach this file to an issue of it"
+TO_SEND = "To share these results with the project, attach this file to an issue"
 QUICK = ("cross_entropy_with_integer_labels", "binary_kl_divergence", "kl_divergence_with_logits", HEAD)
 
 
 def file_name() -> str:
-    """The device's name, in a form that is safe in file names."""
+    """The device's name, with characters that are safe in file names."""
     return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
 
 
@@ -52,13 +52,13 @@ def cases(quick: bool) -> list[Case]:
     elementary = [floats.DIVISION, *(x.label for x in floats.ELEMENTARY)]
     found += [Case(x, f"errors of {x}", functools.partial(elementary_errors, x)) for x in elementary]
     rows = [label for label in ROWS if not quick or label in QUICK]
-    found += [Case(x, f"corners of {x}", functools.partial(corner_errors, x)) for x in rows]
+    found += [Case(x, f"edge cases of {x}", functools.partial(corner_errors, x)) for x in rows]
     heads = [name for name in LOSSES_OF_HEADS if not quick or name == HEAD]
     found += [Case(x, f"heads, {x}", functools.partial(head_errors, x)) for x in heads]
     found.append(Case(HEAD, f"heads, {HEAD}, bfloat16", functools.partial(head_errors, HEAD, jnp.bfloat16)))
     platform = jax.default_backend()
     if platform == "cpu":
-        found.append(Case(HEAD, f"temporaries of {HEAD}", temporaries))
+        found.append(Case(HEAD, f"temporary memory of {HEAD}", temporaries))
     some = timed(quick, platform)
     return found + [Case(x.task.label, f"times of {x.label}", functools.partial(speed.measure, *x)) for x in some]
 
@@ -69,7 +69,7 @@ def host_is_there() -> None:
             pass
     except RuntimeError:
         kind, platforms = jax.devices()[0].device_kind, jax.config.jax_platforms
-        told = f"python -m bench verify needs JAX's CPU, for float64, beside the device, {kind}"
+        told = f"python -m bench verify needs JAX's CPU platform for float64, besides the device, {kind}"
         print(f"{told}: JAX_PLATFORMS={platforms} hides it; set it to {platforms},cpu", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -90,7 +90,7 @@ def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
 def check(lines: list[dict]) -> None:
     """Checks, on a CPU only, the claims that don't depend on time. The claims were measured on a CPU."""
     missed = [
-        f"{claim.text}: {found.of} {found.measured:.3g}, said {found.said:.3g}"
+        f"{claim.text}: {found.of} {found.measured:.3g}, claimed {found.said:.3g}"
         for claim in CLAIMS
         if of_cpu(lines[0]) and not claim.of_machine
         for found in claim.found(lines)

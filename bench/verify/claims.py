@@ -29,7 +29,7 @@ class Claim(NamedTuple):
     source: str
     found: Callable[[list[dict]], Iterable[Found]]
     margin: float = 1.0
-    of_machine: bool = False  # if True, the claim may fail without a fault in jce
+    of_machine: bool = False  # True if the machine may make the claim fail without a fault in jce
 
     def holds(self, found: Found) -> bool | None:
         return None if found.said is None else found.measured <= self.margin * found.said
@@ -54,13 +54,13 @@ def of_cpu(line: dict) -> bool:
 
 
 def compiled(line: dict, **others) -> dict:
-    """The published line of the same program, compiled for this line's device, not run. For many devices it is {}."""
+    """The published line of the same program, compiled for this line's device and not run. {} if there is none."""
     kind = next((k for part, k in KINDS.items() if part in line["environment"]["device"]), None)
     return published("accelerators-compiled").get((kind, *what(line | others)), {})
 
 
 def published_here(line: dict, name: str, malloc: str | None = None) -> dict:
-    """The published CPU line for the same program and shape, or {}."""
+    """The published CPU line for the same program and shape. {} if there is none."""
     found = published(name).get((malloc, *what(line)), {})
     return found if found.get("shape") == line["shape"] else {}
 
@@ -93,13 +93,17 @@ def of_xla(lines: list[dict]) -> Iterator[Found]:
 def of_heads(lines: list[dict]) -> Iterator[Found]:
     for line in lines:
         if "error" in line:
-            rounded = line["dtype"] == "bfloat16" and line["quantity"] != "value"  # once, and on an accelerator twice
+            rounded = line["dtype"] == "bfloat16" and line["quantity"] != "value"  # once, on an accelerator twice
             function = line["function"] if line["dtype"] == "float32" else f"{line['function']}, {line['dtype']}"
             yield Found(function, line["quantity"], results.worst(line, "error"), 2**-7 if rounded else 2e-6)
 
 
 def of_temporaries(lines: list[dict]) -> Iterator[Found]:
-    """Temporary memory in gigabytes, for 8192 tokens. The detail has other libraries' memory."""
+    """The temporary memory in gigabytes, for 8,192 tokens. Only this memory is compared with the claim.
+
+    The detail has the temporary memory of other libraries. If the device reports peak memory, the detail also has the
+    peak of each program, including jce's.
+    """
     groups = results.grouped([line for line in lines if "temporaries" in line], "function", "model", "mode")
     for (function, model, mode), found in groups.items():
         ours = found["jce"]
@@ -123,7 +127,7 @@ def of_products(lines: list[dict]) -> Iterator[Found]:
 
 
 def of_optax(lines: list[dict]) -> Iterator[Found]:
-    """Time over optax's. For an accelerator the claimed number is the ratio of the two rooflines."""
+    """jce's time divided by optax's. For an accelerator the claimed number is the ratio of the two rooflines."""
     for line in lines:
         if line["library"].startswith("optax") and "jce_over_it" in line:
             said = OVER_OPTAX.get(line["function"]) if of_cpu(line) else None
@@ -140,7 +144,7 @@ def of_chunks(lines: list[dict]) -> Iterator[Found]:
         ours = seconds.pop("jce")
         if seconds:
             best = min(seconds, key=lambda name: seconds[name])
-            yield Found(f"{function}, {model}, {mode}", f"the quickest: {best}", ours / seconds[best], 1)
+            yield Found(f"{function}, {model}, {mode}", f"the fastest: {best}", ours / seconds[best], 1)
 
 
 def of_failures(lines: list[dict]) -> Iterator[Found]:
@@ -152,7 +156,9 @@ def of_failures(lines: list[dict]) -> Iterator[Found]:
 
 CLAIMS = [
     Claim("A float32 value or first derivative: ulps", "bench/README, the largest errors", of_ulps),
-    Claim("At 0, 1, ±∞ and NaN: entries that aren't the docstrings'", "the docstrings, At the boundary", of_corners),
+    Claim(
+        "At 0, 1, ±∞ and NaN: entries that differ from the docstrings", "the docstrings, At the boundary", of_corners
+    ),
     Claim("Heads: errors relative to the largest entry", "tests/test_linear.py, test_half_precision", of_heads),
     Claim(
         "XLA's own float32 functions: ulps",
@@ -161,27 +167,27 @@ CLAIMS = [
         of_machine=True,
     ),
     Claim(
-        "A head of 8192 tokens: temporaries, GB",
-        "README, Memory; bench/README, heads",
+        "A head with 8,192 tokens: temporary memory, GB",
+        "README, Less memory; bench/README, heads",
         of_temporaries,
         margin=results.NOISE,
     ),
     Claim(
-        "A head: time over that of its bare products",
+        "A head: time divided by that of its bare matmuls",
         "bench/README, heads (for an accelerator: a roofline)",
         of_products,
         results.NOISE,
         of_machine=True,
     ),
     Claim(
-        "Time over that of optax",
+        "Time divided by optax's",
         "README, when not to use it (for an accelerator: rooflines)",
         of_optax,
         results.NOISE,
         of_machine=True,
     ),
     Claim(
-        "Chunks by the rule: time over that of 2048, 4096 and 8192 tokens",
+        "The default chunks: time divided by that of the fastest of 2,048, 4,096 and 8,192 tokens",
         "linear_cross_entropy, chunk_size",
         of_chunks,
         results.NOISE,

@@ -1,5 +1,5 @@
 """Measures a device's float32 errors against float64 on its host's CPU: at the arguments with the largest known errors,
-at some 10,000 rows or 100,000 numbers besides, and at the edge cases of the tests' table; also for XLA's own
+at about 10,000 other rows or 100,000 other numbers, and at the edge cases of the tests' table; also for XLA's own
 functions."""
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def known_errors() -> list[dict]:
 
 
 def function_errors(searched: Searched) -> list[dict]:
-    """Errors of the value and first derivatives, in rows as long as that of the largest known error. Some functions are
-    also measured in rows of 1,000 classes."""
+    """Errors of the value and first derivatives. The rows have as many classes as the row with the largest known error.
+    Some functions are also measured in rows of 1,000 classes."""
     first = dataclasses.replace(searched, hvp=False)
     known = corpus.points(first, known_errors())
     some = [x for x in known if x[0]["arguments"] != child.THOUSAND and not x[0]["quantity"].startswith(HVP)]
@@ -56,8 +56,8 @@ def line(searched: Searched, quantity: str, arguments: str, found: list[tuple[fl
 
 
 def long_row_errors(searched: Searched) -> list[dict]:
-    """Errors of the value and first derivatives, in rows of the length with the largest known error: at the stored rows
-    and at some new ones."""
+    """Errors of the value and first derivatives in long rows: at stored rows and at some new ones. Their length is that
+    of the row with the largest known error."""
     stored = [long_rows.known(searched, n, known_errors()) for n in LONG]
     worst = max(filter(None, stored), key=lambda found: max(corpus.worst(line) for line, _ in found))
     points = [point for _, point in worst]

@@ -399,11 +399,11 @@ def test_verify_prints_no_empty_column_or_count():
     lines = on(A100, [corners, optax | {"jce_over_it": [1.0, 1.1, 1.2], "shape": [1]}])
     printed = {table.title: table for table in tables.TABLES["verify"](lines)}
     headers = {title: [str(column.header) for column in table.columns] for title, table in printed.items()}
-    assert headers["Time over that of optax"] == ["function", "measured", "detail"]  # nothing is claimed for an A100
-    assert "Nothing is claimed" in printed["Time over that of optax"].caption
-    assert headers["At 0, 1, ±∞ and NaN: entries that aren't the docstrings'"][-1] == "holds"
+    assert headers["Time divided by optax's"] == ["function", "measured", "detail"]  # nothing is claimed for an A100
+    assert "Nothing is claimed" in printed["Time divided by optax's"].caption
+    assert headers["At 0, 1, ±∞ and NaN: entries that differ from the docstrings"][-1] == "holds"
     held = dict(zip(*(column.cells for column in printed["What holds"].columns), strict=True))
-    assert "Time over that of optax" not in held
+    assert "Time divided by optax's" not in held
     assert set(held.values()) == {"1 of 1"}
 
 
@@ -489,7 +489,7 @@ def test_where_the_cpu_is_hidden_one_line_says_what_to_set(monkeypatch, capsys):
         main(["verify"])
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert "needs JAX's CPU, for float64" in error
+    assert "needs JAX's CPU platform for float64" in error
     assert error.count("\n") == 1
 
 
@@ -502,7 +502,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(monkeypatch):
     assert any("ulps" in line for line in lines)
     (found,) = claims.of_failures(lines)
     assert (found.measured, found.said) == (1, 0)
-    assert "corners of binary_kl_divergence: RESOURCE_EXHAUSTED" in found.detail
+    assert "edge cases of binary_kl_divergence: RESOURCE_EXHAUSTED" in found.detail
 
 
 def test_the_readmes_bounds_beside_optax():

@@ -19,9 +19,9 @@ QUICK_CLASSES, QUICK_BATCHES = (3,), 4
 
 
 def classes(searched: Searched, todo: dict, known: list) -> list[int]:
-    """The numbers of classes to search, including those of earlier searches. For an accelerator, rows of 1,000 classes
-    are left out: an accelerator sums them in parts, but this CPU would sum them one by one, which says nothing about
-    it."""
+    """The numbers of classes to search, including those of earlier searches. With an accelerator's sums, rows of 1,000
+    classes are not searched: an accelerator sums a row in parts, but this CPU would sum its numbers one by one, which
+    says nothing about the accelerator."""
     if not searched.kernel.has_classes:
         return [1]
     if todo["quick"]:

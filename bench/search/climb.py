@@ -1,4 +1,4 @@
-"""The search: random restarts, then climbing from the worst points. Each cell of binades keeps its own worst point."""
+"""The search: random points, and climbing from the worst points. Each cell of binades keeps its own worst point."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Worst:
         return sorted(self.cells.values(), key=lambda found: -found[0])
 
     def drawn(self, rng, count: int) -> list[np.ndarray]:
-        """Points to continue from: half are among the ten worst, the rest among the worst 200, or sometimes all."""
+        """Points to continue from. Half are among the ten worst. The others are among the worst 200, or sometimes all."""
         worst = self.ordered()[: 200 if rng.random() < 0.6 else CELLS]
         i = np.where(rng.random(count) < 0.5, rng.integers(min(10, len(worst)), size=count), 0)
         i = np.where(i, i, rng.integers(len(worst), size=count))
@@ -77,7 +77,7 @@ class Search:
         self.rng, self.tried = np.random.default_rng(seed), 0
 
     def batch(self) -> list[np.ndarray]:
-        """A third at random, the rest neighbours of the worst of each quantity."""
+        """A third of the points are random. The others are neighbors of the worst points for each quantity."""
         count, known = self.shape[0], [worst for worst in self.worst.values() if worst.cells]
         if not known:
             return arguments.fresh(self.rng, self.numbers, self.shape)

@@ -20,8 +20,8 @@ LONG = (MANY, 4_096, 32_768, 50_257, 128_256, 262_144)
 WHOLE, IN_BLOCKS = "long rows", "longer rows"
 VALUE = "value"
 
-# The bars: how many ulps a function may be off at the worst known arguments, in its value, its first derivatives and
-# its second derivatives. They are defined only here, by the function's name or by the kind of its arguments.
+# The bars (bounds): how many ulps a function may be off at the worst known arguments, in its value, its first
+# derivatives and its second derivatives. They are defined only here, by the function's name or by the kind of its arguments.
 BARS = {
     "elementwise": (7, 6, 6),
     "binary_kl_divergence_with_logits": (8, 7, 7),
@@ -37,7 +37,8 @@ BARS = {
     "jensen_shannon_divergence_with_logits, off the grid": (13, 18, 18),
     # A derivative of the tail is the product of two softmaxes.
     "log_probs_with_integer_labels, tail": (8, 14, 14),
-    "1,000 classes": (6, 12, 20),  # float64 sums give 4 for a derivative, but a loss takes 1.2 times as long on a CPU
+    # With sums in float64 a derivative would need 4, but a loss would take 1.2 times as long on a CPU.
+    "1,000 classes": (6, 12, 20),
     # Long rows may hold thousands of equal terms. In their sum each addition may round in the same direction.
     WHOLE: (15, 18),
     IN_BLOCKS: (28, 42),
@@ -97,7 +98,8 @@ class Searched:
         return [VALUE, *first, *([f"{HVP}, {name}" for name in names] if self.hvp else [])]
 
     def bar(self, quantity: str, arguments: str, on_cpu: bool = True) -> float:
-        """The largest allowed error in ulps. It is larger for accelerators' sums: this CPU adds those one by one."""
+        """The largest allowed error in ulps. It is larger for accelerators' sums, because this CPU adds their numbers one
+        by one."""
         kind = "rows" if self.kernel.has_classes else "elementwise"
         name, rows = self.kernel.name, LONG_ROWS.get(arguments, arguments)
         names = (f"{self.label}, {rows}", rows, f"{name}, {rows}", self.label, name)

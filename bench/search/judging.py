@@ -17,7 +17,7 @@ from bench.search.scales import HVP, SCALES, conditioning, lost_of_differences, 
 from tests.kernels import total
 from tests.oracle import entries, partial, precision, second_partial, to_mp
 
-LEAST, MOST = 2.0**-63, 2.0**63  # beyond these a square is infinite, or subnormal, which XLA on a CPU flushes to 0
+LEAST, MOST = 2.0**-63, 2.0**63  # beyond these a square is subnormal (XLA on a CPU makes it 0) or infinite
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def results(searched: Searched, arguments: list, directions: list, dtype) -> dic
 
 
 def scales(searched: Searched, arguments: list, directions: list, exact: dict) -> dict[str, np.ndarray]:
-    """What errors are relative to: the scale of the terms that cancel if there is one, otherwise the result itself."""
+    """The scales that errors are relative to: those of terms that may cancel, otherwise the results themselves."""
     known = SCALES.get(searched.key, {})
     found = {name: known[name](*arguments) if name in known else np.abs(x) for name, x in exact.items()}
     if searched.hvp:
@@ -120,6 +120,6 @@ def by_mpmath(searched: Searched, quantity: str, point: list, place: int) -> mp.
 
 
 def step_of(row: tuple, argument: int, place: int) -> mp.mpf:
-    """The number at this place, which the step is proportional to; 1 if it is 0."""
+    """The number at this place, to which the step is proportional. 1 if the number is 0."""
     x = row[argument][place] if isinstance(row[argument], list) else row[argument]
     return x or mp.mpf(1)

@@ -21,7 +21,8 @@ WHOLE, IN_BLOCKS = "long rows", "longer rows"
 VALUE = "value"
 
 # The bars (bounds): how many ulps a function may be off at the worst known arguments, in its value, its first
-# derivatives and its second derivatives. They are defined only here, by the function's name or by the kind of its arguments.
+# derivatives and its second derivatives. They are defined only here, by the function's name or the kind of its
+# arguments.
 BARS = {
     "elementwise": (7, 6, 6),
     "binary_kl_divergence_with_logits": (8, 7, 7),
@@ -98,8 +99,7 @@ class Searched:
         return [VALUE, *first, *([f"{HVP}, {name}" for name in names] if self.hvp else [])]
 
     def bar(self, quantity: str, arguments: str, on_cpu: bool = True) -> float:
-        """The largest allowed error in ulps. It is larger for accelerators' sums, because this CPU adds their numbers one
-        by one."""
+        """The largest allowed error in ulps. It is larger for accelerators' sums: this CPU adds their numbers one by one."""
         kind = "rows" if self.kernel.has_classes else "elementwise"
         name, rows = self.kernel.name, LONG_ROWS.get(arguments, arguments)
         names = (f"{self.label}, {rows}", rows, f"{name}, {rows}", self.label, name)

@@ -168,7 +168,7 @@ def floor(what: Measured, mode: str, device: str, texts: Iterable[str]) -> float
 
 
 def arguments_and_results(text: str) -> float:
-    """Their bytes, without padding. Arguments that no result depends on are not in the compiled program."""
+    """The bytes of both, without padding. Arguments that no result depends on are not in the compiled program."""
     program = entry(text)
     arrays = [array for x in [*program.parameters, program.root] for array in leaves(x.shape)]
     return sum(array.numbers * WIDTHS[array.dtype] for array in arrays)

@@ -25,7 +25,7 @@ from jce._programs.command_line import Parser, run
 
 TOKENS, WIDTH, CLASSES, CHUNK = 4 * 2**20, 8192, 262_144, 2048
 NUMBERS_A_TOKEN = 3  # the maximum, the sum and the label's logit
-LOOP_REDUCTIONS = 2  # for the maximum, and for the two others
+LOOP_REDUCTIONS = 2  # one for the maximum, and one for the other two
 
 
 class Sent(NamedTuple):

@@ -28,7 +28,7 @@ class Names(Treeprocessor):
 
 class NamesExtension(Extension):
     def extendMarkdown(self, md: Markdown) -> None:
-        md.treeprocessors.register(Names(md), "names", 15)  # runs after inline code, which has 20
+        md.treeprocessors.register(Names(md), "names", 15)  # after inline code, whose priority is 20
 
 
 def makeExtension(**options) -> NamesExtension:

@@ -15,7 +15,7 @@ from bench.search.functions import Searched
 from bench.search.judging import LEAST
 from tests.kernels import LOGIT
 
-GRID, WITHIN = 2.0**-12, 32.0  # differences of such logits are exact in float32, and so are differences of those
+GRID, WITHIN = 2.0**-12, 32.0  # in float32, differences of such logits are exact, and differences of these too
 LARGEST_LOGIT = 87.0  # for elementwise functions: exp(87) is finite, and exp(-87) is normal
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 

@@ -37,7 +37,7 @@ class Worst:
         return sorted(self.cells.values(), key=lambda found: -found[0])
 
     def drawn(self, rng, count: int) -> list[np.ndarray]:
-        """Points to continue from. Half are among the ten worst, and the others among the worst 200, or sometimes all."""
+        """Points to continue from. Half are among the ten worst, the others among the worst 200 or, sometimes, all."""
         worst = self.ordered()[: 200 if rng.random() < 0.6 else CELLS]
         i = np.where(rng.random(count) < 0.5, rng.integers(min(10, len(worst)), size=count), 0)
         i = np.where(i, i, rng.integers(len(worst), size=count))

@@ -99,7 +99,7 @@ class Searched:
         return [VALUE, *first, *([f"{HVP}, {name}" for name in names] if self.hvp else [])]
 
     def bar(self, quantity: str, arguments: str, on_cpu: bool = True) -> float:
-        """The largest allowed error in ulps. It is larger for accelerators' sums: this CPU adds their numbers one by one."""
+        """The largest allowed error in ulps. Larger for accelerators' sums: this CPU adds their numbers one by one."""
         kind = "rows" if self.kernel.has_classes else "elementwise"
         name, rows = self.kernel.name, LONG_ROWS.get(arguments, arguments)
         names = (f"{self.label}, {rows}", rows, f"{name}, {rows}", self.label, name)

@@ -210,7 +210,7 @@ def lost_of_differences(key: str, arguments: list[np.ndarray], exact: dict[str, 
     logs = [np.abs(np.log1p((middle - r.p) / r.p)) for r in (p, q)]
     terms = b * deviance(p.p, middle) * of_p + c * deviance(q.p, middle) * of_q
     in_value = np.abs(exact["∂q_logits"]) * lost + terms
-    lost = lost + (np.abs(q.p - p.p) * (of_p + of_q)).sum(-1, keepdims=True)  # log Σ p e^d is in every log q/p
+    lost = lost + (np.abs(q.p - p.p) * (of_p + of_q)).sum(-1, keepdims=True)  # every log q/p has log Σ p e^d
     of_p, of_q = (logs[0] * of_p, logs[1] * of_q) if c == 0 else (log * (of_p + of_q) for log in logs)  # of p and of m
     return {
         "value": in_value.sum(-1),

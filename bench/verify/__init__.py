@@ -88,7 +88,7 @@ def run(quick: bool, only: str = "") -> Iterator[tuple[str, list[dict]]]:
 
 
 def check(lines: list[dict]) -> None:
-    """Checks, on a CPU only, the claims that don't depend on time. The claims were measured on a CPU."""
+    """Checks the claims that don't depend on the machine. This is done only on a CPU, where they were measured."""
     missed = [
         f"{claim.text}: {found.of} {found.measured:.3g}, claimed {found.said:.3g}"
         for claim in CLAIMS

@@ -93,7 +93,8 @@ def of_xla(lines: list[dict]) -> Iterator[Found]:
 def of_heads(lines: list[dict]) -> Iterator[Found]:
     for line in lines:
         if "error" in line:
-            rounded = line["dtype"] == "bfloat16" and line["quantity"] != "value"  # once, on an accelerator twice
+            # A bfloat16 gradient is rounded once, or twice on an accelerator.
+            rounded = line["dtype"] == "bfloat16" and line["quantity"] != "value"
             function = line["function"] if line["dtype"] == "float32" else f"{line['function']}, {line['dtype']}"
             yield Found(function, line["quantity"], results.worst(line, "error"), 2**-7 if rounded else 2e-6)
 

@@ -68,7 +68,7 @@ def cost(text: str, device: Device) -> Cost:
 
 
 def kernels(text: str, device: Device) -> list[Kernel]:
-    """The program's kernels in the order in which they run. Those of a loop's body appear once, with their number of runs."""
+    """The program's kernels in the order in which they run. Those in a loop's body appear once, with a number of runs."""
     return list(_launched(entry(text), {}, device))
 
 

@@ -68,7 +68,7 @@ def cost(text: str, device: Device) -> Cost:
 
 
 def kernels(text: str, device: Device) -> list[Kernel]:
-    """The program's kernels in the order in which they run. Those in a loop's body appear once, with a number of runs."""
+    """The program's kernels in the order of their runs. Those in a loop's body appear once, with the number of runs."""
     return list(_launched(entry(text), {}, device))
 
 

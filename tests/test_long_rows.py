@@ -52,7 +52,7 @@ def test_leaving_out_classes_by_where_is_leaving_them_out(kernel, rng):
     """The kept classes are in all blocks. A short row of them has the same value and derivatives of each order."""
     kept = rng.random(N) < 0.5
     kept[0] = True
-    if kernel.note == "smoothed":  # its weight on the label, like the others
+    if kernel.note == "smoothed":  # class 1 gets a weight from label smoothing alone
         kept[1] = True
     short = easy(kernel, rng, (3, int(kept.sum())))
     directions = [rng.standard_normal(x.shape).astype(np.float32) for x in short]

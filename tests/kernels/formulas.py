@@ -143,7 +143,8 @@ def sigmoid(x):
 
 
 def kl_gradient_scale(x, y):
-    """p (|δ| + Σ p |δ| + KL): δ is known up to its mean."""
+    """p (|δ| + Σ p |δ| + KL), the scale of the gradient p (-δ - KL) with δ = log q/p. The term Σ p |δ| stands for the
+    rounding error that all δ of a row share."""
     p, delta = softmax(x), [a - b for a, b in zip(surprisals(x), surprisals(y), strict=True)]
     rest = sum(weighted(pi, abs(d)) for pi, d in zip(p, delta, strict=True)) + kl_divergence_with_logits(x, y)
     return [weighted(pi, abs(d) + rest) for pi, d in zip(p, delta, strict=True)]

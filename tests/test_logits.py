@@ -110,8 +110,8 @@ def test_how_labels_and_one_hot_targets_round(n, rng):
 
 
 def test_a_forbidden_class_beside_the_lowest_numbers():
-    """A divergence of 0, with derivatives 0. Here -∞ can't be replaced by a number far below the row's maximum, as it is
-    in other rows, because the maximum is near the lowest finite number."""
+    """A divergence of 0, with derivatives 0. In other rows, -∞ is replaced by a number far below the row's maximum.
+    Here this isn't possible: the maximum is near the lowest finite number."""
     x, y = np.float32([-3.3e38, -np.inf]), np.float32([-3.3e38, -3.4e38])
     value, gradients = jax.value_and_grad(jce.kl_divergence_with_logits, (0, 1))(x, y)
     assert value == 0

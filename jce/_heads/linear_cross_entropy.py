@@ -104,12 +104,14 @@ def linear_cross_entropy(
 
     At the boundary:
       A label outside [0, n) makes the loss and the gradient of its token NaN, and therefore also a mean or a sum. Mask
-      such labels, for example with where=labels >= 0. For "sum" and "none", the derivative in a weight is ℓ, also at a
-      weight of 0. But a token of weight 0 is masked, as by `where`, if its label is outside [0, n) or its hidden state
-      is not finite. The derivative in the logit of a forbidden class is the formula below with qᵢ = 0, or 0 with a soft
-      cap. If a forbidden class is the label, the loss is +∞. Label smoothing counts every class, so a forbidden class
-      makes every loss +∞: slice off the classes that only pad the vocabulary, as in head[:vocabulary_size]. If ε is
-      traced and 0, nothing is smoothed, and forbidden classes add nothing to the loss.
+      such labels, for example with where=labels >= 0. For "sum" and "none", the derivative with respect to a weight is
+      ℓ, also at a weight of 0. But a token of weight 0 is masked, as by `where`, if its label is outside [0, n) or its
+      hidden state is not finite. The derivative with respect to the logit of a forbidden class is the formula below
+      with qᵢ = 0, or 0 with a soft cap. If a forbidden class is the label, the loss is +∞. Label smoothing counts every
+      class, so a forbidden class makes every loss +∞: slice off the classes that only pad the vocabulary, as in
+      head[:vocabulary_size]. If ε is traced and 0, nothing is smoothed, and forbidden classes add nothing to the loss.
+      The derivative with respect to a traced ε is +∞ if another class than the label is forbidden, and NaN if the label
+      is forbidden.
 
     Derivative:
       ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and, by the chain rule, derivatives with respect to hidden,

@@ -75,10 +75,10 @@ def linear_kl_divergence(
 
     At the boundary:
       A class that p forbids, by a bias of -∞, contributes 0. A class that only q forbids makes the token's loss +∞, and
-      the loss's derivative in a traced temperature NaN.
+      the derivative with respect to a traced temperature NaN.
 
     Derivative:
-      ∂KL/∂yᵢ = (qᵢ - pᵢ)/T in q's logits y, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T in p's logits x, and, by the chain rule,
+      ∂KL/∂yᵢ = (qᵢ - pᵢ)/T for q's logits y, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T for p's logits x, and, by the chain rule,
       derivatives with respect to hidden states, heads, biases, weights, a traced temperature and traced soft caps. Each
       gradient has its argument's dtype. Forward and reverse mode, any order.
 

@@ -84,9 +84,9 @@ def linear_map(
       shared: a pytree of arrays that all tokens share, such as trained parameters. On a mesh, the gradient of shared is
         summed over devices once, after the loop. The gradient of a value that the function closes over takes another
         pass over the tokens.
-      has_aux: a static bool: whether the function returns a pair of a real number and metrics, which may be any pytree.
-        Only the number is trained. Metrics are weighted and reduced like the number, and have a derivative only in the
-        weights.
+      has_aux: a static bool: whether the function returns a pair of a real number and metrics, which may be any
+        pytree. Only the number is trained. Metrics are weighted and reduced like the number, and have a derivative only
+        with respect to the weights.
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
@@ -106,8 +106,9 @@ def linear_map(
       give.
 
     Derivative:
-      The derivative of the function, in hidden states, heads, biases, soft caps, the other arrays, weights, shared, and
-      values that the function closes over, each in its own dtype. Forward and reverse mode, any order.
+      The derivative of the function, with respect to hidden states, heads, biases, soft caps, the other arrays,
+      weights, shared, and values that the function closes over, each in its own dtype. Forward and reverse mode, any
+      order.
 
     Raises:
       TypeError: the function isn't callable; an argument is not an array; hidden, head or bias is not real; `where` is

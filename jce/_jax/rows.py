@@ -68,8 +68,8 @@ def distributions(
         arrays = [jnp.zeros(jnp.expand_dims(x.sum(axis), axis).shape, x.dtype) for x in arrays]
         masks = [jnp.zeros(arrays[0].shape, bool)]
     for mask in masks:
-        # The select is outside of all derivative rules. So the derivative in a masked entry is exactly 0, whatever it
-        # holds.
+        # The select is outside of all derivative rules. So the derivative with respect to a masked entry is exactly 0,
+        # whatever the entry holds.
         arrays = [
             jnp.where(mask, x, _impossible(mask, classes, x.dtype) if name in in_logits else jnp.zeros_like(x))
             for name, x in zip(arguments, arrays, strict=True)

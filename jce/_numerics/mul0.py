@@ -43,8 +43,8 @@ def multiply(c: Array, t: Array) -> Array:
 def over(t: Array, b: Array) -> Array:
     """t / |b| elementwise, and 0 where t = 0, whatever b is. Linear in t.
 
-    mul0(1/b, t) isn't enough. Its derivative in b would first multiply two tangents, and then divide by b². If the
-    tangents are as small as b, their product may underflow. Here each tangent is divided by b first.
+    mul0(1/b, t) isn't enough. Its derivative with respect to b would first multiply two tangents, and then divide by
+    b². If the tangents are as small as b, their product may underflow. Here each tangent is divided by b first.
     """
     return _over_p.bind(*varying_alike(*split_alike(t, b)))
 

@@ -133,7 +133,8 @@ def cross_entropy_with_logits(
       hold NaN or +∞, or are all -∞. A traced ζ of 0 adds 0, even if L is infinite.
 
     Derivative:
-      ∂/∂xᵢ = qᵢ Σp - pᵢ + 2ζLqᵢ, ∂/∂pᵢ = log 1/qᵢ, each in its argument's dtype. In a traced ζ the derivative is L².
+      ∂/∂xᵢ = qᵢ Σp - pᵢ + 2ζLqᵢ, ∂/∂pᵢ = log 1/qᵢ, each in its argument's dtype. The derivative with respect to a
+      traced ζ is L².
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.
@@ -208,8 +209,8 @@ def cross_entropy_with_integer_labels(
 
       A logit of -∞ is a class of probability 0: it contributes 0, with derivative 0. At the label, or with label
       smoothing, it makes the loss +∞, with the derivative of the formula. A row with a NaN, a +∞ or only -∞ is NaN. A
-      traced ε of 0 is like no smoothing: a logit of -∞ has no effect, except at the label. If the label's logit is -∞,
-      the derivative with respect to a traced ε is NaN.
+      traced ε of 0 is like no smoothing: a logit of -∞ has no effect on the loss, except at the label. The derivative
+      with respect to a traced ε is +∞ if the logit of another class than the label is -∞, and NaN if the label's is.
 
       A tail without classes (every class that `where` keeps has a label) contributes 0. A tail whose logits are all -∞
       contributes (1-Σp) · ∞, except if Σp is 1 within 4 eps of the dtype of label_probs: then it contributes 0, with
@@ -218,7 +219,7 @@ def cross_entropy_with_integer_labels(
 
     Derivative:
       ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype; at ε = ζ = 0 its relative error is small for every i.
-      In a traced ε the derivative is 1/n Σᵢ log 1/qᵢ - log 1/q_y, and in a traced ζ it is L².
+      With respect to a traced ε it is 1/n Σᵢ log 1/qᵢ - log 1/q_y, and with respect to a traced ζ it is L².
 
       With label_probs, smoothing turns the target p into (1-ε)p + εΣp/n. At ε = ζ = 0 the derivative with respect to xᵢ
       is qᵢ Σp - pᵢ, and the derivative with respect to pⱼ is log 1/q_yⱼ. A tail adds (1-Σp)(qᵢ - [no label is i]

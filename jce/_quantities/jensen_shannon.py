@@ -61,8 +61,8 @@ def jensen_shannon_divergence(
       β is then infinite if the mixture lacks a class that p or q has.
 
     Derivative:
-      ∂/∂pᵢ = β log pᵢ/mᵢ, ∂/∂qᵢ = (1-β) log qᵢ/mᵢ, each in its argument's dtype. In a traced β the derivative is
-      Σᵢ (pᵢ log pᵢ/mᵢ - qᵢ log qᵢ/mᵢ - pᵢ + qᵢ).
+      ∂/∂pᵢ = β log pᵢ/mᵢ, ∂/∂qᵢ = (1-β) log qᵢ/mᵢ, each in its argument's dtype. The derivative with respect to a
+      traced β is Σᵢ (pᵢ log pᵢ/mᵢ - qᵢ log qᵢ/mᵢ - pᵢ + qᵢ).
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.

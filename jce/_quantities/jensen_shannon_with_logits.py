@@ -73,8 +73,8 @@ def jensen_shannon_divergence_with_logits(
 
     Derivative:
       ∂/∂p_logitsᵢ = β pᵢ (log pᵢ/mᵢ - KL(p‖m)), ∂/∂q_logitsᵢ = (1-β) qᵢ (log qᵢ/mᵢ - KL(q‖m)), each in its argument's
-      dtype. In a traced β the derivative is KL(p‖m) - KL(q‖m). At a temperature T the first two are divided by T. The
-      derivative with respect to a traced T may have a large relative error if p ≈ q.
+      dtype. The derivative with respect to a traced β is KL(p‖m) - KL(q‖m). At a temperature T the first two are
+      divided by T. The derivative with respect to a traced T may have a large relative error if p ≈ q.
 
     Raises:
       TypeError: an argument is not real, or `where` not boolean.

@@ -1,7 +1,7 @@
 """A label's loss at logits x, smoothed and with a z-loss: (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
 
-Its derivative in the logits is called the excess: q minus the target, plus the derivative of the z-loss. With
-eᵢ = exp(xᵢ - m), s = Σ eᵢ over all classes except the label's, and q_y - 1 = -s/Z, Z times the excess is
+The derivative with respect to the logits is called the excess: q minus the target, plus the derivative of the z-loss.
+With eᵢ = exp(xᵢ - m), s = Σ eᵢ over all classes except the label's, and q_y - 1 = -s/Z, Z times the excess is
 
     eᵢ (1 + 2ζ log Σ exp x) - ε Z/n,   at the label   -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x
 

@@ -91,7 +91,7 @@ def smoothed(loss, uniform_loss, smoothing):
 
 @jax.custom_jvp
 def smoothed_by(loss, uniform_loss, difference, smoothing):
-    """`smoothed`. The derivative in a traced ε is `difference`: uniform_loss - loss, but more accurate."""
+    """`smoothed`. The derivative with respect to a traced ε is `difference`, a more accurate uniform_loss - loss."""
     return smoothed(loss, uniform_loss, smoothing)
 
 

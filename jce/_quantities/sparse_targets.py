@@ -37,8 +37,8 @@ def sparse_cross_entropy(
     `tail` is None if there is no tail. Otherwise it says how far rounding may move Σp away from 1.
     """
     known = is_class(y, x, classes)
-    # A label out of range makes its row NaN (by a NaN logit, added here), and also the derivative in its probability
-    # (by the last line).
+    # A label out of range makes the loss of its row NaN (by the NaN that is added to the logits here), and also the
+    # derivative with respect to the label's probability (by the last line).
     wrong = ~known & (p != 0)
     x += classes.column(jnp.where(wrong.any(-1), jnp.nan, 0).astype(x.dtype))
     used = jnp.where(known, p, jnp.zeros_like(p))
@@ -69,7 +69,7 @@ def _with_tail(y, p, x, kept, tail, classes):
     log_rest = log_rest.squeeze(-1)
     rest = rest_of(p)
     nothing = jnp.abs(rest) <= tail
-    # If rounding made 1 - Σp negative, it is raised to 0 in the value only. Its derivative in p stays.
+    # If rounding made 1 - Σp negative, its value is raised to 0. Its derivative with respect to p stays -1.
     rest += lax.stop_gradient(jnp.where(nothing, jnp.maximum(-rest, 0), jnp.zeros_like(rest)))
     empty = (log_rest == -jnp.inf) & (nothing | ~_has_others(once, kept, classes))
     surprisal = jnp.where(empty, jnp.zeros_like(rest), 0 - log_rest)

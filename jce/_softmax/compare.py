@@ -2,7 +2,7 @@
 
 Dividing logits x and y by a temperature rounds each of them, and their difference y - x loses digits. So d = y - x may
 be a separate argument, computed without this loss; otherwise d is None. If d is differentiated too, as for a derivative
-in the temperature, the tangents of both rows are combined by formulas in which nothing cancels if p ≈ q:
+with respect to the temperature, the tangents of both rows are combined by formulas in which nothing cancels if p ≈ q:
 
     d log pᵢ = dxᵢ - Σ p dx        d log qᵢ/pᵢ = ddᵢ - Σ p dd - Σ (q - p) dy
 """
@@ -121,7 +121,7 @@ def tempered(x: Array, t: Array, classes: Classes) -> Array:
 
 
 def _over_where_possible(z, t, *rows):
-    """z/t. Where an entry of a row is -∞, z/t doesn't depend on t, and its derivative in t is 0 instead of NaN."""
+    """z/t. Where an entry of one of the rows is -∞, the derivative of z/t with respect to t is 0 instead of NaN."""
     possible = functools.reduce(jnp.minimum, map(lax.stop_gradient, rows)) > -jnp.inf
     return over(z, jnp.where(possible, t, lax.stop_gradient(t)))
 

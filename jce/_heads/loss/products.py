@@ -1,7 +1,7 @@
 """`Head`, and the matmuls with it.
 
 On an accelerator, a float32 matmul takes at least twice as long as a bfloat16 matmul. So if hidden states and head are
-bfloat16, a derivative in the logits may be rounded to bfloat16 before it is multiplied with them. Each token's
+bfloat16, a derivative with respect to logits may be rounded to bfloat16 before it is multiplied with them. Each token's
 derivative is first divided by its largest entry, the label's. That entry becomes ±1, which is exact in bfloat16, and
 the other entries still add up to it.
 """
@@ -177,8 +177,8 @@ def _transpose_b(ct, a, b, *, axis_a, axis_b):
 
 
 def _scaled(ct):
-    """For a derivative in logits [..., C, n]: the largest magnitude per token [..., C, 1], and the derivative divided
-    by it."""
+    """For a derivative with respect to logits [..., C, n]: the largest magnitude per token [..., C, 1], and the
+    derivative divided by it."""
     largest = jnp.maximum(jnp.abs(lax.stop_gradient(ct)).max(-1, keepdims=True), jnp.finfo(ct.dtype).tiny)
     return largest, ct * (1 / largest)
 

@@ -3,9 +3,9 @@
 XLA fuses such a chain under four conditions: the row fits into a core's memory, x enters only as x - m, no operation
 has two results, and there is no barrier inside.
 
-Without this file, compiled for an H100, 11 programs of losses with rows of 1,000 classes would read and write more than
-the best of optax, JAX and distrax. With it none of the 11 does. The gradient of a label's loss would take 3.0 passes
-over the logits instead of 2.0, and its Hessian-vector product 7.8 instead of 3.0.
+Without this file, 11 loss programs with rows of 1,000 classes, compiled for an H100, would read and write more memory
+than the best of optax, JAX and distrax. With it, none of the 11 does. Without it, the gradient of a label's loss would
+take 3.0 passes over the logits instead of 2.0, and its Hessian-vector product 7.8 instead of 3.0.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ def one_at_a_time(tangents) -> bool:
 
 
 def _tangents_of_logarithms(primals, tangents, classes):
-    """Where |log q/p| < 3/2; d log p; d log q; and d log q/p by the formula above. It is needed only where
-    |log q/p| < 3/2: elsewhere d log q - d log p is accurate enough."""
+    """Returns where |log q/p| < 3/2, and d log p, d log q and d log q/p. The last one is computed by the formula at the
+    top of this file. It is needed only where |log q/p| < 3/2: elsewhere d log q - d log p is accurate enough."""
     (x, y, _), (dx, dy, dd) = primals, tangents
     near = jnp.abs(lax.stop_gradient(log_q_over_p(*primals, classes))) < 1.5
     mean = classes.sum(mul0(q_minus_p(*primals, classes), dy))
@@ -114,7 +114,7 @@ def _difference_of_tangents(tangent, primals, tangents, classes):
 
 
 def tempered(x: Array, t: Array, classes: Classes) -> Array:
-    """(x - max x)/t, for a number t per row. In x/t, each entry would have the rounding of an offset that all share."""
+    """(x - max x)/t, for a number t per row. If all entries share a large offset, x/t would lose digits to it."""
     t = jnp.broadcast_to(vary_over(varying(x), classes.column(t))[0], x.shape)
     x = x - classes.column(classes.max(lax.stop_gradient(x)))
     return _over_where_possible(x, t, x)
@@ -129,8 +129,9 @@ def _over_where_possible(z, t, *rows):
 def at_common_temperature(
     x: Array, y: Array, temperature: float | Array, classes: Classes
 ) -> tuple[Array, Array, Array | None]:
-    """Both rows divided by one temperature, up to a constant per row, and their difference, more accurate than they
-    are (None if x/T isn't rounded). The difference is differentiated only with respect to a traced temperature."""
+    """Both rows divided by one temperature, up to a constant per row, and the difference of the results. The difference
+    is computed from x and y, so it is more accurate. It is None if x/T isn't rounded, and has a derivative only with
+    respect to a traced temperature."""
     if not is_array(temperature):
         if temperature == 1:
             return x, y, None
@@ -175,16 +176,16 @@ def compare(x: Array, y: Array, d: Array | None, way: Way, stored: bool = False)
     def of_pass(s, fraction):
         (m, p, dominant_x), (n, q, dominant_y) = of_x(s), of_y(s)
         difference = _difference(x, y, m, n, way, fraction) if d is None else d
-        # If a class dominates both rows, its x - m and y - n are 0 by definition. Computed, their difference would be
-        # mere rounding.
+        # If a class dominates both rows, its x - m and y - n are 0 by definition, and so is their difference. The
+        # computed difference would be mere rounding.
         return p, q, jnp.where(dominant_x & dominant_y, jnp.zeros_like(x), difference)
 
-    # δ = (y - n) - (x - m) - log Z_y/Z_x. The rounding error of the logarithm is the same for the whole row. It can be
-    # seen in S = Σ (q - p) = Σ p (e^δ - 1), which would be 0 without it. A second pass subtracts log(1 + S).
+    # δ = (y - n) - (x - m) - log Z_y/Z_x. The rounding error of the logarithm is the same for the whole row.
+    # Without it, S = Σ (q - p) = Σ p (e^δ - 1) would be 0. A second pass subtracts log(1 + S), which removes the error.
     p, q, difference = of_pass(0 * nx.s, 0.25)
     surplus = way.sum(difference_from_log(p, q, difference - way.column(log_z_y_x)))
     p, q, difference = of_pass(surplus * surplus, 0.5)
-    # log(1 + S) to first order. An odd function of S, so that exchanging p and q gives exactly -δ.
+    # log(1 + S) is approximated to first order by an odd function of S, so exchanging p and q gives exactly -δ.
     delta = difference - way.column(log_z_y_x + jnp.copysign(log1p(jnp.abs(surplus)), surplus))
     return (p, q, way.stored(delta)) if stored else (p, q, delta)
 
@@ -192,8 +193,8 @@ def compare(x: Array, y: Array, d: Array | None, way: Way, stored: bool = False)
 def _difference(x, y, m, n, classes, fraction):
     """(y - n) - (x - m), with a single rounding where it is small. It is -∞ where y is -∞, and finite where only x is.
 
-    Each pass calls it with a different fraction < 1, and with a different m and n: XLA would store arrays that two
-    passes share (`passes.py`).
+    Each pass calls it with a different fraction < 1, and with a different m and n. So the passes share no array, which
+    XLA would store (`passes.py`).
     """
     least = jnp.finfo(x.dtype).min
     # A -∞ in x is raised to a number whose probability is 0. A -∞ in y is raised only in the error term, which would be

@@ -5,8 +5,8 @@ m. So m only has to keep the exponentials in range. For ordinary logits, m = 0 i
 For other logits, m = x_y (the label's own logit) is mostly enough. Rows for which it is not are read again, with their
 maximum as m.
 
-Looser conditions were tried. If no s counts as too small, a label at -15 gets a gradient of 0 when the other classes
-are at -90. If m = x_y in every row, a label 20 below the maximum costs 27 ulps.
+Looser conditions were tried. If no s counts as too small, a label with logit -15 gets a gradient of 0 when the other
+logits are -90. If m = x_y in every row, a label whose logit is 20 below the maximum has an error of 27 ulps.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def off_known_label(at: Array, others: Callable, again: Callable, most: float) -
     """m, and the results of others(m), of which s is the first, for rows whose logit at the label is `at`.
 
     If m = 0, s must be in [least, below), or in [0, below) if x_y ≥ 0. If m = x_y, s must be below `most`. Rows whose s
-    is not in range ask to be read again: again(asks, m, s, *more) returns the numbers of all rows. They use the maximum
-    as m in rows that ask, and have the same bits as before in all other rows. NaN rows ask too, because rows whose
-    label has a logit of -∞ must.
+    is not in range ask to be read again. again(asks, m, s, *more) returns the numbers of all rows, with the maximum as
+    m in rows that ask. In all other rows it returns the same bits as before. Rows whose s is NaN ask too: s may
+    be NaN if the label's logit is -∞, and such a row must be read again.
     """
     # Flushing n entries below 2⁻¹²⁶ changes an s ≥ 2⁻⁸⁴ by at most n 2⁻⁴² times s: 2⁻²⁵ times s for n = 2¹⁷ classes.
     least, below = (2.0**-700, 2.0**600) if at.dtype == jnp.float64 else (2.0**-84, 2.0**64)
@@ -43,8 +43,8 @@ def off_known_label(at: Array, others: Callable, again: Callable, most: float) -
     zero = (at > LOWEST) & (at < HIGHEST)
     m = jnp.where(zero, jnp.zeros_like(at), at)
     s, *more = others(m)
-    # If m = 0 and s < least, x_y is the maximum. For x_y ≥ 0, m = x_y would only make eᵢ smaller. So a row that has
-    # only its label, such as a row that `where` masks, isn't read again.
+    # If m = 0 and s < least, x_y is the maximum. For x_y ≥ 0, m = x_y would only make eᵢ smaller, so the row isn't read
+    # again. A row whose only class is its label, such as a row that `where` masks, is one of these.
     asks = ~(s < jnp.where(zero, jnp.full_like(s, below), jnp.full_like(s, most))) | (zero & (at < 0) & (s < least))
     state = [asks, _first_of(asks), m, s, *more]
     return lax.while_loop(lambda state: state[1] > 0, read_again, state)[2:]

@@ -1,13 +1,15 @@
-"""The way for a CPU: each sum is a pass over the row, without selects.
+"""The way for a CPU: each sum is a pass over the row. Sums contain no selects.
 
-XLA hands reductions to a library with a fixed set of operations. A compare, a select or an iota inside a reduction, or
-between two reductions, makes XLA first write the operand to memory (N × n numbers). So does a constant that two passes
-share. So masks are arithmetic here: eᵢ min(|i - y|, 1) leaves out class y, and eᵢ ⌊7/4 - eᵢ⌋ leaves out classes with
-eᵢ > 3/4. For short rows the library is slow at two more things: combining an input with a per-row result, and constants
-that aren't combined with any input. It is also slow at long formulas. They end in a select on purpose, so that one loop
-stores their terms for the sum.
+XLA computes sums with a library that has a fixed set of operations. If the terms of a sum are computed by a compare, a
+select or an iota, or if one of these stands between two sums, XLA first writes the terms to memory (N × n numbers). It
+also does this if two passes share a constant. So masks are arithmetic here: eᵢ min(|i - y|, 1) leaves out class y, and
+eᵢ ⌊7/4 - eᵢ⌋ leaves out classes with eᵢ > 3/4.
 
-A label's row needs no maximum (`known_label.py`). One pass sums its eᵢ, and stores them if the result is an array.
+The library is slow at long formulas. So a long formula ends in a select on purpose: XLA then computes the terms in one
+loop of its own, and the library only adds them. For short rows, the library is slow at two more things: combining an
+input with a per-row result, and constants that aren't combined with any input.
+
+A label's loss needs no maximum (`known_label.py`). One pass sums the eᵢ, and stores them if the result is an array.
 
 XLA stores N × n numbers that two passes share, unless it fuses the passes. If the result is a number per row, this
 would waste memory. So each pass gets m as max(m, m - s), which XLA doesn't see through, and recomputes its own eᵢ,
@@ -58,7 +60,7 @@ class Passes(Way):
         m = self.maximum(x)
         if self.blocks == 1:
             return self.stored(exp(x - self.column(m)))
-        # For folded rows, the result can't be written over stored eᵢ. So each pass computes its own.
+        # For folded rows, the result can't be written over stored eᵢ. So each pass computes its own eᵢ.
         return exp(x - self.column(self.again(m, number * self.sum(exp(x - self.column(m)))) if number else m))
 
     def normalizer(self, x):
@@ -146,8 +148,8 @@ class Passes(Way):
         return not self.any_shift or self.mesh_axis is not None or may_be_split(x)
 
     def _off_known_label(self, at, others, x):
-        # For s < most, xᵢ - x_y is at most log(64 + 8n), which is 9 for n = 1000. Its rounding puts eᵢ off by half as
-        # many ulps.
+        # For s < most, xᵢ - x_y is at most log(64 + 8n), which is 9 for n = 1000. The rounding of xᵢ - x_y changes eᵢ
+        # by at most half as many ulps.
         most = 64.0 + 8 * self.count(x)
         first, again = (functools.partial(others, again=again) for again in (False, True))
         return off_known_label(at, first, at_maximum(again, lambda: self.maximum(x)), most)
@@ -162,8 +164,8 @@ class Passes(Way):
         """s as a function of m. eᵢ min(far |i - y|, 1) is 0 at the label y, and eᵢ elsewhere.
 
         Without `keeps_nan` it is min(eᵢ, far |i - y|). This takes less time, but XLA may turn a NaN into `far` or more
-        (`Classes.above_0`). Rows with s ≥ 2⁶⁴ (2⁶⁰⁰ in float64) are read again (`known_label.py`), so no eᵢ that counts
-        reaches `far`.
+        (`Classes.above_0`). Both forms are equal if all eᵢ < far. Other rows are read again (`known_label.py`), because
+        their s is 2⁶⁴ or more (2⁶⁰⁰ in float64).
         """
         # `far` is a power of 2, so that far · y is exact, whether XLA fuses it or not.
         far = 2.0**800 if x.dtype == jnp.float64 else 2.0**96
@@ -184,7 +186,7 @@ class Passes(Way):
         return total
 
     def depth_off_label(self, x, off):
-        # The result is written over stored eᵢ, except for folded rows, where each pass computes its own.
+        # The result is written over stored eᵢ, except for folded rows, where each pass computes its own eᵢ.
         return x - self.column(off.m if self.blocks == 1 else self.again(off.m, off.s))
 
     def put(self, x, y, r):
@@ -194,7 +196,8 @@ class Passes(Way):
         z = self.sum(exponential(x, 0, self))
         undominated = jnp.minimum(jnp.floor(z - 0.5), 1)
 
-        # A per-row factor is cheap on an input if there are few classes (`early`), and otherwise on the sum (`late`).
+        # A per-row factor multiplies an input of the sum if there are few classes (`early`), and otherwise the sum
+        # itself (`late`). Each is the cheaper choice.
         few = self.are_few(x)
 
         def early(r, a):

@@ -1,8 +1,8 @@
 """The way for an accelerator: one reduction with several results reads a row once, and may use selects.
 
-An accelerator is limited by memory bandwidth only. m, s and the entropy's sum come from the same reading of x. So they
-see x rounded in the same way, and nothing cancels between them. To look up a label's logit, a GPU gathers, which reads
-next to nothing. A TPU masks, during a reading for another sum.
+An accelerator is limited by memory bandwidth only. m, s and the entropy's sum come from the same reading of x. So all
+three are computed from the same rounding of x, and nothing cancels between them. To look up a label's logit, a GPU
+gathers, which reads next to nothing. A TPU uses a mask, during a reading for another sum.
 """
 
 from __future__ import annotations

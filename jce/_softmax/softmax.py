@@ -132,7 +132,7 @@ def _logsumexp_rule(classes, primals, tangents):
 @kernel
 def _mean(t, x, way):
     _, z, _, mean, _ = way.deviation(t, x)
-    # `mean`, not the sum of softmax(x) t: if passes round x differently, the qᵢ in that sum don't add up to 1, while
-    # the qᵢ in `mean` do, to the last digit.
+    # This is `mean`, not the sum of softmax(x) t. If passes round x differently, the qᵢ in that sum don't add up to 1,
+    # but the qᵢ in `mean` do, to the last digit.
     nan = way.sum(mul0(jnp.broadcast_to(way.column(lax.stop_gradient(z - z)), t.shape), t))
     return jnp.where(jnp.isfinite(z), mean, nan)

@@ -60,7 +60,8 @@ class Normalizer(NamedTuple):
         return way.column(self.log_z) - way.depth(x, self)
 
     def depth_and_dominant(self, x: Array, m: Array, way: Way) -> tuple[Array, Array]:
-        """`Way.depth` for an elementwise pass with its own m, in which a select is free; and which class dominates."""
+        """Returns `Way.depth`, and which class dominates. For an elementwise pass with its own m: there a select is
+        free."""
         d = x - way.column(m)
         # If one class dominates, its d is near 0 > -0.5, and all other d are below log 1/2 = -0.69. If none dominates,
         # no d is above 0.5.

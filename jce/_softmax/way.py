@@ -84,8 +84,8 @@ class Way(Classes, ABC):
         return n.m, jnp.where(n.m == -jnp.inf, jnp.zeros_like(n.z), n.z)
 
     def sum_with_differences(self, terms: Array, p: Array, q: Array) -> Array:
-        """Σ terms + Σ (p - q). The second sum is right to an ulp, even if it is only the rounding left over from 1 - 1:
-        each p - q is an exact pair of floats, high + low, and the terms are added to low."""
+        """Σ terms + Σ (p - q). The second sum is accurate to an ulp, even if it is only the rounding that is left of
+        1 - 1: each p - q is an exact pair of floats, high + low, and the terms are added to low."""
         high, low = two_sum(p, -q)
         return self.sum_of_two_floats(high, low + terms)
 
@@ -94,7 +94,7 @@ class Way(Classes, ABC):
         high, low = self.reduce(lambda x, axis: lax.reduce(x, (zero, zero), _add, (x[0].ndim + axis,)), (high, low))
         return high + low
 
-    # Elementwise, of sums
+    # Elementwise functions that take sums
 
     def comparison(self, x: Array, stored: bool) -> tuple[Normalizer, Callable[[Array], Compared]]:
         """The normalizer, and a function that each pass over both rows calls with s ≥ 0, a result of the previous pass.
@@ -143,7 +143,7 @@ class Way(Classes, ABC):
         return jnp.where(self.is_at(x, y), self.column(r), x)
 
     def scattered(self, x: Array, y: Array, r: Array) -> Array:
-        """`put`, if nothing else reads x: a scatter in place reads no other entries."""
+        """The same as `put`, for an x that nothing else reads: a scatter in place, which reads no other entries."""
         y = jnp.where(self.has(x, y), y, jnp.full_like(y, x.shape[-1]))  # a negative index would count from the end
         return x.at[jnp.arange(y.size), y].set(r, mode="drop")
 
@@ -192,7 +192,7 @@ def _exponential_rule(number, way, primals, tangents):
 
 
 def off_maximum(z: Array) -> Array:
-    """Z - 1 for Z ≥ 4.6/3 = 1.53, where Z - 1 = 4Z - 5.6. Below, it is less than Z - 1, and for Z ≤ 1.4 it is ≤ 0.
+    """Z - 1 for Z ≥ 4.6/3 = 1.53. For a smaller Z it is 4Z - 5.6, which is less than Z - 1, and ≤ 0 for Z ≤ 1.4.
 
     max(s, off_maximum(Z)) repairs a masked sum s that leaves out more classes than one maximal class. These have
     e > 0.6, so Z > 1.6. A small s, of which Z - 1 would keep no digit, is not changed. The function is continuous, so
@@ -202,8 +202,8 @@ def off_maximum(z: Array) -> Array:
 
 
 def with_derivative_of(a: Array, b: Array) -> Array:
-    """a, with the derivative of b. For classes split over devices, m is constant, and the derivative of a sum without
-    the maximal class lacks the part of that class."""
+    """a, with the derivative of b. If classes are split over devices, m is a constant. So the derivative of a sum
+    without the maximal class lacks the part of that class, and another expression must provide the derivative."""
     # Until JAX 0.12: JAX loses the kernels' rules in the head's loop. With these rules, this would be unnecessary.
     return lax.stop_gradient(a) + (b - lax.stop_gradient(b))
 

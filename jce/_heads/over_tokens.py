@@ -53,9 +53,9 @@ def over_tokens(
         return on_each_device(name, on_device, inputs, axis_name, sums=sums, named_classes=named_classes)
 
     # A head that is a function is traced again in each call. Outside of a jit, JAX would compile each operation of a
-    # derivative and keep the result: 3 MiB per call. So such a call gets a jit of its own, of which JAX keeps next to
-    # nothing once nobody refers to it. Inside of a jit, it gets none: if a derivative rule in the head closes over a
-    # traced value, that value would leak.
+    # derivative separately, and keep the programs: 3 MiB per call. So a call outside of a jit gets a jit of its own.
+    # When nothing refers to that jit any more, JAX frees nearly all of it. A call inside of a jit gets no other jit: if
+    # a derivative rule in the head closes over a traced value, that value would leak.
     alone = any(isinstance(head, FunctionHead) for head in inputs.heads) and not in_a_program()
     with out_of_qwix(name, linear):
         return (jax.jit(on_devices) if alone else on_devices)(inputs)

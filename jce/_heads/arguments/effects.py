@@ -13,7 +13,7 @@ from jce._jax.jaxprs import named_axes
 from jce._jax.layout import manual_axes
 
 OF_REFS = ("ReadEffect", "WriteEffect", "AccumEffect")
-REPEATED = (  # derivatives may repeat these, as `jax.checkpoint` does. It refuses callbacks other than debug callbacks
+REPEATED = (  # derivatives may repeat these, like `jax.checkpoint`, which refuses all callbacks except debug callbacks
     *("DebugEffect", "OrderedDebugEffect", "ErrorEffect", "ShapeAssertionEffect", "CallTfEffect"),
     *("NamedAxisEffect", "CommsEffect", "InternalMutableArrayEffect"),
 )

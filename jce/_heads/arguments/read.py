@@ -24,8 +24,8 @@ def read(
     where: ArrayLike | None,
     weights: ArrayLike | None,
 ) -> tuple[Inputs, Any]:
-    """The inputs, in which shared arrays are `wide`, and the dtypes that these had before. Errors name arguments by the
-    keys of `linear` and `others`."""
+    """The inputs, and the dtypes of the shared arrays before they were made `wide`. Errors name arguments by the keys
+    of `linear` and `others`."""
     heads = {key: checked_linear(name, key, x) for key, x in linear.items()}
     tokens = {key: as_array(name, key, x) for key, x in others.items()}
     batch = _batch(name, heads, tokens)

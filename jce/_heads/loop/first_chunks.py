@@ -79,8 +79,8 @@ def _step(jaxpr, *arrays: Array) -> list[Array]:
 
 
 def _zeros(count: Array, jaxpr, chunks, results: Sequence[bool]) -> list[Array]:
-    """The initial carry of the loop. It varies over the mesh axes of the arrays that are written or added, and of the
-    count."""
+    """The initial carry of the loop. Each array varies over the mesh axes of what is written or added to it, and over
+    those of the count."""
     zeros = []
     for i, (v, is_chunked) in enumerate(zip(jaxpr.outvars, results, strict=True)):
         t, shape = v.aval, (chunks, *v.aval.shape) if is_chunked else v.aval.shape
@@ -137,7 +137,7 @@ def _batch(arguments, axes, *, jaxpr, chunks, chunked, results):
     arrays = [x if k is None else jnp.moveaxis(x, k, int(c)) for x, k, c in zip(arrays, axes, chunked, strict=True)]
     axes = [None if k is None else 0 for k in axes]
     batched = jax.vmap(functools.partial(_step, jaxpr), axes, axis_size=size)
-    # Every member of the batch takes as many chunks as the member with the most. Chunks after its own are zeros, like
+    # Every member of the batch takes as many chunks as the member with the most. Its additional chunks are zeros, like
     # padding.
     most = count if of_count is None else count.max()
     return _bind_derived(batched, most, arrays, chunks, chunked, results), list(map(int, results))

@@ -39,7 +39,7 @@ class Loop(NamedTuple):
     chunk_size: int | None  # the caller's choice, or None for the platform's rule
     filled: bool  # whether each chunk is padded to this size, even if there are fewer tokens
     class_axis: Hashable | None
-    trained: int | None  # index of the differentiated result, if the loop sums all results and has their gradient too
+    trained: int | None  # which result is differentiated, if the loop sums results and computes the sum's gradient
     skips: bool  # whether tokens may be masked
     takes_padding: bool  # whether `of_chunk` is finite, with finite derivatives, at padding of zeros
     halved: bool  # whether a chunk's logits are stored in half the bytes, on platforms that can do so
@@ -156,8 +156,8 @@ def weighted(result, w):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def weighted_sums(loop: Loop, w: Array, inputs: Inputs) -> list[Array]:
-    """Σ wr over tokens, for each result r. Only result number `loop.trained`, a number per token, has a derivative in
-    the inputs."""
+    """Σ wr over tokens, for each result r. Only result number `loop.trained`, a number per token, has a derivative with
+    respect to the inputs."""
     return [weighted(r, w).sum(0) for r in token_results(loop, inputs)]
 
 
@@ -192,9 +192,9 @@ weighted_sums.defjvp(_weighted_sums_rule, symbolic_zeros=True)
 
 
 def _sums_its_own_gradient(loop: Loop, w: Array, inputs: Inputs, x: Array) -> bool:
-    """Whether a device sums the gradient in x over only its own tokens and classes, according to types. If not,
-    `jax.vjp` in the loop would sum the gradient over devices, and each device would count the whole sum. So such a
-    gradient takes another pass."""
+    """Whether the loop may compute the gradient with respect to x. It may if, by the types, `jax.vjp` in the loop sums
+    this gradient only over the device's own tokens and classes. Otherwise `jax.vjp` would sum it over devices too, and
+    each device would then count the sum of all devices. Such a gradient takes another pass."""
     classes = frozenset(mesh_names(loop.class_axis))
     typed = all(classes <= varying(x) for x in jax.tree.leaves(inputs.heads))  # False under check_vma=False: no types
     return typed and varying(w) <= varying(x)
@@ -202,14 +202,15 @@ def _sums_its_own_gradient(loop: Loop, w: Array, inputs: Inputs, x: Array) -> bo
 
 @_value_apart(static=2)
 def _results_and_gradients(loop, live, w, inputs):
-    """All results, and the gradients of the trained result's weighted sum in the leaves `live` of the inputs."""
+    """All results, and the gradients of the trained result's weighted sum with respect to the leaves `live` of the
+    inputs."""
     return loop.on_each_platform(functools.partial(_summed, loop, live), w, _unhoisted(inputs, w))
 
 
 def _summed(loop, live, platform, w, inputs):
     """`_results_and_gradients` on one platform."""
     count = len(jax.tree.leaves(inputs.tokens))
-    of_tokens = sum(i < count for i in live)  # gradients in the other leaves are summed over chunks
+    of_tokens = sum(i < count for i in live)  # gradients of the other leaves are summed over chunks
     # Without the checkpoint, the derivative of this loop would keep the logits of all chunks.
     of_chunk = jax.checkpoint(functools.partial(_chunk_and_gradients, loop, live, platform), prevent_cse=False)
 

@@ -35,7 +35,7 @@ class ChunkFunction(NamedTuple):
     has_aux: bool = False  # whether only the first result, a number per token, is differentiated
     multiplied: bool = True  # False: the function takes `Logits`, for which the matmul is still to be done
     halved: bool = False  # whether it stores at most one bfloat16 number per logit if states and head are bfloat16
-    filler: tuple[float, ...] | None = None  # `others` in padding, so that it is finite at a hidden state of 0
+    filler: tuple[float, ...] | None = None  # `others` for padding: there it is finite at a hidden state of 0
     refused: str = ""  # names of its effects that a derivative must not repeat
 
     @property

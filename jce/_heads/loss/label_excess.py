@@ -1,4 +1,4 @@
-"""The loss of a label and its derivative in the logits (the excess), with as few passes over the logits as possible.
+"""The loss of a label, and the excess, its derivative with respect to the logits, with few passes over the logits.
 
 `_quantities/label_loss.py` has the formulas. The label's logit, and from it the shift m (`known_label.py`), can be
 computed before the matmul that computes the other logits. Then an accelerator fuses exp, the sum and the rounding of e

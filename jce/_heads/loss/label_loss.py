@@ -1,6 +1,6 @@
 """The loss of a label, from hidden states and head, and its derivatives, with few passes over logits and few matmuls.
 
-The derivative of the loss in the logits u (before the soft cap) is an array ∂ℓ/∂u, in which the label's entry is minus
+The derivative with respect to the logits u (before the soft cap) is an array ∂ℓ/∂u, in which the label's entry is minus
 the sum of all others. Here it is kept as a product r e, with a number r per token. The matrix e, without r, is
 multiplied with hidden states and head. This has three advantages:
 

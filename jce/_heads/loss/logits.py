@@ -56,8 +56,8 @@ def _allowed(u):
 
 @custom_jvp
 def _soft_cap(u, c):
-    """c tanh v at v = u/c. If v² < eps, it returns u, because XLA flushes a subnormal v to 0: tanh v = v (1 - v²/3 + …)
-    is then v within eps/3."""
+    """c tanh v at v = u/c. If v² < eps, it returns u, since XLA would flush a subnormal v to 0. The result is then
+    within eps/3 of c tanh v, since tanh v = v (1 - v²/3 + …)."""
     v = u / c
     return jnp.where(v * v < jnp.finfo(v.dtype).eps, u, c * tanh(v))
 

@@ -22,10 +22,11 @@ from jce._jax.varying import varying_alike
 
 
 class Head(NamedTuple):
-    """W [n, d] and b [n]. W is also kept as `wide`, in the dtype of the logits. Its gradient is that of `wide`.
+    """W [n, d] and b [n]. There are two arrays for W: `weight`, and `wide`, which has the dtype of the logits.
 
-    So if W is bfloat16, a loop over chunks sums its gradient in float32: matmuls read `weight`, and `wide` only
-    receives the gradient. If the dtypes are the same, the arrays are equal, and matmuls read `wide`.
+    The gradient of W is the gradient of `wide`. So if W is bfloat16, a loop over chunks sums its gradient in float32:
+    matmuls read `weight`, and `wide` only receives the gradient. If the dtypes are the same, the arrays are equal, and
+    matmuls read `wide`.
     """
 
     weight: Array
@@ -101,7 +102,8 @@ def _dot(a, b, axis_a, axis_b, dtype, precision=None):
 
 
 # The primitive a · W, where both may have batch axes. It reads `weight`, but is declared linear in a and `wide`. So its
-# transpose in a and its batched form are again matmuls with `weight`, and its gradient in the head goes to `wide`.
+# transpose with respect to a, and its batched form, are again matmuls with `weight`. The gradient of the head goes to
+# `wide`.
 
 
 def _product(a, weight, wide, axis, products):

@@ -48,8 +48,8 @@ def _greedy_tail(y, p, x, t, rounded, classes):
     """(1-Σp)(m - m')/T at T = 0, and 0 at any other T. m is the maximum of all logits, and m' that of the classes
     without a label.
 
-    If m' < m, these classes have probability 0 at T = 0. A logarithm of 0 has no derivative, but the loss has one in T:
-    it falls from +∞ as T grows.
+    If m' < m, these classes have probability 0 at T = 0. A logarithm of 0 has no derivative, but the loss has one with
+    respect to T: it falls from +∞ as T grows.
     """
     m, m_rest = (lax.stop_gradient(classes.max(z)) for z in (x, without_classes(y, x, classes)))
     costs = (t == 0) & (m_rest > -jnp.inf) & (jnp.abs(rest_of(p)) > rounded)

@@ -1,9 +1,9 @@
-"""Runs a head on several devices. Each has some of the tokens and some of the classes, by JAX's types or the caller.
+"""Runs a head on several devices. Types or the caller say which tokens and which classes each device has.
 
 Inside a `jax.shard_map`, a scan over chunks of tokens sends no hidden states, and sums the head's gradient over devices
 once: JAX's types say which array varies over which mesh axis, and derivatives communicate accordingly. Under Auto axes,
-XLA's partitioner decides. The same then holds only if chunks are strided and the compiler moves sums over devices out
-of loops (`chunks.over_chunks`).
+XLA's partitioner decides. Then hidden states stay where they are only if chunks are strided, and the head's gradient is
+summed once only if the compiler moves sums over devices out of loops (`chunks.over_chunks`).
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def are_bfloat16(inputs: Inputs) -> bool:
 
 def _counting(hidden: list[Array], others: list[Array], w: Array, is_defined: IsDefined | None, n: int) -> Array:
     """Which tokens must be computed. If weights are differentiated, this includes zero-weight tokens whose loss is
-    defined, since the derivative in a weight is the loss. n is the number of classes of the first head."""
+    defined, since the derivative with respect to a weight is the loss. n is the number of classes of the first head."""
     defined = jnp.stack([jnp.isfinite(h).all(-1) for h in hidden]).all(0)
     if is_defined is not None:
         defined &= is_defined(others, n)
@@ -96,8 +96,8 @@ def _counting(hidden: list[Array], others: list[Array], w: Array, is_defined: Is
 def counts(w: Array) -> Array:
     """Whether a token of weight w must be computed: if w ≠ 0, or if w is differentiated.
 
-    The derivative in w is the token's loss, also at w = 0. Only a JVP rule can tell whether w is differentiated. So
-    this is a primitive, and its JVP rule returns True for all tokens.
+    The derivative with respect to w is the token's loss, also at w = 0. Only a JVP rule can tell whether w is
+    differentiated. So this is a primitive, and its JVP rule returns True for all tokens.
     """
     return _counts_p.bind(w)
 

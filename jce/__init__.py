@@ -94,7 +94,7 @@ __all__ = [
     "on_mesh",
     "sampled_kl_divergence",
 ]
-# Pickles and pages would name private files otherwise, which may move.
+# Without this, pickles and pages would name private files, which may move.
 for _name in __all__:
     globals()[_name].__module__ = __name__
 try:

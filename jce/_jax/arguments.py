@@ -92,7 +92,7 @@ def integer(value: Any) -> int | None:
 
 
 def require_bool(function: str, **option: Any) -> None:
-    """Raises an error unless the option is True or False, also for an array, 0, 1 or a string, which Python accepts."""
+    """Raises an error unless the option is True or False. Python would also accept an array, 0, 1 or a string."""
     ((name, value),) = option.items()
     if not isinstance(value, bool):
         raise ValueError(f"{function}: {name} must be a static bool; got {name}={value!r}. Pass True or False.")

@@ -117,7 +117,8 @@ def raising(p, q):
 
 
 def raised(p, q):
-    """p and q times `raising`. XLA flushes the difference of the smallest numbers, which is subnormal, to 0."""
+    """p and q times `raising`. Without the factor, the difference of the smallest numbers would be subnormal, and XLA
+    would flush it to 0."""
     scale = raising(p, q)
     return p * scale, q * scale
 

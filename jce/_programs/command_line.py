@@ -12,7 +12,7 @@ from typing import NoReturn
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Exits with the status of main; or as after SIGPIPE, if the reader of its output ends early, as `| head` does."""
+    """Exits with the status of main. If the reader of its output ends early, like `| head`, exits as after SIGPIPE."""
     try:
         try:
             raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a program at once, with one line: already during the import of its package, before its first own line."""
+"""Ctrl-C ends a program at once, with one line, even while Python still imports the package of the program."""
 
 from __future__ import annotations
 

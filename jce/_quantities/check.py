@@ -1,4 +1,4 @@
-"""A check of the kernels' unchecked assumption that entries are ≥ 0 and sum to 1."""
+"""Checks what the other functions assume without a check: that entries are ≥ 0 and sum to 1."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 def _sum_p_log_p(p, classes):
-    # |p| equals p wherever log p isn't NaN. It makes few classes faster: a CPU is slow at combining an input itself
-    # with a number computed from it (`passes.py`).
+    # |p| equals p wherever log p isn't NaN. For few classes |p| is faster, because a CPU is slow at combining an input
+    # itself with a number computed from it (`passes.py`).
     few = classes.are_few(p)
     return classes.sum((jnp.abs(p) if few else p) * log(_above_0(p, few)))
 

@@ -95,8 +95,8 @@ def jensen_shannon_divergence_with_logits(
     return _divergence_of_softmax(x, y, None if d is None else lax.stop_gradient(d), b, c, classes)
 
 
-# d is None, or y - x, more accurate than x and y themselves (`compare.py`). Rules treat it as a constant, and are
-# written in x and y.
+# d is y - x, computed more accurately than from x and y (`compare.py`), or None. Derivative rules use the tangents of x
+# and y, and treat d as a constant.
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(5,))

@@ -92,8 +92,8 @@ def kl_divergence_with_logits(
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
 def kl_of_softmax(x, y, d, way):
-    """KL(p‖q) for p = softmax(x) and q = softmax(y). d is None, or y - x, more accurate than x and y themselves
-    (`compare.py`)."""
+    """KL(p‖q) for p = softmax(x) and q = softmax(y). d is y - x, computed more accurately than from x and y
+    (`compare.py`), or None."""
     return way.sum(deviance_from_log(*compare(x, y, d, way)))
 
 
@@ -101,7 +101,7 @@ def kl_of_softmax(x, y, d, way):
 def _kl_rule(classes, primals, tangents):
     if not one_at_a_time(tangents):
         return kl_of_softmax(*primals, classes), classes.sum(_along_both(primals, tangents, classes))
-    if isinstance(tangents[0], SymbolicZero):  # along y alone no N × n array is stored
+    if isinstance(tangents[0], SymbolicZero):  # a derivative along y alone stores no N × n array
         return kl_of_softmax(*primals, classes), classes.sum(mul0(q_minus_p(*primals, classes), tangents[1]))
     kl, in_x, in_y = _kl_and_partials(*primals, classes)
     return kl, classes.sum(sum_of_tangents(tangents[:2], lambda t: mul0(in_x, t), lambda t: mul0(in_y, t)))
@@ -125,7 +125,7 @@ def _along_both(primals, tangents, classes):
     rows = x, y, d, classes
     in_x, in_y, kl = _weighted_excess(*rows), q_minus_p(*rows), classes.column(kl_of_softmax(*rows))
     in_both = deviances(*rows) - mul0(jnp.broadcast_to(kl, x.shape), softmax(x, classes))
-    # Where q is far above p, the coefficient of dx here would be the rounding of q, and ∂KL/∂x would lose all digits.
+    # Where q is far above p, `in_both` is mere rounding of q, and ∂KL/∂x would lose all digits. There `in_x` is used.
     near = jnp.abs(lax.stop_gradient(log_q_over_p(*rows))) < 1.5
     return mul0(jnp.where(near, in_both, in_x), dx) + jnp.where(near, mul0(in_y, dd), mul0(in_y, dy))
 
@@ -139,7 +139,7 @@ def _weighted_excess(x, y, d, way):
 def _weighted_excess_of(p, log_p_q, kl, x, way):
     impossible = log_p_q == jnp.inf
     infinite = way.column(kl) == jnp.inf
-    # Unscaled, sums over n classes with weights up to 2¹² (FINE of `passes.py`) might overflow.
+    # Without the scaling, sums over n classes with weights up to 2¹² (FINE of `passes.py`) might overflow.
     scale = 2.0 ** -(way.count(x).bit_length() + 12)
     excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, way) / scale
     excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)

@@ -4,9 +4,9 @@ For label j, log q_j = -(log(1 + s) + m - x_j). Here m = max x and the off-maxim
 labels, and x_j is looked up. If a class dominates, its m - x_j is set to 0.
 
 With a tail there are k + 1 outcomes: the labels, and all classes without a label. The latter have their own m and
-Z = Σ exp(xᵢ - m). Nothing cancels, whichever outcome has nearly all of the probability. An outcome of more than .55 has
-log q = -log(1 + r), where r is the sum of the others' weights divided by its own weight. Any other outcome has
-log w - log Σ w < log .55 = -.6.
+Z = Σ exp(xᵢ - m). Nothing cancels, whichever outcome has nearly all of the probability. An outcome with
+q > .55 has log q = -log(1 + r), where r is the sum of the others' weights divided by its own weight. Any other outcome
+has log q = log w - log Σ w < log .55 = -.6.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def float_dtype(function: str, arguments: Mapping[str, ArrayLike]):
 
 
 def _require_wide(function: str, arguments: Mapping[str, ArrayLike]) -> None:
-    """Raises an error for floats of 8 bits or fewer. Values would be right, but a gradient has the dtype of its
+    """Raises an error for floats of 8 bits or fewer. Values would be correct, but a gradient has the dtype of its
     argument, and would mostly be rounded to 0. Integers have no gradient, so their width doesn't matter.
     """
     dtypes = {name: as_array(function, name, x).dtype for name, x in arguments.items()}

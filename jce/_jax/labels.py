@@ -23,8 +23,8 @@ def labelled(
     logits: ArrayLike,
     several: str = "label_probs",
 ) -> tuple[Array, Array, Array, Classes]:
-    """Labels in the shape of the batch, logits as in `distributions`, an array with 1 for each class that `where` keeps
-    and 0 for the others, and the `Classes`."""
+    """Returns labels in the shape of the batch, logits as in `distributions`, an array with 1 for each class that
+    `where` keeps and 0 for each other class, and the `Classes`."""
     got = {"labels": labels, "logits": logits}
     y = _integer_labels(function, got)
     x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
@@ -51,8 +51,8 @@ def labelled_with_probs(
     label_probs: ArrayLike,
     logits: ArrayLike,
 ) -> tuple[Array, Array, Array, Array, Classes]:
-    """Labels and their probabilities, [..., k]. And logits, the array of 1 and 0, and `Classes` as in `labelled`, with
-    the class axis last."""
+    """Returns labels and their probabilities, [..., k], and three results as in `labelled`, with the class axis last:
+    logits, the array of 1 and 0, and the `Classes`."""
     got = {"labels": labels, "label_probs": label_probs, "logits": logits}
     y = _integer_labels(function, got)
     p, x = as_floats(function, {name: got[name] for name in ("label_probs", "logits")})
@@ -76,8 +76,8 @@ def labelled_with_probs(
 def labelled_several(
     function: str, axis: int, where: ArrayLike | None, axis_name: Hashable | None, labels: ArrayLike, logits: ArrayLike
 ) -> tuple[Array, Array, Array | None, Classes]:
-    """Labels [..., k], logits with the class axis last, which rows have a class that is not masked (None if all have),
-    and the `Classes`."""
+    """Returns labels [..., k], logits with the class axis last, an array that says which rows have an unmasked class
+    (None if all have one), and the `Classes`."""
     got = {"labels": labels, "logits": logits}
     y = _integer_labels(function, got)
     x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)

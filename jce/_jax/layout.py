@@ -116,8 +116,8 @@ def auto_devices() -> int:
 
 
 def may_be_split(x: Array) -> bool:
-    """Whether rows of x may be on several devices, by types or by XLA's choice. A number computed from all rows then
-    takes communication."""
+    """Whether rows of x may be on several devices, by types or by XLA's choice. To compute one number from all rows,
+    devices must then communicate."""
     meshes = (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh)
     kinds = [(m.shape[n], kind) for m in meshes for n, kind in zip(m.axis_names, m.axis_types, strict=True)]
     return any(size > 1 and kind != AxisType.Manual for size, kind in kinds)

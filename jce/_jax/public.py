@@ -102,7 +102,7 @@ def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
     return jitted
 
 
-LARGE = 2**16  # folding a softmax of an array of this size takes some milliseconds on a CPU
+LARGE = 2**16  # XLA takes some milliseconds to fold a constant softmax of this size on a CPU
 
 
 def unfolded(arguments: T) -> T:

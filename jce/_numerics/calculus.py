@@ -91,7 +91,7 @@ def def_twin(kernel: custom_jvp, twin: Callable[..., Array]) -> None:
 
 
 def def_at_once(at_once: custom_jvp, *functions: Callable) -> None:
-    """Gives a kernel that computes several functions at once their derivatives, by the rule of each function."""
+    """For a kernel that computes several functions at once: its derivatives are those of these functions."""
 
     def rule(classes, primals, tangents):
         def separately(*arguments):

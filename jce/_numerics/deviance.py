@@ -42,7 +42,7 @@ def deviance(p: Array, q: Array, d: Array, left_out: Array | None = None) -> Arr
 
 
 def _contrast_and_log_ratio(p, q, d):
-    """Whether |v| < 1/2; v; and log p/q from the quotient p/q, for use where |v| ≥ 1/2."""
+    """Returns whether |v| < 1/2, v itself, and log p/q, computed from the quotient p/q, for use where |v| ≥ 1/2."""
     v = reused(d / jnp.maximum(p + q, jnp.finfo(p.dtype).tiny))
     rises = p < q
     less, more = jnp.where(rises, p, q), jnp.where(rises, q, p)

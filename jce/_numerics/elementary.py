@@ -110,8 +110,8 @@ def unless_negative(x, result):
 
 
 def raising(p, q):
-    """A power of 2 by which to multiply p and q; 1 unless both are below 1. Scaled, their products with small weights
-    don't underflow. Their products with a logarithm, which is at most 745 < 2¹¹, don't overflow, since
+    """A power of 2 by which to multiply p and q; 1 unless both are below 1. With this factor, their products with small
+    weights don't underflow. Their products with a logarithm, which is at most 745 < 2¹¹, don't overflow, since
     2^(maxexp - 12) · 2¹¹ < 2^maxexp."""
     return jnp.where(jnp.maximum(p, q) < 1, 2.0 ** (jnp.finfo(p.dtype).maxexp - 12), 1.0).astype(p.dtype)
 

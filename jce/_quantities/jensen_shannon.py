@@ -111,8 +111,8 @@ def divergence(p: Array, q: Array, d: Array, b: Array, c: Array) -> Array:
 
 
 def with_mixture(p, q, d, b, c):
-    """A power of 2, and p, q, p - q and m times this power: without it, a small β p might underflow to m = 0. m is
-    above 0 even at β = 0."""
+    """Returns a power of 2, and p, q, p - q and m, each multiplied by it. Without this factor, a small β p might
+    underflow to m = 0. The returned m is above 0 even at β = 0."""
     scale = raising(p, q)
     p, q, d = scale * p, scale * q, scale * d
     return scale, p, q, d, at_least(jnp.finfo(p.dtype).tiny, b * p + c * q)

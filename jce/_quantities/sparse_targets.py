@@ -32,7 +32,7 @@ def rounding(label_probs: Array, dtype) -> float:
 def sparse_cross_entropy(
     y: Array, p: Array, x: Array, kept: Array, smoothing: Array | None, tail: float | None, classes: Classes
 ) -> Array:
-    """The loss for labels y with probabilities p [..., k] at logits x [..., n]. `kept` is 1 for each class not masked.
+    """The loss for labels y with probabilities p [..., k] at logits x [..., n]. `kept` is 1 for unmasked classes.
 
     `tail` is None if there is no tail. Otherwise it says how far rounding may move Σp away from 1.
     """

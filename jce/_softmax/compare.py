@@ -91,8 +91,9 @@ def one_at_a_time(tangents) -> bool:
 
 
 def _tangents_of_logarithms(primals, tangents, classes):
-    """Returns where |log q/p| < 3/2, and d log p, d log q and d log q/p. The last one is computed by the formula at the
-    top of this file. It is needed only where |log q/p| < 3/2: elsewhere d log q - d log p is accurate enough."""
+    """Returns a mask, which is True where |log q/p| < 3/2, and d log p, d log q and d log q/p. The last one is computed
+    by the formula at the top of this file. It is needed only where the mask is True: elsewhere d log q - d log p is
+    accurate enough."""
     (x, y, _), (dx, dy, dd) = primals, tangents
     near = jnp.abs(lax.stop_gradient(log_q_over_p(*primals, classes))) < 1.5
     mean = classes.sum(mul0(q_minus_p(*primals, classes), dy))

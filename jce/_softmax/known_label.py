@@ -62,8 +62,8 @@ def at_maximum(others: Callable, maximum: Callable[[], Array]) -> Callable:
 
 @custom_vmap
 def _first_of(asks):
-    """The position of the first True, counted from 1, or 0 if there is none. Not `any`: XLA on a CPU would turn `any`
-    into a tree of vectors, which takes longer to compile than the rest of a label's loss."""
+    """The position of the first True, counted from 1, or 0 if there is none. It is used instead of `any`, which XLA
+    turns into a tree of vectors on a CPU: that takes longer to compile than the rest of a label's loss."""
     none = vary_over(varying(asks), jnp.full(1, 0.5, jnp.float32))
     return lax.argmax(jnp.concatenate([*none, asks.astype(none[0].dtype).ravel()]), 0, jnp.int32)
 

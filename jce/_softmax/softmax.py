@@ -78,8 +78,8 @@ def centered(t: Array, x: Array, way: Way) -> Array:
 
 
 def unless_nan(z, tangent, t, way):
-    """The tangent; in a NaN row, NaN where t ≠ 0, and 0 where t = 0. The sums over a NaN row are NaN, and would make
-    its whole tangent NaN."""
+    """The tangent. In a NaN row it is NaN where t ≠ 0, but 0 where t = 0. Without this function the whole tangent of
+    such a row would be NaN, because the sums over the row are NaN."""
     zero = lax.stop_gradient(way.column(z - z))  # or NaN; jax_debug_nans would stop at a constant NaN
     nan = mul0(jnp.broadcast_to(zero, t.shape), t)
     number = z <= jnp.finfo(z.dtype).max  # z ≥ 1 or NaN; with isfinite XLA wouldn't fuse the chain of `chain.py`

@@ -60,8 +60,8 @@ class Normalizer(NamedTuple):
         return way.column(self.log_z) - way.depth(x, self)
 
     def depth_and_dominant(self, x: Array, m: Array, way: Way) -> tuple[Array, Array]:
-        """Returns `Way.depth`, and which class dominates. For an elementwise pass with its own m: there a select is
-        free."""
+        """Returns `Way.depth`, and which class dominates. It uses a select, which is free only in an elementwise pass.
+        Each such pass has its own m."""
         d = x - way.column(m)
         # If one class dominates, its d is near 0 > -0.5, and all other d are below log 1/2 = -0.69. If none dominates,
         # no d is above 0.5.

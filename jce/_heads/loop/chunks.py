@@ -26,9 +26,9 @@ def over_chunks(step: Callable, chunks: Chunks, carry, tokens, kept: Array | Non
     has the same size, whatever the number of tokens, so a matmul has the same bits in any number of chunks.
 
     If `chunks.strided`, a chunk takes every k-th token. If XLA splits tokens over devices, each device has consecutive
-    tokens, and so an equal part of every chunk. Then no token is sent, and for GPUs and TPUs XLA sums the carry over
-    devices after the loop. If `chunks.peeled`, the first step, whose carry is None, runs before the loop, so that no
-    zeros are written as an initial carry.
+    tokens, and so an equal part of every chunk. Then no hidden states are sent. XLA sums the carry over devices after
+    the loop on GPUs and TPUs, and in each step on CPUs. If `chunks.peeled`, the first step, whose carry is None, runs
+    before the loop, so that no zeros are written as an initial carry.
     """
     size, devices, strided, peeled, filled = chunks
     count = jax.tree.leaves(tokens)[0].shape[0]

@@ -1,15 +1,18 @@
 """A wide next-word model teaches narrow ones: `python -m notebooks.examples.distill [TEXT]`.
 
-The teacher is the model of next_word.py. Three students of a quarter of its width see the same batches, and learn
+The teacher is the model in next_word.py. Three students, with a quarter of its width, see the same batches. They differ
+in their loss:
 
-    from every word: KL(teacher‖student) over all words, by `jce.linear_kl_divergence`;
-    from 16 words and the text: the mean of two losses, by `jce.linear_map`. One is the KL divergence of 17 outcomes,
-        the teacher's 16 likeliest words and all others together, whose log-probabilities are kept for each place of the
-        text (`jce.log_probs_with_integer_labels` with `tail`); the other is the cross-entropy of the word that follows;
-    from the text: the cross-entropy of the word that follows, as the teacher did.
+    every word: KL(teacher‖student) over the whole vocabulary, with `jce.linear_kl_divergence`.
+    16 words and the text: the mean of two losses, with `jce.linear_map`. One is the KL divergence over 17 classes:
+        the teacher's top-16 words, and one class for all other words. The teacher's log-probabilities of the 17
+        classes are stored for each place in the text (`jce.log_probs_with_integer_labels` with `tail`). The other
+        loss is the cross-entropy of the next word.
+    the text: the cross-entropy of the next word, as for the teacher.
 
-The logits of a batch never exist at once, neither the teacher's nor the student's. What that saves is measured against
-the same losses of whole logits. Distillation: Hinton, Vinyals and Dean (2015), arXiv:1503.02531.
+All logits of a batch never exist at the same time, neither the teacher's nor the student's. The program compares the
+memory and time with those of the same losses computed from whole logits. Distillation: Hinton, Vinyals and Dean (2015),
+arXiv:1503.02531.
 
 The same in Python:
 
@@ -49,19 +52,19 @@ with extra(PROGRAM, __name__, "-e '.[notebooks]'"):
     from .next_word import BATCH, CHUNK, WIDTH, Corpus, Model, Snapshot, hidden_states, read, train, training_parser
 
 STUDENT = WIDTH // 4
-KEPT = 16  # of the teacher's words at each place, the likeliest
+KEPT = 16  # the number of the teacher's top-k words that are stored for each place
 
 
-# The three losses of a batch: in chunks, and of whole logits, as they are usually written
+# The three losses of a batch: in chunks, and from whole logits, as they are usually written
 
 
 def linear(model: Model, text: Array, places: Array) -> jce.Linear:
-    """The logits for the words at these places, not multiplied out."""
+    """Stands for the logits at these places; the matmul with the head is not done yet."""
     return jce.Linear(hidden_states(model, text, places), model.head, model.bias)
 
 
 def whole(model: Model, text: Array, places: Array) -> Array:
-    """log q of every word of the vocabulary at these places, [tokens, n]."""
+    """log q for every word of the vocabulary at these places, [tokens, n]."""
     return jax.nn.log_softmax(hidden_states(model, text, places) @ model.head.T + model.bias[None])
 
 
@@ -81,8 +84,8 @@ def kept_words(student: Model, text: Array, places: Array, words: Array, log_p: 
 
 
 def of_word(y: Array, words: Array, log_p: Array, x: Array) -> Array:
-    """The mean of two losses of one token: that of the word y which follows, and KL of KEPT + 1 outcomes, these words
-    and all others together, of which the teacher's log-probabilities are log_p."""
+    """The mean of two losses for one token: the cross-entropy of the next word y, and the KL divergence over KEPT + 1
+    classes (`words`, and all other words together), for which the teacher's log-probabilities are log_p."""
     log_q = jce.log_probs_with_integer_labels(words, x, tail=True)
     return (jce.cross_entropy_with_integer_labels(y, x) + jce.kl_divergence_with_logits(log_p, log_q)) / 2
 
@@ -102,8 +105,8 @@ def text_whole(student: Model, text: Array, places: Array) -> Array:
 
 @jax.jit
 def likeliest(teacher: Model, text: Array) -> tuple[Array, Array]:
-    """The teacher's likeliest words at each place of the text, [length, KEPT], and log-probabilities of these and of
-    all others together, [length, KEPT + 1]."""
+    """The teacher's top-k words at each place in the text, [length, KEPT], and the log-probabilities of these words and
+    of all other words together, [length, KEPT + 1]."""
 
     def kept(x):
         words = lax.top_k(x, KEPT)[1]
@@ -113,13 +116,13 @@ def likeliest(teacher: Model, text: Array) -> tuple[Array, Array]:
 
 
 class Lesson(NamedTuple):
-    """A student's loss in two forms, its further arguments, and its look in the picture."""
+    """A student's loss in two forms, the additional arguments of the loss, and its line style in the picture."""
 
     in_chunks: Callable[..., Array]  # (student, text, places, *given) -> loss
     of_whole_logits: Callable[..., Array]  # the same
-    given: Callable[[Model, Array], Sequence[Any]]  # (teacher, text) -> the further arguments
-    colour: str  # Okabe and Ito's, which every kind of colour vision tells apart
-    stroke: str  # tells lines apart without colour
+    given: Callable[[Model, Array], Sequence[Any]]  # (teacher, text) -> the additional arguments
+    colour: str  # one of Okabe and Ito's, which can be told apart with every kind of color vision
+    stroke: str  # tells the lines apart without color
 
 
 LESSONS = {
@@ -130,7 +133,7 @@ LESSONS = {
 
 
 def lesson(corpus: Corpus, name: str, teacher: Model, steps: int, *, seed: int = 0) -> Iterator[Snapshot]:
-    """A student's training by one of LESSONS: a snapshot at the start and at each twentieth of the way."""
+    """Trains a student with one of LESSONS. Yields a snapshot at the start and after each twentieth of the steps."""
     objective, _, given, *_ = LESSONS[name]
     return train(corpus, steps, seed=seed, width=STUDENT, objective=objective, given=given(teacher, corpus.text))
 
@@ -138,18 +141,18 @@ def lesson(corpus: Corpus, name: str, teacher: Model, steps: int, *, seed: int =
 distance = jax.jit(every_word)
 
 
-# What it costs
+# The cost
 
 
 class Cost(NamedTuple):
-    """The cost of value and gradient for a batch, without the optimizer's."""
+    """The cost of value and gradient for a batch, without the optimizer."""
 
-    megabytes: float  # of temporary memory, beside arguments and results
+    megabytes: float  # of temporary memory, without arguments and results
     milliseconds: float
 
 
 def costs(corpus: Corpus, name: str, teacher: Model, rounds: int = 7) -> tuple[Cost, Cost]:
-    """The costs in chunks and of whole logits: times are medians of rounds in which both take turns."""
+    """The costs in chunks and with whole logits. Times are medians over rounds; in each round both programs run."""
     given = LESSONS[name].given(teacher, corpus.text)
     places = jax.random.choice(jax.random.key(0), corpus.training, (BATCH,))
     arguments = (next_word.initial(len(corpus.words), 0, STUDENT), corpus.text, places, *given)
@@ -174,7 +177,7 @@ def costs(corpus: Corpus, name: str, teacher: Model, rounds: int = 7) -> tuple[C
 def picture(
     histories: dict[str, list[Snapshot]], taught: float, unigram: float, spent: dict[str, tuple[Cost, Cost]]
 ) -> Figure:
-    """The held-out perplexity of each student against steps, and what a batch costs in chunks and as whole logits."""
+    """The held-out perplexity of each student by step, and the cost of a batch in chunks and with whole logits."""
     figure = Figure(figsize=(18, 8), dpi=100, layout="constrained")
     figure.suptitle(f"A model of width {WIDTH} teaches one of {STUDENT}: what to learn from, and what a batch costs")
     left, *right = figure.subplots(1, 3, width_ratios=[2, 1, 1])
@@ -219,8 +222,8 @@ def _run(corpus: Corpus, steps: int, seed: int, out: str) -> None:
     *_, taught = bar(train(corpus, steps, seed=seed), "the teacher")
     unigram = next_word.unigram_perplexity(corpus)
     print(
-        f"perplexity of the held-out words: by their frequency alone {unigram:.1f}, the teacher's, of width {WIDTH},"
-        f" {taught.perplexity:.1f}\n\nand of students of width {STUDENT} that learn from"
+        f"perplexity of the held-out words: by word frequency alone {unigram:.1f}, by the teacher (width {WIDTH})"
+        f" {taught.perplexity:.1f}\n\nand by students (width {STUDENT}) that learn from"
     )
     histories = {
         name: list(bar(lesson(corpus, name, taught.model, steps, seed=seed), f"from {name}")) for name in LESSONS
@@ -228,7 +231,7 @@ def _run(corpus: Corpus, steps: int, seed: int, out: str) -> None:
     print(f"{'step':>8}" + "".join(f"{name:>24}" for name in histories))
     for row in zip(*histories.values(), strict=True):
         print(f"{row[0].step:8}" + "".join(f"{s.perplexity:24.1f}" for s in row))
-    print(f"\n{'':24}{'KL(teacher‖student),':>22}{'a batch, value and gradient: in chunks / of whole logits':>60}")
+    print(f"\n{'':24}{'KL(teacher‖student),':>22}{'a batch, value and gradient: in chunks / with whole logits':>60}")
     print(f"{'':24}{'held-out words':>22}{'MB':>30}{'ms':>30}")
     spent = {}
     for name, history in histories.items():
@@ -241,11 +244,13 @@ def _run(corpus: Corpus, steps: int, seed: int, out: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains teacher and students, prints a table and writes the picture; the status is 2 for wrong input, 130 for
-    Ctrl-C."""
-    claim = "Teach a next-word model to a narrower one: from every word, from 16 and the text, or from the text."
+    """Trains teacher and students, prints a table and writes the picture.
+
+    The exit status is 2 for wrong input, and 130 after Ctrl-C.
+    """
+    claim = "Distill a next-word model into narrower ones, which learn from every word, 16 words and the text, or the text."
     parser = training_parser(PROGRAM, claim)
-    parser.add_argument("--out", type=png, default="distill.png", help="The picture (default: %(default)s).")
+    parser.add_argument("--out", type=png, default="distill.png", help="The picture to write (default: %(default)s).")
     args = parser.parse_args(argv)
     _run(args.text or read(default_text()), args.steps, args.seed, args.out)
     return 0

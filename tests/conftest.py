@@ -31,13 +31,24 @@ UNLESS = {"holds_nan": "jax_debug_nans", "needs_jit": "jax_disable_jit"}
 
 
 def pytest_addoption(parser):
+    parser.addoption("--optimized", action="store_true", help="compile everything as users do, in twice the time")
     parser.addoption("--as-on", choices=["TPU", "GPU"], help="this CPU lowers what such a device would")
     parser.addoption("--part", metavar="K/N", help="of the selected tests every N-th, beginning with the K-th, from 0")
 
 
 def pytest_configure(config):
+    if not config.option.optimized:
+        compile_cheaply()
     if config.option.as_on:
         _platforms.CPU = getattr(_platforms, config.option.as_on)
+
+
+def compile_cheaply():
+    """Compile to slow code in a third of the time. Tests that need the code of users call `optimized_jit`."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+    if jax.__version_info__ < (0, 11):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -18,8 +18,8 @@ from tests.kernels import (
     gradient,
     label,
 )
+from tests.optimized_jit import optimized_jit
 from tests.oracle import conditioning, distributions, hessian, interior, partial, precision, spacing, to_mp, ulps
-from tests.quick_jit import quick_jit
 
 SLOW = [pytest.mark.slow]
 each_dtype = pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=SLOW)])
@@ -63,7 +63,7 @@ SHAPES = [
 def test_values(kernel, shape, dtype, rng):
     regimes, arguments = sampled(kernel, rng, shape, dtype)
     with jax.enable_x64(dtype == np.float64):
-        value = np.asarray(kernel.function(*arguments))
+        value = np.asarray(optimized_jit(kernel.function)(*arguments))
     assert value.dtype == dtype
     judge = Judge(dtype)
     for regime, row, got in zip(regimes, distributions(kernel, *arguments), value.ravel(), strict=True):
@@ -80,7 +80,7 @@ def test_values(kernel, shape, dtype, rng):
 def test_first_derivatives(kernel, dtype, rng):
     regimes, arguments = sampled(kernel, rng, (4, 8), dtype)
     with jax.enable_x64(dtype == np.float64):
-        gradients = jax.tree.map(np.asarray, gradient(kernel)(*arguments))
+        gradients = jax.tree.map(np.asarray, optimized_jit(gradient(kernel))(*arguments))
     judge = Judge(dtype)
     pairs = zip(distributions(kernel, *arguments), distributions(kernel, *gradients), strict=True)
     for regime, (row, got) in zip(regimes, pairs, strict=True):
@@ -104,7 +104,7 @@ def test_hessian_vector_products(kernel, dtype, rng):
     for x, t, (_, highest) in zip(arguments, tangents, kernel.domains, strict=True):
         t[~np.isfinite(x) | (x == highest)] = 0
     with jax.enable_x64(dtype == np.float64):
-        _, hvp = jax.jit(lambda x, t: jax.jvp(gradient(kernel), x, t))(tuple(arguments), tuple(tangents))
+        _, hvp = optimized_jit(lambda x, t: jax.jvp(gradient(kernel), x, t))(tuple(arguments), tuple(tangents))
         hvp = jax.tree.map(np.asarray, hvp)
     judge = Judge(dtype)
     rows = (distributions(kernel, *x) for x in (arguments, tangents, hvp))
@@ -142,7 +142,7 @@ def test_third_derivative(kernel, rng):
         return kernel.function(*(x + t * d for x, d in zip(arguments, direction, strict=True)))
 
     with jax.enable_x64(True):
-        third = quick_jit(jax.jacfwd(jax.jacfwd(jax.jacrev(along))))(0.0)
+        third = jax.jit(jax.jacfwd(jax.jacfwd(jax.jacrev(along))))(0.0)
     rows = zip(distributions(kernel, *arguments), distributions(kernel, *direction), strict=True)
     for (row, step), got in zip(rows, np.ravel(third), strict=True):
         x, d = to_mp(row), to_mp(step)
@@ -165,7 +165,7 @@ def test_half_precision(kernel, dtype, rng):
     half = [jnp.asarray(np.where(np.isinf(x), x, np.clip(x, -largest, largest)), dtype) for x in arguments]
     exact = [x.astype(np.float32) for x in half]
 
-    @quick_jit
+    @jax.jit
     def value_and_gradient(*x):
         return kernel.function(*x), gradient(kernel)(*x)
 
@@ -196,7 +196,7 @@ def test_parts_of_a_distribution(kernel, dtype, rng):
     kept = rng.permuted(np.arange(n) <= np.arange(rows)[:, None] % n, axis=1)
     arguments = [np.where(kept, x, np.nan) for x in (p, q)[: len(kernel.arguments)]]
     with jax.enable_x64(dtype == np.float64):
-        value = np.asarray(kernel.function(*arguments, where=kept))
+        value = np.asarray(optimized_jit(kernel.function)(*arguments, where=kept))
     judge = Judge(dtype)
     for i, got in enumerate(value):
         row = to_mp([x[i, kept[i]] for x in arguments])
@@ -235,7 +235,7 @@ def test_a_batch_of_one_row(kernel, n):
         ways += [(lambda *x: kernel.function(*x, axis=0), columns)]
         return [[jnp.ravel(r)[0] for r in jax.jvp(f, x, x)] for f, x in [(kernel.function, row), *ways]]
 
-    alone, *batches = (np.array(x) for x in jax.jit(run)(row, batch))
+    alone, *batches = (np.array(x) for x in optimized_jit(run)(row, batch))
     with jax.enable_x64(True):
         exact = np.array(run(*jax.tree.map(np.float64, (row, batch)))[0])
     bar = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(exact), 1)
@@ -253,4 +253,4 @@ def test_a_hundred_thousand_classes(kernel, rng):
         exact = kernel.formula(*to_mp(row))
         scale = kernel.value_scale(*to_mp(row)) if kernel.value_scale else exact
         bar = kernel.value_bar + conditioning(kernel, to_mp(row), np.float32)
-    assert ulps(kernel.function(*row), exact, scale, np.float32) <= bar
+    assert ulps(optimized_jit(kernel.function)(*row), exact, scale, np.float32) <= bar

@@ -11,7 +11,6 @@ import pytest
 
 import jce
 from tests.kernels import OF_LOGITS, TABLE, each_function, each_with_classes, easy, gradient, total
-from tests.quick_jit import quick_jit
 
 NAN = float("nan")
 
@@ -39,11 +38,11 @@ def test_integers_bools_lists_and_numpy(kernel):
     arrays = {"integers": one_hot, "bools": one_hot.astype(bool)}
     lists = {"a list of integers": one_hot.tolist(), "a list of floats": one_hot.astype(np.float32).tolist()}
 
-    @quick_jit
+    @jax.jit
     def run(arrays):
         return {name: kernel.function(*[x] * count) for name, x in (arrays | lists).items()}
 
-    expected = quick_jit(kernel.function)(*[one_hot.astype(np.float32)] * count)
+    expected = jax.jit(kernel.function)(*[one_hot.astype(np.float32)] * count)
     for name, value in run(arrays).items():
         assert value.dtype == jnp.float32, name
         np.testing.assert_allclose(value, expected, rtol=1e-6, err_msg=name)
@@ -101,7 +100,7 @@ def test_narrow_integers(dtype):
 def test_broadcasting(kernel, rng):
     p, q = easy(kernel, rng, (3, 4, 5))
     pairs = [(p[0, 0], q), (p[:, :1], q[0])]
-    run = quick_jit(lambda pairs: [kernel.function(*pair) for pair in pairs])
+    run = jax.jit(lambda pairs: [kernel.function(*pair) for pair in pairs])
     for value, expected in zip(run(pairs), run([np.broadcast_arrays(*pair) for pair in pairs]), strict=True):
         np.testing.assert_allclose(value, expected, rtol=2e-6)
     assert jax.eval_shape(gradient(kernel), p[0, 0], q)[0].shape == (5,)
@@ -119,7 +118,7 @@ def test_labels_that_hold_no_number_of_classes(dtype, n, rng):
         return jce.cross_entropy_with_integer_labels(labels, logits) + linear
 
     def program(labels):
-        return quick_jit(lambda x: (losses(labels, x), jax.grad(lambda x: losses(labels, x).sum())(x)))(logits)
+        return jax.jit(lambda x: (losses(labels, x), jax.grad(lambda x: losses(labels, x).sum())(x)))(logits)
 
     narrow, wide = program(labels.astype(dtype)), program(labels.astype(np.int32))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), narrow, wide)
@@ -135,7 +134,7 @@ def test_axis(kernel, rng):
     arguments, axes = easy(kernel, rng, (2, 3, 4, 5)), (0, 2)
     moved = {axis: [np.moveaxis(x, -1, axis) for x in arguments] for axis in axes}
 
-    @quick_jit
+    @jax.jit
     def run(moved):
         along = {axis: functools.partial(kernel.function, axis=axis) for axis in moved}
         values = {axis: along[axis](*x) for axis, x in moved.items()}
@@ -160,12 +159,12 @@ def test_where_is_leaving_classes_out(kernel, rng):
     arguments, positions = easy(kernel, rng, (4, 6)), tuple(range(len(kernel.arguments)))
     mask = np.array([True, False, True, True, False, False])
     kept = [x[:, mask] for x in arguments]
-    expected_value, expected_gradients = quick_jit(lambda *x: (kernel.function(*x), gradient(kernel)(*x)))(*kept)
+    expected_value, expected_gradients = jax.jit(lambda *x: (kernel.function(*x), gradient(kernel)(*x)))(*kept)
 
     def masked(*x):
         return kernel.function(*x, where=mask)
 
-    @quick_jit
+    @jax.jit
     def run(*x):
         reverse = jax.grad(lambda *x: masked(*x).sum(), positions)(*x)
         return masked(*x), reverse, jax.vmap(jax.jacfwd(masked, positions))(*x)
@@ -193,9 +192,9 @@ def test_where_drops_rows(kernel, rng):
         values = kernel.function(*x, where=mask[..., None])
         return values.sum(), values
 
-    g, value = quick_jit(jax.grad(losses, has_aux=True))(*arguments)
+    g, value = jax.jit(jax.grad(losses, has_aux=True))(*arguments)
     assert value[1] == 0
-    np.testing.assert_allclose(value[mask], quick_jit(kernel.function)(*(x[mask] for x in arguments)), rtol=1e-6)
+    np.testing.assert_allclose(value[mask], jax.jit(kernel.function)(*(x[mask] for x in arguments)), rtol=1e-6)
     np.testing.assert_array_equal(g[1], np.zeros(6))
     assert np.isfinite(g).all()
 
@@ -449,7 +448,7 @@ def test_following_a_hint(function, option, given, written, after):
         return eval(after, names | {"result": result}) if after else result
 
     assert np.isfinite(followed()).all()
-    np.testing.assert_allclose(quick_jit(followed)(), followed(), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(followed)(), followed(), rtol=1e-6)
 
 
 # A Linear in place of an array
@@ -511,7 +510,7 @@ def test_a_linear_goes_to_linear_map(function, arguments, rng):
         return function(*(x if isinstance(a, str) else a for a in arguments))
 
     expected = of(function, h @ w.T)
-    for mapped in (jce.linear_map, quick_jit(jce.linear_map, static_argnums=0)):
+    for mapped in (jce.linear_map, jax.jit(jce.linear_map, static_argnums=0)):
         got = of(lambda *a, mapped=mapped: mapped(function, *a), jce.Linear(h, w))
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
@@ -776,4 +775,4 @@ def test_a_soft_cap_that_is_a_parameter():
     def of(cap):
         return jce.linear_map(jnp.sum, jce.Linear(H, W, logit_soft_cap=cap), reduction="sum")
 
-    assert quick_jit(of)(jnp.float32(0.5)) == quick_jit(lambda t: of(Parameter(t)))(jnp.float32(0.5))
+    assert jax.jit(of)(jnp.float32(0.5)) == jax.jit(lambda t: of(Parameter(t)))(jnp.float32(0.5))

@@ -15,6 +15,7 @@ from jax import lax
 
 import jce
 from tests.losses_of_heads import losses
+from tests.optimized_jit import optimized_jit
 
 pytestmark = pytest.mark.needs_jit
 TOKENS, CLASSES, WIDTH, CHUNK = 512, 1024, 4, 32
@@ -80,7 +81,7 @@ def test_no_loop_has_the_logits_of_all_tokens(name, fixed):
         return results
 
     arguments = jnp.eye(WIDTH, dtype=np.float32), W, H, STEPS
-    compiled = jax.jit(program).lower(*arguments).compile()
+    compiled = optimized_jit(program).lower(*arguments).compile()
     assert elements(compiled.as_text()) <= max(CHUNK * CLASSES, 4 * TOKENS * WIDTH) * 2
 
 
@@ -95,7 +96,7 @@ def test_a_gradient_in_a_loop_differentiated_again(name):
 
         return lax.scan(step, w, ts)[0].sum()
 
-    compiled = jax.jit(jax.grad(after_steps, (0, 1))).lower(W, H, STEPS).compile()
+    compiled = optimized_jit(jax.grad(after_steps, (0, 1))).lower(W, H, STEPS).compile()
     assert elements(compiled.as_text()) <= 2 * CHUNK * CLASSES
 
 
@@ -116,7 +117,7 @@ def test_cotangents_that_depend_on_each_loss(name):
     y = jnp.zeros(TOKENS, int)
     gradient = jax.grad(lambda *a: jnp.square(OF_EACH[name](y, *a)).sum(), (0, 1))
     twice = jax.grad(lambda *a: sum(jnp.square(g).sum() for g in gradient(*a)), (0, 1))
-    compiled = jax.jit(twice).lower(H, W).compile()
+    compiled = optimized_jit(twice).lower(H, W).compile()
     assert elements(compiled.as_text()) <= 2 * CHUNK * CLASSES
 
 
@@ -137,5 +138,5 @@ def test_products_of_constants_are_not_computed_by_the_compiler(frozen):
         )
 
     program, products = {"teacher": (jax.grad(divergence, (0, 1)), 4), "all": (values, 3)}[frozen]
-    text = jax.jit(program).lower(h, w).compile().as_text()
+    text = optimized_jit(program).lower(h, w).compile().as_text()
     assert text.count(" dot(") == products

@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 
 import jce
 from jce import Linear
+from tests.optimized_jit import optimized_jit
 
 TOKENS, CHUNK, TOKEN = 150, 32, 7
 ce = jce.cross_entropy_with_integer_labels
@@ -35,7 +36,7 @@ def test_bits(name, width, classes, dtype, rng):
     h, w = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((TOKENS, width), (classes, width)))
     y = jnp.asarray(rng.integers(0, classes, TOKENS))
 
-    @jax.jit
+    @optimized_jit
     def run(y, h, kept=None):
         def results(h):
             return FUNCTIONS[name](y, h, w, where=kept, chunk_size=CHUNK, batch_invariant=True)
@@ -60,7 +61,7 @@ def test_a_loop_of_one_step_stays_a_loop():
     y, h, w = jnp.zeros(1, int), jnp.ones((1, 4)), jnp.ones((5, 4))
 
     def loops(**options):
-        entropies = jax.jit(lambda y, h, w: jce.linear_log_probs(y, h, w, chunk_size=8, **options).entropy)
+        entropies = optimized_jit(lambda y, h, w: jce.linear_log_probs(y, h, w, chunk_size=8, **options).entropy)
         return entropies.lower(y, h, w).compile().as_text().count(" while(")
 
     assert loops() == 0
@@ -73,7 +74,7 @@ def test_it_asks_for_a_chunk_of_just_that_size(rng):
     h, w, y = jnp.ones((3, 4)), jnp.ones((5, 4)), jnp.zeros(3, int)
 
     def text(**options):
-        program = jax.jit(lambda y, h, w: jce.linear_cross_entropy(y, h, w, chunk_size=16, **options))
+        program = optimized_jit(lambda y, h, w: jce.linear_cross_entropy(y, h, w, chunk_size=16, **options))
         return program.lower(y, h, w).as_text()
 
     assert text() == text(batch_invariant=False)
@@ -95,7 +96,7 @@ def test_on_a_mesh(kind, masked, rng):
         def total(h, w):
             return jnp.sin(function(y, h, w, where=kept, reduction="none", chunk_size=4, **options)).sum()
 
-        return jax.jit(jax.value_and_grad(total, (0, 1)))(h, w)
+        return optimized_jit(jax.value_and_grad(total, (0, 1)))(h, w)
 
     split = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
     got, expected = run(split, batch_invariant=True), run(jce.linear_cross_entropy)

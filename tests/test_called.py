@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jce
-from tests.quick_jit import quick_jit
+from tests.optimized_jit import optimized_jit
 
 B, S, D, N = 3, 20, 8, 50
 ce = jce.cross_entropy_with_integer_labels
@@ -103,7 +103,7 @@ def test_first_and_second_derivatives(name, problem):
     def derivatives(loss):
         gradient = jax.value_and_grad(loss, (0, 1))
         second = name != "custom"
-        return quick_jit(lambda h, p: jax.jvp(gradient, (h, p), (h, p)) if second else gradient(h, p))
+        return jax.jit(lambda h, p: jax.jvp(gradient, (h, p), (h, p)) if second else gradient(h, p))
 
     close(derivatives(ours)(h, parameters), derivatives(dense)(h, parameters), 2e-5)
 
@@ -131,7 +131,7 @@ def test_every_linear_function_accepts_a_function_as_head(problem):
     labels = jnp.stack([y, (y + 1) % N], -1)
     probs, twice = jnp.full(labels.shape, 0.25), jnp.full((B, S), 2.0)
 
-    @quick_jit
+    @jax.jit
     def found():
         return [
             jce.linear_log_probs(y, x).log_prob,
@@ -195,7 +195,7 @@ def test_a_model_picks_and_caps_tokens(problem):
         x = HEADS["two layers"](p)(h)[:, :-1]
         return dense_mean(ce(y[:, 1:], 2 * jnp.tanh(x / 2)), where[:, 1:])
 
-    close(*(quick_jit(jax.value_and_grad(f, (0, 1)))(h, p) for f in (ours, dense)), 1e-5)
+    close(*(jax.jit(jax.value_and_grad(f, (0, 1)))(h, p) for f in (ours, dense)), 1e-5)
 
 
 def test_settings_around_a_linear(problem):
@@ -245,7 +245,7 @@ def test_nestings(problem):
             gradient(y[0, 0], h[0, 0], p["kernel"]),
         ]
 
-    close(quick_jit(lambda: all_of(loss))(), quick_jit(lambda: all_of(dense))(), 1e-5)
+    close(jax.jit(lambda: all_of(loss))(), jax.jit(lambda: all_of(dense))(), 1e-5)
     assert loss(y[:, :0], h[:, :0], p["kernel"]) == 0
 
 
@@ -259,7 +259,7 @@ def test_what_it_costs():
     y = jnp.zeros((4, tokens // 4), int)
 
     def compiled(loss, *wrt):
-        return jax.jit(jax.value_and_grad(loss, wrt)).lower(*shapes).compile()
+        return optimized_jit(jax.value_and_grad(loss, wrt)).lower(*shapes).compile()
 
     matrix = compiled(lambda h, w, *_: jce.linear_cross_entropy(y, h, w), 0, 1)
     function = compiled(
@@ -285,7 +285,7 @@ def test_narrow_arrays_have_their_gradient_summed_wide(rng):
     y = jnp.zeros(4096, int)
 
     def gradient(head):
-        return quick_jit(jax.grad(lambda w: jce.linear_cross_entropy(y, h, head(w), chunk_size=8)))(w)
+        return jax.jit(jax.grad(lambda w: jce.linear_cross_entropy(y, h, head(w), chunk_size=8)))(w)
 
     got = gradient(lambda w: lambda h: jnp.matmul(h, w.T, preferred_element_type=jnp.float32))
     expected = gradient(lambda w: w)
@@ -336,11 +336,11 @@ def test_devices(problem):
 
         return jax.shard_map(part, mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P())(y, h, p)
 
-    expected = quick_jit(jax.value_and_grad(lambda h, p: ce(y, head(p)(h)).mean(), (0, 1)))(h, p)
-    close(quick_jit(jax.value_and_grad(inside, (0, 1)))(h, p), expected, 1e-5)
+    expected = jax.jit(jax.value_and_grad(lambda h, p: ce(y, head(p)(h)).mean(), (0, 1)))(h, p)
+    close(jax.jit(jax.value_and_grad(inside, (0, 1)))(h, p), expected, 1e-5)
     with jax.set_mesh(mesh):
         split = jax.device_put(h, jax.sharding.NamedSharding(mesh, P("data")))
-        close(quick_jit(jax.value_and_grad(loss, (0, 1)))(split, p), expected, 1e-5)
+        close(jax.jit(jax.value_and_grad(loss, (0, 1)))(split, p), expected, 1e-5)
 
 
 @pytest.mark.parametrize("axes", [("data", None), (None, "stage"), (("data", "stage"), None)])
@@ -370,10 +370,8 @@ def test_labels_may_vary_over_more_mesh_axes_than_states(problem):
         specs = (P("stage", "data"), P("data"), P())
         return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P())(y, h, p)
 
-    expected = quick_jit(jax.value_and_grad(lambda h, p: sum(ce(labels, head(p)(h)).sum() for labels in y), (0, 1)))(
-        h, p
-    )
-    close(quick_jit(jax.value_and_grad(loss, (0, 1)))(h, p), expected, 1e-5)
+    expected = jax.jit(jax.value_and_grad(lambda h, p: sum(ce(labels, head(p)(h)).sum() for labels in y), (0, 1)))(h, p)
+    close(jax.jit(jax.value_and_grad(loss, (0, 1)))(h, p), expected, 1e-5)
 
 
 def dropped(h):

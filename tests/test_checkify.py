@@ -10,7 +10,6 @@ from jax.experimental import checkify
 
 import jce
 from tests.kernels import each_function, each_kernel
-from tests.quick_jit import quick_jit
 from tests.test_corners import stacked
 
 pytestmark = [pytest.mark.needs_jit, pytest.mark.holds_nan]
@@ -29,7 +28,7 @@ label_loss = jce.cross_entropy_with_integer_labels
 
 
 def found(function, *arguments, errors=checkify.float_checks) -> str | None:
-    return quick_jit(checkify.checkify(jax.jit(function), errors=errors))(*arguments)[0].get()
+    return jax.jit(checkify.checkify(jax.jit(function), errors=errors))(*arguments)[0].get()
 
 
 def mapped(function, **options):
@@ -59,7 +58,7 @@ def test_a_nan_is_found_where_a_result_is_one_and_nowhere_else(kernel, step):
     arguments, values, gradients = stacked(kernel)
     positions = tuple(range(len(arguments)))
     of_value, of_gradient = (
-        quick_jit(checkify.checkify(f, errors=checkify.float_checks))
+        jax.jit(checkify.checkify(f, errors=checkify.float_checks))
         for f in (jax.jit(kernel.function), jax.jit(jax.grad(kernel.function, positions)))
     )
     for i in range(0, len(values), step):
@@ -177,5 +176,5 @@ def test_the_gradient_of_what_is_checked(kernel):
 
     checked = checkify.checkify(total, errors=checkify.all_checks)
     corner = [np.float32(x[0]) for x in arguments]
-    got = quick_jit(jax.grad(lambda *a: checked(*a)[1], positions))(*corner)
-    jax.tree.map(np.testing.assert_array_equal, got, quick_jit(jax.grad(total, positions))(*corner))
+    got = jax.jit(jax.grad(lambda *a: checked(*a)[1], positions))(*corner)
+    jax.tree.map(np.testing.assert_array_equal, got, jax.jit(jax.grad(total, positions))(*corner))

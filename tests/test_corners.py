@@ -7,7 +7,6 @@ import pytest
 
 import jce
 from tests.kernels import KERNELS, Kernel, each_kernel, each_with_classes, easy, gradient, modes, op_by_op, total
-from tests.quick_jit import quick_jit
 
 
 def stacked(kernel: Kernel, dtype=np.float32) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray]]:
@@ -57,7 +56,7 @@ def test_value_and_gradient(kernel, dtype):
         """The derivatives in argument i, of the function of that argument alone."""
         return jax.jvp(lambda y: function(*x[:i], y, *x[i + 1 :]), (x[i],), (directions[i],))[1]
 
-    @quick_jit
+    @jax.jit
     def run(x, zeros, batch, directions):
         derivatives = {
             "forward": jax.jvp(function, batch, directions)[1],
@@ -121,7 +120,7 @@ def test_second_derivatives(kernel, rng):
     directions = tuple(np.concatenate([t, x[None]]) for t, x in zip(directions, along, strict=True))
 
     programs = modes(total(kernel), tuple(range(len(arguments))))
-    run = quick_jit(lambda x, t: {nesting: programs[nesting](x, t) for nesting in NESTINGS})
+    run = jax.jit(lambda x, t: {nesting: programs[nesting](x, t) for nesting in NESTINGS})
     hessians = []  # numbers of a row × rows × numbers of a row; the first axis is that of the outer derivative
     for nesting, found in run(batch, directions).items():
         columns = np.concatenate([np.reshape(x, (*batch[0].shape[:2], -1)) for x in found], -1)
@@ -167,7 +166,7 @@ def test_a_loop_over_rows(kernel, nesting, rng):
         return loss(jax.lax.map(LOOPS[loop](lambda row: kernel.function(*row)), arguments))
 
     def program(function, nesting):
-        return quick_jit(modes(function, tuple(range(count)))[nesting])(arguments, along)
+        return jax.jit(modes(function, tuple(range(count)))[nesting])(arguments, along)
 
     expected = program(lambda *arguments: loss(kernel.function(*arguments)), "forward over reverse")
     for got, x in zip(program(in_a_loop, nesting), expected, strict=True):
@@ -187,7 +186,7 @@ def test_third_derivatives(kernel):
     n = x.shape[-1] if kernel.has_classes else 1
     each = np.eye(n, dtype=np.float32)[:, None] if kernel.has_classes else np.ones((1, 1), np.float32)
 
-    @quick_jit
+    @jax.jit
     def thirds(x, t, s):
         def along(f, t):
             return lambda x: jax.jvp(f, (x,), (t,))[1]
@@ -232,7 +231,7 @@ def test_third_derivatives_along_a_small_probability(name):
     def reverse(f):
         return lambda s: jax.vjp(f, s)[1](ones)[0]
 
-    @quick_jit
+    @jax.jit
     def thirds(s):
         modes = (forward, reverse)
         return [a(b(c(lambda s: function(p * (1 + s)))))(s) for a in modes for b in modes for c in modes]
@@ -260,11 +259,11 @@ def test_finite_second_derivatives():
     """If the first derivative in this or the other argument is finite, the second is the formula's: p/q², 1/β², ..."""
     p, q = np.float32([0, 1]), np.float32([0.5, 0.5])
     for function in (jce.cross_entropy, jce.kl_divergence, jce.generalized_kl_divergence):
-        agrees(quick_jit(jax.hessian(function, 1))(p, q), [[0, 0], [0, 4]])
-        agrees(quick_jit(jax.hessian(function, 1))(p, p), [[0, 0], [0, 1]])
-    agrees(quick_jit(jax.jacfwd(jax.grad(jce.cross_entropy, 0), 1))(p, q), [[-2, 0], [0, -2]])
+        agrees(jax.jit(jax.hessian(function, 1))(p, q), [[0, 0], [0, 4]])
+        agrees(jax.jit(jax.hessian(function, 1))(p, p), [[0, 0], [0, 1]])
+    agrees(jax.jit(jax.jacfwd(jax.grad(jce.cross_entropy, 0), 1))(p, q), [[-2, 0], [0, -2]])
     for function in (jce.binary_cross_entropy, jce.binary_kl_divergence):
-        second = quick_jit(jax.vmap(jax.grad(jax.grad(function, 1), 1)))
+        second = jax.jit(jax.vmap(jax.grad(jax.grad(function, 1), 1)))
         agrees(second(np.float32([0, 1, 0, 1]), np.float32([0, 1, 0.5, 0.5])), [1, 1, 4, 4])
 
 
@@ -275,7 +274,7 @@ def test_the_exponential_of_a_sampled_divergence():
     second = jax.hessian(lambda x: jce.sampled_kl_divergence(*x))
     of_second = np.outer(signs, signs)
     for derivative, of_each in ((second, of_second), (jax.jacfwd(second), np.multiply.outer(signs, of_second))):
-        got = quick_jit(jax.vmap(derivative))(np.stack([log_p, log_q], -1))
+        got = jax.jit(jax.vmap(derivative))(np.stack([log_p, log_q], -1))
         np.testing.assert_allclose(got, np.multiply.outer(q_over_p, of_each), rtol=1e-6)
 
 
@@ -287,7 +286,7 @@ def test_absent_classes(kernel, rng):
         pytest.skip("every class counts")
     arguments = easy(kernel, rng, (4, 5))
     padded = [np.pad(x, [(0, 0), (0, 3)], constant_values=a) for x, a in zip(arguments, kernel.absent, strict=False)]
-    run = quick_jit(lambda *both: [(kernel.function(*x), gradient(kernel)(*x)) for x in both])
+    run = jax.jit(lambda *both: [(kernel.function(*x), gradient(kernel)(*x)) for x in both])
     (value, gradients), (expected_value, expected_gradients) = run(padded, arguments)
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     for argument, g, expected in zip(kernel.arguments, gradients, expected_gradients, strict=True):

@@ -11,7 +11,7 @@ import jce
 from bench import devices as study
 from bench.hlo import collectives, group_size
 from tests.kernels import LOGIT, OF_LOGITS, each_of_logits, easy, modes
-from tests.quick_jit import quick_jit
+from tests.optimized_jit import optimized_jit
 from tests.test_corners import agrees, stacked
 
 pytestmark = pytest.mark.needs_jit  # without jit, JAX takes minutes for a jax.shard_map, or fails
@@ -37,7 +37,7 @@ def second_order(function, positions):
     """Value, gradient, jvp and Hessian-vector products in three nestings, as one program (arguments, directions)."""
     programs = modes(function, positions)
     wanted = [name for name in programs if name not in ("linearize", "third order")]
-    return quick_jit(lambda a, t: {name: programs[name](a, t) for name in wanted})
+    return jax.jit(lambda a, t: {name: programs[name](a, t) for name in wanted})
 
 
 # Functions of logits
@@ -87,7 +87,7 @@ def test_corners_with_a_class_a_device(kernel):
     arguments, values, gradients = stacked(kernel)
     split = split_rows(kernel)
 
-    @quick_jit
+    @jax.jit
     def run(*x):
         return split(*x), jax.grad(lambda *x: split(*x).sum(), tuple(range(len(x))))(*x)
 
@@ -106,7 +106,7 @@ def test_split_classes_are_as_accurate(kernel, rng):
     split = split_rows(kernel)
     positions = tuple(range(len(arguments)))
 
-    @jax.jit
+    @optimized_jit
     def run(*x):
         return [(f(*x), jax.grad(lambda *x, f=f: f(*x).sum(), positions)(*x)) for f in (split, kernel.function)]
 
@@ -244,7 +244,7 @@ def test_third_order_of_the_sharded_head(reduction, rng):
         def along(f):
             return lambda *a: jax.jvp(f, a, t)[1]
 
-        return quick_jit(jax.grad(along(along(loss)), (0, 1)))(*a)
+        return jax.jit(jax.grad(along(along(loss)), (0, 1)))(*a)
 
     with jax.enable_x64(True):
         close(third(on_mesh(make_mesh((2, 4)))), third(jce.linear_cross_entropy), rtol=1e-9, atol=1e-11)
@@ -310,7 +310,7 @@ def test_a_mesh_whose_axes_are_explicit(rng):
     expected = jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(labels, h, w, where=where), (0, 1))(h, w)
     split = [jax.device_put(x, NamedSharding(mesh, P(axis))) for x, axis in ((h, "tokens"), (w, "classes"))]
     for arguments in ((h, w), split):
-        close(quick_jit(jax.value_and_grad(loss, (0, 1)))(*arguments), expected)
+        close(jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments), expected)
 
 
 # What is sent
@@ -386,7 +386,7 @@ def test_a_head_that_is_the_same_on_all_devices(rng):
         lambda h, w: jce.linear_cross_entropy(y, h, w, axis_name="classes"), mesh=mesh, in_specs=P(), out_specs=P()
     )
     four = lambda h, w: jce.linear_cross_entropy(y, h, jnp.tile(w, (4, 1)))  # noqa: E731
-    close(*(quick_jit(jax.value_and_grad(f, (0, 1)))(h, w) for f in (split, four)))
+    close(*(jax.jit(jax.value_and_grad(f, (0, 1)))(h, w) for f in (split, four)))
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ from hypothesis.extra.numpy import arrays
 import jce
 from tests.kernels import INF, LOGIT, Kernel, each_function, softmax, surprisals, weighted
 from tests.oracle import conditioning, interior, partial, spacing, to_mp, ulps
-from tests.quick_jit import quick_jit
 
 BATCH = 16
 BITS = {np.float32: 900, np.float64: 2600}  # for sums of numbers of every exponent
@@ -105,7 +104,7 @@ def program(kernel: Kernel, axis: int, masked: bool):
     def each(row):
         return function(*row), jax.grad(total, positions)(*row), jax.jacfwd(total, positions)(*row)
 
-    @quick_jit
+    @jax.jit
     def run(mask, x):
         return function(mask, *x), jax.grad(total, positions)(mask, *x), jax.lax.map(each, (mask, *x))
 
@@ -259,7 +258,7 @@ def test_labels(data):
 @functools.cache
 def labelled():
     function = jce.cross_entropy_with_integer_labels
-    return quick_jit(lambda y, x: (function(y, x), jax.grad(lambda x: function(y, x).sum())(x)))
+    return jax.jit(lambda y, x: (function(y, x), jax.grad(lambda x: function(y, x).sum())(x)))
 
 
 # Nestings
@@ -301,7 +300,7 @@ def nested(kernel: Kernel, names: tuple[str, ...], mode: str):
     function = kernel.function
     for name in names:
         function = TRANSFORMATIONS[name](function)
-    return quick_jit(lambda x, t: MODES[mode](lambda *x: function(*x).sum(), x, t))
+    return jax.jit(lambda x, t: MODES[mode](lambda *x: function(*x).sum(), x, t))
 
 
 @each_function

@@ -8,6 +8,7 @@ import pytest
 import jce
 from jce._jax import platforms as _platforms
 from tests.kernels import binary_regimes, probability_regimes
+from tests.optimized_jit import optimized_jit
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -70,7 +71,7 @@ def test_generalized_form_is_never_negative(rng):
     assert (value >= 0).all()
     ordinary = (exact < np.finfo(np.float32).max / 4) & (p + q > 1e-36)  # smaller ones make subnormal numbers inside
     np.testing.assert_allclose(value[ordinary], exact[ordinary], rtol=4 * EPS)
-    log_ratio = jax.jit(jax.grad(lambda p: jce.generalized_kl_divergence(p[:, None], q[:, None]).sum()))(p)
+    log_ratio = optimized_jit(jax.grad(lambda p: jce.generalized_kl_divergence(p[:, None], q[:, None]).sum()))(p)
     exact = np.log(p.astype(float) / q)
     ordinary = (p + q > 1e-36) & (exact > -252 * np.log(2))
     np.testing.assert_allclose(log_ratio[ordinary], exact[ordinary], rtol=4 * EPS)
@@ -200,7 +201,7 @@ def test_the_entropy_of_near_certainty():
 
 
 def value_and_gradient(function):
-    return jax.jit(lambda *x: (function(*x), *jax.grad(lambda *x: function(*x).sum(), tuple(range(len(x))))(*x)))
+    return optimized_jit(lambda *x: (function(*x), *jax.grad(lambda *x: function(*x).sum(), tuple(range(len(x))))(*x)))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])

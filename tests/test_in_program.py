@@ -33,8 +33,8 @@ from tests.kernels import (
     softmax,
     surprisals,
 )
+from tests.optimized_jit import optimized_jit
 from tests.oracle import to_mp
-from tests.quick_jit import quick_jit
 
 pytestmark = pytest.mark.needs_jit
 
@@ -193,7 +193,7 @@ def known_scale(kernel: Kernel, arguments, directions, cotangent) -> list[np.nda
 
 def holds(kernel: Kernel, makers, rng, from_memory: Callable, classes=CLASSES) -> None:
     z, w = (raw(rng, classes), raw(rng, classes)), np.float32(1.7)
-    got = jax.jit(lambda z, w: results(kernel)(*made(kernel, makers, z, w)))(z, w)
+    got = optimized_jit(lambda z, w: results(kernel)(*made(kernel, makers, z, w)))(z, w)
     with jax.disable_jit():
         inputs = jax.tree.map(np.asarray, made(kernel, makers, tuple(map(jnp.asarray, z)), jnp.asarray(w)))
     memory = from_memory(*inputs)
@@ -238,7 +238,7 @@ def holds(kernel: Kernel, makers, rng, from_memory: Callable, classes=CLASSES) -
 
 def law(kernel: Kernel, rng, every: int) -> None:
     """Check every n-th combination of makers. Each function begins with a different one."""
-    run = quick_jit(results(kernel))
+    run = jax.jit(results(kernel))
     makers = combinations(kernel)
     for combination in makers[TABLE.index(kernel) % min(every, len(makers)) :: every]:
         holds(kernel, combination, rng, run)
@@ -263,7 +263,7 @@ MANY = 96  # classes: XLA sums so many differently
 @pytest.mark.slow
 def test_many_classes_made_in_the_same_program(kernel, rng):
     makers = combinations(kernel)
-    maker, run = makers[TABLE.index(kernel) % len(makers)], quick_jit(results(kernel))
+    maker, run = makers[TABLE.index(kernel) % len(makers)], jax.jit(results(kernel))
     holds(kernel, maker, rng, run, MANY)
 
 
@@ -291,7 +291,7 @@ def test_results_used_in_the_same_program(consumer, rng):
     kernel = WITH_CLASSES[k]
     consumed = dataclasses.replace(kernel, function=CONSUMERS[consumer](kernel.function))
     combination = combinations(kernel)[2 * k % len(combinations(kernel))]
-    run = quick_jit(results(consumed))
+    run = jax.jit(results(consumed))
     holds(consumed, combination, rng, run)
 
 
@@ -317,9 +317,9 @@ def test_classes_forbidden_in_the_same_program(kernel, rng):
         total = lambda x: kernel.function(x).sum()  # noqa: E731
         return kernel.function(x), jax.grad(total)(x), jax.jvp(jax.grad(total), (x,), (t,))[1]
 
-    got = jax.jit(run)(z, w, t)
+    got = optimized_jit(run)(z, w, t)
     with jax.enable_x64(True):
-        expected = jax.jit(run)(np.float64(z), np.float64(w), np.float64(t))
+        expected = optimized_jit(run)(np.float64(z), np.float64(w), np.float64(t))
     for g, e in zip(got, expected, strict=True):
         assert np.isfinite(g).all()
         np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-6)
@@ -331,7 +331,7 @@ def test_gradient_of_labels_where_another_class_dominates(platform, smoothing, r
     """It is 1 there, minus the smoothing's share. It must not lose as many digits as the logit has before the point."""
     z, y = np.float32(30 * rng.standard_normal((256, 6))), rng.integers(0, 6, 256, np.int32)
 
-    @jax.jit
+    @optimized_jit
     def run(z):
         x = z * z / 7
         losses = functools.partial(jce.cross_entropy_with_integer_labels, y, label_smoothing=smoothing)
@@ -379,9 +379,9 @@ def test_heads_of_width_1(function, cap, platform, rng):
         gradient = jax.grad(total, (0, 1))
         return each(h, w), gradient(h, w), jax.jvp(gradient, (h, w), (t / 3, w / 3))[1]
 
-    got = jax.tree.leaves(jax.jit(run)(h, w, t))
+    got = jax.tree.leaves(optimized_jit(run)(h, w, t))
     with jax.enable_x64(True):
-        expected = jax.tree.leaves(jax.jit(run)(*map(np.float64, (h, w, t))))
+        expected = jax.tree.leaves(optimized_jit(run)(*map(np.float64, (h, w, t))))
     for g, e in zip(got, expected, strict=True):
         np.testing.assert_allclose(g, e, rtol=1e-3, atol=2e-5 * np.abs(e).max())
 
@@ -398,7 +398,7 @@ def test_products_that_round_to_1(rng):
         lambda u, v: jce.binary_kl_divergence(u * v, one),
         lambda u, v: jce.binary_cross_entropy_with_logits(u * v, np.inf * one),
     ):
-        np.testing.assert_array_equal(jax.jit(function)(u, v), 0 * one)
+        np.testing.assert_array_equal(optimized_jit(function)(u, v), 0 * one)
 
 
 def test_a_divergence_of_every_quotient(platform, rng):
@@ -410,7 +410,7 @@ def test_a_divergence_of_every_quotient(platform, rng):
     def made(z, one):
         return z * one, z * one * ratios.astype(z.dtype)[None] * one
 
-    got = jax.jit(lambda *x: jce.kl_divergence(*made(*x)))(z, one)
+    got = optimized_jit(lambda *x: jce.kl_divergence(*made(*x)))(z, one)
     p, q = made(np.float64(z), np.float64(one))
     exact, scale = (p * np.log(p / q)).sum(-1), (p * (1 + np.abs(np.log(p / q)))).sum(-1)
     np.testing.assert_array_less(np.abs(got - exact), 8 * np.finfo(np.float32).eps * scale)

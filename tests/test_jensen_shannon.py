@@ -7,7 +7,6 @@ import pytest
 
 import jce
 from tests.kernels import modes
-from tests.quick_jit import quick_jit
 
 DIVERGENCES = [jce.jensen_shannon_divergence, jce.jensen_shannon_divergence_with_logits]
 each_divergence = pytest.mark.parametrize("function", DIVERGENCES, ids=lambda function: function.__name__)
@@ -88,7 +87,7 @@ def test_a_traced_weight_has_derivatives(function, mode, rng):
     directions = tuple(0.1 * rng.standard_normal(np.shape(x)) for x in arguments)
     with jax.enable_x64(True):
         got, expected = (
-            quick_jit(modes(made(f), (0, 1, 2))[mode])(arguments, directions)
+            jax.jit(modes(made(f), (0, 1, 2))[mode])(arguments, directions)
             for f in (lambda p, q, beta: function(p, q, beta=beta), PLAIN[DIVERGENCES.index(function)])
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13), got, expected)
@@ -127,7 +126,7 @@ def test_a_class_that_neither_has_changes_nothing(function):
     longer, shorter = (written(function, *x) for x in ([[0.5, 0.5, 0], [0.25, 0.75, 0]], [[0.5, 0.5], [0.25, 0.75]]))
     along = lambda n: (jnp.arange(n, dtype=np.float32), -jnp.arange(n, dtype=np.float32), jnp.float32(0.3))  # noqa: E731
 
-    @quick_jit
+    @jax.jit
     def run(p, q):
         of_all = jax.value_and_grad(lambda p, q, beta: function(p, q, beta=beta), (0, 1, 2))
         return jax.jvp(of_all, (p, q, jnp.float32(0.4)), along(p.size))
@@ -148,7 +147,7 @@ def test_a_traced_weight_of_0_or_1_is_the_limit(function):
         (value, gradients), still = jax.jvp(jax.value_and_grad(f, (0, 1, 2)), (p, q, beta), zeros)
         return value, gradients, (still, jax.jvp(f, (p, q, beta), zeros)[1])
 
-    program = quick_jit(run)
+    program = jax.jit(run)
     for beta in np.float32([0, 1]):
         arguments = *written(function, [0.5, 0.5, 0], [0, 0.25, 0.75]), beta
         value, gradients, still = program(*arguments, tuple(map(np.zeros_like, arguments)))

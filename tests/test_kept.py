@@ -11,7 +11,6 @@ from jce._heads.loop import chunks
 from jce._heads.loop.kept_tokens import over_kept
 from jce._heads.places.part import counts
 from tests.kernels import modes
-from tests.quick_jit import quick_jit
 from tests.test_devices import close
 
 TOKENS, CLASSES, WIDTH, CHUNK = 11, 8, 3, 4
@@ -78,7 +77,7 @@ def test_a_batch_of_loops_is_its_members(rng):
         some = (0, None, None), (None, 1, None), (None, None, 0), at
         return [(jax.vmap(program, axes)(*of_batch(axes)), one_by_one(axes)) for axes in some]
 
-    for got, expected in quick_jit(both)():
+    for got, expected in jax.jit(both)():
         close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -159,7 +158,7 @@ def everything(of, wanted, name, reduction, **options):
         programs = modes(lambda *x: of(name, reduction, kept, y, label, fill, x, **options), tuple(range(len(x))))
         return [programs[mode](x, directions) for mode in wanted]
 
-    return quick_jit(program)
+    return jax.jit(program)
 
 
 @pytest.mark.needs_jit
@@ -230,7 +229,7 @@ def test_devices_that_meet_in_each_step_take_as_many(typed, rng):
 
     p = jax.sharding.PartitionSpec("tokens")
     split = jax.shard_map(each, mesh=make_mesh((4, 1)), in_specs=(p, p, p), out_specs=p, check_vma=typed)
-    close(quick_jit(split)(h, kept, np.arange(4.0)), np.where(kept, 6 * (h @ w.T).sum(1), 0), rtol=1e-5)
+    close(jax.jit(split)(h, kept, np.arange(4.0)), np.where(kept, 6 * (h @ w.T).sum(1), 0), rtol=1e-5)
 
 
 # Weights of 0
@@ -243,7 +242,7 @@ def test_a_weight_counts_that_is_not_0_or_has_a_derivative():
     def in_a_loop(w):
         return jax.lax.scan(lambda c, w: (c, counts(w)), 0, w)[1]
 
-    for f in (counts, quick_jit(counts), jax.vmap(counts), in_a_loop, jax.checkpoint(counts)):
+    for f in (counts, jax.jit(counts), jax.vmap(counts), in_a_loop, jax.checkpoint(counts)):
         np.testing.assert_array_equal(f(w), [False, True, True, False])
         value, _ = jax.jvp(lambda w, f=f: (f(w), w), (w,), (w,))
         np.testing.assert_array_equal(value[0], True)

@@ -13,13 +13,14 @@ import jce
 from bench.hlo import collectives
 from jce._jax import platforms as _platforms
 from jce._softmax.known_label import at_maximum, off_known_label
+from tests.optimized_jit import optimized_jit
 
 OFFSETS = (-60, -40, -30, -17, -16, -15, -8, -3, 0, 3, 14, 30, 39, 40, 41, 60)
 loss = jce.cross_entropy_with_integer_labels
 of_a_cpu = pytest.mark.skipif(not _platforms.CPU.is_cpu, reason="only a CPU's rows are read once")
 
 
-GRADIENT, PENALIZED = (jax.jit(jax.grad(lambda y, x, z=z: loss(y, x, z_loss=z).sum(), 1)) for z in (0.0, 0.1))
+GRADIENT, PENALIZED = (optimized_jit(jax.grad(lambda y, x, z=z: loss(y, x, z_loss=z).sum(), 1)) for z in (0.0, 0.1))
 
 
 def exact(y, x, z_loss=0.0):
@@ -158,7 +159,7 @@ def test_a_row_that_is_read_again_leaves_the_others_as_they_were(transform, rng)
     y, x = rng.integers(0, 100, (4, 16)), (3 * rng.standard_normal((4, 16, 100))).astype(np.float32)
     far = x.copy()
     far[2, 5] += 150
-    for f in (jax.jit(transform(loss)), jax.jit(transform(jax.grad(lambda y, x: loss(y, x).sum(), 1)))):
+    for f in (optimized_jit(transform(loss)), optimized_jit(transform(jax.grad(lambda y, x: loss(y, x).sum(), 1)))):
         one, other = np.array(f(y, x)), np.array(f(y, far))
         assert np.isfinite(other).all()
         one[2, 5] = other[2, 5] = 0
@@ -179,7 +180,7 @@ def test_nothing_of_the_inputs_size_is_stored(shape, options):
     y, x = jax.ShapeDtypeStruct(shape[:-1], np.int32), jax.ShapeDtypeStruct(shape, np.float32)
 
     def temporaries(f):
-        return jax.jit(f).lower(y, x).compile().memory_analysis().temp_size_in_bytes / (4 * np.prod(shape))
+        return optimized_jit(f).lower(y, x).compile().memory_analysis().temp_size_in_bytes / (4 * np.prod(shape))
 
     def gradient(y, x):
         return jax.value_and_grad(lambda x: loss(y, x, **options).sum())(x)
@@ -207,7 +208,7 @@ def test_rows_on_several_devices_ask_none_of_each_other(kind, options):
     with jax.set_mesh(mesh):
         gradient = jax.grad(lambda y, x: f(y, x).sum(), 1)
         for g in (f, gradient, jax.vmap(loss)):
-            assert not collectives(jax.jit(g).lower(y, x).compile().as_text())
+            assert not collectives(optimized_jit(g).lower(y, x).compile().as_text())
 
 
 @of_a_cpu
@@ -215,9 +216,9 @@ def test_rows_on_several_devices_ask_none_of_each_other(kind, options):
 def test_a_device_of_a_shard_map_asks_for_its_own_rows(rng):
     mesh, y, x = on_devices(AxisType.Auto)
     f = jax.shard_map(loss, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
-    text = jax.jit(f).lower(y, x).compile().as_text()
+    text = optimized_jit(f).lower(y, x).compile().as_text()
     assert not collectives(text)
     assert " while(" in text
     x = np.where(np.arange(64)[:, None] == 9, 90, 1).astype(np.float32) * rng.standard_normal((64, 40))
     x = x.astype(np.float32)
-    np.testing.assert_array_equal(jax.jit(f)(y, x), loss(np.asarray(y), x))
+    np.testing.assert_array_equal(optimized_jit(f)(y, x), loss(np.asarray(y), x))

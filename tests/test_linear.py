@@ -13,8 +13,8 @@ import jce
 from jce._heads.loop.chunk_rule import RULES
 from jce._jax import platforms as _platforms
 from tests import dense_head
+from tests.optimized_jit import optimized_jit
 from tests.oracle import spacing
-from tests.quick_jit import quick_jit
 
 INF, NAN = np.inf, np.nan
 N, D, CLASSES = 11, 5, 13
@@ -99,8 +99,8 @@ def test_every_pair_of_options(options, rng, monkeypatch):
         return value, gradient, jax.jvp(jax.grad(scalar), (arguments,), (directions,))[1]
 
     with jax.enable_x64(True):
-        got = quick_jit(lambda: results(jce.linear_cross_entropy, chunk_size=chunk_size))()
-        expected = quick_jit(lambda: results(dense_head.reduced))()
+        got = jax.jit(lambda: results(jce.linear_cross_entropy, chunk_size=chunk_size))()
+        expected = jax.jit(lambda: results(dense_head.reduced))()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, np.nan_to_num(b), rtol=1e-10, atol=1e-12)
     jax.clear_caches()
@@ -118,7 +118,7 @@ def test_what_an_accelerator_reads_more_than_once(options, rng, monkeypatch):
     jax.clear_caches()
     with jax.enable_x64(True):
         losses = [functools.partial(f, labels, **options) for f in (jce.linear_cross_entropy, dense_head.reduced)]
-        got, expected = quick_jit(lambda h, w: [jax.value_and_grad(f, (0, 1))(h, w) for f in losses])(h, w)
+        got, expected = jax.jit(lambda h, w: [jax.value_and_grad(f, (0, 1))(h, w) for f in losses])(h, w)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
     jax.clear_caches()
@@ -208,7 +208,7 @@ def test_half_precision(dtypes, reduction, rng):
     def loss(h, w):
         return jce.linear_cross_entropy(labels, h, w, reduction=reduction, chunk_size=2).mean()
 
-    value, gradients = quick_jit(jax.value_and_grad(loss, (0, 1)))(h, w)
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(h, w)
     assert value.dtype == np.float32
     assert [g.dtype for g in gradients] == [h.dtype, w.dtype]
     with jax.enable_x64(True):
@@ -224,7 +224,9 @@ def test_half_precision(dtypes, reduction, rng):
 def test_the_same_bits_each_time(rng):
     labels, x = confident(rng)
     head = rng.standard_normal((40, x.shape[1])).astype(np.float32)
-    program = jax.jit(jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(labels, h, w, chunk_size=5), (0, 1)))
+    program = optimized_jit(
+        jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(labels, h, w, chunk_size=5), (0, 1))
+    )
     for a, b in zip(jax.tree.leaves(program(x, head)), jax.tree.leaves(program(x, head)), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -265,7 +267,7 @@ def value_and_gradients(labels, h, w, b, **options):
     def loss(h, w, b):
         return jce.linear_cross_entropy(labels, h, w, b, chunk_size=3, **options).sum()
 
-    return quick_jit(jax.value_and_grad(loss, (0, 1, 2)))(h, w, b)
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(h, w, b)
 
 
 def close(a, b, rtol=2e-6, atol=1e-7):
@@ -493,7 +495,7 @@ def test_a_forbidden_class(problem, cap):
     np.testing.assert_array_equal(dw[5], 0)
     assert db[5] == 0
 
-    @quick_jit
+    @jax.jit
     def product(a, t):
         gradient = jax.grad(
             lambda *a: jce.linear_cross_entropy(labels, *a, logit_soft_cap=cap, chunk_size=3), (0, 1, 2)
@@ -534,7 +536,7 @@ def test_a_huge_soft_cap_has_no_effect(problem):
         def hvp(h):
             return jax.jvp(gradient, (h,), (h,))
 
-        return jce.linear_log_probs(labels, h, w, b, **options), quick_jit(lambda h: jax.jvp(hvp, (h,), (h,)))(h)
+        return jce.linear_log_probs(labels, h, w, b, **options), jax.jit(lambda h: jax.jvp(hvp, (h,), (h,)))(h)
 
     close(derivatives(logit_soft_cap=1e38), derivatives(), rtol=1e-5)
 
@@ -571,7 +573,7 @@ def test_a_traced_0_has_no_effect_for_any_logits(problem):
 
             return jax.jvp(gradient, (h,), (h,))
 
-        return quick_jit(derivatives)
+        return jax.jit(derivatives)
 
     zeros = {name: np.zeros((), np.float32) for name in ("label_smoothing", "z_loss")}
     close(program(dense)(h, label_smoothing=np.zeros((), np.float32)), program(dense)(h))
@@ -583,7 +585,7 @@ def test_a_traced_label_smoothing_of_1_still_needs_a_valid_label(problem):
     labels, h, w, b = problem
     b[0] = labels[0, 0] = 0
     labels[0, 1] = 6
-    losses, dense = quick_jit(
+    losses, dense = jax.jit(
         lambda e: (
             jce.linear_cross_entropy(labels, h, w, b, label_smoothing=e, reduction="none"),
             jce.cross_entropy_with_integer_labels([0, 1], np.float32([[-1e38] * 2] * 2), label_smoothing=e),
@@ -607,7 +609,7 @@ def test_derivatives_in_a_traced_cap(problem):
 
     def derivatives(f):
         second = lambda cap, z, h: jax.jvp(jax.grad(lambda cap, h: f(cap, z, h), (0, 1)), (cap, h), (1.0, h / 2))  # noqa: E731
-        return quick_jit(lambda *arguments: [jax.grad(f, 1)(*arguments), second(*arguments)])(2.0, 0.01, h)
+        return jax.jit(lambda *arguments: [jax.grad(f, 1)(*arguments), second(*arguments)])(2.0, 0.01, h)
 
     with jax.enable_x64(True):
         jax.tree.map(lambda a, b: close(a, b, rtol=1e-9), derivatives(ours), derivatives(theirs))
@@ -627,7 +629,7 @@ def test_a_traced_cap_leaves_forbidden_classes_alone(problem):
         def square(*a):
             return sum(jnp.vdot(g, g) for g in jax.grad(losses, (0, 1))(*a))
 
-        return quick_jit(lambda *a: (losses(*a), jax.value_and_grad(square, (0, 1))(*a)))
+        return jax.jit(lambda *a: (losses(*a), jax.value_and_grad(square, (0, 1))(*a)))
 
     programs = [derivatives(n) for n in (6, 5)]
     for cap in np.float32([2.0, 1e30]):
@@ -653,11 +655,11 @@ def test_traced_numbers_are_as_pythons(problem):
 
         return jax.value_and_grad(total)(h, numbers), numbers
 
-    (expected, _), (got, _) = quick_jit(lambda: both(numbers))(), quick_jit(both)(numbers)
+    (expected, _), (got, _) = jax.jit(lambda: both(numbers))(), jax.jit(both)(numbers)
     close(got, expected)
     halves = jax.tree.map(lambda x: x / 2, numbers)
     batch = jax.tree.map(lambda *x: np.float32(x), numbers, halves)
-    batched = quick_jit(jax.vmap(lambda n: jce.linear_cross_entropy(labels, h, w, b, **n)))(batch)
+    batched = jax.jit(jax.vmap(lambda n: jce.linear_cross_entropy(labels, h, w, b, **n)))(batch)
     close(batched, [jce.linear_cross_entropy(labels, h, w, b, **n) for n in (numbers, halves)])
     with jax.enable_x64(True):
         wide = jce.linear_cross_entropy(labels, h, w, b, **jax.tree.map(jnp.float64, numbers))
@@ -677,7 +679,7 @@ def test_a_traced_number_beside_sharded_logits(rng):
     def loss(labels, x, smoothing):
         return jce.cross_entropy_with_integer_labels(labels, x, label_smoothing=smoothing).sum()
 
-    program = quick_jit(jax.value_and_grad(loss, (1, 2)))
+    program = jax.jit(jax.value_and_grad(loss, (1, 2)))
     expected = program(labels, x, 0.1)
     with jax.set_mesh(mesh):
         rows = jax.NamedSharding(mesh, jax.P("rows"))
@@ -703,14 +705,14 @@ def test_a_batch_of_means(problem):
         means = jax.vmap(loss, (0, 0, None))(labels, h, w)
         return jnp.vdot(jnp.arange(1.0, 1 + len(means)), means), means
 
-    @quick_jit
+    @jax.jit
     def run(h, w):
         return [
             jax.value_and_grad(lambda *x, f=f: of_batch(f, *x), (0, 1), has_aux=True)(h, w)
             for f in (linear_mean, dense_mean)
         ]
 
-    @quick_jit
+    @jax.jit
     def values(h, w):
         return [of_batch(f, h, w)[1] for f in (linear_mean, dense_mean)]
 
@@ -747,7 +749,7 @@ def test_checkpoint_and_scan_over_layers(problem):
         return jax.checkpoint(loss)(labels, out, w)
 
     for f in (jax.grad(network, (0, 1)), jax.hessian(network, 1)):
-        close(quick_jit(f, static_argnums=2)(layers, w, linear_mean), f(layers, w, dense_mean), rtol=1e-5, atol=1e-6)
+        close(jax.jit(f, static_argnums=2)(layers, w, linear_mean), f(layers, w, dense_mean), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -880,7 +882,7 @@ def test_fewer_classes_than_the_width(rng):
     def dense(h, w, b):
         return (weights * jce.cross_entropy_with_integer_labels(y, h @ w.T + b[None])).sum()
 
-    gradients = quick_jit(lambda *x: [jax.grad(f, (0, 1, 2))(*x) for f in (ours, dense)])(h, w, b)
+    gradients = jax.jit(lambda *x: [jax.grad(f, (0, 1, 2))(*x) for f in (ours, dense)])(h, w, b)
     for got, expected in zip(*gradients, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 

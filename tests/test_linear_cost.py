@@ -14,6 +14,7 @@ import jce
 from jce._heads.loop.chunk_rule import RULES
 from tests.jaxprs import inner
 from tests.kernels import modes
+from tests.optimized_jit import optimized_jit
 from tests.test_package import README
 
 pytestmark = pytest.mark.needs_jit
@@ -40,7 +41,7 @@ def test_no_mode_has_the_logits_of_all_tokens(mode, reduction):
     tokens, d, n, chunk = 1024, 16, 4096, 32
     a = matrices(tokens, d, n)
     program = modes(linear_loss(tokens, chunk_size=chunk, reduction=reduction), (0, 1))[mode]
-    compiled = jax.jit(program).lower(a, a).compile()
+    compiled = optimized_jit(program).lower(a, a).compile()
     shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"\[(\d+(?:,\d+)+)\]", compiled.as_text())}
     assert max(map(math.prod, shapes)) < tokens * n / 8
     temporaries = compiled.memory_analysis().temp_size_in_bytes / 4
@@ -207,7 +208,7 @@ def test_the_rule_in_texts_is_the_rule_in_the_code(text):
 def test_a_few_more_chunks_that_need_no_filling():
     """The 10⁵ tokens are 200 chunks of 500, not 196 of 512, so the temporaries have no copy of all hidden states."""
     tokens, d, n = 100_000, 64, 512
-    program = jax.jit(linear_loss(tokens, chunk_size=512)).lower(*matrices(tokens, d, n))
+    program = optimized_jit(linear_loss(tokens, chunk_size=512)).lower(*matrices(tokens, d, n))
     assert "200,500,64" in program.as_text().replace("x", ",")
     assert program.compile().memory_analysis().temp_size_in_bytes < 4 * tokens * d / 4
 

@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import AxisType
 
 import jce
-from tests.quick_jit import quick_jit
 from tests.test_linear_cost import matrices
 
 TOKENS, WIDTH, CLASSES, K, CAP = 7, 4, 11, 3, 5.0
@@ -63,7 +62,7 @@ def test_values_and_derivatives(of, of_each, problem):
                 still = jnp.zeros_like(a[2])
                 return f(*a), gradients(*a), jax.jvp(gradients, a, (a[0], a[1], still, jnp.ones_like(a[3])))[1]
 
-            return quick_jit(run)
+            return jax.jit(run)
 
         a = tuple(map(jnp.asarray, (h, w, b, t)))
         jax.tree.map(
@@ -93,7 +92,7 @@ def test_a_divergence_of_the_likeliest_classes(problem):
         return jce.linear_log_probs(labels, h, w, b, temperature=t, tail=True, chunk_size=3).log_prob
 
     teacher = log_probs(h)
-    divergence = quick_jit(lambda h: jce.kl_divergence_with_logits(teacher, log_probs(h)))
+    divergence = jax.jit(lambda h: jce.kl_divergence_with_logits(teacher, log_probs(h)))
     np.testing.assert_array_equal(divergence(h), 0)
     near = divergence(h + 1e-3 * h[::-1])
     assert (near > 0).all()
@@ -179,7 +178,7 @@ def test_on_a_mesh(of_each, rng):
         def results(h, w, t):
             return function(labels, h, w, temperature=t, tail=True, log_normalizer=True, chunk_size=2)
 
-        return quick_jit(lambda *a: (results(*a), jax.grad(lambda *a: scalar(results(*a)), (0, 1, 2))(*a)))(h, w, t)
+        return jax.jit(lambda *a: (results(*a), jax.grad(lambda *a: scalar(results(*a)), (0, 1, 2))(*a)))(h, w, t)
 
     split = jce.on_mesh(jce.linear_log_probs, mesh=mesh, token_axis="tokens", class_axis="classes")
     for x, y in zip(*(jax.tree.leaves(run(f)) for f in (split, jce.linear_log_probs)), strict=True):

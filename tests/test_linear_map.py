@@ -15,7 +15,7 @@ import pytest
 import jce
 from jce import Linear
 from tests.kernels import modes
-from tests.quick_jit import quick_jit
+from tests.optimized_jit import optimized_jit
 from tests.test_linear_cost import needed
 
 TOKENS, CLASSES, CHUNK = 11, 7, 4
@@ -125,7 +125,7 @@ def test_functions_of_whole_logits(name, reduction, wanted, arrays, rng):
     directions = tuple(rng.standard_normal(x.shape) for x in numbers)
     with jax.enable_x64(True):
         got, expected = (
-            quick_jit(lambda a, t, p=programs: {m: p[m](a, t) for m in wanted})(numbers, directions)
+            jax.jit(lambda a, t, p=programs: {m: p[m](a, t) for m in wanted})(numbers, directions)
             for programs in map(of, (chunks, whole))
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, expected)
@@ -143,7 +143,7 @@ def test_trees_and_numbers_of_every_kind(arrays):
     def mapped(data, reduction):
         return jce.linear_map(function, data, shared=2.0, reduction=reduction, chunk_size=CHUNK)
 
-    each, mean = (quick_jit(mapped, static_argnums=1)(data, reduction) for reduction in ("none", "mean"))
+    each, mean = (jax.jit(mapped, static_argnums=1)(data, reduction) for reduction in ("none", "mean"))
     h, w = heads["student"]
     x = 2 * np.tanh(h @ w.T / 2)
     right = x.argmax(1) == of_tokens["labels"]
@@ -195,7 +195,7 @@ def test_derivatives_ignore_masked_tokens(how, reduction, rng):
 
     with jax.enable_x64(True):
         for got, right in zip(
-            *(quick_jit(jax.value_and_grad(f, (0, 1, 2)))(h, w, np.float64(2)) for f in (ours, expected)), strict=True
+            *(jax.jit(jax.value_and_grad(f, (0, 1, 2)))(h, w, np.float64(2)) for f in (ours, expected)), strict=True
         ):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), got, right)
 
@@ -248,7 +248,7 @@ def test_traced_values_closed_over_and_shared(arrays):
 
     with jax.enable_x64(True):
         got = [
-            quick_jit(lambda t, f=f: [f(t), jax.grad(f)(t), jax.hessian(f)(t)])(1.5) for f in (closed, shared, expected)
+            jax.jit(lambda t, f=f: [f(t), jax.grad(f)(t), jax.hessian(f)(t)])(1.5) for f in (closed, shared, expected)
         ]
     np.testing.assert_allclose(got[0], got[2], rtol=1e-10)
     np.testing.assert_allclose(got[1], got[2], rtol=1e-10)
@@ -291,7 +291,7 @@ def test_every_result_has_its_derivative_in_the_weights(tree, reduction, arrays)
         return jax.tree.map(lambda r: r.sum(0) / (a.sum() if reduction == "mean" else 1), each)
 
     for mode in (jax.jacfwd, jax.jacrev):
-        got, expected = (quick_jit(mode(f))(weights) for f in (ours, whole))
+        got, expected = (jax.jit(mode(f))(weights) for f in (ours, whole))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
 
 
@@ -318,7 +318,7 @@ def test_rules_that_close_over_a_traced_value():
 
     gradient = jax.grad(loss, 1)
     limit = np.float32(1.5)
-    for got in (quick_jit(gradient)(limit, h), jax.vmap(gradient, (0, None))(limit[None], h)[0]):
+    for got in (jax.jit(gradient)(limit, h), jax.vmap(gradient, (0, None))(limit[None], h)[0]):
         np.testing.assert_allclose(got, np.full((5, 2), 2.5), rtol=1e-6)
 
 
@@ -358,7 +358,7 @@ def test_a_derivative_in_nothing_but_weights_or_what_is_closed_over(arrays):
 
     weights = jnp.arange(TOKENS, dtype=jnp.float32)
     for k, expected in enumerate((2 * losses, (weights * losses).sum())):
-        np.testing.assert_allclose(quick_jit(jax.grad(loss, k))(weights, jnp.float32(2)), expected, rtol=1e-5)
+        np.testing.assert_allclose(jax.jit(jax.grad(loss, k))(weights, jnp.float32(2)), expected, rtol=1e-5)
 
 
 @pytest.mark.needs_jit
@@ -374,7 +374,7 @@ def test_a_symbolic_number_of_tokens(arrays):
         some = jce.linear_map(ce, y, x, where=y < 4, reduction="mean", chunk_size=CHUNK)
         return some + jce.linear_map(ce, y, x, reduction="mean", chunk_size=CHUNK), each
 
-    program = quick_jit(jax.value_and_grad(loss, (1, 2), has_aux=True))
+    program = jax.jit(jax.value_and_grad(loss, (1, 2), has_aux=True))
     arguments = [np.asarray(of_tokens["labels"], np.int32), *(np.asarray(a, np.float32) for a in heads["student"])]
     shapes = [jax.ShapeDtypeStruct((tokens, *a.shape[1:]), a.dtype) for a in arguments[:2]]
     exported = jax.export.export(program)(*shapes, jax.ShapeDtypeStruct(arguments[2].shape, np.float32))
@@ -399,7 +399,7 @@ def test_a_module_that_has_changed_is_not_taken_for_what_it_was():
 def test_a_fresh_lambda_compiles_nothing_anew_in_a_jit():
     traces = []
 
-    @quick_jit
+    @jax.jit
     def step(x):
         traces.append(None)
         return jce.linear_map(lambda x: x.max(), x, reduction="mean")
@@ -472,7 +472,7 @@ def test_jacobians_in_half_precision(rng):
     """Jacobians of one number per token in all hidden states: batches of tangents and of cotangents for one head."""
     hidden, head = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((3, 2), (5, 2)))
 
-    @quick_jit
+    @jax.jit
     def both(hidden):
         def each(h):
             return jce.linear_map(jax.nn.logsumexp, Linear(h, head))
@@ -540,7 +540,7 @@ def value_and_derivatives(function, static):
         slope = along(function)
         return [f(t, *rows) for f in (function, gradient, slope, along(slope), along(gradient))]
 
-    return quick_jit(run)
+    return jax.jit(run)
 
 
 @pytest.mark.parametrize(
@@ -586,7 +586,7 @@ def test_a_traced_temperature_beside_forbidden_classes(rng):
     x, y = rng.standard_normal((2, 4, 6)).astype(np.float32)
     forbidden = np.float32([0, 0, 0, 0, -np.inf, -np.inf])
 
-    @quick_jit
+    @jax.jit
     def run(t, x, y, of_q):
         def loss(t, x, y):
             p, q = (Linear(jnp.eye(4), z.T, bias) for z, bias in ((x, forbidden), (y, of_q)))
@@ -619,7 +619,7 @@ def test_second_derivatives_in_a_temperature_beside_what_p_alone_forbids():
         return (jnp.exp(log_p) * (log_p - log_q)).sum()
 
     def hessians(f, *arguments):
-        return quick_jit(jax.vmap(jax.hessian(f, (0, 1))))(*arguments)
+        return jax.jit(jax.vmap(jax.hessian(f, (0, 1))))(*arguments)
 
     got = hessians(ours, y, t, x)
     with jax.enable_x64(True):
@@ -648,7 +648,7 @@ def test_two_heads_are_their_logits_bit_for_bit(which, rng):
 
     def program(f):
         gradient = jax.grad(lambda *a: f(*a).sum(), (0, 1))
-        return quick_jit(lambda a, t: (f(*a), jax.jvp(gradient, a, t)))
+        return jax.jit(lambda a, t: (f(*a), jax.jvp(gradient, a, t)))
 
     got, expected = (program(f)((x, y), t) for f in (heads, logits))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
@@ -729,7 +729,7 @@ def test_no_mode_has_the_logits_of_all_tokens(name, mode):
 
     program = programs.get(mode, thrice)
     a = jax.ShapeDtypeStruct((tokens, d), np.float32), jax.ShapeDtypeStruct((n, d), np.float32)
-    text = jax.jit(program).lower(a, a).compile().as_text()
+    text = optimized_jit(program).lower(a, a).compile().as_text()
     shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"\[(\d+(?:,\d+)+)\]", text)}
     # Only reverse mode nested three times keeps a gradient of the head for each chunk.
     assert max(map(math.prod, shapes)) < tokens * n / (1 if mode == "reverse three times" else 8)
@@ -826,7 +826,7 @@ def test_an_argument_without_all_token_axes(shape, written, rng):
     """The argument isn't broadcast. The error says how to broadcast it, and that code runs."""
     x, a = Linear(ones(2, 3, 3), ones(5, 3)), rng.standard_normal(shape).astype(np.float32)
     scaled = functools.partial(jce.linear_map, lambda a, x: a * x.sum())
-    for call in (scaled, quick_jit(scaled)):
+    for call in (scaled, jax.jit(scaled)):
         with pytest.raises(
             ValueError, match=r"begin with the token axes of hidden, \(2, 3\); .*goes into shared\."
         ) as raised:
@@ -898,7 +898,7 @@ def test_metrics_beside_a_loss(reduction, rng):
         return lambda *a: jax.jvp(jax.grad(f, (0, 1, 2)), a, a)[1]
 
     with jax.enable_x64(True):
-        (loss, metrics), got = quick_jit(jax.value_and_grad(both, (0, 1, 2), has_aux=True))(h, w, a)
+        (loss, metrics), got = jax.jit(jax.value_and_grad(both, (0, 1, 2), has_aux=True))(h, w, a)
         right = alone(h, w, a)
         np.testing.assert_allclose(loss, right["loss"], rtol=1e-12)
         for name, metric in metrics.items():
@@ -908,8 +908,8 @@ def test_metrics_beside_a_loss(reduction, rng):
         for mode in (lambda f: jax.grad(f, (0, 1, 2)), second):
             jax.tree.map(
                 lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-11),
-                quick_jit(mode(pull(both)))(h, w, a),
-                quick_jit(mode(pull(expected)))(h, w, a),
+                jax.jit(mode(pull(both)))(h, w, a),
+                jax.jit(mode(pull(expected)))(h, w, a),
             )
 
 
@@ -949,9 +949,9 @@ def test_a_metric_beside_a_loss_changes_neither_its_value_nor_its_gradient(rng):
 
         return jce.linear_map(function, y, jce.Linear(h, w), reduction="sum", chunk_size=4, **options)
 
-    with_metric = quick_jit(jax.value_and_grad(lambda h, w: loss(h, w, has_aux=True), (0, 1), has_aux=True))
+    with_metric = jax.jit(jax.value_and_grad(lambda h, w: loss(h, w, has_aux=True), (0, 1), has_aux=True))
     (value, metric), gradients = with_metric(h, w)
-    expected, expected_gradients = quick_jit(jax.value_and_grad(loss, (0, 1)))(h, w)
+    expected, expected_gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(h, w)
     np.testing.assert_allclose([value, metric], [expected, 3 * expected], rtol=1e-6)
     for got, gradient in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-6)

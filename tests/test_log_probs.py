@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from tests.kernels import modes
-from tests.quick_jit import quick_jit
+from tests.optimized_jit import optimized_jit
 from tests.test_devices import make_mesh
 
 INF, NAN = np.inf, np.nan
@@ -64,7 +64,7 @@ def test_accuracy(k, dtype, tail, platform, rng):
     with jax.enable_x64(dtype == np.float64):
         values, slopes = map(
             np.asarray,
-            jax.jit(
+            optimized_jit(
                 lambda y, x: (
                     log_probs(y, x, tail=tail),
                     jax.vmap(jax.jacrev(functools.partial(log_probs, tail=tail), 1))(y, x),
@@ -99,7 +99,7 @@ def test_every_mode_is_that_of_whole_logits(tail, rng):
     direction = (rng.standard_normal(x.shape),)
     with jax.enable_x64(True):
         got, expected = (
-            quick_jit(lambda a, t, of=programs: {m: f(a, t) for m, f in of.items()})((x,), direction)
+            jax.jit(lambda a, t, of=programs: {m: f(a, t) for m, f in of.items()})((x,), direction)
             for programs in (modes(f, (0,)) for f in (ours, dense))
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), got, expected)
@@ -123,7 +123,7 @@ def test_a_label_that_is_no_class_is_nan_in_its_entry_alone(tail, rng):
     """In value and derivative, but not in results that mask it. It adds nothing to a tail."""
     x = rng.standard_normal(5).astype(np.float32)
     y, others = np.array([2, 5, -1, 0]), np.array([0, 3] + [4] * tail)
-    value, jacobian = quick_jit(
+    value, jacobian = jax.jit(
         lambda x: (log_probs(y, x, tail=tail), jax.jacrev(lambda x: log_probs(y, x, tail=tail))(x))
     )(x)
     expected = log_probs(y[[0, 3]], x, tail=tail)
@@ -175,9 +175,9 @@ def test_a_top_k_divergence_is_a_divergence(platform, rng):
         gradient = jax.grad(lambda x: kl(p, log_probs(top, x, tail=True)).sum())(x)
         return kl(p, q), kl(q, p), js(p, q), jnp.abs(jnp.exp(p) - jnp.exp(q)).sum(-1), gradient
 
-    got = [np.asarray(a) for a in quick_jit(divergences)(top, z, x)]
+    got = [np.asarray(a) for a in jax.jit(divergences)(top, z, x)]
     with jax.enable_x64(True):
-        *expected, apart, slope = map(np.asarray, quick_jit(divergences)(top, np.float64(z), np.float64(x)))
+        *expected, apart, slope = map(np.asarray, jax.jit(divergences)(top, np.float64(z), np.float64(x)))
     bound = np.finfo(np.float32).eps * (1 + np.ptp(z, -1)) * apart
     for g, e in zip(got[:3], expected, strict=True):
         assert (g >= 0).all()
@@ -202,7 +202,7 @@ def test_split_classes_are_whole_ones(tail, k, rng):
         )(y, x)
 
     def both(f):
-        return quick_jit(lambda x: (f(x), jax.grad(lambda x: jnp.sin(f(x)).sum())(x)))(x)
+        return jax.jit(lambda x: (f(x), jax.grad(lambda x: jnp.sin(f(x)).sum())(x)))(x)
 
     with jax.enable_x64(True):
         for got, expected in zip(both(split), both(lambda x: log_probs(y, x, tail=tail)), strict=True):
@@ -216,7 +216,7 @@ def test_k_labels_cost_no_array_of_classes_in_the_value():
     """No N × n array except, with a tail, the logits of the other classes."""
     shapes = jax.ShapeDtypeStruct((64, 20), np.int32), jax.ShapeDtypeStruct((64, 30_000), np.float32)
     for tail in (False, True):
-        compiled = jax.jit(lambda y, x, tail=tail: log_probs(y, x, tail=tail)).lower(*shapes).compile()
+        compiled = optimized_jit(lambda y, x, tail=tail: log_probs(y, x, tail=tail)).lower(*shapes).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < (tail + 0.1) * 4 * 64 * 30_000
 
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jce
 from bench.hlo import collectives
 from tests.kernels import each_of_logits, each_with_classes, easy, gradient, logit_rows, total
+from tests.optimized_jit import optimized_jit
 
 INF, NAN = np.inf, np.nan
 
@@ -279,7 +280,7 @@ def test_no_temporary_of_the_logits_size(function, shape):
     is_soft = function is jce.cross_entropy_with_logits
     target = logits if is_soft else jax.ShapeDtypeStruct(shape[:1], np.int32)
     for program in (function, jax.value_and_grad(lambda p, x: function(p, x).mean(), 1)):
-        temporaries = jax.jit(program).lower(target, logits).compile().memory_analysis().temp_size_in_bytes
+        temporaries = optimized_jit(program).lower(target, logits).compile().memory_analysis().temp_size_in_bytes
         assert temporaries <= 4 * (64 * shape[0] + shape[1])  # a few numbers per row, and one per class
 
 
@@ -369,7 +370,7 @@ def test_derivatives_keep_their_digits_where_a_class_dominates(margin, rng):
                 name: (gradients(f)(x, y), jax.jvp(gradients(f), (x, y), (t, u))[1]) for name, f in functions.items()
             }
 
-        return jax.jit(run)
+        return optimized_jit(run)
 
     single = [z.astype(np.float32) for z in (x, y, t, u)]
     got = derivatives(ours)(*single)

@@ -11,7 +11,7 @@ import jce
 from bench.hlo import collectives
 from jce._jax.classes import Classes
 from tests.kernels import ROWS, Kernel, each_of_logits, each_with_classes, easy
-from tests.quick_jit import quick_jit
+from tests.optimized_jit import optimized_jit
 
 N = 33_000  # 40 blocks of 825
 
@@ -39,7 +39,7 @@ def derivatives(function, positions):
     def gradient(*arguments):
         return jax.grad(lambda *a: function(*a).sum(), positions)(*arguments)
 
-    @quick_jit
+    @jax.jit
     def all_three(arguments, directions):
         return function(*arguments), *jax.jvp(gradient, arguments, directions)
 
@@ -76,7 +76,7 @@ def test_leaving_out_classes_by_where_is_leaving_them_out(kernel, rng):
 @each_with_classes
 @pytest.mark.in_turn(5, "wide")
 def test_any_axis_and_vmap(kernel, rng):
-    @quick_jit
+    @jax.jit
     def run(*x):
         f = kernel.function
         return f(*x), f(*(y.T for y in x), axis=0), jax.vmap(f)(*x)
@@ -133,7 +133,7 @@ def test_the_heads_logits(rng):
     directions = tuple(rng.standard_normal(x.shape).astype(np.float32) for x in arguments)
     # The gradient alone is a different program from the differentiated one: it has value and gradient in one loop.
     got, expected = (
-        (jax.jit(jax.grad(f, (0, 1, 2)))(*arguments), derivatives(f, (0, 1, 2))(arguments, directions))
+        (optimized_jit(jax.grad(f, (0, 1, 2)))(*arguments), derivatives(f, (0, 1, 2))(arguments, directions))
         for f in (fused, dense)
     )
     for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -165,7 +165,7 @@ def test_sharded_rows_stay_where_they_are(kernel, rng):
     n = 65_536
     sharding = NamedSharding(mesh_of(AxisType.Auto), P("rows", "classes"))
     arguments = easy(kernel, rng, (4, n))
-    program = jax.jit(lambda *a: losses(kernel, a), in_shardings=(sharding,) * len(arguments))
+    program = optimized_jit(lambda *a: losses(kernel, a), in_shardings=(sharding,) * len(arguments))
     for collective in collectives(program.lower(*arguments).compile().as_text()):
         assert collective.size <= 8 * 4
     np.testing.assert_allclose(program(*arguments)[0], losses(kernel, arguments)[0], rtol=1e-5)
@@ -180,7 +180,7 @@ def test_explicit_sharding(spec, rng):
     arguments = easy(kernel, rng, (4, 65_536))
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arguments]
-        value, gradient = jax.jit(lambda *a: losses(kernel, a))(*placed)
+        value, gradient = optimized_jit(lambda *a: losses(kernel, a))(*placed)
         assert jax.typeof(gradient).sharding.spec == spec
     np.testing.assert_allclose(value, losses(kernel, arguments)[0], rtol=1e-5)
 
@@ -190,7 +190,7 @@ def test_blocks_on_each_device(rng):
     mesh = jax.make_mesh((2,), ("classes",), axis_types=(AxisType.Auto,))
     logits, labels = rng.standard_normal((3, 2 * N)).astype(np.float32), np.array([0, N, 2 * N - 1])
 
-    @jax.jit
+    @optimized_jit
     @jax.shard_map(mesh=mesh, in_specs=(P(), P(None, "classes")), out_specs=(P(), P(None, "classes")))
     def sharded(labels, logits):
         def loss(logits):
@@ -215,5 +215,5 @@ def test_a_hessian_vector_product_needs_no_temporary_of_the_logits_size(n):
     def hvp(x, t):
         return jax.jvp(jax.grad(lambda x: jce.cross_entropy_with_integer_labels(y, x).sum()), (x,), (t,))[1]
 
-    temporaries = jax.jit(hvp).lower(x, x).compile().memory_analysis().temp_size_in_bytes
+    temporaries = optimized_jit(hvp).lower(x, x).compile().memory_analysis().temp_size_in_bytes
     assert temporaries < 4 * (16 * rows + n)

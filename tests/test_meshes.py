@@ -18,7 +18,7 @@ import jce
 from bench.hlo import collectives
 from jce._jax.layout import Layout
 from tests.kernels import TABLE, easy, label, modes
-from tests.quick_jit import quick_jit
+from tests.optimized_jit import optimized_jit
 
 pytestmark = pytest.mark.needs_jit  # only compiled programs show where an array lies
 ROWS, CLASSES, WIDTH = 8, 16, 4
@@ -157,7 +157,7 @@ def test_numbers_of_one_device(name, rng):
         }
 
     with jax.enable_x64(True):
-        expected = quick_jit(one_device)((row.others, row.arguments, directions))
+        expected = jax.jit(one_device)((row.others, row.arguments, directions))
         for (kind, context), group in cases.items():
             mesh = make_mesh(kind)
             function = row.function if row.on_mesh is None else functools.partial(row.on_mesh, mesh=mesh)
@@ -173,7 +173,7 @@ def test_numbers_of_one_device(name, rng):
                 )
 
             with jax.set_mesh(mesh) if context else contextlib.nullcontext():
-                run = quick_jit(
+                run = jax.jit(
                     lambda xs, f=function, g=group: [in_mode(f, m, *x) for (m, *_), x in zip(g, xs, strict=True)]
                 )
                 got = run([placed(*places) for _, *places in group])
@@ -235,9 +235,9 @@ def test_arguments_that_broadcast(rng):
 
     with jax.enable_x64(True):
         with jax.set_mesh(mesh):
-            got = quick_jit(run)([[on_mesh(*x) if x[1:] else x[0] for x in given] for _, given in cases])
+            got = jax.jit(run)([[on_mesh(*x) if x[1:] else x[0] for x in given] for _, given in cases])
         on_mesh = lambda x, *_: x  # noqa: E731
-        close(got, quick_jit(run)([[x for x, *_ in given] for _, given in cases]))
+        close(got, jax.jit(run)([[x for x, *_ in given] for _, given in cases]))
 
 
 @pytest.mark.holds_nan
@@ -284,7 +284,7 @@ def test_axes_of_more_than_one_kind(rng):
                 some = functools.partial(both, axis_name="classes")
                 function = jax.shard_map(some, in_specs=split, out_specs=P(), axis_names={"classes"})
             with jax.set_mesh(m):
-                close(quick_jit(function)(*arguments), expected)
+                close(jax.jit(function)(*arguments), expected)
 
 
 # What is sent
@@ -293,7 +293,7 @@ def test_axes_of_more_than_one_kind(rng):
 def sent(function, *arguments):
     """The collectives for abstract arguments on a mesh."""
     with jax.set_mesh(arguments[0].sharding.mesh):
-        return collectives(jax.jit(function).lower(*arguments).compile().as_text())
+        return collectives(optimized_jit(function).lower(*arguments).compile().as_text())
 
 
 def abstract(shape, *axes, dtype=np.float32):

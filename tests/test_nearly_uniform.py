@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jce
+from tests.optimized_jit import optimized_jit
 
 ROWS, CLASSES = 300, 8
 EPS = np.finfo(np.float32).eps
@@ -24,7 +25,7 @@ def in_both(function, *arrays):
     """The function's results in float32 and, of the same numbers, in float64."""
     for dtype in (np.float32, np.float64):
         with jax.enable_x64(dtype == np.float64):
-            yield jax.tree.map(np.float64, jax.jit(function)(*(x.astype(dtype) for x in arrays)))
+            yield jax.tree.map(np.float64, optimized_jit(function)(*(x.astype(dtype) for x in arrays)))
 
 
 def assert_near(found, unit, eps):
@@ -99,7 +100,7 @@ def test_the_derivative_in_a_traced_smoothing(of, spread, rng):
     mixed = -difference_of_targets(of)
     exact = (mixed * np.float64(x)).sum(-1)
     spreads = np.ptp(x, axis=-1)
-    found = jax.tree.map(np.float64, jax.jit(derivatives)(x)), (exact, exact[0], mixed, mixed)
+    found = jax.tree.map(np.float64, optimized_jit(derivatives)(x)), (exact, exact[0], mixed, mixed)
     assert_near(found, (spreads, spreads[0], 1, 1), 4)
 
 

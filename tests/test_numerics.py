@@ -17,6 +17,7 @@ from jce._numerics.mul0 import mul0, mul00, multiply
 from jce._quantities.binary_kl_divergence_with_logits import FARTHEST, QUADRATURE
 from jce._softmax.passes import Passes
 from tests.kernels import ROWS
+from tests.optimized_jit import optimized_jit
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 28), ("float64", 53)])
@@ -35,7 +36,7 @@ def test_quotients_beyond_the_float_range():
     """Of weights, which may be any numbers: 1e30 and 1e-30 are 138 nats apart, and so are 1e-30 and 1e30."""
     grid = np.meshgrid([1e-37, 1e-30, 1.0, 1e30, 1e35], [2e-37, 3e-30, 4.0, 2e30])
     p, q = (x.astype(np.float32).reshape(-1, 1) for x in grid)
-    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(jce.generalized_kl_divergence)))(p, q)
+    values, gradients = optimized_jit(jax.vmap(jax.value_and_grad(jce.generalized_kl_divergence)))(p, q)
     p, q = np.float64(p), np.float64(q)
     np.testing.assert_allclose(values, (p * np.log(p / q) - p + q)[:, 0], rtol=1e-6)
     np.testing.assert_allclose(gradients, np.log(p / q), rtol=1e-6)
@@ -52,7 +53,7 @@ def test_sum_of_differences_is_exact(near, rng):
         exact = [mp.fsum(map(mp.mpf, (*map(float, a), *map(float, -b)))) for a, b in zip(p, q, strict=True)]
         way = Passes.of(Classes(-1), p)
         p, q = way.fold(p), way.fold(q)
-        got = jax.jit(lambda p, q, way=way: way.sum_with_differences(jnp.zeros_like(p), p, q))(p, q)
+        got = optimized_jit(lambda p, q, way=way: way.sum_with_differences(jnp.zeros_like(p), p, q))(p, q)
         np.testing.assert_allclose(got, np.array(exact, float), rtol=1.2e-7, atol=0 if near else 2**-45)
 
 
@@ -63,7 +64,7 @@ def test_log1p_unit(dtype, rng):
     smallest = np.finfo(dtype).tiny * np.array([1, 1.25, 1.75, 2])
     e = np.concatenate([smallest, rng.random(500), 10 ** rng.uniform(-37, 0, 500), [0, 1]]).astype(dtype)
     with jax.enable_x64(dtype == np.float64), mp.workprec(200):
-        got = jax.jit(log1p_unit)(e)
+        got = optimized_jit(log1p_unit)(e)
         exact = [mp.log1p(mp.mpf(float(v))) for v in e]
     np.testing.assert_allclose(got, np.array(exact, float), rtol=2 * np.finfo(dtype).eps, atol=0)
 
@@ -75,7 +76,7 @@ def test_log1p(dtype, rng):
     s = np.concatenate([[0], 0.41421356 + 1e-3 * rng.standard_normal(500), 10 ** rng.uniform(-30, 30, 1000)])
     s = s.astype(dtype)
     with jax.enable_x64(dtype == np.float64), mp.workprec(300):
-        got, slope = jax.jit(jax.vmap(jax.value_and_grad(log1p)))(s)
+        got, slope = optimized_jit(jax.vmap(jax.value_and_grad(log1p)))(s)
         exact = [mp.log1p(mp.mpf(float(v))) for v in s]
     np.testing.assert_allclose(got, np.array(exact, float), rtol=1.7 * np.finfo(dtype).eps, atol=0)
     np.testing.assert_allclose(slope, 1 / (1 + np.float64(s)), rtol=2 * np.finfo(dtype).eps)
@@ -103,7 +104,7 @@ def test_log_complement(dtype, rng):
     x = np.concatenate([rng.random(500), 10 ** rng.uniform(-30, 0, 500), 0.41421356 + 1e-3 * rng.standard_normal(500)])
     x = x.astype(dtype)
     with jax.enable_x64(dtype == np.float64), mp.workprec(200):
-        got = jax.jit(log_complement)(x)
+        got = optimized_jit(log_complement)(x)
         exact = [mp.log(1 - mp.mpf(float(v))) for v in x]
         errors = [abs(mp.mpf(float(g)) / e - 1) for g, e in zip(got, exact, strict=True)]
     assert max(errors) < 2 * np.finfo(dtype).eps
@@ -127,7 +128,7 @@ def test_mul0():
     t = jnp.array([0.0, 0.0, 3.0, 1.0])
     expected = np.array([0, 0, 6, np.inf], np.float32)
     np.testing.assert_array_equal(mul0(c, t), expected)
-    np.testing.assert_array_equal(jax.jit(mul0)(c, t), expected)
+    np.testing.assert_array_equal(optimized_jit(mul0)(c, t), expected)
     np.testing.assert_array_equal(jax.vmap(mul0)(c, t), expected)
     np.testing.assert_array_equal(jax.vmap(mul0, (None, 0))(c, jnp.stack([t, t])), [expected, expected])
     np.testing.assert_array_equal(jax.vmap(mul0, (1, None), 1)(jnp.stack([c, c], 1), t), np.stack([expected] * 2, 1))

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 import jce
 from bench.hlo import collectives
 from jce import Linear
-from tests.quick_jit import quick_jit
 from tests.test_devices import close, make_mesh, second_order
 
 pytestmark = pytest.mark.needs_jit
@@ -117,7 +116,7 @@ def test_tokens_over_the_stages_of_a_pipeline_too(rng):
     def results(on, axis):
         losses = [functools.partial(LOSSES[name], on, axis, y) for name in names]
         losses.append(functools.partial(weighted, on))
-        return quick_jit(lambda *x: [jax.value_and_grad(f, (0, 1, 2, 3))(*x) for f in losses])
+        return jax.jit(lambda *x: [jax.value_and_grad(f, (0, 1, 2, 3))(*x) for f in losses])
 
     with jax.enable_x64(True):
         expected = results(lambda f: f, None)(a, p, q, t)

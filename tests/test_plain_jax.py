@@ -10,6 +10,7 @@ import pytest
 from jax.scipy.special import entr, rel_entr, xlogy
 
 import jce
+from tests.optimized_jit import optimized_jit
 from tests.test_linear_map import limited
 
 P, Q = np.float32([0.0, 1.0]), np.float32([0.5, 0.5])
@@ -107,7 +108,7 @@ def test_a_rule_in_a_loop_may_close_over_no_traced_value():
 def test_a_subnormal_bfloat16_is_zero_and_is_not():
     """On a CPU, in one program. jce may treat it as 0 in only one of two places, and a derivative can be NaN."""
 
-    @jax.jit
+    @optimized_jit
     def program(x):
         x = x.astype(jnp.float32)
         return x == 0, 1 / x
@@ -121,7 +122,7 @@ def test_a_subnormal_bfloat16_is_zero_and_is_not():
 @pytest.mark.needs_jit
 def test_a_derivative_of_a_custom_rule_ends_debug_nans():
     """For compiled calls, if it is set for the process. jax.debug_nans(True) lasts, so tests/conftest.py uses that."""
-    double = jax.jit(lambda x: 2 * x)
+    double = optimized_jit(lambda x: 2 * x)
     double(0.0)  # JAX checks compiled calls elsewhere than calls being compiled
 
     def is_noticed():

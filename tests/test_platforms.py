@@ -19,6 +19,7 @@ from jce._softmax.softmax import surprisal_at_label
 from tests import test_accuracy
 from tests import test_corners as corners
 from tests.kernels import OF_LOGITS, WITH_CLASSES, each_of_logits, easy, label, modes, total
+from tests.optimized_jit import optimized_jit
 from tests.test_known_label import OFFSETS, rows
 
 pytestmark = pytest.mark.needs_jit
@@ -95,16 +96,16 @@ def test_heads_at_every_offset(accelerator, rng, options, split):
         x = x if cap is None else cap * jnp.tanh(x / cap)
         return jce.cross_entropy_with_integer_labels(y, x, z_loss=penalty, label_smoothing=smoothing)
 
-    @jax.jit
+    @optimized_jit
     def alone(x):  # losses without a gradient, so nothing else is stored
         return of_head(y, x, jnp.eye(40, dtype=x.dtype), reduction="none", **options)
 
-    gradients, values = jax.jit(jax.grad(total, (0, 1)))(x, ones)
+    gradients, values = optimized_jit(jax.grad(total, (0, 1)))(x, ones)
     narrow = jnp.asarray(x, jnp.bfloat16)
     with jax.enable_x64(True):
-        both = jax.jit(lambda x: (dense(x), jax.grad(lambda x: dense(x).sum())(x)))
+        both = optimized_jit(lambda x: (dense(x), jax.grad(lambda x: dense(x).sum())(x)))
         expected, expected_gradients = map(np.asarray, both(np.float64(x)))
-        of_narrow = jax.jit(dense)(np.float64(narrow))
+        of_narrow = optimized_jit(dense)(np.float64(narrow))
     tolerance = {"rtol": 2e-5 if cap is None else 3e-4, "atol": 1e-37}
     np.testing.assert_allclose(values, expected, **tolerance)
     np.testing.assert_allclose(alone(narrow), of_narrow, **tolerance)
@@ -149,7 +150,7 @@ def test_tokens_and_classes_on_several_devices(accelerator, rng, options):
         jax.value_and_grad(lambda h, w, f=f: f(y, h, w, **options), (0, 1))
         for f in (jce.on_mesh(jce.linear_cross_entropy, **on), jce.linear_cross_entropy)
     )
-    close(jax.jit(sharded)(h, w), alone(h, w))
+    close(optimized_jit(sharded)(h, w), alone(h, w))
 
 
 @pytest.mark.slow
@@ -170,7 +171,7 @@ def test_log_probs_of_classes_on_several_devices(accelerator, rng):
         def scalar(f):
             return lambda h, w: sum(jnp.sin(x).sum() for x in f(h, w, bias))
 
-        got, expected = (jax.jit(jax.value_and_grad(scalar(f), (0, 1)))(h, w) for f in (split, log_probs))
+        got, expected = (optimized_jit(jax.value_and_grad(scalar(f), (0, 1)))(h, w) for f in (split, log_probs))
     for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(g, e, rtol=1e-9, atol=1e-11)
 
@@ -198,7 +199,7 @@ def test_bfloat16_products_lose_no_more_than_the_dense_loss_does(accelerator, co
     h, w = jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
 
     def errors(loss, exactly):
-        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(h, w)
+        program = optimized_jit(jax.value_and_grad(loss, (0, 1))).lower(h, w)
         _, gradient = program.compile(compiler_options={"xla_allow_excess_precision": False})(h, w)
         return [np.linalg.norm(np.float64(g) - e) / np.linalg.norm(e) for g, e in zip(gradient, exactly, strict=True)]
 
@@ -291,7 +292,7 @@ def test_rows_are_as_accurate(kernel, device, monkeypatch):
 @pytest.mark.in_turn(5, "wide")
 def test_a_gradient_alone_is_a_program(kernel):
     """XLA also receives unused results, such as the value. A call in the reduction that computes one crashes XLA."""
-    gradient = jax.jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))
+    gradient = optimized_jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))
     traced = gradient.trace(*easy(kernel, np.random.default_rng(0), (6, 33)))
     for platform in ("cpu", "cuda", "tpu"):
         assert "ENTRY" in traced.lower(lowering_platforms=(platform,)).compiler_ir("hlo").as_hlo_text()
@@ -348,7 +349,7 @@ def test_explicit_meshes(accelerator, rng):
     with jax.set_mesh(mesh):
         put = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, P(*spec)))  # noqa: E731
         y_, h_, w_ = put(y, "data"), put(h, "data"), put(w, "model")
-        got = jax.jit(jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(y_, h, w), (0, 1)))(h_, w_)
+        got = optimized_jit(jax.value_and_grad(lambda h, w: jce.linear_cross_entropy(y_, h, w), (0, 1)))(h_, w_)
     close(got, expected)
 
 
@@ -365,7 +366,7 @@ OF_HEADS = {
 def test_gradients_of_bfloat16(accelerator, rng):
     y, *numbers = arguments(rng, jnp.bfloat16)
 
-    @jax.jit
+    @optimized_jit
     def gradients(h, w):
         return [
             jax.grad(lambda h, w, name=name: jnp.sum(OF_HEADS[name](lambda f: f, None, y, h, w)), (0, 1))(h, w)
@@ -403,7 +404,7 @@ def test_hessian_vector_products_of_bfloat16(accelerator, rng, name):
         names = ("gradient", "forward over reverse", "reverse over forward", "reverse over reverse", "third order")
         return [programs[name](a, t) for name in names]
 
-    program = jax.jit(derivatives, static_argnums=0)
+    program = optimized_jit(derivatives, static_argnums=0)
     with jax.enable_x64(True):
         exactly = jax.tree.map(np.asarray, program(alone, *jax.tree.map(np.float64, (numbers, directions))))
     for loss in (alone, sharded, batched):
@@ -429,7 +430,7 @@ ROWS = {
 def test_sums_in_one_pass(row, way):
     """m exactly, and within a few ulps the sums over all except one maximal class, in several orders of classes."""
     x = np.array([np.roll(row, k) for k in range(len(row))], np.float32)
-    m, s, t = jax.jit(way.sums)(x)
+    m, s, t = optimized_jit(way.sums)(x)
     below = np.sort(np.float64(x[0]))[::-1]
     depth = np.minimum(below[0] - below[1:], 1e4)
     np.testing.assert_array_equal(m, np.float32(below[0]))
@@ -443,7 +444,7 @@ def test_sums_in_one_pass_over_devices(accelerator, rng):
     mesh = jax.make_mesh((4,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     entropy = functools.partial(jce.entropy_with_logits, axis_name="classes")
     split = jax.shard_map(entropy, mesh=mesh, in_specs=P(None, "classes"), out_specs=P())
-    np.testing.assert_allclose(jax.jit(split)(x), jce.entropy_with_logits(x), rtol=1e-6)
+    np.testing.assert_allclose(optimized_jit(split)(x), jce.entropy_with_logits(x), rtol=1e-6)
 
 
 @pytest.mark.holds_nan
@@ -458,7 +459,7 @@ def test_a_confident_head_with_a_large_z_loss(accelerator, top):
     """The derivative at the label is then much larger than the sum of the others, and can have either sign."""
     x, y = np.float32([[top, top - 200, top - 200], [top, top - 1, top - 2]]), np.array([0, 0])
     loss = functools.partial(jce.linear_cross_entropy, y, z_loss=1.0, reduction="sum")
-    got = jax.jit(jax.grad(lambda x, w: loss(x, w), (0, 1)))(x, jnp.eye(3))
+    got = optimized_jit(jax.grad(lambda x, w: loss(x, w), (0, 1)))(x, jnp.eye(3))
     q = np.exp(np.float64(x) - x.max(1, keepdims=True))
     log_z = x.max(1) + np.log(q.sum(1))
     q /= q.sum(1, keepdims=True)
@@ -475,7 +476,7 @@ def test_a_token_of_nan_logits_whose_loss_is_not_used_adds_nothing_to_the_head(a
         losses = jce.linear_cross_entropy(y, h, w, reduction="none")
         return jnp.where(jnp.arange(TOKENS) == 3, 0, losses).sum()
 
-    gradient = jax.jit(jax.grad(total))
+    gradient = optimized_jit(jax.grad(total))
     np.testing.assert_allclose(gradient(w, h.at[3].set(3e38)), gradient(w, h), rtol=1e-5, atol=1e-5)
 
 
@@ -503,7 +504,7 @@ def test_a_labels_logit_of_another_rounding(monkeypatch):
         monkeypatch.setattr(Reduction, "at_label", lambda way, x, y, error=error: way.at(x * (1 + error), y))
         x = np.float32([[30, 0, 1], [-20, 3, -30], [1, 0.5, 0.2], [2, 2, -1]])
         y = jnp.array([0, 1, 0, 1])
-        off = jax.jit(REDUCTION.off_label)(y, x)
+        off = optimized_jit(REDUCTION.off_label)(y, x)
         with jax.enable_x64(True):
             exact = np.float64(jce.cross_entropy_with_integer_labels(y, np.float64(x)))
         np.testing.assert_allclose(surprisal_at_label(off), exact, rtol=3e-6)
@@ -515,7 +516,7 @@ def test_the_sums_in_one_pass_have_a_rule(rng):
     with jax.enable_x64(True):
         y, x, t = jnp.asarray(rng.integers(0, 7, 5)), rng.standard_normal((5, 7)), rng.standard_normal((5, 7))
 
-        @jax.jit
+        @optimized_jit
         def plain(x):
             _, s, t = REDUCTION.sums(x)
             return (

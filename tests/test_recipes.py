@@ -15,7 +15,7 @@ import pytest
 
 import jce
 from jce import Linear
-from tests.quick_jit import quick_jit
+from tests.optimized_jit import optimized_jit
 from tests.test_devices import make_mesh
 
 N, WIDTH, KEPT, CHUNK = 12, 3, 4, 5  # the first is the number of tokens, and of classes
@@ -233,7 +233,7 @@ def test_each_line_is_its_formula(sample):
         ]
 
     with jax.enable_x64(True):
-        got, expected = quick_jit(results)(*sample)
+        got, expected = jax.jit(results)(*sample)
     for name, numbers in expected.items():
         for g, e in zip(jax.tree.leaves(got[name]), jax.tree.leaves(numbers), strict=True):
             np.testing.assert_allclose(g, e, rtol=1e-9, atol=1e-12, err_msg=name)
@@ -251,7 +251,7 @@ def test_no_line_has_the_logits_of_all_tokens():
         def every(*arguments):
             return {name: jax.value_and_grad(f, (2, 3))(*arguments, **options) for name, f in functions.items()}
 
-        compiled = jax.jit(every).lower(integers, ids, numbers, numbers).compile()
+        compiled = optimized_jit(every).lower(integers, ids, numbers, numbers).compile()
         shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"\[(\d+(?:,\d+)+)\]", compiled.as_text())}
         return max(map(math.prod, shapes)), compiled.memory_analysis().temp_size_in_bytes / 4
 
@@ -290,7 +290,7 @@ def test_the_kept_set_where_the_classes_are_split(sample):
         return split(kept_here, y, ids, Linear(h, w), reduction="mean", chunk_size=CHUNK)
 
     with jax.enable_x64(True):
-        got = quick_jit(jax.value_and_grad(line, (0, 1)))(h, w)
+        got = jax.jit(jax.value_and_grad(line, (0, 1)))(h, w)
         expected = jax.value_and_grad(functools.partial(whole_kept, y, ids), (0, 1))(h, w)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, expected)
 
@@ -336,7 +336,7 @@ def test_a_trainers_ratio_to_the_sampler_is_1(rng):
     kept = jnp.arange(tokens) % 3 != 1
     options = {"temperature": TEMPERATURE, "chunk_size": 16, "batch_invariant": True}
 
-    @jax.jit
+    @optimized_jit
     def sampled(y, h):
         return jce.linear_log_probs(y, h, w, **options).log_prob
 
@@ -346,7 +346,7 @@ def test_a_trainers_ratio_to_the_sampler_is_1(rng):
         ratio = jnp.exp(jce.linear_log_probs(y, h, w, where=kept, **options).log_prob - old)
         return -(ratio * advantages).sum(where=kept), ratio
 
-    ratio = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(h, w)[1]
+    ratio = optimized_jit(jax.grad(loss, (0, 1), has_aux=True))(h, w)[1]
     np.testing.assert_array_equal(ratio[kept], 1)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jce
 from tests.kernels import modes
-from tests.quick_jit import quick_jit
+from tests.optimized_jit import optimized_jit
 from tests.test_devices import make_mesh
 
 INF, NAN = np.inf, np.nan
@@ -60,8 +60,9 @@ def test_accuracy(k, dtype, tail, platform, rng):
     """A few ulps, plus the effect of half an ulp of x - max x on its exponential."""
     y, p, x = rows(rng, 15, 30, k, dtype)
     with jax.enable_x64(dtype == np.float64):
-        program = jax.jit(jax.value_and_grad(lambda x: loss(y, x, label_probs=p, tail=tail).sum()))
-        values, gradients = map(np.asarray, (jax.jit(lambda x: loss(y, x, label_probs=p, tail=tail))(x), program(x)[1]))
+        program = optimized_jit(jax.value_and_grad(lambda x: loss(y, x, label_probs=p, tail=tail).sum()))
+        values = optimized_jit(lambda x: loss(y, x, label_probs=p, tail=tail))(x)
+        values, gradients = map(np.asarray, (values, program(x)[1]))
     eps = np.finfo(dtype).eps
     for row, value, gradient in zip(zip(y, p, x, strict=True), values, gradients, strict=True):
         expected, slope, scale = truth(*row, tail)
@@ -94,7 +95,7 @@ def test_every_mode_is_that_of_dense_targets(tail, rng):
     directions = tuple(rng.standard_normal(a.shape) for a in (p, x))
     with jax.enable_x64(True):
         got, expected = (
-            quick_jit(lambda a, t, of=programs: {m: f(a, t) for m, f in of.items()})((p, x), directions)
+            jax.jit(lambda a, t, of=programs: {m: f(a, t) for m, f in of.items()})((p, x), directions)
             for programs in (modes(f, (0, 1)) for f in (ours, dense))
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), got, expected)
@@ -104,7 +105,7 @@ def test_every_mode_is_that_of_dense_targets(tail, rng):
 def test_corners():
     x = jnp.array([2.0, 0.0, 1.0, -INF])
 
-    @functools.partial(quick_jit, static_argnames="tail")
+    @functools.partial(jax.jit, static_argnames="tail")
     def of_lists(y, p, tail):
         return jax.value_and_grad(lambda p, x: loss(y, x, label_probs=p, tail=tail), (0, 1))(p, x)
 
@@ -247,11 +248,11 @@ def test_a_label_that_is_no_class_is_nan_in_every_derivative(under, tail):
     assert (np.isnan(each(p, x)) == wrong).all()
     rows = np.arange(4)
     for mode in (jax.jacfwd, jax.jacrev):
-        for jacobian in quick_jit(mode(each, (0, 1)))(p, x):
+        for jacobian in jax.jit(mode(each, (0, 1)))(p, x):
             of_row = np.asarray(jacobian)[rows, rows]
             assert (np.isnan(of_row) == wrong[:, None]).all()
             assert not np.asarray(jacobian).sum(1, where=rows[:, None] != rows[:, None, None]).any()
-    dropped = quick_jit(jax.grad(lambda p, x: jnp.where(wrong, 0, each(p, x)).sum(), (0, 1)))(p, x)
+    dropped = jax.jit(jax.grad(lambda p, x: jnp.where(wrong, 0, each(p, x)).sum(), (0, 1)))(p, x)
     assert all(np.isfinite(g).all() and not g[wrong].any() for g in dropped)
 
 
@@ -382,7 +383,7 @@ def test_split_classes_are_whole_ones(tail, rng):
         return loss(y, x, label_probs=p, tail=tail).sum()
 
     for f, g in ((split, whole), (jax.grad(split), jax.grad(whole))):
-        np.testing.assert_allclose(quick_jit(f)(x), g(x), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(jax.jit(f)(x), g(x), rtol=1e-5, atol=1e-6)
     h, w = (rng.standard_normal(s).astype(np.float32) for s in ((8, 4), (24, 4)))
     on = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
     got, expected = (

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 import jce
 from tests.kernels import modes
-from tests.quick_jit import quick_jit
+from tests.optimized_jit import optimized_jit
 
 SECOND = ("forward over reverse", "reverse over forward", "reverse over reverse")
 TOKENS, WIDTH, CLASSES = 7, 4, 11
@@ -56,7 +56,7 @@ def test_what_logits_have_in_common_costs_no_digits(of_each, problem):
         return [sign * x for x in jax.grad(lambda *a: f(*a).sum(), (0, 1))(t, h)]
 
     functions = (log_prob, -1), (surprisals, 1), (total, 1)
-    run = jax.jit(lambda: [(sign * f(t, h), gradients(f, sign)) for f, sign in functions])
+    run = optimized_jit(lambda: [(sign * f(t, h), gradients(f, sign)) for f, sign in functions])
     for (value, (of_t, of_h)), (f, _) in zip(run(), functions, strict=True):
         np.testing.assert_allclose(value, exact.sum() if f is total else exact, rtol=4e-7)
         np.testing.assert_allclose(of_t, along_t if of_each else along_t.sum(), rtol=2e-6)
@@ -214,7 +214,7 @@ def test_on_a_mesh(of, of_each, rng):
         def total(h, w, t):
             return jnp.sin(function(labels, h, w, temperature=t, chunk_size=2, **options)).sum()
 
-        return quick_jit(jax.value_and_grad(total, (0, 1, 2)))(h, w, t)
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(h, w, t)
 
     split = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis="tokens", class_axis="classes")
     for x, y in zip(*(jax.tree.leaves(run(f)) for f in (split, jce.linear_cross_entropy)), strict=True):
@@ -243,7 +243,7 @@ def in_double(function, t, x, y):
             values = function(x / t, y / t)
             return values.sum(), values
 
-        gradients, values = quick_jit(jax.grad(total, (0, 1), has_aux=True))(x, y)
+        gradients, values = jax.jit(jax.grad(total, (0, 1), has_aux=True))(x, y)
         return values, gradients
 
 
@@ -299,7 +299,7 @@ def test_two_rows_in_every_mode(function, mode, rng):
         def divided(x, y, t):
             return function(x / t, y / t, where=kept)
 
-        @quick_jit
+        @jax.jit
         def run(arguments, directions):
             return [modes(f, (0, 1, 2))[mode](arguments, directions) for f in (at_t, divided)]
 
@@ -318,7 +318,7 @@ def test_two_rows_at_the_boundary(function):
     y = np.float32([[0, 2, -inf], [0, -inf, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, nan, 0], [5, 5, 5]])
 
     def derivatives(f, *rows):
-        return jax.tree.leaves(quick_jit(jax.vmap(jax.value_and_grad(f, (0, 1))))(*rows))
+        return jax.tree.leaves(jax.jit(jax.vmap(jax.value_and_grad(f, (0, 1))))(*rows))
 
     for t, traced in ((1.7, False), (2.0, False), (1.7, True)):
         given = jnp.float32(t) if traced else t

@@ -11,6 +11,7 @@ import pytest
 import jce
 from tests.jaxprs import equations
 from tests.kernels import modes
+from tests.optimized_jit import optimized_jit
 
 BATCH, TOKENS, WIDTH, CLASSES = 2, 7, 3, 11
 
@@ -135,7 +136,7 @@ def test_a_batch_costs_what_its_tokens_do(function):
     program = jax.value_and_grad(lambda h, w: loss(y, h, w).mean(), (0, 1))
     dots = [e for e in equations(jax.make_jaxpr(program)(h, w).jaxpr) if e.primitive.name == "dot_general"]
     assert len(dots) == 4
-    compiled = jax.jit(program).lower(h, w).compile()
+    compiled = optimized_jit(program).lower(h, w).compile()
     shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"f32\[(\d+(?:,\d+)+)\]", compiled.as_text())]
     assert max(map(math.prod, shapes)) == n * max(chunk, d)
     most = 3 if jax.__version_info__ >= (0, 10) else 4  # older XLA overwrites a chunk's exponentials less often

@@ -14,7 +14,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jce
 from tests.kernels import KERNELS, LOG_Z, TAIL, Z_LOSS, each_function, each_kernel, easy, gradient, op_by_op, total
-from tests.quick_jit import quick_jit
 
 close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
 
@@ -38,7 +37,7 @@ def test_values(kernel, rng):
     for i, name in enumerate(kernel.arguments):  # a batch in one argument, a single row in the others
         ways[f"vmap over {name}"] = functools.partial(of_one_batch, function, i)
         expected[f"vmap over {name}"] = function(*broadcast(arguments, i))
-    found = quick_jit(lambda *x: {name: f(*x) for name, f in ways.items()})(*arguments)
+    found = jax.jit(lambda *x: {name: f(*x) for name, f in ways.items()})(*arguments)
     for way, got in found.items():
         close(got, expected.get(way, expected["eager"]), rtol=1e-6, custom_message=way)
     with op_by_op():
@@ -76,7 +75,7 @@ def test_gradients(kernel, rng):
         ways[f"vmap over {name}"] = functools.partial(of_one_batch, of_sum, i)
         expected[f"vmap over {name}"] = gradient(kernel)(*broadcast(arguments, i))
 
-    @quick_jit
+    @jax.jit
     def run(arguments, directions):
         forward = {
             "jvp": jax.jvp(total(kernel), arguments, directions)[1],
@@ -102,7 +101,7 @@ def test_a_batch_of_hessian_vector_products(kernel, rng):
         return jax.jvp(gradient(kernel), arguments, (direction,) * len(arguments))[1]
 
     directions = rng.standard_normal((64, 256, 50)).astype(np.float32)
-    together, alone = quick_jit(lambda v: (jax.vmap(product)(v), jax.lax.map(product, v)))(directions)
+    together, alone = jax.jit(lambda v: (jax.vmap(product)(v), jax.lax.map(product, v)))(directions)
     # With directions in two arguments, terms as large as the largest entries cancel.
     close(together, alone, rtol=1e-5, atol=max(1e-5, 2e-7 * max(float(jnp.abs(x).max()) for x in alone)))
 
@@ -118,14 +117,14 @@ def test_export(kernel, rng):
     restored = jax.export.deserialize(exported)
     pull = restored.vjp()
     cotangent = np.ones(restored.out_avals[0].shape, np.float32)
-    call, pull_back = quick_jit(restored.call), quick_jit(pull.call)
+    call, pull_back = jax.jit(restored.call), jax.jit(pull.call)
     values, gradients = call(*arguments), pull_back(*arguments, cotangent)
     same = functools.partial(close, rtol=1e-6, atol=0)
-    plain = quick_jit(lambda *x: (kernel.function(*x), gradient(kernel)(*x)))
+    plain = jax.jit(lambda *x: (kernel.function(*x), gradient(kernel)(*x)))
     same((values, tuple(gradients)), plain(*arguments))
     directions = tuple(np.where(np.isfinite(x), x, 0).astype(np.float32) for x in arguments)
-    products = quick_jit(pull.vjp().call)(*arguments, cotangent, *directions)
-    expected = quick_jit(lambda x, t: jax.vjp(gradient(kernel), *x)[1](t))(arguments, directions)
+    products = jax.jit(pull.vjp().call)(*arguments, cotangent, *directions)
+    expected = jax.jit(lambda x, t: jax.vjp(gradient(kernel), *x)[1](t))(arguments, directions)
     # A direction's differences from its mean are only as exact as its rounding: to .06 under a common offset of 10⁶.
     rounding = 2e-7 * functools.reduce(np.maximum, [np.abs(x).max(-1, keepdims=True) for x in directions])
     for got, true in zip(map(np.asarray, products), map(np.asarray, expected), strict=False):
@@ -149,8 +148,8 @@ def test_export_of_any_number_of_rows(kernel, rng):
 
     shapes = [jax.ShapeDtypeStruct((rows, 5) if x.ndim == 2 else (5,), np.float32) for x in arguments]
     exported = jax.export.export(jax.jit(program))(*shapes)
-    call = quick_jit(jax.export.deserialize(exported.serialize()).call)
-    close(call(*arguments), quick_jit(program)(*arguments))
+    call = jax.jit(jax.export.deserialize(exported.serialize()).call)
+    close(call(*arguments), jax.jit(program)(*arguments))
 
 
 @pytest.mark.needs_jit
@@ -178,7 +177,7 @@ def test_export_of_any_number_of_tokens(reduction, rng):
     for batch in ((1, 1), (3, 5)):
         labels, where = rng.integers(0, n, batch, np.int32), rng.random(batch) < 0.8
         arguments = labels, rng.standard_normal((*batch, d)).astype(np.float32), where
-        close(call(*arguments), quick_jit(program)(*arguments))
+        close(call(*arguments), jax.jit(program)(*arguments))
 
 
 # Ahead of time
@@ -224,7 +223,7 @@ def test_lowering_a_transformed_function(name, transform):
     assert not hasattr(transformed, "lower")
     if transform is jax.vmap:
         arguments = jax.tree.map(lambda x: np.stack([x, x]), arguments)
-    jitted = quick_jit(transformed)
+    jitted = jax.jit(transformed)
     close(jitted.lower(*arguments).compile()(*arguments), jitted(*arguments))
 
 
@@ -250,7 +249,7 @@ def test_shapes(kernel, rng):
         each += [[np.full((3, n), 1, np.float32) for _ in kernel.arguments] for n in (0, 1)]
         batches += ((3,), (3,))
 
-    @quick_jit
+    @jax.jit
     def run(each):
         return [kernel.function(*x) for x in each], [gradient(kernel)(*x) for x in each]
 
@@ -274,7 +273,7 @@ def test_sharded_arrays(kernel, rng):
     arguments = easy(kernel, rng, (8, 16))
     sharded = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes))) for x in arguments]
 
-    @quick_jit
+    @jax.jit
     def run(*x):
         return kernel.function(*x), gradient(kernel)(*x)
 
@@ -298,7 +297,7 @@ def test_inside_shard_map(kernel, rng):
     positions = tuple(range(len(arguments)))
     tangents = tuple(np.where(x == 0, 0, x).astype(np.float32) for x in arguments)
 
-    @quick_jit
+    @jax.jit
     def run(x, t):
         return {
             name: (each(*x), jax.grad(f, positions)(*x), jax.jvp(f, x, t))

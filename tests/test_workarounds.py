@@ -35,6 +35,7 @@ from jax.sharding import PartitionSpec as P
 
 from jce._jax.varying import varying
 from tests.jaxprs import equations
+from tests.optimized_jit import optimized_jit
 
 ROOT = Path(__file__).parents[1]
 Version = tuple[int, int]
@@ -157,13 +158,13 @@ def products_of_constants_are_folded() -> bool:
     """Whether a matmul of two arrays that a program closes over is computed during compilation."""
     rng = np.random.default_rng(0)
     h, w = (jnp.asarray(rng.standard_normal(shape), np.float32) for shape in ((8, 4), (16, 4)))
-    return " dot(" not in jax.jit(lambda: h @ w.T).lower().compile().as_text()
+    return " dot(" not in optimized_jit(lambda: h @ w.T).lower().compile().as_text()
 
 
 def large_constants_are_folded() -> bool:
     """Whether a sum of exponentials of an array that a program closes over is computed during compilation."""
     x = jnp.ones((64, 1024), np.float32)
-    return "exponential" not in jax.jit(lambda: jnp.exp(x).sum(-1)).lower().compile().as_text()
+    return "exponential" not in optimized_jit(lambda: jnp.exp(x).sum(-1)).lower().compile().as_text()
 
 
 def products_over_unit_axes_are_copied() -> bool:
@@ -171,7 +172,7 @@ def products_over_unit_axes_are_copied() -> bool:
     a, b = (np.ones(shape, np.float32) for shape in ((64, 1, 32), (64, 1, 48)))
 
     def temporary(formula: str, *factors) -> int:
-        program = jax.jit(lambda *factors: jnp.einsum(formula, *factors)).lower(*factors).compile()
+        program = optimized_jit(lambda *factors: jnp.einsum(formula, *factors)).lower(*factors).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     return temporary("cud,cun->dn", a, b) >= temporary("cd,cn->dn", a[:, 0], b[:, 0]) + a.nbytes
@@ -182,14 +183,14 @@ def products_over_unit_axes_are_copied() -> bool:
 
 def one_row_is_summed_sequentially() -> bool:
     """Whether a sum of products is hundreds of ulps off in a batch of one row, but not in a batch of two."""
-    program = jax.jit(lambda x, y: (x * y).sum(-1))
+    program = optimized_jit(lambda x, y: (x * y).sum(-1))
     one, two = (program(*(np.full((count, 30_000), x, np.float32) for x in (0.1, 0.3)))[0] for count in (1, 2))
     return bool(np.abs(one - two) > 100 * np.spacing(two))
 
 
 def longer_rows_are_summed_slowly() -> bool:
     """Whether rows of slightly more than 32,768 numbers take 1.6 times as long as rows of 32,768."""
-    program = jax.jit(lambda x, m: ((x - m) * x * (x + m)).sum(-1))
+    program = optimized_jit(lambda x, m: ((x - m) * x * (x + m)).sum(-1))
     batches = [(jnp.ones((128, n), np.float32), jnp.ones((128, 1), np.float32)) for n in (32_768, 32_832)]
     times = [[], []]
     for _ in range(20):
@@ -208,7 +209,7 @@ def large_arrays_lose_a_nan() -> bool:
     def are_lost(count: int) -> list[bool]:
         x = jnp.zeros((count, count), np.float32).at[0, 0].set(jnp.nan)
         operations = [lambda x: x.max(-1), lambda x: jnp.minimum(jnp.exp(x), 2).sum(-1)]
-        return [not np.isnan(jax.jit(operation)(x)[0]) for operation in operations]
+        return [not np.isnan(optimized_jit(operation)(x)[0]) for operation in operations]
 
     assert not any(are_lost(8))
     return all(are_lost(64))
@@ -218,7 +219,7 @@ def a_dot_product_is_wrong() -> bool:
     """Whether XLA computes x - Σ cx incorrectly if a whole batch shares one c."""
     rng = np.random.default_rng(0)
     c, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((256, 50), (64, 256, 50)))
-    got = jax.jit(jax.vmap(lambda x: x - (c * x).sum(-1, keepdims=True)))(x)
+    got = optimized_jit(jax.vmap(lambda x: x - (c * x).sum(-1, keepdims=True)))(x)
     return bool(np.abs(got - (x - (c * x).sum(-1, keepdims=True))).max() > 1)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import jce
-from tests.quick_jit import quick_jit
 
 ROWS, CLASSES = 5, 7
 TARGETS = {"labels": {}, "smoothed": {"label_smoothing": 0.1}, "list": {}, "list and tail": {"tail": True}, "soft": {}}
@@ -56,7 +55,7 @@ def test_values_and_derivatives(of, traced, rng):
         def pulled(*a):
             return sum(jnp.vdot(g, t) for g, t in zip(gradient(*a), along, strict=True))
 
-        run = quick_jit(
+        run = jax.jit(
             lambda *a: (f(*a), gradient(*a), tangent(*a), jax.jvp(tangent, a, along)[1], jax.grad(pulled)(*a))
         )
         return run(jnp.asarray(x), jnp.asarray(0.3))

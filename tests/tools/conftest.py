@@ -1,0 +1,12 @@
+"""Tests of tools compile as users do: they read programs, and run benchmarks."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def optimized():
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

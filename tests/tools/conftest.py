@@ -5,8 +5,7 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def optimized():
-    before = jax.config.jax_disable_most_optimizations
+def optimized(request):
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", not request.config.option.optimized)

@@ -156,7 +156,7 @@ def test_log_z_is_there_where_it_is_asked_for(problem):
         ({"temperature": 0.0}, ValueError, "temperature must be greater than 0"),
         ({"temperature": np.ones(TOKENS, complex)}, TypeError, "temperature"),
         ({"tail": True, "labels": np.zeros(TOKENS, int)}, ValueError, r"labels must have an axis for k labels"),
-        ({"labels": np.zeros((TOKENS, 2, 1), int)}, ValueError, r"or that and an axis for k labels"),
+        ({"labels": np.zeros((TOKENS, 2, 1), int)}, ValueError, r"or these axes and a last axis for k labels"),
     ],
 )
 def test_wrong_arguments(options, error, says, problem):

@@ -38,12 +38,14 @@ class LogProbs(NamedTuple):
 
     @property
     def log_normalizer(self) -> Array:
-        raise AttributeError("linear_log_probs: log_normalizer is there where it is asked for: log_normalizer=True.")
+        raise AttributeError(
+            "linear_log_probs: this result has no log_normalizer. Pass log_normalizer=True to linear_log_probs."
+        )
 
 
 @functools.partial(register_namedtuple_serialization, serialized_name="jce.LogProbsAndNormalizer")
 class LogProbsAndNormalizer(NamedTuple):
-    """log q_y, H(q) and log Z of each token. This is a type of its own, so that `LogProbs` unpacks to two arrays."""
+    """log q_y, H(q) and log Z of each token. It is a separate type, so that `LogProbs` unpacks to two arrays."""
 
     log_prob: Array
     entropy: Array
@@ -83,13 +85,14 @@ def linear_log_probs(
       [-4.1223074e-09 -2.0000000e+01] [8.6568456e-08 8.6568456e-08]
 
     With x = hidden · headᵀ + bias and q = softmax(x), it returns log q_y and the entropy H(q) for each token, in one
-    pass over the head. As in `linear_cross_entropy`, x exists for one chunk of tokens at a time. The ratio of two
-    policies is exp of the difference of their log-probabilities. If both are -∞, it is NaN. When the policy is
-    confident, log-probabilities and entropies stay accurate relative to their size.
+    pass over the head. As in `linear_cross_entropy`, x exists for one chunk of tokens at a time. The probability ratio
+    of two policies is exp of the difference of their log-probabilities. If both log-probabilities are -∞, the ratio is
+    NaN. The relative error of log-probabilities and entropies is small even when the policy is confident.
 
     Args:
       labels: integer, [...]: class indices y, the actions, in the shape of hidden without its last axis. Or [..., k]
-        for k labels per token, for example the top-k classes of a teacher. [B, S, 1] means k = 1.
+        for k labels per token, for example the top-k classes of a teacher. Labels [B, S, 1] for hidden states [B, S, d]
+        mean k = 1.
       hidden: real, [..., d]: one state per token. Or a `Linear`, which also takes the place of head, bias and
         logit_soft_cap.
       head: real, [n, d]: one row per class. For a Dense layer of Flax this is kernel.T, even if n = d. Or a function:
@@ -97,14 +100,15 @@ def linear_log_probs(
       bias: real, [n]. A bias of -∞ forbids a class: its probability is 0, also with a soft cap.
       where: bool, broadcast to the token axes. Tokens where it is False are masked: their results are 0, and they cost
         no matmul.
-      temperature: T > 0, a number, or an array with a number for each token: q is softmax(x/T). A traced 0 gives the
-        limit T → 0.
-      tail: a static bool. True appends log(1-Σq), where Σq is over the k labels, to their log-probabilities. It is the
-        log-probability of all other classes together. The labels must be distinct. It stays accurate even when 1-Σq
-        would cancel. The KL divergence of these k+1 outcomes is `kl_divergence_with_logits` of a teacher's results and
-        a student's: see `log_probs_with_integer_labels`. A tail costs another pass over the logits.
-      log_normalizer: a static bool. True also returns log Z = log Σ exp(xᵢ/T), as a third field of that name. The
-        label's logit x_y/T is log Z + log q_y, and a z-loss is a multiple of log² Z.
+      temperature: T > 0, a number, or an array with a number for each token: q is softmax(x/T). An array is not checked
+        and may hold 0: the results are then the limits as T → 0.
+      tail: a static bool: whether to append log(1-Σq), where Σq is over the k labels, to their log-probabilities. It is
+        the log-probability of all other classes together, and accurate even if Σq is near 1. The labels of a token must
+        be distinct. To get the KL divergence of a student from a teacher over these k+1 outcomes, pass the log_prob of
+        both to `kl_divergence_with_logits`: see `log_probs_with_integer_labels`. A tail costs another pass over the
+        logits.
+      log_normalizer: a static bool: whether to return also log Z = log Σ exp(xᵢ/T), as a third field of that name. The
+        label's logit x_y/T is log Z + log q_y, and a z-loss is a multiple of (log Z)².
       logit_soft_cap: c > 0: x is then c tanh((hidden · headᵀ + bias)/c). None for no cap.
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
@@ -118,9 +122,11 @@ def linear_log_probs(
       `jax.jit`, a field that you do not use costs nothing.
 
     At the boundary:
-      A label outside [0, n) makes its log_prob and the gradient of that NaN, and nothing else. A forbidden class
-      contributes 0 to the entropy and to Z, with derivative 0. If it is the label, its log_prob is -∞. A tail is -∞ if
-      all of its classes are forbidden.
+      A label outside [0, n) makes its own log_prob NaN, and no other result. A gradient through this log_prob is NaN
+      for the token's hidden state, and for the whole head and bias. Mask such tokens, for example with
+      where=labels >= 0. With k labels per token, mask such entries of log_prob with jnp.where. A class with a bias of
+      -∞ contributes 0 to the entropy and to Z, with derivative 0. If it is the label, its log_prob is -∞. A tail is -∞
+      if all of its classes have a bias of -∞.
 
     Derivative:
       ∂ log q_y/∂xᵢ = ([i = y] - qᵢ)/T, ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)/T, ∂ log Z/∂xᵢ = qᵢ/T, and, by the chain rule,
@@ -142,13 +148,14 @@ def linear_log_probs(
     y, h = checked_labels(name, labels, x, several=True), jnp.asarray(x.hidden)
     if tail and y.ndim != h.ndim:
         raise ValueError(
-            f"{name}: with a tail, labels must have an axis for k labels of each token last, {(*h.shape[:-1], 'k')};"
-            f" got {described({'labels': y, 'hidden': h})}. For one label per token, pass labels[..., None]."
+            f"{name}: with a tail, labels must have an axis for k labels per token after the token axes,"
+            f" {(*h.shape[:-1], 'k')}; got {described({'labels': y, 'hidden': h})}. For one label per token, pass"
+            f" labels[..., None]."
         )
     of_tokens = {"labels": y} | checked_temperature(name, temperature, h.shape[:-1])
     options = Options(where, None, "none", chunk_size, precision, axis_name, batch_invariant)
     results = over_tokens(name, functools.partial(_chunk_function, tail, log_normalizer), {"": x}, of_tokens, options)
-    return cast(LogProbs, results)  # which of the two tuples it is depends on an option, which type checkers don't see
+    return cast(LogProbs, results)  # for type checkers, which can't tell which of the two tuples an option selects
 
 
 def _chunk_function(tail, log_normalizer, logits, others, _, class_axis):

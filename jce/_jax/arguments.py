@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-SHARE = "Pass the share of the target's weight that is spread over all classes, such as 0.1."
+SHARE = "Pass the fraction of the target probability that is spread over all classes, such as 0.1."
 
 
 def fraction(function: str, dtype, *, ends: bool = True, advice: str = SHARE, **option: Any) -> float | Array:
@@ -46,7 +46,7 @@ def positive(function: str, dtype, *, or_zero: bool = False, **option: Any) -> f
         zero = "0, or " if or_zero else ""
         required = f"{zero}from {least:.2g} to {most:.2g}, beyond which float32 rounds to 0 or infinity"
     if required:
-        raise ValueError(f"{function}: {name} must be {required}; got {name}={value!r}. Leave it out for none.")
+        raise ValueError(f"{function}: {name} must be {required}; got {name}={value!r}. Omit {name} to switch it off.")
     return float(value)
 
 
@@ -70,7 +70,7 @@ def _traced(function: str, dtype, name: str, value: Array) -> Array:
     if value.ndim or value.dtype == bool or not is_real(value):
         raise ValueError(
             f"{function}: {name} must be a real number, or a real array of shape (); got {described({name: value})}."
-            f" For several at once use jax.vmap."
+            f" To use several values at once, use jax.vmap."
         )
     _require_wide(function, {name: value})
     return jnp.asarray(value, dtype)

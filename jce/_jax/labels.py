@@ -21,23 +21,23 @@ def labelled(
     axis_name: Hashable | None,
     labels: ArrayLike,
     logits: ArrayLike,
-    several: str = "label_probs",
+    several: str = "pass label_probs",
 ) -> tuple[Array, Array, Array, Classes]:
     """Returns labels in the shape of the batch, logits as in `distributions`, an array with 1 for each class that
-    `where` keeps and 0 for each other class, and the `Classes`."""
+    `where` keeps and 0 for each other class, and the `Classes`. `several` is an error's advice for k labels per row."""
     got = {"labels": labels, "logits": logits}
     y = _integer_labels(function, got)
     x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
     if y.shape != rows.shape:
         raise ValueError(
             f"{function}: labels must have the shape of logits without the class axis, {rows.shape}; got"
-            f" {described(got)}. The target comes first, the model second; for one label against a batch of logits use"
-            f" jax.vmap, for several of each distribution {several}."
+            f" {described(got)}. The target comes first, the model second. For the same label in every row, broadcast"
+            f" it or use jax.vmap. For k labels per row, {several}."
         )
     y = rows.broadcast(y)
     if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
-        # If all classes of a row are masked, its loss is 0 for any label. So its label becomes 0: another class would
-        # make the loss +∞, and a label out of range would make it NaN.
+        # If all classes of a row are masked, its loss is 0 for any label. So its label becomes 0: the first class has
+        # the probability 1 there (`rows.distributions`). Another label would make the loss +∞ or NaN.
         y = jnp.where(classes.any(kept != 0), y, jnp.zeros_like(y))
     return y, x, kept, classes
 
@@ -59,15 +59,15 @@ def labelled_with_probs(
     x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, x)
     if y.ndim == 0 or y.shape[:-1] != rows.shape or p.shape != y.shape:
         raise ValueError(
-            f"{function}: labels and label_probs must both have the shape of logits without the class axis, and an axis"
-            f" for the labels of each distribution last, {rows.shape} and k; got {described(got)}. If label_probs has a"
+            f"{function}: labels and label_probs must both have the shape of logits without the class axis, and then a"
+            f" last axis for k labels per row: {rows.shape} and k; got {described(got)}. If label_probs has a"
             f" probability for every class, use cross_entropy_with_logits(label_probs, logits)."
         )
     few = Layout(y.shape, rows.mesh, (*rows.spec, None))
     y, p = few.broadcast(y), few.broadcast(p)
     if where is not None or jnp.asarray(logits).shape[classes.axis] == 0:
-        # If all classes of a row are masked, its loss is 0 for any labels. A probability of any class except the first
-        # would make it +∞.
+        # If all classes of a row are masked, its loss is 0 for any labels. So the label probabilities become 0: the
+        # first class has the probability 1 there (`rows.distributions`), and any other label would make the loss +∞.
         p = jnp.where(jnp.expand_dims(classes.any(kept != 0), -1), p, jnp.zeros_like(p))
     x, kept = (jnp.moveaxis(a, classes.axis, -1) for a in (x, kept))
     return y, p, x, kept, Classes(-1, classes.mesh_axis)
@@ -83,9 +83,9 @@ def labelled_several(
     x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
     if y.ndim == 0 or y.shape[:-1] != rows.shape:
         raise ValueError(
-            f"{function}: labels must have the shape of logits without the class axis, {rows.shape}, or that and an"
-            f" axis for k labels of each distribution last, as they must with a tail; got {described(got)}. One label"
-            f" is k = 1: labels[..., None]."
+            f"{function}: labels must have the shape of logits without the class axis, {rows.shape}, and then a last"
+            f" axis for k labels per row (optional without a tail); got {described(got)}. For one label per row with a"
+            f" tail, pass labels[..., None]."
         )
     y = Layout(y.shape, rows.mesh, (*rows.spec, None)).broadcast(y)
     all_kept = where is None and jnp.asarray(logits).shape[classes.axis] > 0
@@ -97,8 +97,8 @@ def _integer_labels(function: str, got: Mapping[str, ArrayLike]) -> Array:
     y = as_array(function, "labels", got["labels"])
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(
-            f"{function}: labels must be integers, a class index for each distribution; got {described(got)}. The"
-            f" target comes first, the model second; for probabilities as targets there is cross_entropy_with_logits."
+            f"{function}: labels must be integers, a class index for each row; got {described(got)}. The target comes"
+            f" first, the model second. If the target is a probability per class, use cross_entropy_with_logits."
         )
     return wide_enough(y)
 
@@ -115,8 +115,8 @@ def _logits_of_labels(function, axis, where, axis_name, logits) -> tuple[Array, 
 def require_no_tail(function: str, tail: bool) -> None:
     if tail:
         raise ValueError(
-            f"{function}: tail must come with label_probs, the probabilities of labels; got tail={tail!r} alone. With"
-            f" a single label, the tail has probability 0."
+            f"{function}: tail must come with label_probs, the probabilities of labels; got tail={tail!r} alone."
+            f" Without label_probs, the label has all of the probability, and a tail would have none."
         )
 
 

@@ -46,7 +46,8 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       q: real, [..., n, ...], the model's probabilities. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      where: bool, broadcast to p and q. False excludes a class, whatever it holds. To mask rows, pass
+        `jnp.expand_dims(mask, axis)`: a masked row gives 0.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
@@ -120,7 +121,8 @@ def cross_entropy_with_logits(
         doesn't.
       z_loss: ζ, a number ≥ 0; training with it pulls L towards 0.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and logits. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      where: bool, broadcast to p and logits. False excludes a class, whatever it holds. To mask rows, pass
+        `jnp.expand_dims(mask, axis)`: a masked row gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
         returns wrong gradients.
 
@@ -178,23 +180,24 @@ def cross_entropy_with_integer_labels(
 
     With label_smoothing ε the target is (1-ε) one-hot + ε/n over all n classes, including the label's. z_loss adds ζL²
     with L = log Σ exp logits: the loss is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζL². No one-hot array is built. The
-    relative error is small even when the model is confident and correct: a loss of 1e-30 is 1e-30, and its gradient
-    points in the right direction.
+    relative error of the loss and its gradient is small even when the model is confident and correct: a loss of 1e-30
+    does not round to 0.
 
     With label_probs each target has k labels with one probability each, such as the top-k classes of a teacher. The
-    loss is then Σⱼ pⱼ log 1/q_yⱼ. `tail` adds (1-Σp) log 1/(1-Σq), where Σq is over the classes with a label.
+    loss is then Σⱼ pⱼ log 1/q_yⱼ. `tail` adds (1-Σp) log 1/(1-Σq), where Σp is the sum of label_probs, and Σq is the
+    sum of q over the classes with a label.
 
     Args:
       labels: integer, [..., ...], class indices: exactly the shape of logits without `axis`; with label_probs [..., k].
       logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
       label_probs: real, the shape of labels, [..., k], or None. They aren't normalized. If a label repeats, its
-        probabilities add up. Pad a list with probability 0 and any label.
+        probabilities add up. To pad a row that has fewer than k labels, use probability 0 and any label.
       tail: a static bool: whether all classes without a label count as one more outcome, of target probability 1-Σp.
       label_smoothing: ε, a number from 0 to 1.
       z_loss: ζ, a number ≥ 0; training with it pulls L towards 0.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to logits. False excludes a class, whatever it holds, and n counts the others;
-        `(labels >= 0)[..., None]` drops the rows with a negative label.
+      where: bool, broadcast to logits. False excludes a class, whatever it holds, and n counts the others. To mask
+        rows, pass `jnp.expand_dims(mask, axis)`, for example with mask = labels >= 0: a masked row gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
         returns wrong gradients.
 
@@ -204,18 +207,18 @@ def cross_entropy_with_integer_labels(
       differ from the rows of this function: nearly all of them by one ulp, a few by up to 5.
 
     At the boundary:
-      A label outside [0, n) makes its own row NaN, in value and gradient. It never counts from the end. With
-      label_probs, a label outside [0, n) contributes 0 if its probability is 0.
+      A label outside [0, n) makes its own row NaN, in value and gradient. A negative label never counts from the end.
+      With label_probs, a label outside [0, n) contributes 0 if its probability is 0.
 
       A logit of -∞ is a class of probability 0: it contributes 0, with derivative 0. At the label, or with label
       smoothing, it makes the loss +∞, with the derivative of the formula. A row with a NaN, a +∞ or only -∞ is NaN. A
       traced ε of 0 is like no smoothing: a logit of -∞ has no effect on the loss, except at the label. The derivative
-      with respect to a traced ε is +∞ if the logit of another class than the label is -∞, and NaN if the label's is.
+      with respect to a traced ε is NaN if the label's logit is -∞. Otherwise it is +∞ if any logit is -∞.
 
       A tail without classes (every class that `where` keeps has a label) contributes 0. A tail whose logits are all -∞
       contributes (1-Σp) · ∞, except if Σp is 1 within 4 eps of the dtype of label_probs: then it contributes 0, with
       derivative 0. So pass label_probs in the dtype in which they were rounded. If Σp exceeds 1 by no more than 4 eps,
-      1-Σp counts as 0 in the value, while its derivative with respect to p is that of the formula.
+      1-Σp counts as 0 in the value, and the derivative with respect to p is that of the formula.
 
     Derivative:
       ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype; at ε = ζ = 0 its relative error is small for every i.
@@ -223,7 +226,7 @@ def cross_entropy_with_integer_labels(
 
       With label_probs, smoothing turns the target p into (1-ε)p + εΣp/n. At ε = ζ = 0 the derivative with respect to xᵢ
       is qᵢ Σp - pᵢ, and the derivative with respect to pⱼ is log 1/q_yⱼ. A tail adds (1-Σp)(qᵢ - [no label is i]
-      qᵢ/(1-Σq)) to the former, and -log 1/(1-Σq) to the latter.
+      qᵢ/(1-Σq)) to the first of these, and -log 1/(1-Σq) to the second.
 
     Raises:
       TypeError: labels are not integers, logits or label_probs not real, or `where` not boolean.

@@ -33,7 +33,8 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
     Args:
       p: real, [..., n, ...], probabilities of n classes along `axis`.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to p. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      where: bool, broadcast to p. False excludes a class, whatever it holds. To mask rows, pass
+        `jnp.expand_dims(mask, axis)`: a masked row gives 0.
 
     Returns:
       [..., ...], p without `axis`; float32, or float64 if p is.
@@ -114,7 +115,8 @@ def entropy_with_logits(
     Args:
       logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to logits. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      where: bool, broadcast to logits. False excludes a class, whatever it holds. To mask rows, pass
+        `jnp.expand_dims(mask, axis)`: a masked row gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
         returns wrong gradients.
 

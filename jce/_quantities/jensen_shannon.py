@@ -39,17 +39,18 @@ def jensen_shannon_divergence(
       >>> print(jce.jensen_shannon_divergence(p, q), jce.jensen_shannon_divergence(p, p))
       0.3465736 0.0
 
-    It is never infinite. It is 0 only at p = q, and at most H(β) ≤ log 2, which it reaches if no class is possible in
-    both p and q. It is symmetric at β = 1/2. Otherwise, exchanging p and q is the same as exchanging β and 1-β. It
-    equals H(m) - βH(p) - (1-β)H(q), but its relative error is small even if p ≈ q. Divided by β it tends to KL(p‖q) as
-    β → 0, and divided by 1-β it tends to KL(q‖p) as β → 1.
+    It is never infinite. It is 0 only if p = q or if it underflows. It is at most H(β) = β log 1/β + (1-β) log 1/(1-β)
+    ≤ log 2, which it reaches if no class is possible in both p and q. It is symmetric at β = 1/2. Otherwise, exchanging
+    p and q is the same as exchanging β and 1-β. It equals H(m) - βH(p) - (1-β)H(q), but its relative error is small
+    even if p ≈ q. Divided by β it tends to KL(p‖q) as β → 0, and divided by 1-β it tends to KL(q‖p) as β → 1.
 
     Args:
       p: real, [..., n, ...], probabilities of n classes along `axis`.
       q: real, [..., n, ...], the second distribution. Batch axes broadcast, the class axis doesn't.
       beta: β, the weight of p in the mixture, a number above 0 and below 1.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      where: bool, broadcast to p and q. False excludes a class, whatever it holds. To mask rows, pass
+        `jnp.expand_dims(mask, axis)`: a masked row gives 0.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.

@@ -47,17 +47,19 @@ def jensen_shannon_divergence_with_logits(
       >>> print(jce.jensen_shannon_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
       6.680025e-23
 
-    It is never infinite: it lies between 0, which it reaches only at p = q, and H(β) ≤ log 2. Its relative error is
-    small even if p ≈ q. It is symmetric at β = 1/2. Otherwise, exchanging p and q is the same as exchanging β and 1-β.
+    It is never infinite. It is 0 only if p = q or if it underflows, and at most H(β) = β log 1/β + (1-β) log 1/(1-β)
+    ≤ log 2. Its relative error is small even if p ≈ q. It is symmetric at β = 1/2. Otherwise, exchanging p and q is the
+    same as exchanging β and 1-β.
 
     Args:
       p_logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
       q_logits: real, [..., n, ...], the logits of q. Batch axes broadcast, the class axis doesn't.
       beta: β, the weight of p in the mixture, a number above 0 and below 1.
-      temperature: T > 0, a number by which both rows of logits are divided. T divides the difference of the two rows,
-        so rows that are nearly the same are compared as exactly as at T = 1.
+      temperature: T > 0, a number by which both rows of logits are divided. The division by T is done after the
+        subtraction of the two rows, so nearly equal rows are compared as accurately as at T = 1.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      where: bool, broadcast to both. False excludes a class, whatever it holds. To mask rows, pass
+        `jnp.expand_dims(mask, axis)`: a masked row gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
         returns wrong gradients.
 

@@ -47,7 +47,8 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       q: real, [..., n, ...], the model's probabilities. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      where: bool, broadcast to p and q. False excludes a class, whatever it holds. To mask rows, pass
+        `jnp.expand_dims(mask, axis)`: a masked row gives 0.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.
@@ -114,7 +115,8 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
       p: real, [..., n, ...], the target's weights of n classes along `axis`.
       q: real, [..., n, ...], the model's weights. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and q. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      where: bool, broadcast to p and q. False excludes a class, whatever it holds. To mask rows, pass
+        `jnp.expand_dims(mask, axis)`: a masked row gives 0.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or q is.

@@ -51,11 +51,12 @@ def kl_divergence_with_logits(
     Args:
       p_logits: real, [..., n, ...], the target's logits (or log-probabilities) of n classes along `axis`.
       q_logits: real, [..., n, ...], the model's logits. Batch axes broadcast, the class axis doesn't.
-      temperature: T > 0, a number by which both rows of logits are divided. The result isn't multiplied by T². T
-        divides the difference of the two rows, so rows that are nearly the same are compared as exactly as at T = 1. If
-        you divide the logits yourself, each is rounded, and that accuracy is lost.
+      temperature: T > 0, a number by which both rows of logits are divided. The result isn't multiplied by T². The
+        division by T is done after the subtraction of the two rows, so nearly equal rows are compared as accurately as
+        at T = 1. If you divide the logits yourself, each is rounded, and that accuracy is lost.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to both. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      where: bool, broadcast to both. False excludes a class, whatever it holds. To mask rows, pass
+        `jnp.expand_dims(mask, axis)`: a masked row gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
         returns wrong gradients.
 

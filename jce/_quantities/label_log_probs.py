@@ -1,12 +1,13 @@
 """log q at k labels per row, from one pass over the classes, and for all classes without a label together.
 
-For label j, log q_j = -(log(1 + s) + m - x_j). Here m = max x and the off-maximum sum s are computed once for all
-labels, and x_j is looked up. If a class dominates, its m - x_j is set to 0.
+For label j, log q_j = -(log(1 + s) + m - x_j). Here m = max x and the off-maximum sum s (`softmax.py`) are computed
+once for all labels, and x_j is looked up. If a class dominates, its m - x_j is set to 0.
 
-With a tail there are k + 1 outcomes: the labels, and all classes without a label. The latter have their own m and
-Z = Σ exp(xᵢ - m). Nothing cancels, whichever outcome has nearly all of the probability. An outcome with
-q > .55 has log q = -log(1 + r), where r is the sum of the others' weights divided by its own weight. Any other outcome
-has log q = log w - log Σ w < log .55 = -.6.
+With a tail there are k + 1 outcomes: the labels, and all classes without a label together, which have their own m and
+Z = Σ exp(xᵢ - m). The weight w of an outcome is its probability q, up to a factor that all outcomes share. Nothing
+cancels, even if one outcome has nearly all of the probability. An outcome with q > .55 has log q = -log(1 + r), where r
+is the sum of the others' weights divided by its own weight. Any other outcome has log q = log w - log Σ w < log .55 =
+-.6.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def log_probs_of(y: Array, x: Array, classes: Classes) -> Array:
 def _log_probs(y, x, m, s, classes):
     n = Normalizer(m[..., None], s[..., None])
     d = n.m - at_labels(x, y, classes)
-    # A dominant class has d near 0 < 0.5, all others d > log 2 = 0.69. If none dominates, no d is below -0.5.
+    # The class that dominates (`softmax.py`) has d < 0.5, and all others have d > 0.5. If none dominates, no d is below
+    # -0.5.
     d = jnp.where(d < 0.5 - n.undominated, jnp.zeros_like(d), d)
     return jnp.where(is_class(y, x, classes), 0 - (n.log_z + d), jnp.full_like(d, jnp.nan))
 
@@ -170,7 +172,8 @@ def _unless_no_class(y, x, r, classes):
 
 
 def at_labels(x, y, classes):
-    """x [..., n] at labels [..., k], which index the classes of all devices. A label out of range gives any entry."""
+    """x [..., n] at labels [..., k], which index the classes of all devices. At a label out of range, the result is
+    arbitrary."""
     y = classes.local(y, x)
     # Until JAX no longer reports an IndexError of its own for such a batch under checkify (0.8 to 0.12): `waiting`
     # hides the lookup from checkify.

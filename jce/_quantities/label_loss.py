@@ -1,12 +1,14 @@
 """A label's loss at logits x, smoothed and with a z-loss: (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
 
-The derivative with respect to the logits is called the excess: q minus the target, plus the derivative of the z-loss.
-With eᵢ = exp(xᵢ - m), s = Σ eᵢ over all classes except the label's, and q_y - 1 = -s/Z, Z times the excess is
+The excess is the derivative of the loss with respect to the logits: q minus the target, plus the derivative of the
+z-loss. For any number m per row, let eᵢ = exp(xᵢ - m), Z = Σ eᵢ over all classes, and s = Σ eᵢ over all classes except
+the label y. Then qᵢ = eᵢ/Z and q_y - 1 = -s/Z, and Z times the excess is
 
-    eᵢ (1 + 2ζ log Σ exp x) - ε Z/n,   at the label   -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x
+    at other classes    eᵢ (1 + 2ζ log Σ exp x) - ε Z/n
+    at the label        -s + ε (Z - Z/n) + 2ζ e_y log Σ exp x
 
-so that nothing cancels at ε = 0. `of_row` computes these formulas, for rows of logits and for heads. `_excess` has them
-again, as functions of softmax(x): only the derivatives of `_excess` are used.
+At ε = 0, nothing cancels in these formulas. `of_row` evaluates them, for rows of logits and for heads. `_excess` has
+the same value, written with softmax(x): the derivatives of the excess are taken from `_excess`.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ def or_none(number):
 class OfRow(NamedTuple):
     """Numbers per row: the loss, Z, and the numbers from which Z times the excess is computed.
 
-    Z times the excess is `at_label` at the label, and e · factor - taken elsewhere. A `factor` of 1 is None, and so is
-    a `taken` of 0.
+    Z times the excess is `at_label` at the label, and eᵢ · factor - taken at other classes. None stands for a `factor`
+    of 1 and for a `taken` of 0.
     """
 
     losses: Array
@@ -57,8 +59,8 @@ def of_row(
 ) -> OfRow:
     """The loss of each row of n classes, and the numbers for its excess.
 
-    `mean` is the mean of x - m over the classes. Only smoothing needs it, and then m must be the maximum. If a number
-    was subtracted from the logits before, `whole` adds it to log Σ exp x.
+    `mean` is the mean of x - m over the classes. Only smoothing needs it, and then m must be the maximum. If the caller
+    subtracted a number from the logits x of a row, `whole` adds it back to log Σ exp x.
     """
     m, s, d = off
     losses, at_label, z, e_y = surprisal_at_label(off), -s, off.z, exp(-d)
@@ -130,7 +132,8 @@ label_loss.defjvp(_label_loss_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
 def _loss_and_excess(y, x, smoothing, kept, z_loss, classes):
-    # A GPU computes log Σ exp x outside of a chain (`chain.py`), so there both results may share the arrays it stores.
+    # With a z-loss, a GPU doesn't use a chain (`chain.py`): it stores arrays, and both results may be computed from
+    # them.
     in_rows = kernel if z_loss is None else storing_kernel
     return in_rows(_at_once)(y, x, smoothing, kept, z_loss, classes)
 

@@ -42,7 +42,8 @@ def log_probs_with_integer_labels(
     `cross_entropy_with_integer_labels(labels, logits)`. With k labels it takes the same single pass over the classes.
     With `tail` one more entry is log (1-Σq), for all classes without a label together. (Σq is the sum over the labels.)
     The k labels and the tail are then a distribution of k+1 outcomes. The KL divergence of two such distributions is
-    ≥ 0, and it is 0 only if they are equal. Use a tail if you keep only the top-k classes `top` of a teacher:
+    ≥ 0, and it is 0 only if they are equal or if it underflows. Use a tail if you keep only the top-k classes `top` of
+    a teacher:
 
         teacher = log_probs_with_integer_labels(top, teacher_logits, tail=True)
         kl_divergence_with_logits(teacher, log_probs_with_integer_labels(top, logits, tail=True))
@@ -58,7 +59,8 @@ def log_probs_with_integer_labels(
       logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
       tail: a static bool: whether to add a last entry for all classes without a label.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to logits. False excludes a class, whatever it holds; `mask[..., None]` masks rows.
+      where: bool, broadcast to logits. False excludes a class, whatever it holds. To mask rows, pass
+        `jnp.expand_dims(mask, axis)`: a masked row gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
         returns wrong gradients.
 
@@ -67,9 +69,10 @@ def log_probs_with_integer_labels(
 
     At the boundary:
       A logit of -∞ is a class of probability 0: as a label it gives log q = -∞, with the derivative of the formula. A
-      label outside [0, n) makes its own entry NaN, and gradients through this entry too. It never counts from the end,
-      and takes no class out of the tail. Pad lists of labels with n, and mask the padded entries of the result. A tail
-      without classes, or whose logits are all -∞, is -∞. A row with a NaN, a +∞ or only -∞ is NaN.
+      label outside [0, n) makes its own entry NaN, and gradients through this entry too. A negative label never counts
+      from the end, and a label outside [0, n) takes no class out of the tail. To pad a row that has fewer than k
+      labels, use the label n, and mask the padded entries of the result. A tail without classes, or whose logits are
+      all -∞, is -∞. A row with a NaN, a +∞ or only -∞ is NaN.
 
     Derivative:
       ∂/∂xᵢ = [i = y] - qᵢ, in logits' dtype; for the tail it is [no label is i] qᵢ/(1-Σq) - qᵢ. The relative error is
@@ -86,7 +89,9 @@ def log_probs_with_integer_labels(
     """
     name = "log_probs_with_integer_labels"
     if not tail and as_array(name, "labels", labels).ndim < as_array(name, "logits", logits).ndim:
-        y, x, _, classes = labelled(name, axis, where, axis_name, labels, logits, several="one axis more, behind")
+        y, x, _, classes = labelled(
+            name, axis, where, axis_name, labels, logits, several="give labels a last axis of length k"
+        )
         return negative(label_loss(y, x, None, None, None, classes))
     y, x, kept, classes = labelled_several(name, axis, where, axis_name, labels, logits)
     log_probs = (log_probs_and_tail if tail else log_probs_of)(y, x, classes)

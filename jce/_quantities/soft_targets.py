@@ -48,14 +48,15 @@ def soft_excess(p, x, way):
 
 
 def surprisal_terms(p, of_row, depth, classes):
-    """p (of_row - depth), and 0 where p = 0 even if the depth is -∞. A NaN in the row must be in `of_row`."""
+    """p (of_row - depth), and 0 where p = 0 even if the depth is -∞. `of_row` is a number per row, which must be NaN if
+    the row has a NaN."""
     return p * (classes.column(of_row) - jnp.maximum(depth, classes.lower_bound(p)))
 
 
 def _excess(p, of_x, way):
     (e, _, n), total = of_x, way.sum(p)
-    # If a class dominates, it has eᵢ = 1 > 0.6, while others have eᵢ < 1/2. If none dominates, all eᵢ < 1.6. The
-    # dominant class has q = 1 - s/Z, so its q Σp - p is (Σp - p) - Σp s/Z, in which Σp - p is exact.
+    # The comparison below finds the class that dominates (`softmax.py`). This class has q = 1 - s/Z, so its q Σp - p is
+    # (Σp - p) - Σp s/Z, in which Σp - p is exact.
     dominant = (way.column(total) - p) - way.column(total * (n.s / n.z))
     return jnp.where(e > way.column(0.6 + n.undominated), dominant, e * way.column(total / n.z) - p)
 

@@ -245,6 +245,15 @@ def test_not_an_array(kernel):
         )
 
 
+@each_function
+def test_text(kernel):
+    """JAX's own error for a string would name neither the function nor what it accepts."""
+    first, *rest = kernel.arguments
+    wants = f"^{kernel.function.__name__}: {first} must be an array.*got {first}: str. Pass what jnp.asarray takes"
+    with pytest.raises(TypeError, match=wants):
+        kernel.function("text", *(ones(2) for _ in rest))
+
+
 @each_with_classes
 def test_scalar_for_a_distribution(kernel):
     arguments = [ones() for _ in kernel.arguments]
@@ -598,7 +607,7 @@ def test_float_labels():
             function,
             labels,
             ones(2, 3),
-            wants="labels must be integers, a class index for each distribution",
+            wants="labels must be integers, a class index for each row",
             got=f"got labels: {labels.dtype}[{','.join(map(str, labels.shape))}], logits: float32[2,3]",
             do="cross_entropy_with_logits",
         )
@@ -767,7 +776,7 @@ def test_numbers_out_of_range(option):
                 **{option: value},
                 wants=f": {option} must be {wants}",
                 got=f"got {option}={value!r}",
-                do="Leave it out for none",
+                do=f"Omit {option} to switch it off",
             )
 
 

@@ -300,6 +300,21 @@ def test_half_precision_logits_warn(problem):
         jce.linear_cross_entropy(y, h, lambda h: (h @ p["kernel"]).astype(jnp.bfloat16))
 
 
+def test_this_warning_shows_the_callers_line(problem):
+    y, h, p, _ = problem
+
+    def head(h):
+        return (h @ p["kernel"]).astype(jnp.bfloat16)
+
+    def loss(h):
+        return jce.linear_cross_entropy(y, h, head)
+
+    for call in (lambda h: jce.Linear(h, head), loss, jax.grad(loss)):
+        with pytest.warns(UserWarning, match="head returns bfloat16 logits") as warned:
+            call(h)
+        assert [w.filename for w in warned] == [__file__]
+
+
 def test_what_it_holds_is_the_callers_alone(problem):
     y, h, p, _ = problem
 

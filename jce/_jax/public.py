@@ -12,7 +12,7 @@ import jax.core
 import jax.numpy as jnp
 from jax import Array
 
-from jce._jax.arguments import as_number, is_array, is_function, require_bool
+from jce._jax.arguments import as_array, as_number, is_array, is_function, require_bool
 from jce._jax.primitives import primitive
 from jce._jax.waiting import in_a_program
 
@@ -92,6 +92,9 @@ def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
             # such an object would make its value part of the program, and each value would compile another program.
             options = {key: as_number(name, key, x) if key in numbers else x for key, x in options.items()}
             _require_own(name, parameters, len(args), options, static, numbers)
+            for key, x in (*zip(parameters, args, strict=False), *options.items()):
+                if isinstance(x, str) and key not in (*static, *numbers):
+                    as_array(name, key, x)  # raises an error; under jit it would be JAX's, which says less
             if any(_has_function(x) for x in (*args, *(x for key, x in options.items() if key not in static))):
                 return results(*args, **options)  # under jit, each call would compile a program that no other reuses
             args, options = unfolded((args, options))

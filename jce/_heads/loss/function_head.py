@@ -11,6 +11,7 @@ The head is traced once, with one token, in the call that it is passed to. This 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,7 +42,10 @@ class FunctionHead:
     @classmethod
     def of(cls, name: str, head: Callable, hidden: Any, bias: Any) -> FunctionHead:
         if bias is not None:
-            raise ValueError(f"{name}: a head that is a function adds its own bias; got both. Don't pass bias.")
+            raise ValueError(
+                f"{name}: a head that is a function adds its own bias, so bias must be None; got both. Pass"
+                f" lambda h: head(h) + bias as head."
+            )
         h = as_array(name, "hidden", hidden)
         float_dtype(name, {"hidden": h})
         rank = max(h.ndim, 1)
@@ -58,9 +62,9 @@ class FunctionHead:
         dtype = given.dtype
         if dtype.itemsize < 4:
             warnings.warn(
-                f"{name}: head returns {dtype} logits, so losses and gradients have their rounding errors. Sum the"
-                f" matmul in float32, with jnp.matmul(..., preferred_element_type=jnp.float32).",
-                stacklevel=2,
+                f"{name}: head returns {dtype} logits, whose rounding errors reach losses and gradients. Let the matmul"
+                f" accumulate and return float32: jnp.matmul(..., preferred_element_type=jnp.float32).",
+                stacklevel=_outside_jce(),
             )
             dtype = jnp.dtype(jnp.float32)
         arrays = [jnp.asarray(x) for x in closed.consts]
@@ -94,6 +98,14 @@ def _with_gradient_at(x: Array, wide: Array) -> Array:
 @_with_gradient_at.defjvp
 def _with_gradient_at_rule(primals, tangents):
     return _with_gradient_at(*primals), tangents[1].astype(primals[0].dtype)
+
+
+def _outside_jce() -> int:
+    """The `stacklevel` with which `warnings.warn`, called by the caller, names the first line outside of jce."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("jce."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _require_of_each_token(name: str, closed: Any) -> None:

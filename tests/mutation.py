@@ -1,7 +1,8 @@
-"""Plants faults in jce's kernels, one at a time, and counts what the quick tests catch: `python -m tests.mutation`.
+"""Plants faults in jce's kernels, one at a time, and counts those that the quick tests catch.
 
-A fault is a changed sign, comparison or constant, a dropped term, guard or decorator; of each kind as many are drawn.
-They go into copies of the project, in a temporary folder. Needs `pip install -e '.[mutation]'`.
+Run it by `python -m tests.mutation`. A fault is a changed sign, comparison or constant, or a dropped term, guard or
+decorator. The same number of faults of each kind is sampled. Each fault is planted in a copy of the project, in a
+temporary folder. Needs `pip install -e '.[mutation]'`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from rich.progress import track
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOT_KERNELS = {"__init__", "command_line", "interrupts", "demo"}
-# Of these the tests in SECONDS take seconds with programs that are compiled already, and go first.
+# The tests in these files that SECONDS selects take seconds once their programs are compiled. They run first.
 FAST_TESTS = ["accuracy", "identities", "corners", "logits", "linear", "numerics", "arguments", "check_distribution"]
 FAST_TESTS += ["fuzz", "cost", "linear_cost", "linear_map", "sparse_targets", "jensen_shannon", "long_rows"]
 FAST_TESTS += ["devices", "platforms"]
@@ -49,41 +50,41 @@ HEAD_TESTS = ["linear", "linear_map", "sparse_targets", "platforms", "linear_cos
 SLOWER = [(FAST_TESTS, f"not ({SECONDS})"), (OTHER_TESTS, "test")]  # the rest of the quick tests
 LIMIT = 600  # seconds, after which a fault that makes a test run forever counts as caught
 
-# What marks a mutated line that is no fault, and why it is none. They aren't tried.
+# Parts of mutated lines that change nothing that a test could catch, and the reasons. Such mutants aren't run.
 EQUIVALENT = {
-    "x[ -1].ndim": "both have the same rank",
-    "more * 2.0 ** -(k // 3)": "a quotient of 2^-105 is well within the float range, scaled or not",
-    "m if self.are_few(x) else m)": "how a pass says m is for XLA, that it stores no exponentials",
+    "x[ -1].ndim": "both arrays have the same rank",
+    "more * 2.0 ** -(k // 3)": "a quotient near 2^-105 is within the range of floats, whether it is scaled or not",
+    "m if self.are_few(x) else m)": "`again` keeps XLA from storing exponentials; it doesn't change m",
     "zip(live, gradients, strict=False)": "each live leaf has a gradient",
-    "self.sum(exp( (-self.column(m))))": "so it says it with any number that is not negative",
-    "jnp.maximum(classes.column(classes.sum(kept)), 2)": "a single class costs 0, whatever its weight",
-    "itemsize >= 5": "an int32 stays what it is, and a uint32 that wraps is no label of any class",
+    "self.sum(exp( (-self.column(m))))": "`again` may be called with any number that is not negative",
+    "jnp.maximum(classes.column(classes.sum(kept)), 2)": "a single class has the loss 0, whatever its probability",
+    "itemsize >= 5": "an int32 doesn't change, and a uint32 that wraps is outside the range of labels",
     "jnp.where(x <= 0, e,": "e = 1 at x = 0",
-    "zip(partials, tangents, strict=False)": "each kernel has one partial derivative an argument",
-    "no @kernel": "then rows are summed as on a CPU everywhere: a matter of speed",
-    "classes.sum( ((p)) * jnp.maximum(log(p)": "a negative p has no logarithm; |p| is for a CPU's library of sums",
-    "zip(a[1:], b[1:], strict=False)": "both are of three numbers",
-    "SHORTEST_BLOCK + 2": "how rows are cut is a matter of speed",
-    "_excess.defjvp(_excess_rule, symbolic_zeros=False)": "the terms that it adds are 0: a matter of speed",
-    "unless_negative( ((q)), jnp.where(unmixed": "a negative p alone has no logarithm",
-    "unless_negative( ((q)), deviance(p, q": "nor here",
-    "unless_negative( ((q)), terms)": "nor here",
-    "if (smoothing is not None):": "every smoothing comes with a mean",
-    "way.unfold(r) if r.ndim > x.ndim": "a result of as many axes as unfolded rows has no folded ones",
-    "number / jnp.ones_like(x)": "a quotient by 1 is a product with 1",
+    "zip(partials, tangents, strict=False)": "each kernel has one partial derivative per argument",
+    "no @kernel": "rows are then summed as on a CPU on every platform, which affects only speed",
+    "classes.sum( ((p)) * jnp.maximum(log(p)": "the logarithm of a negative p is NaN; |p| only helps a CPU to sum",
+    "zip(a[1:], b[1:], strict=False)": "both have three entries",
+    "SHORTEST_BLOCK + 2": "the length of blocks affects only speed",
+    "_excess.defjvp(_excess_rule, symbolic_zeros=False)": "the terms that it adds are 0, which affects only speed",
+    "unless_negative( ((q)), jnp.where(unmixed": "the logarithm of a negative p is NaN already",
+    "unless_negative( ((q)), deviance(p, q": "the logarithm of a negative p is NaN already",
+    "unless_negative( ((q)), terms)": "the logarithm of a negative p is NaN already",
+    "if (smoothing is not None):": "a caller that passes a smoothing passes a mean too",
+    "way.unfold(r) if r.ndim > x.ndim": "a result with as many axes as unfolded rows is not folded",
+    "number / jnp.ones_like(x)": "division by 1 equals multiplication by 1",
     "x[ 1].ndim + axis": "both floats of a pair have the same rank",
-    "/,": "what stands before is passed by its position, what behind by its name",
-    "jnp.where(b <= 0.5, log_odds, 0 - log_odds)": "at 1/2 they are 0",
+    "/,": "callers pass the arguments before it by position and those after it by name",
+    "jnp.where(b <= 0.5, log_odds, 0 - log_odds)": "the log-odds at 1/2 are 0",
     "Sums(m, s - (m - m), t)": "m - m is 0 or NaN",
-    "if p.dtype != jnp.float32:": "in which way differences are summed is a matter of speed",
-    "[ (tuple(name for name in mesh_names(axes) if name in types)) for": "no axes split nothing, as None",
-    "return self.count_here(x) <= LONG_ROW": "how a row of just so many classes is summed is a matter of speed",
-    "(least < value <= most": "the smallest normal number is nothing that a loss would be given",
-    "(least <= value < most": "nor is the largest",
-    "trained[0] if number else 1)": "where results stay each token's, none is summed",
+    "if p.dtype != jnp.float32:": "the way in which differences are summed affects only speed",
+    "[ (tuple(name for name in mesh_names(axes) if name in types)) for": "an empty tuple is the same as None",
+    "return self.count_here(x) <= LONG_ROW": "how a row of this length is summed affects only speed",
+    "(least < value <= most": "nobody passes the smallest normal number to a loss",
+    "(least <= value < most": "nobody passes the largest number to a loss",
+    "trained[0] if number else 1)": "if the loop doesn't sum results, this index isn't used",
     "((softmax(x, way)) * (centered": "both factors are finite, for any finite direction",
-    "Platform(False, 2** 2": "how many bytes of logits an accelerator's chunk has is a matter of speed",
-    "head.weight.shape[0] > head.weight.shape[1]": "where a token's weight is multiplied with is a matter of speed",
+    "Platform(False, 2** 2": "the size of an accelerator's chunks affects only speed",
+    "head.weight.shape[0] > head.weight.shape[1]": "the place where a token's weight is multiplied affects only speed",
 }
 
 
@@ -92,7 +93,7 @@ def code(node) -> str:
 
 
 class DropOperand(Operator):
-    """a + b becomes a or b; a term, a factor, a condition."""
+    """Drops a term, a factor or a condition: a + b becomes a or b."""
 
     TYPES = ("arith_expr", "term", "expr", "and_expr", "and_test", "or_test")
 
@@ -119,7 +120,7 @@ class DropOperand(Operator):
 
 
 class DropGuard(DropOperand):
-    """jnp.where, a maximum or a minimum becomes one of its arguments, and mul0 a plain product."""
+    """Replaces jnp.where, a maximum or a minimum by one of its arguments, and mul0 by a plain product."""
 
     CALLS = types.MappingProxyType(
         {"jnp.where": (1, 2), "jnp.maximum": (0, 1), "jnp.minimum": (0, 1), "jnp.abs": (0,), "negative": (0,)}
@@ -135,7 +136,7 @@ class DropGuard(DropOperand):
         inside = node.children[call].children[1]
         arguments = [code(x) for x in inside.children[::2]] if inside.type == "arglist" else [code(inside)]
         for k in self.CALLS.get(name, ()):
-            if k < len(arguments):  # which may be a list, unpacked
+            if k < len(arguments):  # there may be one argument, an unpacked list
                 yield f"({arguments[k]}){after}"
         if name in ("mul0", "mul00"):
             yield f"({arguments[0]}) * ({arguments[1]})"
@@ -186,7 +187,7 @@ def why_none(mutant: Mutant) -> str | None:
 
 
 def meaning(source: str) -> str:
-    """The program without its annotations, none of which is evaluated."""
+    """The program's syntax tree without annotations, which are never evaluated."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
@@ -199,7 +200,7 @@ def meaning(source: str) -> str:
 
 
 def places() -> dict[str, list[tuple[str, str, Operator, int, int]]]:
-    """Where a fault can be planted, by kind: module, source, and an operator's k-th position with its line."""
+    """The places for faults, by kind of fault: the module, its source, the operator, and its k-th position and line."""
     found = {kind: [] for kind in KINDS}
     for path in sorted((ROOT / "jce").rglob("*.py")):
         if path.stem in NOT_KERNELS:
@@ -215,7 +216,7 @@ def places() -> dict[str, list[tuple[str, str, Operator, int, int]]]:
 
 
 def planted(module: str, source: str, operator: Operator, k: int, line: int) -> Mutant | None:
-    """None if the program is the same, or none."""
+    """The module with this fault, or None if its meaning is the same or its syntax is invalid."""
     mutated = mutate_code(source, operator, k)
     try:
         if meaning(mutated) == meaning(source):
@@ -228,7 +229,7 @@ def planted(module: str, source: str, operator: Operator, k: int, line: int) -> 
 
 
 def sample(count: int, seed: int) -> list[tuple[str, Mutant]]:
-    """As many of each kind, or all where there are fewer, in random order."""
+    """A random sample with the same number of faults of each kind, or all of a kind if there are fewer."""
     chance = random.Random(seed)
     left = {kind: chance.sample(found, len(found)) for kind, found in places().items()}
     chosen, programs = [], set()
@@ -244,7 +245,7 @@ def sample(count: int, seed: int) -> list[tuple[str, Mutant]]:
 
 
 class Copies:
-    """Copies of the project, in which mutants are tried, and a compilation cache that they share."""
+    """Copies of the project, in which mutants are tested. They share a compilation cache."""
 
     def __init__(self, folder: str, jobs: int):
         self.folder = pathlib.Path(folder)
@@ -298,7 +299,11 @@ class Copies:
 
 
 def survives(copies: Copies, mutant: Mutant) -> bool:
-    """First come the tests of what the module defines, or those that are named after it, or all of the head's."""
+    """Whether all quick tests pass in spite of the fault. Those that are likeliest to fail run first.
+
+    They are the tests of heads if the module is in `_heads`. Otherwise they are the tests of the functions that the
+    module defines, or the test file that is named after the module.
+    """
     if mutant.module.startswith("_heads/"):
         first = [(sorted(HEAD_TESTS, key=lambda test: test not in f"linear {mutant.module}"), "test")]
         stages = [*first, (FAST_TESTS, SECONDS), *SLOWER]
@@ -314,9 +319,9 @@ def survives(copies: Copies, mutant: Mutant) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.mutation", description=__doc__)
-    parser.add_argument("--sample", type=int, default=210, help="how many faults (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at once (%(default)s)")
+    parser.add_argument("--sample", type=int, default=210, help="number of faults (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="faults tested at once (default: %(default)s)")
     options = parser.parse_args()
     start, chosen = time.monotonic(), sample(options.sample, options.seed)
     drawn, caught, none = collections.Counter(), collections.Counter(), collections.Counter()
@@ -338,11 +343,11 @@ def main() -> None:
             print(f"{kind}: jce/{mutant.module}.py:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}")
             print(f"  {reason or 'SURVIVES'}", flush=True)
     for kind, number in drawn.items():
-        print(f"{kind:17} {caught[kind]:3} caught of {number:3}, {none[kind]} of which are no faults")
+        print(f"{kind:17} {caught[kind]:3} caught of {number:3}, {none[kind]} excluded as equivalent")
     faults = drawn.total() - none.total()
     print(
-        f"seed {options.seed}: {caught.total()} of {faults} faults caught, {caught.total() / faults:.1%}, beside"
-        f" {none.total()} that are none, in {(time.monotonic() - start) / 60:.0f} min"
+        f"seed {options.seed}: {caught.total()} of {faults} faults caught, {caught.total() / faults:.1%},"
+        f" and {none.total()} mutants excluded as equivalent, in {(time.monotonic() - start) / 60:.0f} min"
     )
 
 

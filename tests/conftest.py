@@ -15,25 +15,25 @@ import pytest
 from jce._jax import platforms as _platforms
 from tests import failures
 
-gc.set_threshold(100_000, 50, 100)  # a trace makes many objects and keeps few: this saves a tenth of the time
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects and keeps few: this saves a tenth of the time
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# For tests/test_fuzz.py: each of its examples is a batch, and now and then one compiles a program.
+# For tests/test_fuzz.py: each example is a batch, and some examples compile a program.
 for profile, examples in (("short", 12), ("long", 500)):
     hypothesis.settings.register_profile(profile, max_examples=examples, deadline=None, database=None)
 hypothesis.settings.load_profile("short")
 
 
-# By mark: the setting of JAX under which tests with this mark can't pass
+# For each mark, the setting of JAX under which tests with the mark can't pass
 UNLESS = {"holds_nan": "jax_debug_nans", "needs_jit": "jax_disable_jit"}
 
 
 def pytest_addoption(parser):
     parser.addoption("--optimized", action="store_true", help="compile everything as users do, in twice the time")
-    parser.addoption("--as-on", choices=["TPU", "GPU"], help="this CPU lowers what such a device would")
-    parser.addoption("--part", metavar="K/N", help="of the selected tests every N-th, beginning with the K-th, from 0")
+    parser.addoption("--as-on", choices=["TPU", "GPU"], help="lower programs on this CPU as for this platform")
+    parser.addoption("--part", metavar="K/N", help="run every N-th selected test, from the K-th on (counted from 0)")
 
 
 def pytest_configure(config):
@@ -44,7 +44,7 @@ def pytest_configure(config):
 
 
 def compile_cheaply():
-    """Compile to slow code in a third of the time. Tests that need the code of users call `optimized_jit`."""
+    """Compile to slow code in a third of the time. Tests that need the code that users get call `optimized_jit`."""
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
     if jax.__version_info__ < (0, 11):

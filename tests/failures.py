@@ -1,4 +1,4 @@
-"""What is printed below a failed test: its case, and the command that repeats it."""
+"""The text that is printed below a failed test: its case, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def case(failure: Any) -> str:
 
 
 def shown(x: Any) -> str:
-    """The variable as a short text, or "" if it doesn't help to tell cases apart."""
+    """The variable as a short text, or "" if the variable doesn't help to tell cases apart."""
     if isinstance(x, Kernel):
         return label(x)
     if isinstance(x, str | bool | int | float | np.generic | np.dtype | None):

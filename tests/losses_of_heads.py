@@ -1,4 +1,4 @@
-"""Every public `linear_*` function as functions that return one number, for tests of the code around a call.
+"""The public `linear_*` functions, wrapped so that they return one number, for tests of the code around a call.
 
 The labels are the same in every call.
 """

@@ -1,10 +1,10 @@
-"""A `jax.jit` that compiles as a user's does, where the tests compile cheaply (see `conftest.py`)."""
+"""A `jax.jit` that compiles as users do, for tests that must not compile cheaply (see `conftest.py`)."""
 
 import functools
 
 import jax
 
-# The defaults of XLA that conftest.py changes
+# XLA's defaults for the options that conftest.py changes
 OPTIONS = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,

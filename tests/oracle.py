@@ -12,7 +12,7 @@ from tests.kernels import LOGIT, Kernel
 
 
 def precision(kernel: Kernel, row):
-    """A context with enough bits to add the smallest number to a sum, to vary it by a step, and to take it from 1."""
+    """A context with enough bits to add the smallest number to a sum, shift it by a step, or subtract it from 1."""
     if LOGIT in kernel.domains:
         return mp.workprec(400)
     if not kernel.has_classes:  # a derivative that is 0 at α = β near 1 must come out below the normal range
@@ -43,9 +43,9 @@ def entries(row):
 
 
 def step(x):
-    """The step of a central difference at x. It has half of the bits, since the error is its square.
+    """The step of a central difference at x: 2^-(bits / 2), since the difference's error is the square of the step.
 
-    It is relative to x where |x| < 1.
+    If |x| < 1, the step is relative to x.
     """
     return x / max(1, abs(x)) * mp.mpf(2) ** -(mp.mp.prec // 2)
 
@@ -56,7 +56,7 @@ def partial(formula, row, entry):
     h, nothing = step(x), mp.mpf(2) ** (60 - mp.mp.prec)
     with enough_bits_for(h):
         difference = formula(*shifted(row, (i, j, h))) - formula(*shifted(row, (i, j, -h)))
-        return mp.chop(difference / (2 * h), nothing)  # the step makes a tiny number of an exact 0
+        return mp.chop(difference / (2 * h), nothing)  # for an exact 0, the difference is tiny instead
 
 
 def second_partial(formula, row, a, b):
@@ -89,7 +89,7 @@ def conditioning(kernel: Kernel, row, dtype, j: int | None = None) -> float:
     """The error of exp(xᵢ - max x), in ulps, if xᵢ - max x is rounded by half an ulp. It is added to every bar.
 
     Only the terms that matter count: the second largest one, which dominates the sum without the maximum, the term
-    in which a derivative is taken, and the classes in `kernel.listed`.
+    of the differentiated entry, and the classes in `kernel.listed`.
     """
     worst = 0.0
     for x, domain in zip(row, kernel.domains, strict=True):
@@ -108,7 +108,7 @@ def interior(kernel: Kernel, row) -> Iterator[tuple]:
     for i, j, x in entries(row):
         at_j = [a[j] if isinstance(a, list) else a for a in row]
         inside = [low < y < high for y, (low, high) in zip(at_j, kernel.domains, strict=True)]
-        # The derivative in a logit exists for every finite weight beside it, even 0.
+        # The derivative with respect to a logit exists for every finite weight of its class, even 0.
         if x and inside[i] and (all(inside) or (kernel.domains[i] == LOGIT and all(map(mp.isfinite, at_j)))):
             yield i, j, x
 

@@ -1,8 +1,8 @@
 """One of several processes that train together: `python worker.py COORDINATOR PROCESSES ID [stall]`.
 
 They train a small model with a sharded head for a few steps of gradient descent, on a mesh of all processes' devices.
-Each prints the losses, and the sum of squares of the final head, as JSON. With `stall`, process 1 stops before its
-second step and waits to be killed.
+Each process prints the losses, and the sum of squares of the final head, as JSON. With `stall`, process 1 stops
+before its second step and waits to be killed.
 """
 
 import json

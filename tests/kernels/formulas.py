@@ -82,7 +82,7 @@ def log_prob_of_label_0(x):
 
 
 def log_prob_of_other_labels(x):
-    """log(1 - q) for label 0, computed from the surprisals of the other classes, which lose no digits."""
+    """log(1 - q) for label 0, computed from the surprisals of the other classes, which stay accurate."""
     return mp.log(sum(mp.exp(-s) for s in surprisals(x)[1:])) if any(mp.isfinite(xi) for xi in x[1:]) else -mp.inf
 
 

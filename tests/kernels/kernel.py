@@ -1,4 +1,4 @@
-"""One row of the table: a function, its formula, the arguments at which it is tried, and its error bars."""
+"""One row of the table: a function, its formula, the arguments for its tests, and its error bars."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Corner:
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
 class Kernel:
-    """A public function, its formula in mpmath, the arguments at which it is tried, and its error bars.
+    """A public function, its formula in mpmath, the arguments for its tests, and its error bars.
 
     The formula takes one distribution per argument: a list (if there are classes) or a number (if elementwise). Bars
     are in ulps of the exact result. If `value_scale` or `gradient_scale` is given, they are in ulps of that scale, the

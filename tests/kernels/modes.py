@@ -23,7 +23,7 @@ def total(kernel: Kernel) -> Callable:
 
 @functools.cache
 def gradient(kernel: Kernel) -> Callable:
-    """The gradient in every argument, as a tuple, compiled as one program."""
+    """The gradients with respect to all arguments, as a tuple, compiled as one program."""
     return jax.jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))
 
 

@@ -1,4 +1,4 @@
-"""Arguments at which functions are tried, by regime: similar, far apart, nearly certain, tiny, with large offsets."""
+"""Arguments for tests, by regime: similar, far apart, nearly certain, tiny, with large offsets."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 INF, NAN = np.inf, np.nan
 TINY = 2.0**-126  # the smallest normal float32
-LOWEST = float(np.finfo(np.float32).min)  # many write this number for -∞
+LOWEST = float(np.finfo(np.float32).min)  # many programs use this number instead of -∞
 
 
 def normalize(x: np.ndarray, dtype) -> np.ndarray:
-    """Rows in the dtype that sum to 1. Subnormal numbers are replaced by 0, since XLA takes them for 0 on a CPU."""
+    """Rows in the dtype that sum to 1. Subnormal numbers are replaced by 0, since XLA on a CPU treats them as 0."""
     x = (x / x.sum(-1, keepdims=True)).astype(dtype)
     return np.where(x < np.finfo(dtype).tiny, np.zeros_like(x), x)
 

@@ -1,7 +1,7 @@
-"""Small programs whose cost is known by hand, compiled for a device that isn't there, for tests/tools/test_programs.py.
+"""Small programs with manually computed costs, compiled for a device that isn't there, for test_programs.py.
 
-Each is a function, its arguments, and by device the bytes that it moves and its operations; None where they depend on
-what a TPU keeps on its chip.
+Each program has a function, arguments, and for each device the bytes that it moves and its operations. The bytes are
+None if they depend on the arrays that a TPU keeps on its chip.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Program(NamedTuple):
 
 
 def both(h100, v5e=...):
-    """On either device, the same unless said."""
+    """A value for each device, the same for both unless two are given."""
     return {"h100": h100, "v5e": h100 if v5e is ... else v5e}
 
 
@@ -40,7 +40,7 @@ def scanned(x, w):
 
 
 def updated(x, u):
-    """A row block at a time, in place; the argument is copied before."""
+    """Updates a block of rows per step, in place. The argument is copied before the loop."""
     return lax.fori_loop(0, 16, lambda i, x: lax.dynamic_update_slice(x, jnp.sin(u) * i, (i * 8, 0)), x)
 
 
@@ -78,7 +78,7 @@ PROGRAMS = {
         both(2 * 16 * (1024 * 512 + 512 * 2048 + 1024 * 2048)),
         both({"bf16": 2 * 16 * 1024 * 512 * 2048}),
     ),
-    # On an H100 the sum is copied in each of the seven steps, and before them.
+    # On an H100 the carry is copied in each of the seven steps, and once before them.
     "scan of products": Program(
         scanned, [square(BF16), square(BF16)], both(37 * 2 * N**2, None), both({"bf16": 7 * CUBE})
     ),

@@ -1,4 +1,4 @@
-"""Heads compiled for devices that are not there, for test_head_programs.py: prints their texts and temporaries."""
+"""Heads compiled for devices that aren't there, for test_head_programs.py: prints their texts and temporary memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 import jce
 from bench import children, compilers
 
-TOKENS, WIDTH, CLASSES = 8192, 768, 50_257  # of one device
+TOKENS, WIDTH, CLASSES = 8192, 768, 50_257  # on one device
 DEVICES = 8
-LOCAL = (8192,), (8192, 2048), (32_064, 2048)  # of each of 2 × 4 devices: a quarter of 128,256 classes
+LOCAL = (8192,), (8192, 2048), (32_064, 2048)  # on each of 2 × 4 devices: a quarter of 128,256 classes
 DTYPES = jnp.int32, jnp.bfloat16, jnp.bfloat16
 
 
@@ -49,7 +49,7 @@ def shapes(tokens):
 
 
 def sharded(device):
-    """The loss of a head whose classes are split over four devices, and twice as many tokens over two such fours."""
+    """The loss of a head on 2 × 4 devices: the tokens are split over 2, the classes over 4."""
     mesh = Mesh(
         np.array(compilers.devices(device, DEVICES)).reshape(2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2
     )
@@ -70,7 +70,7 @@ def tell(name, program):
 def main() -> None:
     device = children.todo()
     tell("alone", compilers.compiled(gradient(mean), device, list(shapes(TOKENS))))
-    if device in ("v6e", "tpu7x"):  # whose compilers take longer
+    if device in ("v6e", "tpu7x"):  # the compilers for these take longer
         return
     tell("value", compilers.compiled(penalized, device, list(shapes(TOKENS))))
     tell("penalized", compilers.compiled(gradient(penalized), device, list(shapes(TOKENS))))

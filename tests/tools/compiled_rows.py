@@ -1,4 +1,4 @@
-"""Losses of logits compiled for devices that aren't there, for tests/tools/test_row_programs.py: prints their texts."""
+"""Losses of logits compiled for devices that aren't there, for test_row_programs.py: prints the programs' texts."""
 
 from __future__ import annotations
 

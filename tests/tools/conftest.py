@@ -1,4 +1,4 @@
-"""Tests of tools compile as users do: they read programs, and run benchmarks."""
+"""Tests of tools compile as users do, because they read programs and run benchmarks."""
 
 import jax
 import pytest

@@ -1,7 +1,7 @@
 """Two rows of logits compared: p, q, δ = log q/p and q - p, accurate even if p ≈ q.
 
-Dividing logits x and y by a temperature rounds each of them, and their difference y - x loses digits. So d = y - x may
-be a separate argument, computed without this loss; otherwise d is None. If d is differentiated too, as for a derivative
+Dividing logits x and y by a temperature rounds each of them, so their difference y - x loses digits. So d = y - x may
+be a separate argument, computed without this loss. Otherwise d is None. If d is differentiated too, as for a derivative
 with respect to the temperature, the tangents of both rows are combined by formulas in which nothing cancels if p ≈ q:
 
     d log pᵢ = dxᵢ - Σ p dx        d log qᵢ/pᵢ = ddᵢ - Σ p dd - Σ (q - p) dy
@@ -85,8 +85,8 @@ def _deviances_rule(classes, primals, tangents):
 
 
 def one_at_a_time(tangents) -> bool:
-    """Whether x, y or d has no tangent. The formulas above need all three. Without one of them, a rule takes the
-    difference of the two rows' tangents, or the only tangent."""
+    """Whether x, y or d has no tangent. The formulas above need all three tangents. If one is missing, a rule uses the
+    difference of the two rows' tangents instead, or the only tangent that there is."""
     return any(t is None or isinstance(t, SymbolicZero) for t in tangents)
 
 
@@ -131,8 +131,8 @@ def at_common_temperature(
     x: Array, y: Array, temperature: float | Array, classes: Classes
 ) -> tuple[Array, Array, Array | None]:
     """Both rows divided by one temperature, up to a constant per row, and the difference of the results. The difference
-    is computed from x and y, so it is more accurate. It is None if x/T isn't rounded, and has a derivative only with
-    respect to a traced temperature."""
+    is (y - x)/T, which is more accurate than y/T - x/T. It is None if the division by T is exact. It has a derivative
+    only if the temperature is traced."""
     if not is_array(temperature):
         if temperature == 1:
             return x, y, None
@@ -169,7 +169,7 @@ def _difference_of_rows_rule(classes, primals, tangents):
 def compare(x: Array, y: Array, d: Array | None, way: Way, stored: bool = False) -> tuple[Array, Array, Array]:
     """p = softmax(x), q = softmax(y), and δ = log q/p, accurate even if p ≈ q.
 
-    `stored` is for a kernel that reads these arrays several times: they are computed once and kept in memory.
+    With `stored`, these arrays are computed once and kept in memory, for a kernel that reads them several times.
     """
     (nx, of_x), (ny, of_y) = (way.comparison(z, stored) for z in (x, y))
     log_z_y_x = ny.log_z - nx.log_z
@@ -177,8 +177,8 @@ def compare(x: Array, y: Array, d: Array | None, way: Way, stored: bool = False)
     def of_pass(s, fraction):
         (m, p, dominant_x), (n, q, dominant_y) = of_x(s), of_y(s)
         difference = _difference(x, y, m, n, way, fraction) if d is None else d
-        # If a class dominates both rows, its x - m and y - n are 0 by definition, and so is their difference. The
-        # computed difference would be mere rounding.
+        # If a class dominates both rows (`softmax.py`), its x - m and y - n are set to 0, and so is their difference.
+        # The computed difference would only be rounding error.
         return p, q, jnp.where(dominant_x & dominant_y, jnp.zeros_like(x), difference)
 
     # δ = (y - n) - (x - m) - log Z_y/Z_x. The rounding error of the logarithm is the same for the whole row.

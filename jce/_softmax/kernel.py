@@ -1,4 +1,4 @@
-"""Kernels: functions of rows, which are traced at lowering, with the way of summing that suits the platform."""
+"""Kernels: functions of rows that are traced when a program is lowered, with the platform's way of summing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jce._softmax.way import Way
 
 
 def way_of(classes: Classes, platform: Platform, x: Array) -> Way:
-    """How the platform sums over the classes of arrays like x."""
+    """The platform's way of summing over the classes of arrays like x."""
     if platform.is_cpu:
         way = Passes
     elif platform.masks_labels:
@@ -33,8 +33,8 @@ def kernel(function: Callable, stores_intermediates: bool = False) -> Callable:
     """Decorates function(*arrays and numbers per row, way). Callers pass `Classes` in place of the `Way`, since the
     platform isn't known yet. A kernel that calls another kernel passes its own way.
 
-    With `stores_intermediates`, the results may be computed from intermediate arrays in memory, as in a kernel that
-    compares two rows. Without it, a way may compute each result separately (`chain.py`).
+    With `stores_intermediates`, all results are computed together, and may share arrays that are stored, as in a kernel
+    that compares two rows. Without it, a way may compute each result separately (`chain.py`).
     """
 
     @functools.wraps(function)

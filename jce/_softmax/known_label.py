@@ -1,12 +1,13 @@
-"""A label's row in one reading: the shift m is chosen before the row is read, so the sum needn't wait for the maximum.
+"""The loss of a label in one pass over its row: the shift m is chosen first, so the sum needn't wait for the maximum.
 
-With eᵢ = exp(xᵢ - m), s = Σ eᵢ over all classes except the label's, and d = m - x_y, the loss is log(1 + s e^d) for any
+With eᵢ = exp(xᵢ - m), s = Σ eᵢ over all classes except the label y, and d = m - x_y, the loss is log(1 + s e^d) for any
 m. So m only has to keep the exponentials in range. For ordinary logits, m = 0 is enough, and then no xᵢ - m is rounded.
-For other logits, m = x_y (the label's own logit) is mostly enough. Rows for which it is not are read again, with their
-maximum as m.
+For other logits, m = x_y (the label's own logit) is mostly enough. If neither is enough for some row, all rows get a
+second pass, in which m is the maximum for such rows.
 
-Looser conditions were tried. If no s counts as too small, a label with logit -15 gets a gradient of 0 when the other
-logits are -90. If m = x_y in every row, a label whose logit is 20 below the maximum has an error of 27 ulps.
+The conditions for a second pass can't be looser. If no s counted as too small, a label with logit -15 would get a
+gradient of 0 when the other logits are -90. If m = x_y needed no second pass, a label whose logit is 20 below the
+maximum would have an error of 27 ulps.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from jax.custom_batching import custom_vmap
 
 from jce._jax.varying import vary_over, varying
 
-# The shift is 0 if LOWEST < x_y < HIGHEST. Entries of the gradient are eᵢ/Z with Z ≥ e^x_y, and an eᵢ below 1.2e-38 is
-# flushed to 0. So at x_y = -16, entries below 1.2e-38 e¹⁶ = 1e-31 are 0. For x_y ≥ 0, entries below 1.2e-38 are 0, as
-# they are with m = max x. At x_y = 40, the bound 2⁶⁴ on s (`below`) is still 78 times the label's e⁴⁰.
+# The shift m is 0 if LOWEST < x_y < HIGHEST. Entries of the gradient are eᵢ/Z with Z ≥ e^x_y, and XLA flushes an eᵢ
+# below 1.2e-38 to 0. So at x_y = -16, entries below 1.2e-38 e¹⁶ = 1e-31 are 0. For x_y ≥ 0, entries below 1.2e-38 are
+# 0, as they are with m = max x. At x_y = 40, the bound 2⁶⁴ on s (`below`) is still 78 times the label's e⁴⁰.
 LOWEST, HIGHEST = -16, 40
 
 
 def off_known_label(at: Array, others: Callable, again: Callable, most: float) -> list[Array]:
-    """m, and the results of others(m), of which s is the first, for rows whose logit at the label is `at`.
+    """m and the results of others(m), after a second pass if one is needed. `at` is x_y, the label's logit, per row.
 
-    If m = 0, s must be in [least, below), or in [0, below) if x_y ≥ 0. If m = x_y, s must be below `most`. Rows whose s
-    is not in range ask to be read again. again(asks, m, s, *more) returns the numbers of all rows, with the maximum as
-    m in rows that ask. In all other rows it returns the same bits as before. Rows whose s is NaN ask too: s may
-    be NaN if the label's logit is -∞, and such a row must be read again.
+    others(m) returns a list: s, and any further results. In a row with m = 0, s must be in [least, below), or in
+    [0, below) if x_y ≥ 0. In a row with m = x_y, s must be below `most`. Otherwise, and also if s is NaN, the row needs
+    a second pass. (s may be NaN if x_y is -∞.) `asks` marks such rows.
+
+    again(asks, m, s, *more) does the second pass over all rows. It returns the same list [m, s, *more], with the
+    maximum as m in the rows that `asks` marks, and with the same bits as before in all others.
     """
     # Flushing n entries below 2⁻¹²⁶ changes an s ≥ 2⁻⁸⁴ by at most n 2⁻⁴² times s: 2⁻²⁵ times s for n = 2¹⁷ classes.
     least, below = (2.0**-700, 2.0**600) if at.dtype == jnp.float64 else (2.0**-84, 2.0**64)
@@ -43,15 +46,15 @@ def off_known_label(at: Array, others: Callable, again: Callable, most: float) -
     zero = (at > LOWEST) & (at < HIGHEST)
     m = jnp.where(zero, jnp.zeros_like(at), at)
     s, *more = others(m)
-    # If m = 0 and s < least, x_y is the maximum. For x_y ≥ 0, m = x_y would only make eᵢ smaller, so the row isn't read
-    # again. A row whose only class is its label, such as a row that `where` masks, is one of these.
+    # If m = 0 and s < least, x_y is the maximum. If then x_y ≥ 0, the maximum as m would only make eᵢ smaller, so no
+    # second pass is needed. This holds also for a row that `where` masks: its only class is its label, with logit 0.
     asks = ~(s < jnp.where(zero, jnp.full_like(s, below), jnp.full_like(s, most))) | (zero & (at < 0) & (s < least))
     state = [asks, _first_of(asks), m, s, *more]
     return lax.while_loop(lambda state: state[1] > 0, read_again, state)[2:]
 
 
 def at_maximum(others: Callable, maximum: Callable[[], Array]) -> Callable:
-    """For rows that are cheap to sum: an `again` that sums all rows again, with the maximum as m in rows that ask."""
+    """The second pass for `off_known_label` (its argument `again`) if it may simply call others(m) for all rows."""
 
     def again(asks, m, *_):
         m = jnp.where(asks, maximum(), m)
@@ -68,8 +71,8 @@ def _first_of(asks):
     return lax.argmax(jnp.concatenate([*none, asks.astype(none[0].dtype).ravel()]), 0, jnp.int32)
 
 
-# One flag for the whole batch. If each call in the batch had its own flag, the loop would always run, and store N × n
-# numbers.
+# Under `jax.vmap`, the whole batch has one flag. If each member of the batch had its own flag, the loop would always
+# run, and store N × n numbers.
 @_first_of.def_vmap
 def _first_of_batch(size, batched, asks):
     return _first_of(asks), False

@@ -1,20 +1,21 @@
 """The way for a CPU: each sum is a pass over the row. Sums contain no selects.
 
 XLA computes sums with a library that has a fixed set of operations. If the terms of a sum are computed by a compare, a
-select or an iota, or if one of these stands between two sums, XLA first writes the terms to memory (N × n numbers). It
-also does this if two passes share a constant. So masks are arithmetic here: eᵢ min(|i - y|, 1) leaves out class y, and
+select or an iota, or if one of these stands between two sums, XLA stores the terms first (N × n numbers). It also does
+this if two passes share a constant. So masks are arithmetic here: eᵢ min(|i - y|, 1) leaves out class y, and
 eᵢ ⌊7/4 - eᵢ⌋ leaves out classes with eᵢ > 3/4.
 
 The library is slow at long formulas. So a long formula ends in a select on purpose: XLA then computes the terms in one
-loop of its own, and the library only adds them. For short rows, the library is slow at two more things: combining an
-input with a per-row result, and constants that aren't combined with any input.
+loop without the library, which only adds them. For short rows, the library is slow at two more things: combining an
+input with a number per row, and constants that aren't combined with any input.
 
-A label's loss needs no maximum (`known_label.py`). One pass sums the eᵢ, and stores them if the result is an array.
+The loss of a label needs no maximum (`known_label.py`). One pass sums the eᵢ, and stores them if the result is an
+array.
 
-XLA stores N × n numbers that two passes share, unless it fuses the passes. If the result is a number per row, this
-would waste memory. So each pass gets m as max(m, m - s), which XLA doesn't see through, and recomputes its own eᵢ,
-perhaps from logits that are rounded differently. If the result is an array, the eᵢ are stored once, behind a barrier,
-and the result is written over them. That takes 0.5 to 0.9 times as long.
+If two passes read the same eᵢ, XLA stores these N × n numbers, unless it fuses the passes. If the result is a number
+per row, this would waste memory. So each pass gets m in a form that XLA doesn't recognize as m (`Way.again`), and
+recomputes eᵢ, perhaps from logits that are rounded differently. If the result is an array, the eᵢ are stored once,
+behind a barrier, and the result is written over them. That takes 0.5 to 0.9 times as long as recomputing eᵢ.
 
 Long rows are folded (`classes.py`).
 """
@@ -51,7 +52,7 @@ class Passes(Way):
         return super().of(classes.folding(x), x)
 
     def maximum(self, x):
-        return self.max(x)  # +∞ may stay: x - m is NaN there, and so is each sum of exponentials
+        return self.max(x)  # +∞ needs no special case: x - m is NaN there, and so is each sum of exponentials
 
     def stored(self, e):
         return lax.optimization_barrier(e)
@@ -60,7 +61,7 @@ class Passes(Way):
         m = self.maximum(x)
         if self.blocks == 1:
             return self.stored(exp(x - self.column(m)))
-        # For folded rows, the result can't be written over stored eᵢ. So each pass computes its own eᵢ.
+        # For folded rows, the result can't be written over stored eᵢ. So each pass recomputes eᵢ.
         return exp(x - self.column(self.again(m, number * self.sum(exp(x - self.column(m)))) if number else m))
 
     def normalizer(self, x):
@@ -79,8 +80,8 @@ class Passes(Way):
         if self.mesh_axis is None:
             d = x - self.column(self.again(n.m, n.log_z))
             e = exp(d)
-            # For a class that dominates, the weight is ⌊7/4 - 1⌋ = 0. For all others it is eᵢ, since their floor is
-            # ≥ 1.
+            # For a class that dominates, the weight is ⌊7/4 - 1⌋ = 0. For all others the floor is ≥ 1, so the weight is
+            # eᵢ.
             weight = jnp.minimum(jnp.floor(self.column(self.again(1.75 + n.undominated, n.log_z)) - e), e)
         else:
             d = self.depth(x, n)
@@ -97,7 +98,7 @@ class Passes(Way):
             return super().comparison(x, stored)
         e, _, n = self.exponentials(x)
         dominant = e > self.column(0.6 + n.undominated)
-        # `reused` keeps XLA from contracting the quotient with a difference: q - p must be exactly -(p - q).
+        # Without `reused`, XLA might contract the quotient with a difference: q - p must be exactly -(p - q).
         q = reused(jnp.where(dominant, jnp.ones_like(e), e) / self.column(n.z))
         return n, lambda s: Compared(self.again(n.m, s), q, dominant)
 
@@ -113,7 +114,7 @@ class Passes(Way):
         with jax.enable_x64(True):
             difference = p.astype(jnp.float64) - q.astype(jnp.float64)
             here = self
-            if self.blocks == 1:  # rows that need no folding in float32 may need it in float64
+            if self.blocks == 1:  # rows that are short enough in float32 may have to be folded in float64
                 here = Passes.of(self, difference)
                 difference = here.fold(difference)
             return total + here.reduce(row_sum, difference).astype(p.dtype)
@@ -135,7 +136,7 @@ class Passes(Way):
             return super().exponentials_off_label(labels, x)
 
         def others(m, again):
-            # The mask is computed in each reading: XLA would store a mask that both share.
+            # The mask is computed in each of the two passes: XLA would store a mask that both share.
             is_label, e = self.is_at(x, self.local(labels, x)), exp(x - self.column(m))
             e = self.stored(jnp.where(is_label, jnp.zeros_like(e), e))
             return [self.sum(e), e]
@@ -148,8 +149,8 @@ class Passes(Way):
         return not self.any_shift or self.mesh_axis is not None or may_be_split(x)
 
     def _off_known_label(self, at, others, x):
-        # For s < most, xᵢ - x_y is at most log(64 + 8n), which is 9 for n = 1000. The rounding of xᵢ - x_y changes eᵢ
-        # by at most half as many ulps.
+        # If s < most, then xᵢ - x_y < log(64 + 8n), which is 9 for n = 1000. The rounding of xᵢ - x_y changes eᵢ by at
+        # most half as many ulps.
         most = 64.0 + 8 * self.count(x)
         first, again = (functools.partial(others, again=again) for again in (False, True))
         return off_known_label(at, first, at_maximum(again, lambda: self.maximum(x)), most)
@@ -161,11 +162,11 @@ class Passes(Way):
         return OffLabel(m, s, unless_no_class(m - at, labels, x, self))
 
     def _sum_off_label(self, labels, x):
-        """s as a function of m. eᵢ min(far |i - y|, 1) is 0 at the label y, and eᵢ elsewhere.
+        """s as a function of m: the sum of eᵢ min(far |i - y|, 1), which is 0 at the label y, and eᵢ elsewhere.
 
-        Without `keeps_nan` it is min(eᵢ, far |i - y|). This takes less time, but XLA may turn a NaN into `far` or more
-        (`Classes.above_0`). Both forms are equal if all eᵢ < far. Other rows are read again (`known_label.py`), because
-        their s is 2⁶⁴ or more (2⁶⁰⁰ in float64).
+        Without `keeps_nan` the terms are min(eᵢ, far |i - y|). They take less time, but XLA may turn a NaN into `far`
+        or more (`Classes.above_0`). Both forms are equal if all eᵢ < far. Otherwise s ≥ 2⁶⁴ (2⁶⁰⁰ in float64), and the
+        row gets a second pass (`known_label.py`), with `keeps_nan`.
         """
         # `far` is a power of 2, so that far · y is exact, whether XLA fuses it or not.
         far = 2.0**800 if x.dtype == jnp.float64 else 2.0**96
@@ -186,7 +187,7 @@ class Passes(Way):
         return total
 
     def depth_off_label(self, x, off):
-        # The result is written over stored eᵢ, except for folded rows, where each pass computes its own eᵢ.
+        # The result is written over stored eᵢ, except for folded rows, where each pass recomputes eᵢ.
         return x - self.column(off.m if self.blocks == 1 else self.again(off.m, off.s))
 
     def put(self, x, y, r):
@@ -196,8 +197,8 @@ class Passes(Way):
         z = self.sum(exponential(x, 0, self))
         undominated = jnp.minimum(jnp.floor(z - 0.5), 1)
 
-        # A per-row factor multiplies an input of the sum if there are few classes (`early`), and otherwise the sum
-        # itself (`late`). Each is the cheaper choice.
+        # If there are few classes, it is cheaper to multiply an input of a sum by a factor per row (`early`). Otherwise
+        # it is cheaper to multiply the sum (`late`).
         few = self.are_few(x)
 
         def early(r, a):
@@ -206,16 +207,16 @@ class Passes(Way):
         def late(r, total):
             return total if few else multiply(r, total)
 
-        # Any number per row may be subtracted from t as its center. If a class dominates, the center is the t of that
-        # class: its weight is ⌊1.25⌋ = 1, while others have ⌊1.25 eᵢ⌋ = 0, since their eᵢ < 1/2. If no class dominates,
-        # the center is a mean with weights ⌊4097.25 eᵢ⌋.
+        # Any number per row may be subtracted from t as its center. If a class dominates (`softmax.py`), the center is
+        # the t of that class: its weight is ⌊1.25⌋ = 1, and the other classes' weight is ⌊1.25 eᵢ⌋ = 0. If no class
+        # dominates, the center is a mean with weights ⌊4097.25 eᵢ⌋.
         weight = jnp.floor(self.column(1.25 + FINE * undominated) * exponential(x, 2, self))
         scale = 1 / jnp.maximum(1, FINE * undominated * lax.stop_gradient(z))
         center = late(scale, self.sum(multiply(weight, early(scale, t))))
 
-        # `others` is computed from a = eᵢ or, if there are few classes, a = qᵢ. It is 0 at a class that dominates,
-        # where a = 1 or a > 2/3, so ⌊1.6 - a⌋ = 0. It is a at all others, where a < 1/2, so ⌊1.6 - a⌋ = 1. If no class
-        # dominates, it is a at all classes, since the floor is ⌊3.6 - a⌋ ≥ 2 > a.
+        # `others` is computed from a = eᵢ or, if there are few classes, a = qᵢ. At a class that dominates, a > 2/3, so
+        # `others` is ⌊1.6 - a⌋ = 0. At all others a < 1/2, so ⌊1.6 - a⌋ = 1, and `others` is a. If no class dominates,
+        # `others` is a at all classes, since ⌊3.6 - a⌋ ≥ 2 > a.
         over_z = ratio(jnp.ones_like(z), z)
         e = early(over_z, exponential(x, 3, self))
         others = jnp.minimum(jnp.floor(self.column(1.6 + 2 * undominated) - e), e)
@@ -224,9 +225,8 @@ class Passes(Way):
             return late(over_z, self.sum(multiply(a, t - self.column(center))))
 
         mean_from_center = sum_of_others(others)
-        # The barrier keeps the last pass from sharing an array with the sums, which XLA would store. The last pass is
-        # elementwise, so it may use selects: 0.6 is between a dominant eᵢ = 1 and the others' eᵢ < 1/2, and 1.6 is
-        # above all eᵢ.
+        # Because of the barrier, the last pass shares no array with the sums: XLA would store such an array. The last
+        # pass is elementwise, so it may use selects.
         from_center = t - self.column(lax.optimization_barrier(center))
         mean = self.column(mean_from_center)
         e = exponential(x, 4, self)

@@ -1,8 +1,8 @@
-"""The way for an accelerator: one reduction with several results reads a row once, and may use selects.
+"""The way for an accelerator: one reduction with several results is one pass over the row, and may use selects.
 
-An accelerator is limited by memory bandwidth only. m, s and the entropy's sum come from the same reading of x. So all
-three are computed from the same rounding of x, and nothing cancels between them. To look up a label's logit, a GPU
-gathers, which reads next to nothing. A TPU uses a mask, during a reading for another sum.
+Here the time of an accelerator depends only on how many bytes it reads and writes. m, s and the entropy's sum come from
+one pass. So all three are computed from the same rounding of x, and nothing cancels between them. To look up a label's
+logit, a GPU gathers, which reads very little. A TPU uses a mask, in a pass that computes another sum too.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Reduction(Way):
         return self.sums(x).m
 
     def sums(self, x):
-        """m, s and t; s is NaN where m is ±∞ or NaN."""
+        """m, s and t. s is NaN in rows where m is ±∞ or NaN."""
         m, s, t = _sums_here(x, self)
         if self.mesh_axis is not None:
             here, m = m, lax.pmax(lax.stop_gradient(m), self.mesh_axis)
-            # Each device whose own maximum is less than 0.5 below m leaves its maximal class out of s. If several
-            # devices do so, `off_maximum` repairs s, since each of these classes has e > e^-0.5 = .61 > .6.
+            # Each device whose own maximum is less than 0.5 below m leaves one maximal class out of s. If several
+            # devices do so, `off_maximum` corrects s, since each of these classes has e > e^-0.5 = .61 > .6.
             depth = jnp.minimum(jnp.maximum(m, jnp.finfo(m.dtype).min) - lax.stop_gradient(here), FAR)
             e, z = exp(-depth), 1 + s
             t, s, z = map(self.over_devices, (e * (t + depth * z), e * jnp.where(depth < 0.5, s, z), e * z))
@@ -44,7 +44,7 @@ class Reduction(Way):
         m, s, _ = self.sums(x)
         m = unless_no_class(m, labels, x, self)
         d = m - self.at_label(x, labels)
-        # If s < 1/2, only the maximal class has d < log 2 = 0.69. So a d below 1/2 is mere rounding, and is set to 0.
+        # If s < 1/2, one class dominates (`softmax.py`). If then d < 1/2, this class is the label, and d is set to 0.
         d = jnp.where(jnp.maximum(s, d) < 0.5, d - lax.stop_gradient(d), d)
         return OffLabel(m, s + (1 - exp(-d)), d)
 
@@ -58,8 +58,8 @@ class Reduction(Way):
 
 @dataclasses.dataclass(frozen=True)
 class MaskedReduction(Reduction):
-    """The way for a TPU. Gathers are slow there, so it masks. XLA for TPUs fuses two sums into one pass if they share
-    m, so `again` doesn't disguise m."""
+    """The way for a TPU. Gathers are slow there, so a mask looks up labels. XLA for TPUs fuses two sums into one pass if
+    they share m, so `again` returns m itself."""
 
     def again(self, m, s):
         return m
@@ -72,8 +72,8 @@ class MaskedReduction(Reduction):
 def _sums_here(x, way):
     """m, s and t of this device's classes.
 
-    To merge two sets of classes, the set with the lower maximum is rescaled to the other's maximum. Its maximal class,
-    left out before, is added to s and t. All terms are positive, so nothing cancels.
+    To merge two sets of classes, the sums of the set with the lower maximum are rescaled to the other's maximum. The
+    maximal class of that set, left out before, is added to s and t. All terms are positive, so nothing cancels.
 
     `merged` must not call jitted functions such as `jnp.where`: XLA crashes at such a call if no result of the
     reduction is used (jaxlib 0.10 to 0.12).
@@ -89,8 +89,8 @@ def _sums_here(x, way):
 
     first = tuple(jnp.asarray(number, x.dtype) for number in (-jnp.inf, 0, 0))
     sums = lax.reduce((x, jnp.zeros_like(x), jnp.zeros_like(x)), first, merged, (x.ndim + way.axis,))
-    # Without the barrier, XLA drops results that one caller doesn't use. For another caller, which uses all results, it
-    # then computes the rest twice.
+    # Without the barrier, XLA drops the results that a caller doesn't use. If another caller uses all results, XLA then
+    # computes the others twice.
     return tuple(lax.optimization_barrier(tuple(sums)))
 
 

@@ -10,12 +10,15 @@ stay accurate too. A class with logit -∞ has probability 0. A row with a NaN, 
 If x is computed in the same program, each pass may see it rounded differently (`_jax/rows.py` says why). Then xᵢ - m at
 the maximum may differ from 0 by some ulps of m, so no formula tests for x = m. Instead there are two cases:
 
-- If Z < 3/2, one class dominates. It alone has eᵢ > 1/2, so a comparison with a margin finds it. Its xᵢ - m is set to
-  0, and its eᵢ to 1.
-- If Z ≥ 3/2, s = Z - 1, and nothing cancels. Each formula has the form log Z - (xᵢ - m) or eᵢ/Z, in which m drops out,
-  however it is rounded.
+- If Z < 3/2, one class dominates: its q is 1/Z > 2/3. Up to rounding, its xᵢ - m is 0 and its eᵢ is 1. All other
+  classes have eᵢ ≤ s < 1/2 and xᵢ - m < log 1/2 = -0.69. So a threshold such as eᵢ > 0.6 or xᵢ - m > -0.5 finds the
+  class that dominates. Its xᵢ - m is then set to 0, and its eᵢ to 1.
+- If Z ≥ 3/2, no class dominates. Then s = Z - 1, and nothing cancels. Each formula has the form log Z - (xᵢ - m) or
+  eᵢ/Z, in which m drops out, however it is rounded. Up to rounding, all eᵢ ≤ 1 and all xᵢ - m ≤ 0. So if the thresholds
+  are raised by 1 or more, no class is above them: formulas add `Normalizer.undominated`, which is 0 in the first case
+  and ≥ 1 in the second.
 
-How the sums are computed depends on the platform: a kernel is called with the `Way` (`way.py`) of its platform.
+How the sums are computed depends on the platform: a kernel is called with the way of its platform (`way.py`).
 """
 
 from __future__ import annotations
@@ -36,10 +39,10 @@ from jce._softmax.way import Way
 def surprisal_at_label(off: OffLabel) -> Array:
     """log 1/q_y = log(1 + s e^d) = d + log(e^-d + s)."""
     _, s, d = off
-    # With d = near + rest, the loss is rest + log1p(s e^near - (1 - e^-rest)). For a label near the maximum, near = d,
-    # so the loss is log1p(s e^d), and the rounding of x and m adds only relative errors. If s < 1/2, near = d too: here
-    # s + e^-d may be tiny, and the argument of log1p would cancel to nearly -1. Since d < 16 in this case
-    # (`known_label.py`), e^d doesn't overflow.
+    # With d = near + rest, the loss is rest + log1p(s e^near - (1 - e^-rest)). For a label near the maximum (d ≤ 1),
+    # near = d. So the loss is log1p(s e^d), and the rounding of x and m adds only relative errors. If s < 1/2, near = d
+    # too. Otherwise s + e^-d might be tiny, and the argument of log1p would cancel to nearly -1. If s < 1/2, d < 16
+    # (`known_label.py`), so e^d doesn't overflow.
     near = jnp.where(s < 0.5, d, jnp.minimum(d, 1))
     rest = d - near
     return rest + log1p(s * exp(near) - (1 - exp(-rest)))
@@ -78,8 +81,8 @@ def centered(t: Array, x: Array, way: Way) -> Array:
 
 
 def unless_nan(z, tangent, t, way):
-    """The tangent. In a NaN row it is NaN where t ≠ 0, but 0 where t = 0. Without this function the whole tangent of
-    such a row would be NaN, because the sums over the row are NaN."""
+    """The tangent. In a row with a NaN, the result is NaN where t ≠ 0, but 0 where t = 0. Without this function the
+    whole tangent of such a row would be NaN, because the sums over the row are NaN."""
     zero = lax.stop_gradient(way.column(z - z))  # or NaN; jax_debug_nans would stop at a constant NaN
     nan = mul0(jnp.broadcast_to(zero, t.shape), t)
     number = z <= jnp.finfo(z.dtype).max  # z ≥ 1 or NaN; with isfinite XLA wouldn't fuse the chain of `chain.py`
@@ -132,7 +135,7 @@ def _logsumexp_rule(classes, primals, tangents):
 @kernel
 def _mean(t, x, way):
     _, z, _, mean, _ = way.deviation(t, x)
-    # This is `mean`, not the sum of softmax(x) t. If passes round x differently, the qᵢ in that sum don't add up to 1,
-    # but the qᵢ in `mean` do, to the last digit.
+    # The result is `mean`, not the sum of softmax(x) t. If passes round x differently, the qᵢ in that sum don't add up
+    # to 1, but the qᵢ in `mean` do, to the last digit.
     nan = way.sum(mul0(jnp.broadcast_to(way.column(lax.stop_gradient(z - z)), t.shape), t))
     return jnp.where(jnp.isfinite(z), mean, nan)

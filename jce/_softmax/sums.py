@@ -1,6 +1,6 @@
-"""The results of passes over a row: m = max x, and sums of eᵢ = exp(xᵢ - m). Their normalizer is Z = Σ eᵢ = 1 + s.
+"""The results of passes over a row: m = max x, and sums of eᵢ = exp(xᵢ - m). The normalizer is Z = Σ eᵢ = 1 + s.
 
-`softmax.py` explains why there is an s."""
+`softmax.py` explains why s is computed, and not only Z."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Sums(NamedTuple):
 
 
 class OffLabel(NamedTuple):
-    """Some m, s = Σ exp(xᵢ - m) over all classes except the label, and d = m - x_y (NaN for a label out of range)."""
+    """m, s = Σ exp(xᵢ - m) over all classes except the label y, and d = m - x_y (NaN for a label out of range). m need
+    not be the maximum."""
 
     m: Array
     s: Array
@@ -52,7 +53,7 @@ class Normalizer(NamedTuple):
 
     @property
     def undominated(self) -> Array:
-        """0 if one class dominates (s < 1/2, so Z < 3/2 and its q > 2/3), and 1 or more if none does."""
+        """0 if one class dominates (s < 1/2), and 1 or more if none does (`softmax.py`)."""
         return jnp.floor(self.s + 0.5)
 
     def surprisal(self, x: Array, way: Way) -> Array:
@@ -60,11 +61,9 @@ class Normalizer(NamedTuple):
         return way.column(self.log_z) - way.depth(x, self)
 
     def depth_and_dominant(self, x: Array, m: Array, way: Way) -> tuple[Array, Array]:
-        """Returns `Way.depth`, and which class dominates. It uses a select, which is free only in an elementwise pass.
-        Each such pass has its own m."""
+        """`Way.depth` for a pass that has its own m, and a mask of the class that dominates. This method uses a select,
+        so it is for elementwise passes: on a CPU, a select inside a sum isn't free."""
         d = x - way.column(m)
-        # If one class dominates, its d is near 0 > -0.5, and all other d are below log 1/2 = -0.69. If none dominates,
-        # no d is above 0.5.
         dominant = d > way.column(self.undominated - 0.5)
         return jnp.where(dominant, jnp.zeros_like(d), d), dominant
 
@@ -78,7 +77,7 @@ class Exponentials(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """The numbers of one row that a pass of `_softmax/compare.compare` uses: m, qᵢ, and which class dominates."""
+    """What a pass of `compare.compare` needs of one of its two rows: m, qᵢ, and a mask of the class that dominates."""
 
     m: Array
     q: Array

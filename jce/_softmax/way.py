@@ -1,8 +1,7 @@
 """The interface through which formulas sum over classes: a `Way`. Each kind of platform has its own subclass.
 
-With m = max x and eᵢ = exp(xᵢ - m), Z = Σ eᵢ = 1 + s. (`softmax.py` explains why there is an s.) This file has the
-methods that all platforms share. If platforms differ, the method here is for those on which a select inside a sum costs
-nothing.
+With m = max x and eᵢ = exp(xᵢ - m), Z = Σ eᵢ = 1 + s (`softmax.py`). This file has the methods that several platforms
+share. If platforms differ, the method here is for those on which a select inside a sum costs nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Way(Classes, ABC):
     # Sums over classes
 
     def for_log_sum(self, x: Array) -> Way:
-        """The way for a formula that uses m itself, not only x - m."""
+        """The way for a formula such as m + log Z, which uses m itself, not only x - m."""
         return self
 
     @abstractmethod
@@ -66,8 +65,8 @@ class Way(Classes, ABC):
         return self.off_label(labels, x)
 
     def exponentials_off_label(self, labels: Array, x: Array) -> tuple[OffLabel, Array]:
-        """`off_label_of_any_shift` and exp(xᵢ - m), for a kernel whose result is an array computed from these
-        exponentials. At the label the exponential is arbitrary."""
+        """The results of `off_label_of_any_shift`, and exp(xᵢ - m), which is arbitrary at the label. For a kernel whose
+        result is an array computed from these exponentials."""
         off = self.off_label_of_any_shift(labels, x)
         return off, exp(self.depth_off_label(x, off))
 
@@ -97,9 +96,10 @@ class Way(Classes, ABC):
     # Elementwise functions that take sums
 
     def comparison(self, x: Array, stored: bool) -> tuple[Normalizer, Callable[[Array], Compared]]:
-        """The normalizer, and a function that each pass over both rows calls with s ≥ 0, a result of the previous pass.
+        """The normalizer of a row, and a function that returns the row's `Compared`. Each pass over both rows calls the
+        function with s ≥ 0, a result of the previous pass (see `again`).
 
-        `stored` is for a kernel that reads the function's result several times.
+        With `stored`, qᵢ is kept in memory, for a kernel that reads it several times.
         """
         n = self.normalizer(x)
 
@@ -111,11 +111,12 @@ class Way(Classes, ABC):
         return n, compared
 
     def again(self, m: Array, s: Array) -> Array:
-        """m, disguised so that XLA doesn't share exp(x - m) between passes, which would store N × n numbers. s ≥ 0 is a
-        result of the previous pass, so max(m, m - s) is m."""
+        """m for the next pass, in a form that XLA doesn't recognize as m. Otherwise XLA would share exp(x - m) between
+        the passes, and store N × n numbers. s ≥ 0 is a result of the previous pass, so max(m, m - s) is m."""
         return jnp.maximum(m, m - s)
 
     def exponential_of_pass(self, x: Array, number: int) -> Array:
+        """eᵢ for pass `number` of a kernel. A platform may compute it separately in each pass, or store it once."""
         return exp(x - self.column(self.maximum(x)))
 
     def stored(self, e: Array) -> Array:
@@ -124,11 +125,11 @@ class Way(Classes, ABC):
 
     def depth(self, x: Array, n: Normalizer) -> Array:
         """xᵢ - m ≤ 0, and exactly 0 at a class that dominates."""
-        # The result is min(max(2d + lift, d), 0). If one class dominates, lift = 0.6. The d of this class is above
-        # -0.3, so 2d + 0.6 > 0, and the result is 0. All other classes have d < log 1/2 = -0.69 < -0.6, so 2d + 0.6 <
-        # d. If no class dominates, lift < -9e29, so 2d + lift < d. The barrier makes XLA compute these numbers, and the
-        # constant 0, once per row and for this pass only. XLA would store a constant shared by two passes
-        # (`passes.py`).
+        # The result is min(max(2d + lift, d), 0). If one class dominates (`softmax.py`), lift = 0.6: then 2d + 0.6 > 0
+        # at this class, whose d > -0.3, so the result is 0. At all others d < -0.6, so 2d + 0.6 < d, and the result is
+        # d. If no class dominates, lift < -9e29, so 2d + lift < d at all classes. The barrier makes XLA compute these
+        # numbers, and the constant 0, once per row and for this pass only: XLA would store an array for a constant that
+        # two passes share (`passes.py`).
         m, lift, zero = map(self.column, lax.optimization_barrier((n.m, 0.6 - 1e30 * n.undominated, 0 * n.s)))
         d = x - m
         depth = jnp.minimum(jnp.maximum(d + (d + lift), d), zero)
@@ -143,7 +144,8 @@ class Way(Classes, ABC):
         return jnp.where(self.is_at(x, y), self.column(r), x)
 
     def scattered(self, x: Array, y: Array, r: Array) -> Array:
-        """The same as `put`, for an x that nothing else reads: a scatter in place, which reads no other entries."""
+        """The result of `put`, computed by a scatter. If no other operation reads x, XLA scatters in place, which
+        touches no other entries."""
         y = jnp.where(self.has(x, y), y, jnp.full_like(y, x.shape[-1]))  # a negative index would count from the end
         return x.at[jnp.arange(y.size), y].set(r, mode="drop")
 
@@ -194,16 +196,17 @@ def _exponential_rule(number, way, primals, tangents):
 def off_maximum(z: Array) -> Array:
     """Z - 1 for Z ≥ 4.6/3 = 1.53. For a smaller Z it is 4Z - 5.6, which is less than Z - 1, and ≤ 0 for Z ≤ 1.4.
 
-    max(s, off_maximum(Z)) repairs a masked sum s that leaves out more classes than one maximal class. These have
-    e > 0.6, so Z > 1.6. A small s, of which Z - 1 would keep no digit, is not changed. The function is continuous, so
-    passes that round Z differently get nearly the same s.
+    A masked sum leaves out every class with e above a threshold ≥ 0.6. If that is more than one class, Z > 1.6, and
+    max(s, off_maximum(Z)) is Z - 1 instead of the sum s. If it is one class, max(s, off_maximum(Z)) is s up to
+    rounding, and exactly s for Z ≤ 1.4, where Z - 1 would lose digits of s. The function is continuous, so passes that
+    round Z differently get nearly the same s.
     """
     return jnp.minimum(z - 1, 4 * z - 5.6)
 
 
 def with_derivative_of(a: Array, b: Array) -> Array:
-    """a, with the derivative of b. If classes are split over devices, m is a constant. So the derivative of a sum
-    without the maximal class lacks the part of that class, and another expression must provide the derivative."""
+    """a, with the derivative of b. If classes are split over devices, derivatives treat m as a constant. So the
+    derivative of a sum without the maximal class lacks the term of that class, and b must provide the derivative."""
     # Until JAX 0.12: JAX loses the kernels' rules in the head's loop. With these rules, this would be unnecessary.
     return lax.stop_gradient(a) + (b - lax.stop_gradient(b))
 

@@ -1,4 +1,4 @@
-"""The benchmarks: what they compare, what they count, and that the README's figures are theirs."""
+"""Tests of the benchmarks: comparisons, counts, printed tables, and the README's figures."""
 
 import dataclasses
 import functools
@@ -43,15 +43,15 @@ def task(label: str) -> Task:
     return next(t for t in TASKS if t.label == label)
 
 
-def test_every_function_has_its_task():
+def test_every_function_has_a_task():
     left_out = {"check_distribution", "on_mesh", "Linear"}
     assert {t.name for t in TASKS} == set(jce.__all__) - left_out
 
 
 @pytest.mark.parametrize("t", TASKS, ids=lambda t: t.label)
-@pytest.mark.slow  # without the bench extra there are few peers
-def test_jce_and_its_peers_do_the_same(t, rng):
-    """In value, on ordinary arguments: who is in the wrong place or has its arguments swapped is found here."""
+@pytest.mark.slow  # without the extra `bench`, few libraries are there
+def test_all_libraries_do_the_same(t, rng):
+    """On ordinary arguments, all libraries return the same values. This finds wrong functions and swapped arguments."""
     arrays = t.sample(rng, 8, 5, 4)
     found = {}
     for library, f in t.contenders().items():
@@ -61,13 +61,13 @@ def test_jce_and_its_peers_do_the_same(t, rng):
     assert all(speed.same(x, found["jce"]) for x in found.values())
 
 
-def test_a_library_that_is_not_installed_is_skipped_by_name(monkeypatch):
+def test_a_missing_library_is_listed_and_skipped(monkeypatch):
     monkeypatch.setitem(peers.LIBRARIES, "optax", (None, peers.JAX))
     assert "optax" in peers.missing()
     assert "optax" not in task("kl_divergence").contenders()
 
 
-def test_a_gpu_has_the_libraries_that_run_on_it():
+def test_cpu_libraries_are_skipped_on_a_gpu():
     assert not {"torch", "scipy"} & set(task("entropy").contenders("gpu"))
 
 
@@ -78,12 +78,12 @@ def test_errors_are_counted():
     truths = [accuracy.Truth(row, 0, mp.mpf(x), mp.mpf(x), 0.5) for row, x in enumerate((1, 1, 2, 4, 1e-300))]
     got = np.array([[1.0], [np.nan], [-2.0], [0.0], [5.0]], np.float32)
     (statistics,) = accuracy.judged(["a"] * 5, truths, got, np.float32).values()
-    assert statistics["of"] == 4  # a result below the normal range is out
+    assert statistics["of"] == 4  # a result below the normal range is not counted
     assert (statistics["nan"], statistics["wrong sign"], statistics["zero"]) == (1, 1, 1)
     assert statistics["max"] == statistics["beyond"] == np.inf
 
 
-def test_another_function_is_said_to_disagree(monkeypatch):
+def test_a_wrong_function_is_reported_to_disagree(monkeypatch):
     t = task("binary_entropy")
     monkeypatch.setitem(t.functions, "jax", lambda alpha: 1.01 * jce.binary_entropy(alpha))
     agrees = {(x["library"], x["quantity"]): x["agrees"] for x in accuracy.measure(t, 1, np.float32)}
@@ -92,7 +92,7 @@ def test_another_function_is_said_to_disagree(monkeypatch):
     assert not agrees["jax", "∂alpha"]
 
 
-def test_a_kernel_beyond_its_bar_is_found(monkeypatch):
+def test_an_error_beyond_its_bar_is_found(monkeypatch):
     t = task("binary_entropy")
     monkeypatch.setitem(t.functions, "jce", lambda alpha: (1 + 1e-5) * jce.binary_entropy(alpha))
     lines = list(accuracy.measure(t, 1, np.float32))
@@ -103,7 +103,7 @@ def test_a_kernel_beyond_its_bar_is_found(monkeypatch):
 # Speed
 
 
-def test_interleaved_gives_a_time_a_turn():
+def test_interleaved_returns_one_time_per_turn():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
     seconds = speed.interleaved(calls, dict.fromkeys("ab", lambda result: None), 4, 0.0)
@@ -111,8 +111,8 @@ def test_interleaved_gives_a_time_a_turn():
     assert all(x.shape == (4,) and (x >= 0).all() for x in seconds.values())
 
 
-def test_the_heads_floor_is_its_products(rng):
-    """Those of the gradient, and of its derivative along a direction."""
+def test_matmuls_of_the_floor_of_heads(rng):
+    """`seven_products` returns the derivative of `three_products`, the matmuls of the gradient, along a direction."""
     h, w, dh, dw = (rng.standard_normal(s).astype(np.float32) for s in ((4, 3), (5, 3), (4, 3), (5, 3)))
     _, expected = jax.jvp(lambda h, w: speed.three_products(None, h, w), (h, w), (dh, dw))
     for x, e in zip(speed.seven_products(None, h, w, dh, dw), expected, strict=True):
@@ -120,7 +120,7 @@ def test_the_heads_floor_is_its_products(rng):
 
 
 @pytest.mark.parametrize(("mode", "products"), [(VALUE, 2), (GRADIENT, 4), (HVP, 8)])
-def test_the_floor_of_two_heads_has_one_product_more(mode, products):
+def test_the_floor_of_two_heads_has_one_more_matmul(mode, products):
     t = task("linear_kl_divergence")
     shapes = t.shapes(8, 5, 4)
     shapes += [shapes[i] for i in t.trained] if mode == HVP else []
@@ -183,8 +183,8 @@ def test_lines_of_a_first_call():
 # Accelerators
 
 
-def test_the_floor_of_losses_is_reading_and_writing_once():
-    """In passes over the logits: 2 for a gradient, and of all libraries the one of the fewest arguments counts."""
+def test_the_floor_of_losses_reads_and_writes_once():
+    """The floor is that of the library whose compiled program has the fewest arguments."""
     case = accelerators.Case("v5e", "entropy_with_logits", "ResNet-50", ())
     what = accelerators.measured(case)
     shape = f"f32[{what.shape[0]},{what.shape[1]}]{{1,0:T(8,128)}}"
@@ -200,7 +200,7 @@ def test_the_floor_of_losses_is_reading_and_writing_once():
     ("label", "gradient", "hvp"),
     [("linear_cross_entropy", 3, 7), ("linear_map", 3, 7), ("linear_kl_divergence", 4, 8)],
 )
-def test_the_floor_of_heads_is_their_products(label, gradient, hvp):
+def test_the_floor_of_heads_is_the_time_of_their_matmuls(label, gradient, hvp):
     what = accelerators.measured(accelerators.Case("h100", label, "Llama 3.1 8B", ()))
     product = 2 * 8192 * 4096 * 128_256 / 989e12
     assert accelerators.floor(what, GRADIENT, "h100", []) == pytest.approx(gradient * product)
@@ -209,7 +209,7 @@ def test_the_floor_of_heads_is_their_products(label, gradient, hvp):
 
 @pytest.mark.parametrize("label", accelerators.HEAD_FUNCTIONS)
 @pytest.mark.in_turn(3)
-def test_the_heads_compared_are_the_same_loss(label, rng):
+def test_compared_heads_have_the_same_loss(label, rng):
     what = accelerators.measured(accelerators.Case("h100", label, "Llama 3.1 8B", ()))
     sample = task(label).sample(rng, 8, 5, 4)
     arrays = [x.astype(dtype) for x, (_, dtype) in zip(sample, what.arguments, strict=True)]
@@ -245,7 +245,7 @@ FASTER = COMPILED | {"library": "optax, float32 logits", "roofline": 2e-3, "roof
 CANNOT = {key: COMPILED[key] for key in ("bench", "function", "mode", "model", "device")} | {"cannot": "TypeError"}
 
 
-def test_jce_is_beside_the_peer_of_the_shortest_roofline(tmp_path):
+def test_jce_is_compared_with_the_fastest_library(tmp_path):
     lines = [COMPILED, SLOWER, FASTER, CANNOT | {"library": "tokamax"}, COMPILED | {"device": "v5e"}]
     h100, v5e = tables.TABLES["accelerators"](lines)
     cells = [next(iter(column.cells)) for column in h100.columns]
@@ -258,14 +258,14 @@ def test_jce_is_beside_the_peer_of_the_shortest_roofline(tmp_path):
         assert (tmp_path / f"x-{kind}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_compiled_has_no_noise_and_belongs_to_a_device():
+def test_compiled_results_have_no_noise_and_are_compared_per_device():
     worse = COMPILED | {"roofline_over_floor": 2.05}
     assert moved(COMPILED, worse) == [("roofline / floor", 2.0, 2.05)]
     assert moved(COMPILED, worse | {"device": "v5e"}) == []
     assert moved(COMPILED, CANNOT | {"library": "jce"}) == []
 
 
-def test_a_cost_below_the_floor_or_too_few_products_or_none_of_jce_is_an_error():
+def test_impossible_costs_and_missing_results_are_errors():
     head = COMPILED | {"function": "linear_kl_divergence", "mode": HVP, "shape": [8, 4, 5]}
     whole, a_product_less = (head | {"operations": {"bf16": products * 2 * 8 * 4 * 5}} for products in (8, 7))
     accelerators.check([COMPILED, CANNOT | {"library": "tokamax"}, whole])
@@ -274,7 +274,7 @@ def test_a_cost_below_the_floor_or_too_few_products_or_none_of_jce_is_an_error()
             accelerators.check([line])
 
 
-def test_without_the_compilers_one_line_says_what_to_install(monkeypatch, tmp_path, capsys):
+def test_missing_compilers_are_reported_in_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(accelerators, "missing", lambda: ["jax[tpu]"])
     assert main(["accelerators", "--out", str(tmp_path)]) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "accelerators" in x]
@@ -290,11 +290,11 @@ def test_lines_of_accelerators():
     accelerators.check(lines)
     assert {(x["device"], x["mode"]) for x in lines} == {(d, m) for d in ("h100", "v5e") for m in (VALUE, GRADIENT)}
     values = {x["device"]: x for x in lines if x["library"] == "jce" and x["mode"] == VALUE}
-    assert values["h100"]["passes"] == 2  # an elementwise function of one array
+    assert values["h100"]["passes"] == 2  # one array is read and one is written
     assert (values["h100"]["cycles"], values["v5e"]["cycles"] > 0) == (0, True)
 
 
-def test_a_child_that_fails_is_an_error_that_says_why(capfd):
+def test_a_failed_child_raises_and_prints_its_error(capfd):
     with pytest.raises(subprocess.CalledProcessError):
         list(children.lines("bench.accelerators", [["h100", "nothing", "digits", ["value"]]], dict(os.environ), True))
     assert "StopIteration" in capfd.readouterr().err
@@ -319,9 +319,9 @@ def moved(old, new):
     return [(name, before, now) for _, name, before, now in results.moved([old], [new])]
 
 
-def test_what_moved():
+def test_moved_results():
     assert moved(LINE, LINE | {"over_floor": [1.1, 1.2, 1.3]}) == []  # the quartiles overlap
-    assert moved(LINE, LINE | {"over_floor": [1.201, 1.205, 1.21]}) == []  # not a tenth
+    assert moved(LINE, LINE | {"over_floor": [1.201, 1.205, 1.21]}) == []  # the change is less than a tenth
     assert moved(LINE, LINE | {"over_floor": [1.3, 1.4, 1.5]}) == [("time / floor", 1.1, 1.4)]
     assert moved(LINE, LINE | {"library": "other", "over_floor": [9.0] * 3}) == []
     assert moved(SEARCH, SEARCH | {"worst": [{"ulps": 6.5}]}) == [("largest ulps", 4.0, 6.5)]
@@ -330,7 +330,7 @@ def test_what_moved():
     assert moved(ULPS, ULPS | {"regimes": {"a": {"median": 0.1, "max": None}}}) == [("ulps, a", 1.5, np.inf)]
 
 
-def test_lines_are_strict_json_and_come_back(tmp_path):
+def test_lines_are_strict_json_and_can_be_read_back(tmp_path):
     path = tmp_path / "x.jsonl"
     results.write([LINE | {"infinite": np.inf, "worst": [{"ulps": np.inf}]}], path)
     (line,) = path.read_text().splitlines()
@@ -339,7 +339,7 @@ def test_lines_are_strict_json_and_come_back(tmp_path):
     assert results.merged([LINE], [LINE | {"over_floor": [2.0] * 3}]) == [LINE | {"over_floor": [2.0] * 3}]
 
 
-def test_an_environment_says_what_was_measured_on():
+def test_results_record_their_environment():
     line = results.complete({"library": "optax"}, "speed", results.environment({"quick": True}))
     assert {"commit", "device", "python", "jax", "settings", "optax"} <= set(line["environment"])
 
@@ -358,12 +358,12 @@ def test_a_run_writes_a_table_lines_and_a_picture(tmp_path, capsys):
     assert "Moved beyond the noise" in capsys.readouterr().out
 
 
-def test_a_name_that_a_benchmark_has_not(tmp_path, capsys):
+def test_a_benchmark_without_the_requested_function(tmp_path, capsys):
     assert main(["memory", "--quick", "--only", "binary_entropy", "--out", str(tmp_path)]) == 0
     assert "memory: nothing that it measures has 'binary_entropy' in its name" in capsys.readouterr().out
 
 
-# What is claimed, on this device
+# Verification of the claims on this device
 
 H100, V5E, A100 = "NVIDIA H100 80GB HBM3", "TPU v5 lite", "NVIDIA A100-SXM4-40GB"
 
@@ -380,7 +380,7 @@ def verdicts(found, lines: list[dict]) -> dict[str, list]:
     return verdicts
 
 
-def test_verify_says_what_holds_and_where_to_send_it(tmp_path, capsys):
+def test_verify_prints_results_and_the_file_to_send(tmp_path, capsys):
     assert main(["verify", "--quick", "--only", "binary_kl_divergence", "--out", str(tmp_path)]) == 0
     path = tmp_path / "verify-cpu-quick.jsonl"
     printed = capsys.readouterr().out
@@ -399,7 +399,7 @@ def test_verify_prints_no_empty_column_or_count():
     lines = on(A100, [corners, optax | {"jce_over_it": [1.0, 1.1, 1.2], "shape": [1]}])
     printed = {table.title: table for table in tables.TABLES["verify"](lines)}
     headers = {title: [str(column.header) for column in table.columns] for title, table in printed.items()}
-    assert headers["Time divided by optax's"] == ["function", "measured", "detail"]  # nothing is claimed for an A100
+    assert headers["Time divided by optax's"] == ["function", "measured", "detail"]  # there are no claims for an A100
     assert "Nothing is claimed" in printed["Time divided by optax's"].caption
     assert headers["At 0, 1, ±∞ and NaN: entries that differ from the docstrings"][-1] == "holds"
     held = dict(zip(*(column.cells for column in printed["What holds"].columns), strict=True))
@@ -407,13 +407,13 @@ def test_verify_prints_no_empty_column_or_count():
     assert set(held.values()) == {"1 of 1"}
 
 
-def test_an_accelerator_is_held_to_its_own_bounds():
+def test_an_accelerator_has_its_own_bounds():
     line = {"function": "linear_cross_entropy", "library": "jce", "quantity": "value", "arguments": "any", "ulps": 9.0}
     assert verdicts(claims.of_ulps, on("CPU, 2 cores", [line])) == {"linear_cross_entropy": [False]}
     assert verdicts(claims.of_ulps, on(H100, [line])) == {"linear_cross_entropy": [True]}
 
 
-def test_a_kernel_that_loses_its_digits_does_not_hold(monkeypatch):
+def test_the_claims_fail_for_an_inaccurate_function(monkeypatch):
     def textbook(x):
         return jax.nn.logsumexp(x, axis=-1) - x[..., 0]
 
@@ -425,16 +425,16 @@ def test_a_kernel_that_loses_its_digits_does_not_hold(monkeypatch):
     assert list(verdicts(claims.of_corners, lines).values()) == [[False]]
     with pytest.raises(AssertionError, match="A float32 value or first derivative"):
         verify.check(on("CPU, 2 cores", lines))
-    verify.check(on(H100, lines))  # of which it is asked
+    verify.check(on(H100, lines))  # the check is only for CPUs
 
 
 @pytest.mark.parametrize("name", heads.LOSSES_OF_HEADS)
 @pytest.mark.in_turn(7)
-def test_heads_are_near_float64s(name):
+def test_heads_are_close_to_float64(name):
     assert verdicts(claims.of_heads, heads.head_errors(name, tokens=256, n=100)) == {name: [True] * 3}
 
 
-def test_a_wrong_head_does_not_hold(monkeypatch):
+def test_the_claims_fail_for_a_wrong_head(monkeypatch):
     loss = jce.linear_cross_entropy
     monkeypatch.setattr(jce, "linear_cross_entropy", lambda *args, **options: (1 + 1e-5) * loss(*args, **options))
     lines = heads.head_errors("linear_cross_entropy", tokens=256, n=100)
@@ -444,8 +444,8 @@ def test_a_wrong_head_does_not_hold(monkeypatch):
 
 
 @pytest.mark.needs_jit
-def test_what_an_accelerator_is_asked_for():
-    """Its programs, of few tokens on this CPU: each gives what jce's does, and what is said of it is found."""
+def test_verify_on_accelerators():
+    """The programs for accelerators, run here with few tokens: results agree, and each device's claims are found."""
     asked, of_heads = times.timed(False, "gpu"), {"linear_cross_entropy", "linear_map", "linear_kl_divergence"}
     assert {x.task.label for x in asked} == set(times.LOSSES) | of_heads
     (chunked,) = [x for x in asked if len(x.task.functions) > 2]
@@ -465,7 +465,7 @@ def test_what_an_accelerator_is_asked_for():
         assert all(f"On {device}, JAX 0, PJRT 1" in table.caption for table in printed)
 
 
-def test_each_program_of_an_accelerator_is_one_that_was_compiled():
+def test_programs_for_accelerators_have_published_results():
     for x in times.timed(False, "tpu"):
         of = {"function": x.task.label, "model": x.model.name, "mode": x.mode}
         for name in x.task.functions:
@@ -473,14 +473,14 @@ def test_each_program_of_an_accelerator_is_one_that_was_compiled():
             assert known == {None if "chunks" in name else x.mode}
 
 
-def test_an_accelerators_runtime_and_its_driver_are_named(monkeypatch):
+def test_an_accelerators_runtime_and_driver_are_recorded(monkeypatch):
     device = types.SimpleNamespace(client=types.SimpleNamespace(platform_version="PJRT C API\ncuda 12090"))
-    asked = types.SimpleNamespace(stdout="580.65.06\n580.65.06\n")  # of two
+    asked = types.SimpleNamespace(stdout="580.65.06\n580.65.06\n")  # for two GPUs
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: asked)
     assert results.driver(device) == "PJRT C API cuda 12090, 580.65.06"
 
 
-def test_where_the_cpu_is_hidden_one_line_says_what_to_set(monkeypatch, capsys):
+def test_a_hidden_cpu_is_reported_in_one_line(monkeypatch, capsys):
     def hidden():
         raise RuntimeError("Unknown backend cpu")
 
@@ -493,7 +493,7 @@ def test_where_the_cpu_is_hidden_one_line_says_what_to_set(monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
-def test_what_fails_is_told_and_the_rest_goes_on(monkeypatch):
+def test_a_failure_is_reported_and_other_checks_run(monkeypatch):
     def fails(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
@@ -505,7 +505,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(monkeypatch):
     assert "edge cases of binary_kl_divergence: RESOURCE_EXHAUSTED" in found.detail
 
 
-def test_the_readmes_bounds_beside_optax():
+def test_the_readmes_bounds_relative_to_optax():
     text = (results.FOLDER.parents[1] / "README.md").read_text(encoding="utf-8")
     for name, bound in claims.OVER_OPTAX.items():
         assert f"| `{name}` | {bound} |" in text
@@ -514,7 +514,7 @@ def test_the_readmes_bounds_beside_optax():
 # The README
 
 
-def test_the_readmes_figures_are_those_of_the_results():
+def test_the_readmes_figures_match_the_results():
     text = readme.README.read_text(encoding="utf-8")
     assert set(readme.TABLES) == {name for _, name, _ in readme.BLOCK.findall(text)}
     assert readme.rendered(text) == text, "run python -m bench.readme"
@@ -527,7 +527,7 @@ def test_the_picture_has_its_panels():
 
 @pytest.mark.slow
 def test_the_overview(tmp_path, optax_promotes):
-    """Both steps are the same, jce's with less memory; and its loss is never 0, where optax's is from 15 on."""
+    """Both steps compute the same, and jce's needs less memory. At large margins optax's loss is 0, but jce's isn't."""
     words, labels = np.arange(6).reshape(2, 3), np.arange(1, 7).reshape(2, 3)
     params = {"table": jax.random.normal(jax.random.key(0), (32, 4)), "dense": jnp.eye(4)}
     ours, theirs = (

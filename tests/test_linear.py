@@ -40,7 +40,8 @@ CHOICES = {
 
 def possible(values) -> bool:
     chosen = dict(zip(CHOICES, values, strict=False))
-    infinite = chosen.get("label_smoothing") or chosen.get("numbers") == "traced"  # the loss, or its derivative in ε
+    # The loss is then infinite, or its derivative with respect to the smoothing ε
+    infinite = chosen.get("label_smoothing") or chosen.get("numbers") == "traced"
     return not (chosen.get("bias") == "forbidding" and infinite)
 
 
@@ -79,7 +80,7 @@ def chosen_arguments(options, rng):
 @pytest.mark.parametrize("options", PAIRWISE, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.in_turn(12)
 def test_every_pair_of_options(options, rng, monkeypatch):
-    """Value, gradient and Hessian-vector product in every differentiable argument, in float64, as on each platform."""
+    """Value, gradient and Hessian-vector product with respect to each argument, in float64, as on each platform."""
     options = dict(options)
     platform = getattr(_platforms, options.pop("platform"))
     monkeypatch.setattr(_platforms, "CPU", platform)
@@ -111,7 +112,7 @@ def test_every_pair_of_options(options, rng, monkeypatch):
     [{"temperature": np.linspace(0.5, 2, N)}, {"label_smoothing": 0.1, "logit_soft_cap": 2.0}],
     ids=["a temperature for each token", "smoothing under a soft cap"],
 )
-def test_what_an_accelerator_reads_more_than_once(options, rng, monkeypatch):
+def test_options_that_need_two_passes_on_an_accelerator(options, rng, monkeypatch):
     """Value and gradient in float64, summed as on a TPU, with options whose logits can't be reduced in one pass."""
     monkeypatch.setattr(_platforms, "CPU", _platforms.TPU)
     labels, h, w = rng.integers(0, CLASSES, N), rng.standard_normal((N, D)), rng.standard_normal((CLASSES, D))
@@ -128,7 +129,7 @@ def test_what_an_accelerator_reads_more_than_once(options, rng, monkeypatch):
 
 
 def confident(rng, tokens=24, n=13, dtype=np.float32):
-    """Labels, and random logits, with from -20 to 80 added to the label's logit."""
+    """Labels and random logits. A number from -20 to 80 is added to the logit of each label."""
     x = rng.standard_normal((tokens, n))
     labels = rng.integers(0, n, tokens)
     x[np.arange(tokens), labels] += np.linspace(-20, 80, tokens)
@@ -139,7 +140,7 @@ def confident(rng, tokens=24, n=13, dtype=np.float32):
 @pytest.mark.parametrize("smoothing", [0.0, 0.25])
 @pytest.mark.slow
 def test_an_identity_as_head_changes_nothing(chunk_size, smoothing, rng):
-    """Value and gradient equal those of the label loss to a few ulps, so they are within its bars, for any chunks."""
+    """With the identity as head, value and gradient equal those of the dense loss to a few ulps, for any chunk size."""
     labels, x = confident(rng)
     eye = np.eye(x.shape[1], dtype=np.float32)
 
@@ -169,8 +170,8 @@ def test_an_identity_as_head_changes_nothing(chunk_size, smoothing, rng):
 
 
 @pytest.mark.slow
-def test_confident_tokens_keep_their_digits(rng):
-    """If the head is a rotation, the error is that of rounding x, some ulps of |h| |W|. The tail isn't lost."""
+def test_confident_tokens_stay_accurate(rng):
+    """With a rotation as head, relative errors are those of rounding x (some ulps of |h| |W|), even for tiny losses."""
     labels, x = confident(rng, n=16)
     rotation = np.linalg.qr(rng.standard_normal((16, 16)))[0].astype(np.float32)
     hidden = (x @ rotation).astype(np.float32)
@@ -198,8 +199,7 @@ def test_confident_tokens_keep_their_digits(rng):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.slow
 def test_half_precision(dtypes, reduction, rng):
-    """Compared with float64 for the same numbers: the loss is as exact as in float32, and gradients are rounded only
-    once, for any number of chunks."""
+    """The loss is as accurate as in float32. Gradients are rounded once, even for a sum over 128 chunks."""
     tokens, d, n = 256, 16, 32
     labels = np.full(tokens, 3)
     h = jnp.asarray(rng.standard_normal((tokens, d)) + 1, dtypes[0])
@@ -216,12 +216,12 @@ def test_half_precision(dtypes, reduction, rng):
         exact_gradients = [np.asarray(e) for e in exact_gradients]
     np.testing.assert_allclose(value, exact, rtol=2e-6)
     for g, e in zip(gradients, exact_gradients, strict=True):
-        scale = np.abs(e).mean()  # smaller entries have float32's rounding of a sum in which terms cancel
+        scale = np.abs(e).mean()  # smaller entries have the rounding error of a float32 sum whose terms cancel
         error = np.abs(np.asarray(g, np.float64) - e)
         assert (error <= 0.51 * spacing(e, g.dtype) + 4e-6 * scale).all()
 
 
-def test_the_same_bits_each_time(rng):
+def test_same_bits_each_time(rng):
     labels, x = confident(rng)
     head = rng.standard_normal((40, x.shape[1])).astype(np.float32)
     program = optimized_jit(
@@ -238,8 +238,8 @@ def test_the_same_bits_each_time(rng):
 @pytest.mark.parametrize("n", [0, 1, 7, 130])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.in_turn(24)
-def test_padding_enters_no_sum(tokens, n, reduction):
-    """With logits of 0, each loss is log n and each q is 1/n, so an additional row or column would be noticed."""
+def test_padding_does_not_change_results(tokens, n, reduction):
+    """If all logits are 0, each loss is log n and each q is 1/n, so a padded row or column would change the results."""
     h, w, b = np.zeros((tokens, 2), np.float32), np.zeros((n, 2), np.float32), np.zeros(n, np.float32)
     labels = np.zeros(tokens, np.int32)
 
@@ -289,7 +289,7 @@ def test_a_masked_token_may_hold_anything(problem, reduction, how):
 
 
 def test_a_zero_weight_token_with_a_nan_or_an_invalid_label_is_masked(problem):
-    """The NaN or ∞ may be in one coordinate of its hidden state. The label may be just beyond the last class."""
+    """Zero-weight tokens have a NaN or ∞ in one entry of the hidden state, or a label just beyond the last class."""
     labels, h, w, b = problem
     weights = np.ones(labels.shape, np.float32)
     weights[0, :3] = 0
@@ -302,7 +302,7 @@ def test_a_zero_weight_token_with_a_nan_or_an_invalid_label_is_masked(problem):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.in_turn(3)
 def test_an_infinite_loss_that_is_masked_adds_nothing(problem, reduction):
-    """Class 0 is forbidden. It is the label of the masked tokens, and also the label that any masked token is given."""
+    """The masked tokens have the label 0, which is a forbidden class. jce itself replaces masked labels by 0."""
     labels, h, w, b = problem
     labels, kept = np.maximum(labels, 1), np.arange(8).reshape(2, 4) > 1
     b[0], labels[0, :2] = -INF, 0
@@ -323,7 +323,7 @@ def test_an_infinite_loss_that_is_masked_adds_nothing(problem, reduction):
     np.testing.assert_array_equal(policy.log_prob[~kept], 0)
 
 
-def test_the_mean_divides_by_the_weights_whatever_their_size_and_sign(problem):
+def test_mean_does_not_depend_on_the_scale_or_sign_of_weights(problem):
     labels, h, w, b = problem
     a = np.linspace(0.5, 2, 8, dtype=np.float32).reshape(2, 4)
     expected = value_and_gradients(labels, h, w, b, weights=a)
@@ -347,7 +347,7 @@ def test_label_smoothing_of_1_still_needs_a_valid_label(problem):
         assert np.isnan(value)
 
 
-def test_no_classes_whatever_the_hidden_state():
+def test_no_classes_with_nonfinite_hidden_states():
     h, w = np.float32([[NAN], [INF]]), np.zeros((0, 1), np.float32)
     assert jce.linear_cross_entropy(np.array([0, 1]), h, w) == 0
     np.testing.assert_array_equal(np.stack(jce.linear_log_probs(np.array([0, 1]), h, w)), np.zeros((2, 2)))
@@ -375,14 +375,14 @@ def test_float64_weights_make_the_loss_float64(problem, reduction):
         assert jce.linear_cross_entropy(labels, h, w, weights=np.ones(labels.shape), reduction=reduction).dtype == float
 
 
-def test_z_loss_of_logits_beyond_the_exponential(problem):
+def test_z_loss_of_a_logit_whose_exponential_overflows(problem):
     loss = jce.linear_cross_entropy(0, np.float32([100, 0]), np.eye(2, dtype=np.float32), z_loss=0.1, reduction="none")
     np.testing.assert_allclose(loss, 1000, rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_hessian_vector_products_of_confident_tokens(rng):
-    """Through the fused sum they equal those of the label loss: no term is a difference of larger terms."""
+    """The Hessian-vector products of the fused sum and of the dense loss agree, so no larger terms cancel."""
     labels, x = confident(rng)
     eye, t = np.eye(x.shape[1], dtype=np.float32), rng.standard_normal(x.shape).astype(np.float32)
 
@@ -407,8 +407,8 @@ def test_all_tokens_masked(problem, reduction):
                 np.testing.assert_array_equal(g, np.zeros_like(g))
 
 
-def test_the_derivative_in_a_weight_of_0_is_the_loss(problem):
-    """A sum of wℓ is linear in w, also at w = 0. But a token with an invalid label or a NaN is masked there too."""
+def test_derivative_with_respect_to_a_zero_weight_is_the_loss(problem):
+    """The sum Σ wℓ is linear in w, also at w = 0. For a token with an invalid label or a NaN, the derivative is 0."""
     labels, h, w, b = problem
     losses = jce.linear_cross_entropy(labels, h, w, b, reduction="none")
     labels[0, 0], h[0, 1] = -100, NAN
@@ -424,8 +424,8 @@ def test_the_derivative_in_a_weight_of_0_is_the_loss(problem):
             np.testing.assert_array_equal(g[0, :2], 0)
 
 
-def test_the_derivative_in_a_weight_of_0_with_a_padded_list_of_labels(problem):
-    """Such a label pads the token's list of labels. If an invalid label has a probability, its token is masked."""
+def test_derivative_with_respect_to_a_zero_weight_with_padded_labels(problem):
+    """A label of -100 with probability 0 is padding. If its probability isn't 0, the zero-weight token is masked."""
     _, h, w, b = problem
     labels, p = np.array([[1, -100], [1, -100]]), np.float32([[1, 0], [0.5, 0.5]])
 
@@ -439,8 +439,8 @@ def test_the_derivative_in_a_weight_of_0_with_a_padded_list_of_labels(problem):
 
 @pytest.mark.parametrize("how", ["where", "weight 0"])
 @pytest.mark.slow
-def test_a_masked_infinite_loss_does_not_change_derivatives_in_other_weights(problem, how):
-    """The token's label is a forbidden class. The derivative in its weight of 0 is +∞, unless `where` masks it."""
+def test_masked_infinite_loss_does_not_change_derivatives_of_other_weights(problem, how):
+    """One label is forbidden. With respect to its weight of 0 the derivative is +∞, or 0 if `where` masks the token."""
     labels, h, w, b = problem
     labels = np.minimum(labels, 4)
     labels[0, 0], b[5] = 5, -INF
@@ -485,7 +485,7 @@ def test_an_invalid_label_makes_only_its_own_token_nan(problem, wrong):
 @pytest.mark.parametrize("cap", [None, 4.0])
 @pytest.mark.in_turn(2)
 def test_a_forbidden_class(problem, cap):
-    """All derivatives are as if the class weren't in the head. If it is a label, the loss is infinite."""
+    """Derivatives are those of a head without the forbidden class. The loss of a forbidden label is infinite."""
     labels, h, w, b = problem
     labels = np.minimum(labels, 4)
     shorter = value_and_gradients(labels, h, w[:5], b[:5], logit_soft_cap=cap)
@@ -512,8 +512,8 @@ def test_a_forbidden_class(problem, cap):
     assert np.isfinite(losses.ravel()[1:]).all()
 
 
-def test_a_soft_cap_keeps_the_gradient_of_what_it_flattens():
-    """1 - tanh² is exactly 0 in float32 from 9 on, where the slope is 6e-8."""
+def test_gradient_of_a_logit_far_above_its_soft_cap():
+    """The slope of tanh at 9 is 6e-8. Computed as 1 - tanh² in float32, it would be exactly 0 there and beyond."""
     h = np.float32([[30.0, 0.0]])
 
     def loss(h):
@@ -526,7 +526,7 @@ def test_a_soft_cap_keeps_the_gradient_of_what_it_flattens():
 
 @pytest.mark.slow
 def test_a_huge_soft_cap_has_no_effect(problem):
-    """Value, gradient and two Hessian-vector products, where logit / cap is subnormal, which XLA takes for 0."""
+    """Log-probabilities and derivatives of order 1 to 3, if logit / cap is subnormal, so that XLA flushes it to 0."""
     labels, h, w, b = problem
 
     def derivatives(**options):
@@ -553,7 +553,7 @@ def test_a_tiny_soft_cap_flattens_all_logits_except_forbidden_ones():
 
 @pytest.mark.slow
 def test_a_traced_0_has_no_effect_for_any_logits(problem):
-    """Label smoothing and z-loss of 0, with a forbidden class and logits whose square overflows, dense and in heads."""
+    """Traced zeros for smoothing and z-loss, with a forbidden class and a logit whose square overflows."""
     labels, h, w, b = problem
     labels, b[5] = np.minimum(labels, 4), -INF
     h[0, 0] *= 1e25
@@ -596,8 +596,8 @@ def test_a_traced_label_smoothing_of_1_still_needs_a_valid_label(problem):
 
 
 @pytest.mark.slow
-def test_derivatives_in_a_traced_cap(problem):
-    """First and second derivatives in the cap and in hidden states, and a derivative in another traced number alone."""
+def test_derivatives_with_respect_to_a_traced_cap(problem):
+    """Derivatives of order 1 and 2 with respect to the cap and the hidden states, and one with respect to `z_loss`."""
     labels, h, w, b = (np.float64(x) if x.dtype == np.float32 else x for x in problem)
     labels, h = labels.ravel(), h.reshape(-1, h.shape[-1])
 
@@ -616,8 +616,8 @@ def test_derivatives_in_a_traced_cap(problem):
 
 
 @pytest.mark.slow
-def test_a_traced_cap_leaves_forbidden_classes_alone(problem):
-    """It has no effect on them, for a cap of any size, and in the cap's own derivatives too."""
+def test_a_traced_cap_does_not_change_forbidden_classes(problem):
+    """For caps of 2 and 1e30, value and derivatives (also with respect to the cap) are those without the class."""
     labels, h, w, b = problem
     labels, b[5] = np.minimum(labels, 4), -INF
 
@@ -637,8 +637,8 @@ def test_a_traced_cap_leaves_forbidden_classes_alone(problem):
 
 
 @pytest.mark.slow
-def test_traced_numbers_are_as_pythons(problem):
-    """They may have any dtype (which doesn't widen the result), in a batch, over devices, or as an eager array."""
+def test_traced_numbers_act_like_python_numbers(problem):
+    """Traced numbers work in a batch, on a mesh and as eager arrays. A float64 number doesn't make the loss float64."""
     labels, h, w, b = problem
     labels = labels.astype(np.int32)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -671,8 +671,8 @@ def test_traced_numbers_are_as_pythons(problem):
     )
 
 
-def test_a_traced_number_beside_sharded_logits(rng):
-    """Its derivative is one number for all devices, also if types say how arrays are split (explicit mesh axes)."""
+def test_a_traced_number_with_sharded_logits(rng):
+    """The derivative with respect to the smoothing is summed over all devices, also on a mesh with explicit axes."""
     labels, x = rng.integers(0, 6, 8), rng.standard_normal((8, 6)).astype(np.float32)
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
 
@@ -698,7 +698,7 @@ def linear_mean(labels, h, w):
 
 
 def test_a_batch_of_means(problem):
-    """The members' tokens join in one loop, but each member has its own mean, also if the batch is differentiated."""
+    """Under vmap, one loop runs over the tokens of all batch entries, but each entry has its own mean and gradient."""
     labels, h, w, _ = problem
 
     def of_batch(loss, h, w):
@@ -763,7 +763,7 @@ def test_gradient_of_a_jvp_and_gauss_newton_products(problem):
     close(jax.grad(slope)(w, linear_mean), jax.grad(slope)(w, dense_mean), rtol=1e-5, atol=1e-6)
 
     def gauss_newton(layer, t, loss):
-        """Jᵀ H J t: J is the Jacobian of the states in the layer, H the Hessian of the loss in the states."""
+        """Jᵀ H J t, where J = ∂ states / ∂ layer, and H is the Hessian of the loss with respect to the states."""
 
         def states(layer):
             return jnp.tanh(h @ layer)
@@ -817,7 +817,7 @@ def test_log_probs_of_a_label_out_of_range(problem):
     assert np.isfinite(entropy).all()
 
 
-def test_log_probs_of_a_sure_policy():
+def test_log_probs_of_a_confident_policy():
     log_prob, entropy = jce.linear_log_probs(0, np.float32([1, 0]), np.float32([[40, 0], [0, 0]]))
     np.testing.assert_allclose([log_prob, entropy], [-math.exp(-40), 41 * math.exp(-40)], rtol=1e-6)
 
@@ -871,7 +871,7 @@ def test_errors(change, error, message):
 
 
 def test_fewer_classes_than_the_width(rng):
-    """Value and gradient are the dense loss's, with weights and a bias."""
+    """Gradients equal those of the dense loss, with weights and a bias."""
     y, shapes = np.arange(10) % 3, ((10, 8), (3, 8), (3,))
     h, w, b = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     weights = np.linspace(0.5, 2, 10, dtype=np.float32)
@@ -889,8 +889,8 @@ def test_fewer_classes_than_the_width(rng):
 
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_a_label_out_of_range_under_a_head_of_few_classes(reduction):
-    """With fewer classes than hidden states are wide, r multiplies e (`jce/_heads/loss/label_loss.py`)."""
+def test_a_label_out_of_range_with_fewer_classes_than_the_width(reduction):
+    """If there are fewer classes than the hidden states' width, r multiplies e (`jce/_heads/loss/label_loss.py`)."""
 
     def loss(h, w):
         return jce.linear_cross_entropy(np.array([1, 7]), h, w, reduction=reduction).sum()

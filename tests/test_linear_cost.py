@@ -1,4 +1,4 @@
-"""Costs of fused heads: no mode needs an array of tokens × classes, or more matmuls (products) than the fewest."""
+"""Costs of fused heads: no mode makes an array of tokens × classes, and each needs the fewest matmuls (products)."""
 
 import functools
 import math
@@ -29,7 +29,7 @@ def linear_loss(tokens, **options):
     return lambda hidden, head: jce.linear_cross_entropy(labels, hidden, head, **options).mean()
 
 
-# How many arrays of the head's shape a mode may need at once
+# How many arrays of the head's shape each mode may need at once
 HEADS = dict(zip(modes(linear_loss(1), (0, 1)), (0, 1, 2, 2, 3, 4, 4, 6), strict=True))
 
 
@@ -50,7 +50,7 @@ def test_no_mode_has_the_logits_of_all_tokens(mode, reduction):
 
 
 def products(function, *arguments, platform: str = "cpu") -> float:
-    """How many matmuls of the size of hidden · headᵀ a program's results need. In a loop they count once per pass."""
+    """How many matmuls of the size of hidden · headᵀ a program needs. A matmul in a loop counts once per pass."""
     (tokens, d), (n, _) = (x.shape for x in arguments[:2])
     return needed(jax.make_jaxpr(function)(*arguments).jaxpr, platform) / (tokens * d * n)
 
@@ -69,7 +69,7 @@ def multiplications(jaxpr, platform, chunks: int | None = None) -> int:
                 equation.invars[0].aval.shape[i] for i in contracted
             )
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        if equation.primitive.name == "while":  # rows that are read again (`_softmax/known_label.py`): mostly none
+        if equation.primitive.name == "while":  # rows that are read again (`_softmax/known_label.py`): usually none
             times = 0
         if equation.primitive.name == "first_chunks":
             # Its arguments are arrays of chunks and, if transposed, others. Here the chunks are the shortest axis.
@@ -85,7 +85,7 @@ def multiplications(jaxpr, platform, chunks: int | None = None) -> int:
     [("mean", 3, 2, 2, 7, 10, 3), ("sum", 3, 2, 2, 7, 10, 3), ("none", 4, 2, 2, 7, 9, 3)],
 )
 @pytest.mark.in_turn(3)
-def test_matrix_products(reduction, gradient, of_hidden, of_head, hvp, with_gradient, hvp_of_one, platform):
+def test_number_of_matmuls(reduction, gradient, of_hidden, of_head, hvp, with_gradient, hvp_of_one, platform):
     a = matrices(64, 8, 40)
     loss = linear_loss(64, reduction=reduction, chunk_size=16)
     count = functools.partial(products, platform=platform)
@@ -110,8 +110,8 @@ HEADS_LOSSES = {
 @pytest.mark.parametrize("platform", ["cpu", "other"])
 @pytest.mark.parametrize("name", HEADS_LOSSES)
 @pytest.mark.slow
-def test_matrix_products_with_masked_tokens(name, platform):
-    """In every mode there are as many as without a mask, and all are in a loop over the chunks with kept tokens."""
+def test_number_of_matmuls_with_masked_tokens(name, platform):
+    """Each mode has as many matmuls as without a mask, all in a loop over the chunks with kept tokens."""
     a = matrices(64, 8, 40)
 
     def program(mode, some):
@@ -127,8 +127,8 @@ def test_matrix_products_with_masked_tokens(name, platform):
         assert not multiplications(some, platform, chunks=0)
 
 
-def test_traced_numbers_cost_no_product():
-    """A program with traced numbers has three matmuls, as with Python numbers. The numbers' derivatives have two."""
+def test_traced_numbers_cost_no_matmul():
+    """Value and gradient take three matmuls, as with Python numbers. Derivatives of the numbers alone take two."""
 
     def loss(hidden, head, numbers):
         labels = np.zeros(64, np.int32)
@@ -141,7 +141,7 @@ def test_traced_numbers_cost_no_product():
 
 
 @pytest.mark.parametrize("log_normalizer", [False, True])
-def test_log_probs_are_one_pass(log_normalizer):
+def test_number_of_matmuls_of_log_probs(log_normalizer):
     def statistics(hidden, head):
         of = jce.linear_log_probs(np.zeros(64, int), hidden, head, log_normalizer=log_normalizer, chunk_size=16)
         return sum(x.sum() for x in of)
@@ -151,8 +151,8 @@ def test_log_probs_are_one_pass(log_normalizer):
     assert products(jax.value_and_grad(statistics, (0, 1)), *a) == 4
 
 
-def test_metrics_beside_a_loss_cost_no_product():
-    """Value and gradient take three matmuls with a metric. If both results are differentiated, they take four."""
+def test_metrics_beside_a_loss_cost_no_matmul():
+    """Value and gradient take three matmuls, also with a metric. If both results are differentiated, they take four."""
 
     def loss(hidden, head, **options):
         def both(x):
@@ -170,7 +170,7 @@ def test_metrics_beside_a_loss_cost_no_product():
     [(2048, 32768, 4), (1024, 8192, 2), (100_000, 10, 1), (100_000, 100, 2), (10_000, 1000, 10), (513, 50_000, 2)],
 )
 def test_chunks_by_the_rule(tokens, n, chunks):
-    """A chunk has as many tokens as fill 4 MiB (32 MiB with few classes), at least 512. All have the same size."""
+    """A chunk has as many tokens as fill 4 MiB (32 MiB for few classes), but at least 512. All chunks have one size."""
     text = str(jax.make_jaxpr(linear_loss(tokens))(*matrices(tokens, 2, n)))
     assert f"length={chunks}" in text
     assert f"f32[{math.ceil(tokens / chunks)},{n}]" in text
@@ -192,8 +192,8 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_the_rule_in_texts_is_the_rule_in_the_code(text):
-    """Each text has the rule for float32 logits, first on a CPU, then on an accelerator."""
+def test_texts_state_the_rule_for_chunks(text):
+    """Each text states the rule for float32 logits, first for a CPU, then for an accelerator."""
     text = " ".join(text.split())
     said = re.findall(r"max\((\d+), 2([⁰¹²³⁴⁵⁶⁷⁸⁹]+)/n\)", text)
     powers = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
@@ -205,8 +205,8 @@ def test_the_rule_in_texts_is_the_rule_in_the_code(text):
     assert [int(size) * 2**20 for size in filled] in ([], [rule.chunk_bytes for rule in rules])
 
 
-def test_a_few_more_chunks_that_need_no_filling():
-    """The 10⁵ tokens are 200 chunks of 500, not 196 of 512, so the temporaries have no copy of all hidden states."""
+def test_more_chunks_that_need_no_padding():
+    """10⁵ tokens make 200 chunks of 500, not 196 of 512, because padding would need a copy of all hidden states."""
     tokens, d, n = 100_000, 64, 512
     program = optimized_jit(linear_loss(tokens, chunk_size=512)).lower(*matrices(tokens, d, n))
     assert "200,500,64" in program.as_text().replace("x", ",")
@@ -215,8 +215,8 @@ def test_a_few_more_chunks_that_need_no_filling():
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.slow
-def test_precision_is_that_of_jax_or_the_keyword(dtype):
-    """In each matmul of a value, gradient and Hessian-vector product, also for log-probabilities."""
+def test_precision_from_jax_or_from_the_keyword(dtype):
+    """Each matmul of a gradient and a Hessian-vector product has the precision, also for log-probabilities."""
     highest = "precision = [HIGHEST, HIGHEST]"
     a = matrices(8, 2, 3, dtype)
 
@@ -240,7 +240,7 @@ def test_precision_is_that_of_jax_or_the_keyword(dtype):
         statistics,
     ):
         count, plain = text(make)
-        assert count >= 7  # in the text, which has equal programs once
+        assert count >= 7  # the text contains equal functions only once
         assert highest not in plain
         count, as_asked = text(make, precision="highest")
         assert as_asked.count(highest) == count >= 7
@@ -252,14 +252,14 @@ def test_precision_is_that_of_jax_or_the_keyword(dtype):
         assert preset.count("algorithm = <") == count >= 7
 
 
-def test_half_precision_arrays_are_multiplied_as_they_are():
+def test_half_precision_arrays_are_not_upcast_for_matmuls():
     text = jax.jit(linear_loss(8)).lower(*matrices(8, 2, 3, jnp.bfloat16)).as_text()
     (dot,) = [line for line in text.splitlines() if "dot_general" in line]
     assert dot.endswith("(tensor<8x2xbf16>, tensor<3x2xbf16>) -> tensor<8x3xf32>")
 
 
 @pytest.mark.parametrize(("dtype", "tokens"), [(jnp.bfloat16, 1024), (np.float32, 1024), (np.float64, 512)])
-def test_the_rule_counts_the_bytes_of_logits(dtype, tokens):
+def test_chunks_depend_on_the_bytes_of_logits(dtype, tokens):
     with jax.enable_x64(dtype == np.float64):
         text = str(jax.make_jaxpr(linear_loss(8192))(*matrices(8192, 2, 1024, dtype)))
     assert f"[{tokens},1024]" in text

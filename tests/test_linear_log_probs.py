@@ -1,4 +1,4 @@
-"""`linear_log_probs` at k labels, with a tail and log Z, and at a temperature: against float64, by hand."""
+"""`linear_log_probs` with k labels, a tail, log Z and a temperature, against formulas in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def problem(rng):
 
 
 def by_hand(labels, h, w, b, t, tail):
-    """In float64, where nothing of it cancels by much, of all classes but the forbidden one."""
+    """The formulas as written, for all classes except the forbidden one."""
     x = CAP * jnp.tanh((h @ w[1:].T + b[None, 1:]) / CAP) / jnp.broadcast_to(t, (TOKENS,))[:, None]
     log_q = jax.nn.log_softmax(x)
     at = jnp.take_along_axis(log_q, labels.reshape(TOKENS, -1) - 1, 1)
@@ -34,7 +34,7 @@ def by_hand(labels, h, w, b, t, tail):
 
 
 def scalar(results):
-    """A number that all results have a share in."""
+    """A number that depends on every result."""
     return sum(jnp.sin(x).sum() for x in results)
 
 
@@ -42,7 +42,7 @@ def scalar(results):
 @pytest.mark.parametrize("of", ["one", "some", "and a tail"])
 @pytest.mark.in_turn(6)
 def test_values_and_derivatives(of, of_each, problem):
-    """In everything, the temperature too, and again along a direction; in chunks, the last of which is filled up."""
+    """First and second derivatives with respect to all arguments (also temperature). The last chunk is padded."""
     labels, h, w, b, t = problem
     labels, t, tail = labels[:, 0] if of == "one" else labels, t if of_each else t[0], of == "and a tail"
     with jax.enable_x64(True):
@@ -73,7 +73,7 @@ def test_values_and_derivatives(of, of_each, problem):
 
 
 @pytest.mark.holds_nan
-def test_a_label_of_no_class_is_nan_in_its_entry_alone(problem):
+def test_an_invalid_label_makes_only_its_own_entry_nan(problem):
     labels, h, w, b, _ = problem
     labels[0, 1], labels[1, 0] = -1, CLASSES
     log_prob, entropy = jce.linear_log_probs(labels, h, w, b)
@@ -84,8 +84,8 @@ def test_a_label_of_no_class_is_nan_in_its_entry_alone(problem):
 
 
 @pytest.mark.slow
-def test_a_divergence_of_the_likeliest_classes(problem):
-    """From a teacher that is stored as k + 1 log-probabilities: ≥ 0, 0 where the two agree, and as of whole logits."""
+def test_a_divergence_of_k_classes_and_a_tail(problem):
+    """For a teacher stored as k + 1 log-probabilities, KL is at least 0, is 0 at equality, and equals the formula."""
     labels, h, w, b, t = problem
 
     def log_probs(h):
@@ -102,8 +102,8 @@ def test_a_divergence_of_the_likeliest_classes(problem):
 
 @pytest.mark.needs_jit
 @pytest.mark.slow
-def test_what_is_not_used_costs_nothing():
-    """Not one exponential for the others, in the compiled program; and log Z is made of those of the entropy."""
+def test_unused_results_cost_nothing():
+    """The compiled program has no exponentials for unused results. log Z uses the exponentials of the entropy."""
 
     def cost(use, **options):
         program = jax.jit(lambda h, w: use(jce.linear_log_probs(np.zeros(64, int), h, w, chunk_size=64, **options)))
@@ -127,8 +127,8 @@ def test_what_is_not_used_costs_nothing():
 
 
 @pytest.mark.slow
-def test_log_z_is_there_where_it_is_asked_for(problem):
-    """Beside the same two numbers; a token that is left out has 0, with derivative 0, whatever it holds."""
+def test_log_normalizer(problem):
+    """Asking for log Z doesn't change other results. A masked token with NaN has log Z = 0 and derivative 0."""
     labels, h, w, b, t = problem
     two = jce.linear_log_probs(labels, h, w, b, temperature=t)
     assert len(two) == 2
@@ -168,7 +168,7 @@ def test_wrong_arguments(options, error, says, problem):
 @pytest.mark.parametrize("of_each", [False, True], ids=["for all", "for each"])
 @pytest.mark.slow
 def test_on_a_mesh(of_each, rng):
-    """Tokens and classes split over two devices each: k labels, a tail and a temperature as on one, and derivatives."""
+    """Tokens and classes are each split over two devices. Values and gradients equal those of one device."""
     mesh = jax.make_mesh((2, 2), ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     h, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, WIDTH), (12, WIDTH)))
     labels = np.stack([rng.permutation(12)[:K] for _ in range(8)])

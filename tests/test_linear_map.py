@@ -83,7 +83,7 @@ def arrays(rng):
 
 
 def whole(function, arguments, where, weights, reduction):
-    """The same results, from the logits of all tokens at once."""
+    """The results of `linear_map`, computed from the logits of all tokens at once."""
     x = [a.hidden @ a.head.T if isinstance(a, Linear) else a for a in arguments]
     results = jax.vmap(function)(*x)
     w = jnp.where(where, weights, 0)
@@ -102,8 +102,8 @@ SECOND = ("jvp", "forward over reverse", "reverse over forward", "reverse over r
     + [pytest.param(name, "none", SECOND, marks=pytest.mark.slow) for name in ("distillation", "policy")],
 )
 @pytest.mark.in_turn(3, "wide")
-def test_functions_of_whole_logits(name, reduction, wanted, arrays, rng):
-    """Value and gradients in hidden states, heads and weights; second derivatives in three nestings."""
+def test_functions_against_dense_logits(name, reduction, wanted, arrays, rng):
+    """Value, and derivatives with respect to hidden states, heads and weights: first ones, and all nestings of two."""
     function, names = FUNCTIONS[name]
     of_tokens, heads = arrays
     where = rng.random(TOKENS) < 0.7
@@ -111,7 +111,7 @@ def test_functions_of_whole_logits(name, reduction, wanted, arrays, rng):
 
     def of(how):
         def loss(th, tw, sh, sw, weights):
-            # The inputs are made in the same program, as in a model.
+            # The inputs are computed in the same program, as in a model.
             linear = {"teacher": Linear(jnp.tanh(th), tw), "student": Linear(2 * jnp.sin(sh), sw)}
             arguments = [linear.get(name, of_tokens.get(name)) for name in names]
             cotangent = jnp.arange(1.0, TOKENS + 1) if reduction == "none" else 1
@@ -131,8 +131,8 @@ def test_functions_of_whole_logits(name, reduction, wanted, arrays, rng):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, expected)
 
 
-def test_trees_and_numbers_of_every_kind(arrays):
-    """They may be arguments and results. The mean of bools is the share that is True."""
+def test_pytrees_of_all_dtypes(arrays):
+    """Arguments and results can be pytrees of numbers, bools and None. A mean of bools is the fraction that is True."""
     of_tokens, heads = arrays
     data = {"labels": of_tokens["labels"], "logits": (Linear(*heads["student"], logit_soft_cap=2.0), None)}
 
@@ -171,7 +171,7 @@ def test_token_axes_and_samples(rng):
 
 
 def singular(x, scale):
-    """Infinite at logits of 0, which zeros that fill up a chunk would have."""
+    """A function that is infinite if all logits are 0, as they would be for tokens that pad a chunk with zeros."""
     return scale * jnp.log(jnp.abs(x).sum())
 
 
@@ -180,7 +180,7 @@ def singular(x, scale):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.in_turn(2)
 def test_derivatives_ignore_masked_tokens(how, reduction, rng):
-    """61 tokens in chunks of 16. Masked tokens hold NaN."""
+    """61 tokens in chunks of 16, so the last chunk is padded. Masked tokens hold NaN."""
     h, w = rng.standard_normal((61, 3)), rng.standard_normal((CLASSES, 3))
     kept = np.ones(61, bool) if how == "filled up" else np.arange(61) % 3 == 1
     kept &= how != "nothing left"
@@ -201,8 +201,8 @@ def test_derivatives_ignore_masked_tokens(how, reduction, rng):
 
 
 @pytest.mark.slow
-def test_an_infinite_result_of_weight_0_adds_nothing():
-    """But the derivative in that weight is infinite."""
+def test_an_infinite_result_with_weight_0_adds_nothing():
+    """The sum is finite, but the derivative with respect to the weight of 0 is infinite."""
     x = Linear(jnp.ones((2, 1)), jnp.zeros((3, 1)), jnp.array([0, 0, -jnp.inf]))
 
     def total(weights):
@@ -232,7 +232,7 @@ def test_no_tokens_and_no_classes():
 
 @pytest.mark.slow
 def test_traced_values_closed_over_and_shared(arrays):
-    """The derivatives of a temperature in either place, up to the second order."""
+    """Derivatives up to order 2 with respect to a temperature that is closed over or passed in `shared`."""
     of_tokens, heads = arrays
     x = Linear(*heads["student"])
 
@@ -273,8 +273,8 @@ QUICK = ("a number and a bool", "mean"), ("two reals and an integer", "sum"), ("
         for case in itertools.product(TREES, ["mean", "sum", "none"])
     ],
 )
-def test_every_result_has_its_derivative_in_the_weights(tree, reduction, arrays):
-    """For sums, means and single tokens, forward and reverse, whatever else has a derivative."""
+def test_every_result_has_a_derivative_with_respect_to_the_weights(tree, reduction, arrays):
+    """For all reductions and both modes, even if a result is an integer or a bool."""
     of_tokens, heads = arrays
     h, w = (a.astype(np.float32) for a in heads["student"])
     results = jax.vmap(TREES[tree])(of_tokens["labels"], h @ w.T)
@@ -308,7 +308,10 @@ def limited(limit):
 
 @pytest.mark.needs_jit
 def test_rules_that_close_over_a_traced_value():
-    """They work if results are summed. Otherwise they do what they do under `jax.lax.map` (tests/test_plain_jax.py)."""
+    """A derivative rule that closes over a traced value works if results are summed.
+
+    Otherwise, such a rule behaves as it does under `jax.lax.map` (`tests/test_plain_jax.py`).
+    """
     h, w = np.ones((5, 2), np.float32), np.ones((3, 2), np.float32)
 
     def loss(limit, h):
@@ -323,8 +326,8 @@ def test_rules_that_close_over_a_traced_value():
 
 
 @pytest.mark.needs_jit
-def test_axes_of_a_vmap():
-    """The members' tokens join in one loop. So a function that names the vmap's axis raises an error; others work."""
+def test_functions_that_name_the_axis_of_a_vmap():
+    """One loop runs over the tokens of all batch entries, so a function that names the vmap's axis is an error."""
     x = Linear(jnp.ones((2, 3, 4)), jnp.ones((5, 4)))
 
     def batched(function, **options):
@@ -345,7 +348,7 @@ def test_axes_of_a_vmap():
 
 
 @pytest.mark.slow
-def test_a_derivative_in_nothing_but_weights_or_what_is_closed_over(arrays):
+def test_derivatives_only_with_respect_to_weights_or_closed_over_values(arrays):
     """Heads and hidden states are not differentiated."""
     of_tokens, heads = arrays
     h, w = (a.astype(np.float32) for a in heads["student"])
@@ -382,7 +385,7 @@ def test_a_symbolic_number_of_tokens(arrays):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
 
 
-def test_a_module_that_has_changed_is_not_taken_for_what_it_was():
+def test_a_changed_module_is_traced_again():
     class Scale:
         by = 1.0
 
@@ -396,7 +399,7 @@ def test_a_module_that_has_changed_is_not_taken_for_what_it_was():
 
 
 @pytest.mark.needs_jit
-def test_a_fresh_lambda_compiles_nothing_anew_in_a_jit():
+def test_a_new_lambda_in_a_jit_does_not_recompile():
     traces = []
 
     @jax.jit
@@ -409,14 +412,14 @@ def test_a_fresh_lambda_compiles_nothing_anew_in_a_jit():
     assert len(traces) == 1
 
 
-def test_a_shared_array_comes_in_its_own_dtype():
+def test_a_shared_array_keeps_its_dtype():
     x = Linear(np.eye(2), np.eye(3, 2))
     assert jce.linear_map(lambda x, s: s, x, shared=jnp.ones((), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 @pytest.mark.holds_nan
-def test_a_weight_of_0_where_one_hidden_state_is_not_finite(rng):
-    """The token is masked: the derivative in its weight is 0. The derivative in other weights is the divergence."""
+def test_a_zero_weight_for_a_token_with_one_nan_hidden_state(rng):
+    """The token is masked, so the derivative with respect to its weight is 0. The other derivative is unchanged."""
     w, h = rng.standard_normal((3, 2)).astype(np.float32), np.float32([[1, 2], [3, 4]])
 
     def total(weights, bad):
@@ -448,7 +451,7 @@ def test_half_precision_is_summed_in_float32():
 @pytest.mark.parametrize("of_head", [jnp.bfloat16, jnp.float32])
 @pytest.mark.slow
 def test_derivatives_in_half_precision(of_head, rng):
-    """In hidden states and head at once, forward and reverse, each in its own dtype, to bfloat16's precision."""
+    """Derivatives with respect to hidden states and head, in both modes: dtypes, and accuracy to bfloat16's precision."""
     numbers, directions = (
         (jnp.asarray(rng.standard_normal((7, 4)), jnp.bfloat16), jnp.asarray(rng.standard_normal((5, 4)), of_head))
         for _ in range(2)
@@ -469,7 +472,7 @@ def test_derivatives_in_half_precision(of_head, rng):
 
 
 def test_jacobians_in_half_precision(rng):
-    """Jacobians of one number per token in all hidden states: batches of tangents and of cotangents for one head."""
+    """Jacobians with respect to all hidden states: batches of tangents and of cotangents, with one head."""
     hidden, head = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((3, 2), (5, 2)))
 
     @jax.jit
@@ -500,7 +503,7 @@ WAYS = list(itertools.product(OF_HALF, ["accelerator", "cpu"]))
 )
 @pytest.mark.wide
 def test_second_derivatives_in_half_precision(name, platform, rng):
-    """In all nestings, to bfloat16's precision. They mix hidden states and heads, whose derivatives are float32."""
+    """Second derivatives with respect to hidden states and head, in all nestings, have bfloat16's accuracy."""
     numbers, directions = (
         tuple(jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((7, 4), (5, 4))) for _ in range(2)
     )
@@ -525,7 +528,8 @@ def divergence_at(temperature, x, y):
 def value_and_derivatives(function, static):
     """For a function of T and two rows: its values, its gradients, and the gradients' derivative along a direction.
 
-    If T is traced: values, gradients, and the derivatives in T of the values, of that slope, and of the gradients.
+    If T is traced: values, gradients, and derivatives with respect to T: of the values (first and second), and of
+    the gradients.
     """
 
     def gradient(t, *rows):
@@ -551,11 +555,11 @@ def value_and_derivatives(function, static):
         for traced in (False, True)
     ],
 )
-def test_a_temperature_divides_what_the_logits_are_apart(temperature, traced, rng):
-    """Two heads whose logits are from one ulp to far apart, with a common offset.
+def test_accuracy_at_a_temperature_for_similar_and_different_heads(temperature, traced, rng):
+    """Two heads whose logits differ by amounts from one ulp to about 5, with a common offset.
 
-    Errors are relative to the largest entry of a token. Where the two heads are well apart, float64 itself is checked
-    against the formula as written.
+    Errors are relative to the largest entry of a token. For differences of about 1 and 5, the float64 results are
+    checked against the formula as written.
     """
     apart = np.repeat(np.float64([0, 1e-3, 1, 5]), 6)[:, None]
     x = (3 * rng.standard_normal((24, 12)) + np.resize(np.float64([0, 20, 1000]), (24, 1))).astype(np.float32)
@@ -581,8 +585,8 @@ def test_a_temperature_divides_what_the_logits_are_apart(temperature, traced, rn
 
 
 @pytest.mark.slow
-def test_a_traced_temperature_beside_forbidden_classes(rng):
-    """A class that both forbid is absent. If only p forbids it, its p is 0, also in a gradient's derivative in T."""
+def test_a_traced_temperature_with_forbidden_classes(rng):
+    """A class that both heads forbid is absent. If p alone forbids a class, all derivatives are finite."""
     x, y = rng.standard_normal((2, 4, 6)).astype(np.float32)
     forbidden = np.float32([0, 0, 0, 0, -np.inf, -np.inf])
 
@@ -601,10 +605,10 @@ def test_a_traced_temperature_beside_forbidden_classes(rng):
 
 
 @pytest.mark.slow
-def test_second_derivatives_in_a_temperature_beside_what_p_alone_forbids():
-    """The Hessian in T and in q's biases is symmetric, and equals a float64 formula's.
+def test_second_derivatives_with_respect_to_a_temperature_if_p_alone_forbids_a_class():
+    """The Hessian with respect to T and the bias of q is symmetric, and equals that of a formula in float64.
 
-    This also holds beside classes that p makes almost impossible.
+    The logit of one class of p is from -3 to -∞.
     """
     cases = list(itertools.product([-np.inf, -1e30, -200, -30, -3], [-4, -1, 1], [0.7, 1, 2]))
     x, y, t = (np.array(a, np.float32) for a in zip(*cases, strict=True))
@@ -630,8 +634,8 @@ def test_second_derivatives_in_a_temperature_beside_what_p_alone_forbids():
 
 @pytest.mark.parametrize("which", ["by name", "map"])
 @pytest.mark.slow
-def test_two_heads_are_their_logits_bit_for_bit(which, rng):
-    """If both heads are the identity: value, gradient and a Hessian-vector product, for logits near and far apart."""
+def test_two_heads_against_dense_logits_bit_for_bit(which, rng):
+    """With identity heads: value, gradient and a Hessian-vector product, for similar and for different logits."""
     x = 3 * rng.standard_normal((12, 9)).astype(np.float32)
     y = x + np.resize(np.float32([1e-6, 1e-3, 1, 10]), (12, 1)) * rng.standard_normal((12, 9)).astype(np.float32)
     eye, t = np.eye(9, dtype=np.float32), tuple(rng.standard_normal((2, 12, 9)).astype(np.float32))
@@ -687,7 +691,7 @@ LOSSES = {
 @pytest.mark.parametrize("platform", ["cpu", "other"])
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.in_turn(4)
-def test_products(name, platform):
+def test_number_of_matmuls(name, platform):
     loss, of_value, of_gradient = LOSSES[name]
     teacher, student = (
         Linear(jax.ShapeDtypeStruct((64, 8), np.float32), jax.ShapeDtypeStruct((40, 8), np.float32)) for _ in range(2)
@@ -698,7 +702,7 @@ def test_products(name, platform):
 
     assert products(loss) == of_value
     assert products(jax.value_and_grad(loss, 1)) == of_gradient
-    if "distillation" in name:  # with the teacher trained too
+    if "distillation" in name:  # the teacher is trained too
         assert products(jax.value_and_grad(loss, (0, 1))) == (8 if "each" in name else 6)
 
 
@@ -852,7 +856,7 @@ def test_errors_of_a_divergence():
         jce.linear_kl_divergence(x, x, temperature=0)
 
 
-# Metrics beside a loss
+# A loss with metrics
 
 
 def loss_and_metrics(y, x):
@@ -862,9 +866,9 @@ def loss_and_metrics(y, x):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.slow
 def test_metrics_beside_a_loss(reduction, rng):
-    """The loss has the same derivatives as alone. Metrics have derivatives only in the weights, and these are exact.
+    """The loss has the same derivatives as without metrics. Metrics have derivatives only with respect to weights.
 
-    Both are tested up to the second order.
+    First and second derivatives of losses and metrics are tested.
     """
     y, a = rng.integers(0, CLASSES, 20), rng.uniform(0.5, 2, 20)
     h, w = rng.standard_normal((20, 3)), rng.standard_normal((CLASSES, 3))
@@ -925,8 +929,8 @@ def test_results_that_are_not_a_pair_of_a_loss_and_metrics(result):
         jce.linear_map(results[result], Linear(jnp.ones((2, 1)), jnp.ones((3, 1))), has_aux=True)
 
 
-def test_keys_among_the_results(rng):
-    """Keys have no 0, which masked tokens would return."""
+def test_random_keys_as_results(rng):
+    """Random keys can't be results if masked or padding tokens would return 0, since there is no zero key."""
     x, keys = jce.Linear(ones(4, 3), ones(5, 3)), jax.random.split(jax.random.key(0), 4)
 
     def drawn(**options):
@@ -938,7 +942,7 @@ def test_keys_among_the_results(rng):
             drawn(**options)
 
 
-def test_a_metric_beside_a_loss_changes_neither_its_value_nor_its_gradient(rng):
+def test_a_metric_does_not_change_the_loss_or_its_gradient(rng):
     y = jnp.asarray(rng.integers(0, 5, 7))
     h, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((7, 3), (5, 3)))
 

@@ -1,5 +1,4 @@
-"""All programs' command lines: wrong input and a missing extra are one line, help names each option, an interrupt
-ends them with one line whatever they are doing, and they end when nobody reads on."""
+"""Tests of all command lines: errors in one line, help, interrupts, and output that nobody reads."""
 
 import importlib
 import os
@@ -16,7 +15,7 @@ ROOT = str(pathlib.Path(__file__).parents[2])
 
 MAX_MARGIN, NEXT_WORD, DISTILL = (f"notebooks.examples.{name}" for name in ("max_margin", "next_word", "distill"))
 
-# Each program, and the first function of its work
+# Each program, and the first function that does its work
 PROGRAMS = {
     "jce.demo": "_run",
     NEXT_WORD: "_run",
@@ -30,13 +29,13 @@ PROGRAMS = {
 
 
 def module_of(program: str):
-    """The module whose main is the program, or a skip where its extra isn't installed."""
+    """The module whose `main` is the program. Skips the test if the program's extra isn't installed."""
     if program == "bench.pages":
         pytest.importorskip("material", reason="needs the extra 'docs'")
     return importlib.import_module(f"{program}.__main__" if program in ("bench", "bench.pages") else program)
 
 
-# What ends before the work begins
+# Runs that end before the work begins
 
 FILES = {
     "empty": b"",
@@ -50,13 +49,13 @@ FILES = {
 
 @pytest.fixture
 def ends(tmp_path, monkeypatch, capsys):
-    """Calls a program in a folder with FILES, which it leaves as it is, and returns its status, stdout and stderr."""
+    """Calls a program in a folder with FILES, and returns the status, stdout and stderr. The folder must not change."""
 
     def ends(program: str, *argv: str) -> tuple[int, str, str]:
         module = module_of(program)
         monkeypatch.setattr(module, PROGRAMS[program], lambda *args, **options: pytest.fail("the work began"))
         monkeypatch.setattr(sys, "argv", [program, *argv])
-        monkeypatch.setenv("COLUMNS", "999")  # or help would break lines within options
+        monkeypatch.setenv("COLUMNS", "999")  # in fewer columns, help would break lines within options
         monkeypatch.chdir(tmp_path)
         for name, content in FILES.items():
             (tmp_path / name).write_bytes(content)
@@ -72,7 +71,7 @@ def ends(tmp_path, monkeypatch, capsys):
 
 BENCHES = "accuracy, search, speed, first-call, memory, scale, accelerators, verify"
 
-# A program, its arguments, and what its error says
+# A program, its arguments, and a part of its error
 WRONG = [
     ("jce.demo", "missing", "can't read 'missing': No such file or directory"),
     ("jce.demo", "folder.png", "can't read 'folder.png': Is a directory"),
@@ -123,7 +122,7 @@ def test_wrong_input_is_one_line(program, argv, message, ends):
     assert err.index("\n") == len(err) - 1
 
 
-# What a program's help names
+# The options and defaults in a program's help
 NAMED = {
     "jce.demo": "TEXT, --optimizer {sgd,nesterov,adam,lbfgs}, --learning-rate, --steps, --seed, --out, (default: 1000)",
     NEXT_WORD: "TEXT, --steps, --seed, (default: 300)",
@@ -146,17 +145,17 @@ def test_help(program, ends):
 
 # Programs as processes
 
-# Imports, in the place of a package that the program needs, and stays there.
+# A module in place of a package that the program needs. Its import takes a minute.
 STAYS = "import sys, time\nprint(end='importing', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
 
 
 def in_folder(folder: pathlib.Path, program: str, *arguments: str) -> dict:
-    """What subprocess takes to run a program there, where that folder's modules come before those of packages."""
+    """Arguments with which `subprocess` runs a program in the folder, whose modules come before installed packages."""
     command = [sys.executable, "-u", "-W", "error", "-m", program, *arguments]
     return {"args": command, "cwd": folder, "env": os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), ROOT])}}
 
 
-# A program, a package that isn't there, and what to give to `pip install`
+# A program, a package that isn't there, and the arguments for `pip install`
 MISSING = [
     ("jce.demo", "optax", "'jce[demo]'"),
     ("jce.demo", "matplotlib", "'jce[demo]'"),
@@ -191,7 +190,7 @@ def test_verify_needs_its_extra_alone(tmp_path):
     assert "installed" not in run.stdout
 
 
-# A program, its arguments, what to put in a package's place, and what it says before it is interrupted
+# A program, its arguments, a package to replace by `STAYS`, and the output after which the program is interrupted
 CASES = {f"while its package is imported, {program}": (program, [], "jax", "importing") for program in PROGRAMS}
 QUICK = set(CASES)
 CASES |= {
@@ -230,7 +229,7 @@ def test_interrupt(case, tmp_path):
 
 
 def without_a_reader(*arguments: str) -> tuple[int, str]:
-    """The status, and what is said on stderr, of Python with arguments whose output nobody reads."""
+    """Runs Python with these arguments, without a reader of its output. Returns the status and stderr."""
     reads, writes = os.pipe()
     os.close(reads)
     command, buffered = [sys.executable, "-W", "error", *arguments], os.environ | {"PYTHONUNBUFFERED": ""}
@@ -242,16 +241,16 @@ def without_a_reader(*arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_nobody_reads_on():
-    """What is written at the end, or before."""
+def test_output_without_a_reader():
+    """The output is written when the program ends, or before."""
     for main in ("lambda: print(1)", "lambda: print(1, flush=True)", "lambda: sys.exit(print(1))"):
-        # By its file, since to import it imports JAX, in a second.
+        # It is run by its path, because importing it would import JAX, which takes a second.
         script = f"import runpy, sys; runpy.run_path({command_line.__file__!r})['run']({main})"
         assert without_a_reader("-c", script) == (141, ""), main
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.slow
-def test_nobody_reads_a_programs_help(program):
+def test_help_without_a_reader(program):
     module_of(program)
     assert without_a_reader("-m", program, "--help") == (141, "")

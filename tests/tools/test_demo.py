@@ -1,4 +1,4 @@
-"""The demo: p from a text, q = softmax(θ) down to it, the command line, and the picture."""
+"""Tests of the demo: p from a text, the fit of q = softmax(θ) to p, the command line, and the picture."""
 
 import sys
 
@@ -36,8 +36,8 @@ def table(out):
 # The targets
 
 
-def test_frequencies_counted_by_hand():
-    p, letters = demo.transition_distributions(TEXT)  # read as "hello world hello"
+def test_frequencies_counted_manually():
+    p, letters = demo.transition_distributions(TEXT)  # the demo reads this as "hello world hello"
     assert letters == "dehlorw "
     assert rows(p, letters) == {
         "h": {"e": 1},
@@ -56,7 +56,7 @@ def test_frequencies_counted_by_hand():
     [
         ("ab", {"a": {"b": 1}}),  # nothing follows the b: no row
         ("ab\n", {"a": {"b": 1}, "b": {" ": 1}}),
-        ("Z\u00e9--\u00df\u00dfZ", {"z": {" ": 1}, " ": {"z": 1}}),  # what isn't a-z is one space a run
+        ("Z\u00e9--\u00df\u00dfZ", {"z": {" ": 1}, " ": {"z": 1}}),  # a run of other characters is one space
         ("\ta", {" ": {"a": 1}}),
     ],
 )
@@ -74,7 +74,7 @@ def test_default_text():
 
 # The fit
 
-# Op by op, optax's L-BFGS compiles a program for every step until there is no memory left for one.
+# Without jit, optax's L-BFGS compiles a program for every step, and the memory for programs runs out.
 long_by_lbfgs = pytest.mark.needs_jit
 
 
@@ -94,7 +94,7 @@ def test_fit(name):
     for s in history:
         q = np.asarray(s.q, float)
         np.testing.assert_allclose(q.sum(1), 1, rtol=0, atol=1e-6)
-        # The numbers are the formulas of p and q, and of each other.
+        # The numbers agree with formulas for p and q, and with each other.
         p_log_q = np.where(p > 0, p * np.log(np.where(p > 0, q, 1)), 0)
         assert s.cross_entropy == pytest.approx(-p_log_q.sum(1).mean(), rel=1e-5)
         assert s.kl == pytest.approx(s.cross_entropy - s.entropy, abs=1e-6)
@@ -146,9 +146,9 @@ def test_chain_rule_agrees(rng):
 @long_by_lbfgs
 @pytest.mark.usefixtures("optax_promotes")
 @pytest.mark.slow
-def test_defaults_get_there(tmp_path, monkeypatch, capsys):
+def test_defaults_converge(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # in a log there is no bar
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # if the output isn't a terminal, there is no progress bar
     assert demo.main([]) == 0
     out, err = capsys.readouterr()
     lines = table(out)
@@ -159,7 +159,7 @@ def test_defaults_get_there(tmp_path, monkeypatch, capsys):
     assert perplexity == pytest.approx(np.exp(cross_entropy), rel=1e-5)
     assert distance < 1e-4
     assert float(out.split("largest difference")[1].split()[0]) < 1e-6
-    assert all(f"{name}  " in err or f"{name}:" in err for name in demo.OPTIMIZERS)  # a bar each
+    assert all(f"{name}  " in err or f"{name}:" in err for name in demo.OPTIMIZERS)  # one progress bar each
     assert "H(p,q) " in err
     assert ", gap " in err
     picture = (tmp_path / "demo.png").read_bytes()
@@ -203,7 +203,7 @@ def test_divergence_is_one_line(file, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_the_check_of_out_leaves_a_file_as_it_is(tmp_path, monkeypatch):
+def test_checking_out_changes_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_run", lambda args: None)
     old, new = tmp_path / "old.png", tmp_path / "new.png"
     old.write_bytes(b"old")

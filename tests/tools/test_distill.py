@@ -1,4 +1,4 @@
-"""The distillation program: its losses are those of whole logits, what it keeps of the teacher, and what it prints."""
+"""Tests of the distillation program: its losses, the stored teacher, and the printed output."""
 
 import re
 
@@ -25,8 +25,8 @@ def teacher(corpus, rng):
 @pytest.mark.usefixtures("optax_promotes")
 @pytest.mark.parametrize("name", distill.LESSONS)
 @pytest.mark.slow
-def test_the_losses_are_those_of_whole_logits(name, corpus, teacher, rng):
-    """Value and gradient, at a student that agrees with nobody."""
+def test_the_losses_equal_those_of_whole_logits(name, corpus, teacher, rng):
+    """Value and gradient are compared, for a student with random parameters."""
     in_chunks, of_whole_logits, given, *_ = distill.LESSONS[name]
     student = jax.tree.map(
         lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype),
@@ -38,7 +38,7 @@ def test_the_losses_are_those_of_whole_logits(name, corpus, teacher, rng):
 
 
 @pytest.mark.slow
-def test_what_is_kept_of_the_teacher(corpus, teacher):
+def test_the_stored_teacher(corpus, teacher):
     words, log_p = distill.likeliest(teacher, corpus.text)
     assert words.shape == (corpus.text.size, distill.KEPT)
     q = np.exp(np.float64(distill.whole(teacher, corpus.text, corpus.held_out)))
@@ -52,7 +52,7 @@ def test_what_is_kept_of_the_teacher(corpus, teacher):
 # The command line
 
 
-@pytest.mark.needs_jit  # prints what compiled programs need
+@pytest.mark.needs_jit  # prints the memory of compiled programs
 @pytest.mark.usefixtures("optax_promotes")
 @pytest.mark.slow
 def test_command_line(tmp_path, capsys):

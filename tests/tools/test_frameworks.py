@@ -1,4 +1,4 @@
-"""The head inside train steps of Flax and Equinox: bfloat16, tied embeddings, micro-batches, checkpointed layers."""
+"""Heads in train steps of Flax and Equinox: bfloat16, tied embeddings, micro-batches, checkpointed layers."""
 
 import copy
 import importlib
@@ -18,14 +18,14 @@ EXTRA = "needs the extra 'frameworks'"
 eqx = pytest.importorskip("equinox", reason=EXTRA)
 nnx = pytest.importorskip("flax.nnx", reason=EXTRA)
 
-pytestmark = pytest.mark.needs_jit  # trainings, and compiled programs
+pytestmark = pytest.mark.needs_jit  # trains models, and reads compiled programs
 
 CLASSES, WIDTH, LAYERS, CHUNK = 1024, 32, 2, 32
 MICRO_BATCHES, SEQUENCES, LENGTH = 3, 4, 64
 STEPS = 20
 
 
-# Σ ℓ of the tokens that have a label
+# Losses, summed over the tokens that have a label
 
 
 def fused(labels, hidden, head):
@@ -38,14 +38,14 @@ def mapped(labels, hidden, head):
 
 
 def dense(labels, hidden, head):
-    """Of float32 logits, all there."""
+    """The loss from float32 logits of all tokens at once."""
     log_q = jax.nn.log_softmax(hidden.astype(np.float32) @ head.astype(np.float32).T)
     at_label = jnp.take_along_axis(log_q, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
     return -jnp.where(labels >= 0, at_label, 0).sum()
 
 
 def mean_and_gradient(loss, parameters, words, labels):
-    """Of all micro-batches' tokens: one micro-batch at a time, added up in float32."""
+    """The mean loss over all tokens and its gradient. Micro-batches run one at a time, and are summed in float32."""
 
     def add(sums, batch):
         parts = jax.value_and_grad(loss)(parameters, *batch)
@@ -56,8 +56,8 @@ def mean_and_gradient(loss, parameters, words, labels):
     return jax.tree.map(lambda x: x / (labels >= 0).sum().astype(x.dtype), sums)
 
 
-# In both: embeddings, layers with a residual, and the embeddings' table as head. `split` gives a model's parameters,
-# and the loss as a function of them; `train` the compiled step, the losses and the model after them.
+# Both models have embeddings, layers with a residual, and the embedding table as head. `split` returns a model's
+# parameters, and the loss as a function of them. `train` returns the compiled step, the losses and the trained model.
 
 
 class FlaxModel(nnx.Module):
@@ -151,7 +151,7 @@ each_framework = pytest.mark.parametrize(("framework", "ours"), [(Flax, fused), 
 
 @pytest.fixture
 def data(rng):
-    """Words and what follows each, [micro-batch, sequence, place]; a part of each sequence, or all, has no label."""
+    """Words and labels, [micro-batch, sequence, position]. The end of each sequence, or all of it, has no labels."""
     words = rng.integers(0, CLASSES, (MICRO_BATCHES, SEQUENCES, LENGTH), np.int32)
     lengths = rng.integers(0, LENGTH, (MICRO_BATCHES, SEQUENCES, 1))
     return words, np.where(np.arange(LENGTH) < lengths, (3 * words + 1) % CLASSES, -100).astype(np.int32)
@@ -163,16 +163,16 @@ def largest(program):
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-LOGITS = SEQUENCES * LENGTH * CLASSES  # of a micro-batch
+LOGITS = SEQUENCES * LENGTH * CLASSES  # in a micro-batch
 
 
 @each_framework
-def test_the_gradient_is_the_dense_one(framework, ours, data):
-    """To 4u in the norm, u = 2⁻⁸.
+def test_the_gradient_equals_the_dense_gradient(framework, ours, data):
+    """The norms of gradients agree to 4u, with u = 2⁻⁸.
 
-    Hidden states, their gradient, each layer's and a parameter's own are rounded to bfloat16, by at most u each; but to
-    unlike neighbours where float32 differs by an ulp, and XLA leaves out roundings where it sees no need, other ones in
-    each form. In the value, a mean of some hundred tokens, little is left of that.
+    Hidden states and gradients are rounded to bfloat16, by at most u each time. If float32 numbers differ by an ulp,
+    they may be rounded to different neighbors. XLA also omits some roundings, and not the same ones in both programs.
+    The value, a mean over some hundred tokens, hardly changes.
     """
     model, results, sizes = framework.model(), [], []
     for of_head in (ours, dense):
@@ -189,7 +189,7 @@ def test_the_gradient_is_the_dense_one(framework, ours, data):
 
 @each_framework
 def test_training(framework, ours, data):
-    """In the whole step there is no array of tokens × classes; the loss falls, and parameters stay bfloat16."""
+    """No array in the step is as large as tokens × classes. The loss falls, and parameters stay bfloat16."""
     program, losses, model = framework.train(ours, *data)
     assert largest(program) < LOGITS / 4
     assert losses[-1] < losses[0] / 2
@@ -198,7 +198,7 @@ def test_training(framework, ours, data):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_readmes_train_step(optax_promotes):
-    """It runs as it stands; and its loss is optax's, of logits that are there."""
+    """The README's code runs unchanged. Its loss equals optax's loss of dense logits."""
     text = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(import flax.*?)```", text, re.DOTALL)
     names: dict = {}
@@ -210,12 +210,12 @@ def test_the_readmes_train_step(optax_promotes):
     losses += 1e-4 * jnp.square(jax.nn.logsumexp(x, -1))
     expected = (losses * kept).sum() / kept.sum()
     np.testing.assert_allclose(names["loss"](names["params"], names["words"], labels), expected, rtol=1e-5)
-    assert float(names["value"]) > float(expected)  # of the parameters before the step
+    assert float(names["value"]) > float(expected)  # the loss before the step
 
 
 @pytest.mark.slow
-def test_numbers_that_are_parameters_of_flax(rng):
-    """A temperature and a soft cap of a module, trained beside the head, which is one too."""
+def test_options_that_are_flax_parameters(rng):
+    """The head, the temperature and the soft cap may be parameters of a Flax module."""
     shapes = (8, WIDTH), (CLASSES, WIDTH)
     hidden, head = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     labels = np.arange(8)
@@ -231,9 +231,9 @@ def test_numbers_that_are_parameters_of_flax(rng):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-def test_heads_that_are_theirs(rng):
-    """Modules as they are: Flax's Linear, one with a low-rank update that alone is trained, an embedding's `attend`;
-    Equinox' of one state."""
+def test_heads_that_are_modules(rng):
+    """Modules may be heads: Flax's Linear, one whose low-rank update alone is trained, an embedding's `attend`, and
+    Equinox's Linear, which takes one state."""
     h = jnp.asarray(rng.standard_normal((3, 5, 8)), np.float32)
     y = jnp.asarray(rng.integers(0, 12, (3, 5)), np.int32)
 
@@ -258,19 +258,19 @@ def test_heads_that_are_theirs(rng):
     np.testing.assert_allclose(got.weight, expected.weight, rtol=1e-5, atol=1e-6)
 
 
-# The files of notebooks/examples/: in both, `step` trains each a and b of a model whose other arrays are frozen
+# Two files of notebooks/examples/. In both, `step` trains only the low-rank matrices a and b of a model.
 
 
 def in_float32(parameters, rng):
-    """And no entry 0, as in b at first, where a has no gradient."""
+    """The parameters in float32, plus noise: b is initially 0, and a would have no gradient."""
     return jax.tree.map(lambda x: jnp.float32(x + 0.1 * rng.standard_normal(x.shape).astype(x.dtype)), parameters)
 
 
 def nnx_step(example, batch, rng):
-    """By the gradient: what is trained, a model of it, the step's program, its loss, and what is trained after it."""
+    """Trained parameters before a gradient step, a model as a function of them, the program, the loss, and after it."""
     graph, *parts = nnx.split(example.Model(nnx.Rngs(0)), nnx.LoRAParam, ...)
     trained, frozen = parts = in_float32(parts, rng)
-    model = nnx.merge(graph, *jax.tree.map(jnp.copy, parts))  # which the step donates
+    model = nnx.merge(graph, *jax.tree.map(jnp.copy, parts))  # the step donates the model
     optimizer = nnx.Optimizer(model, optax.sgd(1.0), wrt=nnx.LoRAParam)
     program = example.step.lower(model, optimizer, *batch).compile()
     loss = program(model, optimizer, *batch)
@@ -287,8 +287,8 @@ def equinox_step(example, batch, rng):
 
 @pytest.mark.parametrize(("name", "one_step"), [("train_nnx", nnx_step), ("train_equinox", equinox_step)])
 def test_the_examples(name, one_step, rng, capsys, monkeypatch, optax_promotes):
-    """As a program: the loss falls. And a step in float32: the dense loss and gradient of all tokens at once, what is
-    trained in the place of what it was, and no array of tokens × classes, nor one of a head's size that it makes."""
+    """The loss of the program falls. A float32 step has the loss and gradient of dense logits. It writes the trained
+    parameters over the old ones, and makes no array as large as tokens × classes or with the shape of the head."""
     example = importlib.import_module(f"notebooks.examples.{name}")
     example.main(steps=12)
     losses = [float(x) for x in re.findall(r": (\S+) nats", capsys.readouterr().out)]
@@ -317,7 +317,7 @@ def test_the_examples(name, one_step, rng, capsys, monkeypatch, optax_promotes):
     assert {*made} <= {"parameter", "get-tuple-element", "bitcast"}
 
 
-# Models that others wrote: each recipe of "A model that you did not write" in jce/README.md, as it is written there
+# Existing models: each recipe of "A model that you did not write" in jce/README.md, with its code unchanged
 
 
 def recipe(name, **names):
@@ -402,7 +402,7 @@ def all_close(got, expected):
 
 
 def by_split(loss):
-    """Value and gradient by JAX's own transformations of the model's arrays."""
+    """Value and gradient, with JAX's transformations instead of nnx's."""
 
     def found(model):
         graph, parameters, rest = nnx.split(model, nnx.Param, ...)
@@ -523,7 +523,7 @@ def test_a_head_replaced_in_linen(tied, tokens, labels):
 
 
 def quantized(qwix, model, h):
-    """In training, by int8, by float8 and of weights alone; and low-rank updates of int8 weights, and of plain ones."""
+    """Models quantized for training (int8, float8, weights alone), and low-rank updates of int8 and plain weights."""
     for weights, act in (("int8", "int8"), ("float8_e4m3fn", "float8_e4m3fn"), ("int8", None)):
         rule = qwix.QtRule(module_path=".*", weight_qtype=weights, act_qtype=act)
         yield qwix.quantize_model(model, qwix.QtProvider([rule]), h), nnx.Param
@@ -532,8 +532,8 @@ def quantized(qwix, model, h):
         yield qwix.apply_lora_to_model(model, lora, h, rngs=nnx.Rngs(1)), nnx.LoRAParam
 
 
-@pytest.mark.filterwarnings("ignore")  # its own
-def test_what_qwix_changes(rng):
+@pytest.mark.filterwarnings("ignore")  # Qwix's warnings
+def test_models_that_qwix_changes(rng):
     """The loss is exact if the head is traced in the model's call, by the recipe or by a call of jce in the model. The
     recipe clones the head, because Qwix writes to it. Outside of the model's call, Qwix doesn't change the head, so its
     low-rank update has no gradient. Inside, a head that is a matrix is refused."""

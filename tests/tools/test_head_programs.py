@@ -1,6 +1,6 @@
-"""What the README says of the head on accelerators, read from programs compiled for them. Needs extra `accelerators`.
+"""The README's claims about heads on accelerators, from programs compiled for them. Needs the extra `accelerators`.
 
-Neither the machine nor the day changes a figure here.
+No figure depends on the machine.
 """
 
 import functools
@@ -27,7 +27,7 @@ def compiled(device: str) -> dict[str, tuple[str, int]]:
     return dict(children.lines(compiled_heads.__name__, device, compilers.environment(), quiet=True))
 
 
-LONG = [pytest.mark.slow, pytest.mark.long]  # to compile
+LONG = [pytest.mark.slow, pytest.mark.long]  # compiling takes long
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ LONG = [pytest.mark.slow, pytest.mark.long]  # to compile
     ],
 )
 def test_value_and_gradient(device, name, products, chunks):
-    """Over three bare products of bfloat16, by the roofline; and what it needs, in chunks' float32 logits."""
+    """The roofline relative to that of three bare bfloat16 matmuls, and memory relative to a chunk's float32 logits."""
     text, temporaries = compiled(device)[name]
     found = cost(text, DEVICES[device])
     bare = 3 * 2 * TOKENS * WIDTH * CLASSES
@@ -53,7 +53,7 @@ def test_value_and_gradient(device, name, products, chunks):
 
 @pytest.mark.parametrize(("device", "products", "chunks"), [("h100", 1.82, 1.1), ("v5e", 1.1, 0.1)])
 def test_value(device, products, chunks):
-    """Over a bare product, and what it needs, in chunks' float32 logits: a TPU stores none."""
+    """The roofline relative to that of a bare matmul, and memory relative to a chunk's logits. A TPU stores no logits."""
     text, temporaries = compiled(device)["value"]
     bare = 2 * TOKENS * WIDTH * CLASSES / DEVICES[device].peaks["bf16"]
     assert 1 < cost(text, DEVICES[device]).seconds / bare < products
@@ -61,26 +61,26 @@ def test_value(device, products, chunks):
 
 
 @pytest.mark.parametrize(("device", "products"), [("h100", 2.9), ("v5e", 1.8)])
-def test_log_probabilities_and_entropies_are_of_one_reading(device, products):
-    """Over four bare products, on each of eight devices: if each had sums of its own, it were more."""
+def test_log_probabilities_and_entropies_share_passes(device, products):
+    """The roofline on one of eight devices, relative to that of four bare matmuls. Separate sums would take longer."""
     bare = 4 * 2 * TOKENS * WIDTH * CLASSES / DEVICES[device].peaks["bf16"]
     assert 1 < cost(compiled(device)["log-probabilities"][0], DEVICES[device]).seconds / bare < products
 
 
 @each_device
 @pytest.mark.parametrize("loss", LOSSES)
-def test_an_auto_mesh_keeps_the_tokens_and_sums_the_heads_gradient_once(device, loss):
+def test_an_auto_mesh_sums_the_heads_gradient_once(device, loss):
     sent = collectives(compiled(device)[loss][0])
     assert {x.kind for x in sent} == {"all-reduce"}
     assert not any(x.in_loop for x in sent)
-    first = [1, WIDTH] if len(sent) > 2 and loss == "log-probabilities" else []  # token's label and state
+    first = [1, WIDTH] if len(sent) > 2 and loss == "log-probabilities" else []  # one token's label and state
     assert sorted(x.size for x in sent) == [1, *first, CLASSES * WIDTH]
 
 
 @pytest.mark.parametrize(("device", "more"), [("h100", 0), ("v5e", 1)])
-def test_a_loop_over_the_tokens_that_are_kept(device, more):
-    """It holds what one over all does, on a TPU one more gradient of the head, and copies none; on a mesh no step of it
-    sends anything."""
+def test_a_loop_over_unmasked_tokens(device, more):
+    """The loop needs the memory of a loop over all tokens, and on a TPU one more gradient of the head, which it doesn't
+    copy. On a mesh, no step of the loop sends anything."""
     text, temporaries = compiled(device)["of some alone"]
     assert temporaries < 1.05 * (compiled(device)["alone"][1] + more * 4 * CLASSES * WIDTH)
     assert not re.search(rf"f32\[{CLASSES},{WIDTH}\]\S* copy(-start)?\(", text)
@@ -92,8 +92,8 @@ def test_a_loop_over_the_tokens_that_are_kept(device, more):
 
 
 @each_device
-def test_a_head_split_by_classes_costs_each_device_what_its_part_does(device):
-    """But for sums over devices: numbers of each token, and after the loop each gradient's."""
+def test_the_cost_of_a_head_split_by_classes(device):
+    """Devices only add all-reduces: for a few numbers per token, and after the loop for each gradient."""
     split, alone = (cost(compiled(device)[name][0], DEVICES[device]) for name in ("sharded", "a part alone"))
     assert split.operations == pytest.approx(alone.operations, rel=0.01)
     assert split.seconds < 1.1 * alone.seconds

@@ -1,7 +1,6 @@
-"""How often losses of logits read and write them on accelerators, from programs compiled for them. Needs extra
-`accelerators`.
+"""Passes over logits on accelerators, from programs compiled for them. Needs the extra `accelerators`.
 
-Neither the machine nor the day changes a figure here.
+No figure depends on the machine.
 """
 
 import pytest
@@ -15,9 +14,9 @@ pytestmark = [
     pytest.mark.needs_jit,
     pytest.mark.skipif(bool(compilers.missing()), reason=f"not installed: {', '.join(compilers.missing())}"),
 ]
-NUMBERS = 2**28  # of logits: more than fit on a TPU's chip
+NUMBERS = 2**28  # logits: more than fit into a TPU's on-chip memory
 
-# Of an array of logits, in each mode: value, gradient, value and gradient, Hessian-vector product.
+# How many arrays of logits are read and written: value, gradient, value and gradient, Hessian-vector product
 PASSES = {
     ("h100", 1024): {
         "cross_entropy_with_integer_labels": (1, 2, 3, 3),

@@ -1,4 +1,4 @@
-"""`Linear`: hidden states and a head, which stand for the logits that they give."""
+"""`Linear`: hidden states and a head, in place of the logits that can be computed from them."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Linear:
 
     The arrays that the function closes over are its weights, and leaves of the pytree. They are differentiated, each in
     its own dtype, and their gradients are summed over chunks of tokens in float32. A function that returns
-    half-precision logits causes a warning, because their rounding errors would be in the losses. To sum a matmul in
-    float32, write
+    half-precision logits causes a warning, because their rounding errors would reach the losses. To get float32 logits
+    from a half-precision matmul, write
 
         lambda h: jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
 
@@ -58,8 +58,8 @@ class Linear:
         that maps states to logits. It is called with the state of one token, where all axes of hidden except the last
         have length 1, and it must keep these axes. Bound methods, Flax NNX modules and `jax.tree_util.Partial` are
         functions too, and so are Equinox modules under `jax.vmap`.
-      bias: real, [n], or None. A bias of -∞ forbids a class: its logit is -∞, also with a soft cap. A function adds its
-        own bias.
+      bias: real, [n], or None. A bias of -∞ forbids a class: its logit is -∞, also with a soft cap. If head is a
+        function, bias must be None: the function adds a bias itself.
       logit_soft_cap: c > 0: the logits are then c tanh((hidden · headᵀ + bias)/c). None for no cap.
 
     Returns:
@@ -80,7 +80,7 @@ class Linear:
     head: Any
     bias: ArrayLike | None = None
     logit_soft_cap: ArrayLike | None = None
-    # Without these attributes, Python, NumPy and JAX would return something that has nothing to do with the logits.
+    # Without these attributes, operations of Python, NumPy and JAX would succeed, with results that are wrong.
     __array_ufunc__ = None  # NumPy's functions, and operators with NumPy arrays, raise a TypeError
     __iter__ = None  # otherwise [*x] would index x forever, since an index beyond the end is clipped
 
@@ -112,13 +112,13 @@ class Linear:
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(
-            f"Linear: it stands for logits that are never computed all at once, so it must not be used as an array,"
-            f" compared, cast to another dtype or indexed except by slices and ints of its token axes; got {self!r}."
-            f" Pass it to jce.linear_cross_entropy, linear_log_probs, linear_kl_divergence or linear_map. Instead of"
-            f" changing the logits, use temperature= and logit_soft_cap=, or the function that linear_map takes."
+            f"Linear: it stands for logits that are never computed all at once. So it must not be used as an array,"
+            f" compared, or cast to another dtype, and its index must be slices and ints for token axes; got {self!r}."
+            f" Pass it to jce.linear_cross_entropy, linear_log_probs, linear_kl_divergence or linear_map. To change the"
+            f" logits, use temperature= and logit_soft_cap=, or do it in the function that linear_map takes."
         )
 
-    __array__ = __jax_array__ = __bool__ = __eq__ = _refuse  # see __iter__
+    __array__ = __jax_array__ = __bool__ = __eq__ = _refuse  # see the comment above __array_ufunc__
 
     def _taken_by(self, function: str, argument: str) -> str:
         """A sentence for the error of a function that got a `Linear` as an array: which functions accept one."""
@@ -153,13 +153,13 @@ def _logits_dtype(x: Linear):
 
 def _shown(x: Any) -> str:
     if isinstance(x, FunctionHead):
-        return f"a function that gives {brief(x.logits)}"
+        return f"a function that returns {brief(x.logits)}"
     return brief(x) if hasattr(x, "shape") and hasattr(x, "dtype") else repr(x)
 
 
 def _flatten(x: Linear):
     cap = x.logit_soft_cap
-    # A bool is not a cap. It takes the cap's place in a pytree of bools that mark leaves, and must stay a leaf.
+    # A bool is not a cap, but a leaf: it is in the cap's place in a pytree of bools that mark the leaves of a `Linear`.
     number = cap if isinstance(cap, (int, float)) and not isinstance(cap, bool) else None
     children = {"hidden": x.hidden, "head": x.head, "bias": x.bias, "logit_soft_cap": cap if number is None else None}
     return [(jax.tree_util.GetAttrKey(name), child) for name, child in children.items()], number

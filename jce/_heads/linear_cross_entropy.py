@@ -1,8 +1,8 @@
 """Cross-entropy of labels at logits = hidden · headᵀ, with three matmuls and without the logits of all tokens.
 
 While the logits x of a chunk are in memory, the loop computes ∂ℓ/∂x from them, and from that ∂ℓ/∂h = ∂ℓ/∂x · W and the
-chunk's part of the head's gradient, (∂ℓ/∂x)ᵀ h. So a single loop gives a sum of losses and its gradient. The gradient
-of losses per token has to wait for their cotangents and computes x again: a fourth matmul.
+chunk's part of the head's gradient, (∂ℓ/∂x)ᵀ h. So a single loop computes a sum of losses and its gradient. The
+gradient of losses per token can't be computed before their cotangents are known, so x is recomputed: a fourth matmul.
 """
 
 from __future__ import annotations
@@ -63,10 +63,11 @@ def linear_cross_entropy(
       >>> print(jce.linear_cross_entropy(labels, hidden, head))
       4.1223074e-09
 
-    It equals `cross_entropy_with_integer_labels` at the logits x = hidden · headᵀ + bias, but computes x one chunk of
+    A head is the output projection of a model: the matrix that multiplies hidden states to give logits. This function
+    equals `cross_entropy_with_integer_labels` at the logits x = hidden · headᵀ + bias, but computes x one chunk of
     tokens at a time, also when it is differentiated, to any order. A mean or a sum with its gradient costs three
-    matmuls of the size of x; losses per token with their gradient cost four. With label_smoothing ε, z_loss ζ and q =
-    softmax(x), the loss ℓ of a token is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
+    matmuls between hidden states and head; losses per token with their gradient cost four. With label_smoothing ε,
+    z_loss ζ and q = softmax(x), the loss ℓ of a token is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
 
     Args:
       labels: integer, [...]: class indices y, in the shape of hidden without its last axis. With label_probs, [..., k].
@@ -80,17 +81,17 @@ def linear_cross_entropy(
       tail: a static bool: whether all classes without a label count as one more outcome, which has the remaining target
         probability.
       weights: real, broadcast to the token axes: w, one weight per token. If they can sum to 0, as RL advantages
-        can, use reduction="sum": the mean would then be 0.
+        can, use reduction="sum": a mean is 0 if they do.
       where: bool, broadcast to the token axes. Tokens where it is False are masked: their loss is 0, and they cost no
         matmul.
       reduction: "mean" for Σ wℓ / Σ w, which is 0 if Σ w = 0; "sum" for Σ wℓ; "none" for wℓ, one number per token.
       label_smoothing: ε, a number from 0 to 1.
       z_loss: ζ, a number ≥ 0.
-      temperature: T > 0, a number, or an array with a number for each token. It divides x, after the soft cap. An array
-        is not checked and may hold 0: q is then its limit as T → 0.
+      temperature: T > 0, a number, or an array with a number for each token. x is divided by T, after the soft cap. An
+        array is not checked and may hold 0: q is then the limit as T → 0.
       logit_soft_cap: c > 0: x is then c tanh((hidden · headᵀ + bias)/c). None for no cap.
-      chunk_size: the number of tokens per chunk, a static int. None for about max(512, 2²⁰/n) on a CPU and max(2048,
-        2²⁶/n) on an accelerator. Smaller chunks need less memory.
+      chunk_size: the number of tokens per chunk, a static int. None for about max(512, 2²⁰/n) on a CPU (2²³/n if
+        n < 256), and max(2048, 2²⁶/n) on a GPU or TPU. Smaller chunks need less memory.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
@@ -98,26 +99,27 @@ def linear_cross_entropy(
 
     Returns:
       A number, or [...] for "none". float32, or float64 if hidden, head, bias, weights or label_probs is float64.
-      Besides arguments and results, it needs memory for a few arrays [chunk_size, n] and some [..., d]. Reverse mode
-      adds one or two of the head's shape. For faster matmuls with bfloat16 states, cast a float32 head:
-      head.astype(hidden.dtype).
+      Besides arguments and results, the call needs memory for a few arrays [chunk_size, n] and some arrays [..., d].
+      Reverse mode needs one or two more arrays of the head's shape. For faster matmuls with bfloat16 states, cast a
+      float32 head: head.astype(hidden.dtype).
 
     At the boundary:
       A label outside [0, n) makes the loss and the gradient of its token NaN, and therefore also a mean or a sum. Mask
       such labels, for example with where=labels >= 0. For "sum" and "none", the derivative with respect to a weight is
       ℓ, also at a weight of 0. But a token of weight 0 is masked, as by `where`, if its label is outside [0, n) or its
-      hidden state is not finite. The derivative with respect to the logit of a forbidden class is the formula below
-      with qᵢ = 0, or 0 with a soft cap. If a forbidden class is the label, the loss is +∞. Label smoothing counts every
-      class, so a forbidden class makes every loss +∞: slice off the classes that only pad the vocabulary, as in
+      hidden state is not finite.
+
+      A class whose bias is -∞ is forbidden. The derivative with respect to its logit is the formula below with qᵢ = 0,
+      or 0 with a soft cap. If the label is forbidden, the loss is +∞. Label smoothing counts every class, so a
+      forbidden class makes every loss +∞: slice off the classes that only pad the vocabulary, as in
       head[:vocabulary_size]. If ε is traced and 0, nothing is smoothed, and forbidden classes add nothing to the loss.
-      The derivative with respect to a traced ε is +∞ if another class than the label is forbidden, and NaN if the label
-      is forbidden.
+      The derivative with respect to a traced ε is NaN if the label is forbidden. Otherwise it is +∞ if any class is.
 
     Derivative:
       ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and, by the chain rule, derivatives with respect to hidden,
       head and bias (argnums 1, 2 and 3 of `jax.grad`). Weights have derivatives too. Each gradient has its argument's
-      dtype. Derivatives with respect to traced numbers and temperatures take another pass. Forward and reverse mode,
-      any order.
+      dtype. Derivatives with respect to traced numbers and temperatures take another pass over the tokens. Derivatives
+      exist in forward and reverse mode, to any order.
 
     Raises:
       TypeError: labels are not integers; hidden, head, bias, weights or temperature is not real; or `where` is not

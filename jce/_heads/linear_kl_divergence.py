@@ -45,24 +45,25 @@ def linear_kl_divergence(
       1.5165121e-09
 
     It equals `kl_divergence_with_logits` at the logits of both heads, each divided by T, but computes these logits one
-    chunk of tokens at a time, also when it is differentiated, to any order. Teacher and student may differ in width. A
-    mean or a sum with its gradient costs four matmuls if p is frozen (not differentiated, or behind
-    `jax.lax.stop_gradient`), and six if both are differentiated. Losses per token cost one more for each head.
+    chunk of tokens at a time, also when it is differentiated, to any order. The hidden states of teacher and student
+    may differ in width. A mean or a sum with its gradient costs four matmuls if p is frozen (not differentiated, or
+    behind `jax.lax.stop_gradient`), and six if both are differentiated. Losses per token with their gradient cost one
+    more matmul for each head.
 
-    The loss isn't scaled by T². To keep its gradient as large as without a temperature, as Hinton, Vinyals and Dean
-    (2015) do, multiply it by temperature**2.
+    The loss isn't multiplied by T². To keep its gradient about as large as without a temperature, multiply the loss by
+    temperature**2, as Hinton, Vinyals and Dean (2015) do.
 
     Args:
       p: the target, the teacher: `jce.Linear(hidden, head)`, with hidden states [..., d] and a head [n, d].
       q: the model, the student: `jce.Linear(hidden, head)`, with the same n classes and its own width.
       weights: real, broadcast to the token axes: w, one weight per token. If they can sum to 0, as RL advantages
-        can, use reduction="sum": the mean would then be 0.
+        can, use reduction="sum": a mean is 0 if they do.
       where: bool, broadcast to the token axes. Tokens where it is False are masked: their divergence is 0, and they
         cost no matmul.
       reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, one number per token.
-      temperature: T > 0, a number. T divides the difference of the two rows of logits, so similar heads are compared as
-        accurately as at T = 1. If you divide both rows yourself and call `kl_divergence_with_logits`, each division
-        rounds, and the difference loses its precision.
+      temperature: T > 0, a number. The division by T is done after the subtraction of the two rows of logits, so
+        similar heads are compared as accurately as at T = 1. If you divide both rows yourself and call
+        `kl_divergence_with_logits`, each division rounds, and that accuracy is lost.
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
@@ -70,17 +71,17 @@ def linear_kl_divergence(
         returns wrong gradients.
 
     Returns:
-      A number, or [...] for "none". float32, or float64 if states, heads, biases or weights are float64. It is never
-      negative, and accurate relative to its size even when student and teacher are similar.
+      A number, or [...] for "none". float32, or float64 if states, heads, biases or weights are float64. With weights
+      ≥ 0 it is never negative. Its relative error is small even when student and teacher are similar.
 
     At the boundary:
-      A class that p forbids, by a bias of -∞, contributes 0. A class that only q forbids makes the token's loss +∞, and
-      the derivative with respect to a traced temperature NaN.
+      A class with a bias of -∞ in p contributes 0. A class with a bias of -∞ only in q makes the token's loss +∞, and
+      its derivative with respect to a traced temperature NaN.
 
     Derivative:
       ∂KL/∂yᵢ = (qᵢ - pᵢ)/T for q's logits y, ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL)/T for p's logits x, and, by the chain rule,
       derivatives with respect to hidden states, heads, biases, weights, a traced temperature and traced soft caps. Each
-      gradient has its argument's dtype. Forward and reverse mode, any order.
+      gradient has its argument's dtype. Derivatives exist in forward and reverse mode, to any order.
 
     Raises:
       TypeError: p or q is not a Linear, an array is not real, or `where` is not boolean.
@@ -102,8 +103,8 @@ def linear_kl_divergence(
     rows = {key: x.logits if isinstance(x, FunctionHead) else x for key, x in heads.items()}
     if len({jnp.shape(x)[:1] for x in rows.values()}) > 1:
         raise ValueError(
-            f"{name}: p and q must have the same classes, as many rows in both heads; got {described(rows)}. Slice"
-            f" both to the classes that they share: head[:n]."
+            f"{name}: p and q must have the same classes, and so the same number of rows in both heads; got"
+            f" {described(rows)}. Slice both heads to the classes that they share: head[:n]."
         )
     t = positive(name, jnp.result_type(float), temperature=temperature)
     options = Options(where, weights, reduction, chunk_size, precision, axis_name, batch_invariant)

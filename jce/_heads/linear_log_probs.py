@@ -130,8 +130,8 @@ def linear_log_probs(
 
     Derivative:
       ∂ log q_y/∂xᵢ = ([i = y] - qᵢ)/T, ∂H/∂xᵢ = qᵢ (log 1/qᵢ - H)/T, ∂ log Z/∂xᵢ = qᵢ/T, and, by the chain rule,
-      derivatives with respect to hidden, head, bias and T. Each gradient has its argument's dtype. Forward and reverse
-      mode, any order. The gradient costs four matmuls.
+      derivatives with respect to hidden, head, bias and T. Each gradient has its argument's dtype. Derivatives exist in
+      forward and reverse mode, to any order. The results with their gradient cost four matmuls.
 
     Raises:
       TypeError: labels are not integers; hidden, head, bias or temperature is not real; or `where` is not boolean.

@@ -53,15 +53,16 @@ def linear_map(
         linear_map(lambda y, x: (ce(y, x), {"entropy": jce.entropy_with_logits(x), "right": x.argmax() == y}),
                    labels, Linear(hidden, head), reduction="mean", has_aux=True)
 
-    If a sampler kept only some classes (ids [..., k], padded with n), renormalize over them with
+    If a sampler kept only some classes (ids [..., k], padded with n), the log-probability of a label among them is
 
-        def kept(y, ids, x):
+        def log_prob_among_kept(y, ids, x):
             return -ce(y, x, where=jnp.zeros(x.shape, bool).at[ids].set(True, mode="drop"))
 
-    The number of matmuls depends only on what the function returns. A sum or a mean of one real number per token costs
-    one matmul per head, and three with its gradient: each chunk is differentiated while its logits exist. Results per
-    token, or several real numbers per token, cost four with a gradient. With `has_aux`, the metrics cost no further
-    matmul. A head that is not differentiated costs one matmul.
+    The number of matmuls depends only on what the function returns. Without a gradient it is one per head. With a
+    gradient, a sum or a mean of one real number per token costs three per head, because each chunk is differentiated
+    while its logits exist. Results per token, or several real numbers per token, cost four per head with a gradient.
+    With `has_aux`, the metrics cost no further matmul. A `Linear` that is not differentiated costs one matmul, or two
+    if results per token are differentiated.
 
     Call it under `jax.jit`, like `jax.lax.map`. Outside of `jax.jit`, each call compiles it again, because the function
     may have changed.
@@ -85,8 +86,8 @@ def linear_map(
         summed over devices once, after the loop. The gradient of a value that the function closes over takes another
         pass over the tokens.
       has_aux: a static bool: whether the function returns a pair of a real number and metrics, which may be any
-        pytree. Only the number is trained. Metrics are weighted and reduced like the number, and have a derivative only
-        with respect to the weights.
+        pytree. Only the number is differentiated. Metrics are weighted and reduced like the number, and have a
+        derivative only with respect to the weights.
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
@@ -107,8 +108,8 @@ def linear_map(
 
     Derivative:
       The derivative of the function, with respect to hidden states, heads, biases, soft caps, the other arrays,
-      weights, shared, and values that the function closes over, each in its own dtype. Forward and reverse mode, any
-      order.
+      weights, shared, and values that the function closes over, each in its own dtype. Derivatives exist in forward and
+      reverse mode, to any order.
 
     Raises:
       TypeError: the function isn't callable; an argument is not an array; hidden, head or bias is not real; `where` is
@@ -186,12 +187,12 @@ def _chunk_function(
 
 
 def _require_pair(name: str, results: Any) -> None:
-    """Raises an error unless the result of a token is a pair: a number, which is trained, and metrics."""
+    """Raises an error unless the result of a token is a pair: a number, which is differentiated, and metrics."""
     loss = results[0] if isinstance(results, tuple | list) and len(results) == 2 else None
     if not (isinstance(loss, jax.ShapeDtypeStruct) and loss.shape == () and jnp.issubdtype(loss.dtype, jnp.floating)):
         got = jax.tree.map(brief, results)
         raise TypeError(
-            f"{name}: with has_aux, function must return a pair for each token: the number that is trained,"
+            f"{name}: with has_aux, function must return a pair for each token: the number that is differentiated,"
             f" floating-point and of shape (), and a pytree of metrics; it returns {got}. Put all results except the"
             f" loss into one pytree."
         )

@@ -48,9 +48,10 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
         functions in it. Pass traced values through `shared`. A traced value that the mapped function closes over must
         not be split over devices, and its gradient takes another pass over the tokens.
       mesh: the devices, for example from `jax.make_mesh`. Over its other axes, all arrays are replicated.
-      token_axis: the mesh axis, or a tuple of axes, that splits the first axis of the tokens. None or () for none.
+      token_axis: the mesh axis, or a tuple of axes, that splits the first axis of the tokens. None or () if the tokens
+        are not split.
       class_axis: the mesh axis, or a tuple of axes, that splits the classes. It must not share an axis with token_axis.
-        None or () for none.
+        None or () if the classes are not split.
 
     Returns:
       A function with the signature of the given one, without axis_name. Its reductions are over the tokens of all
@@ -71,8 +72,8 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
     if not any(function is f for f in FUNCTIONS):
         names = ", ".join(f"jce.{f.__name__}" for f in FUNCTIONS)
         raise TypeError(
-            f"on_mesh: function must be one of {names}; got {function!r}. Other functions of jce take arrays"
-            f" that are split as they are."
+            f"on_mesh: function must be one of {names}; got {function!r}. Call other functions of jce directly:"
+            f" they accept arrays that are split over devices."
         )
     places = on_axes("on_mesh", mesh, token_axis, class_axis)
 

@@ -39,10 +39,10 @@ def over_tokens(
     """Applies a function to each token's logits (one array per head) and to its part of `others`, and reduces the
     results as the options say.
 
-    On each device, make(one token's logits, its others, shared, mesh axes of the classes) returns the function. If a
-    token's weight is 0 and is_defined(others, number of classes) is False for it, the token is masked: its result may
-    be NaN, and 0 times NaN would be NaN. `shared` is a pytree of arrays for all tokens. With `named_classes`, the
-    function itself names the mesh axes of the classes, so the types of heads must not split them.
+    On each device, make(one token's logits, its others, shared, mesh axes of the classes) returns the function. A token
+    is masked if its weight is 0 and is_defined(others, number of classes) is False for it: its result may be NaN, and 0
+    times NaN would be NaN. `shared` is a pytree of arrays for all tokens. With `named_classes`, the function itself
+    names the mesh axes of the classes, so the types of heads must not split the classes.
     """
     settings = options.checked(name)
     inputs, dtypes = read(name, linear, others, shared, options.where, options.weights)
@@ -54,8 +54,8 @@ def over_tokens(
 
     # A head that is a function is traced again in each call. Outside of a jit, JAX would compile each operation of a
     # derivative separately, and keep the programs: 3 MiB per call. So a call outside of a jit gets a jit of its own.
-    # When nothing refers to that jit any more, JAX frees nearly all of it. A call inside of a jit gets no other jit: if
-    # a derivative rule in the head closes over a traced value, that value would leak.
+    # When nothing refers to that jit any more, JAX frees nearly all of it. A call inside of a jit gets no jit of its
+    # own: if a derivative rule in the head closed over a traced value, that value would leak.
     alone = any(isinstance(head, FunctionHead) for head in inputs.heads) and not in_a_program()
     with out_of_qwix(name, linear):
         return (jax.jit(on_devices) if alone else on_devices)(inputs)
@@ -122,7 +122,8 @@ def _require_matrices(name: str, inputs: Inputs, token_axes: tuple, class_axis: 
     """Raises an error if a head is a function and jce splits the tokens or the classes."""
     if (token_axes or class_axis is not None) and any(isinstance(head, FunctionHead) for head in inputs.heads):
         raise ValueError(
-            f"{name}: a head that is a function is traced of whole arrays, and gives all classes; got tokens or"
-            f" classes that are split, over {mesh_names(token_axes, class_axis)}. Give its matrix; or let XLA split the"
-            f" tokens, under a mesh with Auto axes, or call {name} inside of a jax.shard_map over them."
+            f"{name}: a head that is a function is traced with whole arrays, and returns the logits of all classes, so"
+            f" tokens and classes must not be split; got a split over {mesh_names(token_axes, class_axis)}. Pass the"
+            f" head's matrix. Or let XLA split the tokens, under a mesh with Auto axes. Or call {name} inside of a"
+            f" jax.shard_map over the tokens."
         )

@@ -1,4 +1,4 @@
-"""The way for short rows on a GPU: XLA fuses all sums over a row, and the array computed from them, into one GPU kernel.
+"""The way for short rows on a GPU: one GPU kernel computes all sums over a row, and the array computed from them.
 
 Such a sequence of sums over a row, and of elementwise operations on the row and on these sums, is a chain. XLA fuses a
 chain under four conditions: the row fits into a core's memory, x enters only as x - m, no operation has two results,

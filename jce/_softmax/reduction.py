@@ -58,8 +58,8 @@ class Reduction(Way):
 
 @dataclasses.dataclass(frozen=True)
 class MaskedReduction(Reduction):
-    """The way for a TPU. Gathers are slow there, so a mask looks up labels. XLA for TPUs fuses two sums into one pass if
-    they share m, so `again` returns m itself."""
+    """The way for a TPU. Gathers are slow there, so a mask looks up labels. XLA for TPUs fuses two sums into one pass
+    if they share m, so `again` returns m itself."""
 
     def again(self, m, s):
         return m

@@ -20,14 +20,14 @@ REPEATED = (  # derivatives may repeat these, like `jax.checkpoint`, which refus
 
 
 def require_effects(name: str, effects: Collection) -> None:
-    """Raises an error if a mapped function uses a `jax.Ref` of its caller, or if it names the axis of a `jax.vmap`: one
-    loop computes the tokens of all members of that batch. JAX's own errors for these don't say what is wrong."""
+    """Raises an error if a mapped function uses a `jax.Ref` of its caller, or names the axis of a `jax.vmap`. (One loop
+    computes the tokens of the whole batch of that vmap.) JAX's own errors for these don't say what is wrong."""
     axes = named_axes(effects) - {*manual_axes()}
     if axes:
         raise ValueError(
-            f"{name}: function may name no axis of a jax.vmap, since its members' tokens join in one loop; it names"
-            f" {', '.join(map(repr, sorted(axes, key=str)))}. Sum over the axis outside, and pass its index as an"
-            f" argument."
+            f"{name}: function must not name the axis of a jax.vmap, since one loop computes the tokens of the whole"
+            f" batch; it names {', '.join(map(repr, sorted(axes, key=str)))}. Sum over the axis outside of {name}, and"
+            f" pass the index along the axis as an argument."
         )
     if _names(effects) & {*OF_REFS}:
         raise ValueError(
@@ -37,16 +37,16 @@ def require_effects(name: str, effects: Collection) -> None:
 
 
 def undifferentiable(effects: Collection) -> str:
-    """The names of the effects that a derivative would repeat but must not."""
+    """The names of the effects that must not be repeated, although a derivative would repeat them."""
     return ", ".join(sorted(_names(effects) - {*REPEATED}))
 
 
 def require_differentiable(refused: str) -> None:
     if refused:
         raise NotImplementedError(
-            f"linear_map: a derivative computes function again, as jax.checkpoint does, so function must not have"
+            f"linear_map: a derivative calls function again, as jax.checkpoint does, so function must not have"
             f" {refused} there. Use reduction='sum' or 'mean' with one number per token, whose first derivative"
-            f" computes it once. Or use jax.debug.callback, which may be called again. Or do not differentiate it."
+            f" calls function only once. Or use jax.debug.callback, which may be repeated. Or do not differentiate it."
         )
 
 

@@ -27,14 +27,14 @@ def linear_of(
         if given := [key for key, x in rest.items() if x is not None]:
             raise ValueError(
                 f"{name}: a jce.Linear stands for hidden, head, bias and logit_soft_cap; got {', '.join(given)}"
-                f" beside it. Give them to jce.Linear."
+                f" as well. Pass them to jce.Linear instead."
             )
         return hidden
     if head is None:
         raise TypeError(
-            f"{name}: head must be [n, d], or a function of hidden states; got none. Pass labels first, then hidden"
-            f" and head, or jce.Linear(hidden, head) for both. If a model returned logits where a jce.Linear should be,"
-            f" the head that it calls has not been replaced."
+            f"{name}: head must be [n, d], or a function of hidden states; got none. Pass labels first, then"
+            f" hidden and head, or jce.Linear(hidden, head) for both. If a model returned logits instead of a"
+            f" jce.Linear, the head that it calls has not been replaced."
         )
     if is_function(head):
         head = FunctionHead.of(name, head, hidden, bias)
@@ -79,8 +79,8 @@ def _of_function(name: str, of: str, x: Linear, head: FunctionHead) -> Arrays:
     if (shapes := [a.shape for a in head.arrays]) != as_traced:
         raise ValueError(
             f"{name}: the arrays that the head of a Linear closes over must have the shapes with which the head was"
-            f" traced, {as_traced}; got {of}head with {shapes}. A Linear of a function can't leave a jax.vmap: call"
-            f" {name} inside of it, or return hidden states from it and pass jax.vmap(head) as the head."
+            f" traced, {as_traced}; got {of}head with {shapes}. A jax.vmap must not return a Linear whose head is a"
+            f" function: call {name} inside of it, or return hidden states from it and pass jax.vmap(head) as the head."
         )
     return Arrays(h, head, _checked_cap(name, x.logit_soft_cap, head.logits.dtype))
 

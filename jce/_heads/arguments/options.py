@@ -48,13 +48,13 @@ def _chunk_size(name: str, chunk_size: int | None, batch_invariant: bool) -> int
     require_bool(name, batch_invariant=batch_invariant)
     if batch_invariant and chunk_size is None:
         raise ValueError(
-            f"{name}: batch_invariant must come with a chunk_size, to which each chunk is then filled up; got"
+            f"{name}: batch_invariant must come with a chunk_size, to which each chunk is then padded; got"
             f" batch_invariant={batch_invariant!r}, chunk_size={chunk_size!r}."
         )
     size = integer(chunk_size)
     if chunk_size is not None and (size is None or size < 1):
         raise ValueError(
             f"{name}: chunk_size must be a static int, the number of tokens in a chunk, at least 1;"
-            f" got chunk_size={chunk_size!r}. Leave it out for a size that suits the head."
+            f" got chunk_size={chunk_size!r}. Omit it for a size that depends on the number of classes."
         )
     return size

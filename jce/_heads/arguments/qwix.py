@@ -18,8 +18,8 @@ from jce._heads.loss.function_head import FunctionHead
 @contextlib.contextmanager
 def out_of_qwix(name: str, linear: Mapping[str, Linear]) -> Iterator[None]:
     """A context in which Qwix replaces nothing in this thread. Otherwise Qwix would quantize the matmuls with which a
-    loop differentiates a head, so that these derivatives would be a percent off. It would also add the model's own
-    low-rank update to matmuls with a matrix."""
+    loop differentiates a head, and these derivatives would be off by a percent. It would also add the model's low-rank
+    update to matmuls with a matrix."""
     # Qwix 0.1.8 has no public way to switch it off.
     manager: Any = getattr(sys.modules.get("qwix._src.interception"), "interception_manager", None)
     if not hasattr(manager, "disable_interception"):
@@ -38,7 +38,8 @@ def _require_functions(name: str, linear: Mapping[str, Linear]) -> None:
     for x in linear.values():
         if not isinstance(x.head, FunctionHead):
             raise ValueError(
-                f"{name}: in the call of a model that Qwix changes, a head must be a function, since Qwix sees no"
-                f" product with a matrix that is given as one; got {x!r}. Give the head's module, or a function"
-                f" such as lambda h: h @ kernel; or let the model return jce.Linear(h, head), and call {name} outside."
+                f"{name}: while Qwix replaces the matmuls of a model that is being called, head must be a function,"
+                f" since Qwix doesn't see a matmul with a matrix that is passed as head; got {x!r}. Pass the head's"
+                f" module, or a function such as lambda h: h @ kernel. Or let the model return jce.Linear(h, head), and"
+                f" call {name} outside of the model."
             )

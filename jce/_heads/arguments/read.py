@@ -43,7 +43,7 @@ def read(
 
 ADVICE = {
     "weights": "Give a weight per token: weights=weights[labels] looks up weights per class.",
-    "where": "It masks tokens, so give it no axis for classes; a bias of -inf excludes a class.",
+    "where": "It masks tokens, so it has no axis for classes. To exclude a class, use a bias of -inf.",
 }
 
 
@@ -69,8 +69,8 @@ def _batch(name: str, linear: Mapping[str, Arrays], others: Mapping[str, Array])
     """The token axes, with which all arguments must begin."""
     if not linear:
         raise ValueError(
-            f"{name}: an argument must be a jce.Linear, hidden states and their head; got"
-            f" {described(others) or 'no arguments'}. Without a head there are jax.vmap and jax.lax.map."
+            f"{name}: at least one argument must be a jce.Linear (hidden states and their head); got"
+            f" {described(others) or 'no arguments'}. To map a function without a head, use jax.vmap or jax.lax.map."
         )
     batch = next(iter(linear.values())).hidden.shape[:-1]
     hidden = {f"{key}.hidden" if key else "hidden": x.hidden for key, x in linear.items()}
@@ -86,10 +86,10 @@ def _batch(name: str, linear: Mapping[str, Arrays], others: Mapping[str, Array])
 
 
 def _for_each_token(key: str, shape: tuple[int, ...], batch: tuple[int, ...]) -> str:
-    """Advice for the error about an argument that lacks token axes, has length 1 along some, or should be shared."""
+    """Advice for an argument that lacks some token axes, has length 1 along one of them, or should be in `shared`."""
     # Arguments aren't broadcast: a shared array [1, k] may look like one with token axes, and if a random key were
     # broadcast, several tokens would get the same sample.
-    shared = "What all tokens share goes into shared."
+    shared = "An array that all tokens share goes into shared."
     leads = shape != () and all(size in (1, tokens) for size, tokens in zip(shape, batch, strict=False))
     if not leads and not broadcasts_to(batch, shape):
         return shared

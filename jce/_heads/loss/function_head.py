@@ -1,11 +1,11 @@
 """A head that is a function: its trace for the state of one token, and the arrays that it closes over.
 
-The head is traced once, with one token, in the call that it is passed to. This has three consequences:
+The head is traced once, with the state of one token, in the call to which it is passed. This has three consequences:
 
-- It is applied to each token alone, whatever the chunks are.
-- JAX's settings, and patches of JAX, that hold around that call also hold in derivatives, which use the same trace.
-- The arrays that it closes over take the place of a matrix: they are differentiated, and their gradients are summed
-  over chunks.
+- The head is applied to each token separately, whatever the chunks are.
+- JAX's settings at that call, and patches of JAX, also hold in derivatives, which use the same trace.
+- The arrays that the head closes over take the place of a matrix: they are differentiated, and their gradients are
+  summed over chunks.
 """
 
 from __future__ import annotations
@@ -114,19 +114,20 @@ def _require_of_each_token(name: str, closed: Any) -> None:
     drawn = sorted({e.primitive.name for e in _equations(closed.jaxpr)} & {*RANDOM})
     if drawn:
         raise ValueError(
-            f"{name}: head may draw no random numbers, since it is traced of one token, and all tokens would get"
-            f" the same; it has {', '.join(drawn)}. Draw outside, and multiply the hidden states by what is drawn."
+            f"{name}: head must not draw random numbers: it is traced for one token, so all tokens would get the same"
+            f" numbers; it has {', '.join(drawn)}. Draw them outside of head, for example to multiply the hidden states"
+            f" by a dropout mask."
         )
     axes = sorted(map(str, named_axes(closed.effects)))
     if axes:
         raise ValueError(
-            f"{name}: head must not communicate along a named axis, since its derivatives compute it again; it"
-            f" names {', '.join(axes)}. Communicate before: gather the hidden states or the weights that it needs with"
-            f" jax.lax.all_gather(..., tiled=True). If the classes are split, pass the matrix and axis_name."
+            f"{name}: head must not communicate along a named axis, since derivatives recompute it; it names"
+            f" {', '.join(axes)}. Communicate before the call: gather the hidden states or weights that head needs with"
+            f" jax.lax.all_gather(..., tiled=True). If the classes are split, pass the head's matrix and axis_name."
         )
     if closed.effects:
         raise ValueError(
-            f"{name}: head must not have a side effect, since derivatives compute it again; it has"
+            f"{name}: head must not have a side effect, since derivatives recompute it; it has"
             f" {', '.join(sorted({type(e).__name__ for e in closed.effects}))}. Remove prints, callbacks and writes."
         )
 

@@ -59,7 +59,7 @@ def test_python_scalars_never_widen(x64):
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float4_e2m1fn])
 def test_narrow_floats(dtype):
-    """The value would be that of the upcast argument, but most of the gradient would be 0."""
+    """Floats of less than 16 bits are rejected: the value would be right, but most of the gradient would be 0."""
     wide, labels = np.ones((2, 3), np.float32), np.zeros(2, int)
 
     def refuses(function, name, *arguments, **options):
@@ -90,7 +90,7 @@ def test_narrow_floats(dtype):
 
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "int8"])
 def test_narrow_integers(dtype):
-    """They are exact and have no gradient: labels and quantized arrays."""
+    """Narrow integers are accepted as labels and quantized heads, since they are exact and have no gradient."""
     labels, head = np.array([3, 0]), np.arange(12).reshape(4, 3) % 7
     narrow = jce.linear_cross_entropy(jnp.asarray(labels, dtype), ones(2, 3), jnp.asarray(head, dtype))
     assert narrow == jce.linear_cross_entropy(labels, ones(2, 3), head.astype(np.float32))
@@ -108,8 +108,8 @@ def test_broadcasting(kernel, rng):
 
 @pytest.mark.parametrize(("dtype", "n"), [(np.uint8, 300), (np.int16, 40_000), (np.uint16, 70_000)])
 @pytest.mark.slow
-def test_labels_that_hold_no_number_of_classes(dtype, n, rng):
-    """Value and gradient for a dtype's largest label, and half of it, with more classes than the dtype can count."""
+def test_labels_whose_dtype_cannot_count_the_classes(dtype, n, rng):
+    """Value and gradient for a dtype's largest label, and for half of it, with more classes than a dtype can count."""
     labels = np.array([1, 1 / 2]) * np.iinfo(dtype).max
     logits = rng.standard_normal((2, n)).astype(np.float32)
 
@@ -154,7 +154,7 @@ def test_axis(kernel, rng):
 
 @each_with_classes
 @pytest.mark.in_turn(2, "wide")
-def test_where_is_leaving_classes_out(kernel, rng):
+def test_where_masks_classes(kernel, rng):
     """Whatever a masked class holds, the value and the gradient are those of the other classes alone."""
     arguments, positions = easy(kernel, rng, (4, 6)), tuple(range(len(kernel.arguments)))
     mask = np.array([True, False, True, True, False, False])
@@ -182,8 +182,8 @@ def test_where_is_leaving_classes_out(kernel, rng):
 
 @each_with_classes
 @pytest.mark.in_turn(3, "wide")
-def test_where_drops_rows(kernel, rng):
-    """where=mask[..., None]: a dropped row is 0 with gradient 0, even if it holds NaN."""
+def test_where_masks_rows(kernel, rng):
+    """With where=mask[..., None], a masked row has loss 0 and gradient 0, even if it holds NaN."""
     arguments, mask = easy(kernel, rng, (4, 6)), np.array([True, False, True, True])
     for x in arguments:
         x[1] = np.nan
@@ -199,7 +199,7 @@ def test_where_drops_rows(kernel, rng):
     assert np.isfinite(g).all()
 
 
-# Errors: the function, what it requires, what it got (by argument name), and what to do
+# Errors: each names the function, its requirement, the argument that it got, and a fix
 
 
 def complains(error, function, *arguments, wants, got, do, **options):
@@ -283,7 +283,7 @@ def test_axis_out_of_range(kernel):
 
 
 @each_with_classes
-def test_an_axis_that_is_no_int(kernel):
+def test_an_axis_that_is_not_an_int(kernel):
     arguments = [ones(2, 3) for _ in kernel.arguments]
     for axis in ((0, 1), 1.0, True, None):
         complains(
@@ -305,7 +305,7 @@ two_distributions = pytest.mark.parametrize(
 
 @two_distributions
 @pytest.mark.parametrize("n", [1, 4])
-def test_unlike_numbers_of_classes(function, a, b, n):
+def test_different_numbers_of_classes(function, a, b, n):
     complains(
         ValueError,
         function,
@@ -333,14 +333,14 @@ def test_a_class_axis_is_never_broadcast(function, a, b):
 
 @two_distributions
 @pytest.mark.in_turn(9)
-def test_an_axis_counts_in_the_broadcast_shape(function, a, b):
+def test_axis_refers_to_the_broadcast_shape(function, a, b):
     p, q = np.full((2, 3), 1 / 3, np.float32), np.full(3, 1 / 3, np.float32)
     np.testing.assert_array_equal(function(p, q, axis=1), function(p, p))
     np.testing.assert_array_equal(function(q, p, axis=1), function(p, p))
 
 
 @two_distributions
-def test_unlike_batches(function, a, b):
+def test_batches_that_do_not_broadcast(function, a, b):
     complains(
         ValueError,
         function,
@@ -353,7 +353,7 @@ def test_unlike_batches(function, a, b):
 
 
 @pytest.mark.parametrize("function", [jce.binary_cross_entropy, jce.binary_kl_divergence])
-def test_unlike_shapes(function):
+def test_shapes_that_do_not_broadcast(function):
     complains(
         ValueError,
         function,
@@ -365,7 +365,7 @@ def test_unlike_shapes(function):
     )
 
 
-def test_what_others_call_ignore_index():
+def test_ignore_index_of_other_libraries():
     labels, hidden, head = np.zeros(2, int), ones(2, 4), ones(3, 4)
     of_rows, of_tokens = r"\(labels != index\)\[..., None\]", "labels != index"
     for function, arguments, where in (
@@ -378,8 +378,8 @@ def test_what_others_call_ignore_index():
             function(*arguments, ignore_index=-100)
 
 
-def test_what_others_call_otherwise():
-    """The error says what to write instead, if there is something, and never suggests what the function rejects too."""
+def test_option_names_of_other_libraries():
+    """The error suggests a replacement if there is one. It never suggests an option that the function rejects too."""
     of = {
         jce.cross_entropy_with_integer_labels: (np.zeros(2, int), ones(2, 3)),
         jce.kl_divergence: (ones(2, 3), ones(2, 3)),
@@ -438,7 +438,7 @@ EACH, CLASSES = np.array([0.5, 2.0], np.float32), np.array([0.5, 2.0, 3.0], np.f
 )
 @pytest.mark.in_turn(4, "wide")
 def test_following_a_hint(function, option, given, written, after):
-    """The suggested code runs, also under jit. If it is an argument, the message contains that text."""
+    """The suggested code runs, also under jit. If the suggestion is an argument, the message contains its text."""
     labels = jnp.array([1, 0])
     arguments = {
         "cross_entropy_with_integer_labels": (labels, ones(2, 3)),
@@ -488,7 +488,7 @@ def test_a_linear_for_logits(name, arguments, fused):
     )
 
 
-def test_a_linear_for_anything_else():
+def test_a_linear_for_other_arguments():
     x, labels = jce.Linear(ones(2, 4), ones(3, 4)), jnp.array([0, 1])
     swapped = jce.cross_entropy_with_integer_labels, x, labels
     second = jce.linear_cross_entropy, labels, ones(2, 4), x
@@ -524,7 +524,7 @@ def test_a_linear_goes_to_linear_map(function, arguments, rng):
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_what_is_given_by_position_but_is_a_keyword():
+def test_keyword_arguments_passed_by_position():
     message = r"entropy: by position it takes p, and by keyword axis=, where=; got 2 arguments by position\."
     with pytest.raises(TypeError, match=message):
         jce.entropy(ones(3), 0)
@@ -536,13 +536,13 @@ def test_what_is_given_by_position_but_is_a_keyword():
         jce.linear_cross_entropy(np.zeros(2, int), ones(2, 4), ones(3, 4), ones(3), ones(2))
 
 
-def test_what_a_linear_says_of_itself():
+def test_repr_of_a_linear():
     x = jce.Linear(ones(2, 4), jax.ShapeDtypeStruct((3, 4), jnp.bfloat16), logit_soft_cap=30.0)
     assert repr(x) == "Linear(hidden=float32[2, 4], head=bfloat16[3, 4], bias=None, logit_soft_cap=30.0)"
 
 
-def test_the_axis_of_a_vmap_splits_no_classes():
-    """If it did, the gradient would silently be multiplied by the size of the axis."""
+def test_axis_name_must_not_be_the_axis_of_a_vmap():
+    """The axis of a vmap is rejected, because the gradient would silently be multiplied by the size of the axis."""
     for kernel in OF_LOGITS:
         split = jax.vmap(lambda *x, f=kernel.function: f(*x, axis_name="classes"), axis_name="classes")
         with pytest.raises(ValueError, match=r"axis_name must name an axis of the mesh.*got axis_name='classes'"):
@@ -550,7 +550,7 @@ def test_the_axis_of_a_vmap_splits_no_classes():
 
 
 @each_with_classes
-def test_where_never_enlarges(kernel):
+def test_where_must_not_enlarge_the_batch(kernel):
     complains(
         ValueError,
         kernel.function,
@@ -640,7 +640,7 @@ def test_labels_of_another_shape():
 
 @pytest.mark.parametrize(("labels", "probs"), [((8,), (8, 5)), ((8, 2), (8, 5)), ((8, 5, 1), (8, 5))])
 def test_label_probs_of_all_classes(labels, probs):
-    """Both errors name the function that takes them, and the suggested code runs."""
+    """Both errors name a function that takes probabilities of all classes, and the suggested code runs."""
     names = {
         "jce": jce,
         "hidden": ones(8, 4),
@@ -740,7 +740,7 @@ NUMBERS = {
 @pytest.mark.parametrize("option", NUMBERS)
 @pytest.mark.in_turn(3)
 def test_numbers_that_are_parameters(option):
-    """They are arrays, and can be differentiated. The error for anything else says that it is not a number."""
+    """Objects with `__jax_array__` are accepted and can be differentiated. Other objects raise an error of jce."""
     for function, *arguments in NUMBERS[option]:
 
         def of(number, function=function, arguments=arguments):
@@ -755,7 +755,7 @@ def test_numbers_that_are_parameters(option):
 
 @pytest.mark.parametrize("option", ["z_loss", "temperature", "logit_soft_cap"])
 def test_numbers_out_of_range(option):
-    """A bound at 0 is named alone. Only for a number that float32 can't hold, the error states float32's range."""
+    """The error states the bound at 0. It states float32's range only for numbers outside of that range."""
     or_zero = option == "z_loss"
     bound, zero = ("at least 0", "0, or ") if or_zero else ("greater than 0", "")
     for value, wants in (

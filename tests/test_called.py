@@ -1,4 +1,4 @@
-"""Heads that are functions: all `linear_*` functions, nestings and modes agree with the loss of the dense logits."""
+"""Heads that are functions: all `linear_*` functions, nestings and modes agree with dense logits."""
 
 import dataclasses
 import functools
@@ -88,7 +88,7 @@ def custom(p):
 @pytest.mark.parametrize("name", [*HEADS, "custom"])
 @pytest.mark.slow
 def test_first_and_second_derivatives(name, problem):
-    """Derivatives of a mean over some tokens. The other tokens are NaN. A custom_vjp rule has no second derivative."""
+    """Derivatives of a mean over kept tokens; masked tokens hold NaN. A custom_vjp rule has no second derivative."""
     y, h, parameters, where = problem
     bad = 1e30 if jax.config.jax_debug_nans else np.nan
     options = {"where": where, "chunk_size": 16, "z_loss": 1e-2, "label_smoothing": 0.1}
@@ -109,7 +109,7 @@ def test_first_and_second_derivatives(name, problem):
 
 
 @pytest.mark.slow
-def test_an_eager_gradient_leaves_nothing_compiled(problem):
+def test_eager_gradients_do_not_accumulate_programs(problem):
     y, h, p, _ = problem
     client = jax.devices()[0].client
     gradient = jax.grad(lambda h: jce.linear_cross_entropy(y, h, lambda h: h @ p["kernel"]))
@@ -163,8 +163,8 @@ def test_every_linear_function_accepts_a_function_as_head(problem):
 
 
 @pytest.mark.wide
-def test_a_model_gives_one_instead_of_logits(problem):
-    """It passes through jit and grad, since it is a pytree of the states and the arrays that the head closes over."""
+def test_a_model_that_returns_a_linear(problem):
+    """A Linear passes through jit and grad: it is a pytree of the states and the arrays that the head closes over."""
     y, h, p, _ = problem
 
     @jax.jit
@@ -182,8 +182,8 @@ def test_a_model_gives_one_instead_of_logits(problem):
     assert jax.tree.structure(x) == jax.tree.structure(jax.tree.map(lambda a: a, x))
 
 
-def test_a_model_picks_and_caps_tokens(problem):
-    """The loss of the next tokens, and its gradient, for a Linear that was indexed and got a soft cap."""
+def test_a_linear_that_is_indexed_and_capped(problem):
+    """Next-token loss and gradient for a Linear that was indexed and got a soft cap."""
     y, h, p, where = problem
 
     def ours(h, p):
@@ -198,8 +198,8 @@ def test_a_model_picks_and_caps_tokens(problem):
     close(*(jax.jit(jax.value_and_grad(f, (0, 1)))(h, p) for f in (ours, dense)), 1e-5)
 
 
-def test_settings_around_a_linear(problem):
-    """The head is traced when the Linear is made. A setting that holds then also holds for the loss."""
+def test_settings_while_a_linear_is_made(problem):
+    """The head is traced when the Linear is made, so JAX's settings at that time also apply to the loss."""
     _, h, p, _ = problem
     with jax.default_matmul_precision("float32"):
         x = jce.Linear(h, lambda h: h @ p["kernel"])
@@ -207,7 +207,7 @@ def test_settings_around_a_linear(problem):
     assert {*product.params["precision"]} == {jax.lax.Precision.HIGHEST}
 
 
-def test_a_callable_that_has_a_shape_and_a_dtype(problem):
+def test_a_callable_with_a_shape_and_a_dtype(problem):
     """A module with a shape and a dtype, such as tunix' Einsum, is a function. With `ndim` as well, it is an array."""
     y, h, p, _ = problem
 
@@ -251,9 +251,11 @@ def test_nestings(problem):
 
 @pytest.mark.needs_jit
 @pytest.mark.slow
-def test_what_it_costs():
-    """It needs at most 1.2 times the memory of an array head. If parameters beside a frozen kernel are trained, no
-    operation makes an array of the kernel's size."""
+def test_costs():
+    """A function as head needs at most 1.2 times the memory of an array head.
+
+    If the kernel is frozen and other parameters are trained, no operation makes an array of the kernel's size.
+    """
     tokens, d, n = 1024, 64, 8192
     shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in ((4, tokens // 4, d), (n, d), (d, 4), (4, n))]
     y = jnp.zeros((4, tokens // 4), int)
@@ -276,8 +278,8 @@ def test_what_it_costs():
     assert {*made} <= {"parameter", "get-tuple-element", "bitcast"}
 
 
-def test_narrow_arrays_have_their_gradient_summed_wide(rng):
-    """As the gradient of an array head is: with many tokens a bfloat16 sum would be some percent off.
+def test_gradients_of_bfloat16_arrays_are_summed_in_float32(rng):
+    """The gradient equals that of an array head. A bfloat16 sum over many tokens would be off by some percent.
 
     Gradients are returned in the arrays' own dtypes.
     """
@@ -315,7 +317,7 @@ def test_this_warning_shows_the_callers_line(problem):
         assert [w.filename for w in warned] == [__file__]
 
 
-def test_what_it_holds_is_the_callers_alone(problem):
+def test_a_head_is_not_kept_alive(problem):
     y, h, p, _ = problem
 
     class Head:
@@ -359,17 +361,17 @@ def test_devices(problem):
 
 
 @pytest.mark.parametrize("axes", [("data", None), (None, "stage"), (("data", "stage"), None)])
-def test_on_a_mesh_that_splits_tokens_or_classes_it_is_refused(problem, axes):
+def test_on_mesh_rejects_a_function_as_head(problem, axes):
     y, h, p, _ = problem
     p = {"gain": p["gain"].mean(), "kernel": p["kernel"]}  # a number can't be split
     mesh = jax.make_mesh((4, 2), ("data", "stage"), axis_types=(AxisType.Auto,) * 2)
     split = jce.on_mesh(jce.linear_cross_entropy, mesh=mesh, token_axis=axes[0], class_axis=axes[1])
-    with pytest.raises(ValueError, match=r"a head that is a function is traced of whole arrays.*jax.shard_map"):
+    with pytest.raises(ValueError, match=r"a head that is a function is traced with whole arrays.*jax.shard_map"):
         split(y[0, :8], h[0, :8], loosely(lambda h: (h + p["gain"]) @ p["kernel"]))
 
 
 def test_labels_may_vary_over_more_mesh_axes_than_states(problem):
-    """In the loop all arrays vary over more axes than in the trace, except those that the head makes, as by arange."""
+    """Arrays vary over more mesh axes in the loop than in the trace, except those that the head makes (by arange)."""
     y, h, p, _ = problem
     y, h = jnp.stack([y[0, :8], y[1, :8]]), h[0, :8]
     mesh = jax.make_mesh((2, 4), ("stage", "data"), axis_types=(AxisType.Auto,) * 2)
@@ -410,7 +412,7 @@ def of_a_mapped_head(y, h, w):
         (lambda y, h, w: jce.linear_log_probs(y, h, lambda h: (h @ w, 1)), r"head must return floating"),
         (lambda y, h, w: jce.linear_log_probs(y, h, lambda h: h[..., :0]), r"head must return floating"),
         (lambda y, h, w: jce.Linear(h, lambda h: (h @ w).astype(int)), r"Linear: head must return floating.*int32"),
-        (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: dropped(h) @ w), r"may draw no random.*get the same"),
+        (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: dropped(h) @ w), r"must not draw.*get the same"),
         (lambda y, h, w: jce.Linear(h, lambda h: printed(h) @ w), r"head must not have a side effect.*DebugEffect"),
         (lambda y, h, w: jce.linear_cross_entropy(y, h, lambda h: h @ w, jnp.zeros(N)), r"adds its own bias"),
         (lambda y, h, w: jce.Linear(h, lambda h: h @ w, jnp.zeros(N)), r"adds its own bias"),
@@ -418,7 +420,7 @@ def of_a_mapped_head(y, h, w):
         (lambda y, h, w: jce.Linear(None, lambda h: h @ w), r"Linear: hidden must be an array.*got hidden: NoneType"),
         (lambda y, h, w: jce.Linear(h.astype(complex), lambda h: h @ w), r"Linear: hidden must be real.*complex"),
         (lambda y, h, w: jce.linear_log_probs(y, h), r"head must be \[n, d\], or a function.*has not been replaced"),
-        (lambda y, h, w: of_a_mapped_head(y, h, w), r"with which the head was traced.*can't leave a jax\.vmap"),
+        (lambda y, h, w: of_a_mapped_head(y, h, w), r"with which the head was traced.*must not return a Linear"),
         (
             lambda y, h, w: jce.linear_kl_divergence(jce.Linear(h, w.T[:9]), jce.Linear(h, lambda h: h @ w)),
             r"same classes.*p.head: float32\[9,8\], q.head: float32\[50\]",

@@ -1,4 +1,4 @@
-"""Classes split over devices inside shard_map, and the sharded head: the same numbers, and little is sent."""
+"""Classes split over devices inside shard_map, and the sharded head: results and communication."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def second_order(function, positions):
 @pytest.mark.parametrize("shape", MESHES[1:], ids=str)
 @pytest.mark.one_for_each("kernel")
 @pytest.mark.in_turn(4, "wide")
-def test_split_classes_are_whole_ones(kernel, shape, rng):
+def test_split_classes_against_unsplit_ones(kernel, shape, rng):
     """Value, gradient, jvp and Hessian-vector products agree in float64, with a −∞ and a tie."""
     arguments = tuple(easy(kernel, rng, (16, 24), np.float64))
     for x, domain in zip(arguments, kernel.domains, strict=True):
@@ -83,7 +83,7 @@ def split_rows(kernel):
 
 @each_of_logits
 @pytest.mark.in_turn(3, "wide")
-def test_corners_with_a_class_a_device(kernel):
+def test_edge_cases_with_few_classes_per_device(kernel):
     arguments, values, gradients = stacked(kernel)
     split = split_rows(kernel)
 
@@ -99,8 +99,8 @@ def test_corners_with_a_class_a_device(kernel):
 
 @each_of_logits
 @pytest.mark.in_turn(5, "wide")
-def test_split_classes_are_as_accurate(kernel, rng):
-    """In every regime, in float32: a loss of 1e-30 is 1e-30, and a divergence of 1e-12 is accurate."""
+def test_accuracy_of_split_classes(kernel, rng):
+    """In float32, for all kinds of samples: even a loss of 1e-30 or a divergence of 1e-12 is accurate."""
     samples = kernel.sample(rng, (3, 16), np.float32)
     arguments = tuple(np.concatenate(x) for x in zip(*samples.values(), strict=True))
     split = split_rows(kernel)
@@ -115,7 +115,7 @@ def test_split_classes_are_as_accurate(kernel, rng):
     for g, e in zip(got, map(np.asarray, expected), strict=True):
         finite = np.isfinite(e)
         np.testing.assert_array_equal(np.asarray(g)[~finite], e[~finite])
-        # Relative to a row's largest entry, or to a target's 1, because entries may pass through 0.
+        # Relative to a row's largest entry, and for a target p to at least 1, because entries may pass through 0.
         scale = np.maximum(np.abs(np.where(finite, e, 0)).max(-1, keepdims=True), kernel.arguments[0] == "p")
         error = np.abs(np.subtract(g, e, where=finite, out=np.zeros_like(e)))
         assert (error <= 1e-6 * scale + 1e-37).all()
@@ -123,8 +123,8 @@ def test_split_classes_are_as_accurate(kernel, rng):
 
 @pytest.mark.holds_nan
 @pytest.mark.slow
-def test_labels_are_of_all_classes(rng):
-    """Every class as label, and labels outside [0, n), including those that a block would wrap around."""
+def test_labels_index_the_classes_of_all_devices(rng):
+    """Every class as label, and labels outside [0, n), including those that would wrap around within a block."""
     n = 16
     labels = np.concatenate([np.arange(n), [-1, -2, n, n + 1, 2**31 - 1, -(2**31), 0, 1]])
     logits = rng.standard_normal((len(labels), n)).astype(np.float32)
@@ -149,7 +149,7 @@ def test_labels_are_of_all_classes(rng):
 
 @pytest.mark.holds_nan
 @pytest.mark.slow
-def test_where_leaves_out_classes_and_rows_over_all_devices(rng):
+def test_where_masks_classes_and_rows_on_all_devices(rng):
     logits = rng.standard_normal((8, 16)).astype(np.float32)
     where = rng.random((8, 16)) < 0.7
     where[:2], where[2, :12] = False, False
@@ -171,7 +171,7 @@ def test_where_leaves_out_classes_and_rows_over_all_devices(rng):
         close(*(jax.grad(lambda x, f=f: f(labels, x, where).sum())(logits) for f in (split, whole)))
 
 
-def test_an_axis_that_is_none():
+def test_an_axis_name_that_does_not_exist():
     for function, arguments in (
         (jce.entropy_with_logits, (np.zeros(3),)),
         (jce.linear_cross_entropy, (0, np.zeros(2), np.zeros((3, 2)))),
@@ -191,7 +191,7 @@ def problem(rng, tokens=16, d=5, n=24, dtype=np.float64):
     labels[3], labels[5] = -100, n - 1
     a = rng.standard_normal((tokens, d)), rng.standard_normal((n, d)), rng.standard_normal(n), rng.random(tokens)
     a = tuple(x.astype(dtype) for x in a)
-    a[0][3], a[0][8] = NAN, np.finfo(dtype).max  # masked, as 13 is
+    a[0][3], a[0][8] = NAN, np.finfo(dtype).max  # masked, like token 13
     a[3][5] = 0  # its label is in the last block
     return labels, a, np.arange(tokens) % 5 != 3
 
@@ -211,8 +211,8 @@ OPTIONS = [
     ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "x".join(map(str, x)),
 )
 @pytest.mark.slow
-def test_the_sharded_head_is_the_head(shape, options, rng):
-    """In every mode, for hidden states, head, bias and weights, with unevenly masked tokens."""
+def test_sharded_head_against_unsharded_head(shape, options, rng):
+    """All modes, with respect to hidden states, head, bias and weights, with unevenly masked tokens."""
     labels, arguments, where = problem(rng)
     directions = tuple(np.where(np.isfinite(x), rng.standard_normal(x.shape), 0) for x in arguments)
     cotangent = rng.standard_normal(len(labels)) if options["reduction"] == "none" else np.ones(())
@@ -274,7 +274,7 @@ def test_log_probs_of_a_sharded_head(rng):
 
 
 @pytest.mark.slow
-def test_axes_of_one_name_or_several_or_none(rng):
+def test_one_several_or_no_axis_names(rng):
     labels, (h, w, b, _), where = problem(rng, dtype=np.float32)
     expected = jce.linear_cross_entropy(labels, h, w, b, where=where)
     mesh = make_mesh((2, 4))
@@ -290,7 +290,7 @@ def test_axes_of_one_name_or_several_or_none(rng):
 
 
 @pytest.mark.wide
-def test_batches_of_sequences_and_scalars_of_weights(rng):
+def test_batches_of_sequences_with_a_scalar_weight(rng):
     labels, (h, w, _, _), where = problem(rng, dtype=np.float32)
     args = labels.reshape(8, 2), h.reshape(8, 2, -1), w  # only the first axis is split, and divided by 4
     for reduction in ("mean", "sum", "none"):
@@ -299,8 +299,8 @@ def test_batches_of_sequences_and_scalars_of_weights(rng):
 
 
 @pytest.mark.slow
-def test_a_mesh_whose_axes_are_explicit(rng):
-    """Arrays with any sharding or none. The gradients have the sharding of the arguments."""
+def test_a_mesh_with_explicit_axes(rng):
+    """Sharded and unsharded arguments give the same results."""
     mesh = jax.make_mesh((2, 4), ("tokens", "classes"), axis_types=(AxisType.Explicit,) * 2)
     labels, (h, w, _, _), where = problem(rng, dtype=np.float32)
 
@@ -313,7 +313,7 @@ def test_a_mesh_whose_axes_are_explicit(rng):
         close(jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments), expected)
 
 
-# What is sent
+# Communication
 
 
 def test_an_eager_call_is_one_dispatch():
@@ -326,8 +326,8 @@ def test_an_eager_call_is_one_dispatch():
 
 @on_meshes
 @pytest.mark.slow
-def test_in_the_loop_go_some_numbers_a_token(shape):
-    """The class axis carries O(chunk) and the hidden states' gradient. The head's gradient is sent once. No gather."""
+def test_communication_in_the_loop_and_after_it(shape):
+    """In the loop, an all-reduce has at most one number per token. The head's gradient is sent once, after the loop."""
     tokens, d, n, chunk = 256, 16, 1024, 8
     mesh = make_mesh(shape)
 
@@ -352,8 +352,8 @@ def test_in_the_loop_go_some_numbers_a_token(shape):
 
 
 @pytest.mark.slow
-def test_less_is_sent_than_by_the_partitioner():
-    """Bytes sent and received per device for value and gradient, against the dense loss with XLA's partitioner."""
+def test_communication_and_memory_against_the_partitioner():
+    """Against the dense loss under XLA's partitioner: at most 1.05 times the bytes sent, and a third of the memory."""
     tokens, d, n = 1024, 32, 4096
     mesh = make_mesh((2, 4))
     specs = [((tokens, d), P("tokens")), ((n, d), P("classes"))]
@@ -378,7 +378,7 @@ def test_less_is_sent_than_by_the_partitioner():
 
 
 @pytest.mark.slow
-def test_a_head_that_is_the_same_on_all_devices(rng):
+def test_a_head_with_the_same_part_on_all_devices(rng):
     y, h, w = rng.integers(0, 24, 5), rng.standard_normal((5, 2)), rng.standard_normal((6, 2))
     h, w = h.astype(np.float32), w.astype(np.float32)
     mesh = make_mesh((2, 4))
@@ -405,8 +405,8 @@ def test_no_classes_on_several_devices():
     np.testing.assert_array_equal(losses, np.zeros(2))
 
 
-def test_a_row_with_nothing_left_on_several_devices():
-    """Its loss is 0 whatever the labels are. A row whose kept classes are on one device has the loss of those."""
+def test_a_fully_masked_row_on_several_devices():
+    """A fully masked row has loss 0 for any label. If all kept classes are on one device, the loss is that of those."""
     mesh = make_mesh((2, 4))
     x, kept = np.tile(np.arange(8, dtype=np.float32), (2, 1)), np.array([[False] * 8, [True] * 2 + [False] * 6])
 
@@ -458,7 +458,7 @@ def test_errors_of_a_call_on_a_mesh(change, message):
         ("mesh['a'=2,'b'=4] {'a','b'}", 8),
     ],
 )
-def test_group_sizes_as_xla_writes_them(groups, size):
+def test_group_sizes_in_xla_programs(groups, size):
     assert group_size(f"%x = f32[8] all-reduce(%y), replica_groups={groups}, to_apply=%z") == size
 
 
@@ -467,12 +467,12 @@ def test_group_sizes_as_xla_writes_them(groups, size):
 
 @pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (2, 4), (1, 8)], ids=str)
 @pytest.mark.slow
-def test_the_scaling_study_counts_what_is_sent(mesh):
+def test_the_scaling_study_counts_the_bytes_that_are_sent(mesh):
     sizes = (64, 8, 256, *mesh)
     assert study.check(*sizes, chunk=4) == study.sent(*sizes)
 
 
-def test_the_scaling_study_by_hand():
+def test_one_step_of_the_scaling_study():
     machine = {"flops": 1e15, "bandwidth": 1e11, "latency": 0.0}
     step = study.step(4, 2, **machine)
     assert step.compute == pytest.approx(6 * 2**22 * 2**13 * 2**18 / 8 / 1e15)

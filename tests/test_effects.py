@@ -48,7 +48,7 @@ def recorder(ordered=False):
 
 @each_way
 @pytest.mark.in_turn(4, "wide")
-def test_a_callback_is_called_with_each_token_though_nobody_uses_its_result(options):
+def test_a_callback_is_called_for_each_token(options):
     effect, called = recorder()
     function = mapped(effect, **options)
     kept = NUMBERS[options.get("where", np.ones(6, bool))].tolist()
@@ -64,13 +64,13 @@ def test_a_callback_is_called_with_each_token_though_nobody_uses_its_result(opti
     jax.block_until_ready(jax.vmap(function)(np.stack([HIDDEN, HIDDEN])))
     numbers, repeated = called()
     assert numbers == kept
-    assert repeated >= len(kept)  # the other's
+    assert repeated >= len(kept)  # from the other batch entry
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="JAX 0.8 has none in a custom_jvp function")
+@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="JAX 0.8 has no refs in a custom_jvp function")
 @each_way
 @pytest.mark.slow
-def test_an_array_of_its_own_is_no_effect(options):
+def test_a_ref_of_the_function_is_not_an_effect(options):
     def counted(i):
         new_ref(i)[...] += 1
 
@@ -92,7 +92,7 @@ def test_prints(capfd):
 
 @each_way
 @pytest.mark.in_turn(4, "wide")
-def test_in_a_gradient_a_callback_is_called_once_or_refused(options):
+def test_a_callback_in_a_gradient_is_called_once_or_rejected(options):
     effect, called = recorder()
     function = mapped(effect, **options)
     for change in (lambda f: jax.jit(jax.grad(f)), lambda f: jax.grad(jax.jit(f))):
@@ -111,7 +111,7 @@ def test_in_a_gradient_a_callback_is_called_once_or_refused(options):
 
 
 @each_way
-def test_an_ordered_callback_is_refused_by_jax(options):
+def test_jax_rejects_an_ordered_callback(options):
     effect, called = recorder(ordered=True)
     with pytest.raises(ValueError, match=r"Cannot `vmap` ordered IO callback"):
         jax.jit(mapped(effect, **options))(HIDDEN)
@@ -124,8 +124,8 @@ def test_ordered_prints_are_kept(capfd):
     assert sorted(capfd.readouterr().out.split("\n")) == ["", *(f"token {i}" for i in NUMBERS)]
 
 
-def test_what_a_derivative_may_repeat_jax_repeats_too():
-    """In jce's derivatives that use `jax.checkpoint`, whose error would say less."""
+def test_jax_also_repeats_the_effects_that_a_derivative_repeats():
+    """jce rejects the effects that `jax.checkpoint` rejects, because JAX's own error would say less."""
     from jax._src.effects import remat_allowed_effects
 
     allowed = {c.__name__ for c in remat_allowed_effects._effect_types}
@@ -135,7 +135,7 @@ def test_what_a_derivative_may_repeat_jax_repeats_too():
 @pytest.mark.parametrize(
     "use", [lambda r: r[...], lambda r: r.__setitem__(..., jnp.float32(1))], ids=["read", "written"]
 )
-def test_no_array_of_the_callers_is_read_or_written(use):
+def test_refs_of_the_caller_are_rejected(use):
     def closing_over(h):
         ref = new_ref(jnp.zeros((), jnp.float32))
         return mapped(lambda i: use(ref))(h)
@@ -149,5 +149,5 @@ def test_no_array_of_the_callers_is_read_or_written(use):
         (closing_over, "function must not read or write a jax.Ref"),
         (shared, "function must not|shared must"),
     ):
-        with pytest.raises((TypeError, ValueError), match=rf"^linear_map: ({said})"):  # on JAX 0.12 it isn't an array
+        with pytest.raises((TypeError, ValueError), match=rf"^linear_map: ({said})"):  # JAX 0.12: a Ref isn't an array
             jax.jit(function)(HIDDEN)

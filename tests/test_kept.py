@@ -1,4 +1,4 @@
-"""Masked tokens: results are those of dense logits, whatever masked tokens hold, and only other tokens' chunks run."""
+"""Masked tokens: their values have no effect on results, and only as many chunks run as the kept tokens fill."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ MASKS = {
 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.in_turn(2)
-def test_a_loop_takes_the_chunks_that_hold_a_kept_token(devices):
+def test_a_loop_runs_only_chunks_with_kept_tokens(devices):
     """The number of chunks is right, the kept tokens stay in order, and each token's results are in its place."""
     keys = jax.random.split(jax.random.key(0), TOKENS)
 
@@ -49,7 +49,7 @@ def test_a_loop_takes_the_chunks_that_hold_a_kept_token(devices):
 
 @pytest.mark.needs_jit
 @pytest.mark.slow
-def test_a_batch_of_loops_is_its_members(rng):
+def test_a_batch_of_loops_against_single_loops(rng):
     """Value and gradients, for batches of masks (with different numbers of chunks), tokens, a shared number, or all."""
 
     def loop(kept, x, w):
@@ -63,7 +63,7 @@ def test_a_batch_of_loops_is_its_members(rng):
     arguments = masks, rng.standard_normal((TOKENS, batch, 2)), rng.standard_normal(batch)
 
     def of_batch(axes, member=2):
-        """The arguments. Those without a batch axis are one member's."""
+        """The arguments. An argument without a batch axis is that of one batch entry."""
         return [a if k is not None else jnp.take(a, member, j) for a, k, j in zip(arguments, axes, at, strict=True)]
 
     def one_by_one(axes):
@@ -134,13 +134,13 @@ def total(results):
 
 
 def left_out(name, reduction, kept, y, label, fill, x, on=lambda f: f, chunk=CHUNK):
-    """The results where the function masks tokens."""
+    """The results if the function masks tokens."""
     options = {"where": kept, "chunk_size": chunk} | ({} if name[:3] == "log" else {"reduction": reduction})
     return total(FUNCTIONS[name](on, *arguments(kept, y, label, fill, *x), **options))
 
 
 def left_out_after(name, reduction, kept, y, label, fill, x):
-    """The results where each token's results are computed without a mask, and masked afterwards."""
+    """The results if each token's results are computed without a mask, and masked afterwards."""
     options = {} if name[:3] == "log" else {"reduction": "none"}
     each = FUNCTIONS[name](lambda f: f, *arguments(kept, y, label, fill, *x), chunk_size=CHUNK, **options)
     each = jax.tree.map(lambda x: jnp.where(kept, x, jnp.zeros_like(x)), each)
@@ -152,7 +152,7 @@ def left_out_after(name, reduction, kept, y, label, fill, x):
 
 
 def everything(of, wanted, name, reduction, **options):
-    """Value, gradient or Hessian-vector products in all numbers, in one program."""
+    """Value, gradient or Hessian-vector products with respect to all numbers, in one program."""
 
     def program(kept, y, label, fill, x, directions):
         programs = modes(lambda *x: of(name, reduction, kept, y, label, fill, x, **options), tuple(range(len(x))))
@@ -167,7 +167,7 @@ def everything(of, wanted, name, reduction, **options):
 @modes_in_turn
 @pytest.mark.in_turn(16)
 def test_results_of_masked_tokens_agree_with_masking_afterwards(name, reduction, wanted, rng):
-    """In float64. What a masked token holds doesn't change a bit."""
+    """Results in float64. The values of masked tokens don't change any bit."""
     with jax.enable_x64(True):
         y, x = rng.integers(0, CLASSES - 1, TOKENS), numbers(rng)
         directions = tuple(rng.standard_normal(a.shape) for a in x)
@@ -185,7 +185,7 @@ def make_mesh(shape):
 
 
 # Devices that keep 4, 1, 0 and 0 of their 4 tokens run 2, 1, 0 and 0 chunks. If each chunk sums a derivative over the
-# devices, all run equally many.
+# devices, all devices run equally many chunks.
 
 
 @pytest.mark.needs_jit
@@ -198,10 +198,10 @@ def make_mesh(shape):
 )
 @modes_in_turn
 @pytest.mark.in_turn(6)
-def test_devices_of_a_mesh_take_the_chunks_that_their_tokens_need(name, shape, wanted, rng):
-    """Results are those of one device, also for values that a function closes over.
+def test_each_device_runs_only_chunks_with_kept_tokens(name, shape, wanted, rng):
+    """Results equal those of one device, also for values that a function closes over.
 
-    No device waits for another's chunk.
+    No device waits for a chunk of another device.
     """
     axes = {"token_axis": "tokens", "class_axis": "classes" if shape[1] > 1 else None}
     mesh = make_mesh(shape)
@@ -217,7 +217,7 @@ def test_devices_of_a_mesh_take_the_chunks_that_their_tokens_need(name, shape, w
 
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("typed", [True, False])
-def test_devices_that_meet_in_each_step_take_as_many(typed, rng):
+def test_devices_that_communicate_in_each_step_run_equally_many_chunks(typed, rng):
     """The function sums over the tokens' mesh axis. The devices have 2, 1, 0 and 0 chunks with kept tokens."""
     h, w, kept = rng.standard_normal((16, 2)), rng.standard_normal((CLASSES, 2)), np.arange(16) < 5
 
@@ -236,7 +236,7 @@ def test_devices_that_meet_in_each_step_take_as_many(typed, rng):
 
 
 @pytest.mark.holds_nan
-def test_a_weight_counts_that_is_not_0_or_has_a_derivative():
+def test_weights_that_count_are_not_0_or_have_a_derivative():
     w = jnp.array([0.0, -1.0, jnp.nan, 0.0])
 
     def in_a_loop(w):
@@ -259,8 +259,8 @@ def test_a_weight_counts_that_is_not_0_or_has_a_derivative():
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("name", ["losses", "map of a number"])
 @pytest.mark.slow
-def test_weights_of_0_without_a_derivative_cost_nothing(name, rng, monkeypatch):
-    """They run as many chunks as a mask of the same tokens. With a derivative in the weights, all chunks run."""
+def test_zero_weights_without_a_derivative_cost_nothing(name, rng, monkeypatch):
+    """As many chunks run as with a mask of the same tokens. If the weights are differentiated, all chunks run."""
     steps = []
 
     def counted(step):

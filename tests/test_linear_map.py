@@ -343,7 +343,7 @@ def test_functions_that_name_the_axis_of_a_vmap():
         lambda x: jax.lax.map(lambda x: jax.lax.pmean(x, "members"), x),
     ):
         for options in ({}, {"reduction": "sum"}):
-            with pytest.raises(ValueError, match=r"linear_map: function may name no axis.*names 'members'.*outside"):
+            with pytest.raises(ValueError, match=r"linear_map: must not name the axis.*names 'members'.*outside"):
                 batched(function, **options)
 
 
@@ -451,7 +451,7 @@ def test_half_precision_is_summed_in_float32():
 @pytest.mark.parametrize("of_head", [jnp.bfloat16, jnp.float32])
 @pytest.mark.slow
 def test_derivatives_in_half_precision(of_head, rng):
-    """Derivatives with respect to hidden states and head, in both modes: dtypes, and accuracy to bfloat16's precision."""
+    """Derivatives with respect to hidden states and head, in both modes: dtypes, and accuracy in bfloat16."""
     numbers, directions = (
         (jnp.asarray(rng.standard_normal((7, 4)), jnp.bfloat16), jnp.asarray(rng.standard_normal((5, 4)), of_head))
         for _ in range(2)

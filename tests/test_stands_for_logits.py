@@ -1,4 +1,4 @@
-"""A `Linear` stands for logits: tokens can be selected from it, and whatever would need the logits is refused."""
+"""A `Linear` stands for logits: tokens can be selected, and operations that need the logits raise an error."""
 
 import operator
 
@@ -64,8 +64,8 @@ OPERANDS = {
 
 @pytest.mark.parametrize("operand", OPERANDS)
 @pytest.mark.parametrize("name", [*OPERATORS, *COMPARISONS, "divmod"])
-def test_no_operator_answers(x, name, operand):
-    """With a number or an array on either side, traced or not. For most operators, Python raises the error."""
+def test_all_operators_raise(x, name, operand):
+    """The other operand is a number or an array, on either side, traced or not. Mostly Python raises the error."""
     of, other = getattr(operator, name, divmod), OPERANDS[operand]()
     with pytest.raises(TypeError):
         of(x, other)
@@ -102,8 +102,8 @@ REFUSED = {  # without our error, Python or NumPy would answer, or JAX's error w
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_needs_logits_is_refused(x, name):
-    """All raise the same error, which names the functions that accept a Linear."""
+def test_operations_that_need_logits_are_rejected(x, name):
+    """All operations raise the same error, which names the functions that accept a Linear."""
     with pytest.raises(
         TypeError, match=r"Linear: it stands for logits .*; got Linear\(hidden=.*jce\.linear_cross_entropy"
     ):
@@ -127,11 +127,11 @@ OTHERS = {  # Python or NumPy raise the error
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_nothing_else_answers(x, name):
+def test_other_operations_raise(x, name):
     with pytest.raises(TypeError):
         OTHERS[name](x)
 
 
-def test_attributes_of_arrays(x):
+def test_no_attributes_of_arrays(x):
     for name in ("shape", "dtype", "mean", "T", "at"):
         assert not hasattr(x, name)

@@ -44,7 +44,7 @@ def split(rng, tokens, dtype=np.float32):
 
 
 def test_a_chunk_has_the_tokens_of_all_devices(rng):
-    """512 tokens on each of 8 devices, a good chunk for a CPU. So 16,384 tokens make 4 chunks, and 32 on one device."""
+    """A chunk has 512 tokens per device on a CPU. So 16,384 tokens make 4 chunks on 8 devices, and 32 on one device."""
     y = jax.ShapeDtypeStruct((2**14,), np.int32)
     h, w = (jax.ShapeDtypeStruct((length, WIDTH), np.float32) for length in (2**14, 2**11))
 
@@ -60,8 +60,8 @@ def test_a_chunk_has_the_tokens_of_all_devices(rng):
 @pytest.mark.parametrize("tokens", [256, 72])  # equal chunks on each device, and padded chunks
 @each_loss
 @pytest.mark.slow
-def test_numbers(platform, loss, tokens, rng):
-    """Value, gradient and Hessian-vector products in float64 are those of one device."""
+def test_results_equal_those_on_one_device(platform, loss, tokens, rng):
+    """Values, gradients and Hessian-vector products equal those on one device, in float64."""
     with jax.enable_x64(True):
         y, *numbers = split(rng, tokens, np.float64)
         numbers, directions = tuple(numbers), tuple(rng.standard_normal(x.shape) for x in numbers)
@@ -78,8 +78,8 @@ def test_numbers(platform, loss, tokens, rng):
 
 @each_loss
 @pytest.mark.in_turn(6)
-def test_tokens_stay_where_they_are(platform, loss, rng):
-    """Value and gradient send a few numbers per token of a chunk, the head's gradient, and one token beforehand."""
+def test_communication(platform, loss, rng):
+    """Devices send a few numbers per token of a chunk, the head's gradient and, before the loop, one hidden state."""
     y, *numbers = split(rng, 256)
     with jax.set_mesh(mesh()):
         program = jax.jit(lambda y, *a: jax.value_and_grad(lambda *a: loss(y, *a), (0, 1))(*a))
@@ -91,8 +91,8 @@ def test_tokens_stay_where_they_are(platform, loss, rng):
     assert {x.size for x in sent if x.kind == "all-reduce" and (x.in_loop or x.size != WIDTH)} <= {1, CLASSES * WIDTH}
 
 
-def test_a_chunk_has_as_many_tokens_of_each_device_as_one_alone(platform):
-    """This holds if the mesh is set. If it isn't, JAX doesn't reveal that there is a mesh."""
+def test_a_chunk_has_as_many_tokens_per_device_as_on_one_device(platform):
+    """The mesh must be set. Otherwise, JAX doesn't reveal that there is a mesh."""
     shapes = jax.ShapeDtypeStruct((2**15,), np.int32), jax.ShapeDtypeStruct((2**15, 2), np.float32)
 
     def lengths():

@@ -1,4 +1,4 @@
-"""Arrays placed anywhere on a mesh, whatever JAX's types say about it, give the numbers of one device."""
+"""Results don't depend on the placement of arrays on a mesh, or on what JAX's types say about the placement."""
 
 import collections
 import contextlib
@@ -37,14 +37,14 @@ def make_mesh(kind):
 
 
 def place(x, where, mesh):
-    """The array with its axes at that place. A single axis takes the last one that the place names."""
+    """The array, split as the place says. A 1-D array is split over the last mesh axis that the place names."""
     if PLACES[where] is None:
         return x
     axes = PLACES[where] if x.ndim == 2 else [name for name in PLACES[where] if name][-1:]
     return jax.device_put(x, NamedSharding(mesh, P(*axes)))
 
 
-def test_the_layout_of_what_a_shape_is_the_beginning_of_or_the_end():
+def test_layout_of_shapes_with_fewer_or_more_axes():
     x = jax.device_put(np.zeros((2, 4, 6)), NamedSharding(make_mesh(AxisType.Explicit), P("rows", None, "classes")))
     for shape, spec in {
         (2, 4): ("rows", None),
@@ -55,7 +55,7 @@ def test_the_layout_of_what_a_shape_is_the_beginning_of_or_the_end():
 
 
 class Row(NamedTuple):
-    """A function of (non-differentiated inputs, *arguments). On a mesh it may be a different function."""
+    """A function of (non-differentiated inputs, *arguments), and the function to use on a mesh if it differs."""
 
     function: Callable
     others: dict
@@ -143,8 +143,8 @@ def in_mode(function, mode, others, arguments, directions):
 
 @pytest.mark.parametrize("name", TABLE_OF_ROWS)
 @pytest.mark.slow
-def test_numbers_of_one_device(name, rng):
-    """Pairwise: each function in each mode, with arguments, weights, `where` and labels at each place."""
+def test_results_equal_those_on_one_device(name, rng):
+    """Each function in each mode, with arguments, weights, `where` and labels at each place, combined pairwise."""
     row = TABLE_OF_ROWS[name]
     directions = tuple(rng.standard_normal(x.shape) for x in row.arguments)
     cases = collections.defaultdict(list)
@@ -182,7 +182,7 @@ def test_numbers_of_one_device(name, rng):
                 for (mode, *places), derivatives in zip(group, got, strict=True):
                     if mode == "reverse over reverse":
                         for x, y in zip(derivatives, placed(*places)[1], strict=True):
-                            if not isinstance(y, np.ndarray):  # a NumPy array has no type that says
+                            if not isinstance(y, np.ndarray):  # a NumPy array's type has no sharding
                                 same_type(x, y)
 
 
@@ -192,7 +192,7 @@ def on(mesh, x, *axes):
 
 @pytest.mark.slow
 def test_arguments_that_broadcast(rng):
-    """Numbers, rows and columns beside whole arrays, another axis of classes, tokens with two axes."""
+    """Scalars, rows and columns together with whole arrays; another class axis; tokens with two axes."""
     x, p, alpha = (
         rng.standard_normal((ROWS, CLASSES)),
         rng.dirichlet(np.ones(CLASSES), ROWS),
@@ -242,8 +242,8 @@ def test_arguments_that_broadcast(rng):
 
 @pytest.mark.holds_nan
 @pytest.mark.slow
-def test_labels_of_split_classes(rng):
-    """Each class as label, and labels outside [0, n), including those that a device would count from its last class."""
+def test_labels_with_split_classes(rng):
+    """Each class as label, and labels outside [0, n), including negative labels that are valid indices in NumPy."""
     labels = np.array([*range(CLASSES), -1, -CLASSES, CLASSES, CLASSES + 1, 2**31 - 1, -(2**31), 0, 1], np.int32)
     logits = rng.standard_normal((len(labels), CLASSES)).astype(np.float32)
 
@@ -260,8 +260,8 @@ def test_labels_of_split_classes(rng):
 
 
 @pytest.mark.slow
-def test_axes_of_more_than_one_kind(rng):
-    """A mesh that is Explicit along rows and Auto along classes, and one whose classes a shard_map has split."""
+def test_mixed_axis_types(rng):
+    """A mesh that is Explicit along rows and Auto along classes, and a mesh whose classes a shard_map has split."""
     kinds = (AxisType.Explicit, AxisType.Auto)
     mixed = jax.make_mesh((2, 2), ("rows", "classes"), axis_types=kinds, devices=jax.devices()[:4])
     mesh = make_mesh(AxisType.Explicit)
@@ -287,7 +287,7 @@ def test_axes_of_more_than_one_kind(rng):
                 close(jax.jit(function)(*arguments), expected)
 
 
-# What is sent
+# Communication
 
 
 def sent(function, *arguments):
@@ -302,8 +302,8 @@ def abstract(shape, *axes, dtype=np.float32):
 
 @pytest.mark.parametrize("name", ["cross_entropy_with_logits", "kl_divergence_with_logits", "labels"])
 @pytest.mark.in_turn(12)
-def test_some_numbers_a_row_are_sent(name):
-    """With both rows and classes split, in a gradient and in reverse over reverse."""
+def test_communication_of_rows(name):
+    """With rows and classes split, a gradient and reverse over reverse send at most one number per row at a time."""
     rows, x = 64, abstract((64, 512), "rows", "classes")
     arguments = (x,) if name == "labels" else (x, x)
 
@@ -312,22 +312,22 @@ def test_some_numbers_a_row_are_sent(name):
         programs = modes(lambda *a: f(*a).sum(), tuple(range(len(a))))
         return programs["gradient"](a, t), programs["reverse over reverse"](a, t)
 
-    labels = abstract((rows,), "classes", dtype=np.int32)  # they must be moved
+    labels = abstract((rows,), "classes", dtype=np.int32)  # the labels must be moved
     found = sent(run, labels, arguments, arguments)
     assert found
     assert max(c.size for c in found) <= rows
 
 
-def test_a_row_beside_a_batch_sends_itself():
-    """Its derivative is summed over the batch's devices, not computed from the derivative of the whole batch."""
+def test_communication_of_a_row_that_broadcasts_to_a_batch():
+    """The row's derivative is summed over the batch's devices. The derivative of the whole batch isn't sent."""
     row, batch = abstract((1, 512), None, None), abstract((64, 512), "rows", "classes")
     gradient = jax.grad(lambda q, p: jce.cross_entropy(p, q).sum())
     assert max(c.size for c in sent(gradient, row, batch)) <= 512
 
 
 @pytest.mark.slow
-def test_the_head_sends_what_the_sharded_head_does():
-    """For arguments whose types say how they are split."""
+def test_communication_of_a_head_split_by_type():
+    """If types say how the arguments are split, the collectives are the same as with `on_mesh`."""
     hidden, head = abstract((256, 16), "rows"), abstract((1024, 16), "classes")
     labels = abstract((256,), "rows", dtype=np.int32)
     on = {"mesh": hidden.sharding.mesh, "token_axis": "rows", "class_axis": "classes"}
@@ -345,10 +345,10 @@ def test_the_head_sends_what_the_sharded_head_does():
 
 
 @pytest.mark.slow
-def test_without_check_vma_a_gradient_inside_is_of_another_function():
-    """In plain JAX too, it is off by a factor, the number of devices. A gradient from outside is correct.
+def test_gradients_inside_a_shard_map_without_check_vma():
+    """In plain JAX too, such a gradient is off by a factor, the number of devices. A gradient taken outside is correct.
 
-    When this fails, docstrings and jce/README.md can say less."""
+    If this test fails, docstrings and jce/README.md can say less."""
     mesh, x = make_mesh(AxisType.Auto), np.arange(4.0, dtype=np.float32)
 
     def squares(x):

@@ -1,4 +1,4 @@
-"""The head functions on a mesh: the numbers of one device, in every mode, and no more is sent than necessary."""
+"""Head functions on a mesh: results equal those on one device in every mode, without unnecessary communication."""
 
 import functools
 import re
@@ -21,7 +21,7 @@ ce = jce.cross_entropy_with_integer_labels
 
 
 def policy(axis_name):
-    """For one token: a clipped-ratio loss with an entropy bonus, at a temperature that all tokens share."""
+    """A clipped-ratio loss of one token with an entropy bonus, at a temperature that all tokens share."""
 
     def loss(y, advantage, x, t):
         log_prob, entropy = -ce(y, x / t, axis_name=axis_name), jce.entropy_with_logits(x, axis_name=axis_name)
@@ -31,7 +31,8 @@ def policy(axis_name):
     return loss
 
 
-# Functions of labels, an advantage per token, two pairs of hidden states and heads, and a number; and the class axis
+# Functions of `on` (which puts a function on the mesh), the class axis, labels, an advantage per token, two `Linear`s,
+# and a temperature
 LOSSES = {
     "cross-entropy": lambda on, axis, y, a, p, q, t: on(jce.linear_cross_entropy)(y, q.hidden, q.head, chunk_size=3),
     "log-probabilities": lambda on, axis, y, a, p, q, t: sum(
@@ -60,8 +61,8 @@ def arguments(rng, tokens=16, widths=(3, 5), n=24, dtype=np.float64):
     return rng.integers(0, n, tokens), (rng.standard_normal(tokens).astype(dtype), p, q, np.array(1.5, dtype))
 
 
-def test_a_weight_of_0_has_its_labels_loss_as_derivative(rng):
-    """Also if another device has the label's class. It is 0 if the label is outside [0, n)."""
+def test_derivative_with_respect_to_a_zero_weight(rng):
+    """The derivative is the token's loss, also if another device has the label's class, and 0 for an invalid label."""
     y, h, w = np.arange(4) * 3, rng.standard_normal((4, 3)), rng.standard_normal((8, 3))
     weights = np.float64([1, 0, 0, 0])
 
@@ -76,12 +77,12 @@ def test_a_weight_of_0_has_its_labels_loss_as_derivative(rng):
 
 def skip_if_jax_cannot(name):
     if "map" in name and jax.__version_info__ < (0, 9):
-        pytest.skip("this JAX has no vmap of a psum in a shard_map")
+        pytest.skip("this JAX can't vmap a psum in a shard_map")
 
 
 @pytest.mark.parametrize(("name", "shape"), list(zip(LOSSES, [(2, 4), (4, 2)] * 3, strict=True)))
 @pytest.mark.slow
-def test_numbers_of_one_device(name, shape, rng):
+def test_results_equal_those_on_one_device(name, shape, rng):
     skip_if_jax_cannot(name)
     y, numbers = arguments(rng)
     numbers, tree = jax.tree.flatten(numbers)
@@ -99,8 +100,8 @@ def test_numbers_of_one_device(name, shape, rng):
 
 
 @pytest.mark.slow
-def test_tokens_over_the_stages_of_a_pipeline_too(rng):
-    """Tokens split over two mesh axes, unevenly masked: each function's value, and gradients of all float arguments."""
+def test_tokens_split_over_two_mesh_axes(rng):
+    """Values, and gradients with respect to all float arguments, with different numbers of masked tokens per device."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "stage", "classes"), axis_types=(AxisType.Auto,) * 3)
     axes = {"mesh": mesh, "token_axis": ("data", "stage"), "class_axis": "classes"}
     y, (a, p, q, t) = arguments(rng)
@@ -129,8 +130,8 @@ def test_tokens_over_the_stages_of_a_pipeline_too(rng):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)], ids=str)
 @pytest.mark.in_turn(18)
-def test_in_the_loop_go_some_numbers_a_token(name, shape):
-    """Value and gradient: no gather. The loop sends a few numbers per token; after it, each gradient is summed once."""
+def test_communication(name, shape):
+    """Nothing is gathered. The loop sends a few numbers per token. After the loop, each gradient is summed once."""
     skip_if_jax_cannot(name)
     tokens, widths, n, chunk = 256, (12, 16), 1024, 3
     mesh = make_mesh(shape)
@@ -158,8 +159,8 @@ def test_in_the_loop_go_some_numbers_a_token(name, shape):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.slow
-def test_in_a_shard_map_of_the_users(check_vma, rng):
-    """Derivatives from outside are correct also if JAX doesn't check what varies."""
+def test_inside_a_users_shard_map(check_vma, rng):
+    """Derivatives taken outside the shard_map are correct with and without check_vma."""
     skip_if_jax_cannot("map")
     y, (a, _, q, t) = arguments(rng)
 
@@ -194,8 +195,8 @@ def test_in_a_shard_map_of_the_users(check_vma, rng):
 
 
 @pytest.mark.slow
-def test_by_the_types_of_explicit_axes(rng):
-    """Tokens that are split by type stay split. A number has the same derivative, whether shared or closed over."""
+def test_tokens_split_by_type(rng):
+    """Tokens split by type stay split. A temperature has the same derivative, whether shared or closed over."""
     skip_if_jax_cannot("map")
     mesh = jax.make_mesh((8,), ("tokens",), axis_types=(AxisType.Explicit,))
     y, (a, _, q, t) = arguments(rng, dtype=np.float32)
@@ -225,9 +226,9 @@ def test_by_the_types_of_explicit_axes(rng):
 
 
 def test_tokens_split_by_type_inside_a_shard_map_over_the_classes(rng):
-    """The value, if the caller splits the classes, and types say that the tokens are split over another mesh axis.
+    """The value is correct if the caller splits the classes, and types split the tokens over another mesh axis.
 
-    JAX (0.8 to 0.12) can't lower a gradient through two `shard_map`s, one in the other."""
+    Gradients aren't tested: JAX 0.8 to 0.12 can't lower a gradient through two nested `shard_map`s."""
     mesh = jax.make_mesh((2, 4), ("tokens", "classes"), axis_types=(AxisType.Explicit,) * 2)
     y, (_, _, q, _) = arguments(rng, dtype=np.float32)
 
@@ -254,8 +255,8 @@ OF_WIDTHS = {
 @pytest.mark.parametrize("name", OF_WIDTHS)
 @pytest.mark.parametrize("head_is_split", [True, False])
 @pytest.mark.slow
-def test_states_split_over_their_width_by_type(name, head_is_split, rng):
-    """The numbers are the dense ones, and gradients are placed like arguments, whether the head is split too or not."""
+def test_hidden_states_split_by_type_over_their_width(name, head_is_split, rng):
+    """Results equal those without a mesh, and gradients are placed like arguments, whether or not the head is split."""
     y, (h, w) = rng.integers(0, 8, 6), (rng.standard_normal(s).astype(np.float32) for s in ((6, 4), (8, 4)))
     mesh = jax.make_mesh((2,), ("width",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
     specs = P(None, "width"), P(None, "width" if head_is_split else None)
@@ -267,7 +268,7 @@ def test_states_split_over_their_width_by_type(name, head_is_split, rng):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
 
 
-# A batch split over another mesh axis by jax.vmap: (a function of labels, states, head and a mask, its description)
+# Batches that jax.vmap splits over another mesh axis
 
 
 def split_rows(check_vma):
@@ -282,6 +283,7 @@ def mean(y, h, w, where):
     return jce.linear_cross_entropy(y, h, w, where=where)
 
 
+# By name: a function that takes a mesh and returns a loss, and the same loss without a mesh
 SPLIT_BATCHES = {
     "cross-entropy": (
         lambda mesh: (
@@ -308,7 +310,7 @@ SPLIT_BATCHES = {
 @pytest.mark.parametrize("name", SPLIT_BATCHES)
 @pytest.mark.slow
 def test_a_batch_split_by_spmd_axis_name(name, own_heads, rng):
-    """Values, and gradients of the batch and of each element, with one head for all or one for each."""
+    """Values, gradients of the batch's sum, and gradients of each element, with a shared head or one per element."""
     mesh = jax.make_mesh((2, 2, 2), ("batch", "tokens", "classes"), axis_types=(AxisType.Auto,) * 3)
     of_mesh, whole = SPLIT_BATCHES[name]
     y, where = rng.integers(0, 8, (4, 6)), rng.random((4, 6)) < 0.7
@@ -321,7 +323,7 @@ def test_a_batch_split_by_spmd_axis_name(name, own_heads, rng):
             return jax.vmap(f, axes, **split)(y, h, w, where).sum()
 
         values = jax.vmap(f, axes, **split)(y, h, w, where)
-        if jax.__version_info__ < (0, 10):  # can't batch a gradient without check_vma
+        if jax.__version_info__ < (0, 10):  # which can't batch a gradient without check_vma
             return values
         return values, jax.grad(total, (0, 1))(h, w), jax.vmap(jax.grad(f, (1, 2)), axes, **split)(y, h, w, where)
 

@@ -1,4 +1,4 @@
-"""A head's loss inside other loops: no tokens × classes array there either, whatever stays the same at each step.
+"""A head's loss inside other loops: no tokens × classes array, whichever arguments are the same at each step.
 
 When JAX differentiates a loop, it moves out whatever doesn't change from step to step, so that all steps share it. For
 an inner loop over chunks, that would be everything, for all tokens, that depends only on labels or on a teacher.
@@ -23,17 +23,18 @@ LOSSES = losses(TOKENS, CHUNK)
 each_loss = pytest.mark.parametrize("name", LOSSES)
 H, W, STEPS = (jnp.ones(shape, np.float32) for shape in ((TOKENS, WIDTH), (CLASSES, WIDTH), 3))
 
-# What changes from step to step, by which arguments of a loss are constants
+# Which arguments of a loss are constants, so that they are the same at each step
 FIXED = {
     "nothing": lambda h, w, t: (h, w, t),
     "hidden states": lambda h, w, t: (H, w, t),
-    "all but a number": lambda h, w, t: (H, W, t),
+    "all except a number": lambda h, w, t: (H, W, t),
 }
 
 
 def around(loss, fixed):
-    """The loss in every kind of loop: a function of a matrix that makes hidden states, the head, states, and one number
-    per step.
+    """The loss in each kind of loop.
+
+    The arguments are a matrix that transforms hidden states, the head, hidden states, and one number per step.
     """
 
     def of_step(a, w, h, t):
@@ -70,7 +71,7 @@ def elements(text: str) -> int:
 @pytest.mark.parametrize("fixed", FIXED)
 @pytest.mark.in_turn(36)
 def test_no_loop_has_the_logits_of_all_tokens(name, fixed):
-    """Value, gradient and jvp. For a loop that only runs forward, value and jvp."""
+    """The program has value, gradient and jvp. For a loop without reverse mode, it has only value and jvp."""
     both_ways, forward = around(LOSSES[name], FIXED[fixed])
 
     def program(a, w, h, ts):
@@ -122,7 +123,7 @@ def test_cotangents_that_depend_on_each_loss(name):
 
 
 @pytest.mark.parametrize("frozen", ["teacher", "all"])
-def test_products_of_constants_are_not_computed_by_the_compiler(frozen):
+def test_matmuls_of_constants_are_not_folded(frozen):
     """The program closes over a teacher with at most one chunk of tokens: there is no loop, but XLA folds nothing."""
     h, w = (jnp.asarray(np.random.default_rng(0).standard_normal(s), np.float32) for s in ((8, 4), (16, 4)))
     y = jnp.zeros(8, int)

@@ -1,4 +1,4 @@
-"""With batch_invariant=True a token has the same bits alone, among others, and at any number of them."""
+"""With batch_invariant=True, a token's results have the same bits alone and in any batch."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tests.optimized_jit import optimized_jit
 
 TOKENS, CHUNK, TOKEN = 150, 32, 7
 ce = jce.cross_entropy_with_integer_labels
-# Results of labels, hidden states [N, d], a head, and options; with a number for each token, or their sum.
+# Functions of labels, hidden states [N, d], a head and options. They return one number per token, or a sum.
 FUNCTIONS = {
     "losses": lambda y, h, w, **o: jce.linear_cross_entropy(y, h, w, reduction="none", z_loss=0.1, **o),
     "sum of losses": lambda y, h, w, **o: jce.linear_cross_entropy(y, h, w, reduction="sum", **o),
@@ -32,7 +32,7 @@ SHAPES = [(17, 150, np.float32), (33, 257, jnp.bfloat16)]
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.slow
 def test_bits(name, width, classes, dtype, rng):
-    """Results and hidden states' gradients: alone, first, last, in another chunk, with a mask that is traced."""
+    """A token's results and gradient are the same alone, first, last, in another chunk, and with a traced mask."""
     h, w = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((TOKENS, width), (classes, width)))
     y = jnp.asarray(rng.integers(0, classes, TOKENS))
 
@@ -57,7 +57,7 @@ def test_bits(name, width, classes, dtype, rng):
 
 @pytest.mark.needs_jit
 def test_a_loop_of_one_step_stays_a_loop():
-    """XLA would write it out, and fuse it otherwise than one of many."""
+    """XLA would unroll such a loop, and fuse it differently from a loop of several steps."""
     y, h, w = jnp.zeros(1, int), jnp.ones((1, 4)), jnp.ones((5, 4))
 
     def loops(**options):
@@ -69,8 +69,8 @@ def test_a_loop_of_one_step_stays_a_loop():
 
 
 @pytest.mark.needs_jit
-def test_it_asks_for_a_chunk_of_just_that_size(rng):
-    """Without it a chunk is of as many tokens as there are; and the option's default is no other program."""
+def test_chunks_are_always_full(rng):
+    """Without the option, a chunk has no more tokens than the call. The option's default doesn't change the program."""
     h, w, y = jnp.ones((3, 4)), jnp.ones((5, 4)), jnp.zeros(3, int)
 
     def text(**options):
@@ -87,7 +87,7 @@ def test_it_asks_for_a_chunk_of_just_that_size(rng):
 )
 @pytest.mark.in_turn(3)
 def test_on_a_mesh(kind, masked, rng):
-    """Each device fills up its own chunks: the numbers of one device, and the gradients."""
+    """Each device fills up its own chunks. Values and gradients equal those on one device."""
     mesh = jax.make_mesh((2, 2), ("tokens", "classes"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
     h, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((10, 4), (6, 4)))
     y, kept = rng.integers(0, 6, 10), np.arange(10) % 4 != 1 if masked else None

@@ -68,7 +68,7 @@ def test_an_eager_call_transfers_nothing(head):
 
 
 def test_a_collective_in_a_head():
-    """It is rejected with an error that says what to do, and that advice is correct."""
+    """A collective is rejected with an error that says what to do instead, and that advice is correct."""
     mesh = jax.make_mesh((2, 2), ("tokens", "width"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     split = functools.partial(
         jax.shard_map,

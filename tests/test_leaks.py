@@ -1,4 +1,4 @@
-"""After a call nothing of it is kept: no array that it took or made, and no tracer."""
+"""After a call, jce keeps no argument, no array made from the arguments, and no tracer."""
 
 import gc
 
@@ -26,7 +26,7 @@ def kept(*shapes) -> list:
 @each_loss
 @pytest.mark.slow
 def test_eager_calls_and_gradients_keep_no_array(name):
-    """They also keep nothing that they make from the arguments: logits, gradients, copies in chunks."""
+    """No argument is kept, and no array made from the arguments: logits, gradients, copies in chunks."""
     for k in range(3):
         LOSSES[name](*arguments(k + 1.0))
         jax.grad(LOSSES[name], (0, 1, 2))(*arguments(k + 1.5))
@@ -51,7 +51,7 @@ def test_functions_of_rows_keep_no_array(kernel, rng):
 @pytest.mark.slow
 @pytest.mark.long
 def test_no_tracer_is_kept(name):
-    """Under jit, grad and vmap, with the hidden states, the head or the number traced."""
+    """Under jit, grad and vmap, with the hidden states, the head or the scalar traced."""
     h, w, t = arguments()
     with jax.checking_leaks():
         jax.jit(jax.grad(LOSSES[name], (0, 1, 2)))(h, w, t)
@@ -63,6 +63,6 @@ def test_no_tracer_is_kept(name):
 @each_function
 @pytest.mark.slow
 @pytest.mark.long
-def test_no_tracer_is_kept_of_rows(kernel, rng):
+def test_functions_of_rows_keep_no_tracer(kernel, rng):
     with jax.checking_leaks():
         jax.jit(lambda *x: (kernel.function(*x), jax.grad(total(kernel))(*x)))(*easy(kernel, rng, (2, 5)))

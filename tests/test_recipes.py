@@ -1,7 +1,6 @@
-"""Lines that users write for a head's tokens, each against its formula on whole logits: value, gradient, no N × n.
+"""Recipes for heads, compared with their formulas on dense logits: value, gradient, and no N × n array.
 
-The lines come from the README and from `linear_map`. These tests cover what each line needs from jce, so that no line
-stops working unnoticed.
+The recipes come from the README and from `linear_map`. If a change of jce breaks a recipe, a test here fails.
 """
 
 import functools
@@ -18,8 +17,8 @@ from jce import Linear
 from tests.optimized_jit import optimized_jit
 from tests.test_devices import make_mesh
 
-N, WIDTH, KEPT, CHUNK = 12, 3, 4, 5  # the first is the number of tokens, and of classes
-AHEAD = (1, 2)  # how many tokens ahead; one head predicts each
+N, WIDTH, KEPT, CHUNK = 12, 3, 4, 5  # N is the number of tokens, and also of classes
+AHEAD = (1, 2)  # how many tokens ahead the first and the second logits predict
 TEMPERATURE, GAMMA, EPSILON, SHARPNESS, BIAS = 0.5, 2.0, 1.5, 3.0, -1.25
 SMOOTHING, SCALE, CAP, Z_LOSS = 0.1, 0.3, 0.7, 0.2
 ce, bce = jce.cross_entropy_with_integer_labels, jce.binary_cross_entropy_with_logits
@@ -72,7 +71,7 @@ def others_smoothed(y, h, w, **options):
 
 
 def scaled(y, h, w, **options):
-    """Scaled by s: before a soft cap, at a temperature; after a soft cap; and without one, with a z-loss."""
+    """Three losses of scaled logits: scaled before a soft cap, after a soft cap, and without one but with a z-loss."""
     s, c, t = SCALE, CAP, TEMPERATURE
     return (
         jce.linear_cross_entropy(y, h, w, logit_soft_cap=c / s, temperature=t / s, **options)
@@ -87,7 +86,7 @@ def of_classes(w):
 
 
 def classes_weighted(y, h, w, **options):
-    """Also if some labels are outside [0, n). Their weights are then whatever indexing returns."""
+    """A class-weighted loss. Some labels are outside [0, n), so their weights are whatever indexing returns."""
     labels = jnp.where(y % 3 == 0, -100, y)
     return jce.linear_cross_entropy(labels, h, w, weights=of_classes(w)[labels], where=labels >= 0, **options)
 
@@ -111,7 +110,7 @@ def ahead(labels):
     return [jnp.pad(labels[k:], (0, k), constant_values=-1) for k in AHEAD]
 
 
-# By name: the line, a function of labels, kept ids, hidden states and a head; WHOLE has the same on whole logits
+# Each recipe as a function of labels, kept ids, hidden states and a head. WHOLE has the same on dense logits.
 LINES = {
     "the sampler's kept set": lambda y, ids, h, w, **k: mapped(kept_by_the_sampler, y, ids, h=h, w=w, **k),
     "DFT": lambda y, ids, h, w, **k: mapped(dynamic_fine_tuning, y, h=h, w=w, **k),
@@ -193,7 +192,7 @@ def whole_z_loss(y, ids, h, w):
 
 
 def of_each(formula):
-    """The mean over tokens of the formula, a function of q at the label."""
+    """The mean over tokens of a formula in q, the label's probability."""
     return lambda y, ids, h, w: formula(jnp.exp(at(log_q(h @ w.T), y))).mean()
 
 
@@ -223,8 +222,8 @@ def sample(rng):
 
 
 @pytest.mark.wide
-def test_each_line_is_its_formula(sample):
-    """In value and in both gradients, in float64, all in one program."""
+def test_recipes_equal_their_formulas(sample):
+    """Values and both gradients, in float64, all in one program."""
 
     def results(y, ids, h, w):
         return [
@@ -241,8 +240,8 @@ def test_each_line_is_its_formula(sample):
 
 @pytest.mark.needs_jit
 @pytest.mark.slow
-def test_no_line_has_the_logits_of_all_tokens():
-    """Value and gradients: the program has no N × n array. In total it holds a few chunks, heads and hidden states."""
+def test_recipes_never_hold_the_logits_of_all_tokens():
+    """Programs for value and gradient have no N × n array. In total they hold a few chunks, heads and hidden states."""
     n, d, chunk = 1024, 8, 16
     integers, numbers = jax.ShapeDtypeStruct((n,), np.int32), jax.ShapeDtypeStruct((n, d), np.float32)
     ids = jax.ShapeDtypeStruct((n, KEPT), np.int32)
@@ -257,12 +256,12 @@ def test_no_line_has_the_logits_of_all_tokens():
 
     largest, temporaries = largest_and_all(LINES, chunk_size=chunk)
     assert largest < n * n / 8
-    assert temporaries < n * n / 2  # of all lines together
+    assert temporaries < n * n / 2  # for all recipes together
     assert min(largest_and_all({"focal": WHOLE["focal"]})) >= n * n  # the check finds an N × n array where there is one
 
 
 @pytest.mark.slow
-def test_ids_that_wrap_round(sample):
+def test_an_id_of_minus_1_wraps_around(sample):
     """JAX turns -1 into the last class, in every mode, so that class would count as kept. Pad lists with n instead."""
     y, _, h, w = (x.astype(np.float32 if x.dtype == np.float64 else np.int32) for x in sample)
     w[-1] = 20 * h[0]  # a class that all except one of these tokens rule out
@@ -274,7 +273,7 @@ def test_ids_that_wrap_round(sample):
 
 
 def kept_here(y, ids, x):
-    """For a device's part of the classes: its local ids. Those of other devices are out of range on both sides."""
+    """The loss on one device's part of the classes. Ids of other devices' classes are out of range, and are dropped."""
     local = ids - jax.lax.axis_index("classes").astype(ids.dtype) * x.size
     here = jnp.zeros(x.shape, bool).at[jnp.where(local < 0, x.size, local)].set(True, mode="drop")
     return ce(y, x, where=here, axis_name="classes")
@@ -282,7 +281,7 @@ def kept_here(y, ids, x):
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="this JAX has no vmap of a psum in a shard_map")
 @pytest.mark.slow
-def test_the_kept_set_where_the_classes_are_split(sample):
+def test_the_samplers_kept_set_with_split_classes(sample):
     y, ids, h, w = sample
     split = jce.on_mesh(jce.linear_map, mesh=make_mesh((2, 4)), token_axis="tokens", class_axis="classes")
 
@@ -295,8 +294,8 @@ def test_the_kept_set_where_the_classes_are_split(sample):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, expected)
 
 
-def test_what_is_made_of_a_sure_tokens_loss_has_its_digits():
-    """1 - q of a class that has all except 2e^-25, in float32."""
+def test_accuracy_for_a_confident_token():
+    """Losses that depend on 1 - q are accurate in float32 if q, the label's probability, is 1 - 2e^-25."""
     x, s = np.float32([25.0, 0.0, 0.0]), 2 * np.exp(-25.0)
     np.testing.assert_allclose([focal(0, x), poly_1(0, x)], [s**3, (1 + EPSILON) * s], rtol=1e-5)
     in_x, _, _ = jax.grad(focal, 1)(0, x)
@@ -304,7 +303,7 @@ def test_what_is_made_of_a_sure_tokens_loss_has_its_digits():
 
 
 @pytest.mark.needs_jit
-def test_a_float32_head_in_products_of_bfloat16(sample):
+def test_a_float32_head_with_bfloat16_matmuls(sample):
     """If the head is cast to the states' dtype, matmuls are in bfloat16 with float32 sums, otherwise in float32."""
     y, _, h, w = sample
     h, w = jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, np.float32)
@@ -328,8 +327,8 @@ def test_a_float32_head_in_products_of_bfloat16(sample):
 
 
 @pytest.mark.needs_jit
-def test_a_trainers_ratio_to_the_sampler_is_1(rng):
-    """The bits are equal for one token at a time, and for a batch with a mask inside a policy's gradient."""
+def test_the_ratio_of_trainer_to_sampler_is_1(rng):
+    """Log-probabilities of one token at a time have the same bits as in a masked batch inside a policy's gradient."""
     tokens, classes, width = 40, 300, 33
     h, w = (jnp.asarray(rng.standard_normal(s), np.float32) for s in ((tokens, width), (classes, width)))
     y, advantages = jnp.asarray(rng.integers(0, classes, tokens)), jnp.asarray(rng.standard_normal(tokens), np.float32)
@@ -351,7 +350,10 @@ def test_a_trainers_ratio_to_the_sampler_is_1(rng):
 
 
 def test_mutual_information_of_a_joint_table():
-    """H(X) + H(Y) - H(X, Y), and log p_xy / p_x p_y - 1. A cell of 0 counts in the sums of its row and column."""
+    """The value is H(X) + H(Y) - H(X, Y), and the gradient is log p_xy / p_x p_y - 1.
+
+    A cell of 0 still counts in the sums of its row and column.
+    """
     joint = np.float32([[0.25, 0, 0.125], [0.25, 0.375, 0], [0, 0, 0]])  # with a row of zeros
     there, in_row, in_column = joint > 0, joint.sum(1)[:, None] > 0, joint.sum(0)[None] > 0
 

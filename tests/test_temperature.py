@@ -28,8 +28,8 @@ def problem(rng):
 
 @OF_EACH
 @pytest.mark.in_turn(2)
-def test_what_logits_have_in_common_costs_no_digits(of_each, problem):
-    """With an offset of 100 at T = .7, rounding x/T would cost some 60 ulps."""
+def test_a_common_offset_of_the_logits_costs_no_accuracy(of_each, problem):
+    """With an offset of 100 at T = 0.7, rounding x/T would cost some 60 ulps."""
     labels, h, w, b, *_ = problem
     t = np.float32(0.7) * np.ones(TOKENS if of_each else (), np.float32)
     b = np.float32(np.where(np.isinf(b), 100, np.round(8 * b) / 8 + 100))
@@ -63,7 +63,7 @@ def test_what_logits_have_in_common_costs_no_digits(of_each, problem):
         np.testing.assert_allclose(of_h, along_h, rtol=2e-6, atol=1e-7)
 
 
-def test_of_python_s_1_nothing_is_computed(problem):
+def test_a_python_temperature_of_1_costs_nothing(problem):
     labels, h, w, b, *_ = problem
     for function in (jce.linear_log_probs, jce.linear_cross_entropy):
 
@@ -75,7 +75,7 @@ def test_of_python_s_1_nothing_is_computed(problem):
 
 @pytest.mark.parametrize("reduction", ["mean", "none", "log-probabilities"])
 @pytest.mark.slow
-def test_a_temperature_of_what_is_left_out_may_be_0(reduction, problem):
+def test_the_temperature_of_a_masked_token_may_be_0(reduction, problem):
     """Every derivative for a masked token is 0. For a kept token, T = 0 means greedy."""
     labels, h, w, b, t = problem
     kept = np.arange(TOKENS) % 2 == 0
@@ -111,8 +111,8 @@ def test_a_temperature_of_what_is_left_out_may_be_0(reduction, problem):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_at_a_temperature_of_0_a_derivative_is_0_or_infinite(reduction):
-    """For a label that isn't greedy, it is infinite with respect to the label's and the greedy class's logits."""
+def test_derivatives_at_a_temperature_of_0(reduction):
+    """If the label isn't the greedy class, the derivatives with respect to both classes' logits are infinite."""
     h, w, t = np.ones((1, 1), np.float32), np.zeros((3, 1), np.float32), np.zeros(1, np.float32)
 
     def loss(b):
@@ -126,8 +126,8 @@ def test_at_a_temperature_of_0_a_derivative_is_0_or_infinite(reduction):
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("wrong", ["greedy", "no class", "overflow"])
 @pytest.mark.in_turn(3)
-def test_a_loss_that_is_left_out_afterwards_adds_nothing_to_the_head(wrong, problem):
-    """Its derivative is infinite or NaN, and its cotangent is 0. In a matmul, their product would be NaN."""
+def test_a_loss_that_is_masked_afterwards_adds_nothing_to_the_heads_gradient(wrong, problem):
+    """Such a loss has an infinite or NaN derivative and a cotangent of 0. In a matmul, their product would be NaN."""
     labels, h, w, b, t = problem
     out = np.arange(TOKENS) % 2 == 0
     h, w, b, t = map(np.float32, (h, 4 * w, b, t))
@@ -151,10 +151,10 @@ def test_a_loss_that_is_left_out_afterwards_adds_nothing_to_the_head(wrong, prob
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_at_a_temperature_of_0_a_tail_is_infinite_with_its_derivative():
-    """The list holds the greedy class, so at T = 0 every class in the tail has probability 0.
+def test_a_tail_at_a_temperature_of_0():
+    """If the list holds the greedy class, all classes in the tail have probability 0, and the loss is infinite.
 
-    A tail of probability 0 gives 0. If the tail has only forbidden classes, its derivative is 0.
+    A tail whose target is 0 adds 0. If the tail has only forbidden classes, its derivative is 0.
     """
     x, labels = np.float32([[3, 1, 0, -1]]), np.array([[0]])
 
@@ -173,8 +173,8 @@ def test_at_a_temperature_of_0_a_tail_is_infinite_with_its_derivative():
     assert in_both_modes(0.6, forbidden) == (np.inf, 0, 0)
 
 
-def test_a_list_is_an_array(problem):
-    """A list isn't compiled into the program as a constant; each list would then need a new compilation."""
+def test_a_list_of_temperatures(problem):
+    """A list is converted to an array. If it were compiled in as a constant, each list would need a new compilation."""
     labels, h, w, b, t = problem
     t = np.float32(t)
     expected = jce.linear_cross_entropy(labels, h, w, b, temperature=t)
@@ -250,8 +250,8 @@ def in_double(function, t, x, y):
 @each_of_two
 @pytest.mark.parametrize("traced", [False, True], ids=["a number", "traced"])
 @pytest.mark.in_turn(4, "wide")
-def test_two_rows_keep_their_difference(function, traced, rng):
-    """Values and gradients are as accurate as at T = 1. Dividing both rows first costs up to all digits."""
+def test_nearly_equal_rows(function, traced, rng):
+    """Values and gradients are as accurate as at T = 1. Dividing both rows by T first could lose all digits."""
     t = np.float32(0.7)
     given = t if not traced else jnp.asarray(t)
 
@@ -275,7 +275,7 @@ def test_two_rows_keep_their_difference(function, traced, rng):
 
 
 @pytest.mark.wide
-def test_a_head_gives_the_same_as_its_logits(rng):
+def test_a_head_equals_its_logits(rng):
     x, y = two_rows(rng, 1e-2, 1)
     eye = np.eye(16, dtype=np.float32)
     for t in (0.7, 2.0, np.float32(1.3)):

@@ -1,4 +1,4 @@
-"""`jax.vmap` of a `linear_*` function: the members' tokens join in one loop, with one sum for the head's gradient."""
+"""Under `jax.vmap` of a `linear_*` function, all members' tokens share one loop and one sum for the head's gradient."""
 
 import math
 import re
@@ -78,11 +78,8 @@ TOGETHER = [
 @pytest.mark.needs_jit
 @pytest.mark.parametrize(("function", "axes"), TOGETHER)
 @pytest.mark.slow
-def test_a_batch_is_its_members(function, axes, rng):
-    """A batch gives the results of its members one at a time: value, gradients and Hessian-vector products, in float64.
-
-    The cotangent varies.
-    """
+def test_a_batch_equals_its_members(function, axes, rng):
+    """Values, gradients and Hessian-vector products equal those of the members one at a time, in float64."""
     function, axes = FUNCTIONS[function], AXES[axes]
     with jax.enable_x64(True):
         y, *numbers = arguments(rng, axes)
@@ -105,7 +102,7 @@ def test_a_batch_is_its_members(function, axes, rng):
 @pytest.mark.needs_jit
 @pytest.mark.slow
 def test_gradients_of_each_member(rng):
-    """If the gradient is taken inside the batch, each member has its own head gradient. Also a batch of batches."""
+    """If the gradient is taken inside the batch, each member has its own head gradient. Batches may be nested."""
     axes = AXES["tokens"]
     y, *numbers = arguments(rng, axes)
     gradient = jax.grad(mean, 2)
@@ -121,8 +118,8 @@ def test_gradients_of_each_member(rng):
 @pytest.mark.needs_jit
 @pytest.mark.parametrize("function", ["mean", "none", "log-probabilities"])
 @pytest.mark.in_turn(3)
-def test_a_batch_costs_what_its_tokens_do(function):
-    """It takes four matmuls, as a loss for each token does, one array of the head's shape, and no chunk per member."""
+def test_cost_of_a_batch(function):
+    """A batch takes four matmuls (like a loss per token), one array of the head's shape, and no chunk per member."""
     batch, tokens, d, n, chunk = 32, 32, 64, 2048, 64
     options = {"chunk_size": chunk}
     losses = {

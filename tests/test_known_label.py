@@ -1,4 +1,4 @@
-"""A label's row read in one pass: every shift, the rows that are read again, and the cost of a batch."""
+"""Losses that read a label's row in one pass: every shift, rows that are read again, and the cost of a batch."""
 
 import itertools
 
@@ -17,7 +17,7 @@ from tests.optimized_jit import optimized_jit
 
 OFFSETS = (-60, -40, -30, -17, -16, -15, -8, -3, 0, 3, 14, 30, 39, 40, 41, 60)
 loss = jce.cross_entropy_with_integer_labels
-of_a_cpu = pytest.mark.skipif(not _platforms.CPU.is_cpu, reason="only a CPU's rows are read once")
+of_a_cpu = pytest.mark.skipif(not _platforms.CPU.is_cpu, reason="rows are read once only on a CPU")
 
 
 GRADIENT, PENALIZED = (optimized_jit(jax.grad(lambda y, x, z=z: loss(y, x, z_loss=z).sum(), 1)) for z in (0.0, 0.1))
@@ -58,7 +58,7 @@ def within(found, true, ulps, scale=None):
 @pytest.mark.parametrize("n", [2, 1000])
 @pytest.mark.in_turn(2)
 def test_every_offset(n, rng):
-    """Errors beyond the effect of half an ulp of each difference. With a shift of 0 there is no such rounding."""
+    """Errors are some ulps, plus the effect of half an ulp of each difference. A shift of 0 causes no such rounding."""
     if n == 1000 and not _platforms.CPU.is_cpu:
         pytest.skip("many classes are summed one after another")
     for offset, depth in itertools.product(OFFSETS, (-80, -40, -20, -5, 0, 5, 20, 50, 80)):
@@ -76,7 +76,7 @@ def test_every_offset(n, rng):
 @of_a_cpu
 @pytest.mark.parametrize("n", [10, 1000])
 def test_ordinary_logits_are_not_rounded(n, rng):
-    """At any depth of the label. A difference from the maximum would add ulps."""
+    """Errors are a few ulps, wherever the label's logit is. A difference from the maximum would add ulps."""
     for offset, depth in ((3, 0), (3, 10), (10, -20), (30, 20)):
         y, x = rows(rng, n, offset, depth, 200)
         value, excess, _ = exact(y, x)
@@ -84,7 +84,7 @@ def test_ordinary_logits_are_not_rounded(n, rng):
         within(GRADIENT(y, x), excess, 6)
 
 
-def test_labels_beside_far_others():
+def test_labels_far_from_other_classes():
     """No class is lost: neither those far below a label that is itself low, nor those far above."""
     x = np.float32(
         [[-8, -20], [-15, -90], [-15.9, -80], [-16.1, -90], [0, -80], [39, -40], [-10, 70], [30, 80], [-90, -99]]
@@ -104,7 +104,7 @@ def test_labels_beside_far_others():
 
 
 def test_a_small_log_sum():
-    """Where the label outweighs all others, L is the label's logit and stays accurate, although Z is rounded at 1."""
+    """If the label outweighs all others, L is the label's logit and stays accurate, although Z near 1 is rounded."""
     x, y = np.float32([[1e-4, -30], [-2e-3, -40]]), np.zeros(2, int)
     value, excess, _ = exact(y, x, 0.1)
     np.testing.assert_allclose(loss(y, x, z_loss=0.1), value, rtol=2e-6)
@@ -134,7 +134,7 @@ def maxima_asked(at, others):
 @pytest.mark.parametrize(
     ("at", "other", "asked"),
     [
-        (0, -np.inf, 0),  # a row that `where` dropped, or with one class left
+        (0, -np.inf, 0),  # a row that `where` masks fully or to one class
         (12, -np.inf, 0),
         (2, -80, 0),
         (50, 20, 0),
@@ -148,14 +148,14 @@ def maxima_asked(at, others):
     ],
 )
 @pytest.mark.in_turn(2, "wide")
-def test_which_rows_ask(at, other, asked):
+def test_rows_that_request_their_maximum(at, other, asked):
     assert maxima_asked([at], [other]) == asked
     assert maxima_asked([1.0, at, 1.0], [2.0, other, 2.0]) == asked
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.vmap], ids=["rows", "vmap"])
 @pytest.mark.in_turn(2)
-def test_a_row_that_is_read_again_leaves_the_others_as_they_were(transform, rng):
+def test_a_row_that_is_read_again_does_not_change_other_rows(transform, rng):
     y, x = rng.integers(0, 100, (4, 16)), (3 * rng.standard_normal((4, 16, 100))).astype(np.float32)
     far = x.copy()
     far[2, 5] += 150
@@ -166,7 +166,7 @@ def test_a_row_that_is_read_again_leaves_the_others_as_they_were(transform, rng)
         np.testing.assert_array_equal(one, other)
 
 
-# What it costs
+# Cost
 
 
 @of_a_cpu
@@ -176,7 +176,7 @@ def test_a_row_that_is_read_again_leaves_the_others_as_they_were(transform, rng)
 @pytest.mark.parametrize("shape", [(1024, 1000), (16, 64, 1000), (64, 50_000)])
 @pytest.mark.in_turn(6)
 def test_nothing_of_the_inputs_size_is_stored(shape, options):
-    """A batch of calls stores none either: its rows share one condition. With one each, both passes would run."""
+    """Under vmap too, all rows share one condition. With one condition per row, both passes would always run."""
     y, x = jax.ShapeDtypeStruct(shape[:-1], np.int32), jax.ShapeDtypeStruct(shape, np.float32)
 
     def temporaries(f):
@@ -202,7 +202,7 @@ def on_devices(kind):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}], ids=["plain", "z-loss"])
 @pytest.mark.in_turn(4)
-def test_rows_on_several_devices_ask_none_of_each_other(kind, options):
+def test_rows_on_several_devices_need_no_communication(kind, options):
     mesh, y, x = on_devices(kind)
     f = lambda y, x: loss(y, x, **options)  # noqa: E731
     with jax.set_mesh(mesh):
@@ -213,7 +213,7 @@ def test_rows_on_several_devices_ask_none_of_each_other(kind, options):
 
 @of_a_cpu
 @pytest.mark.needs_jit
-def test_a_device_of_a_shard_map_asks_for_its_own_rows(rng):
+def test_each_device_of_a_shard_map_reads_its_own_rows_again(rng):
     mesh, y, x = on_devices(AxisType.Auto)
     f = jax.shard_map(loss, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
     text = optimized_jit(f).lower(y, x).compile().as_text()

@@ -1,4 +1,4 @@
-"""Log-probabilities of k labels per row and of the tail: against 300 bits, at edge cases, and their divergences."""
+"""Log-probabilities of k labels per row and of the tail: accuracy, edge cases, and divergences between them."""
 
 import functools
 
@@ -59,7 +59,7 @@ CASES = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) 
 @pytest.mark.parametrize(("k", "dtype", "tail"), CASES)
 @pytest.mark.in_turn(4)
 def test_accuracy(k, dtype, tail, platform, rng):
-    """Relative errors: 6 ulps (5 with the gradient), plus the effect of half an ulp of x - max x on its exponential."""
+    """Relative errors are up to 6 ulps (5 in derivatives), plus the effect of half an ulp of x - max x on exp x."""
     y, x = rows(rng, 30, 30, k, dtype)
     with jax.enable_x64(dtype == np.float64):
         values, slopes = map(
@@ -82,7 +82,7 @@ def test_accuracy(k, dtype, tail, platform, rng):
 
 @with_tail
 @pytest.mark.slow
-def test_every_mode_is_that_of_whole_logits(tail, rng):
+def test_derivatives_equal_those_of_log_softmax(tail, rng):
     y, x = rows(rng, 4, 9, 3, np.float64)
     x = np.clip(x, -6, 6)
 
@@ -106,8 +106,8 @@ def test_every_mode_is_that_of_whole_logits(tail, rng):
 
 
 @pytest.mark.slow
-def test_one_label_is_minus_its_loss(rng):
-    """To the bit, along any axis. Lists of one or two labels give the same up to rounding."""
+def test_one_label_equals_minus_its_loss(rng):
+    """One label is equal to the bit, along any axis. In lists of one or two labels it is equal up to rounding."""
     y, x = rng.integers(0, 7, (3, 5)), rng.standard_normal((3, 7, 5)).astype(np.float32)
     got = log_probs(y, x, axis=1)
     np.testing.assert_array_equal(got, -jce.cross_entropy_with_integer_labels(y, x, axis=1))
@@ -119,8 +119,8 @@ def test_one_label_is_minus_its_loss(rng):
 @pytest.mark.holds_nan
 @with_tail
 @pytest.mark.slow
-def test_a_label_that_is_no_class_is_nan_in_its_entry_alone(tail, rng):
-    """In value and derivative, but not in results that mask it. It adds nothing to a tail."""
+def test_a_label_outside_the_classes_makes_only_its_entry_nan(tail, rng):
+    """The entry's value and derivative are NaN, but not results that mask it. Such a label adds nothing to a tail."""
     x = rng.standard_normal(5).astype(np.float32)
     y, others = np.array([2, 5, -1, 0]), np.array([0, 3] + [4] * tail)
     value, jacobian = jax.jit(
@@ -135,7 +135,7 @@ def test_a_label_that_is_no_class_is_nan_in_its_entry_alone(tail, rng):
 
 
 @pytest.mark.holds_nan
-def test_rows_and_tails_of_nothing():
+def test_empty_rows_and_tails():
     x = jnp.array([[2.0, 0.0, -INF], [1.0, NAN, 0.0], [0.0, 1.0, 2.0]])
     y = jnp.array([[0, 1], [2, 9], [1, 1]])
     whole = log_probs(y[:1], x[:1], tail=True)
@@ -158,7 +158,7 @@ KL_BAR = 0.25  # relative to the effect of rounding the logits: eps (1 + span) �
 
 
 @pytest.mark.slow
-def test_a_top_k_divergence_is_a_divergence(platform, rng):
+def test_divergences_of_top_k_classes_and_a_tail(platform, rng):
     """KL of the top-k classes and a tail, in both directions, and Jensen-Shannon: ≥ 0, 0 at equality, and accurate."""
     n, k = 40, 4
     z = np.repeat(3 * rng.standard_normal((8, n)), 6, 0)
@@ -189,8 +189,8 @@ def test_a_top_k_divergence_is_a_divergence(platform, rng):
 
 @with_tail
 @pytest.mark.parametrize("k", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_split_classes_are_whole_ones(tail, k, rng):
-    """With axis_name: the same numbers on all devices, and the same gradients."""
+def test_split_classes(tail, k, rng):
+    """With axis_name, values and gradients equal those of whole rows."""
     y, x = rows(rng, 8, 24, k, np.float64)
 
     def split(x):
@@ -212,8 +212,8 @@ def test_split_classes_are_whole_ones(tail, k, rng):
 @pytest.mark.needs_jit
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less into its reductions")
 @pytest.mark.slow
-def test_k_labels_cost_no_array_of_classes_in_the_value():
-    """No N × n array except, with a tail, the logits of the other classes."""
+def test_the_value_needs_no_array_of_all_classes():
+    """There is no N × n array except, with a tail, the logits of the other classes."""
     shapes = jax.ShapeDtypeStruct((64, 20), np.int32), jax.ShapeDtypeStruct((64, 30_000), np.float32)
     for tail in (False, True):
         compiled = optimized_jit(lambda y, x, tail=tail: log_probs(y, x, tail=tail)).lower(*shapes).compile()
@@ -224,14 +224,16 @@ def test_errors():
     x = np.zeros((4, 5), np.float32)
     for shape in ((4, 2, 1), (3, 2), (5, 4)):
         with pytest.raises(
-            ValueError, match=r"log_probs_with_integer_labels: labels .*\(4,\), or that and an axis for k"
+            ValueError, match=r"log_probs_with_integer_labels: labels .*\(4,\), and then a last axis for k"
         ):
             log_probs(np.zeros(shape, int), x)
     with pytest.raises(
-        ValueError, match=r"labels .*as they must with a tail; got labels: int\d\d\[4\].*labels\[\.\.\., N"
+        ValueError, match=r"labels .*optional without a tail\); got labels: int\d\d\[4\].*labels\[\.\.\., N"
     ):
         log_probs(np.zeros(4, int), x, tail=True)
-    with pytest.raises(ValueError, match=r"log_probs_with_integer_labels: labels .*\(4,\); got .*one axis more"):
+    with pytest.raises(
+        ValueError, match=r"log_probs_with_integer_labels: labels .*\(4,\); got .*a last axis of length k"
+    ):
         log_probs(np.zeros(3, int), x)
     with pytest.raises(
         TypeError, match=r"log_probs_with_integer_labels: labels must be integers.*labels: float32\[4,2\]"

@@ -1,4 +1,4 @@
-"""Tests for logits and labels only: labels outside [0, n), smoothing, and logits split over devices."""
+"""Tests that apply only to logits and labels: labels outside [0, n), smoothing, and logits split over devices."""
 
 import math
 
@@ -30,7 +30,7 @@ def value_and_gradient(labels, logits, **options):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("wrong", [-1, -4, 4, 2**31 - 1, -(2**31)])
 @pytest.mark.in_turn(8)
-def test_a_label_of_no_class_makes_its_row_nan_and_no_other(wrong, smoothing, rng):
+def test_a_label_outside_the_classes_makes_only_its_row_nan(wrong, smoothing, rng):
     logits = rng.standard_normal((3, 4)).astype(np.float32)
     labels = np.array([1, wrong, 3])
     value, g = value_and_gradient(labels, logits, label_smoothing=smoothing)
@@ -45,7 +45,7 @@ def test_a_label_of_no_class_makes_its_row_nan_and_no_other(wrong, smoothing, rn
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.in_turn(3)
-def test_a_dropped_row_may_hold_any_label_and_any_logit(smoothing, rng):
+def test_a_masked_row_may_hold_any_label_and_any_logit(smoothing, rng):
     logits = rng.standard_normal((3, 4)).astype(np.float32)
     logits[1] = [NAN, INF, -INF, 0]
     kept = np.array([True, False, True])
@@ -55,7 +55,7 @@ def test_a_dropped_row_may_hold_any_label_and_any_logit(smoothing, rng):
     np.testing.assert_array_equal(g, [expected_g[0], np.zeros(4), expected_g[1]])
 
 
-def test_a_label_of_an_excluded_class_costs_infinity():
+def test_the_loss_is_infinite_if_the_labels_class_is_masked():
     logits, where = np.zeros(3, np.float32), np.array([True, False, True])
     value, g = value_and_gradient(1, logits, where=where)
     assert value == INF
@@ -87,7 +87,7 @@ def test_labels_along_any_axis(rng):
 
 
 @pytest.mark.slow
-def test_labels_are_one_hot_targets(rng):
+def test_labels_equal_one_hot_targets(rng):
     for name, logits in logit_rows(rng, (50, 7), np.float32).items():
         labels = rng.integers(7, size=50)
         one_hot = np.eye(7, dtype=np.float32)[labels]
@@ -99,8 +99,8 @@ def test_labels_are_one_hot_targets(rng):
 
 @pytest.mark.parametrize("n", [4, 10, 1000])
 @pytest.mark.in_turn(3)
-def test_how_labels_and_one_hot_targets_round(n, rng):
-    """On a CPU, as the docstring says: most rows are equal to the bit, and a few are an ulp apart."""
+def test_rounding_of_labels_and_one_hot_targets(n, rng):
+    """On a CPU, most rows are equal bit for bit, and others are about an ulp apart, as the docstring says."""
     x, labels = 3 * rng.standard_normal((2000, n)).astype(np.float32), rng.integers(0, n, 2000)
     soft = jce.cross_entropy_with_logits(np.eye(n, dtype=np.float32)[labels], x)
     value = np.asarray(jce.cross_entropy_with_integer_labels(labels, x))
@@ -110,17 +110,23 @@ def test_how_labels_and_one_hot_targets_round(n, rng):
     assert apart.max() <= 5
 
 
-def test_a_forbidden_class_beside_the_lowest_numbers():
-    """A divergence of 0, with derivatives 0. In other rows, -∞ is replaced by a number far below the row's maximum.
-    Here this isn't possible: the maximum is near the lowest finite number."""
+def test_minus_infinity_beside_the_lowest_numbers():
+    """The divergence and its derivatives are 0.
+
+    In other rows, -∞ is replaced by a number far below the row's maximum. In this row that isn't possible, since the
+    maximum is near the lowest finite number.
+    """
     x, y = np.float32([-3.3e38, -np.inf]), np.float32([-3.3e38, -3.4e38])
     value, gradients = jax.value_and_grad(jce.kl_divergence_with_logits, (0, 1))(x, y)
     assert value == 0
     np.testing.assert_array_equal(gradients, np.zeros((2, 2)))
 
 
-def test_derivatives_in_a_traced_smoothing(rng):
-    """1/n Σ log 1/qᵢ - log 1/q_y, and [i = y] - 1/n with respect to the logits too. The same holds under `where`."""
+def test_derivatives_with_respect_to_smoothing(rng):
+    """The derivative is 1/n Σ log 1/qᵢ - log 1/q_y, and its derivative with respect to the logits is [i = y] - 1/n.
+
+    Under `where`, n counts the kept classes.
+    """
     logits, labels = np.float32(rng.standard_normal((5, 6))), np.array([0, 1, 2, 3, 0])
     kept = np.arange(6) < 4
     for options, n in (({}, 6), ({"where": kept}, 4)):
@@ -139,7 +145,7 @@ def test_derivatives_in_a_traced_smoothing(rng):
 
 @pytest.mark.slow
 def test_smoothing_is_a_mixture_of_targets(rng):
-    """(1-ε) one-hot + ε/n, where n counts the kept classes. At ε = 1 the label has no effect."""
+    """The target is (1-ε) one-hot + ε/n, where n counts the kept classes. At ε = 1 the label has no effect."""
     logits = 3 * rng.standard_normal((50, 7)).astype(np.float32)
     labels, where = rng.integers(5, size=50), np.arange(7) < 5
     for epsilon in (0.0, 0.1, 0.5, 1.0):
@@ -171,7 +177,7 @@ def test_shift_invariance(rng):
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def test_logits_are_probabilities_of_the_softmax(rng):
+def test_logits_equal_probabilities_of_the_softmax(rng):
     x, y = (rng.standard_normal((50, 7)).astype(np.float32) for _ in range(2))
     p, q = jax.nn.softmax(x), jax.nn.softmax(y)
     close = {"rtol": 4e-6, "atol": 1e-6}
@@ -186,7 +192,7 @@ def test_logits_are_probabilities_of_the_softmax(rng):
 
 
 @pytest.mark.slow
-def test_binary_logits_are_two_classes(rng):
+def test_binary_logits_equal_two_classes(rng):
     x, y = (5 * rng.standard_normal(100).astype(np.float32) for _ in range(2))
     two = [np.stack([z, np.zeros_like(z)], -1) for z in (x, y)]
     alpha = rng.random(100).astype(np.float32)
@@ -213,8 +219,8 @@ def test_kl_is_zero_only_at_equality_up_to_a_shift(rng):
     assert (jce.binary_kl_divergence_with_logits(x, y)[:, 3] > 0).all()
 
 
-def test_a_divergence_of_classes_of_probability_1e_87():
-    """In float64, where they are far from subnormal: KL = (log p/q - 1) p + q, for p and q of the second class."""
+def test_divergence_at_a_probability_of_1e_87():
+    """In float64, where this isn't near subnormal: KL = (log p/q - 1) p + q, for p and q of the second class."""
     x, y = np.array([0.0, -200.0]), np.array([0.0, -300.0])
     p, q = math.exp(-200), math.exp(-300)
     with jax.enable_x64(True):
@@ -225,7 +231,7 @@ def test_a_divergence_of_classes_of_probability_1e_87():
 
 
 @pytest.mark.slow
-def test_gradients_of_near_divergences_keep_their_direction(rng):
+def test_gradients_at_nearly_equal_logits(rng):
     """For logits 1e-4 apart, q - p as a difference of two rounded numbers would have only three correct digits."""
     x = rng.standard_normal((50, 7)).astype(np.float32)
     y = x + np.float32(1e-4) * rng.standard_normal(x.shape).astype(np.float32)
@@ -287,23 +293,23 @@ def test_no_temporary_of_the_logits_size(function, shape):
 @pytest.mark.needs_jit
 @each_with_classes
 @pytest.mark.in_turn(5, "wide")
-def test_nothing_of_classes_times_classes(kernel):
+def test_no_array_of_classes_times_classes(kernel):
     arguments = [jax.ShapeDtypeStruct((3000,), np.float32)] * len(kernel.arguments)
     program = gradient(kernel).lower(*arguments).compile()
     assert program.memory_analysis().temp_size_in_bytes < 3000 * 100
 
 
 @pytest.mark.slow
-def test_more_classes_than_float32_tells_apart():
-    """Above 2²⁴ classes, the distance from the label is computed in integers: float32 can't tell neighbors apart."""
+def test_more_classes_than_float32_can_count():
+    """Above 2²⁴ classes, distances from the label are computed in integers: float32 can't represent every index."""
     n = 2**24 + 8
     logits = jnp.zeros(n).at[n - 1].set(40.0)
     loss = jce.cross_entropy_with_integer_labels(n - 2, logits)
     np.testing.assert_allclose(loss, 40.0, rtol=1e-6)
 
 
-def test_a_hessian_vector_product_at_equal_logits_keeps_its_digits(rng):
-    """Its reference is the mean over a thousand maximal classes. With their sum, it would lose three more digits."""
+def test_a_hessian_vector_product_at_equal_logits(rng):
+    """The reference is the mean over a thousand maximal classes. With their sum, three more digits would be lost."""
     t = (1 + 1e-3 * rng.standard_normal(1000)).astype(np.float32)
     gradient = jax.grad(lambda x: jce.cross_entropy_with_integer_labels(0, x))
     _, hvp = jax.jvp(gradient, (np.zeros(1000, np.float32),), (t,))
@@ -312,8 +318,8 @@ def test_a_hessian_vector_product_at_equal_logits_keeps_its_digits(rng):
 
 
 @pytest.mark.slow
-def test_the_mixed_derivative_of_soft_targets_at_a_class_that_is_nearly_certain():
-    """∂²H/∂p∂x along p₀ is q₀ - 1 = -4e-9 there. Computed as 1 - q, it would have no correct digit."""
+def test_the_mixed_derivative_of_soft_targets_at_a_nearly_certain_class():
+    """∂²H/∂p₀∂x₀ is q₀ - 1 = -4e-9. Computed as a difference from 1, it would have no correct digit."""
     p, x = jnp.array([1.0, 0.0, 0.0]), jnp.array([20.0, 0.0, 0.0])
     gradient = jax.grad(jce.cross_entropy_with_logits, 1)
     mixed = jax.jvp(lambda p: gradient(p, x), (p,), (jnp.array([1.0, 0.0, 0.0]),))[1]
@@ -322,8 +328,8 @@ def test_the_mixed_derivative_of_soft_targets_at_a_class_that_is_nearly_certain(
 
 @pytest.mark.parametrize("margin", [6, 12, 16])
 @pytest.mark.slow
-def test_derivatives_keep_their_digits_where_a_class_dominates(margin, rng):
-    """First and second derivatives where 1 - q is e^-margin, also for confident targets, compared with float64."""
+def test_derivatives_are_accurate_if_a_class_dominates(margin, rng):
+    """First and second derivatives are compared with float64 if 1 - q is about e^-margin, also for one-hot targets."""
     x, y, t, u = 0.5 * rng.standard_normal((4, 6, 8))
     x[:, 3] += margin
     y[:, 3] += margin

@@ -1,4 +1,4 @@
-"""Labels with probabilities, and the tail: against 300 bits and dense targets, at edge cases, and under a head."""
+"""Labels with probabilities, and tails: compared with 300 bits and dense targets, edge cases, and heads."""
 
 import functools
 
@@ -40,7 +40,7 @@ def truth(y, p, x, tail):
 
 
 def rows(rng, count, n, k, dtype):
-    """Targets for k classes with a large or small sum, and logits: the first label's from far below to far above."""
+    """Targets for k classes with a large or small sum, and logits, the first label's from far below to far above."""
     x = 3 * rng.standard_normal((count, n))
     y = np.stack([rng.choice(n, k, replace=False) for _ in range(count)])
     margins = np.resize([-20, 0, 5, 10, 20], count)
@@ -57,7 +57,7 @@ CASES = [case if case == QUICK else pytest.param(*case, marks=pytest.mark.slow) 
 @pytest.mark.parametrize(("k", "dtype", "tail"), CASES)
 @pytest.mark.in_turn(2)
 def test_accuracy(k, dtype, tail, platform, rng):
-    """A few ulps, plus the effect of half an ulp of x - max x on its exponential."""
+    """Errors are a few ulps, plus the effect of half an ulp of x - max x on its exponential."""
     y, p, x = rows(rng, 15, 30, k, dtype)
     with jax.enable_x64(dtype == np.float64):
         program = optimized_jit(jax.value_and_grad(lambda x: loss(y, x, label_probs=p, tail=tail).sum()))
@@ -76,9 +76,9 @@ def test_accuracy(k, dtype, tail, platform, rng):
 
 @with_tail
 @pytest.mark.slow
-def test_every_mode_is_that_of_dense_targets(tail, rng):
+def test_derivatives_equal_those_of_dense_targets(tail, rng):
     y, p, x = rows(rng, 4, 9, 3, np.float64)
-    y[0, 1] = y[0, 0]  # adds up
+    y[0, 1] = y[0, 0]  # the probabilities of equal labels are added
 
     def dense(p, x):
         target = jnp.zeros_like(x).at[jnp.arange(4)[:, None], y].add(p)
@@ -102,7 +102,7 @@ def test_every_mode_is_that_of_dense_targets(tail, rng):
 
 
 @pytest.mark.holds_nan
-def test_corners():
+def test_edge_cases():
     x = jnp.array([2.0, 0.0, 1.0, -INF])
 
     @functools.partial(jax.jit, static_argnames="tail")
@@ -133,7 +133,7 @@ def test_corners():
     assert np.isfinite(in_x).all()
     assert loss(jnp.zeros((2, 0), int), jnp.ones((2, 3)), label_probs=jnp.ones((2, 0))).tolist() == [0, 0]
     assert loss(jnp.array([[0, 1]] * 2), jnp.ones((2, 0)), label_probs=jnp.full((2, 2), 0.5)).tolist() == [0, 0]
-    pair, quarters = jnp.array([[0, 1]] * 3), jnp.full((3, 2), 0.25)  # with the 1 of 1 - Σp, an odd count per row
+    pair, quarters = jnp.array([[0, 1]] * 3), jnp.full((3, 2), 0.25)  # with the 1 of 1 - Σp, an odd number of terms
     one = loss(pair[0], x, label_probs=quarters[0], tail=True)
     three = loss(pair, jnp.stack([x] * 3), label_probs=quarters, tail=True)
     np.testing.assert_allclose(three, [one] * 3, rtol=1e-6)
@@ -148,7 +148,7 @@ def test_corners():
 
 
 def complete_lists(rng, dtype, possible, n, rows=300):
-    """Of a teacher that thinks some classes possible: all of them, by size, with logits that have others or not."""
+    """All classes that a teacher considers possible, their probabilities, a student's logits, and the classes' mask."""
     logits = 3 * rng.standard_normal((rows, n)).astype(np.float32)
     p, y = jax.lax.top_k(jax.nn.softmax(jnp.where(np.arange(n) < possible, logits, -INF).astype(dtype)), possible)
     return y, p, 3 * rng.standard_normal((rows, n)).astype(np.float32), np.arange(n) < possible
@@ -180,8 +180,8 @@ EXCLUDED = [
 
 @pytest.mark.parametrize(("way", "dtype"), EXCLUDED)
 @pytest.mark.slow
-def test_a_tail_over_nothing_is_nothing(way, dtype, rng):
-    """Value and gradients are those without a tail, for 3 or 30 possible classes."""
+def test_an_empty_tail_has_no_effect(way, dtype, rng):
+    """Value and gradients equal those without a tail, for 3 or 30 possible classes."""
     y, p, x, legal = complete_lists(rng, dtype, *((30, 40) if dtype == np.float32 else (3, 7)))
 
     def of(how, p, x):
@@ -200,8 +200,8 @@ def test_a_tail_over_nothing_is_nothing(way, dtype, rng):
 
 
 @pytest.mark.holds_nan
-def test_a_tail_of_impossible_classes_is_infinite_unless_nothing_is_left():
-    """If Σp exceeds 1 by a rounding error, the tail doesn't lower the loss."""
+def test_a_tail_with_only_impossible_classes():
+    """The loss is infinite, unless Σp is 1 up to rounding. A Σp slightly above 1 doesn't lower the loss."""
     x, y = jnp.array([0.0, 1.0, 2.0, -INF], np.float32), jnp.arange(3)
 
     def of(p, x=x, **options):
@@ -233,8 +233,8 @@ def test_a_tail_of_impossible_classes_is_infinite_unless_nothing_is_left():
 @pytest.mark.parametrize("under", ["logits", "a head"])
 @with_tail
 @pytest.mark.in_turn(2, "wide")
-def test_a_label_that_is_no_class_is_nan_in_every_derivative(under, tail):
-    """Only in its own row, and only if its probability isn't 0, in both modes. If the row is masked, it is 0."""
+def test_a_label_outside_the_classes_makes_derivatives_nan(under, tail):
+    """Only rows with such a label are NaN, and only if its probability isn't 0. For masked rows, derivatives are 0."""
     y = jnp.array([[0, 9], [0, -1], [9, 0], [1, 2]])
     p = jnp.array([[0.5, 0.25], [0.5, 0.0], [0.75, 0.0], [0.5, 0.25]])
     x = jnp.array([[0.0, 1.0, 2.0]] * 4)
@@ -257,7 +257,7 @@ def test_a_label_that_is_no_class_is_nan_in_every_derivative(under, tail):
 
 
 @pytest.mark.holds_nan
-def test_a_weight_of_0_leaves_out_a_label_that_is_no_class():
+def test_a_weight_of_0_masks_a_label_outside_the_classes():
     y, p, x = jnp.array([[0, 9], [0, 1]]), jnp.full((2, 2), 0.5), jnp.ones((2, 3))
 
     def total(weights, x):
@@ -271,7 +271,7 @@ def test_a_weight_of_0_leaves_out_a_label_that_is_no_class():
 
 @with_tail
 @pytest.mark.in_turn(2, "wide")
-def test_no_tokens_no_labels_and_no_nan_beside_a_class(tail):
+def test_no_tokens_no_labels_and_an_impossible_class(tail):
     def of_head(tokens, k, **options):
         y, p = jnp.zeros((*tokens, k), int), jnp.ones((*tokens, k))
         h, w = jnp.ones((*tokens, 4)), jnp.ones((5, 4))
@@ -279,7 +279,7 @@ def test_no_tokens_no_labels_and_no_nan_beside_a_class(tail):
 
     assert of_head((0,), 2) == 0
     assert of_head((2, 0), 2, reduction="none").shape == (2, 0)
-    assert (of_head((3,), 0, reduction="none") == 0).all()  # all are in the tail, which is certain
+    assert (of_head((3,), 0, reduction="none") == 0).all()  # all classes are in the tail, whose probability is 1
     assert (loss(jnp.zeros((2, 0), int), jnp.ones((2, 4)), label_probs=jnp.ones((2, 0)), tail=tail) == 0).all()
     x, y, p = jnp.array([0.0, 1.0, -INF, 2.0]), jnp.array([0, 1]), jnp.array([0.5, 0.25])
     with jax.debug_nans(True):
@@ -301,7 +301,7 @@ def test_more_labels_than_classes(rng):
 @with_tail
 @pytest.mark.in_turn(2)
 def test_along_any_axis_with_smoothing(tail, rng):
-    """n counts only the kept classes, and smoothing spreads only the listed probabilities."""
+    """Smoothing spreads only the listed probabilities, and only over the kept classes."""
     y, p, x = rows(rng, 4, 9, 3, np.float32)
     kept = np.arange(9) < 7
     y %= 7
@@ -327,7 +327,7 @@ def test_one_row_alone(rng):
 
 
 def test_dtypes():
-    """The result is float64 if an argument is."""
+    """The result is float64 if any argument is float64."""
     y = np.zeros((4, 2), int)
     functions = {
         ((4, 2), (4, 5)): lambda p, x: loss(y, x, label_probs=p),
@@ -342,7 +342,7 @@ def test_dtypes():
 
 
 @pytest.mark.needs_jit
-def test_few_labels_are_scattered_on_a_cpu_alone():
+def test_few_labels_are_scattered_only_on_a_cpu():
     arguments = np.zeros((4, 3), int), np.ones((4, 3), np.float32), np.ones((4, 9), np.float32)
     traced = jax.jit(lambda y, p, x: loss(y, x, label_probs=p)).trace(*arguments)
     for platform in ("cpu", "cuda", "tpu"):
@@ -351,7 +351,7 @@ def test_few_labels_are_scattered_on_a_cpu_alone():
 
 
 @pytest.mark.needs_jit
-def test_three_products():
+def test_number_of_matmuls():
     from tests.test_linear_cost import products
 
     def f(h, w):
@@ -366,8 +366,8 @@ def test_three_products():
 @pytest.mark.needs_jit
 @with_tail
 @pytest.mark.slow
-def test_split_classes_are_whole_ones(tail, rng):
-    """With axis_name, and under a head on a mesh."""
+def test_split_classes(tail, rng):
+    """Results equal those on one device, with axis_name and for a head on a mesh."""
     y, p, x = rows(rng, 8, 24, 3, np.float32)
     mesh = make_mesh((2, 4))
 

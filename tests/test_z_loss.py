@@ -1,4 +1,4 @@
-"""The z-loss of dense logits, with targets of every kind: against a manual float64 formula, in every mode."""
+"""The z-loss of dense logits, with targets of every kind, compared with a manual float64 formula in every mode."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ LOSSES = (jce.cross_entropy_with_integer_labels, jce.cross_entropy_with_logits)
 @pytest.mark.parametrize("of", TARGETS)
 @pytest.mark.in_turn(5, "wide")
 def test_values_and_derivatives(of, traced, rng):
-    """In logits and ζ, to third order, with classes masked by `where`, along an axis other than the last."""
+    """Derivatives with respect to logits and ζ, up to third order, with masked classes, along the first axis."""
     x, direction = (3 * rng.standard_normal((CLASSES, ROWS)) for _ in range(2))
     y, weights = rng.integers(1, CLASSES - 1, ROWS), rng.standard_normal(ROWS)
     labels = np.stack([y, y - 1], 1) if "list" in of else y
@@ -68,7 +68,7 @@ def test_values_and_derivatives(of, traced, rng):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 @pytest.mark.in_turn(2)
-def test_nothing_and_0(loss):
+def test_a_masked_row_and_a_z_loss_of_0(loss):
     """A fully masked row is 0. A traced ζ of 0 means no z-loss, whatever L is. A Python 0 costs nothing."""
     x, y = jnp.asarray([[1.0, 2.0], [3.0, -jnp.inf]]), jnp.asarray([0, 0])
     y = y if loss is LOSSES[0] else jax.nn.one_hot(y, 2)
@@ -92,7 +92,7 @@ def test_wrong_arguments(loss):
 
 @pytest.mark.parametrize("of", ["labels", "smoothed", "soft targets", "a head", "a list under a head"])
 @pytest.mark.in_turn(3)
-def test_the_square_alone_may_overflow(of):
+def test_a_square_that_overflows(of):
     """ζL² is finite although L² overflows, for a Python number ζ and a traced one."""
     x, label = np.float32([[-3.22e19, 5.09e19]]), np.array([1])
     head, probs = np.eye(2, dtype=np.float32), np.ones((1, 1), np.float32)

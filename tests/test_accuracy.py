@@ -35,7 +35,7 @@ def sampled(kernel: Kernel, rng, shape, dtype) -> tuple[list[str], list[np.ndarr
 
 
 class Judge:
-    """Collects the results that miss their bar. Results below the normal range are skipped, since XLA flushes them."""
+    """Collects results that miss their error bar. It skips results below the normal range, which XLA flushes to 0."""
 
     def __init__(self, dtype):
         self.dtype, self.misses = dtype, []
@@ -134,7 +134,7 @@ def shift(x, d, t):
 @each_kernel
 @pytest.mark.in_turn(8, "wide")
 def test_third_derivative(kernel, rng):
-    """Along a direction it agrees with the formula's to 1e-9. It is computed forward over forward over reverse."""
+    """Along a direction, the derivative (forward over forward over reverse) agrees with the formula's to 1e-9."""
     arguments = easy(kernel, rng, (4, 3), np.float64)
     direction = [x * rng.uniform(-0.5, 0.5, x.shape) for x in arguments]
 
@@ -219,7 +219,7 @@ FUSED = ("entropy", "cross_entropy", "cross_entropy_with_logits")  # XLA fuses a
 )
 @pytest.mark.in_turn(4)
 def test_a_batch_of_one_row(kernel, n):
-    """It is as accurate as the row alone, however the batch is written, and in tangents too.
+    """Values and tangents of a batch are as accurate as those of its row alone, however the batch is written.
 
     All terms are equal, so a sum in sequence would round all of them in the same direction.
     """

@@ -18,12 +18,12 @@ def stacked(kernel: Kernel, dtype=np.float32) -> tuple[list[np.ndarray], np.ndar
 
 
 def agrees(got, expected, *what):
-    """Equal up to rounding. An error message begins with `what`."""
+    """Check equality up to rounding. An error message begins with `what`."""
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-30, err_msg=", ".join(what))
 
 
 def along_each(kernel: Kernel, arguments: list[np.ndarray]) -> tuple[tuple, tuple]:
-    """The batch once for each number of a row, with a unit direction along that number: one call gives all derivatives.
+    """The batch once for each number of a row, with a unit direction along that number: one call finds all derivatives.
 
     Arguments and directions have the shape (arguments × classes, rows, classes), elementwise without the last axis.
     """
@@ -37,10 +37,10 @@ def along_each(kernel: Kernel, arguments: list[np.ndarray]) -> tuple[tuple, tupl
 @each_kernel
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 def test_value_and_gradient(kernel, dtype):
-    """Values and gradients in both modes, also in one argument at a time, where the others add nothing to a tangent.
+    """Values and gradients in both modes, and derivatives with respect to one argument at a time.
 
-    A tangent of zeros and a Hessian times zeros give exactly 0. So does the gradient under an outer `where` or with a
-    weight of 0: a cotangent of 0 leaves no NaN.
+    A tangent of zeros and a Hessian times zeros are exactly 0. The gradient under an outer `where` or with a weight of
+    0 is also exactly 0: a cotangent of 0 leaves no NaN.
     """
     arguments, values, gradients = stacked(kernel, dtype)
     function, positions = kernel.function, tuple(range(len(arguments)))
@@ -53,7 +53,7 @@ def test_value_and_gradient(kernel, dtype):
         return jnp.vdot(kept.astype(dtype), jnp.where(finite, function(*x), 0))
 
     def of_one(x, directions, i):
-        """The derivatives in argument i, of the function of that argument alone."""
+        """The derivatives of the function of argument i alone."""
         return jax.jvp(lambda y: function(*x[:i], y, *x[i + 1 :]), (x[i],), (directions[i],))[1]
 
     @jax.jit
@@ -132,7 +132,7 @@ def test_second_derivatives(kernel, rng):
         np.testing.assert_allclose(hessians[-1], hessians[0], rtol=1e-5, atol=1e-7, err_msg=nesting)
 
 
-# JAX before 0.12 loses the derivative rule of the head's own loop inside another loop, unless that is checkpointed.
+# JAX before 0.12 loses the derivative rule of the head's own loop inside another loop, unless that one is checkpointed.
 KEPT = jax.__version_info__ >= (0, 12)
 LOOPS = {"map": lambda function: function, "checkpointed map": jax.checkpoint}
 
@@ -177,7 +177,7 @@ def test_a_loop_over_rows(kernel, nesting, rng):
 @each_kernel
 @pytest.mark.in_turn(8, "wide")
 def test_third_derivatives(kernel):
-    """Third derivatives are not NaN either, along any two numbers, forward or reverse: 0 · ∞ appears at no order."""
+    """Third derivatives are not NaN, along any two numbers, forward or reverse: no order computes 0 · ∞."""
     arguments, values, _ = stacked(kernel)
     # Leave out the smallest normal number: there 1/q² is beyond the float range, which is not an edge case.
     huge = [((x != 0) & (np.abs(x) < 1e-30)).reshape(len(values), -1).any(1) for x in arguments]
@@ -220,7 +220,7 @@ SMALL = {  # functions of a small p, and the limit for p → 0 of the third deri
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.in_turn(2)
 def test_third_derivatives_along_a_small_probability(name):
-    """d³/ds³ f(p(1 + s)) is about as large as p, in all eight nestings, even where float32 can't hold 1/p² and p²."""
+    """d³/ds³ f(p(1 + s)) is about as large as p, in all eight nestings, even if float32 can't hold 1/p² and p²."""
     function, expected = SMALL[name]
     p = np.float32(10.0 ** -np.arange(5, 38, 4))
     ones = np.ones_like(p)
@@ -256,7 +256,7 @@ def test_infinite_second_derivatives():
 
 
 def test_finite_second_derivatives():
-    """If the first derivative in this or the other argument is finite, the second is the formula's: p/q², 1/β², ..."""
+    """If a first derivative with respect to either argument is finite, the second is the formula's: p/q², 1/β², ..."""
     p, q = np.float32([0, 1]), np.float32([0.5, 0.5])
     for function in (jce.cross_entropy, jce.kl_divergence, jce.generalized_kl_divergence):
         agrees(jax.jit(jax.hessian(function, 1))(p, q), [[0, 0], [0, 4]])
@@ -267,8 +267,8 @@ def test_finite_second_derivatives():
         agrees(second(np.float32([0, 1, 0, 1]), np.float32([0, 1, 0.5, 0.5])), [1, 1, 4, 4])
 
 
-def test_the_exponential_of_a_sampled_divergence():
-    """From the second on, its derivatives are ±q/p. For two impossible outcomes q/p is 1, as for any two equal ones."""
+def test_higher_derivatives_of_a_sampled_divergence():
+    """Second and third derivatives are ±q/p. For two impossible outcomes q/p is 1, as for equal probabilities."""
     log_p, log_q = np.float32([-1, -3, -1, -np.inf]), np.float32([-3, -1, -1, -np.inf])
     q_over_p, signs = np.exp([-2.0, 2.0, 0.0, 0.0]), np.array([-1, 1])
     second = jax.hessian(lambda x: jce.sampled_kl_divergence(*x))
@@ -296,7 +296,7 @@ def test_absent_classes(kernel, rng):
 
 @pytest.mark.holds_nan
 def test_equal_numbers_outside_0_to_1_are_not_probabilities():
-    """They make even a divergence NaN, although it is 0 for other equal numbers."""
+    """Such numbers make even a divergence NaN, although it is 0 for equal probabilities."""
     beyond = np.float32([1.5, -0.5])
     assert np.isnan(jce.binary_kl_divergence(beyond, beyond)).all()
     assert np.isnan(jce.generalized_kl_divergence(beyond[1:], beyond[1:]))

@@ -1,7 +1,7 @@
-"""Numbers of every binary exponent, under transformations chosen at random: what must hold of any of them.
+"""Property tests, on numbers of every binary exponent and under transformations chosen at random.
 
-Each row of a batch is an example. By `pytest tests/test_fuzz.py --hypothesis-profile=long` there are over 100,000;
-the seed, printed at the end, is another by `--hypothesis-seed=$RANDOM`.
+Each row of a batch is an example. `pytest tests/test_fuzz.py --hypothesis-profile=long` tries over 100,000 of them. The
+seed is printed at the end. `--hypothesis-seed=$RANDOM` chooses another one.
 """
 
 import functools
@@ -21,8 +21,8 @@ from tests.oracle import conditioning, interior, partial, spacing, to_mp, ulps
 
 BATCH = 16
 BITS = {np.float32: 900, np.float64: 2600}  # for sums of numbers of every exponent
-# Classes, the axis that holds them, dtype, with a mask or without: few, since each is a program to compile. Of them the
-# short profile takes two.
+# Number of classes, their axis, dtype, and whether there is a mask. There are few, since each compiles a program. The
+# short profile uses the first two.
 VARIANTS = [
     (4, 0, "float32", True),
     (7, -1, "float32", False),
@@ -42,9 +42,9 @@ def short() -> bool:
 
 
 def numbers(low: float, high: float, dtype: str) -> st.SearchStrategy[float]:
-    """From low to high: near 1, of every binary exponent, subnormal ones too, and the ends and zeros of the domain."""
+    """Numbers from low to high: near 1, of every binary exponent, subnormal, and the ends and zeros of the domain."""
     info = jnp.finfo(dtype)
-    # The lowest number stands for -∞ in masks. Its difference from the largest logit mustn't overflow, nor p + q.
+    # The lowest number stands for -∞ in masks. Its difference from the largest logit, and p + q, must not overflow.
     least, most = max(low, float(info.min)), min(high, float(info.max) * (float(info.eps) / 8 if low < 0 else 0.25))
 
     def power(mantissa, exponent, sign):
@@ -62,10 +62,10 @@ def numbers(low: float, high: float, dtype: str) -> st.SearchStrategy[float]:
 
 @functools.cache
 def batches(kernel: Kernel, classes: int, dtype: str, strange: bool) -> st.SearchStrategy:
-    """An array an argument, of its domain, but for NaN and ±∞ where they may be strange."""
+    """One array per argument, with numbers from its domain, and with NaN and ±∞ if `strange`."""
 
     def array(domain):
-        # A probability is at most 1. That weights may have any size is tested on the generalised form.
+        # A probability is at most 1. Weights of any size are tested with the generalized form.
         low, high = domain if domain == LOGIT or kernel.function is jce.generalized_kl_divergence else (0, 1)
         elements = numbers(low, high, dtype)
         rounded = arrays(np.float64, (BATCH, classes), elements=elements | strangers if strange else elements)
@@ -78,7 +78,7 @@ def batches(kernel: Kernel, classes: int, dtype: str, strange: bool) -> st.Searc
 def cast(x: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         x = x.astype(jnp.dtype(dtype))
-        # XLA contradicts itself about these: see tests/test_plain_jax.py. Op by op, jaxlib 0.10's log goes by shape.
+        # XLA contradicts itself about subnormals (tests/test_plain_jax.py), and jaxlib 0.10's log does so op by op.
         contradicted = dtype == "bfloat16" or jax.config.jax_disable_jit
         unclear = contradicted & (np.abs(x) < jnp.finfo(x.dtype).tiny)
     return np.where(unclear, np.zeros_like(x), x)
@@ -89,7 +89,7 @@ def cast(x: np.ndarray, dtype: str) -> np.ndarray:
 
 @functools.cache
 def program(kernel: Kernel, axis: int, masked: bool):
-    """Of rows of classes and masks: value and gradient of the batch, and of each row value, gradient and Jacobian."""
+    """A program that returns the batch's value and gradient, and each row's value and gradients in both modes."""
     positions = tuple(range(1, 1 + len(kernel.arguments)))
 
     def function(mask, *x):
@@ -119,7 +119,7 @@ def largest_finite(rows: np.ndarray) -> np.ndarray:
 
 
 def alike(got, expected, dtype, *x, scale=0) -> None:
-    """To some ulps of the scale or of the row's largest number; NaN and infinities in the same places."""
+    """Check equality to some ulps of the scale or of the row's largest number. NaN and infinities must match."""
     got, expected = (np.asarray(y, np.float64).reshape(BATCH, -1) for y in (got, expected))
     finite = np.isfinite(expected)
     largest = np.maximum(largest_finite(expected), scale)
@@ -132,13 +132,13 @@ def alike(got, expected, dtype, *x, scale=0) -> None:
 
 
 def impossible(kernel: Kernel, x, mask) -> np.ndarray:
-    """Rows of logits that are all -∞, but for rows of which nothing is kept."""
+    """Rows whose kept logits are all -∞, except rows that are fully masked."""
     logits = [y for y, domain in zip(x, kernel.domains, strict=True) if domain == LOGIT and kernel.has_classes]
     return np.any([~(np.isfinite(y) & mask).any(1) & mask.any(1) for y in logits] or [np.zeros(BATCH, bool)], axis=0)
 
 
 def judge(kernel: Kernel, x, mask, value, gradient, dtype) -> None:
-    """The formula's value of each row that has one, and its derivatives in the first."""
+    """Compare each row's value, and the first row's derivatives, with the formula, if it applies."""
     for i in range(BATCH):
         for k in [...] if kernel.has_classes else range(mask.shape[1]):
             row = [y[i][mask[i]] if kernel.has_classes else y[i, k] for y in x]
@@ -163,7 +163,7 @@ def judge(kernel: Kernel, x, mask, value, gradient, dtype) -> None:
 
 
 def ordinary(kernel: Kernel, row, mask, dtype) -> bool:
-    """A row that the formula is for, of numbers that are 0 or normal."""
+    """Whether the formula applies to the row, and all of its numbers are 0 or normal."""
     if kernel.function.__name__.endswith("with_integer_labels") and not mask[0]:
         return False
     tiny = np.finfo(dtype).tiny
@@ -171,7 +171,7 @@ def ordinary(kernel: Kernel, row, mask, dtype) -> bool:
 
 
 def lost_in_the_largest_part(kernel: Kernel, row, dtype) -> float:
-    """What half an ulp of xᵢ - max x does to a divergence that is nearly all of class i, however unlikely that is."""
+    """The error, in ulps, that half an ulp of xᵢ - max x causes in a divergence to which class i contributes most."""
     if kernel.function is not jce.kl_divergence_with_logits:
         return 0.0
     x, y = row
@@ -182,7 +182,7 @@ def lost_in_the_largest_part(kernel: Kernel, row, dtype) -> float:
 
 
 def underflow(kernel: Kernel, row, dtype) -> float:
-    """What a result may lose where probabilities below the smallest normal number count as 0."""
+    """The error that a result may have since probabilities below the smallest normal number count as 0."""
     tiny = float(np.finfo(dtype).tiny)
     logits = [np.float64(x) for x, domain in zip(row, kernel.domains, strict=True) if domain == LOGIT]
     largest = max((np.max(np.abs(x), where=np.isfinite(x), initial=0) for x in logits), default=0)
@@ -211,14 +211,15 @@ def test_laws(kernel, data):
     mask = data.draw(arrays(bool, (BATCH, n))) if masked and kernel.has_classes else np.ones((BATCH, n), bool)
     with jax.enable_x64(dtype == "float64"):
         value, gradient, by_row = jax.tree.map(np.asarray, program(kernel, axis, masked)(mask, x))
-    # A batch is a loop, and forward mode reverse mode.
+    # A batch equals a loop over its rows, and forward mode equals reverse mode.
     alike(by_row[0], value, value.dtype, *x, mask, scale=n if kernel.value_scale else 0)
-    terms = 1 + largest_finite(np.asarray(value, np.float64).reshape(BATCH, -1))  # whose difference a derivative may be
+    # A derivative may be a difference of terms as large as these.
+    terms = 1 + largest_finite(np.asarray(value, np.float64).reshape(BATCH, -1))
     for g, reverse, forward, difference in zip(gradient, *by_row[1:], kernel.gradient_scale, strict=False):
         scale = terms if difference else 0
         alike(reverse, g, dtype, *x, mask, scale=scale)
         alike(cast(forward, dtype), g, dtype, *x, mask, scale=scale)  # a tangent's dtype is the loss's
-    # What takes no part has a derivative of 0, whatever it holds.
+    # A masked entry has a derivative of 0, whatever it holds.
     if kernel.has_classes:
         for g in gradient:
             np.testing.assert_array_equal(g[~mask], np.zeros_like(g[~mask]))
@@ -226,7 +227,7 @@ def test_laws(kernel, data):
         return
     assert not (kernel.never_negative and (value < 0).any())
     x = [np.asarray(y, value.dtype) for y in x]
-    # A loss is NaN where the logits are of no distribution, and a gradient where the loss is.
+    # A loss is NaN if and only if its logits have no distribution, and a gradient if and only if its loss is NaN.
     lost = np.isnan(value)
     np.testing.assert_array_equal(
         lost, np.broadcast_to(impossible(kernel, x, mask).reshape(-1, *[1] * (lost.ndim - 1)), lost.shape)
@@ -241,7 +242,7 @@ def test_laws(kernel, data):
 @given(data=st.data())
 @pytest.mark.slow
 def test_labels(data):
-    """Any label is label 0 of the classes rolled, and one that is none is NaN, as is its gradient; nothing else is."""
+    """A label's loss is that of label 0 after the classes are rolled. Only labels outside [0, n) are NaN."""
     x = data.draw(arrays(np.float64, (BATCH, 4), elements=st.floats(-90, 90))).astype(np.float32)
     labels = data.draw(arrays(np.int32, BATCH, elements=st.integers(-5, 8) | st.integers(-(2**31), 2**31 - 1)))
     value, gradient = labelled()(labels, x)
@@ -264,7 +265,7 @@ def labelled():
 # Nestings
 
 
-SCAN_KEEPS_RULES = jax.__version_info__ >= (0, 12)  # else not without a checkpoint: see tests/test_plain_jax.py
+SCAN_KEEPS_RULES = jax.__version_info__ >= (0, 12)  # before, only with a checkpoint: see tests/test_plain_jax.py
 
 
 def scanned(f):
@@ -296,7 +297,7 @@ MODES = {
 
 @functools.cache
 def nested(kernel: Kernel, names: tuple[str, ...], mode: str):
-    """A Hessian-vector product of a batch, by a mode, through transformations from the inside out."""
+    """A batch's Hessian-vector product in one mode, through transformations that are named from the inside out."""
     function = kernel.function
     for name in names:
         function = TRANSFORMATIONS[name](function)
@@ -308,12 +309,12 @@ def nested(kernel: Kernel, names: tuple[str, ...], mode: str):
 @given(data=st.data())
 @pytest.mark.in_turn(8, "wide")
 def test_nestings(kernel, data):
-    """Of any transformations, three deep, and any two modes: the Hessian-vector product of the plain call."""
+    """Under three nested transformations and in any mode, the Hessian-vector product is that of the plain call."""
     names = tuple(data.draw(st.permutations(sorted(TRANSFORMATIONS)))[:3])
     if "scan" in names and not SCAN_KEEPS_RULES:
         names = tuple(name for name in names if name not in ("linearize", "vjp"))
     mode = data.draw(st.sampled_from(sorted(MODES)))
-    # On the edge a derivative is infinite, and the difference of two a NaN.
+    # At the boundary a derivative is infinite, and the difference of two infinities is NaN.
     edge = [] if jax.config.jax_debug_nans else [0.0, 1.0]
     p, logits = st.sampled_from([0.5, *edge]) | st.floats(2**-6, 1 - 2**-6), st.floats(-9, 9)
 
@@ -325,5 +326,5 @@ def test_nestings(kernel, data):
     got, expected = nested(kernel, names, mode)(x, t), nested(kernel, (), "forward over reverse")(x, t)
     for g, e in zip(got, expected, strict=True):
         finite = np.isfinite(e)
-        assert not np.isfinite(g)[~finite].any()  # an infinity, or in one of two nestings the difference of two
+        assert not np.isfinite(g)[~finite].any()  # an infinity, or in one nesting the difference of two infinities
         np.testing.assert_allclose(np.asarray(g)[finite], np.asarray(e)[finite], rtol=1e-4, atol=1e-5)

@@ -26,13 +26,13 @@ def test_kl_is_cross_entropy_minus_entropy(pair):
     )
 
 
-def test_entropy_is_not_negative_and_cross_entropy_of_itself(pair):
+def test_entropy_is_not_negative_and_equals_cross_entropy_with_itself(pair):
     p, _ = pair
     assert (jce.entropy(p) >= 0).all()
     np.testing.assert_allclose(jce.cross_entropy(p, p), jce.entropy(p), rtol=4 * EPS)
 
 
-def test_gibbs(pair):
+def test_gibbs_inequality(pair):
     """KL ≥ 0 and H(p, q) ≥ H(p): exactly in the generalized form, and up to Σp - Σq if rounding moves sums off 1."""
     p, q = pair
     assert (jce.generalized_kl_divergence(p, q) >= 0).all()
@@ -45,7 +45,7 @@ def test_gibbs(pair):
 
 
 def test_divergence_is_zero_only_at_equality(rng):
-    """This is exact for the generalized and the binary form, even if q is one ulp away in a single entry."""
+    """The generalized and the binary form are greater than 0 even if q is one ulp away in a single entry."""
     p, _ = probability_regimes(rng, (50, 20), np.float32)["dirichlet 1"]
     for divergence in (jce.kl_divergence, jce.generalized_kl_divergence):
         np.testing.assert_array_equal(divergence(p, p), np.zeros(50))
@@ -58,7 +58,7 @@ def test_divergence_is_zero_only_at_equality(rng):
 
 
 def test_generalized_form_is_never_negative(rng):
-    """For any non-negative floats: from one ulp apart to all pairs of binary exponents."""
+    """The floats are non-negative, from one ulp apart to all pairs of binary exponents."""
     p = np.abs(rng.standard_normal(100_000)).astype(np.float32)
     for steps in range(1, 6):
         q = (p.view(np.int32) + steps).view(np.float32)
@@ -69,7 +69,7 @@ def test_generalized_form_is_never_negative(rng):
     value = jce.generalized_kl_divergence(p[:, None], q[:, None])
     exact = p.astype(float) * np.log(p.astype(float) / q) - p + q
     assert (value >= 0).all()
-    ordinary = (exact < np.finfo(np.float32).max / 4) & (p + q > 1e-36)  # smaller ones make subnormal numbers inside
+    ordinary = (exact < np.finfo(np.float32).max / 4) & (p + q > 1e-36)  # others have subnormal intermediates
     np.testing.assert_allclose(value[ordinary], exact[ordinary], rtol=4 * EPS)
     log_ratio = optimized_jit(jax.grad(lambda p: jce.generalized_kl_divergence(p[:, None], q[:, None]).sum()))(p)
     exact = np.log(p.astype(float) / q)
@@ -78,12 +78,12 @@ def test_generalized_form_is_never_negative(rng):
 
 
 @pytest.mark.slow
-def test_a_sampled_divergence_is_a_divergence_over_what_is_drawn(rng):
-    """Its mean under p is KL(p‖q), and its gradients are those that the docstring states for each argument."""
+def test_the_mean_of_a_sampled_divergence(rng):
+    """The mean under p is KL(p‖q), and the gradients are those that the docstring states for each argument."""
     x, y = rng.standard_normal((2, 3))
 
     def drawn(x, y, once=True):
-        """The mean over all outcomes, where p only says how often each one is sampled."""
+        """The mean over all outcomes. Its weights p are differentiated only if not `once`."""
         log_p, log_q = jax.nn.log_softmax(x), jax.nn.log_softmax(y)
         each = jce.sampled_kl_divergence(log_p, log_q)
         still = jax.lax.stop_gradient(log_p)
@@ -101,14 +101,14 @@ def test_a_sampled_divergence_is_a_divergence_over_what_is_drawn(rng):
 
 
 def test_a_sampled_divergence_is_0_only_at_equality(rng):
-    """It is greater than 0 even one ulp away, on either side."""
+    """A sampled divergence is greater than 0 even if its arguments are one ulp apart, on either side."""
     a = -rng.exponential(3, 100_000).astype(np.float32)
     np.testing.assert_array_equal(jce.sampled_kl_divergence(a, a), 0 * a)
     for b in (np.nextafter(a, np.float32(1)), np.nextafter(a, np.float32(-1e9))):
         assert (jce.sampled_kl_divergence(a, b) > 0).all()
 
 
-def test_neither_is_symmetric():
+def test_cross_entropy_and_kl_are_not_symmetric():
     p, q = np.float32([0.5, 0.25, 0.25]), np.float32([0.125, 0.125, 0.75])
     for f in (jce.cross_entropy, jce.kl_divergence, jce.generalized_kl_divergence):
         assert abs(f(p, q) - f(q, p)) > 0.02
@@ -117,7 +117,7 @@ def test_neither_is_symmetric():
 
 
 @pytest.mark.slow
-def test_entropy_is_log_n_at_uniform_and_the_maximum(rng):
+def test_the_maximum_of_entropy_is_log_n_at_uniform(rng):
     for n in (1, 2, 10, 1000):
         uniform = np.full(n, 1 / n, np.float32)
         np.testing.assert_allclose(jce.entropy(uniform), np.log(n), rtol=1e-6, atol=1e-7)
@@ -127,7 +127,7 @@ def test_entropy_is_log_n_at_uniform_and_the_maximum(rng):
     assert not np.signbit(jce.entropy(np.eye(5, dtype=np.float32))).any()
 
 
-def test_gradients_as_the_document_derives_them(rng):
+def test_gradients_with_respect_to_q(rng):
     p, q = probability_regimes(rng, (50, 20), np.float32)["dirichlet 1"]
     gradient = jax.vmap(jax.grad(jce.cross_entropy, 1))(p, q)
     np.testing.assert_allclose(gradient, -p / q, rtol=EPS)
@@ -162,7 +162,7 @@ def test_gradient_through_the_softmax(rng):
 
 
 @pytest.mark.parametrize("regime", ["uniform", "labels", "near 0.01", "near 1"])
-def test_binary_is_two_classes(regime, rng):
+def test_binary_equals_two_classes(regime, rng):
     alpha, beta = binary_regimes(rng, (1000,), np.float32)[regime]
     with jax.enable_x64(True):  # where 1 - α of a float32 α is exact
         p, q = (np.stack([x, 1 - x], -1) for x in (alpha.astype(np.float64), beta.astype(np.float64)))
@@ -184,8 +184,8 @@ def test_chain_rule_of_entropy(rng):
 
 
 @pytest.mark.slow
-def test_derivatives_where_the_difference_is_subnormal():
-    """1 - p/q and log p/q, where p is the smallest normal number and q is 3/2 of it."""
+def test_derivatives_at_a_subnormal_difference():
+    """The derivatives are 1 - p/q and log p/q, for the smallest normal number p and q = 3/2 p."""
     p, q = np.float32(2.0**-126), np.float32(1.5 * 2.0**-126)
     for function in (jce.binary_cross_entropy, jce.binary_kl_divergence):
         np.testing.assert_allclose(jax.grad(function, 1)(p, q), 1 / 3, rtol=1e-6)
@@ -194,7 +194,7 @@ def test_derivatives_where_the_difference_is_subnormal():
     np.testing.assert_allclose([in_p[0], in_q[0]], [-np.log(1.5), 1 / 3], rtol=1e-6)
 
 
-def test_the_entropy_of_near_certainty():
+def test_entropy_near_certainty():
     """If all of the entropy comes from one unlikely class, it is -p log p of that class."""
     p = np.array([2.0**-120, 1.0], np.float32)
     np.testing.assert_allclose(jce.entropy(p), 120 * np.log(2) * 2.0**-120, rtol=1e-6)
@@ -208,7 +208,7 @@ def value_and_gradient(function):
 @pytest.mark.parametrize("device", ["CPU", "GPU"])
 @pytest.mark.in_turn(2, "wide")
 def test_jensen_shannon_is_symmetric_to_the_bit(device, dtype, rng, monkeypatch):
-    """So are its derivatives. The distributions are far apart or near, and a class may be absent from one or both.
+    """Values and derivatives are symmetric, for distributions far apart or near, with classes absent from one or both.
 
     This isn't tested as on a TPU: there passes share m, and this CPU contracts operations that a TPU rounds separately.
     """
@@ -232,7 +232,7 @@ def test_jensen_shannon_is_symmetric_to_the_bit(device, dtype, rng, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
-def test_the_other_outcome_to_the_bit(dtype, rng):
+def test_the_complement_is_equal_to_the_bit(dtype, rng):
     """If 1-α is exact, α and 1-α give the same value, and so do logits x and -x. Derivatives change their signs."""
     a, b = (rng.integers(0, 2**12 + 1, (2, 2000)) / 2**12).astype(dtype)
     x, y = (5 * rng.standard_normal((2, 2000))).astype(dtype)

@@ -1,4 +1,4 @@
-"""The Jensen-Shannon divergences against entropies and KL divergences, and the effect of their weight β."""
+"""Jensen-Shannon divergences compared with entropies and KL divergences, and the effect of their weight β."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def distributions(rng):
 
 
 @pytest.mark.slow
-def test_it_is_the_entropy_that_mixing_gains(distributions):
+def test_the_divergence_is_the_entropy_that_mixing_gains(distributions):
     p, q = distributions
     for beta in (0.2, 0.5):
         gained = jce.entropy(beta * p + (1 - beta) * q) - beta * jce.entropy(p) - (1 - beta) * jce.entropy(q)
@@ -31,7 +31,7 @@ def test_it_is_the_entropy_that_mixing_gains(distributions):
         )
 
 
-def test_exchanged_bounded_and_in_the_limit(distributions):
+def test_symmetry_bound_and_limit(distributions):
     p, q = distributions
     half = jce.jensen_shannon_divergence(p, q)
     np.testing.assert_allclose(half, jce.jensen_shannon_divergence(q, p), rtol=1e-6)
@@ -46,7 +46,7 @@ def test_exchanged_bounded_and_in_the_limit(distributions):
 
 @pytest.mark.parametrize("apart", [1e-5, 1e-2, 3])
 @pytest.mark.slow
-def test_accurate_at_every_weight(apart, rng):
+def test_accuracy_at_every_weight(apart, rng):
     x = 3 * rng.standard_normal((50, 9))
     x, y = np.float32(x), np.float32(x + apart * rng.standard_normal(x.shape))
     p, q = (np.asarray(jax.nn.softmax(z)) for z in (x, y))
@@ -78,7 +78,7 @@ PLAIN = [plain, lambda x, y, beta: plain(jax.nn.softmax(x), jax.nn.softmax(y), b
     "mode", [x if x == "forward over reverse" else pytest.param(x, marks=pytest.mark.slow) for x in MODES]
 )
 def test_a_traced_weight_has_derivatives(function, mode, rng):
-    """Of every order, compared with those of the formula as written, in float64, all computed in the same program."""
+    """Derivatives in every mode equal those of the formula as written, in float64."""
 
     def made(f):
         return lambda p, q, z: f(p * p, jnp.exp(q), jax.nn.sigmoid(z))
@@ -109,7 +109,7 @@ def test_weights_in_a_batch(function, rng):
 
 @each_divergence
 @pytest.mark.parametrize("beta", [0, 1, 0.0, -0.5, 2, "half", 1e-50, 1 - 1e-9, float("nan")])
-def test_a_weight_without_a_mixture_names_the_divergence_that_is_meant(function, beta):
+def test_a_wrong_weight_raises_an_error(function, beta):
     with pytest.raises(ValueError, match=rf"^{function.__name__}: beta must be .* got beta=.* use kl_divergence"):
         function(np.float32([0.5, 0.5]), np.float32([0.25, 0.75]), beta=beta)
 
@@ -121,8 +121,8 @@ def written(function, *distributions):
 
 
 @pytest.mark.parametrize("function", [DIVERGENCES[0], pytest.param(DIVERGENCES[1], marks=pytest.mark.slow)])
-def test_a_class_that_neither_has_changes_nothing(function):
-    """Nor does it change first and second derivatives, including those along the weight."""
+def test_a_class_absent_from_both_has_no_effect(function):
+    """Values, and first and second derivatives, including those with respect to the weight, are the same."""
     longer, shorter = (written(function, *x) for x in ([[0.5, 0.5, 0], [0.25, 0.75, 0]], [[0.5, 0.5], [0.25, 0.75]]))
     along = lambda n: (jnp.arange(n, dtype=np.float32), -jnp.arange(n, dtype=np.float32), jnp.float32(0.3))  # noqa: E731
 
@@ -139,8 +139,8 @@ def test_a_class_that_neither_has_changes_nothing(function):
 
 @each_divergence
 @pytest.mark.slow
-def test_a_traced_weight_of_0_or_1_is_the_limit(function):
-    """A direction of 0 has no effect, even where derivatives are infinite."""
+def test_a_traced_weight_of_0_or_1(function):
+    """A tangent of 0 has no effect, even if derivatives are infinite."""
 
     def run(p, q, beta, zeros):
         f = lambda p, q, beta: function(p, q, beta=beta)  # noqa: E731
@@ -163,8 +163,8 @@ def test_a_traced_weight_of_0_or_1_is_the_limit(function):
 
 
 @pytest.mark.in_turn(2)
-def test_derivatives_where_the_two_are_apart(platform, rng):
-    """There log q/m is nearly log 1/(1-β). The gradient comes from the small difference, and p may be almost 0."""
+def test_derivatives_of_distributions_far_apart(platform, rng):
+    """If p is almost 0, log q/m is nearly log 1/(1-β), and the gradient comes from the small difference."""
     x, y = (10 * rng.standard_normal((2, 40, 5))).astype(np.float32)
     y[:, 0], x[:, 1] = y.max(-1) + 20, x.max(-1) + 20
     x[0], y[0] = [44, -20, 9, -41.5, 6], [70, 33, 2, 802, 18]
@@ -181,8 +181,8 @@ def test_derivatives_where_the_two_are_apart(platform, rng):
 
 @pytest.mark.parametrize("form", ["probabilities", "logits"])
 @pytest.mark.slow
-def test_a_python_beta_near_1_is_1_less_the_other(form, rng):
-    """Exchanging p and q exchanges β and 1-β. Both are known in double precision."""
+def test_a_python_beta_near_1(form, rng):
+    """Exchanging p and q exchanges β and 1-β, which are both computed in double precision."""
     x, y = rng.standard_normal((2, 20, 5)).astype(np.float32)
     function = jce.jensen_shannon_divergence_with_logits
     if form == "probabilities":
@@ -200,8 +200,8 @@ LACKING = [  # logits of p; logits of q, which lacks a class; and β, whose prod
 
 @pytest.mark.parametrize("case", LACKING, ids=str)
 @pytest.mark.slow
-def test_the_derivative_in_a_weight_whose_product_underflows(case):
-    """It is finite, as in float64, also when differentiated again with respect to β, and for probabilities."""
+def test_derivative_with_respect_to_a_weight_whose_product_underflows(case):
+    """For logits and for probabilities, the derivative is finite and equals that in float64."""
     *logits, beta = case
     found = []
     for dtype in (np.float32, np.float64):
@@ -218,8 +218,8 @@ def test_the_derivative_in_a_weight_whose_product_underflows(case):
 
 
 @pytest.mark.slow
-def test_derivatives_in_both_at_a_weight_of_0_and_1():
-    """∂²/∂p∂β for probabilities, in either order and mode: ±∞ where the mixture lacks a class, or p is 0."""
+def test_mixed_derivatives_at_a_weight_of_0_and_1():
+    """∂²/∂p∂β for probabilities, in either order and mode: ±∞ if the mixture lacks a class, or p is 0."""
     p, q = np.float32([0.5, 0.5, 0, 0]), np.float32([0, 0.5, 0.5, 0])
     expected = {  # log p/m - β (p - q)/m and -log q/m - (1-β) (p - q)/m
         0.0: ([INF, 0, -INF, 0], [-INF, 0, 1, 0]),

@@ -28,7 +28,7 @@ def test_blocks(n, blocks):
     assert classes.unfold(classes.fold(x)).shape == x.shape
 
 
-def test_float64_rows_are_folded_at_half_as_many():
+def test_float64_rows_are_folded_at_half_as_many_classes():
     with jax.enable_x64(True):
         assert [Classes(-1).folding(jnp.zeros((1, n), np.float64)).blocks for n in (16_384, 32_768)] == [1, 64]
 
@@ -48,8 +48,8 @@ def derivatives(function, positions):
 
 @each_with_classes
 @pytest.mark.in_turn(5, "wide")
-def test_leaving_out_classes_by_where_is_leaving_them_out(kernel, rng):
-    """The kept classes are in all blocks. A short row of them has the same value and derivatives of each order."""
+def test_where_equals_rows_without_the_masked_classes(kernel, rng):
+    """The kept classes are in all blocks. A short row of these classes has the same value and derivatives."""
     kept = rng.random(N) < 0.5
     kept[0] = True
     if kernel.note == "smoothed":  # class 1 gets a weight from label smoothing alone
@@ -88,7 +88,7 @@ def test_any_axis_and_vmap(kernel, rng):
 
 @pytest.mark.parametrize("y", [0, 824, 825, N - 1])
 @pytest.mark.in_turn(2)
-def test_labels_of_each_block(y, rng):
+def test_labels_in_each_block(y, rng):
     logits = rng.standard_normal(N).astype(np.float32)
     loss, gradient = jax.value_and_grad(jce.cross_entropy_with_integer_labels, 1)(y, logits)
     np.testing.assert_allclose(loss, -jax.nn.log_softmax(logits)[y], rtol=1e-5)
@@ -97,7 +97,7 @@ def test_labels_of_each_block(y, rng):
 
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("y", [-1, N, N + 825])
-def test_a_label_of_no_class(y, rng):
+def test_a_label_outside_the_classes(y, rng):
     assert np.isnan(jce.cross_entropy_with_integer_labels(y, rng.standard_normal(N).astype(np.float32)))
 
 
@@ -105,7 +105,7 @@ def test_a_label_of_no_class(y, rng):
 @pytest.mark.parametrize("n", [N, 40_000])
 @pytest.mark.in_turn(2)
 def test_a_logit_of_infinity_makes_its_row_nan(n, rng):
-    """At the label or elsewhere. In a long row, the NaN of exp(∞ - ∞) isn't enough: XLA's minimum may lose it."""
+    """The infinity is at the label or elsewhere. In a long row, XLA's minimum may lose the NaN of exp(∞ - ∞)."""
     logits = rng.standard_normal((4, n)).astype(np.float32)
     logits[range(3), [0, 1, -1]] = np.inf
     loss, pull_back = jax.vjp(lambda x: jce.cross_entropy_with_integer_labels(np.zeros(4, int), x), logits)
@@ -114,8 +114,8 @@ def test_a_logit_of_infinity_makes_its_row_nan(n, rng):
 
 
 @pytest.mark.slow
-def test_the_heads_logits(rng):
-    """The head's rows are folded like those of logits, with every option, since each option affects them."""
+def test_a_head_with_many_classes(rng):
+    """A head's rows are folded like rows of logits. All options are used, since each one affects the rows."""
     hidden, head = rng.standard_normal((6, 3)).astype(np.float32), rng.standard_normal((N, 3)).astype(np.float32)
     labels, bias = np.array([0, 824, 825, N - 1, 7, -1]), rng.standard_normal(N).astype(np.float32)
 
@@ -141,7 +141,7 @@ def test_the_heads_logits(rng):
 
 
 @pytest.mark.slow
-def test_log_probs_of_the_head(rng):
+def test_log_probs_of_a_head(rng):
     hidden, head = rng.standard_normal((3, 4)).astype(np.float32), rng.standard_normal((N, 4)).astype(np.float32)
     labels = np.array([0, 825, N - 1])
     got = jce.linear_log_probs(labels, hidden, head)
@@ -160,8 +160,8 @@ def losses(kernel: Kernel, arguments):
 @pytest.mark.needs_jit
 @each_of_logits
 @pytest.mark.in_turn(5, "wide")
-def test_sharded_rows_stay_where_they_are(kernel, rng):
-    """Only a few numbers per row go between devices, although each device's classes are folded."""
+def test_sharded_rows_are_not_gathered(kernel, rng):
+    """Devices exchange only a few numbers per row, although each device's classes are folded."""
     n = 65_536
     sharding = NamedSharding(mesh_of(AxisType.Auto), P("rows", "classes"))
     arguments = easy(kernel, rng, (4, n))
@@ -174,7 +174,7 @@ def test_sharded_rows_stay_where_they_are(kernel, rng):
 @pytest.mark.parametrize("spec", [P("rows", None), P(None, "classes"), P("rows", "classes")])
 @pytest.mark.slow
 def test_explicit_sharding(spec, rng):
-    """JAX can't reshape an axis whose type says that it is sharded: such rows stay whole."""
+    """JAX can't reshape an axis whose type says that it is sharded, so such rows aren't folded."""
     kernel = ROWS["cross_entropy_with_logits"]
     mesh = mesh_of(AxisType.Explicit)
     arguments = easy(kernel, rng, (4, 65_536))

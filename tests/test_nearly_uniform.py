@@ -1,5 +1,8 @@
-"""Near the uniform distribution, where entropy bonuses and label smoothing begin: log 1/qᵢ and H, and the losses of two
-targets, are all near log n, and derivatives are what is left of their differences. Against the same in float64."""
+"""Accuracy near the uniform distribution, compared with float64.
+
+Entropy bonuses and label smoothing start there. log 1/qᵢ, H and losses are all near log n, and derivatives are small
+differences between them.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +25,7 @@ each_spread = pytest.mark.parametrize("spread", SPREADS)
 
 
 def in_both(function, *arrays):
-    """The function's results in float32 and, of the same numbers, in float64."""
+    """The function's results in float32 and, for the same numbers, in float64."""
     for dtype in (np.float32, np.float64):
         with jax.enable_x64(dtype == np.float64):
             yield jax.tree.map(np.float64, optimized_jit(function)(*(x.astype(dtype) for x in arrays)))
@@ -44,8 +47,8 @@ def largest(x):
 @each_spread
 @pytest.mark.parametrize("of", ["logits", "a head"])
 @pytest.mark.slow
-def test_the_entropy_s_gradient(of, spread, rng):
-    """And its Hessian-vector product; of a head also the derivative in a temperature."""
+def test_derivatives_of_entropy(of, spread, rng):
+    """Gradients, Hessian-vector products and, for a head, the derivative with respect to the temperature."""
     x, t = logits(rng, spread), np.float32(rng.standard_normal((ROWS, CLASSES)))
     kept = np.full(ROWS, 0.7, np.float32)
 
@@ -76,7 +79,7 @@ def losses(of, x, smoothing):
 
 
 def difference_of_targets(of):
-    """The uniform target less the given one, of equal sums: what the derivative in the smoothing multiplies x by."""
+    """The uniform target minus the given one, with equal sums: minus the weights of x in the derivative."""
     taken = PROBS if "list" in of else np.float32([1])
     given = (np.eye(CLASSES)[LISTS if "list" in of else LABELS[:, None]] * taken[:, None]).sum(1)
     uniform = LEGAL / LEGAL.sum() if "legal" in of else np.full(CLASSES, 1 / CLASSES)
@@ -86,8 +89,11 @@ def difference_of_targets(of):
 @each_spread
 @pytest.mark.parametrize("of", ["labels", "legal classes", "a list", "a head", "a head and a list"])
 @pytest.mark.in_turn(5)
-def test_the_derivative_in_a_traced_smoothing(of, spread, rng):
-    """-Σ (uᵢ - pᵢ) xᵢ of each row, in units of its spread; in both modes, and differentiated again in the logits."""
+def test_derivatives_with_respect_to_smoothing(of, spread, rng):
+    """The derivative is -Σ (uᵢ - pᵢ) xᵢ, with an error relative to the spread of the row's logits.
+
+    Both modes are tested, and second derivatives with respect to the logits.
+    """
     x, smoothing = logits(rng, spread), np.float32(SMOOTHING)
 
     def derivatives(x):
@@ -106,8 +112,8 @@ def test_the_derivative_in_a_traced_smoothing(of, spread, rng):
 
 @pytest.mark.holds_nan
 @pytest.mark.slow
-def test_the_derivative_in_a_smoothing_at_corners():
-    """A row that is no distribution is NaN, a class of probability 0 costs +∞, or, as the label, has no derivative."""
+def test_derivatives_with_respect_to_smoothing_at_edge_cases():
+    """A row without a distribution is NaN. With a class of probability 0 the derivative is +∞, or NaN at the label."""
     inf, nan = np.inf, np.nan
     x = np.float32([[0, 0, 1], [nan, 0, 0], [inf, 0, 0], [-inf, -inf, -inf], [0, 0, -inf], [-inf, 0, 0], [0, 0, 0]])
     labels = np.array([0, 0, 1, 0, 0, 0, 3])

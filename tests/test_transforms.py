@@ -1,4 +1,4 @@
-"""Under every transformation of JAX, functions return the numbers of the plain call."""
+"""Under every transformation of JAX, functions return the same numbers as when called plainly."""
 
 import copy
 import functools
@@ -94,7 +94,7 @@ def test_gradients(kernel, rng):
 @each_kernel
 @pytest.mark.in_turn(8, "wide")
 def test_a_batch_of_hessian_vector_products(kernel, rng):
-    """Each equals the product of its direction alone. The batch is so large that XLA turns it into matmuls."""
+    """Each product equals that of its direction alone. The batch is so large that XLA turns it into matmuls."""
     arguments = tuple(easy(kernel, rng, (256, 50)))
 
     def product(direction):
@@ -194,7 +194,7 @@ def negated(function):
 
 
 TRANSFORMED = (jax.grad, jax.value_and_grad, jax.jacfwd, jax.vmap, jax.checkpoint, negated)
-PROGRAMS = [n for n in jce.__all__ if hasattr(getattr(jce, n), "__wrapped__")]  # those that are jitted
+PROGRAMS = [n for n in jce.__all__ if hasattr(getattr(jce, n), "__wrapped__")]  # the jitted functions
 each_public = pytest.mark.parametrize("name", PROGRAMS)
 
 
@@ -216,7 +216,7 @@ def one(name):
 def test_lowering_a_transformed_function(name, transform):
     function, arguments = getattr(jce, name), one(name)
     if name == "linear_log_probs" and transform in (jax.grad, jax.value_and_grad):
-        pytest.skip("two numbers for each token")
+        pytest.skip("returns two numbers per token")
     differentiates = transform in (jax.grad, jax.value_and_grad, jax.jacfwd)
     labelled = "labels" in inspect.signature(function).parameters
     transformed = transform(function, argnums=1) if differentiates and labelled else transform(function)
@@ -228,7 +228,7 @@ def test_lowering_a_transformed_function(name, transform):
 
 
 @each_public
-def test_a_function_is_one(name):
+def test_a_public_function_is_a_plain_function(name):
     """`inspect`, `pickle`, `copy` and classes treat a public function as a plain function with its own name."""
     function = getattr(jce, name)
     assert inspect.isroutine(function)

@@ -37,7 +37,7 @@ def test_accepts_distributions(dtype, rng):
     ],
 )
 @pytest.mark.in_turn(2)
-def test_names_the_worst(p, text):
+def test_the_error_names_the_worst_row(p, text):
     with pytest.raises(ValueError, match=r"^check_distribution: ") as error:
         jce.check_distribution(np.asarray(p, np.float32))
     assert text in str(error.value)

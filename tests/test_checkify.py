@@ -1,4 +1,4 @@
-"""`checkify` with jce: it finds checks in a mapped function, and each NaN that is a result, but no other NaN."""
+"""`checkify` finds checks in mapped functions and every NaN in a result of jce, but no other NaN."""
 
 import functools
 
@@ -54,7 +54,7 @@ def largest_below(limit):
 @each_kernel
 @pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.in_turn(8, "wide")
-def test_a_nan_is_found_where_a_result_is_one_and_nowhere_else(kernel, step):
+def test_a_nan_is_found_if_and_only_if_a_result_is_nan(kernel, step):
     arguments, values, gradients = stacked(kernel)
     positions = tuple(range(len(arguments)))
     of_value, of_gradient = (
@@ -132,7 +132,7 @@ def test_distributions_and_nans_in_a_mapped_function(options):
 
 @each_way
 @pytest.mark.slow
-def test_a_label_that_is_no_class(options):
+def test_a_label_outside_the_classes(options):
     loss = functools.partial(jce.linear_cross_entropy, **options)
     labels = np.where(np.arange(6) == 0, 99, LABELS)
     assert "nan" in found(lambda h: loss(labels, h, HEAD), HIDDEN)
@@ -166,8 +166,8 @@ def test_several_labels(function):
 
 @each_function
 @pytest.mark.in_turn(8, "wide")
-def test_the_gradient_of_what_is_checked(kernel):
-    """Except for a head, whose checks are in a custom_jvp function: there JAX itself (0.8 to 0.12) raises an error."""
+def test_the_gradient_of_a_checked_function(kernel):
+    """Heads are not tested. Their checks are in a custom_jvp function, for which JAX 0.8 to 0.12 raises an error."""
     arguments, *_ = stacked(kernel)
     positions = tuple(range(len(arguments)))
 

@@ -1,4 +1,4 @@
-"""Costs that don't depend on the computer: temporaries of compiled programs, and how many calls an eager call makes."""
+"""Costs that don't depend on the computer: temporaries of compiled programs, and dispatches of an eager call."""
 
 import jax
 import numpy as np
@@ -44,7 +44,7 @@ STORED = {
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA fused less")
 @pytest.mark.parametrize("function", STORED, ids=lambda function: function.__name__)
 @pytest.mark.in_turn(4)
-def test_what_is_stored(function):
+def test_number_of_temporaries(function):
     """On a CPU, programs don't store every quotient or exponential that they use twice or for value and gradient."""
     kernel = next(k for k in TABLE if k.function is function)
     shape = (1024, 1000) if kernel.has_classes else (1024 * 1000,)
@@ -58,7 +58,7 @@ def test_what_is_stored(function):
 
 
 @pytest.mark.parametrize("kernel", [k for k in TABLE if len(k.arguments) == 2], ids=lambda kernel: kernel.name)
-def test_what_is_not_differentiated_costs_nothing(kernel, rng):
+def test_an_argument_that_is_not_differentiated_costs_nothing(kernel, rng):
     p, q = easy(kernel, rng, (4, 5))
     one = str(jax.make_jaxpr(lambda q: jax.jvp(lambda q: kernel.function(p, q), (q,), (q,)))(q))
     both = str(jax.make_jaxpr(lambda p, q: jax.jvp(kernel.function, (p, q), (p, q)))(p, q))
@@ -67,7 +67,7 @@ def test_what_is_not_differentiated_costs_nothing(kernel, rng):
 
 @each_function
 def test_an_eager_call_is_one_dispatch(kernel, rng):
-    """It is one jitted call that carries the function's name. Programs of derivatives carry that name too."""
+    """An eager call is one jitted call with the function's name. Programs of derivatives have that name too."""
     arguments = easy(kernel, rng, (4, 5))
     equations = jax.make_jaxpr(kernel.function)(*arguments).eqns
     (equation,) = [e for e in equations if e.params.get("name") == kernel.name]

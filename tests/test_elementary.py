@@ -1,4 +1,4 @@
-"""What every result depends on is asked for at its highest accuracy: on a TPU, XLA's own would be approximations."""
+"""Elementary functions are requested at XLA's highest accuracy. On a TPU, the default would be an approximation."""
 
 import functools
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.needs_jit
 
 HIGHEST = jax.lax.AccuracyMode.HIGHEST
 ELEMENTARY = {"exp", "log", "tanh", "logistic"}  # the last in the derivative of tanh
-# What XLA approximates and jce doesn't use: of each it would have to be known how accurate it is there.
+# Functions that XLA approximates and jce doesn't use. Before jce uses one, its accuracy on a TPU must be known.
 OTHERS = {
     "exp2",
     "expm1",

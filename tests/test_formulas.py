@@ -1,4 +1,4 @@
-"""What a docstring states as mathematics, read as such, is what the table's oracle computes: value and derivatives."""
+"""The formulas in docstrings, parsed and evaluated, equal the table's oracle: value and derivatives."""
 
 import inspect
 import math
@@ -16,7 +16,7 @@ TOKEN = re.compile(
 )
 WORDS = {"Σp": "sum(p)", "Σq": "q[y]", "q_y": "q[y]", "[i = y]": "(i == y)", "[no label is i]": "(i != y)"}
 NAME = re.compile(r"(\d+|p_logits|q_logits|KL|[a-zα-ωHL])([ᵢⱼ]?)")
-# Where a function's first line is of another row: what its docstring says of this one
+# Rows of the table that aren't the docstring's main formula: where the docstring has their value and derivatives
 OF_NUMBERS = r"the loss is\s+(.*?)\.\s"
 VALUES = {"smoothed": OF_NUMBERS, "z-loss": OF_NUMBERS, TAIL: r"one more entry\s+is (.*?), for all"}
 NUMBERS = [("ε", "smoothed", SMOOTHING), ("ζ", "z-loss", Z_LOSS)]
@@ -24,10 +24,10 @@ DERIVATIVES = {TAIL: r"for the tail it\s+is (.*?)\."}
 
 
 class Formula:
-    """A formula of the docstrings as a Python expression: juxtaposition multiplies, log takes the quotient behind it.
+    """A docstring's formula as a Python expression. Juxtaposition multiplies, and log takes the quotient after it.
 
-    Without a space between them, as in α(1-β), factors bind tighter than a quotient does, and with one looser. Σᵢ and
-    Σⱼ sum the term behind them, and ² squares a letter, a number or a parenthesis.
+    Factors without a space between them, as in α(1-β), bind tighter than a quotient. Factors with a space bind looser.
+    Σᵢ and Σⱼ sum the term after them, and ² squares a letter, a number or a parenthesis.
     """
 
     def __init__(self, text: str):
@@ -39,7 +39,7 @@ class Formula:
             rest = "".join(self.tokens) or "its end"
             raise AssertionError(
                 f"can't read {text!r} at {rest!r}: a formula has letters with ᵢ or ⱼ, numbers, + - / ( ) ², a space or"
-                f" nothing for a product, Σᵢ, Σⱼ and log with a space before and behind them, KL(p‖q), and {[*WORDS]}"
+                f" nothing for a product, Σᵢ, Σⱼ and log with a space before and after them, KL(p‖q), and {[*WORDS]}"
             ) from None
 
     def next_is(self, *tokens: str) -> bool:
@@ -105,7 +105,7 @@ class Formula:
 
 
 def values(kernel, row) -> dict:
-    """The letters of a docstring: arguments, and what it says that a softmax or a sigmoid of them is."""
+    """The values of a docstring's letters: arguments, and letters that it defines by a softmax or a sigmoid of them."""
     named = dict(zip(kernel.arguments, row, strict=True))
     letters = {LETTERS.get(name, name): x for name, x in named.items()}
     for letter, link, argument in re.findall(r"(\w) = (softmax|σ)\((\w+)\)", formula_of(kernel)):
@@ -130,7 +130,7 @@ def formula_of(kernel) -> str:
 
 
 def definition(kernel) -> tuple[str | None, str]:
-    """Of "H(p, q) = Σᵢ … with …" H and the formula; of "log 1/q_y with …" no name."""
+    """The name and the formula: for "H(p, q) = Σᵢ … with …" the name is H, and for "log 1/q_y with …" there is none."""
     line = re.fullmatch(r"(?:(\w+)\([^)]*\) = )?(.*?)(?: with .*)?", formula_of(kernel))
     assert line
     name, text = line.groups()
@@ -142,12 +142,12 @@ def close(a, b) -> bool:
 
 
 @pytest.mark.parametrize("text", ["p₃", "Σₖ pₖ", "2log p", "p^2", "(p", "pᵢ * qᵢ", "log", "√p"])
-def test_what_is_no_formula_is_said(text):
+def test_text_that_is_not_a_formula_raises_an_error(text):
     with pytest.raises(AssertionError, match=r"can't read .*: a formula has letters"):
         Formula(text)
 
 
-def test_what_a_formula_is():
+def test_parsing_of_formulas():
     row = {"p": [2.0, 3.0], "q": [4.0, 5.0], "n": 2, "i": 1, "log": math.log}
     formulas = {"-2pᵢ/Σⱼ pⱼ²": -6 / 13, "1/2 Σᵢ pᵢ(1 + qᵢ)² - n": 77, "log 1/qᵢ - 1": -math.log(5) - 1}
     for text, expected in formulas.items():

@@ -1,4 +1,4 @@
-"""The pieces under the kernels, each against what it claims."""
+"""Tests of the low-level functions on which the kernels are built."""
 
 import functools
 
@@ -23,7 +23,7 @@ from tests.optimized_jit import optimized_jit
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 28), ("float64", 53)])
 @pytest.mark.slow
 def test_atanh_tail_coefficients(dtype, bits):
-    """The table is the Chebyshev approximation that its comment says, to the digits that matter."""
+    """The table approximates the series that its comment states, to 28 bits for float32 and to 53 for float64."""
     with mp.workprec(300):
         for k in range(101):
             v2 = mp.mpf(k) / 400
@@ -33,7 +33,7 @@ def test_atanh_tail_coefficients(dtype, bits):
 
 
 def test_quotients_beyond_the_float_range():
-    """Of weights, which may be any numbers: 1e30 and 1e-30 are 138 nats apart, and so are 1e-30 and 1e30."""
+    """Weights may be any numbers. In float32, 1e30 / 1e-30 overflows and 1e-30 / 1e30 underflows."""
     grid = np.meshgrid([1e-37, 1e-30, 1.0, 1e30, 1e35], [2e-37, 3e-30, 4.0, 2e30])
     p, q = (x.astype(np.float32).reshape(-1, 1) for x in grid)
     values, gradients = optimized_jit(jax.vmap(jax.value_and_grad(jce.generalized_kl_divergence)))(p, q)
@@ -45,7 +45,7 @@ def test_quotients_beyond_the_float_range():
 @pytest.mark.parametrize("near", [True, False])
 @pytest.mark.slow
 def test_sum_of_differences_is_exact(near, rng):
-    """What rounding left of 1 - 1 has every digit right where each p - q is exact, else is right to some 2⁻⁴⁵."""
+    """Σp - Σq, which is 0 except for rounding, is accurate to an ulp if each p - q is exact, and otherwise to 2⁻⁴⁵."""
     for n in (2, 7, 1000, 100_000):
         p, q = (rng.dirichlet(np.ones(n), 3).astype(np.float32) for _ in range(2))
         if near:
@@ -60,7 +60,7 @@ def test_sum_of_differences_is_exact(near, rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.in_turn(2)
 def test_log1p_unit(dtype, rng):
-    """Down to the smallest normal number, of which nothing is flushed."""
+    """Results are accurate down to the smallest normal number, and none is flushed to 0."""
     smallest = np.finfo(dtype).tiny * np.array([1, 1.25, 1.75, 2])
     e = np.concatenate([smallest, rng.random(500), 10 ** rng.uniform(-37, 0, 500), [0, 1]]).astype(dtype)
     with jax.enable_x64(dtype == np.float64), mp.workprec(200):
@@ -72,7 +72,7 @@ def test_log1p_unit(dtype, rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.in_turn(2)
 def test_log1p(dtype, rng):
-    """From 0 to numbers beside which 1 is lost, and its derivative."""
+    """Value and derivative, from 0 to numbers so large that adding 1 has no effect."""
     s = np.concatenate([[0], 0.41421356 + 1e-3 * rng.standard_normal(500), 10 ** rng.uniform(-30, 30, 1000)])
     s = s.astype(dtype)
     with jax.enable_x64(dtype == np.float64), mp.workprec(300):
@@ -84,8 +84,10 @@ def test_log1p(dtype, rng):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_quadrature(dtype):
-    """∫ (1-s) sᵏ ds = 1/((k+1)(k+2)), exactly below twice as many powers as there are points; and as far as it is
-    used, of the divergence at logits that are the farthest apart."""
+    """∫ (1-s) sᵏ ds = 1/((k+1)(k+2)) is exact for all k below twice the number of points.
+
+    The divergence is accurate at logits that are as far apart as the quadrature is used for.
+    """
     places, weights = np.array(QUADRATURE[np.dtype(dtype)]).T
     k = np.arange(2 * len(places))
     np.testing.assert_allclose((weights * places ** k[:, None]).sum(1), 1 / ((k + 1) * (k + 2)), rtol=1e-13)
@@ -111,8 +113,8 @@ def test_log_complement(dtype, rng):
 
 
 @pytest.mark.slow
-def test_row_sum_is_a_sum(rng):
-    """Along every axis, mapped along every axis, and transposed."""
+def test_row_sum_equals_sum(rng):
+    """Sums along every axis, under vmap over every axis, and their gradients equal those of jnp.sum."""
     x = rng.integers(0, 9, (1, 3, 1, 4)).astype(np.float32)
 
     def each(total):
@@ -135,7 +137,7 @@ def test_mul0():
 
 
 @pytest.mark.holds_nan
-def test_mul0_hides_nothing_but_a_zero_direction():
+def test_mul0_does_not_hide_a_nan_or_infinite_direction():
     np.testing.assert_array_equal(mul0(jnp.zeros(2), jnp.array([jnp.inf, jnp.nan])), [np.nan, np.nan])
 
 
@@ -152,8 +154,8 @@ def test_mul0_is_bilinear():
 
 
 @pytest.mark.holds_nan
-def test_transposes_of_the_three_products():
-    """Which zero wins over an infinity: in a transpose of mul0 only the other factor's, of the others either's."""
+def test_transposes_of_products():
+    """In these transposes, 0 · ∞ is NaN for mul0, and 0 for mul00 and multiply."""
     zero, inf = jnp.zeros(1), jnp.full(1, jnp.inf)
     for function, expected in ((mul0, np.nan), (mul00, 0), (multiply, 0)):
         (in_c,) = jax.linear_transpose(lambda c, f=function: f(c, inf), zero)(zero)
@@ -164,7 +166,7 @@ def test_transposes_of_the_three_products():
 @pytest.mark.holds_nan
 @pytest.mark.slow
 def test_ratio_at_zero_to_third_order():
-    """0/0 = 0 with all derivatives 0; 1/0 = ∞ with infinite ones; and no NaN at any order, in either argument."""
+    """0/0 is 0 with derivatives of 0, and 1/0 is ∞ with infinite derivatives. No derivative is NaN."""
     derivative, zero, one = ratio, jnp.zeros(()), jnp.ones(())
     for order in range(1, 4):
         derivative = jax.jacfwd(derivative, 1)

@@ -1,4 +1,4 @@
-"""optax's own tests of its losses, which ship with it, hold with ours behind its names."""
+"""The tests that optax ships for its losses, run with jce's functions in their place."""
 
 import operator
 import re
@@ -17,7 +17,7 @@ suite = pytest.importorskip("optax.losses._classification_test")
 
 
 def mask(where, logits, axis):
-    """optax's may be of rows, without a class axis."""
+    """The mask with a class axis, which a mask of optax may lack."""
     return jnp.expand_dims(where, axis) if where is not None and np.ndim(where) < np.ndim(logits) else where
 
 
@@ -52,7 +52,7 @@ OURS = {
 @pytest.mark.usefixtures("optax_promotes")
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.slow
-def test_optax_own(name, monkeypatch):
+def test_optaxs_tests(name, monkeypatch):
     monkeypatch.setattr(classification, OURS[name].__name__, OURS[name])
     result = unittest.TestResult()
     unittest.defaultTestLoader.loadTestsFromTestCase(getattr(suite, name)).run(result)
@@ -60,7 +60,7 @@ def test_optax_own(name, monkeypatch):
     assert not result.errors + result.failures, "\n".join(text for _, text in result.errors + result.failures)
 
 
-def test_the_readmes_names_are_optaxs():
+def test_optax_has_the_names_in_the_readme():
     (table,) = re.findall(r"\| optax, for logits.*?\n\n", README.read_text(encoding="utf-8"), re.DOTALL)
     names = re.findall(r"^\| `([\w.]+)\(", table, re.MULTILINE)
     assert len(names) == 5

@@ -28,7 +28,7 @@ KERNEL_SECTIONS = ("At the boundary:", "Derivative:", "Not checked:")
 each_public = pytest.mark.parametrize("name", PUBLIC)
 
 
-def test_every_kernel_is_a_row_of_the_table():
+def test_the_table_has_every_function():
     others = {"check_distribution", "on_mesh", "Linear"}
     assert {kernel.name for kernel in TABLE + HEADS} == set(PUBLIC) - others
 
@@ -48,8 +48,8 @@ def test_docstring_sections(name):
 
 
 @each_public
-def test_what_a_docstring_leaves_to_the_readme(name):
-    """Its last line names headings of jce/README.md: of each argument that has a section of its own, that section."""
+def test_links_from_docstrings_to_the_readme(name):
+    """The last line names sections of jce/README.md: one for each argument that has its own section."""
     doc, arguments = inspect.getdoc(PUBLIC[name]), inspect.signature(PUBLIC[name]).parameters
     (line,) = re.findall(r"\n\nSee (.*) in jce/README\.md\.$", doc) or [""]
     named = re.findall('"([^"]*)"', line)
@@ -71,8 +71,8 @@ def test_docstring_examples(name):
     assert sum(result.failed for result in results) == 0
 
 
-def test_the_readmes_table_is_what_there_is():
-    """Every name, and of those with arguments how many are given by position, and which by keyword."""
+def test_the_readmes_table_of_functions():
+    """The table has every name. If it lists arguments, they are the function's positional and keyword arguments."""
     section = README.read_text(encoding="utf-8").split("## Functions")[1].split("\n## ")[0]
     assert set(PUBLIC) <= set(re.findall(r"\w+", section))
     table = section.split("\nAll functions on the left")[0]
@@ -88,8 +88,8 @@ def test_the_readmes_table_is_what_there_is():
 
 
 @each_public
-def test_a_functions_own_page(name):
-    """`help(function)`, and what documentation and editors ask: a function, its signature and its docstring."""
+def test_help_of_each_function(name):
+    """`help`, documentation tools and editors find a function, its signature, its docstring and its source."""
     title, _, signature, *text = pydoc.plain(pydoc.render_doc(PUBLIC[name])).splitlines()
     kind = "class" if name == "Linear" else "function"
     assert title == f"Python Library Documentation: {kind} {name} in module jce"
@@ -99,8 +99,8 @@ def test_a_functions_own_page(name):
     assert inspect.getsourcefile(inspect.unwrap(PUBLIC[name])).endswith(".py")
 
 
-def test_the_page_of_a_linear():
-    """It lists the public methods, and no arithmetic operator."""
+def test_help_of_linear():
+    """`help(jce.Linear)` lists the public methods, and no arithmetic operator."""
     page = pydoc.plain(pydoc.render_doc(jce.Linear)).partition("Methods defined here:")[2]
     listed = re.findall(r"^ \|  (\w+)", page, re.MULTILINE)
     assert {"__getitem__", "astype", "of_function", "bias", "logit_soft_cap"} <= {*listed}
@@ -109,8 +109,8 @@ def test_the_page_of_a_linear():
 
 
 @each_public
-def test_is_of_the_package(name):
-    """What a pickle, a page or an error names: no private file. Types of arguments are found all the same."""
+def test_public_module_and_type_hints(name):
+    """Pickles, pages and errors name `jce`, not a private module. The types of arguments can still be resolved."""
     assert f"{PUBLIC[name].__module__}.{PUBLIC[name].__qualname__}" == f"jce.{name}"
     assert pickle.dumps(PUBLIC[name], 0).startswith(f"cjce\n{name}\n".encode())
     arguments = typing.get_type_hints(PUBLIC[name]).keys() - {"return"}
@@ -125,8 +125,8 @@ def test_a_pickled_linear_loads():
 
 @pytest.mark.usefixtures("float32_by_default")
 @pytest.mark.wide
-def test_the_modules_page():
-    """`help(jce)`: the mathematics, then each function's own page, and examples that run."""
+def test_help_of_the_package():
+    """`help(jce)` lists every function, and the examples of the package's docstring run."""
     page = pydoc.plain(pydoc.render_doc(jce))
     assert all(f"\n    {name}(" in page for name in set(PUBLIC) - {"Linear"})
     assert "\n    class Linear(" in page
@@ -143,7 +143,7 @@ each_readme = pytest.mark.parametrize("path", READMES, ids=lambda path: path.par
 @each_readme
 @pytest.mark.wide
 def test_readme_examples(path):
-    """The README's train step of Flax is test_frameworks.py's."""
+    """The README's train step for Flax is tested in tools/test_frameworks.py."""
     results = doctest.testfile(str(path), module_relative=False, globs={}, encoding="utf-8")
     assert results.failed == 0
 
@@ -175,7 +175,7 @@ def test_the_readme_is_short():
 
 @pytest.mark.slow
 def test_import_starts_no_backend_and_needs_only_jax(tmp_path):
-    """In a fresh interpreter: no device is touched, no option changed, no extra imported; in little of JAX's time."""
+    """The import also changes no option, and takes little time compared with the import of JAX."""
     script = """
 import sys, time
 start = time.process_time()
@@ -201,8 +201,8 @@ print(of_both / of_jax)
 
 
 @pytest.mark.slow
-def test_import_where_no_metadata_is():
-    """As of a folder copied into another project: a version that tools can parse, and that says it isn't known."""
+def test_import_without_metadata():
+    """If jce's folder is copied into another project, its version says that it is unknown, and tools can parse it."""
     script = """
 import importlib.metadata as metadata
 def version(name, known=metadata.version):

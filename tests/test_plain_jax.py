@@ -1,4 +1,4 @@
-"""Results of plain JAX at edge cases today. If one of these fails, JAX has fixed it, and a rule of jce may go."""
+"""Results of plain JAX at edge cases. If a test fails, JAX has fixed the result, and a rule of jce may be removable."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -94,8 +94,8 @@ def test_a_scan_loses_rules_in_second_derivatives():
 
 
 @pytest.mark.needs_jit
-def test_a_rule_in_a_loop_may_close_over_no_traced_value():
-    """As `jce.linear_map` says about results for each token."""
+def test_a_rule_in_a_loop_must_not_close_over_a_traced_value():
+    """See what `jce.linear_map` says about results for each token."""
 
     def loss(limit, x):
         return jax.lax.map(limited(limit), x).sum()
@@ -105,8 +105,8 @@ def test_a_rule_in_a_loop_may_close_over_no_traced_value():
 
 
 @pytest.mark.needs_jit
-def test_a_subnormal_bfloat16_is_zero_and_is_not():
-    """On a CPU, in one program. jce may treat it as 0 in only one of two places, and a derivative can be NaN."""
+def test_a_subnormal_bfloat16_is_inconsistent():
+    """In one CPU program, x isn't equal to 0, but 1/x is infinite. This can make a derivative of jce NaN."""
 
     @optimized_jit
     def program(x):
@@ -120,8 +120,8 @@ def test_a_subnormal_bfloat16_is_zero_and_is_not():
 
 @pytest.mark.holds_nan
 @pytest.mark.needs_jit
-def test_a_derivative_of_a_custom_rule_ends_debug_nans():
-    """For compiled calls, if it is set for the process. jax.debug_nans(True) lasts, so tests/conftest.py uses that."""
+def test_differentiating_a_custom_rule_ends_debug_nans():
+    """Then compiled calls ignore the process's setting. They obey jax.debug_nans(True), as in tests/conftest.py."""
     double = optimized_jit(lambda x: 2 * x)
     double(0.0)  # JAX checks compiled calls elsewhere than calls being compiled
 

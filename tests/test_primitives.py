@@ -1,4 +1,4 @@
-"""What every primitive has of the scaffold, seen in a few that are as small as they can be."""
+"""The features that `primitive` adds to every primitive, tested with a few small ones."""
 
 import gc
 import itertools
@@ -13,7 +13,7 @@ from jax.experimental import checkify
 from jce._jax.primitives import derivative_inside, evaluated_jaxpr, primitive
 from jce._jax.waiting import as_one
 
-# k (x - y) w: linear in x and y; of w it has no derivative by decree
+# k (x - y) w: linear in x and y. Its derivative with respect to w is defined as 0.
 _difference_p = primitive(
     "difference",
     lambda x, y, w, *, k: k * (x - y) * w,
@@ -49,7 +49,7 @@ def test_derivatives():
     jax.tree.map(np.testing.assert_array_equal, got, (3 * w, -3 * w, 0 * w))
 
 
-def test_what_nobody_uses_is_transposed():
+def test_transposing_an_unused_result():
     (got,) = jax.linear_transpose(lambda x: (difference(x, 2 * x, x + 1.0 - x), 5 * x)[1], numbers(3))(numbers(3))
     np.testing.assert_array_equal(got, 5 * numbers(3))
 
@@ -63,7 +63,7 @@ def test_batches(axes):
     np.testing.assert_array_equal(got, 3 * (x - y) * w)
 
 
-def test_each_platform_lowers_its_own():
+def test_each_platform_lowers_its_own_function():
     with jax.disable_jit():
         np.testing.assert_allclose(_wave_p.bind(numbers(3)), np.sin(numbers(3)), rtol=1e-6)
     traced = jax.jit(lambda x: _wave_p.bind(x)).trace(numbers(3))
@@ -73,7 +73,7 @@ def test_each_platform_lowers_its_own():
 
 
 @pytest.mark.slow
-def test_no_program_is_kept_of_what_holds_an_array():
+def test_no_cached_program_holds_an_array():
     def run():
         held = jnp.asarray(numbers(3))
         (got,) = _inside_p.bind(numbers(3), jaxpr=jax.make_jaxpr(lambda x: x * held)(numbers(3)))
@@ -88,7 +88,7 @@ def test_no_program_is_kept_of_what_holds_an_array():
 @pytest.mark.parametrize("axes", [(0, None), (1, 0)], ids=str)
 @pytest.mark.in_turn(2)
 def test_one_operation_stays_one_in_a_batch(axes):
-    """In which 0 / 0 is left out: nothing for checkify."""
+    """The operation discards the NaN of 0 / 0, so checkify finds nothing."""
 
     def share(x, y):
         return jnp.where(y == 0, jnp.zeros_like(x), x / y), (x > y).sum()

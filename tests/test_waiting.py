@@ -1,4 +1,4 @@
-"""A program that waits for its platform: traced for that one alone, under its call's settings, in every nesting."""
+"""Programs that wait for their platform: they are traced for that platform only, under the settings of the call."""
 
 import dataclasses
 from typing import ClassVar
@@ -40,7 +40,7 @@ def total(function):
     return of
 
 
-def test_one_platform_is_traced_but_for_types():
+def test_only_necessary_platforms_are_traced():
     program, a = Program("alone"), jnp.ones(3)
     Program.traced_for.clear()
     traced = jax.jit(lambda x: waiting(program, x, x)["product"]).trace(a)
@@ -56,8 +56,8 @@ def test_one_platform_is_traced_but_for_types():
 
 
 @pytest.mark.slow
-def test_every_nesting_is_the_plain_functions(rng):
-    """Eight modes to the third order, and of a batch, alone and in a loop."""
+def test_every_nesting_equals_the_plain_function(rng):
+    """Eight modes up to the third order, for one call, in a loop and in a batch."""
     a, t = (tuple(rng.standard_normal((2, 4, 3))) for _ in range(2))
     program = Program("nested")
 
@@ -90,14 +90,14 @@ class Weighted:
         return s * jnp.exp(x) + x * t
 
 
-def test_a_program_is_transposed_in_the_places_where_it_is_linear(rng):
+def test_a_program_is_transposed_in_its_linear_arguments(rng):
     s, x, t, ct = rng.standard_normal((4, 3)).astype(np.float32)
     got = jax.jit(jax.linear_transpose(lambda s, t: waiting(Weighted(), s, x, t), s, t))(ct)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), list(got), [ct * np.exp(x), ct * x])
 
 
 def test_settings_are_those_of_the_call():
-    """Where it is lowered JAX may have others."""
+    """When a program is lowered, JAX may have other settings than when it was called."""
     with jax.enable_x64(True):
         traced = jax.jit(jce.entropy).trace(np.ones((2, 3)) / 3)
     lowered = traced.lower()
@@ -114,7 +114,7 @@ class Mixed:
 
 
 def test_jaxprs_are_short():
-    """Nothing of a kernel is in them before its platform is known."""
+    """Before the platform is known, a jaxpr contains nothing of the kernel."""
     x = np.ones((4, 5), np.float32)
     functions = {
         jce.entropy_with_logits: (x,),

@@ -53,7 +53,7 @@ def test_value_and_gradient(device, name, products, chunks):
 
 @pytest.mark.parametrize(("device", "products", "chunks"), [("h100", 1.82, 1.1), ("v5e", 1.1, 0.1)])
 def test_value(device, products, chunks):
-    """The roofline relative to that of a bare matmul, and memory relative to a chunk's logits. A TPU stores no logits."""
+    """The roofline relative to that of a bare matmul, and memory relative to a chunk's float32 logits."""
     text, temporaries = compiled(device)["value"]
     bare = 2 * TOKENS * WIDTH * CLASSES / DEVICES[device].peaks["bf16"]
     assert 1 < cost(text, DEVICES[device]).seconds / bare < products

@@ -1,4 +1,4 @@
-"""Training on the digits: three losses alike while all have their digits, and one that stays right when they don't."""
+"""Training on the digits: three losses agree at first, and later only one of them is still accurate in float32."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +37,7 @@ def test_normalized(rng, scale):
 
 
 def descend_in_numpy(steps):
-    """W after that many steps, and the mean loss, from the formulas in float64."""
+    """The margin and the mean loss after that many steps, from the formulas in float64."""
     h, y = max_margin.digits()
     w, one_hot = np.zeros((65, 10)), np.eye(10)[y]
     for _ in range(steps):
@@ -64,7 +64,7 @@ def test_all_agree_at_the_start():
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_ours_goes_to_the_largest_margin_in_float32():
+def test_jce_converges_to_the_largest_margin_in_float32():
     snapshots = history("jce, float32", 100_000)
     margins = np.array([s.margin for s in snapshots])
     assert np.isfinite(snapshots).all()
@@ -76,7 +76,7 @@ def test_ours_goes_to_the_largest_margin_in_float32():
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_the_textbook_loses_its_way_in_float32():
+def test_the_textbook_formula_fails_in_float32():
     snapshots = history("textbook, float32", 60_000)
     best = max(snapshots, key=lambda s: s.margin)
     assert best.margin == pytest.approx(0.0405, rel=0.02)

@@ -1,4 +1,4 @@
-"""The next-word program: what it counts, that its loss is the dense one, that it learns, and what it prints."""
+"""Tests of the next-word program: words, perplexity, the loss, training, and the printed output."""
 
 import re
 
@@ -8,7 +8,7 @@ import pytest
 
 from notebooks.examples import next_word
 
-# Each word but the first follows from the one before; the numbers make a vocabulary of 50.
+# A text with 36 different words. It repeats after 97 words, so the words before predict the next one.
 TEXT = " ".join(f"w{i * i % 97 % 50}" for i in range(3000))
 
 
@@ -17,7 +17,7 @@ def corpus():
     return next_word.read(TEXT)
 
 
-def test_words_and_places():
+def test_words_and_positions():
     corpus = next_word.read("To be, or not_to-BE: " * 400)
     assert list(corpus.words) == ["be", "not_to", "or", "to"]
     np.testing.assert_array_equal(corpus.text[:5], [3, 0, 2, 1, 0])
@@ -27,12 +27,12 @@ def test_words_and_places():
 
 
 @pytest.mark.slow
-def test_unigram_perplexity_by_hand():
-    """1999 a and a single b, held out: b was never seen, and counts once all the same."""
+def test_unigram_perplexity():
+    """The text has 1999 times a, and one b, which is held out. Every word counts once more than it was seen."""
     words = ["a"] * 2000
     words[950] = "b"
     corpus = next_word.read(" ".join(words))
-    a, b = 1797 / 1798, 1 / 1798  # 1796 places of a to learn from, and one more of each
+    a, b = 1797 / 1798, 1 / 1798  # a occurs 1796 times in training, and each word counts once more
     assert len(corpus.training) == 1796
     assert next_word.unigram_perplexity(corpus) == pytest.approx(np.exp(-(199 * np.log(a) + np.log(b)) / 200), rel=1e-5)
 
@@ -46,7 +46,7 @@ def test_the_hidden_state_is_the_mean_of_the_words_before(corpus):
 
 @pytest.mark.needs_jit
 @pytest.mark.slow
-def test_the_loss_is_that_of_all_logits(corpus, rng):
+def test_the_loss_equals_the_dense_loss(corpus, rng):
     n = len(corpus.words)
     embedding = next_word.initial(n, 0).embedding
     head, bias = (jnp.asarray(rng.standard_normal(s), embedding.dtype) for s in ((n, next_word.WIDTH), (n,)))
@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_all_logits(corpus, rng):
 
 @pytest.mark.usefixtures("optax_promotes")
 @pytest.mark.slow
-def test_it_learns_what_follows(corpus):
+def test_training(corpus):
     history = list(next_word.train(corpus, 60, seed=3))
     assert [s.step for s in history] == list(range(0, 61, 3))
     assert history[0].perplexity == pytest.approx(len(corpus.words), rel=1e-5)
@@ -82,7 +82,7 @@ def file(tmp_path):
     return str(path)
 
 
-@pytest.mark.needs_jit  # prints what a compiled program needs
+@pytest.mark.needs_jit  # prints the memory of a compiled program
 @pytest.mark.usefixtures("optax_promotes")
 @pytest.mark.slow
 def test_command_line(file, capsys):

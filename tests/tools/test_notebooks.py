@@ -1,4 +1,4 @@
-"""Each notebook runs, its claim holds, and what is rendered is what runs."""
+"""Each notebook runs, its claim holds, and the rendered notebook equals the script."""
 
 import importlib.util
 import os
@@ -37,20 +37,20 @@ def test_every_notebook_is_here():
     assert [path.stem for path in sorted(FOLDER.glob("*.ipynb"))] == NAMES
 
 
-@pytest.mark.needs_jit  # trainings, and what compiled programs need
+@pytest.mark.needs_jit  # trains models, and prints the memory of compiled programs
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in NAMES])
 @pytest.mark.slow
 def test_runs(name):
-    """The last cell asserts what the first line claims."""
+    """The last cell asserts the claim of the first line."""
     environment = {**os.environ, "MPLBACKEND": "agg"}
-    environment.pop("XLA_FLAGS", None)  # of tests/conftest.py
+    environment.pop("XLA_FLAGS", None)  # tests/conftest.py sets it
     script = FOLDER / f"{name}.py"
     done = subprocess.run([sys.executable, "-W", "error", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @each_notebook
-def test_is_its_script_rendered(name):
+def test_is_rendered_from_its_script(name):
     script, notebook = (jupytext.read(FOLDER / f"{name}.{kind}") for kind in ("py", "ipynb"))
     cells = notebook.cells
     assert [(c.cell_type, c.source) for c in cells] == [(c.cell_type, c.source) for c in script.cells], (

@@ -1,4 +1,4 @@
-"""What a compiled program costs: modules written by hand, and small ones compiled for devices that aren't there."""
+"""Tests of the costs of compiled programs, for hand-written modules and for small programs compiled for devices."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tests.tools.compiled import PROGRAMS
 
 
 def module(body: str, before: str = "") -> str:
-    """The lines of an entry computation, and what stands before it."""
+    """A module with these lines as its entry computation, after the text `before`."""
     return f"HloModule m, is_scheduled=true\n\n{before}\nENTRY %main () -> f32[] {{\n{body.strip(chr(10))}\n}}\n"
 
 
@@ -67,7 +67,7 @@ def test_the_same_operand_twice_is_read_once():
     assert costs(X + "  ROOT %y = f32[1024,1024]{1,0} multiply(%x, %x)").bytes == 8 * MB
 
 
-def test_what_costs_nothing():
+def test_free_instructions():
     body = (
         X
         + """
@@ -93,8 +93,8 @@ def test_what_costs_nothing():
     ],
 )
 @pytest.mark.parametrize("through", [False, True])
-def test_slices_read_what_they_touch(opcode, rows, through):
-    """By themselves, in a fusion, and there behind a conversion."""
+def test_slices_read_only_their_entries(opcode, rows, through):
+    """The slice is alone, in a fusion, or in a fusion after an elementwise operation."""
     parameters = """  %p = f32[1024,1024]{1,0} parameter(0)
   %i = s32[] parameter(1)
   %j = s32[8]{0} parameter(2)
@@ -113,7 +113,7 @@ def test_slices_read_what_they_touch(opcode, rows, through):
     assert costs(parameters + call, fused(inner)).bytes == expected
 
 
-def test_what_is_also_used_whole_is_read_whole():
+def test_an_array_that_is_also_used_whole_is_read_whole():
     inner = fused("""
   %p = f32[1024,1024]{1,0} parameter(0)
   %s = f32[8,1024]{1,0} slice(%p), slice={[8:16], [0:1024]}
@@ -133,7 +133,7 @@ UPDATE = """
 INTO = "f32[1024,1024]{1,0} dynamic-update-slice"
 
 
-def test_an_update_in_place_moves_the_update():
+def test_an_update_in_place_moves_only_the_update():
     assert costs(UPDATE + f"  ROOT %y = {INTO}(%p, %u, %i, %i)").bytes == 2 * 8 * 4096 + 4
 
 
@@ -153,12 +153,12 @@ def test_an_update_in_place_moves_the_update():
     ids=["root", "two", "inside", "of another", "sum"],
 )
 def test_an_update_in_a_fusion(inner, expected):
-    """As its root it is in place; inside, or of what the fusion makes, the whole is moved."""
+    """An update is in place if it is the root and its target a parameter. Otherwise the whole array is moved."""
     body = UPDATE + "  ROOT %z = f32[1024,1024]{1,0} fusion(%p, %u, %i), kind=kLoop, calls=%f"
     assert costs(body, fused(UPDATE + inner)).bytes == expected + 4
 
 
-def test_an_update_that_a_fusion_looks_at_is_not_in_place():
+def test_an_update_that_a_fusion_reads_is_not_in_place():
     two = "(f32[1024,1024]{1,0}, f32[1024,1024]{1,0})"
     inner = f"  %a = {INTO}(%p, %u, %i, %i)\n  %n = f32[1024,1024]{{1,0}} negate(%a)\n  ROOT %t = {two} tuple(%a, %n)"
     body = UPDATE + f"  ROOT %z = {two} fusion(%p, %u, %i), kind=kLoop, calls=%f"
@@ -166,7 +166,7 @@ def test_an_update_that_a_fusion_looks_at_is_not_in_place():
 
 
 @pytest.mark.parametrize(("combiner", "times"), [("%add", 3), ("%last", 2)])
-def test_a_scatter_reads_what_it_adds_to(combiner, times):
+def test_a_scatter_that_adds_reads_its_target(combiner, times):
     arguments = """
   %p = f32[1024,1024]{1,0} parameter(0)
   %j = s32[8,2]{1,0} parameter(1)
@@ -221,14 +221,14 @@ def test_a_loop_costs_its_body_times_its_trips(bound, loop, times):
     assert (found.bytes, found.kernels) == (times * 8 * MB, times)
 
 
-def test_a_loops_condition_is_a_kernel_of_each_trip():
-    """On an H100, as is its counter's sum."""
+def test_a_loops_condition_is_a_kernel_in_each_trip():
+    """On an H100, the addition to the loop's counter is a kernel too."""
     assert costs(X + LOOP + KNOWN, BODY.replace("BOUND", "constant(10)")).kernels == 5 * 3
 
 
 @pytest.mark.parametrize(("end", "kernels"), [("%n", 4 * 5), ("%i", None)])
 def test_a_loop_in_a_loop(end, kernels):
-    """The inner one's end is passed through the outer one, or is its counter, with trips that are never the same."""
+    """The inner loop's end is a constant from outside, or the outer loop's counter, which changes in each trip."""
     inner = BODY.replace("BOUND", "get-tuple-element(%t), index=2")
     outer = inner.replace("%body", "%outer_body").replace("%condition", "%outer_condition")
     outer = outer.replace(
@@ -246,7 +246,7 @@ def test_a_loop_in_a_loop(end, kernels):
 
 
 @pytest.mark.parametrize("end", ["s32[] parameter(1)", "s32[] custom-call(%start)"])
-def test_a_loop_of_unknown_trips_is_refused(end):
+def test_a_loop_with_an_unknown_number_of_trips_raises(end):
     before = BODY.replace("BOUND", "get-tuple-element(%t), index=2")
     with pytest.raises(Unreadable, match="w: a loop of an unknown number of trips"):
         costs(X + LOOP.replace("s32[] constant(10)", end), before, "v5e")
@@ -275,17 +275,17 @@ BRANCHES = """
         ("true_computation=%middle, false_computation=%cheap", 8),
     ],
 )
-def test_a_conditional_costs_its_dearest_branch(names, expected):
+def test_a_conditional_costs_as_much_as_its_most_expensive_branch(names, expected):
     body = X + f"  %i = s32[] parameter(1)\n  ROOT %y = f32[1024,1024]{{1,0}} conditional(%i, %x, %x, %x), {names}"
     assert costs(body, BRANCHES).bytes == expected * MB
 
 
-def test_a_call_costs_what_it_calls():
+def test_a_call_costs_as_much_as_its_computation():
     y = "  ROOT %y = f32[1024,1024]{1,0} call(%x), to_apply=%dear"
     assert costs(X + y, BRANCHES).bytes == 16 * MB
 
 
-def test_what_runs_beside_is_counted_where_it_starts():
+def test_asynchronous_work_is_counted_at_its_start():
     asynchronous = """
   %s = ((f32[1024,1024]{1,0}), f32[1024,1024]{1,0}, u32[]) async-start(%x), calls=%middle
   %y = f32[1024,1024]{1,0} async-done(%s)
@@ -298,7 +298,7 @@ def test_what_runs_beside_is_counted_where_it_starts():
     assert costs(X + asynchronous, BRANCHES, "v5e").bytes == 2 * 8 * MB + 8 * 4096 + 4 * MB
 
 
-def test_a_sum_over_devices_reads_and_writes_each_ones_part():
+def test_an_all_reduce_reads_and_writes_its_array():
     body = """
   %s = f32[1024,1024]{1,0} all-reduce-start(%x), replica_groups={{0,1}}, to_apply=%add
   %d = f32[1024,1024]{1,0} all-reduce-done(%s)
@@ -306,7 +306,7 @@ def test_a_sum_over_devices_reads_and_writes_each_ones_part():
     assert costs(X + body, ADD).bytes == 2 * 8 * MB
 
 
-# Products
+# Matmuls
 
 FACTORS = """  %a = {}[256,512]{{1,0}} parameter(0)
   %b = {}[512,128]{{1,0}} parameter(1)
@@ -332,7 +332,7 @@ PRODUCT = 2 * 256 * 512 * 128
         (("f32", "f32"), ", algorithm=dot_f32_f32_f32", ("f32", 1), 6),
     ],
 )
-def test_products_by_type_precision_and_algorithm(types, attributes, h100, tpu):
+def test_matmuls_by_type_precision_and_algorithm(types, attributes, h100, tpu):
     body = FACTORS.format(*types) + DOT + attributes
     kind, times = h100
     assert costs(body).operations == {kind: times * PRODUCT}
@@ -341,15 +341,15 @@ def test_products_by_type_precision_and_algorithm(types, attributes, h100, tpu):
     assert costs(call, fused(body)).operations == {kind: times * PRODUCT}
 
 
-def test_a_product_lasts_as_long_as_its_operations_or_its_bytes():
-    """Of 2^10 cubed the operations are longer at float32, and at bfloat16 the bytes."""
+def test_a_matmul_takes_the_time_of_operations_or_bytes():
+    """For 1024³, operations take longer in float32, and bytes in bfloat16."""
     of = "  %a = {0}[1024,1024]{{1,0}} parameter(0)\n  %b = {0}[1024,1024]{{1,0}} parameter(1)\n"
     dot = DOT.replace("256,128", "1024,1024")
     assert costs(of.format("bf16") + dot).seconds == 8 * MB / 3.352e12
     assert costs(of.format("f32") + dot + ", operand_precision={highest,highest}").seconds == 2 * 1024**3 / 67e12
 
 
-def test_a_batched_product():
+def test_a_batched_matmul():
     body = """  %a = bf16[16,256,512]{2,1,0} parameter(0)
   %b = bf16[16,512,128]{2,1,0} parameter(1)
   ROOT %c = f32[16,256,128]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}"""
@@ -366,7 +366,7 @@ def test_a_batched_product():
     ],
 )
 def test_a_call_of_cublas(target, precision, kind, times):
-    """Its second result is a workspace, of which nothing need be written."""
+    """The second result is a workspace, whose bytes aren't counted."""
     dimensions = '"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}'
     config = f'{{"gemm_backend_config":{{{dimensions},"precision_config":{precision}}}}}'
     call = f'custom-call(%a, %b), custom_call_target="{target}", backend_config={config}'
@@ -381,7 +381,7 @@ def test_a_call_of_cublas(target, precision, kind, times):
         ("256,512", "512,128", "256,128", "dim_labels=bf_io->bf", PRODUCT),
         ("512,256", "512,128", "256,128", "dim_labels=fb_io->bf", PRODUCT),
         ("256,512", "128,512", "128,256", "dim_labels=bf_oi->fb", PRODUCT),
-        (  # batches as a window that meets each of them once
+        (  # the batch is a window dimension, and each batch is multiplied once
             "16,256,512",
             "16,512,128",
             "16,256,128",
@@ -399,15 +399,15 @@ def test_a_call_of_cublas(target, precision, kind, times):
         ("4096,512", "512,2048", "256,2048", "dim_labels=bf_io->bf, batch_group_count=16", 16 * PRODUCT),
     ],
 )
-def test_a_tpus_products_are_convolutions(left, right, result, attributes, expected):
+def test_matmuls_on_a_tpu_are_convolutions(left, right, result, attributes, expected):
     body = f"""  %a = bf16[{left}] parameter(0)
   %b = bf16[{right}] parameter(1)
   ROOT %c = f32[{result}] convolution(%a, %b), {attributes}"""
     assert costs(body, device="v5e").operations == {"bf16": expected}
 
 
-def test_meetings_are_those_of_numbers(rng):
-    """As counted on a left of ones, dilated with zeros."""
+def test_meetings(rng):
+    """The count agrees with a sum over a dilated and padded array of ones."""
     for _ in range(200):
         left, right = rng.integers(1, 7, 2)
         stride, of_left, of_right = rng.integers(1, 4, 3)
@@ -440,13 +440,13 @@ def test_meetings_are_those_of_numbers(rng):
         ("f32[1024,1024]{1,0:T(8,128)S(1)}", 0),
     ],
 )
-def test_arrays_are_padded_to_tiles_or_on_the_chip(shape, expected):
+def test_padding_and_memory_space(shape, expected):
     body = f"  %x = {shape} parameter(0)\n  ROOT %y = f32[1024]{{0:T(1024)S(1)}} reduce(%x, %x), to_apply=%add"
     assert costs(body, ADD, "v5e").bytes == expected
 
 
-def test_a_fusions_arrays_lie_where_its_operands_lie():
-    """Not where they are said to lie inside it; a fusion in it is part of it, and its results are whole."""
+def test_the_memory_spaces_of_a_fusions_operands():
+    """Memory spaces inside of the fusion don't count. A nested fusion is part of the outer one."""
     inner = fused("  ROOT %p = f32[1024,1024]{1,0:T(8,128)S(1)} parameter(0)", name="%g") + fused("""
   %q = f32[1024,1024]{1,0:T(8,128)} parameter(0)
   %n = f32[1024,1024]{1,0:T(8,128)} fusion(%q), kind=kLoop, calls=%g
@@ -457,20 +457,20 @@ def test_a_fusions_arrays_lie_where_its_operands_lie():
     assert costs(body.replace("SPACE", ""), inner, "v5e").bytes == 4 * MB + 8 * 4096
 
 
-def test_a_tpus_scalars_are_no_kernels():
+def test_scalars_on_a_tpu_are_not_kernels():
     body = "  %x = s32[]{:T(128)} parameter(0)\n  ROOT %y = s32[]{:T(128)} add(%x, %x)"
     assert costs(body, device="v5e").kernels == 0
     assert costs(body).kernels == 1
 
 
 @pytest.mark.parametrize(("estimate", "expected"), [(100, 400), (2**63 - 1, 0)])
-def test_cycles_are_those_that_the_compiler_estimates(estimate, expected):
+def test_cycles_are_the_compilers_estimate(estimate, expected):
     config = f', backend_config={{"window_config":{{"estimated_cycles":"{estimate}"}}}}'
     before = BODY.replace("BOUND", "constant(10)").replace("negate(%a)", f"negate(%a){config}")
     assert costs(X + LOOP, before, "v5e").cycles == expected
 
 
-# What can't be read
+# Unreadable programs
 
 
 @pytest.mark.parametrize(
@@ -490,7 +490,7 @@ def test_cycles_are_those_that_the_compiler_estimates(estimate, expected):
         ("f32[8]{0} negate(%nothing)", "y: nothing isn't defined before it"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(instruction, told):
+def test_unknown_instructions_raise(instruction, told):
     inner = "  %p = f32[1024,1024]{1,0} parameter(0)\n  ROOT %z = f32[1024,1024]{1,0} "
     before = ADD + fused(inner + "fft(%p)") + fused(inner.replace("%z", "%w") + "fusion(%p), calls=%f", name="%g")
     for device in DEVICES:
@@ -498,12 +498,12 @@ def test_what_cannot_be_read_is_refused_by_name(instruction, told):
             costs(X + f"  ROOT %y = {instruction}", before, device)
 
 
-def test_products_without_a_peak_are_refused():
+def test_matmuls_without_a_peak_raise():
     with pytest.raises(Unreadable, match="c: products of f16 have no peak"):
         cost(module(FACTORS.format("f16", "f16") + DOT), DEVICES["h100"]._replace(peaks={"bf16": 1.0}))
 
 
-def test_a_text_without_an_entry_is_refused():
+def test_a_text_without_an_entry_raises():
     with pytest.raises(Unreadable, match="no entry"):
         entry("HloModule m\n")
 
@@ -518,7 +518,7 @@ def test_kernels_are_named():
 @pytest.mark.needs_jit
 @pytest.mark.skipif(bool(compilers.missing()), reason=f"not installed: {', '.join(compilers.missing())}")
 @pytest.mark.parametrize("device", ["h100", "v5e"])
-def test_compiled_programs_cost_what_is_known_by_hand(device):
+def test_costs_of_compiled_programs(device):
     found = {
         name: cost(text, DEVICES[device])
         for name, (text,) in children.lines("tests.tools.compiled", device, compilers.environment(), quiet=True)

@@ -1,4 +1,4 @@
-"""The search for the largest errors: that it finds a fault, and that what it once found stays within the bars."""
+"""Tests of the search for the largest errors: it finds a fault, and the known errors stay within the bars."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ each_searched = pytest.mark.parametrize("searched", ALL, ids=lambda searched: se
 
 @pytest.fixture(autouse=True)
 def x64():
-    """As the search has it, whose oracle is in float64."""
+    """The search's reference is in float64."""
     with jax.enable_x64(True):
         yield
 
@@ -36,11 +36,11 @@ def todo(**others):
     return {"device": "CPU", "long": False, "quick": True, "seconds": 60.0, "seed": 0} | others
 
 
-# What was found
+# Known errors
 
 
 def stored() -> dict[tuple, list]:
-    """The stored arguments, with their lines, by function and number of classes: each is a program to compile."""
+    """The stored arguments with their result lines, by function and number of classes: one program for each."""
     found = {}
     for line in PUBLISHED:
         if line["library"] == "jce":
@@ -56,7 +56,7 @@ STORED = stored()
 @pytest.mark.parametrize(("label", "n"), STORED)
 @pytest.mark.in_turn(54)
 def test_the_largest_known_errors_are_within_the_bars(label, n):
-    """Today's, of all stored arguments in batches of the size in which they were found."""
+    """Errors are measured again, at all stored arguments, in batches of the size in which they were found."""
     if n == MANY and not _platforms.CPU.is_cpu:
         pytest.skip("many classes are summed one after another")
     searched = BY_LABEL[label]
@@ -101,7 +101,7 @@ def test_every_dense_function_is_searched():
     assert len(BY_LABEL) == len(ALL)
 
 
-def test_an_error_beyond_its_bar_is_said(monkeypatch):
+def test_an_error_beyond_its_bar_raises(monkeypatch):
     point = {"ulps": 6.5, "at": {}, "by_mpmath": 6.5}
     line = child.line(BY_LABEL["binary_entropy"], "value", child.ALL_FLOATS, "CPU", [point])
     search.check([line])
@@ -111,7 +111,7 @@ def test_an_error_beyond_its_bar_is_said(monkeypatch):
         search.check([line | {"worst": [point | {"by_mpmath": 5.5}]}])
 
 
-# That a fault is found
+# Finding a fault
 
 
 def textbook_loss(x):
@@ -119,7 +119,7 @@ def textbook_loss(x):
 
 
 def log1p_by_atanh(x):
-    """log(1 + β) by atanh(β/(2 + β)) alone, which has its digits in the middle only."""
+    """log(1 + β) computed only from atanh(β/(2 + β)), which is inaccurate for large |x|."""
     e = jnp.exp(-jnp.abs(x))
     return jnp.maximum(-x, 0) + jnp.log((1 + e / (2 + e)) / (1 - e / (2 + e)))
 
@@ -150,7 +150,7 @@ def test_a_bad_formula_is_found_in_long_rows():
     assert some.worst["value"][0][0] > 1e4
 
 
-def test_climbing_finds_more_than_drawing():
+def test_climbing_finds_more_than_random_sampling():
     searched = BY_LABEL["sampled_kl_divergence"]
     climbing, drawing = (climb.Search(searched, 1, False, 0) for _ in range(2))
     climb.run([climbing], 600, 6)
@@ -160,7 +160,7 @@ def test_climbing_finds_more_than_drawing():
     assert largest(climbing) > 1.05 * largest(drawing)
 
 
-def test_a_run_is_the_same_again():
+def test_a_run_is_reproducible():
     searched = BY_LABEL["sampled_kl_divergence"]
     first, second = (climb.Search(searched, 1, False, 7) for _ in range(2))
     for some in (first, second):
@@ -201,7 +201,7 @@ def test_steps_are_ulps_across_0():
     np.testing.assert_array_equal(numbers.moved(x, np.array([1, 0, 1, -2])), np.float32(expected))
 
 
-def test_every_float_is_every_float():
+def test_every_float():
     (chunk,) = floats.every_float(-1.5, -1.0, 1 << 12)
     assert len(np.unique(chunk)) == 2**10 + 1
     assert (chunk.min(), chunk.max()) == (-1.5, -1.0)
@@ -232,10 +232,10 @@ def test_differences_of_a_recipes_logits_are_exact(kind):
     assert len(np.unique(x)) <= {"equal": 2, "two levels": 3, "two halves": 3, "few above": 3}.get(kind, 1000)
 
 
-# What is kept
+# Stored arguments
 
 
-def test_what_is_stored_is_the_same_float_again(rng):
+def test_stored_floats_are_read_back_exactly(rng):
     x = rng.integers(0, 0x7F000000, 10_000).astype(np.int32).view(np.float32)
     np.testing.assert_array_equal(np.array(corpus.stored(x), np.float32), x)
     searched = BY_LABEL["kl_divergence_with_logits"]
@@ -245,8 +245,8 @@ def test_what_is_stored_is_the_same_float_again(rng):
     assert set(corpus.told(searched, "value", [x[0] for x in points])) == {"p_logits", "q_logits"}
 
 
-def test_a_known_argument_is_tried_again():
-    """Its error is today's, whatever the line says, and it stays where no larger one is found."""
+def test_a_known_argument_is_measured_again():
+    """Its error is measured again, whatever the line says. The argument is kept, unless larger errors are found."""
     searched = BY_LABEL["binary_kl_divergence_with_logits"]
     at = {"alpha_logits": 14.066157341003418, "beta_logits": 14.056715965270996}
     known = child.line(searched, "∂beta_logits", child.ANY, "CPU", [{"ulps": 1000.0, "at": at}])
@@ -257,8 +257,8 @@ def test_a_known_argument_is_tried_again():
     assert line["worst"][0]["by_mpmath"] == pytest.approx(line["worst"][0]["ulps"], abs=0.01)
 
 
-def test_known_arguments_of_xlas_functions_are_tried_again():
-    """0.41471332 is where log1p has its 2.52 ulps; a stride misses it."""
+def test_known_arguments_of_xlas_functions_are_measured_again():
+    """At 0.41471332 log1p is off by 2.52 ulps; a search with a stride misses this number."""
     known = {"function": "log1p, above 0", "worst": [{"ulps": 9.0, "at": {"x": 0.41471332}}]}
     (line,) = child.lines_of_elementary("log1p, above 0", todo(), [known])
     (strided,) = child.lines_of_elementary("log1p, above 0", todo(), [])
@@ -266,7 +266,7 @@ def test_known_arguments_of_xlas_functions_are_tried_again():
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_the_last(tmp_path, capsys):
+def test_a_run_continues_from_the_last_run(tmp_path, capsys):
     command = ["search", "--quick", "--of", "sampled_kl_divergence", "--out", str(tmp_path)]
     path = tmp_path / "search-cpu-quick.jsonl"
     assert main(command) == 0
@@ -292,7 +292,7 @@ def drawn(searched: Searched, rng, count: int, off_grid: bool = False):
 @each_searched
 @pytest.mark.in_turn(12)
 def test_the_oracle_is_right(searched, rng):
-    """The function in float64 is the formula in mpmath, to far less than an ulp of float32."""
+    """The function in float64 agrees with the formula in mpmath to far less than an ulp of float32."""
     first, directions = drawn(searched, rng, 4)
     for quantity, found in judged(searched, first, directions).items():
         for row, place in np.ndindex(4, found.errors[0].size):
@@ -303,7 +303,7 @@ def test_the_oracle_is_right(searched, rng):
 
 
 @each_searched
-def test_scales_are_the_tables(searched, rng):
+def test_scales_equal_the_tables(searched, rng):
     kernel, known = searched.kernel, SCALES.get(searched.key, {})
     first, _ = drawn(searched, rng, 8)
     of_table = [kernel.value_scale, *kernel.gradient_scale[: len(kernel.arguments)]]
@@ -322,7 +322,7 @@ def test_scales_are_the_tables(searched, rng):
 
 @pytest.mark.parametrize("searched", [x for x in ALL if x.hvp], ids=lambda x: x.label)
 def test_scales_of_second_order(searched, rng):
-    """The table's, or Σ |Hᵢⱼ vⱼ|; of the entropy, whose Hᵢⱼ are differences, at least that."""
+    """They equal the table's, or Σ |Hᵢⱼ vⱼ|. For the entropy, whose Hᵢⱼ are differences, they may be larger."""
     kernel = searched.kernel
     first, directions = drawn(searched, rng, 4)
     arrays = [x.astype(float) for x in (*first, *directions)]
@@ -346,8 +346,8 @@ def test_scales_of_second_order(searched, rng):
 
 @pytest.mark.parametrize("searched", [x for x in ALL if x.of_logits], ids=lambda x: x.label)
 @pytest.mark.parametrize("n", [2, 3])
-def test_what_rounding_a_logit_does_is_the_tables(searched, n, rng):
-    """Or more: of three classes two are summed, and of two rows both count."""
+def test_the_effect_of_rounding_a_logit(searched, n, rng):
+    """The effect is at least the table's. It is larger for three classes, where two terms count, and for two rows."""
     kernel = searched.kernel
     first, _ = drawn(searched, rng, 8, off_grid=True)
     first = [x[:, :n] for x in first]
@@ -363,15 +363,15 @@ def test_what_rounding_a_logit_does_is_the_tables(searched, n, rng):
             np.testing.assert_allclose(found, truth)
 
 
-def test_equal_logits_lose_nothing():
+def test_equal_logits_have_no_rounding_error():
     x = np.array([[60.1, 58.2, 3.0]], np.float32).astype(float)
     lost = lost_of_differences("kl_divergence_with_logits", [x, x], {"∂q_logits": np.zeros_like(x)})
     assert all(np.all(amount == 0) for amount in lost.values())
     assert deviance(np.array(0.25), np.array(0.5)) == pytest.approx(0.25 - 0.25 * np.log(2))
 
 
-def test_the_readme_says_the_bars():
-    """Of values and first derivatives, on a CPU."""
+def test_the_readme_states_the_bars():
+    """The README states the bars for values and first derivatives on a CPU."""
 
     def most(*names):
         return max(bar for name in names for bar in BARS[name][:2])

@@ -1,4 +1,4 @@
-"""The documentation's pages: every function is there with its signature, and every notebook. Needs extra `docs`."""
+"""Tests of the documentation's pages: functions, notebooks, READMEs and links. Needs the extra `docs`."""
 
 import html
 import inspect
@@ -32,7 +32,7 @@ def words(text: str) -> str:
 
 
 def test_functions(site):
-    """Each has its signature, a row for each argument, and all sections of its docstring, of which the last is code."""
+    """Each function has its signature, a row for each argument, all sections of its docstring, and links."""
     text = "".join(page.read_text(encoding="utf-8") for page in site.glob("*.html"))
     for name in jce.__all__:
         (section,) = re.findall(rf'<h2 id="jce\.{name}".*?(?=<h2|</article>)', text, re.DOTALL)
@@ -66,7 +66,7 @@ def test_notebooks(site):
 
 
 def test_the_readmes_are_there(site):
-    """Each of their headings is on some page, and the names in the table of functions are links."""
+    """Each heading of the READMEs is on some page, and the names in the table of functions are links."""
     pages = "".join(page.read_text(encoding="utf-8") for page in site.rglob("*.html"))
     headings = {words(heading) for heading in re.findall(r"<h[1-3] id.*?</h[1-3]>", pages, re.DOTALL)}
     for readme in (ROOT / "README.md", *ROOT.glob("[a-z]*/*.md")):
@@ -77,7 +77,7 @@ def test_the_readmes_are_there(site):
         assert re.search(rf'href="\w+\.html#jce\.{name}"><code>', table), name
 
 
-def test_a_dead_link_ends_the_build(tmp_path, monkeypatch):
+def test_a_dead_link_stops_the_build(tmp_path, monkeypatch):
     def stage(project):
         shutil.copy(pathlib.Path(program.__file__).parent / "mkdocs.yml", project)
         (project / "docs").mkdir()
@@ -91,8 +91,8 @@ def test_a_dead_link_ends_the_build(tmp_path, monkeypatch):
     assert not (tmp_path / "site").exists()
 
 
-def test_what_is_wrong_is_found(tmp_path):
-    """In a page that a person writes, whatever builds it."""
+def test_problems_are_found(tmp_path):
+    """Problems in hand-written pages are found."""
     (tmp_path / "index.html").write_text(
         '<h2 id="jce.entropy"></h2><a href="none.html"></a><a href="#none"></a><img src="index.html">'
         '<script src="https://cdn.example/x.js"></script>'
@@ -109,7 +109,7 @@ def test_what_is_wrong_is_found(tmp_path):
     assert len(found) == 5 + len(jce.__all__) - 1
 
 
-def test_every_loss_of_the_notebook_is_on_the_page_for_switching(site):
+def test_the_page_for_switching_has_every_loss_of_the_notebook(site):
     page = (site / "switching.html").read_text(encoding="utf-8")
     notebook = (ROOT / "notebooks" / "0_switch.py").read_text(encoding="utf-8")
     names = re.findall(r'^row\(\s*"([^"]*)"', notebook, re.MULTILINE)

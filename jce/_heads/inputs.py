@@ -1,4 +1,4 @@
-"""`Inputs`: the arrays of a call, in the form in which they go from the arguments to the loop over chunks."""
+"""`Inputs`: the arrays of a call, between the checks of the arguments and the loop over chunks."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from jce._jax.platforms import Platform
 class Rule(NamedTuple):
     """The number of tokens that a chunk has on each device.
 
-    Their logits fill `chunk_bytes`, but there are at least `least_tokens`: with fewer tokens, reading the head and
-    adding to its gradient would take longer than the matmuls. If logits are stored in half the bytes, there are at
-    least `least_halved` instead. With fewer than `few` classes, chunks are 8 times as large: smaller chunks would save
-    less than the steps of the loop cost.
+    The logits of these tokens fill `chunk_bytes`. But a chunk has at least `least_tokens` tokens: with fewer, reading
+    the head and adding to its gradient would take longer than the matmuls. If logits are stored in half the bytes, it
+    has at least `least_halved` tokens instead. With fewer than `few` classes, chunks are 8 times as large: the more
+    numerous steps of a loop over smaller chunks would cost more than they save.
     """
 
     chunk_bytes: int

@@ -1,7 +1,7 @@
 """Loops over chunks of tokens, so that only one chunk's logits exist at a time.
 
-The body of a loop is checkpointed, by `each_token` or by the caller. So every derivative computes the logits of a chunk
-again instead of keeping all logits. N × n numbers are never in memory, in any mode, to any order.
+The body of a loop is checkpointed, by `each_token` or by the caller. So every derivative recomputes the logits of a
+chunk instead of keeping all logits. N × n numbers are never in memory, in any mode, to any order.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def over_chunks(step: Callable, chunks: Chunks, carry, tokens, kept: Array | Non
     has the same size, whatever the number of tokens, so a matmul has the same bits in any number of chunks.
 
     If `chunks.strided`, a chunk takes every k-th token. If XLA splits tokens over devices, each device has consecutive
-    tokens, and so an equal part of every chunk. Then no hidden states are sent. XLA sums the carry over devices after
-    the loop on GPUs and TPUs, and in each step on CPUs. If `chunks.peeled`, the first step, whose carry is None, runs
-    before the loop, so that no zeros are written as an initial carry.
+    tokens. So a strided chunk has an equal part on each device, and no hidden states are sent. XLA sums the carry over
+    devices after the loop on GPUs and TPUs, and in each step on CPUs. If `chunks.peeled`, the first step, whose carry
+    is None, runs before the loop, so that no zeros are written as an initial carry.
     """
     size, devices, strided, peeled, filled = chunks
     count = jax.tree.leaves(tokens)[0].shape[0]

@@ -1,10 +1,10 @@
 """A loop over the first few chunks of arrays. How many chunks it takes is known only at run time.
 
-Such a loop is a `while`, which reverse mode can't differentiate. But it computes only a map over chunks and sums over
-chunks. Its tangent is another loop of this kind, and so is its transpose, in which shared arrays become sums, and sums
-become shared arrays. So the loop is a primitive that is closed under derivatives and batching. It keeps no residuals,
-in any mode, to any order, and no loop around it can hoist a part of it. A `lax.cond` in a `lax.scan` would be worse: on
-a GPU, each step copies the array to which a branch may add, here the head's gradient.
+Such a loop is a `while`, which reverse mode can't differentiate. But this loop computes only a map over chunks and sums
+over chunks. Its tangent is another loop of this kind, and so is its transpose, in which shared arrays become sums, and
+sums become shared arrays. So the loop is a primitive whose derivatives and batched form are loops of this kind too. It
+keeps no residuals, in any mode, to any order, and JAX can't hoist a part of it out of a loop around it. A `lax.cond` in
+a `lax.scan` would be worse: on a GPU, each step copies the array to which a branch may add, here the head's gradient.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def first_chunks(step: Callable, count: Array, tokens: Any) -> Any:
     leaves, tree = jax.tree.flatten(tokens)
     closed, types = _traced(lambda *chunk: step(None, tree.unflatten(chunk)), leaves, [True] * len(leaves))
     # If the count varies over a mesh axis and a closed-over array doesn't, the gradient of that array is summed over
-    # the axis in each step. So all devices along the axis must take equally many steps, or one would wait for the
-    # others forever. The same holds for an axis that a step names, for example in a psum.
+    # the axis in each step. So all devices along the axis must take equally many steps. Otherwise some devices would
+    # wait forever for the others. The same holds for an axis that a step names, for example in a psum.
     own = varying(count)
     unlike = [own - varying(x) for x in closed.consts if jnp.issubdtype(x.dtype, jnp.inexact)]
     named = named_axes(closed.effects)

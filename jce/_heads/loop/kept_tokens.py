@@ -16,10 +16,10 @@ from jce._jax.primitives import batch_axis_first, primitive
 def over_kept(step: Callable, kept: Array, chunks: int, devices: int, tokens: Any, size: int | None = None) -> Any:
     """The sums of step(None, chunk) over chunks, and the results per token, which are 0 for a masked token.
 
-    Kept tokens come first, and zeros after them. If XLA splits the tokens over devices, the part of each device is
-    ordered in this way, and a chunk takes an equal part from each device, so no token is sent. `size` is the number of
-    tokens in such a part. If `size` is given, the results of a token have the same bits in any number of chunks: XLA
-    might compile a single chunk differently from many, so the number of chunks is hidden from it.
+    Kept tokens are moved to the front, with zeros after them. If XLA splits the tokens over devices, this is done on
+    each device, and a chunk takes an equal part from each device, so no token is sent. `size` is the number of tokens
+    in such a part. If `size` is given, the results of a token have the same bits in any number of chunks: XLA might
+    compile a single chunk differently from many, so a barrier hides the number of chunks from XLA.
     """
     count, filled = kept.shape[0], size is not None
     n = -(-count // devices)

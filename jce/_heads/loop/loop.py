@@ -1,8 +1,9 @@
 """Computes any function of tokens chunk by chunk: results per token, or weighted sums and their gradient in one loop.
 
-The gradient of results per token needs the cotangents of the tokens first, and then computes each chunk again. In a
-sum, the cotangent of a token is its weight, which is known. So the gradient of a chunk can be computed while its logits
-exist: the JVP rule of `weighted_sums` computes value and gradient in one loop, whatever the function is.
+The gradient of results per token can't be computed before the cotangents of the tokens are known, so each chunk is
+recomputed then. In a sum, the cotangent of a token is its weight, which is known. So the gradient of a chunk can be
+computed while its logits exist: the JVP rule of `weighted_sums` computes value and gradient in one loop, whatever the
+function is.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class Loop(NamedTuple):
     chunk_size: int | None  # the caller's choice, or None for the platform's rule
     filled: bool  # whether each chunk is padded to this size, even if there are fewer tokens
     class_axis: Hashable | None
-    trained: int | None  # which result is differentiated, if the loop sums results and computes the sum's gradient
+    trained: int | None  # the index of the result that is differentiated, if the loop also computes the gradient
     skips: bool  # whether tokens may be masked
     takes_padding: bool  # whether `of_chunk` is finite, with finite derivatives, at padding of zeros
-    halved: bool  # whether a chunk's logits are stored in half the bytes, on platforms that can do so
+    halved: bool  # whether a chunk's logits are stored in half the bytes (bfloat16), on platforms that can do so
     refused: str  # names of effects of `of_chunk` that prevent a derivative
 
     @property
@@ -83,7 +84,7 @@ class Loop(NamedTuple):
 
 def _with_first(inputs: Inputs, skips: bool) -> Inputs:
     """The inputs, with the arguments of the first kept token in `shared.first`. If no token is kept, these arguments
-    may be anything, so heads and shared arrays get no derivative."""
+    are arbitrary, so heads and shared arrays get no derivative."""
     kept, at = inputs.kept, jnp.argmax(inputs.kept) if skips else 0
     first = tuple([first_of(x, at) for x in arrays] for arrays in (inputs.hidden, inputs.others))
     if skips:
@@ -100,8 +101,8 @@ def _with_first(inputs: Inputs, skips: bool) -> Inputs:
 
 
 def _without_nans(inputs: Inputs) -> Inputs:
-    """The inputs, with 0 for masked tokens. For results per token, reverse mode saves the arguments of the function,
-    and jax_debug_nans would find a NaN in them."""
+    """The inputs, with 0 in the arrays of masked tokens. For results per token, reverse mode saves the arguments of the
+    function, and jax_debug_nans would report a NaN in them."""
 
     def cleaned(x):
         if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -194,7 +195,7 @@ weighted_sums.defjvp(_weighted_sums_rule, symbolic_zeros=True)
 def _sums_its_own_gradient(loop: Loop, w: Array, inputs: Inputs, x: Array) -> bool:
     """Whether the loop may compute the gradient with respect to x. It may if, by the types, `jax.vjp` in the loop sums
     this gradient only over the device's own tokens and classes. Otherwise `jax.vjp` would sum it over devices too, and
-    each device would then count the sum of all devices. Such a gradient takes another pass."""
+    each device would then count the sum of all devices. Such a gradient takes another pass over the tokens."""
     classes = frozenset(mesh_names(loop.class_axis))
     typed = all(classes <= varying(x) for x in jax.tree.leaves(inputs.heads))  # False under check_vma=False: no types
     return typed and varying(w) <= varying(x)

@@ -1,8 +1,9 @@
 """A function of tokens that, under `jax.vmap`, computes the tokens of the whole batch in one loop.
 
-By JAX's own rule, a batched loop over chunks would take a chunk of every batch member at a time, and sum one gradient
-of the head per member. So a function of tokens is a primitive. When it is lowered or differentiated, it is replaced by
-its computation. When it is batched over tokens, and not over the head, the tokens of all members are merged.
+By JAX's own rule, each step of a batched loop would take one chunk of every batch member, and the head's gradient would
+be summed separately for each member. So a function of tokens is a primitive. When it is lowered or differentiated, it
+is replaced by its computation. When it is batched over tokens, and not over the head, the tokens of all members are
+merged.
 """
 
 from __future__ import annotations

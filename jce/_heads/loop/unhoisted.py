@@ -1,7 +1,7 @@
-"""Makes the arrays of tokens depend on all inputs of a loop, so that nothing is computed from some inputs in advance.
+"""Makes the arrays of tokens depend on all inputs of a loop, so that nothing is computed before the loop.
 
-Until JAX no longer hoists out of a loop whatever is the same in each of its steps: if labels or a teacher's states are
-the same, it stores the results of all operations on them alone, which are numbers for every token and class.
+Until JAX no longer hoists operations out of a loop if their inputs don't change in it: if labels or a teacher's states
+don't change, it stores the results of all operations on them alone, which are numbers for every token and class.
 Until JAX no longer has XLA fold constants of this size: it would compute logits of constants during compilation.
 """
 

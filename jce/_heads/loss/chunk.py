@@ -1,8 +1,8 @@
 """Computes the logits of a chunk of tokens, and a function of these logits.
 
-A masked token or a padding token must not contribute to any derivative, whatever it holds and whatever the function is.
-Its cotangent is 0, but 0 · ∞ is NaN. So its arguments are replaced by those of a kept token, or by numbers at which the
-function is known to be finite.
+A masked token or a padding token must not contribute to any derivative, whatever its arrays hold and whatever the
+function is. Its cotangent is 0, but 0 · ∞ is NaN. So its arguments are replaced by those of a kept token (one that is
+not masked), or by numbers at which the function is known to be finite.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ChunkFunction(NamedTuple):
         if odd:
             raise TypeError(
                 f"{name}: results that are summed or weighted must be real (floating-point, integer or bool); function"
-                f" returns {', '.join(map(brief, odd))} for a token. Convert them to real numbers, or use"
+                f" returns {', '.join(map(brief, odd))} for a token. Convert the results to real numbers, or use"
                 f' reduction="none" without weights.'
             )
 

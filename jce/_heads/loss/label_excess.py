@@ -1,8 +1,8 @@
 """The loss of a label, and the excess, its derivative with respect to the logits, with few passes over the logits.
 
-`_quantities/label_loss.py` has the formulas. The label's logit, and from it the shift m (`known_label.py`), can be
-computed before the matmul that computes the other logits. Then an accelerator fuses exp, the sum and the rounding of e
-with that matmul, and stores only e.
+`_quantities/label_loss.py` has the formulas, and `_softmax/__init__.py` the terms. The label's logit, and from it the
+shift m (`known_label.py`), can be computed before the matmul that computes the other logits. Then an accelerator fuses
+exp, the sum and the rounding of e with that matmul, and stores only e.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class LabelLoss:
     classes: Classes
     smoothing: float | None  # ε
     z_loss: float | None  # ζ
-    may_be_greedy: bool  # whether a temperature may be 0: e is then ±∞, and its product with 0 must be 0
+    may_be_greedy: bool  # whether a temperature may be 0: e then has entries of ±∞, whose product with 0 must be 0
 
     def numbers(self, target: Target, dtype) -> Any:
         """ε and ζ. A traced number is an array of this dtype, and a Python 0 is None."""
@@ -57,9 +57,9 @@ class LabelLoss:
         return tuple(a.astype(dtype) if is_array(a) else or_none(a) for a in known.values())
 
     def may_read_once(self, tempered: bool, capped: bool) -> bool:
-        """Whether one pass over the logits is enough. A temperature needs another pass, since it divides x - max x.
-        So does smoothing together with a soft cap: the slope of the cap multiplies e - εZ/n, and Z isn't known before
-        the first pass ends."""
+        """Whether one pass over the logits is enough. A temperature needs another pass, for the maximum: x - max x is
+        divided by the temperature. Smoothing together with a soft cap needs another pass too: the slope of the cap
+        multiplies e - εZ/n, and Z isn't known before the first pass ends."""
         return not tempered and (self.smoothing == 0 or not capped)
 
 
@@ -83,7 +83,7 @@ def excess_of_product(
 
 
 def excess_of_logits(loss: LabelLoss, platform: str | None, target: Target, u: Array, soft_cap: Array | None) -> Excess:
-    """The excess at given logits u, which are read in several passes."""
+    """The excess at given logits u, in several passes over u."""
     way = way_of(loss.classes, named(platform), u)
     u = way.stored(u)  # otherwise XLA would compute u again to look up the label
     column, y, t = way.column, target.labels, target.temperatures
@@ -126,8 +126,8 @@ class OneReading:
         return self._of_row(*self._read())[0].losses
 
     def excess(self, divides_later: bool) -> Excess:
-        """The excess. If `divides_later`, e is stored unscaled, and scaled where the next matmul reads it. Otherwise e
-        is scaled as soon as s is known, before it is stored."""
+        """The excess. If `divides_later`, e is stored before it is scaled, and scaled where the next matmul reads it.
+        Otherwise e is scaled before it is stored, as soon as s is known."""
         way, cap = self.way, self.x.soft_cap
         m, s, mean, e = self._read((lambda e, *_: e) if divides_later else self._entries)
         row, r = self._of_row(m, s, mean)
@@ -150,12 +150,12 @@ class OneReading:
         """m, s, the mean of x - m, and stored(e, m, s, mean) if `stored` is given."""
         read = functools.partial(self._reading, stored)
         again = at_maximum(functools.partial(read, again=True), lambda: _maximum(self.x, self.way))
-        # If m = x_y, the bound s < 1e9 admits labels up to log 1e9 = 20.7 below the maximum. There x - m loses no more
-        # digits than the rounding of hidden states and head has lost.
+        # If m = x_y, the bound s < 1e9 admits labels whose logit is up to log 1e9 = 20.7 below the maximum. There the
+        # rounding of x - m loses no more digits than the rounding of hidden states and head.
         return off_known_label(self.x_y, read, again, most=1e9)
 
     def _reading(self, stored, m, again=False):
-        # Each reading computes the label's mask for itself: if both shared a mask, XLA would store it.
+        # Each of the two passes computes the label's mask: if they shared a mask, XLA would store it.
         x, way = self.x, self.way
         u = x.uncapped()
         logits = capped(u, x.soft_cap) - m[:, None]
@@ -165,7 +165,7 @@ class OneReading:
         if stored is None:
             return [s, mean]
         e = stored(e if x.soft_cap is None else e * slope(u, x.soft_cap), m, s, mean)
-        e = _unless_nan(e) if again else e  # every row with a NaN is read again
+        e = _unless_nan(e) if again else e  # every row with a NaN gets a second pass
         return barrier([s, mean, e.astype(jnp.bfloat16) if x.products.narrow else e])
 
 
@@ -193,8 +193,8 @@ def _unless_nan(e: Array) -> Array:
 
 
 def _maximum(x: Logits, way: Way) -> Array:
-    """Each token's max x. It is computed for half a chunk at a time, because a program reserves memory for these logits
-    even if it never runs this code."""
+    """Each token's max x, computed for half a chunk at a time: a program reserves memory for these logits even if it
+    never runs this code."""
     if not isinstance(count := x.hidden.shape[0], int):  # symbolic
         return way.max(x.whole())
     half = count // 2

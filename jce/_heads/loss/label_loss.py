@@ -38,8 +38,8 @@ from jce._softmax.softmax import logsumexp
 
 
 def losses_of(loss: LabelLoss, target: Target, x: Logits | Array) -> Array:
-    """The loss of each token, at `Logits` or at an array of logits."""
-    if isinstance(x, Array):  # a head that is a function returns an array of logits
+    """The loss of each token, for `Logits` or for an array of logits."""
+    if isinstance(x, Array):  # from a head that is a function
         return _of_logits(loss, target, x)
     return _loss(target, x.hidden, x.head, x.soft_cap, loss, x.products)
 

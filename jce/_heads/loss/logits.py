@@ -1,4 +1,4 @@
-"""`Logits`: the factors of soft_cap(hidden · headᵀ + bias) for a chunk of tokens. And the soft cap."""
+"""`Logits`: the logits of a chunk of tokens before their matmul, soft_cap(hidden · headᵀ + bias). And the soft cap."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def _stored(x: Array, dtype) -> Array:
 
 
 class Products(NamedTuple):
-    """How matmuls are computed. Static. If `narrow`, both factors of every matmul are rounded to bfloat16."""
+    """The settings of matmuls. Static. If `narrow`, both factors of every matmul are rounded to bfloat16."""
 
     precision: Any
     narrow: bool = False
@@ -65,7 +65,7 @@ class Products(NamedTuple):
         known = lax.Precision | lax.DotAlgorithm | lax.DotAlgorithmPreset
         if precision is not None and not isinstance(precision, known):
             number = jax.ShapeDtypeStruct((), jnp.float32)
-            try:  # only JAX knows which names are allowed
+            try:  # JAX checks whether the name is allowed
                 jax.eval_shape(functools.partial(jnp.dot, precision=precision), number, number)
             except (TypeError, ValueError):
                 raise ValueError(

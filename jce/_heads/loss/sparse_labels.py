@@ -45,11 +45,11 @@ def sparse_labels_loss(
 
 
 def _greedy_tail(y, p, x, t, rounded, classes):
-    """(1-Σp)(m - m')/T at T = 0, and 0 at any other T. m is the maximum of all logits, and m' that of the classes
-    without a label.
+    """(1-Σp)(m - m')/T at T = 0, and 0 at any other T. Here m is the maximum of all logits, and m' is the maximum over
+    the classes without a label.
 
-    If m' < m, these classes have probability 0 at T = 0. A logarithm of 0 has no derivative, but the loss has one with
-    respect to T: it falls from +∞ as T grows.
+    If m' < m, the classes without a label have probability 0 at T = 0, and the logarithm of this 0 has no derivative.
+    But the loss has a derivative with respect to T: it falls from +∞ as T grows.
     """
     m, m_rest = (lax.stop_gradient(classes.max(z)) for z in (x, without_classes(y, x, classes)))
     costs = (t == 0) & (m_rest > -jnp.inf) & (jnp.abs(rest_of(p)) > rounded)

@@ -1,4 +1,4 @@
-"""The temperature divides a head's logits. It is one number, or one per token. The Python number 1 costs nothing."""
+"""Division of a head's logits by a temperature: one number, or one per token. The Python number 1 costs nothing."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def at_temperature(x: Array, t: Array | None, classes: Classes) -> Array:
 
 
 def whole_log_sum(log_sum: Array, x: Array, t: Array | None, classes: Classes) -> Array:
-    """log Σ exp(x/t). `log_sum` is the logsumexp of the logits that `at_temperature` returns."""
+    """log Σ exp(x/t), where `log_sum` is the logsumexp of what `at_temperature` returns, x/t up to a constant."""
     return log_sum if t is None else log_sum + over(classes.max(lax.stop_gradient(x)), t.astype(x.dtype))

@@ -1,4 +1,4 @@
-"""Runs a head on several devices. Types or the caller say which tokens and which classes each device has.
+"""Runs a head on several devices. Types (under Explicit axes) or the caller say how tokens and classes are split.
 
 Inside a `jax.shard_map`, a scan over chunks of tokens sends no hidden states, and sums the head's gradient over devices
 once: JAX's types say which array varies over which mesh axis, and derivatives communicate accordingly. Under Auto axes,
@@ -74,8 +74,8 @@ def on_each_device(
         if named_classes:
             _require_whole_classes(name, places)
         return _on_parts(function, inputs, places, axis_name, sums)
-    # Hidden states that are split over d are gathered; a head may stay split. If both were split, JAX would raise an
-    # error: it requires an explicit sharding for the result of a matmul over a split axis.
+    # If hidden states are split over d, they are gathered here. A head may stay split over d. If both were split, JAX
+    # would raise an error: it requires an explicit sharding for the result of a matmul over a split axis.
     tokens = jax.tree.map(lambda x: Layout(x.shape, None, (None,) * x.ndim).broadcast(x), inputs.tokens)
     return function(inputs.with_tokens(tokens), (), axis_name)
 
@@ -107,9 +107,9 @@ def _on_parts(function: Callable, inputs: Inputs, places: Places, axis_name: Has
 def _require_whole_classes(name: str, places: Places) -> None:
     if places.classes:
         raise ValueError(
-            f"{name}: the types of the heads say that their classes are split over {places.classes}, which function"
-            f" can't know. Use jce.on_mesh, and the axis_name of jce's functions in it, or jax.sharding.reshard the"
-            f" heads."
+            f"{name}: the types of the heads must not split their classes, since function doesn't know the split; got"
+            f" classes split over {places.classes}. Use jce.on_mesh, and pass axis_name to jce's functions inside of"
+            f" function. Or undo the split with jax.sharding.reshard."
         )
 
 
@@ -118,13 +118,13 @@ def on_axes(name: str, mesh: Mesh, token_axis: Hashable | None, class_axis: Hash
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise ValueError(
             f"{name}: mesh must be a mesh of devices, for example from jax.make_mesh; got mesh={mesh!r}. On one"
-            f" device, call the function itself."
+            f" device, call the function directly, without {name}."
         )
     for argument, axis in (("token_axis", token_axis), ("class_axis", class_axis)):
         if not all(isinstance(n, Hashable) and n in mesh.axis_names for n in mesh_names(axis)):
             raise ValueError(
-                f"{name}: {argument} must name axes of the mesh, {mesh.axis_names}, one or a tuple of"
-                f" them, or be None; got {argument}={axis!r}."
+                f"{name}: {argument} must name axes of the mesh, {mesh.axis_names} (one, or a tuple of"
+                f" several), or be None; got {argument}={axis!r}."
             )
     tokens, classes = mesh_names(token_axis), mesh_names(class_axis)
     if set(tokens) & set(classes):
@@ -139,7 +139,7 @@ def _require_division(name: str, places: Places, inputs: Inputs) -> None:
     if not inputs.batch:
         raise ValueError(
             f"{name}: labels and hidden must have a first axis of tokens, which is split over the mesh; got a single"
-            f" token. Add an axis, or use the function of one device."
+            f" token. Add an axis of tokens, or call {name} without jce.on_mesh."
         )
     heads = [x.shape[0] for x in _matrices(inputs)]
     tokens, classes = mesh_names(*places.tokens), mesh_names(places.classes)
@@ -152,6 +152,6 @@ def _require_division(name: str, places: Places, inputs: Inputs) -> None:
             if length % devices:
                 raise ValueError(
                     f"{name}: the number of {what} must be a multiple of the {devices} devices of {axes}; got {length}."
-                    f" Pad it: tokens with where=False, classes with a bias of -inf (which label smoothing would"
-                    f" count)."
+                    f" Pad tokens with where=False. Pad classes with a bias of -inf, except with label smoothing,"
+                    f" which counts them."
                 )

@@ -94,10 +94,10 @@ def _counting(hidden: list[Array], others: list[Array], w: Array, is_defined: Is
 
 
 def counts(w: Array) -> Array:
-    """Whether a token of weight w must be computed: if w ≠ 0, or if w is differentiated.
+    """Whether a token of weight w must be computed: True if w ≠ 0 or if w is differentiated.
 
     The derivative with respect to w is the token's loss, also at w = 0. Only a JVP rule can tell whether w is
-    differentiated. So this is a primitive, and its JVP rule returns True for all tokens.
+    differentiated. So `counts` is a primitive whose JVP rule returns True for all tokens.
     """
     return _counts_p.bind(w)
 

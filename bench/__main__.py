@@ -120,7 +120,7 @@ def _run(args: argparse.Namespace) -> None:
         path = args.out / file_of(name, args.quick)
         lines = measured(name, args.quick, args.only, path, options_of_search(args) if name == "search" else {})
         if not lines:
-            console.print(f"{name}: nothing that it measures has {args.only!r} in its name\n", markup=False)
+            console.print(f"{name}: this benchmark has no function with {args.only!r} in its name\n", markup=False)
             continue
         report(name, lines, path, args.compare, console)
         to_send = f". {module(name).TO_SEND}" if name == VERIFY else ""

@@ -135,7 +135,7 @@ def cases(quick: bool, only: str) -> list[Case]:
 
 
 class Measured(NamedTuple):
-    """What is compiled for one case: the function in each library, its arguments, and the matmuls of its floor."""
+    """The programs of one case: the function in each library, its arguments, and the matmuls of its floor."""
 
     functions: dict[str, Callable]
     arguments: list[tuple]  # shapes and dtypes
@@ -168,7 +168,7 @@ def floor(what: Measured, mode: str, device: str, texts: Iterable[str]) -> float
 
 
 def arguments_and_results(text: str) -> float:
-    """The bytes of both, without padding. Arguments that no result depends on are not in the compiled program."""
+    """The bytes of arguments and results, without padding. Unused arguments are not in the compiled program."""
     program = entry(text)
     arrays = [array for x in [*program.parameters, program.root] for array in leaves(x.shape)]
     return sum(array.numbers * WIDTHS[array.dtype] for array in arrays)

@@ -6,9 +6,9 @@ For N tokens, width d and n classes on a mesh of T × K devices (tokens × class
     over K   3 numbers per token (of the device's N/T), chunk by chunk; once, the hidden states' gradient, N/T × d
     over T   once, the head's gradient, n/K × d
 
-An all-reduce in a ring of p devices sends and receives 2(p-1)/p of the array. `check` reads from the programs that XLA
-compiles for eight CPU devices that nothing else is sent. The speed of devices and links is an assumption, which you can
-set.
+An all-reduce in a ring of p devices sends and receives 2(p-1)/p of the array. `check` reads the programs that XLA
+compiles for eight CPU devices, and confirms that they send nothing else. The speed of devices and links is an
+assumption, which you can set.
 """
 
 import math
@@ -46,7 +46,7 @@ def sent(tokens: int, width: int, classes: int, t: int, k: int) -> Sent:
 
 
 def check(tokens: int, width: int, classes: int, t: int, k: int, chunk: int) -> Sent:
-    """The same numbers as `sent`, but read from the compiled program. JAX must have t · k devices."""
+    """The same numbers as `sent`, read from the compiled program. JAX must have t · k devices."""
     mesh = jax.make_mesh((t, k), ("tokens", "classes"), axis_types=(AxisType.Auto,) * 2)
 
     def abstract(shape, axis, dtype=np.float32):

@@ -1,8 +1,8 @@
-"""Temporary memory: what a program needs in addition to its arguments and results, by XLA's account of the program.
+"""Temporary memory: the memory of a program in addition to its arguments and results, as reported by XLA.
 
 Programs are compiled for shapes only. Nothing runs, so real sizes are possible: 8192 tokens with each model's head.
-The growth with the number of tokens and of classes is fitted to a power: temporaries ~ size^exponent. On a CPU, the
-account omits the memory inside of a fusion. If the whole program is one fusion, it is therefore 0.
+The growth with the number of tokens and of classes is fitted to a power: temporaries ~ size^exponent. On a CPU, XLA
+does not report the memory inside of a fusion. If the whole program is one fusion, the figure is therefore 0.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def exponent(sizes: list[int], found: list[float], least: float = 0.0) -> float:
 
 
 def contenders(task: Task) -> list[str]:
-    """The libraries that run on JAX: XLA has no account of the others."""
+    """The libraries that run on JAX. XLA does not report the memory of other libraries."""
     return [name for name in task.contenders(jax.default_backend()) if engine_of(name) is JAX]
 
 

@@ -72,7 +72,7 @@ class Task:
     - "rows": the arguments of the table's row
     - "labels": labels and logits
     - "head": labels, hidden states and a head; the functions return the sum over tokens
-    - "two heads": hidden states and head of a frozen teacher p, then those of a student; again a sum over tokens
+    - "two heads": hidden states and head of a frozen teacher p, then of a student; returns the sum over tokens
     """
 
     name: str

@@ -40,7 +40,7 @@ DEVICES = {
 class Kernel(NamedTuple):
     name: str
     times: int
-    bytes: float  # of one run, as are the fields below
+    bytes: float  # this field and the fields below count one run
     operations: dict[str, float]
     seconds: float
     cycles: int  # the compiler's estimate, or 0 if there is none
@@ -234,7 +234,7 @@ def _read(x: Instruction, operand: Instruction, device: Device) -> float:
 
 
 def _touched(x: Instruction, i: int, in_place: frozenset[str] | None) -> float:
-    """Bytes that it reads of operand i. Updates named in `in_place` write into their target (if it is None, all do)."""
+    """Bytes read from operand i. Updates named in `in_place` write into their target (if it is None, all do)."""
     operand = x.operands[i].shape
     opcode = x.opcode.removesuffix("-start")
     if opcode == "fusion":

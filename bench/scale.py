@@ -1,6 +1,6 @@
 """Growth of time and memory with the number of classes and of tokens, from 100 to 1,000,000, fitted to a power.
 
-It measures value and gradient of `cross_entropy_with_integer_labels` and of `linear_cross_entropy`. The exponent is
+Value and gradient of `cross_entropy_with_integer_labels` and of `linear_cross_entropy` are measured. The exponent is
 fitted to the last two decades, where the constant cost of a call no longer shows.
 """
 
@@ -22,7 +22,7 @@ FEW_TOKENS = [8192, 16_384, 32_768]  # in a quick run; with MORE_CLASSES each is
 TOKENS, CLASSES, MORE_CLASSES, WIDTH = 64, 64, 2048, 64  # sizes that stay fixed
 FUNCTIONS = ("cross_entropy_with_integer_labels", "linear_cross_entropy")
 DECADES = 2
-MOST_BYTES = 2**33  # of temporary memory; programs that need more do not run
+MOST_BYTES = 2**33  # bytes of temporary memory; programs that need more do not run
 
 
 class Point(NamedTuple):
@@ -70,7 +70,7 @@ def measure(task: Task, along: str, sizes: list[int], repetitions: int, classes:
 
 
 def check(lines: list[dict]) -> None:
-    """Checks that there are times. Their length depends on the machine, so it is not checked."""
+    """Checks that there are times. The times depend on the machine, so they are not checked."""
     assert all(min(line["seconds_at"]) > 0 for line in lines)
 
 

@@ -223,7 +223,7 @@ def accelerators_row(label: str, found: dict[str, dict]) -> list[str]:
 
 
 def verify(lines: list[dict]) -> Iterable[Table]:
-    """A table for each claim, and a table of how many hold."""
+    """A table for each claim, and a table that counts the results within the claims."""
     environment = lines[0]["environment"]
     on = f"On {environment['device']}, JAX {environment['jax']}"
     on += f", {environment['driver']}" if "driver" in environment else ""

@@ -1,6 +1,6 @@
-"""Checks built pages, whichever tool built them.
+"""Checks for built pages, whichever tool built them.
 
-It finds dead links, public names without a page, pictures without text, and files that are loaded from a network.
+They find dead links, public names without a page, pictures without text, and files that are loaded from a network.
 """
 
 from __future__ import annotations

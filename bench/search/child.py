@@ -31,7 +31,7 @@ def classes(searched: Searched, todo: dict, known: list) -> list[int]:
 
 
 def kind(search: climb.Search) -> str:
-    """The kind of its arguments, as written in a result line."""
+    """The kind of the search's arguments, as written in a result line."""
     if not search.searched.of_logits:
         return ANY
     return OFF_GRID if search.off_grid else THOUSAND if search.shape[-1] == MANY else ON_GRID
@@ -58,7 +58,7 @@ def climbed(searched: Searched, todo: dict, lines: list[dict]) -> list[climb.Sea
 
 
 def tried_again(search: climb.Search, quantity: str, point: list[np.ndarray]) -> dict:
-    """A point and the error there, measured again in a batch of its own; also by mpmath, if that isn't too slow."""
+    """A point and its error, measured again in a separate batch, and also by mpmath if that isn't too slow."""
     searched, k = search.searched, len(search.searched.kernel.arguments)
     batch = [np.broadcast_to(x, search.shape) for x in point]
     found = judged(searched, batch[:k], batch[k:], search.off_grid)[quantity]
@@ -69,7 +69,7 @@ def tried_again(search: climb.Search, quantity: str, point: list[np.ndarray]) ->
     )
     place = int(np.argmax(errors))
     told = {"ulps": rounded(errors[place]), "at": corpus.told(searched, quantity, point)}
-    if search.shape[-1] != MANY or not quantity.startswith(HVP):  # it would take a million differences
+    if search.shape[-1] != MANY or not quantity.startswith(HVP):  # mpmath would take a million differences
         exact = by_mpmath(searched, quantity, point, place)
         if mp.isfinite(exact):  # a difference across the domain's edge isn't finite
             error = float(abs(float(got[place]) - exact)) / ulp[place]

@@ -45,7 +45,7 @@ class Worst:
 
 
 def cells(points: list[np.ndarray]) -> list[tuple]:
-    """The binades of the arguments, of their difference, and in rows of the largest entry's lead over other entries."""
+    """The binades of the arguments and of their difference. For rows, also of the largest entry minus others."""
 
     def binades(x):
         with np.errstate(divide="ignore"):

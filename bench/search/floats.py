@@ -1,5 +1,5 @@
-"""Tries every float32 for functions of one number: jce's, and XLA's own elementary functions. Of the latter, exp, log
-and tanh are the versions that jce calls."""
+"""Tries every float32 for functions of one number: functions of jce, and XLA's elementary functions. For exp, log and
+tanh, the versions that jce calls are used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jce._numerics.elementary import exp, log, tanh
 
 CHUNK = 2**20
 STRIDE = 4099  # in a quick run
-# Below it, exp x rounds to 1, and a function that is x to first order rounds to x.
+# For |x| below this, exp x rounds to 1, and a function that is x to first order rounds to x.
 SMALL = 2.0**-26
 
 

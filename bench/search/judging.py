@@ -81,7 +81,7 @@ def on_host() -> Iterator[None]:
 
 
 def judged(searched: Searched, arguments: list, directions: list, off_grid: bool = False) -> dict[str, Judged]:
-    """Compares with the same function in float64 on the host, at the same floats. Tests compare that with mpmath.
+    """Compares with the same function in float64 on the host, at the same floats. Tests compare float64 with mpmath.
 
     Off the grid, second derivatives aren't judged, and the effect of rounding each difference of logits by half an ulp
     is subtracted from the error.
@@ -105,7 +105,7 @@ def judged(searched: Searched, arguments: list, directions: list, off_grid: bool
 
 
 def by_mpmath(searched: Searched, quantity: str, point: list, place: int) -> mp.mpf:
-    """The formula in mpmath, or its derivative in one entry, at a point (arguments and, for an HVP, directions)."""
+    """The formula in mpmath, or its derivative with respect to one entry. An HVP's point includes directions."""
     kernel, k = searched.kernel, len(searched.kernel.arguments)
     row, directions = to_mp(point[:k]), to_mp(point[k:])
     with precision(kernel, point[:k]):

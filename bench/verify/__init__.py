@@ -1,8 +1,8 @@
-"""Checks on this device what the READMEs claim: `python -m bench verify`. It is meant for GPUs and TPUs.
+"""Checks on this device what the READMEs claim: `python -m bench verify`, mainly for GPUs and TPUs.
 
-It runs the functions on the device and measures their errors against float64 on the host's CPU. Each function runs at
-the arguments with the largest known errors, at about 10,000 other rows or 100,000 other numbers, and at the edge cases
-of the tests' table. It also measures the errors of XLA's own functions and of heads. A head's time and memory are
+The functions run on the device, and their errors are measured against float64 on the host's CPU. Each function runs
+at the arguments with the largest known errors, at about 10,000 other rows or 100,000 other numbers, and at the edge
+cases of the tests' table. The errors of XLA's own functions and of heads are measured too. A head's time and memory are
 measured in bfloat16 on an accelerator and in float32 on a CPU, and its time is compared with that of its matmuls alone.
 A loss's time is compared with optax's. `CLAIMS` lists each claim and how it is checked.
 """

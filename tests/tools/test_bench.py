@@ -360,7 +360,7 @@ def test_a_run_writes_a_table_lines_and_a_picture(tmp_path, capsys):
 
 def test_a_benchmark_without_the_requested_function(tmp_path, capsys):
     assert main(["memory", "--quick", "--only", "binary_entropy", "--out", str(tmp_path)]) == 0
-    assert "memory: nothing that it measures has 'binary_entropy' in its name" in capsys.readouterr().out
+    assert "memory: this benchmark has no function with 'binary_entropy' in its name" in capsys.readouterr().out
 
 
 # Verification of the claims on this device

@@ -130,7 +130,7 @@ def test_labels_whose_dtype_cannot_count_the_classes(dtype, n, rng):
 @each_with_classes
 @pytest.mark.in_turn(2, "wide")
 def test_axis(kernel, rng):
-    """Value and gradient along axes other than the last, and each axis by its positive and its negative number."""
+    """Value and gradient along axes other than the last. Negative and positive numbers of an axis are equivalent."""
     arguments, axes = easy(kernel, rng, (2, 3, 4, 5)), (0, 2)
     moved = {axis: [np.moveaxis(x, -1, axis) for x in arguments] for axis in axes}
 
@@ -155,7 +155,7 @@ def test_axis(kernel, rng):
 @each_with_classes
 @pytest.mark.in_turn(2, "wide")
 def test_where_masks_classes(kernel, rng):
-    """Whatever a masked class holds, the value and the gradient are those of the other classes alone."""
+    """Value and gradient equal those for the kept classes alone, even if a masked class holds NaN."""
     arguments, positions = easy(kernel, rng, (4, 6)), tuple(range(len(kernel.arguments)))
     mask = np.array([True, False, True, True, False, False])
     kept = [x[:, mask] for x in arguments]
@@ -241,7 +241,7 @@ def test_not_an_array(kernel):
             *arguments,
             wants=f"{first} must be an array, a number or a rectangular nest of numbers",
             got=f"got {first}: {type(wrong).__name__}",
-            do="Pass what jnp.asarray takes",
+            do="Pass a value that jnp.asarray accepts",
         )
 
 
@@ -249,7 +249,7 @@ def test_not_an_array(kernel):
 def test_text(kernel):
     """JAX's own error for a string would name neither the function nor what it accepts."""
     first, *rest = kernel.arguments
-    wants = f"^{kernel.function.__name__}: {first} must be an array.*got {first}: str. Pass what jnp.asarray takes"
+    wants = f"^{kernel.function.__name__}: {first} must be an array.*got {first}: str. Pass a value that jnp.asarray accepts"
     with pytest.raises(TypeError, match=wants):
         kernel.function("text", *(ones(2) for _ in rest))
 
@@ -563,7 +563,7 @@ def test_where_must_not_enlarge_the_batch(kernel):
 
 
 @each_with_classes
-def test_where(kernel):
+def test_where_of_a_wrong_shape_or_dtype(kernel):
     arguments = [ones(2, 3) for _ in kernel.arguments]
     for shape in ((2,), (4, 2, 3), (2, 2, 3)):
         complains(

@@ -279,7 +279,7 @@ def test_costs():
 
 
 def test_gradients_of_bfloat16_arrays_are_summed_in_float32(rng):
-    """The gradient equals that of an array head. A bfloat16 sum over many tokens would be off by some percent.
+    """The gradient equals that of an array head. A bfloat16 sum over many tokens would be off by a few percent.
 
     Gradients are returned in the arrays' own dtypes.
     """

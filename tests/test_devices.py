@@ -48,7 +48,7 @@ def second_order(function, positions):
 @pytest.mark.one_for_each("kernel")
 @pytest.mark.in_turn(4, "wide")
 def test_split_classes_against_unsplit_ones(kernel, shape, rng):
-    """Value, gradient, jvp and Hessian-vector products agree in float64, with a −∞ and a tie."""
+    """Value, gradient, jvp and Hessian-vector products agree in float64, also for rows with a −∞ or a tie."""
     arguments = tuple(easy(kernel, rng, (16, 24), np.float64))
     for x, domain in zip(arguments, kernel.domains, strict=True):
         if domain == LOGIT:
@@ -192,7 +192,7 @@ def problem(rng, tokens=16, d=5, n=24, dtype=np.float64):
     a = rng.standard_normal((tokens, d)), rng.standard_normal((n, d)), rng.standard_normal(n), rng.random(tokens)
     a = tuple(x.astype(dtype) for x in a)
     a[0][3], a[0][8] = NAN, np.finfo(dtype).max  # masked, like token 13
-    a[3][5] = 0  # its label is in the last block
+    a[3][5] = 0  # the label of token 5 is in the last block
     return labels, a, np.arange(tokens) % 5 != 3
 
 
@@ -391,7 +391,7 @@ def test_a_head_with_the_same_part_on_all_devices(rng):
 
 @pytest.mark.slow
 def test_no_classes_on_several_devices():
-    """A sum over no classes is 0, on eight devices as on one."""
+    """A sum over no classes is 0, also on eight devices."""
     mesh, nothing = make_mesh((2, 4)), np.zeros((2, 0), np.float32)
     for kernel in OF_LOGITS:
         split = jax.shard_map(
@@ -406,7 +406,7 @@ def test_no_classes_on_several_devices():
 
 
 def test_a_fully_masked_row_on_several_devices():
-    """A fully masked row has loss 0 for any label. If all kept classes are on one device, the loss is that of those."""
+    """A fully masked row has loss 0 for any label. One device may hold all kept classes of a row."""
     mesh = make_mesh((2, 4))
     x, kept = np.tile(np.arange(8, dtype=np.float32), (2, 1)), np.array([[False] * 8, [True] * 2 + [False] * 6])
 

@@ -1,8 +1,8 @@
-"""Accuracy for inputs made in the same program. XLA computes them anew in each pass, and rounds them differently.
+"""Accuracy for inputs made in the same program: XLA recomputes them in each pass, and may round them differently.
 
-The law, over functions × makers × modes: the truth is float64's result for the same inputs. A result may be off by the
-error for arrays from memory (other tests check its bar), and by the effect of two ulps of each input and of the maker's
-own error.
+For all functions, makers and modes, results are compared with float64's results for the same inputs. The error may be
+as large as for arrays from memory (other tests limit that error), plus the effect of two ulps of each input and of the
+maker's own error.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ROWS, CLASSES = 24, 5
 MODES = ("gradient", "forward over reverse", "reverse over forward", "reverse over reverse", "third order")
 
 
-# Makers: functions that make an argument from numbers z [rows, n] with a spread of 20, and a number w
+# Makers: functions that compute an argument from numbers z [rows, n] with a spread of 20, and a number w
 
 
 def layer_norm(z, w):
@@ -74,7 +74,7 @@ LOGITS = {
     "bfloat16 product": product(2, jnp.bfloat16),
     "slices": lambda z, w: jnp.concatenate([z[..., 2:] * w, z[..., :2] / 3], -1),
 }
-# These get z/20
+# These makers get z/20
 PROBABILITIES = {
     "softmax": lambda z, w: jax.nn.softmax(z * w),
     "sigmoid": lambda z, w: jax.nn.sigmoid(z * w),
@@ -132,7 +132,7 @@ def truth(kernel: Kernel, exactly: Callable, inputs, wanted) -> dict:
     """For each mode: float64's results, how far they move at most when the inputs move, and their scale.
 
     The inputs move one at a time, and the effects are added. The scale of a second derivative along a direction is the
-    sum of the magnitudes that the direction's components give alone.
+    sum of the magnitudes for each component of the direction alone.
     """
     leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, inputs))
     off = [np.abs(x - y) for x, y in zip(leaves, jax.tree.leaves(wanted), strict=True)]
@@ -169,7 +169,7 @@ def truth(kernel: Kernel, exactly: Callable, inputs, wanted) -> dict:
 
 
 def entropy_hvp_terms(x, v):
-    """The terms of ∂²H/∂xᵢ∂xⱼ = pᵢpⱼ (log pᵢ + log pⱼ + 2H + 1) - δᵢⱼ pᵢ (log pᵢ + H + 1), without sign.
+    """The magnitudes of the terms of ∂²H/∂xᵢ∂xⱼ = pᵢpⱼ (log pᵢ + log pⱼ + 2H + 1) - δᵢⱼ pᵢ (log pᵢ + H + 1).
 
     For equal large classes the parenthesis may be 0 by coincidence.
     """
@@ -219,7 +219,7 @@ def holds(kernel: Kernel, makers, rng, from_memory: Callable, classes=CLASSES) -
             with np.errstate(invalid="ignore", over="ignore"):
                 off = np.nan_to_num(np.abs(m - exact), posinf=0)
                 off = off.max(-1, keepdims=True) if off.ndim == 2 else off
-                # The weights p of log p/q have that error too: Z comes from another pass, so Σ p is not exactly 1.
+                # The weights p in KL have the error `ulp_of_row` too: Z comes from another pass, so Σ p isn't 1.
                 by_weights = mode in MODES[1:] or kernel.function is jce.kl_divergence_with_logits
                 relative = 16 * eps + (ulp_of_row if by_weights else 0)
                 allowed = moved + 2 * off + relative * scale + (1e-36 if mode != "third order" else third)
@@ -256,7 +256,7 @@ def test_more_inputs_made_in_the_same_program(kernel, rng):
     law(kernel, rng, 6)
 
 
-MANY = 96  # classes: XLA sums so many differently
+MANY = 96  # with this many classes, XLA sums in another order
 
 
 @each_with_classes
@@ -327,8 +327,8 @@ def test_classes_forbidden_in_the_same_program(kernel, rng):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.in_turn(4)
-def test_gradient_of_labels_where_another_class_dominates(platform, smoothing, rng):
-    """It is 1 there, minus the smoothing's share. It must not lose as many digits as the logit has before the point."""
+def test_gradient_of_labels_if_another_class_dominates(platform, smoothing, rng):
+    """The gradient at the dominant class is 1 minus the smoothing's share, accurate even for large logits."""
     z, y = np.float32(30 * rng.standard_normal((256, 6))), rng.integers(0, 6, 256, np.int32)
 
     @optimized_jit
@@ -344,7 +344,7 @@ def test_gradient_of_labels_where_another_class_dominates(platform, smoothing, r
     np.testing.assert_allclose(g[rows, x[rows].argmax(-1)], 1 - smoothing / 6, rtol=3e-7)
 
 
-WAYS = [*itertools.product([None, "ours"], ["cpu", "accelerator"]), ("the user's", "cpu")]  # the user caps dense logits
+WAYS = [*itertools.product([None, "ours"], ["cpu", "accelerator"]), ("the user's", "cpu")]  # caps dense logits
 OF_HEADS = [(function, *way) for function in ("cross-entropy", "log-probabilities") for way in WAYS]
 OF_HEADS += [("divergence", None, "accelerator"), ("divergence", "ours", "cpu"), ("divergence", "the user's", "cpu")]
 
@@ -352,7 +352,7 @@ OF_HEADS += [("divergence", None, "accelerator"), ("divergence", "ours", "cpu"),
 @pytest.mark.parametrize(("function", "cap", "platform"), OF_HEADS, indirect=["platform"])
 @pytest.mark.slow
 def test_heads_of_width_1(function, cap, platform, rng):
-    """Logits h w, which XLA multiplies anew in each pass, and the dense loss of logits that the user caps."""
+    """Logits h w, which XLA recomputes in each pass, and dense logits with a soft cap that the user computes."""
     h, w = 20 * rng.standard_normal((64, 1)), rng.standard_normal((5, 1))
     h, w, t = (x.astype(np.float32) for x in (h, w, rng.standard_normal((64, 1))))
     y = np.arange(64, dtype=np.int32) % 5
@@ -387,7 +387,7 @@ def test_heads_of_width_1(function, cap, platform, rng):
 
 
 def test_products_that_round_to_1(rng):
-    """1 - uv, which XLA would fuse into one operation, is then 0, not ±3e-8, and gives no NaN in a logarithm."""
+    """If uv rounds to 1, 1 - uv must be 0. XLA's fused operation would give ±3e-8, and NaN in a logarithm."""
     u = rng.uniform(0.5, 2, 10_000).astype(np.float32)
     v = np.float32(1) / u
     u, v = u[u * v == 1], v[u * v == 1]
@@ -401,8 +401,8 @@ def test_products_that_round_to_1(rng):
         np.testing.assert_array_equal(optimized_jit(function)(u, v), 0 * one)
 
 
-def test_a_divergence_of_every_quotient(platform, rng):
-    """Also for parts of a distribution. The sum leaves out part of each term and adds it again, however q/p rounds."""
+def test_kl_divergence_for_many_quotients(platform, rng):
+    """KL is accurate for all quotients q/p, however they are rounded, also for parts of a distribution."""
     ratios = np.concatenate([k + k * 2.0**-23 * np.arange(-50, 50) for k in (0.5, 1, 2, 3, 4, 8)])
     z = rng.uniform(1e-6, 1e-2, (100, ratios.size)).astype(np.float32)
     one = np.float32(1) + np.float32(2.0**-23)
@@ -429,7 +429,7 @@ def other_rounding_in_later_passes(monkeypatch):
 @pytest.mark.parametrize("kernel", OF_LOGITS, ids=label)
 @pytest.mark.slow
 def test_another_rounding_in_later_passes(kernel, rng, other_rounding_in_later_passes):
-    """It only causes a relative error of the exponents, even where one class has all probability except e^-40."""
+    """Only the exponents get a relative error, even if one class has all probability except e^-40."""
     arguments = []
     for domain in kernel.domains:
         z = raw(rng)

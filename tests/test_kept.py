@@ -236,7 +236,7 @@ def test_devices_that_communicate_in_each_step_run_equally_many_chunks(typed, rn
 
 
 @pytest.mark.holds_nan
-def test_weights_that_count_are_not_0_or_have_a_derivative():
+def test_a_weight_counts_if_it_is_not_0_or_is_differentiated():
     w = jnp.array([0.0, -1.0, jnp.nan, 0.0])
 
     def in_a_loop(w):

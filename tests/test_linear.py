@@ -139,7 +139,7 @@ def confident(rng, tokens=24, n=13, dtype=np.float32):
 @pytest.mark.parametrize("chunk_size", [None, 1, 7])
 @pytest.mark.parametrize("smoothing", [0.0, 0.25])
 @pytest.mark.slow
-def test_an_identity_as_head_changes_nothing(chunk_size, smoothing, rng):
+def test_identity_as_head_against_dense_loss(chunk_size, smoothing, rng):
     """With the identity as head, value and gradient equal those of the dense loss to a few ulps, for any chunk size."""
     labels, x = confident(rng)
     eye = np.eye(x.shape[1], dtype=np.float32)
@@ -239,7 +239,7 @@ def test_same_bits_each_time(rng):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.in_turn(24)
 def test_padding_does_not_change_results(tokens, n, reduction):
-    """If all logits are 0, each loss is log n and each q is 1/n, so a padded row or column would change the results."""
+    """If all logits are 0, each loss is log n and each q is 1/n. Unmasked padding would change the results."""
     h, w, b = np.zeros((tokens, 2), np.float32), np.zeros((n, 2), np.float32), np.zeros(n, np.float32)
     labels = np.zeros(tokens, np.int32)
 
@@ -440,7 +440,7 @@ def test_derivative_with_respect_to_a_zero_weight_with_padded_labels(problem):
 @pytest.mark.parametrize("how", ["where", "weight 0"])
 @pytest.mark.slow
 def test_masked_infinite_loss_does_not_change_derivatives_of_other_weights(problem, how):
-    """One label is forbidden. With respect to its weight of 0 the derivative is +∞, or 0 if `where` masks the token."""
+    """One label is forbidden. The derivative at that token's weight of 0 is +∞, or 0 if `where` masks the token."""
     labels, h, w, b = problem
     labels = np.minimum(labels, 4)
     labels[0, 0], b[5] = 5, -INF
@@ -513,7 +513,7 @@ def test_a_forbidden_class(problem, cap):
 
 
 def test_gradient_of_a_logit_far_above_its_soft_cap():
-    """The slope of tanh at 9 is 6e-8. Computed as 1 - tanh² in float32, it would be exactly 0 there and beyond."""
+    """The slope of tanh at 9 is 6e-8. Computed as 1 - tanh² in float32, the slope would be 0 from there on."""
     h = np.float32([[30.0, 0.0]])
 
     def loss(h):

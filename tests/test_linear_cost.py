@@ -128,7 +128,7 @@ def test_number_of_matmuls_with_masked_tokens(name, platform):
 
 
 def test_traced_numbers_cost_no_matmul():
-    """Value and gradient take three matmuls, as with Python numbers. Derivatives of the numbers alone take two."""
+    """Value and gradient take three matmuls, as with Python numbers. Derivatives with respect to numbers take two."""
 
     def loss(hidden, head, numbers):
         labels = np.zeros(64, np.int32)
@@ -151,7 +151,7 @@ def test_number_of_matmuls_of_log_probs(log_normalizer):
     assert products(jax.value_and_grad(statistics, (0, 1)), *a) == 4
 
 
-def test_metrics_beside_a_loss_cost_no_matmul():
+def test_metrics_with_a_loss_cost_no_matmul():
     """Value and gradient take three matmuls, also with a metric. If both results are differentiated, they take four."""
 
     def loss(hidden, head, **options):
@@ -170,7 +170,7 @@ def test_metrics_beside_a_loss_cost_no_matmul():
     [(2048, 32768, 4), (1024, 8192, 2), (100_000, 10, 1), (100_000, 100, 2), (10_000, 1000, 10), (513, 50_000, 2)],
 )
 def test_chunks_by_the_rule(tokens, n, chunks):
-    """A chunk has as many tokens as fill 4 MiB (32 MiB for few classes), but at least 512. All chunks have one size."""
+    """A chunk has as many tokens as fill 4 MiB (32 MiB for few classes), but at least 512. All have the same size."""
     text = str(jax.make_jaxpr(linear_loss(tokens))(*matrices(tokens, 2, n)))
     assert f"length={chunks}" in text
     assert f"f32[{math.ceil(tokens / chunks)},{n}]" in text
@@ -216,7 +216,7 @@ def test_more_chunks_that_need_no_padding():
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.slow
 def test_precision_from_jax_or_from_the_keyword(dtype):
-    """Each matmul of a gradient and a Hessian-vector product has the precision, also for log-probabilities."""
+    """The precision applies to all matmuls of gradients and Hessian-vector products, also for log-probabilities."""
     highest = "precision = [HIGHEST, HIGHEST]"
     a = matrices(8, 2, 3, dtype)
 

@@ -42,7 +42,7 @@ def scalar(results):
 @pytest.mark.parametrize("of", ["one", "some", "and a tail"])
 @pytest.mark.in_turn(6)
 def test_values_and_derivatives(of, of_each, problem):
-    """First and second derivatives with respect to all arguments (also temperature). The last chunk is padded."""
+    """Values, and derivatives of order 1 and 2 with respect to all arguments, with a padded last chunk."""
     labels, h, w, b, t = problem
     labels, t, tail = labels[:, 0] if of == "one" else labels, t if of_each else t[0], of == "and a tail"
     with jax.enable_x64(True):

@@ -1,4 +1,4 @@
-"""The accelerator's version of the head, run on a CPU; and the program that each platform lowers."""
+"""The accelerator's version of heads and row sums, run on a CPU, and the program that each platform lowers."""
 
 import functools
 import itertools
@@ -46,7 +46,7 @@ def arguments(rng, dtype=np.float32, confident=False):
 
 
 @pytest.mark.slow
-def test_confident_losses_keep_their_digits(accelerator, rng):
+def test_confident_losses_stay_accurate(accelerator, rng):
     """In float32, a loss of 1e-30 is computed as 1e-30, whichever class is the largest."""
     x = np.zeros((64, 5), np.float32)
     x[np.arange(64), np.arange(64) % 5] = np.linspace(-80, 80, 64)
@@ -76,7 +76,7 @@ ALONE = [
 )
 @pytest.mark.slow
 def test_heads_at_every_offset(accelerator, rng, options, split):
-    """The shift is known before the logits. Includes tokens that are read again beside tokens that aren't."""
+    """The shift is chosen before the logits are known, so some tokens need a second pass over their logits."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     on = {"mesh": mesh, "token_axis": "data", "class_axis": "model"}
     of_head = jce.on_mesh(jce.linear_cross_entropy, **on) if split else jce.linear_cross_entropy
@@ -109,7 +109,7 @@ def test_heads_at_every_offset(accelerator, rng, options, split):
     tolerance = {"rtol": 2e-5 if cap is None else 3e-4, "atol": 1e-37}
     np.testing.assert_allclose(values, expected, **tolerance)
     np.testing.assert_allclose(alone(narrow), of_narrow, **tolerance)
-    # Where z-loss and label terms cancel, the difference has the rounding errors of both.
+    # If z-loss and label terms cancel, the difference has the rounding errors of both.
     largest = np.maximum(np.abs(expected_gradients), 2 * penalty * np.abs(x)).max(-1, keepdims=True)
     unlike = np.abs(np.float64(gradients) - expected_gradients) / np.maximum(largest, 1e-30)
     assert unlike.max() < (2e-5 if cap is None else 3e-4)
@@ -118,8 +118,8 @@ def test_heads_at_every_offset(accelerator, rng, options, split):
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("case", ["no such label", "all forbidden", "label forbidden", "a nan"])
 @pytest.mark.in_turn(4)
-def test_corners(accelerator, case):
-    """As on a CPU: NaN or +∞, and the other tokens don't change."""
+def test_edge_cases(accelerator, case):
+    """As on a CPU, the loss of the invalid token is NaN or +∞, and other losses don't change."""
     y, x = np.zeros(20, np.int32), np.tile(np.float32([1, 2, 3]), (20, 1))
     y[3] = 3 if case == "no such label" else 0
     if case == "all forbidden":
@@ -130,7 +130,7 @@ def test_corners(accelerator, case):
         x[3, 1] = np.nan
     bad = np.inf if case == "label forbidden" else np.nan
     each = jce.cross_entropy_with_integer_labels(y, x)
-    # a bias can't give each token its own logits, so each call has one token, with its logits as the bias
+    # A bias can't give each token its own logits, so each call has one token, and the bias is that token's logits.
     for token in (2, 3):
         loss = jce.linear_cross_entropy(y[token : token + 1], jnp.zeros((1, 1)), jnp.zeros((3, 1)), x[token])
         np.testing.assert_allclose(loss, each[token], rtol=1e-6)
@@ -155,7 +155,7 @@ def test_tokens_and_classes_on_several_devices(accelerator, rng, options):
 
 @pytest.mark.slow
 def test_log_probs_of_classes_on_several_devices(accelerator, rng):
-    """The entropy's sums too run over all devices. One device has only forbidden classes."""
+    """The entropy's sums also run over all devices. One device has only forbidden classes."""
     with jax.enable_x64(True):
         y, h, w = arguments(rng, np.float64)
         bias = jnp.where(jnp.arange(CLASSES) < CLASSES // 4, -jnp.inf, 0.0)
@@ -183,8 +183,11 @@ def close(got, expected):
 @pytest.mark.parametrize("reduction", ["mean", "none", "log_prob"])
 @pytest.mark.parametrize("confident", [False, True])
 @pytest.mark.slow
-def test_bfloat16_products_lose_no_more_than_the_dense_loss_does(accelerator, confident, reduction):
-    """Compared with float64, where XLA rounds: the logits' derivative, scaled so that the label's is exactly -1."""
+def test_bfloat16_matmuls_are_as_accurate_as_the_dense_loss(accelerator, confident, reduction):
+    """Gradients against float64 and against optax, if XLA rounds wherever the program says so.
+
+    Before its rounding to bfloat16, the derivative with respect to logits is scaled: its entry at the label becomes -1.
+    """
 
     def ours(h, w):
         if reduction == "log_prob":
@@ -215,8 +218,8 @@ def test_bfloat16_products_lose_no_more_than_the_dense_loss_does(accelerator, co
 
 
 @pytest.mark.slow
-def test_where_the_dense_derivative_is_0(accelerator):
-    """At a margin of 40, the derivative of dense bfloat16 logits is 0 in every entry. The head's is correct."""
+def test_a_derivative_that_is_0_for_dense_logits(accelerator):
+    """At a margin of 40, all derivatives of dense bfloat16 logits are 0. The derivatives of the head are right."""
     h, w, y = jnp.full((16, 1), 40, jnp.bfloat16), jnp.asarray([[1], [0], [0]], jnp.bfloat16), jnp.zeros(16, jnp.int32)
     dense = jax.grad(lambda h: optax.softmax_cross_entropy_with_integer_labels(h @ w.T, y).sum())(h)
     ours = jax.grad(lambda h: jce.linear_cross_entropy(y, h, w, reduction="sum"))(h)
@@ -225,7 +228,7 @@ def test_where_the_dense_derivative_is_0(accelerator):
 
 
 def test_precision_keeps_float32(accelerator):
-    """With `precision`, the matmuls take float32 derivatives."""
+    """If `precision` is passed, the matmuls take derivatives in float32."""
     y, h, w = arguments(np.random.default_rng(0), jnp.bfloat16)
 
     def types(**options):
@@ -239,8 +242,8 @@ def test_precision_keeps_float32(accelerator):
 
 @pytest.mark.parametrize("function", ["linear_cross_entropy", "linear_log_probs"])
 @pytest.mark.slow
-def test_each_platform_lowers_its_own(function, rng):
-    """A CPU's program has a CPU's chunk size, an accelerator's a larger one. An export for all platforms has both."""
+def test_each_platform_has_its_own_chunk_size(function, rng):
+    """An accelerator's program has larger chunks than a CPU's. An export for all platforms contains both programs."""
     tokens, n = 8192, 100_000
     shapes = [((tokens,), jnp.int32), ((tokens, 2), jnp.float32), ((n, 2), jnp.float32)]
     y, h, w = (jax.ShapeDtypeStruct(*s) for s in shapes)
@@ -277,8 +280,8 @@ ON_DEVICES = [  # all kernels except the slowest, each on one platform; CI tests
 
 @pytest.mark.parametrize(("kernel", "device"), ON_DEVICES)
 @pytest.mark.in_turn(9)
-def test_rows_are_as_accurate(kernel, device, monkeypatch):
-    """As on a CPU, with the same bars, and at each edge case. `--as-on` tests all other laws."""
+def test_rows_are_as_accurate_as_on_a_cpu(kernel, device, monkeypatch):
+    """Accuracy with the same error bars as on a CPU, and all edge cases. `--as-on` runs the other laws."""
     monkeypatch.setattr(_platforms, "CPU", getattr(_platforms, device))
     jax.clear_caches()
     test_accuracy.test_values(kernel, (6, 33), np.float32, np.random.default_rng(2026))
@@ -290,15 +293,15 @@ def test_rows_are_as_accurate(kernel, device, monkeypatch):
 
 @each_of_logits
 @pytest.mark.in_turn(5, "wide")
-def test_a_gradient_alone_is_a_program(kernel):
-    """XLA also receives unused results, such as the value. A call in the reduction that computes one crashes XLA."""
+def test_a_gradient_alone_can_be_lowered(kernel):
+    """XLA also receives unused results, such as the value. XLA crashes if a call in the reduction computes one."""
     gradient = optimized_jit(jax.grad(total(kernel), tuple(range(len(kernel.arguments)))))
     traced = gradient.trace(*easy(kernel, np.random.default_rng(0), (6, 33)))
     for platform in ("cpu", "cuda", "tpu"):
         assert "ENTRY" in traced.lower(lowering_platforms=(platform,)).compiler_ir("hlo").as_hlo_text()
 
 
-def test_rows_are_summed_as_each_platform_does():
+def test_each_platform_sums_rows_in_its_own_way():
     """Long rows are folded on a CPU. One reduction has three results on a TPU, and on a GPU if the rows are long."""
 
     def text(rows, classes, *platforms):
@@ -341,7 +344,7 @@ def test_log_probs(accelerator, rng):
 
 @pytest.mark.slow
 def test_explicit_meshes(accelerator, rng):
-    """Tokens and classes split as their types say."""
+    """Tokens and classes are split as the types of the arrays say."""
     y, h, w = arguments(rng)
     y, h = y[:60], h[:60]
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
@@ -383,7 +386,7 @@ def test_gradients_of_bfloat16(accelerator, rng):
 @pytest.mark.slow
 @pytest.mark.long
 def test_hessian_vector_products_of_bfloat16(accelerator, rng, name):
-    """Every nesting, third order, batched heads, and on a mesh: they equal float64's, up to the effect of rounding."""
+    """Derivatives up to order 3, also of batched heads and on a mesh, equal those in float64 up to rounding."""
     y, *numbers = arguments(rng, jnp.bfloat16)
     y, numbers = y[:60], (numbers[0][:60], numbers[1])
     directions = tuple(jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in numbers)
@@ -428,7 +431,7 @@ ROWS = {
 @pytest.mark.parametrize("way", [REDUCTION, Chain(-1)], ids=lambda way: type(way).__name__)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_sums_in_one_pass(row, way):
-    """m exactly, and within a few ulps the sums over all except one maximal class, in several orders of classes."""
+    """m is exact. The sums over all classes except one maximum are accurate to a few ulps, in any order of classes."""
     x = np.array([np.roll(row, k) for k in range(len(row))], np.float32)
     m, s, t = optimized_jit(way.sums)(x)
     below = np.sort(np.float64(x[0]))[::-1]
@@ -449,14 +452,14 @@ def test_sums_in_one_pass_over_devices(accelerator, rng):
 
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_sums_of_no_distribution(bad):
+def test_sums_of_invalid_rows(bad):
     row = np.float32([bad] * 5 if bad == -np.inf else [0, 1, bad, 2, bad])
     assert np.isnan(REDUCTION.sums(jnp.asarray(row)).s)
 
 
 @pytest.mark.parametrize("top", [80.0, -80.0])
 def test_a_confident_head_with_a_large_z_loss(accelerator, top):
-    """The derivative at the label is then much larger than the sum of the others, and can have either sign."""
+    """The derivative at the label is much larger than the sum of the others, and can have either sign."""
     x, y = np.float32([[top, top - 200, top - 200], [top, top - 1, top - 2]]), np.array([0, 0])
     loss = functools.partial(jce.linear_cross_entropy, y, z_loss=1.0, reduction="sum")
     got = optimized_jit(jax.grad(lambda x, w: loss(x, w), (0, 1)))(x, jnp.eye(3))
@@ -469,7 +472,7 @@ def test_a_confident_head_with_a_large_z_loss(accelerator, top):
 
 
 @pytest.mark.holds_nan
-def test_a_token_of_nan_logits_whose_loss_is_not_used_adds_nothing_to_the_head(accelerator, rng):
+def test_an_unused_loss_with_nan_logits_adds_nothing_to_the_gradient(accelerator, rng):
     y, h, w = arguments(rng)
 
     def total(w, h):
@@ -482,14 +485,14 @@ def test_a_token_of_nan_logits_whose_loss_is_not_used_adds_nothing_to_the_head(a
 
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("way", [REDUCTION, MaskedReduction(-1), Chain(-1)], ids=lambda way: type(way).__name__)
-def test_a_row_of_impossible_classes_has_no_mass(way):
+def test_a_row_of_forbidden_classes_has_no_mass(way):
     m, z = way.max_and_sum(jnp.full((2, 3), -jnp.inf))
     np.testing.assert_array_equal(m, [-np.inf, -np.inf])
     np.testing.assert_array_equal(z, [0, 0])
 
 
 def test_labels_by_a_mask_or_a_gather(rng):
-    """Both give the same numbers, also for a forbidden class, whichever an accelerator uses."""
+    """A mask and a gather give the same logits at labels, also for a forbidden class."""
     y, x = jnp.array([0, 2, 6, 3]), rng.standard_normal((4, 7)).astype(np.float32)
     x[1, 2] = -np.inf
     np.testing.assert_array_equal(
@@ -498,8 +501,8 @@ def test_labels_by_a_mask_or_a_gather(rng):
 
 
 @pytest.mark.slow
-def test_a_labels_logit_of_another_rounding(monkeypatch):
-    """As if a program recomputed the logits for it: losses stay accurate, and none is below 0."""
+def test_a_label_logit_that_is_rounded_differently(monkeypatch):
+    """If a program recomputes the label's logit with another rounding, losses stay accurate and are never negative."""
     for error in (-3e-7, 3e-7):
         monkeypatch.setattr(Reduction, "at_label", lambda way, x, y, error=error: way.at(x * (1 + error), y))
         x = np.float32([[30, 0, 1], [-20, 3, -30], [1, 0.5, 0.2], [2, 2, -1]])
@@ -511,8 +514,8 @@ def test_a_labels_logit_of_another_rounding(monkeypatch):
 
 
 @pytest.mark.wide
-def test_the_sums_in_one_pass_have_a_rule(rng):
-    """If a loop loses a loss's rule, JAX differentiates through the loss's sums: the gradient, and its gradient."""
+def test_derivatives_of_sums_in_one_pass(rng):
+    """JAX can differentiate the sums twice, as it does if a loop loses the derivative rule of a loss."""
     with jax.enable_x64(True):
         y, x, t = jnp.asarray(rng.integers(0, 7, 5)), rng.standard_normal((5, 7)), rng.standard_normal((5, 7))
 

@@ -1,9 +1,9 @@
-"""Every edge case of the table in large arrays too, since XLA on a CPU compiles other programs for them.
+"""Every edge case of the table in large arrays, for which XLA compiles other programs on a CPU.
 
-When an array has about 4,096 numbers or more, its maximum drops a NaN, and so do `maximum` and `minimum` inside its
-sums (`test_workarounds.py`). Rows longer than `LONGEST_ROW` are summed in blocks. So each edge case stands in a batch
-of many rows, and in one of long rows. Which sums drop a NaN is XLA's choice, and may change. So in the small batch all
-of them do: there the maxima and minima of jax.numpy are replaced by some that drop every NaN.
+If an array has about 4,096 numbers or more, its maximum drops a NaN, and so do `maximum` and `minimum` inside its sums
+(`test_workarounds.py`). Rows longer than `LONGEST_ROW` are summed in blocks. Therefore each edge case is tested in a
+batch of many rows, and in a batch of long rows. Which operations drop a NaN is XLA's choice, and may change. Therefore
+each edge case is also tested in a small batch, with maxima and minima of jax.numpy that drop every NaN.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.optimized_jit import optimized_jit
 
 
 class Size(NamedTuple):
-    """The shape of a batch. No other test may have the small one: JAX's caches keep what was traced for a shape."""
+    """The shape of a batch. No other test may use the small shape, because JAX's caches keep traces of a shape."""
 
     rows: int
     classes: int
@@ -50,8 +50,10 @@ BATCHES += [("many rows", "float64"), ("long rows", "float64"), ("many rows", "b
 
 
 def each_row_and_size(kernels, every: int = 1):
-    """Each row in each size and dtype. In float32 one of the large sizes, in turn, is quick for every n-th row of the
-    table and wide for the others."""
+    """Each row of the table in each size and dtype.
+
+    In float32, one of the two large sizes, in turn, is quick for every n-th row and wide for the others.
+    """
 
     def mark(k, size, dtype):
         if (size, dtype) != (("many rows", "long rows")[k % 2], "float32"):
@@ -98,7 +100,7 @@ DROPPING = {"maximum": of_two(jnp.maximum), "minimum": of_two(jnp.minimum), "max
 
 @pytest.fixture
 def dropping(size, request):
-    """Only a CPU's sums drop a NaN. So nothing is replaced under `--as-on`."""
+    """Replace maxima and minima, except under `--as-on`: only the sums of a CPU drop a NaN."""
     drops = size.drops_nan and not request.config.option.as_on
     with mock.patch.multiple(jnp, **DROPPING) if drops else contextlib.nullcontext():
         yield
@@ -115,8 +117,8 @@ def is_exact(x, dtype) -> bool:
 def corners_of(kernel: Kernel, dtype) -> list[Corner]:
     """The edge cases that are the same in a longer row of this dtype.
 
-    A row is filled up with absent classes. Where a function has none, it is filled up with logits of 0, and only a row
-    with a NaN or a +∞ stays the same.
+    A row is padded with absent classes. If the function has no absent class, a row is padded with logits of 0, and then
+    only edge cases with a NaN or +∞ stay the same.
     """
     corners = [c for c in kernel.corners if all(is_exact(x, dtype) for x in c.arguments)]
     if kernel.has_classes and None in kernel.absent:
@@ -125,13 +127,13 @@ def corners_of(kernel: Kernel, dtype) -> list[Corner]:
 
 
 def places(corner: Corner, n: int) -> np.ndarray:
-    """Where the classes of an edge case stand in a row of n. The first, which may be the label, is at 0."""
+    """The indices of an edge case's classes in a row of n classes. The first, which may be the label, has index 0."""
     width = len(corner.arguments[0])
     return np.arange(width) * (n - 1) // (width - 1)
 
 
 def in_a_row(kernel: Kernel, corner: Corner, n: int) -> list[np.ndarray]:
-    """The arguments of an edge case, each as a row of n classes, of which the others are absent."""
+    """The arguments of an edge case, each as a row of n classes. The additional classes are absent."""
     if not kernel.has_classes:
         return [np.asarray(x) for x in corner.arguments]
     rows = [np.full(n, 0.0 if a is None else a) for a, _ in zip(kernel.absent, corner.arguments, strict=False)]
@@ -205,8 +207,8 @@ def test_each_row(kernel, size, dtype, rng, dropping):
 
 
 @each_row_and_size(KERNELS, every=4)
-def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
-    """A mean over the batch is NaN if one row is NaN, and so is the norm of a gradient that has a NaN."""
+def test_reductions_of_results(kernel, size, dtype, rng, dropping):
+    """A mean over the batch is NaN if one row is NaN. The norm of a gradient is NaN if one entry is NaN."""
     without, positions = ordinary(kernel, rng, size, dtype), tuple(range(len(kernel.arguments)))
 
     @size.jit
@@ -227,7 +229,7 @@ def test_a_reduction_of_the_user(kernel, size, dtype, rng, dropping):
 
 @each_row_and_size(OF_LOGITS, every=2)
 def test_a_hessian_vector_product_of_logits(kernel, size, dtype, rng, dropping):
-    """It is NaN in all classes of a row with a NaN or a +∞ in its logits, and in no other row."""
+    """A Hessian-vector product is NaN in all classes of a row with a NaN or +∞ logit, and in no other row."""
     arguments = ordinary(kernel, rng, size, dtype)
     i = next(i for i, name in enumerate(kernel.arguments) if "logits" in name)
     broken = {1: (0, np.nan), 2: (size.classes // 2, np.nan), 3: (0, np.inf), 4: (size.classes - 1, np.inf)}
@@ -249,7 +251,7 @@ def test_a_hessian_vector_product_of_logits(kernel, size, dtype, rng, dropping):
 
 @each_row_and_size(WITH_CLASSES, every=3)
 def test_a_masked_class(kernel, size, dtype, rng, dropping):
-    """A NaN in a class that `where` masks has no effect: the bits are those of a finite number in its place."""
+    """A NaN in a class that `where` masks has no effect: a finite number in its place gives the same bits."""
     masked = size.classes // 2
     plain = ordinary(kernel, rng, size, dtype)
     broken = [x.copy() for x in plain]
@@ -263,7 +265,7 @@ def test_a_masked_class(kernel, size, dtype, rng, dropping):
             assert not np.isnan(np.float64(got)).any()
 
 
-# Heads: a NaN in one class reaches every token, and one in a token no other token
+# Heads: a NaN in one class reaches every token. A NaN in one token reaches no other token.
 
 
 TOKENS, CHUNK, CLASSES, WIDTH = 240, 80, 65, 5
@@ -311,9 +313,10 @@ def arguments_of_head(rng, dtype):
 @each_dtype
 @pytest.mark.in_turn(3, "wide")
 def test_a_nan_in_a_head(name, dtype, rng):
-    """In a class of the head or the bias, it makes every token's loss NaN, their mean, and the gradients in all hidden
-    states, in the head and in the bias. In a hidden state it makes the loss and gradient of that token NaN, and of no
-    other token."""
+    """A NaN in the head or bias makes all results NaN. A NaN in a hidden state affects that token and the mean.
+
+    The results are the losses, their mean, and the mean's gradients.
+    """
 
     def mean(*arguments):
         return OF_TOKENS[name](*arguments, chunk_size=CHUNK).mean()
@@ -324,7 +327,7 @@ def test_a_nan_in_a_head(name, dtype, rng):
         return losses, jax.jvp(mean, arguments, arguments), jax.value_and_grad(mean, (0, 1, 2))(*arguments)
 
     def is_nan(argument, at):
-        """What one NaN in an argument makes NaN: losses, their mean (in both modes of differentiation), gradients."""
+        """Whether losses, means (one per mode of differentiation) and gradients are NaN if an argument has one NaN."""
         arguments = arguments_of_head(rng, dtype)
         arguments[argument][at] = np.nan
         losses, pushed, (value, gradients) = jax.tree.map(lambda x: np.isnan(np.float64(x)), program(*arguments))
@@ -341,7 +344,7 @@ def test_a_nan_in_a_head(name, dtype, rng):
         assert of_hidden.any(-1).nonzero()[0].tolist() == [7]
 
 
-# Classes that are split over devices
+# Classes split over devices
 
 
 SPLIT = [kernel for kernel in OF_LOGITS if kernel.name != "linear_map"]
@@ -352,7 +355,7 @@ SPLIT = [kernel for kernel in OF_LOGITS if kernel.name != "linear_map"]
 @pytest.mark.one_for_each("kernel")
 @pytest.mark.in_turn(3, "wide")
 def test_classes_on_several_devices(kernel, by, rng):
-    """A NaN or a +∞ on one device makes its row NaN on all, in value and gradient, and no other row."""
+    """A NaN or +∞ on one device makes its row's value and gradient NaN on all devices, and changes no other row."""
     arguments, rows = [x.astype(np.float32) for x in easy(kernel, rng, (1_200, 8))], range(1, 9)
     argument = kernel.arguments.index(next(name for name in kernel.arguments if "logits" in name))
     for row in rows:
@@ -396,7 +399,7 @@ def test_a_head_on_a_mesh(rng):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all classes", "masked classes"])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_the_derivative_in_a_smoothing_of_a_row_with_a_nan(size, masked, dropping):
+def test_derivative_with_respect_to_the_smoothing_for_a_row_with_a_nan(size, masked, dropping):
     n = size.classes
     x = jnp.zeros((size.rows, n)).at[1, n // 2].set(jnp.nan)
     where = jnp.arange(n) < n - 2 if masked else None
@@ -416,7 +419,7 @@ def test_the_derivative_in_a_smoothing_of_a_row_with_a_nan(size, masked, droppin
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("masked", [False, True], ids=["all classes", "masked classes"])
 def test_smoothing_of_many_very_low_logits_stays_finite(size, masked):
-    """Many write a very low number for -∞. The mean of such logits is a float32 even where their sum is too large."""
+    """Many masks use a very low number for -∞. The mean of such logits is finite even if their sum overflows."""
     low, n = -float(np.finfo(np.float32).max) / 4, size.classes
     x = jnp.zeros((size.rows, n)).at[:, 1:].set(low)
     where = jnp.arange(n) < n - 2 if masked else None

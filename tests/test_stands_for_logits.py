@@ -77,7 +77,7 @@ def test_all_operators_raise(x, name, operand):
                 jax.jit(call)(other)
 
 
-REFUSED = {  # without our error, Python or NumPy would answer, or JAX's error would not say which functions to use
+REFUSED = {  # without our error, Python or NumPy would return a result, or JAX's error would not name the functions
     "==": lambda x: x == x,
     "!=": lambda x: x != x,
     "bool": bool,

@@ -1,4 +1,4 @@
-"""When a workaround in jce can go: for each, a row tests if plain JAX still behaves as the workaround's comment says.
+"""When a workaround in jce can be deleted: rows that test if plain JAX still behaves as a workaround's comment says.
 
 The comment begins with `Until JAX 0.12:` if we know a release that doesn't need the workaround, and otherwise with
 `Until JAX no longer`. A row without a version fails on the first JAX that behaves differently. A row with a version
@@ -61,7 +61,7 @@ class Row(NamedTuple):
     file: str
     words: str
     still: Callable[[], bool]  # whether the installed JAX behaves as the comment says
-    since: Version = (0, 0)  # the first JAX that behaves so
+    since: Version = (0, 0)  # the first JAX that behaves like that
 
     def is_of(self, place: Place) -> bool:
         return self.file == place.file and self.words in place.line
@@ -75,9 +75,7 @@ def places() -> list[Place]:
 
 def place_of(row: Row) -> Place:
     found = [place for place in places() if row.is_of(place)]
-    assert len(found) == 1, (
-        f"{len(found)} workarounds instead of one are in jce/{row.file} with the words {row.words!r}"
-    )
+    assert len(found) == 1, f"jce/{row.file} has {len(found)} workarounds instead of one with the words {row.words!r}"
     return found[0]
 
 
@@ -98,10 +96,13 @@ def complaint(row: Row, place: Place, running: Version, oldest: Version, still: 
     if still == (row.since <= running < (place.until or (math.inf, 0))):
         return None
     if still:
-        return f"JAX {named(running)} behaves so too, which the comment or the row denies: correct the versions {where}"
+        return (
+            f"JAX {named(running)} behaves as the comment says, but the comment or the row excludes this version:"
+            f" correct the versions {where}"
+        )
     return (
-        f"JAX no longer behaves so, in {named(running)}: if all newer ones are like it, write `Until JAX"
-        f" {named(running)}: ...`, and delete the workaround once pyproject.toml admits no older JAX, {where}"
+        f"JAX {named(running)} no longer behaves as the comment says: if all newer versions are the same, write"
+        f" `Until JAX {named(running)}: ...`, and delete the workaround when pyproject.toml requires this JAX, {where}"
     )
 
 
@@ -435,12 +436,12 @@ def test_a_workaround_is_still_needed(row):
         ("Until JAX no longer hides it: an import.", (0, 13), (0, 8), False, "`Until JAX 0.13: "),
         ("Until JAX 0.12: it hides it.", (0, 11), (0, 8), True, None),
         ("Until JAX 0.12: it hides it.", (0, 12), (0, 8), False, None),
-        ("Until JAX 0.12: it hides it.", (0, 11), (0, 8), False, "JAX no longer behaves so, in 0.11"),
+        ("Until JAX 0.12: it hides it.", (0, 11), (0, 8), False, "JAX 0.11 no longer behaves as the comment says"),
         ("Until JAX 0.12: it hides it.", (0, 12), (0, 8), True, "correct the versions"),
         ("Until JAX 0.12: it hides it.", (0, 8), (0, 8), True, "correct the versions"),  # before `since`
         ("Until JAX 0.12: it hides it.", (0, 13), (0, 12), False, "delete the workaround in jce/a.py"),
     ],
 )
-def test_what_is_said_of_a_workaround(line, running, oldest, still, said):
+def test_complaints_about_a_workaround(line, running, oldest, still, said):
     got = complaint(Row("a.py", "hides", lambda: still, since=(0, 9)), Place("a.py", line), running, oldest, still)
     assert got is None if said is None else said in got

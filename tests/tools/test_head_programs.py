@@ -93,7 +93,7 @@ def test_a_loop_over_unmasked_tokens(device, more):
 
 @each_device
 def test_the_cost_of_a_head_split_by_classes(device):
-    """Devices only add all-reduces: for a few numbers per token, and after the loop for each gradient."""
+    """Splitting adds only all-reduces: of a few numbers per token, and after the loop of each gradient."""
     split, alone = (cost(compiled(device)[name][0], DEVICES[device]) for name in ("sharded", "a part alone"))
     assert split.operations == pytest.approx(alone.operations, rel=0.01)
     assert split.seconds < 1.1 * alone.seconds

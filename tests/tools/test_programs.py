@@ -342,7 +342,7 @@ def test_matmuls_by_type_precision_and_algorithm(types, attributes, h100, tpu):
 
 
 def test_a_matmul_takes_the_time_of_operations_or_bytes():
-    """For 1024³, operations take longer in float32, and bytes in bfloat16."""
+    """For 1024³ multiplications, operations take longer than bytes in float32, but not in bfloat16."""
     of = "  %a = {0}[1024,1024]{{1,0}} parameter(0)\n  %b = {0}[1024,1024]{{1,0}} parameter(1)\n"
     dot = DOT.replace("256,128", "1024,1024")
     assert costs(of.format("bf16") + dot).seconds == 8 * MB / 3.352e12

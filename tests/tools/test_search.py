@@ -246,7 +246,7 @@ def test_stored_floats_are_read_back_exactly(rng):
 
 
 def test_a_known_argument_is_measured_again():
-    """Its error is measured again, whatever the line says. The argument is kept, unless larger errors are found."""
+    """The error is measured again, whatever the line says. The argument is kept, unless larger errors are found."""
     searched = BY_LABEL["binary_kl_divergence_with_logits"]
     at = {"alpha_logits": 14.066157341003418, "beta_logits": 14.056715965270996}
     known = child.line(searched, "∂beta_logits", child.ANY, "CPU", [{"ulps": 1000.0, "at": at}])
@@ -322,7 +322,7 @@ def test_scales_equal_the_tables(searched, rng):
 
 @pytest.mark.parametrize("searched", [x for x in ALL if x.hvp], ids=lambda x: x.label)
 def test_scales_of_second_order(searched, rng):
-    """They equal the table's, or Σ |Hᵢⱼ vⱼ|. For the entropy, whose Hᵢⱼ are differences, they may be larger."""
+    """The scales equal the table's, or Σ |Hᵢⱼ vⱼ|. For the entropy, whose Hᵢⱼ are differences, they may be larger."""
     kernel = searched.kernel
     first, directions = drawn(searched, rng, 4)
     arrays = [x.astype(float) for x in (*first, *directions)]

@@ -21,8 +21,8 @@ LOSSES = {
     "log-probabilities": lambda y, h, w: sum(
         jnp.square(x).mean() for x in jce.linear_log_probs(y, h, w, chunk_size=CHUNK)
     ),
-    "mean of some": lambda y, h, w: jce.linear_cross_entropy(y, h, w, where=y > 9, chunk_size=CHUNK),
-    "none of some": lambda y, h, w: jnp.square(
+    "masked mean": lambda y, h, w: jce.linear_cross_entropy(y, h, w, where=y > 9, chunk_size=CHUNK),
+    "masked none": lambda y, h, w: jnp.square(
         jce.linear_cross_entropy(y, h, w, where=y > 9, reduction="none", chunk_size=CHUNK)
     ).mean(),
 }

@@ -341,7 +341,7 @@ def test_derivatives_are_accurate_if_a_class_dominates(margin, rng):
             "labels": lambda x, y: ce_of_labels(labels, x),
             "entropy": lambda x, y: entropy(x),
             "divergence": kl,
-            "of both": jsd,
+            "Jensen-Shannon": jsd,
         }
 
     def log_q(x):

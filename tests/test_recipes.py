@@ -121,11 +121,11 @@ LINES = {
     "several tokens ahead": lambda y, ids, h, w, **k: jce.linear_map(
         several_ahead, ahead(y), [Linear(h, w), Linear(jnp.sin(h), w)], reduction="mean", **k
     ),
-    "the other classes smoothed": lambda y, ids, h, w, **k: others_smoothed(y, h, w, **k),
+    "smoothing without the label": lambda y, ids, h, w, **k: others_smoothed(y, h, w, **k),
     "a logit scale": lambda y, ids, h, w, **k: scaled(y, h, w, **k),
-    "classes' weights": lambda y, ids, h, w, **k: classes_weighted(y, h, w, **k),
+    "class weights": lambda y, ids, h, w, **k: classes_weighted(y, h, w, **k),
     "the next word": lambda y, ids, h, w, **k: next_word(*in_sequences(y, h), w, **k),
-    "a z-loss apart": lambda y, ids, h, w, **k: z_loss_apart(y, h, w, **k),
+    "a separate z-loss": lambda y, ids, h, w, **k: z_loss_apart(y, h, w, **k),
 }
 
 
@@ -204,11 +204,11 @@ WHOLE = {
     "CLIP": whole_clip,
     "SigLIP": whole_siglip,
     "several tokens ahead": whole_ahead,
-    "the other classes smoothed": whole_others_smoothed,
+    "smoothing without the label": whole_others_smoothed,
     "a logit scale": whole_scaled,
-    "classes' weights": whole_classes_weighted,
+    "class weights": whole_classes_weighted,
     "the next word": whole_next_word,
-    "a z-loss apart": whole_z_loss,
+    "a separate z-loss": whole_z_loss,
 }
 
 

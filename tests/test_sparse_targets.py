@@ -157,7 +157,7 @@ def complete_lists(rng, dtype, possible, n, rows=300):
 WAYS_OF_EXCLUDING = {
     "where": lambda y, p, x, legal: loss(y, x, label_probs=p, tail=True, where=legal),
     "minus infinity": lambda y, p, x, legal: loss(y, jnp.where(legal, x, -INF), label_probs=p, tail=True),
-    "a forbidding bias": lambda y, p, x, legal: jce.linear_cross_entropy(
+    "bias": lambda y, p, x, legal: jce.linear_cross_entropy(
         y,
         x,
         np.eye(x.shape[1], dtype=np.float32),
@@ -166,7 +166,7 @@ WAYS_OF_EXCLUDING = {
         tail=True,
         reduction="none",
     ),
-    "no other class": lambda y, p, x, legal: loss(y, x[:, : legal.sum()], label_probs=p, tail=True),
+    "only possible classes": lambda y, p, x, legal: loss(y, x[:, : legal.sum()], label_probs=p, tail=True),
 }
 
 

@@ -21,7 +21,7 @@ close = functools.partial(chex.assert_trees_all_close, rtol=4e-6, atol=1e-6)
 @each_kernel
 @pytest.mark.in_turn(9, "wide")
 def test_values(kernel, rng):
-    """Under jit, vmap and checkpoint, in a loop, beside a derivative, and op by op."""
+    """Values are the same under jit, vmap and checkpoint, in a loop, with a derivative, and op by op."""
     function, arguments = kernel.function, tuple(easy(kernel, rng, (3, 4, 5)))
     ways = {
         "jit": function,
@@ -57,7 +57,7 @@ def broadcast(arguments, i):
 @each_kernel
 @pytest.mark.in_turn(9, "wide")
 def test_gradients(kernel, rng):
-    """Gradients of checkpointed, scanned and batched functions, and forward mode along a direction."""
+    """Gradients are the same under checkpoint, scan and vmap, and agree with forward mode along a direction."""
     arguments, positions = tuple(easy(kernel, rng, (4, 5))), tuple(range(len(kernel.arguments)))
     directions = tuple(rng.standard_normal(x.shape).astype(x.dtype) for x in arguments)
     of_sum = jax.grad(total(kernel), positions)

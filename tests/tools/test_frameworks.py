@@ -168,7 +168,7 @@ LOGITS = SEQUENCES * LENGTH * CLASSES  # in a micro-batch
 
 @each_framework
 def test_the_gradient_equals_the_dense_gradient(framework, ours, data):
-    """The norms of gradients agree to 4u, with u = 2⁻⁸.
+    """Gradients agree in norm to 4u, with u = 2⁻⁸.
 
     Hidden states and gradients are rounded to bfloat16, by at most u each time. If float32 numbers differ by an ulp,
     they may be rounded to different neighbors. XLA also omits some roundings, and not the same ones in both programs.
@@ -466,7 +466,7 @@ def test_the_wrong_recipe_in_flax(name, kind, text, tokens, labels):
 
 
 def test_a_head_replaced_in_equinox(tokens, labels):
-    """For one sequence, for a vmap of the loss or of the model, and for a head that takes the states of all tokens."""
+    """One sequence, a vmap of the loss or of the model, and a head that takes the states of all tokens."""
     loss = recipe("equinox_loss")
 
     def of_each(model):
@@ -494,7 +494,7 @@ def test_a_head_replaced_in_equinox(tokens, labels):
     all_close(found(of_each, model), found(dense, model))
     all_close(found(of_all, model), found(dense, model))
     assert model.lm_head(jnp.ones(8)).shape == (12,)
-    with pytest.raises(ValueError, match=r"A Linear of a function can't leave a jax\.vmap.*pass jax\.vmap\(head\)"):
+    with pytest.raises(ValueError, match=r"must not return a Linear whose head is a function.*pass jax\.vmap\(head\)"):
         by_linear(model)
     model = EquinoxLM(maps=False)
     all_close(found(by_linear, model), found(dense_of_one, model))
@@ -582,5 +582,5 @@ def test_models_that_qwix_changes(rng):
         gradient = jax.tree.leaves(found(outside)[0][1]["lm_head"])
         assert gradient
         assert not any(map(jnp.any, gradient))
-        with pytest.raises(ValueError, match=r"a model that Qwix changes, a head must be a function"):
+        with pytest.raises(ValueError, match=r"while Qwix replaces.*head must be a function"):
             of_matrix(model)

@@ -17,25 +17,26 @@ With two outcomes, p = {α, 1-α} and q = {β, 1-β}:
     ∂H/∂β = (β-α)/(β(1-β))         at β = σ(x):  ∂H/∂x = β - α
 
 At zeros, values are limits from inside the domain: 0 log 0 = 0; an outcome with pᵢ = 0 costs nothing, whatever qᵢ is;
-one with pᵢ > 0 = qᵢ costs +∞. An infinite derivative times an exact 0 is 0. Each docstring states its own corners.
-What many functions have in common, such as `where` and `axis_name`, is in the file README.md of this package, in the
-sections that the last line of a docstring names.
+one with pᵢ > 0 = qᵢ costs +∞. An infinite derivative times an exact 0 is 0. Each docstring lists more such cases under
+"At the boundary". What many functions have in common, such as `where` and `axis_name`, is in the file README.md of this
+package, in the sections that the last line of a docstring names.
 
 Names are `<quantity>[_with_<form>]`: `cross_entropy(p, q)` of probabilities, `cross_entropy_with_logits(p, logits)` of
 the model's logits (or log-probabilities), `cross_entropy_with_integer_labels(labels, logits)` of one-hot targets;
-`binary_...` of one probability or logit, elementwise; `linear_...` of the hidden states before a head of many classes,
-whose full logits are never in memory. The target comes first and the model second, as in H(p, q). Where probabilities
-would come from a softmax or a sigmoid, use the forms with logits: an underflow to 0 can't be undone.
+`binary_...` of one probability or logit, elementwise; `linear_...` of hidden states and a head (a model's output
+projection, with many classes), whose full logits are never in memory. The target comes first and the model second, as
+in H(p, q). If probabilities would come from a softmax or a sigmoid, use the forms with logits: an underflow to 0 can't
+be undone.
 
 A "real" argument is floating-point of at least 16 bits, integer or bool. Gradients come back in their argument's dtype,
 and a float of 8 bits would round most of them to 0.
 
 All are pure functions of arrays, each with its closed-form derivative as a `custom_jvp` rule: they work under `jit`,
 `vmap`, `grad`, `jvp` and every nesting of them, to any order. All are jitted, except `linear_map` and calls whose head
-is a function. Those compile a program at every call outside of `jax.jit`, which takes some tenths of a second: call
-them inside of your own jitted step. `jax.export` takes them with a symbolic number of
-rows or tokens. They don't work under `jax.experimental.jet`, which knows no `custom_jvp` rule. Before JAX 0.12, the
-tangent_solve of a `jax.lax.custom_root` around their gradients must use `jax.jacfwd` instead of `jax.jacobian`.
+is a function. Outside of `jax.jit`, each such call compiles a program, which takes some tenths of a second: call them
+inside of your own jitted step. `jax.export` accepts the functions with a symbolic number of rows or tokens. They don't
+work under `jax.experimental.jet`, which does not support `custom_jvp` rules. Before JAX 0.12, the tangent_solve of a
+`jax.lax.custom_root` around their gradients must use `jax.jacfwd` instead of `jax.jacobian`.
 
 >>> import jax, jax.numpy as jnp, jce
 >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])

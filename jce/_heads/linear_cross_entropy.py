@@ -93,7 +93,7 @@ def linear_cross_entropy(
       chunk_size: the number of tokens per chunk, a static int. None for about max(512, 2²⁰/n) on a CPU (2²³/n if
         n < 256), and max(2048, 2²⁶/n) on a GPU or TPU. Smaller chunks need less memory.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
-      precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
+      precision: the precision of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
         returns wrong gradients.
 

@@ -112,7 +112,7 @@ def linear_log_probs(
       logit_soft_cap: c > 0: x is then c tanh((hidden · headᵀ + bias)/c). None for no cap.
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
-      precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
+      precision: the precision of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
         returns wrong gradients.
 

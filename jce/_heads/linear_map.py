@@ -90,7 +90,7 @@ def linear_map(
         derivative only with respect to the weights.
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
-      precision: of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
+      precision: the precision of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
         returns wrong gradients. The function then gets its device's part of a token's logits, and its results must be
         the same on all devices along the axis (JAX 0.8 can't map their sum over devices). For whole arrays, use

@@ -155,12 +155,12 @@ def as_array(function: str, name: str, x: Any) -> Array:
     try:
         if x is None:
             raise TypeError
-        # An array stays as it is. Under an eager gradient, asarray would be an operation, and jax_debug_nans would stop
-        # there for a NaN that `where` masks.
+        # An array is returned as it is. Under an eager gradient, asarray would be an operation, at which jax_debug_nans
+        # would stop for a NaN that `where` masks.
         return x if isinstance(x, Array) else jnp.asarray(x)
     except (TypeError, ValueError):
         taken_by = getattr(x, "_taken_by", None)  # a `Linear` isn't an array, and names the functions that accept it
-        advice = taken_by(function, name) if taken_by else "Pass what jnp.asarray takes."
+        advice = taken_by(function, name) if taken_by else "Pass a value that jnp.asarray accepts."
         raise TypeError(
             f"{function}: {name} must be an array, a number or a rectangular nest of numbers;"
             f" got {name}: {type(x).__name__}. {advice}"
@@ -169,7 +169,7 @@ def as_array(function: str, name: str, x: Any) -> Array:
 
 def require_boolean(function: str, where: Array, got: Mapping[str, ArrayLike]) -> None:
     if where.dtype != bool:
-        raise TypeError(f"{function}: where must be boolean; got {described(got)}. Compare it first: where=mask != 0.")
+        raise TypeError(f"{function}: where must be boolean; got {described(got)}. Pass where=mask != 0.")
 
 
 def broadcasts_to(shape: tuple[int, ...], given: tuple[int, ...]) -> bool:

@@ -20,9 +20,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 Kind = inspect.Parameter
 
-# Hints for arguments that other libraries have: for functions of rows, for elementwise functions, and for functions of
-# tokens. If there are several hints for an argument, a function gets the first one that names only arguments that the
-# function has.
+# Hints in errors for arguments that other libraries have: for functions of rows, for elementwise functions, and for
+# functions of tokens. If there are several hints for an argument, the error has the first hint that names only
+# arguments of the function.
 OF_EACH = {
     "weights": (" Multiply the result by them.",),
     "weight": (
@@ -32,8 +32,8 @@ OF_EACH = {
     "reduction": (" The result isn't reduced: take its .mean() or .sum().",),
 }
 ROWS = OF_EACH | {
-    "mask": (" Write where=mask[..., None] for a mask of rows, and where=mask for one of classes.",),
-    "ignore_index": (" Leave rows out with where=(labels != index)[..., None].",),
+    "mask": (" Write where=mask[..., None] for a mask of rows (if axis is -1), and where=mask for a mask of classes.",),
+    "ignore_index": (" Mask rows with where=(labels != index)[..., None].",),
 }
 ELEMENTWISE = OF_EACH | {
     "mask": (" Write jnp.where(mask, result, 0).",),
@@ -53,7 +53,7 @@ TOKENS = {
 }
 
 
-# Hints for values that can't be static because they aren't hashable
+# Hints in errors for values that can't be static because they aren't hashable
 A_NUMBER = "Pass a Python number. For an array x, pass float(x) or int(x), outside of jax.jit."
 STATIC = {"axis_name": "Pass a name, or a tuple of names."}
 
@@ -94,9 +94,9 @@ def public(*static: str, numbers: tuple[str, ...] = ()) -> Callable[[F], F]:
             _require_own(name, parameters, len(args), options, static, numbers)
             for key, x in (*zip(parameters, args, strict=False), *options.items()):
                 if isinstance(x, str) and key not in (*static, *numbers):
-                    as_array(name, key, x)  # raises an error; under jit it would be JAX's, which says less
+                    as_array(name, key, x)  # raises an error. Under jit, JAX would raise a less helpful one.
             if any(_has_function(x) for x in (*args, *(x for key, x in options.items() if key not in static))):
-                return results(*args, **options)  # under jit, each call would compile a program that no other reuses
+                return results(*args, **options)  # under jit, each call would compile a program that is never reused
             args, options = unfolded((args, options))
             return program(*(key for key in numbers if is_array(options.get(key))))(*args, **options)
 
@@ -145,8 +145,8 @@ def _require_own(name, parameters, count: int, options: Mapping[str, Any], stati
             )
         if option in numbers and not is_array(value) and not _is_hashable(value):
             raise ValueError(
-                f"{name}: {option} must be a number, or a real array of one; got {option}: {type(value).__name__}."
-                f" Pass what jnp.asarray takes."
+                f"{name}: {option} must be a number, or a real array of shape (); got {option}: {type(value).__name__}."
+                f" Pass a value that jnp.asarray accepts."
             )
         if option in static and not _is_hashable(value):
             raise ValueError(

@@ -49,15 +49,15 @@ def distributions(
     """The arguments as floating-point arrays of one dtype and shape, and their `Classes`.
 
     Masked classes get probability 0: a logit of -∞ in the arguments that `in_logits` names, and 0 in the others. In a
-    row of logits whose classes are all masked, the first class gets probability 1. Every function is 0 for such a row.
+    row of logits whose classes are all masked, the first class gets probability 1, and every function of it is then 0.
     """
     arrays, given = as_floats(function, arguments), axis
     axis = _class_axis(function, axis, arguments, arrays)
     if len({x.shape[axis] for x in arrays}) > 1:
         raise ValueError(
             f"{function}: {joined(arguments)} must have the same number of classes along axis={given}, which is never"
-            f" broadcast; got {described(arguments)}. Say which axis holds the classes with axis=, or pad:"
-            f" probabilities with 0, logits with -inf."
+            f" broadcast; got {described(arguments)}. Pass the axis that holds the classes as axis=. Or pad the"
+            f" classes: probabilities with 0, logits with -inf."
         )
     shape = _broadcast_shape(function, "the batch axes", arguments, arrays)
     classes = Classes(axis, checked_axis_name(function, axis_name, arrays))
@@ -88,14 +88,14 @@ def checked_axis_name(function: str, axis_name: Hashable | None, arrays: Iterabl
     if not all(isinstance(name, Hashable) and name in manual_axes() for name in names):
         raise ValueError(
             f"{function}: axis_name must name an axis of the mesh of a jax.shard_map around the call, over which"
-            f" the classes are split; got axis_name={axis_name!r}. Leave it out if the classes are not split."
+            f" the classes are split; got axis_name={axis_name!r}. Omit it if the classes are not split."
         )
     batch_axes = sorted(split_batch_axes(), key=str)
     if names and batch_axes and any(map(varying, arrays)):
         raise ValueError(
             f"{function}: inside a jax.vmap with spmd_axis_name, axis_name must belong to a jax.shard_map with"
             f" check_vma=False; got axis_name={axis_name!r}, and spmd_axis_name of {batch_axes}."
-            f" Pass check_vma=False to the jax.shard_map and differentiate outside of it, or leave out spmd_axis_name."
+            f" Pass check_vma=False to the jax.shard_map and differentiate outside of it, or omit spmd_axis_name."
         )
     return axis_name
 
@@ -126,15 +126,15 @@ def _class_axis(function: str, axis: int, arguments: Mapping[str, ArrayLike], ar
     if min(x.ndim for x in arrays) == 0:
         raise ValueError(
             f"{function}: {joined(arguments)} must have a class axis; got {described(arguments)}."
-            f" Pass the probabilities of all classes; for one number alpha that stands for {{alpha, 1 - alpha}} there"
-            f" are the binary functions."
+            f" Pass a number for each class. For two outcomes {{alpha, 1 - alpha}}, given by one number, use the binary"
+            f" functions."
         )
     ndim = max(x.ndim for x in arrays)
     given, at = axis, integer(axis)
     if at is None:
         raise ValueError(
             f"{function}: axis must be one int; got axis={axis!r}. Name the axis that holds the classes. If there are"
-            f" several, reshape them into one first."
+            f" several such axes, reshape them into one first."
         )
     if not -ndim <= at < ndim:
         raise ValueError(

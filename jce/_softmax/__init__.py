@@ -2,7 +2,7 @@
 
 The formulas (`softmax.py`, `compare.py`) use only the interface `Way`. `passes.py` implements it for a CPU,
 `reduction.py` for an accelerator, and `chain.py` for a GPU with short rows. `kernel.py` chooses among them, and
-`known_label.py` sums a row for the loss of a label. The terms of these files are:
+`known_label.py` chooses m for the loss of a label. The terms of these files are:
 
     row             all entries along the axis of the classes, for one distribution
     kernel          a function with the decorator `kernel`. It gets the way of the platform when a program is lowered.

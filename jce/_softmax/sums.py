@@ -77,7 +77,7 @@ class Exponentials(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """What a pass of `compare.compare` needs of one of its two rows: m, qᵢ, and a mask of the class that dominates."""
+    """For one of the two rows that a pass of `compare.compare` reads: m, qᵢ, and a mask of the class that dominates."""
 
     m: Array
     q: Array

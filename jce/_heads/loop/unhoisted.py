@@ -1,6 +1,6 @@
 """Makes the arrays of tokens depend on all inputs of a loop, so that nothing is computed before the loop.
 
-Until JAX no longer hoists operations out of a loop if their inputs don't change in it: if labels or a teacher's states
+Until JAX no longer hoists out of a loop any operation whose inputs don't change in it: if labels or a teacher's states
 don't change, it stores the results of all operations on them alone, which are numbers for every token and class.
 Until JAX no longer has XLA fold constants of this size: it would compute logits of constants during compilation.
 """

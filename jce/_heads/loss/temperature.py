@@ -15,5 +15,5 @@ def at_temperature(x: Array, t: Array | None, classes: Classes) -> Array:
 
 
 def whole_log_sum(log_sum: Array, x: Array, t: Array | None, classes: Classes) -> Array:
-    """log Σ exp(x/t), where `log_sum` is the logsumexp of what `at_temperature` returns, x/t up to a constant."""
+    """log Σ exp(x/t), where `log_sum` is the logsumexp of the result of `at_temperature`: x/t up to a constant."""
     return log_sum if t is None else log_sum + over(classes.max(lax.stop_gradient(x)), t.astype(x.dtype))

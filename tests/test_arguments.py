@@ -498,8 +498,8 @@ def test_a_linear_for_other_arguments():
             function,
             *arguments,
             wants="must be an array",
-            got=": Linear. A Linear stands for hidden states and their head",
-            do="After the target it goes to jce.linear_cross_entropy, linear_log_probs or linear_kl_divergence",
+            got=": Linear. A Linear stands for the logits of hidden states and their head",
+            do="Pass it, after the target, to jce.linear_cross_entropy, linear_log_probs or linear_kl_divergence",
         )
 
 

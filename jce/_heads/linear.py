@@ -126,7 +126,7 @@ class Linear:
             fused = f"{FUSED[function]}, or " if function in FUSED else ""
             return f"For a Linear use {fused}jce.linear_map(jce.{function}, ...) with the same positional arguments."
         return (
-            "A Linear stands for hidden states and their head, and so for logits. After the target it goes to"
+            "A Linear stands for the logits of hidden states and their head. Pass it, after the target, to"
             " jce.linear_cross_entropy, linear_log_probs or linear_kl_divergence, or to jce.linear_map with a function"
             " of logits, such as jce.entropy_with_logits."
         )

@@ -68,6 +68,6 @@ def _tolerance(atol: float | None, dtype) -> float:
     is_known = is_number(atol) or (is_array(atol) and atol.ndim == 0 and not isinstance(atol, Tracer))
     if not (is_known and atol >= 0):
         raise ValueError(
-            f"check_distribution: atol must be a number ≥ 0; got atol={atol!r}. Leave it out for the dtype's own."
+            f"check_distribution: atol must be a number ≥ 0; got atol={atol!r}. Omit atol for the default."
         )
     return float(atol)

@@ -86,8 +86,8 @@ def jensen_shannon_divergence(
 def checked_weights(function, dtype, beta):
     """β and 1-β. For a Python number, each is rounded once, and it is an error if one of them rounds to 0."""
     advice = (
-        "At 0 and 1 the divergence is 0, whatever p and q are; divided by β, and by 1-β, it becomes KL(p‖q) and KL(q‖p)"
-        " there: use kl_divergence, or kl_divergence_with_logits."
+        "At β = 0 and β = 1 the divergence is 0 for all p and q. Divided by β it tends to KL(p‖q) as β → 0, and divided"
+        " by 1-β it tends to KL(q‖p) as β → 1: use kl_divergence or kl_divergence_with_logits."
     )
     b = fraction(function, dtype, ends=False, advice=advice, beta=beta)
     return b, one_minus(b) if is_array(b) else 1 - b

@@ -49,7 +49,7 @@ def _chunk_size(name: str, chunk_size: int | None, batch_invariant: bool) -> int
     if batch_invariant and chunk_size is None:
         raise ValueError(
             f"{name}: batch_invariant must come with a chunk_size, to which each chunk is then padded; got"
-            f" batch_invariant={batch_invariant!r}, chunk_size={chunk_size!r}."
+            f" batch_invariant={batch_invariant!r}, chunk_size={chunk_size!r}. Pass the number of tokens per chunk."
         )
     size = integer(chunk_size)
     if chunk_size is not None and (size is None or size < 1):

@@ -70,7 +70,7 @@ class Products(NamedTuple):
             except (TypeError, ValueError):
                 raise ValueError(
                     f"{name}: precision must be None, a jax.lax.Precision or DotAlgorithmPreset, or its name, such"
-                    f' as "default" or "highest"; got precision={precision!r}. Leave it out for JAX\'s setting.'
+                    f' as "default" or "highest"; got precision={precision!r}. Omit it for JAX\'s setting.'
                 ) from None
         return cls(precision)
 

@@ -23,8 +23,8 @@ def labelled(
     logits: ArrayLike,
     several: str = "pass label_probs",
 ) -> tuple[Array, Array, Array, Classes]:
-    """Returns labels in the shape of the batch, logits as in `distributions`, an array with 1 for each class that
-    `where` keeps and 0 for each other class, and the `Classes`. `several` is an error's advice for k labels per row."""
+    """Returns labels in the shape of the batch, logits as in `distributions`, `kept`, and the `Classes`. `kept` is 1 at
+    each class that `where` keeps, and 0 at the others. `several` is the advice of an error, for k labels per row."""
     got = {"labels": labels, "logits": logits}
     y = _integer_labels(function, got)
     x, kept, classes, rows = _logits_of_labels(function, axis, where, axis_name, logits)
@@ -51,8 +51,8 @@ def labelled_with_probs(
     label_probs: ArrayLike,
     logits: ArrayLike,
 ) -> tuple[Array, Array, Array, Array, Classes]:
-    """Returns labels and their probabilities, [..., k], and three results as in `labelled`, with the class axis last:
-    logits, the array of 1 and 0, and the `Classes`."""
+    """Returns labels and their probabilities, [..., k]. And, as in `labelled` but with the class axis last: logits,
+    `kept`, and the `Classes`."""
     got = {"labels": labels, "label_probs": label_probs, "logits": logits}
     y = _integer_labels(function, got)
     p, x = as_floats(function, {name: got[name] for name in ("label_probs", "logits")})
@@ -104,7 +104,7 @@ def _integer_labels(function: str, got: Mapping[str, ArrayLike]) -> Array:
 
 
 def _logits_of_labels(function, axis, where, axis_name, logits) -> tuple[Array, Array, Classes, Layout]:
-    """Logits, the array of 1 and 0, and the `Classes` as in `labelled`, and the layout for one number per row."""
+    """Logits, `kept` and the `Classes` as in `labelled`, and the layout for one number per row."""
     (x,), classes = distributions(function, axis, where, axis_name, in_logits=("logits",), logits=logits)
     logits, mask = jnp.asarray(logits), jnp.asarray(True if where is None else where)
     layout = Layout.of(logits.shape, [logits, mask])  # as in `distributions`

@@ -70,8 +70,8 @@ def jensen_shannon_divergence_with_logits(
       A logit of -∞ is a class of probability 0, and the derivative with respect to this logit is 0. If the class has a
       logit of -∞ in one distribution only, its probability in the other still contributes. A row with a NaN, a +∞ or
       only -∞ is NaN. A traced β of 0 or 1 gives 0, the limit, with derivatives 0 with respect to the logits. The
-      derivative with respect to β is then infinite if the mixture lacks a class that p or q has, and mixed derivatives
-      with respect to β and the logits are unspecified.
+      derivative with respect to β is then infinite if the mixture lacks a class that p or q has. Mixed derivatives with
+      respect to β and the logits are then unspecified.
 
     Derivative:
       ∂/∂p_logitsᵢ = β pᵢ (log pᵢ/mᵢ - KL(p‖m)), ∂/∂q_logitsᵢ = (1-β) qᵢ (log qᵢ/mᵢ - KL(q‖m)), each in its argument's

@@ -65,9 +65,9 @@ def kl_divergence_with_logits(
 
     At the boundary:
       A logit of -∞ is a class of probability 0. If it is in p_logits, the class contributes 0, with ∂KL/∂p_logits = 0.
-      If it is in q_logits only, KL = +∞. Then ∂KL/∂p_logits is +∞ at this class and -∞ at the other classes with p > 0,
-      ∂KL/∂q_logits is q - p as usual, and the derivative with respect to a traced temperature is NaN. A row with a NaN,
-      a +∞ or only -∞ is NaN.
+      If it is in q_logits only, KL = +∞. Then ∂KL/∂p_logits is +∞ at this class and -∞ at the other classes with p > 0.
+      ∂KL/∂q_logits is then q - p as usual, and the derivative with respect to a traced temperature is NaN. A row with a
+      NaN, a +∞ or only -∞ is NaN.
 
     Derivative:
       ∂KL/∂p_logitsᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂q_logitsᵢ = qᵢ - pᵢ, each in its argument's dtype. At a temperature T

@@ -171,5 +171,5 @@ def _unflatten(number, children) -> Linear:
 
 
 jax.tree_util.register_pytree_with_keys(Linear, _flatten, _unflatten)
-# Annotations must be types here. Strings would be looked up in jce, because Linear gives jce as its module.
+# Annotations must be types here. Strings would be looked up in jce, because `Linear.__module__` is jce.
 Linear.__annotations__ = get_type_hints(Linear)

@@ -103,7 +103,7 @@ def def_at_once(at_once: custom_jvp, *functions: Callable) -> None:
 
 
 def both_zero(a: Array, b: Array) -> Array:
-    """Where a class has probability 0 in both distributions."""
+    """A mask that is True where a class has probability 0 in both distributions."""
     return (a == 0) & (b == 0)
 
 
@@ -131,6 +131,6 @@ def negative(x: Array) -> Array:
     return 0 - x
 
 
-# Under differentiation it is plain -x, and thus -0 at 0. XLA can move -x out of a mean, which saves one reading of the
+# Under differentiation it is plain -x, and thus -0 at 0. XLA can move -x out of a mean, which saves one pass over the
 # batch. It can't move 0 - x.
 negative.defjvp(lambda primals, tangents: (-primals[0], -tangents[0]))

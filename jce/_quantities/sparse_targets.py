@@ -55,8 +55,8 @@ def sparse_cross_entropy(
 
 
 def _smoothed(loss, uniform_loss, smoothing, y, p, uniform, x, classes):
-    # Both losses are computed without log Z Σp, which they have in common. With it, their difference would lose its
-    # digits (as in `mean_excess`).
+    # Both losses are computed without log Z Σp, which they have in common. With it, their difference would cancel, as in
+    # `mean_excess`.
     m = lax.stop_gradient(classes.max(x))
     mean = mul0(classes.sum(surprisal_terms(uniform, m, x, classes)), p.sum(-1))
     return smoothed_by(loss, uniform_loss, mean - mul0(m[..., None] - at_labels(x, y, classes), p).sum(-1), smoothing)
@@ -77,7 +77,7 @@ def _with_tail(y, p, x, kept, tail, classes):
 
 
 def rest_of(p):
-    """1 - Σp, with all digits even if Σp is near 1: pairwise sums, whose rounding errors are added at the end."""
+    """1 - Σp, accurate even if Σp is near 1: pairwise sums, whose rounding errors are added at the end."""
     sums = jnp.concatenate([jnp.ones_like(p.sum(-1, keepdims=True)), -p], -1)
     lost = jnp.zeros_like(sums)
     while sums.shape[-1] > 1:

@@ -1,7 +1,8 @@
 """softmax(x), log 1/softmax(x) and their derivatives, within a few ulps even if one class dominates.
 
 With m = max x and eᵢ = exp(xᵢ - m), the normalizer is Z = Σ eᵢ = 1 + s. Here s is the off-maximum sum: the sum over all
-classes except one maximal class. At a margin of 40, s = 4e-18 has all its digits, while Z has rounded to 1. So
+classes except one maximal class. If another logit is 40 below the maximum, s = 4e-18 is accurate, while Z rounds to 1.
+So
 
     log 1/qᵢ = (m - xᵢ) + log(1 + s)        1 - qᵢ = (s + (1 - eᵢ)) / Z
 

@@ -120,7 +120,7 @@ class Way(Classes, ABC):
         return exp(x - self.column(self.maximum(x)))
 
     def stored(self, e: Array) -> Array:
-        """e, kept in memory on platforms where reading it in several passes is better than recomputing it in each."""
+        """e, stored on platforms where reading it in several passes is faster than recomputing it in each."""
         return e
 
     def depth(self, x: Array, n: Normalizer) -> Array:
@@ -155,7 +155,7 @@ class Way(Classes, ABC):
         """How t deviates from its mean under q.
 
         If a class dominates, its own t is first subtracted from all t. Then the deviation at that class is minus the
-        sum over the others, and has all digits.
+        sum over the others, in which nothing cancels.
         """
         still = lax.stop_gradient(x)
         n = self.normalizer(still)

@@ -55,8 +55,8 @@ def sparse_cross_entropy(
 
 
 def _smoothed(loss, uniform_loss, smoothing, y, p, uniform, x, classes):
-    # Both losses are computed without log Z Σp, which they have in common. With it, their difference would cancel, as in
-    # `mean_excess`.
+    # Both losses are computed without log Z Σp, which they have in common. With it, their difference would cancel, as
+    # in `mean_excess`.
     m = lax.stop_gradient(classes.max(x))
     mean = mul0(classes.sum(surprisal_terms(uniform, m, x, classes)), p.sum(-1))
     return smoothed_by(loss, uniform_loss, mean - mul0(m[..., None] - at_labels(x, y, classes), p).sum(-1), smoothing)

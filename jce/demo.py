@@ -1,8 +1,8 @@
 """Minimizes H(p, q) over q, on real text: `python -m jce.demo [TEXT]`.
 
-A text gives a batch of targets p, one for each letter: how often each of a-z and space follows it. (Many never do.)
-Each target has a model q = softmax(θ), with a random θ at the start, which descends along ∇H(p, q). Because
-H(p, q) = H(p) + KL(p‖q), the least cross-entropy is the entropy, at q = p, and the gap to it is the KL divergence.
+The text gives one target p for each letter: how often each of a-z and space follows it. (Many never do.) Each target
+has a model q = softmax(θ). θ starts at random values, and an optimizer minimizes H(p, q) over θ. Because
+H(p, q) = H(p) + KL(p‖q), the minimum is the entropy H(p), at q = p, and the gap H(p, q) - H(p) is the KL divergence.
 
 The same in Python:
 
@@ -76,21 +76,22 @@ def transition_distributions(text: str) -> tuple[Array, str]:
 
 
 def default_text() -> str:
-    """The documentation that ships with Python, some 400 000 characters of English."""
+    """The documentation that ships with Python, about 400,000 characters of English."""
     from pydoc_data.topics import topics
 
     return " ".join(topics.values())
 
 
-# The fit: θ → q = softmax(θ), down the gradient of H(p, q)
+# The fit: minimizes H(p, q) over θ, where q = softmax(θ)
 
 
 def _lbfgs(learning_rate: float) -> optax.GradientTransformationExtraArgs:
     """optax's L-BFGS, without the steps that would raise the value.
 
-    Its curvature pairs are differences of float32 gradients. Their rounding can make a direction go uphill, at times by
-    whole nats. The line search gives up on such a direction, but still takes a step. Here that step is dropped. This
-    adds a pair of zeros to the memory of L-BFGS, so that the bad pair leaves the memory in time.
+    Its curvature pairs are differences of float32 gradients. Because of their rounding errors, a direction can go
+    uphill, sometimes by whole nats. The line search gives up on such a direction, but still takes a step. This function
+    drops that step. A dropped step adds a pair of zeros to the memory of L-BFGS, so that the inaccurate pair leaves the
+    memory in time.
     """
 
     def update(updates, state, params: Any = None, **extra):
@@ -101,7 +102,7 @@ def _lbfgs(learning_rate: float) -> optax.GradientTransformationExtraArgs:
     return optax.chain(optax.lbfgs(learning_rate), never_uphill)
 
 
-# Each optimizer has a learning rate that suits any text. For the first two it is 2 = 1/(1/2): no eigenvalue of
+# Each optimizer has a learning rate that suits any text. For the first two it is 2, because no eigenvalue of
 # diag(q) - qqᵀ, the Hessian of H(p, softmax(θ)), exceeds 1/2.
 OPTIMIZERS: dict[str, tuple[Callable[[float], optax.GradientTransformation], float]] = {
     "sgd": (optax.sgd, 2.0),
@@ -113,7 +114,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[float], optax.GradientTransformation], flo
 
 @functools.cache  # the same object for the same arguments, so that `_descend` is compiled once
 def make_optimizer(name: str, learning_rate: float | None = None) -> optax.GradientTransformation:
-    """The optimizer of this name in `OPTIMIZERS`, with its default learning rate if none is given."""
+    """The optimizer with this name in `OPTIMIZERS`. It has its default learning rate if you pass none."""
     make, default = OPTIMIZERS[name]
     return make(default if learning_rate is None else learning_rate)
 
@@ -164,8 +165,11 @@ def fit(p: Array, optimizer: optax.GradientTransformation, steps: int, *, seed: 
 
 
 def _marks(steps: int) -> list[int]:
-    """The steps of the snapshots: 20 per decade for a curve on log axes, every hundredth of all steps for the progress
-    bar, and those of the table."""
+    """The steps of the snapshots.
+
+    They are 20 per decade for a curve on log axes, every hundredth of all steps for the progress bar, and those of the
+    table.
+    """
     curve = np.geomspace(1, steps, 2 + math.floor(20 * math.log10(steps))).round().astype(int).tolist()
     bar = np.linspace(0, steps, 101).astype(int).tolist()
     return sorted({*curve, *bar, *_table_marks(steps)})
@@ -190,7 +194,7 @@ def _descend(p, theta, state, steps, optimizer):
 
         grad = jax.grad(loss)(theta)
         # The line search of L-BFGS compares values. Near the minimum, H(p, q) is within an ulp of H(p), so steps no
-        # longer change it. KL(p‖q), which differs from it by a constant, still has all its digits.
+        # longer change it. KL(p‖q) differs from H(p, q) by a constant, and stays accurate.
         direction, state = update(grad, state, theta, value=gap(theta), grad=grad, value_fn=gap)
         return optax.apply_updates(theta, direction), state
 
@@ -212,8 +216,10 @@ def _measure_one(p, theta):
 
 
 def chain_rule_gradient(p: Array, theta: Array) -> Array:
-    """∇θ H(p, q) by the chain rule: -p/q times the Jacobian of q = softmax(θ). (The closed form q - p doesn't divide by
-    q.)"""
+    """∇θ H(p, q) by the chain rule: -p/q times the Jacobian of q = softmax(θ).
+
+    The closed form, q - p, doesn't divide by q.
+    """
     q, times_jacobian = jax.vjp(jax.nn.softmax, theta)
     return times_jacobian(jax.grad(jce.cross_entropy, argnums=1)(p, q))[0]
 
@@ -227,7 +233,7 @@ LINES = {"sgd": ("#CC79A7", ":"), "nesterov": ("#009E73", "-."), "adam": ("#0072
 
 @matplotlib.rc_context({"font.size": 16, "axes.titlesize": 18, "axes.labelsize": 16, "figure.titlesize": 23})
 def picture(p: Array, letters: str, histories: dict[str, list[Snapshot]], name: str) -> Figure:
-    """Heat maps of p and of q for the optimizer `name`, beside the gaps of all optimizers by step."""
+    """Heat maps of p and q for the optimizer `name`, and the gaps of all optimizers by step."""
     history = histories[name]
     midway = next((s for s in history if s.kl < history[0].kl / 5), history[-1])
     stages = {"start": history[0], "midway": midway, "end": history[-1]}
@@ -289,10 +295,10 @@ def _parser() -> argparse.ArgumentParser:
         type=_distributions,
         help="A UTF-8 file (default: Python's own documentation).",
     )
-    add("--optimizer", choices=OPTIMIZERS, default="lbfgs", help="What takes the steps (default: %(default)s).")
-    add("--learning-rate", type=_rate, metavar="RATE", help=f"The length of a step (default: {rates}).")
-    add("--steps", type=integer(1, 10**9), default=1000, help="How many to take (default: %(default)s).")
-    add("--seed", type=integer(0, 2**32 - 1), default=0, help="Draws the theta to start from (default: %(default)s).")
+    add("--optimizer", choices=OPTIMIZERS, default="lbfgs", help="The optimizer (default: %(default)s).")
+    add("--learning-rate", type=_rate, metavar="RATE", help=f"Its learning rate (default: {rates}).")
+    add("--steps", type=integer(1, 10**9), default=1000, help="The number of steps (default: %(default)s).")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, help="The seed for the initial theta (default: %(default)s).")
     add("--out", type=png, default="demo.png", metavar="FILE.png", help="The picture to write (default: %(default)s).")
     add("-h", "--help", action="help", help="Show this and exit.")
     return parser
@@ -324,7 +330,7 @@ def _row(s: Snapshot) -> str:
 
 
 def _watch(p: Array, name: str, rate: float, steps: int, seed: int, rows: Container[int] = ()) -> list[Snapshot]:
-    """The history of a fit. While it runs, shows a progress bar, and a line of the table at each step in `rows`."""
+    """Fits q to p, and returns the history. Shows a progress bar, and a line of the table at each step in `rows`."""
     history = []
     with tqdm(total=steps, desc=f"{name:8}", unit=" steps", leave=False, disable=None, dynamic_ncols=True) as bar:
         for s in fit(p, make_optimizer(name, rate), steps, seed=seed):
@@ -346,10 +352,13 @@ def _run(args: argparse.Namespace) -> None:
     print(f"H(p), H(p,q) and KL: means over the rows, in nats; perplexity: exp H(p,q)\n\n{HEADER}")
     history = _watch(p, chosen, rates[chosen], args.steps, args.seed, _table_marks(args.steps))
     largest = max(s.disagreement for s in history)
-    print("\ngradient of H(p,q) in theta, by the chain rule through -p/q and the softmax's Jacobian,")
-    print(f"and in closed form, q - p: largest difference {largest:.1e}")
+    print("\ngradient of H(p,q) with respect to theta, by the chain rule (-p/q times the Jacobian of the softmax)")
+    print(f"and in closed form (q - p): largest difference {largest:.1e}")
     others = {name: _watch(p, name, rates[name], args.steps, args.seed) for name in OPTIMIZERS if name != chosen}
-    print(f"the others' KL after {args.steps}: {', '.join(f'{k} {h[-1].kl:.2e}' for k, h in others.items())}")
+    print(
+        f"KL by the other optimizers after {args.steps} steps:"
+        f" {', '.join(f'{k} {h[-1].kl:.2e}' for k, h in others.items())}"
+    )
     picture(p, letters, others | {chosen: history}, chosen).savefig(args.out)
     print(f"picture: {args.out}")
 

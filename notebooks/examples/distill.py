@@ -11,8 +11,8 @@ in their loss:
     the text: the cross-entropy of the next word, as for the teacher.
 
 All logits of a batch never exist at the same time, neither the teacher's nor the student's. The program compares the
-memory and time with those of the same losses computed from whole logits. Distillation: Hinton, Vinyals and Dean (2015),
-arXiv:1503.02531.
+memory and time with those of the same losses, computed from all logits at once. Distillation: Hinton, Vinyals and Dean
+(2015), arXiv:1503.02531.
 
 The same in Python:
 
@@ -55,11 +55,11 @@ STUDENT = WIDTH // 4
 KEPT = 16  # the number of the teacher's top-k words that are stored for each place
 
 
-# The three losses of a batch: in chunks, and from whole logits, as they are usually written
+# The three losses of a batch: in chunks, and from all logits at once, as they are usually written
 
 
 def linear(model: Model, text: Array, places: Array) -> jce.Linear:
-    """Stands for the logits at these places; the matmul with the head is not done yet."""
+    """Stands for the logits at these places. The matmul with the head is not done yet."""
     return jce.Linear(hidden_states(model, text, places), model.head, model.bias)
 
 
@@ -84,8 +84,11 @@ def kept_words(student: Model, text: Array, places: Array, words: Array, log_p: 
 
 
 def of_word(y: Array, words: Array, log_p: Array, x: Array) -> Array:
-    """The mean of two losses for one token: the cross-entropy of the next word y, and the KL divergence over KEPT + 1
-    classes (`words`, and all other words together), for which the teacher's log-probabilities are log_p."""
+    """The mean of two losses for one token: a cross-entropy and a KL divergence.
+
+    The cross-entropy is that of the next word y. The KL divergence is over KEPT + 1 classes: `words`, and all other
+    words together. log_p has the teacher's log-probabilities of these classes.
+    """
     log_q = jce.log_probs_with_integer_labels(words, x, tail=True)
     return (jce.cross_entropy_with_integer_labels(y, x) + jce.kl_divergence_with_logits(log_p, log_q)) / 2
 
@@ -105,8 +108,11 @@ def text_whole(student: Model, text: Array, places: Array) -> Array:
 
 @jax.jit
 def likeliest(teacher: Model, text: Array) -> tuple[Array, Array]:
-    """The teacher's top-k words at each place in the text, [length, KEPT], and the log-probabilities of these words and
-    of all other words together, [length, KEPT + 1]."""
+    """The teacher's top-k words at each place in the text, and their log-probabilities.
+
+    The words are [length, KEPT]. The log-probabilities are [length, KEPT + 1]: the last one is that of all other words
+    together.
+    """
 
     def kept(x):
         words = lax.top_k(x, KEPT)[1]
@@ -147,12 +153,12 @@ distance = jax.jit(every_word)
 class Cost(NamedTuple):
     """The cost of value and gradient for a batch, without the optimizer."""
 
-    megabytes: float  # of temporary memory, without arguments and results
+    megabytes: float  # of temporary memory, beyond arguments and results
     milliseconds: float
 
 
 def costs(corpus: Corpus, name: str, teacher: Model, rounds: int = 7) -> tuple[Cost, Cost]:
-    """The costs in chunks and with whole logits. Times are medians over rounds; in each round both programs run."""
+    """The costs in chunks and with all logits at once. Times are medians over rounds. Each round runs both programs."""
     given = LESSONS[name].given(teacher, corpus.text)
     places = jax.random.choice(jax.random.key(0), corpus.training, (BATCH,))
     arguments = (next_word.initial(len(corpus.words), 0, STUDENT), corpus.text, places, *given)
@@ -177,7 +183,7 @@ def costs(corpus: Corpus, name: str, teacher: Model, rounds: int = 7) -> tuple[C
 def picture(
     histories: dict[str, list[Snapshot]], taught: float, unigram: float, spent: dict[str, tuple[Cost, Cost]]
 ) -> Figure:
-    """The held-out perplexity of each student by step, and the cost of a batch in chunks and with whole logits."""
+    """The held-out perplexity of each student by step, and the cost of a batch in chunks and with all logits."""
     figure = Figure(figsize=(18, 8), dpi=100, layout="constrained")
     figure.suptitle(f"A model of width {WIDTH} teaches one of {STUDENT}: what to learn from, and what a batch costs")
     left, *right = figure.subplots(1, 3, width_ratios=[2, 1, 1])
@@ -202,7 +208,7 @@ def picture(
 
 
 def _draw_costs(axes: Axes, field: str, title: str, spent: dict[str, tuple[Cost, Cost]]) -> None:
-    for k, (label, look) in enumerate({"in chunks": {}, "whole logits": {"hatch": "//", "alpha": 0.5}}.items()):
+    for k, (label, look) in enumerate({"in chunks": {}, "all at once": {"hatch": "//", "alpha": 0.5}}.items()):
         heights = [getattr(pair[k], field) for pair in spent.values()]
         at = [i + 0.4 * k - 0.2 for i in range(len(spent))]
         colours = [LESSONS[name].colour for name in spent]
@@ -231,7 +237,7 @@ def _run(corpus: Corpus, steps: int, seed: int, out: str) -> None:
     print(f"{'step':>8}" + "".join(f"{name:>24}" for name in histories))
     for row in zip(*histories.values(), strict=True):
         print(f"{row[0].step:8}" + "".join(f"{s.perplexity:24.1f}" for s in row))
-    print(f"\n{'':24}{'KL(teacher‖student),':>22}{'a batch, value and gradient: in chunks / with whole logits':>60}")
+    print(f"\n{'':24}{'KL(teacher‖student),':>22}{'a batch, value and gradient: in chunks / with all logits':>60}")
     print(f"{'':24}{'held-out words':>22}{'MB':>30}{'ms':>30}")
     spent = {}
     for name, history in histories.items():
@@ -248,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The exit status is 2 for wrong input, and 130 after Ctrl-C.
     """
-    claim = "Distill a next-word model into narrower ones, which learn from every word, 16 words and the text, or the text."
+    claim = "Train narrow next-word models with a wide one as the teacher, on three kinds of targets."
     parser = training_parser(PROGRAM, claim)
     parser.add_argument("--out", type=png, default="distill.png", help="The picture to write (default: %(default)s).")
     args = parser.parse_args(argv)

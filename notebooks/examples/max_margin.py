@@ -1,15 +1,15 @@
-"""What a loss with all its digits can train: `python -m notebooks.examples.max_margin`.
+"""Trains towards the largest margin with three losses: `python -m notebooks.examples.max_margin`.
 
-Softmax regression on scikit-learn's digits by normalized gradient descent, W ← W - η g/|g|, where g is the gradient of
-the mean loss. The digits are linearly separable, so the loss falls to 0 while W grows without bound, and W's direction
-converges to the separator with the largest margin
+This is softmax regression on scikit-learn's digits by normalized gradient descent, W ← W - η g/‖g‖, where g is the
+gradient of the mean loss. The digits are linearly separable. So the loss falls to 0, W grows without bound, and the
+direction of W converges to that of the separator with the largest margin
 
     min over the images of (x_y - max of the other xᵢ) / ‖W‖        (Soudry et al., JMLR 19, 2018)
 
-The few images nearest to the separator determine that direction, by losses near exp(-margin · ‖W‖). The textbook's
-log Σ exp xᵢ - x_y rounds them to 0, and so the gradient's entry at the label, q_y - 1, but not its other entries, qᵢ:
-the direction is lost. If all digits are kept, float32 takes the way of float64, until near step 125 000 the gradient
-falls below its range.
+The few images nearest to the separator determine this direction. Their losses are near exp(-margin · ‖W‖). The
+textbook formula log Σ exp xᵢ - x_y rounds such losses to 0. It also rounds the gradient's entry at the label, q_y - 1,
+to 0, but not the other entries, qᵢ, so the gradient has a wrong direction. With jce's loss, training in float32 follows
+training in float64, until the gradient falls below the range of float32, near step 125,000.
 """
 
 from __future__ import annotations
@@ -37,23 +37,27 @@ with extra(PROGRAM, __name__, "-e '.[notebooks]'"):
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """The features, [1797, 65]: pixels from 0 to 1 and a constant 1; the labels, [1797], from 0 to 9."""
+    """The features, [1797, 65] (pixels from 0 to 1, and a constant 1), and the labels, [1797], from 0 to 9."""
     pixels, labels = load_digits(return_X_y=True)
     return np.c_[pixels / 16, np.ones(len(pixels))], labels.astype(np.int32)
 
 
 def largest_margin() -> float:
-    """The largest margin: 1/‖W‖ of the support vector machine, the least W with each x_y at least 1 above the rest."""
+    """The largest margin, by a support vector machine.
+
+    It is 1/‖W‖ for the smallest W with which each x_y is at least 1 larger than the other xᵢ.
+    """
     machine = LinearSVC(multi_class="crammer_singer", C=1e4, fit_intercept=False, tol=1e-6, max_iter=100_000)
     return float(1 / np.linalg.norm(machine.fit(*digits()).coef_))
 
 
 def textbook(labels: Array, logits: Array) -> Array:
-    """log Σ exp xᵢ - x_y, as it is written."""
+    """log Σ exp xᵢ - x_y, evaluated as written."""
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
 
-# Okabe and Ito's colours, which every kind of colour vision tells apart; strokes tell the lines apart without colour.
+# Okabe and Ito's colors, which can be told apart with every kind of color vision. Strokes tell the lines apart without
+# color.
 CURVES: dict[str, tuple[Callable[[Array, Array], Array], Any, str, str]] = {
     "textbook, float32": (textbook, np.float32, "#CC79A7", ":"),
     "textbook, float64": (textbook, np.float64, "#0072B2", "--"),
@@ -67,29 +71,29 @@ class Snapshot(NamedTuple):
 
     step: int
     margin: float
-    loss: float  # the mean, as computed by the loss that is trained
+    loss: float  # the mean, as computed by the loss function that is trained
 
 
 def train(loss: Callable[[Array, Array], Array], dtype: Any, steps: int) -> Iterator[Snapshot]:
-    """Minimizes the mean of loss(labels, logits) from W = 0, and yields a snapshot at each of `_marks(steps)`."""
+    """Minimizes the mean of loss(labels, logits), starting from W = 0. Yields a snapshot at each of `_marks(steps)`."""
     features, y = digits()
     h, w, done = features.astype(dtype), np.zeros((features.shape[1], 10), dtype), 0
     for mark in _marks(steps):
-        with jax.enable_x64(h.dtype == np.float64):  # not around the yield, or the caller's code would run in it
+        with jax.enable_x64(h.dtype == np.float64):  # not around the yield: it would apply to the caller's code
             w, margin, mean = _descend(w, h, y, mark - done, loss)
             done, snapshot = mark, Snapshot(mark, float(margin), float(mean))
         yield snapshot
 
 
 def _marks(steps: int) -> list[int]:
-    """The snapshots' steps: each 250th of the way for the curves, and those of the table."""
+    """The steps of the snapshots: after each 250th of all steps for the curves, and those of the table."""
     return sorted(k for k in {*np.linspace(0, steps, 251).astype(int).tolist(), *TABLE} if 0 < k <= steps)
 
 
-# A loop with a traced bound, not a scan, which would be compiled again for each number of steps between two marks.
+# A loop with a traced bound. A scan would be compiled again for each number of steps between two marks.
 @functools.partial(jax.jit, static_argnames="loss")
 def _descend(w, h, y, steps, loss):
-    logits = functools.partial(jnp.matmul, h, precision="highest")  # by default an accelerator rounds float32
+    logits = functools.partial(jnp.matmul, h, precision="highest")  # by default, some devices round float32
     gradient = jax.grad(lambda w: loss(y, logits(w)).mean())
     w = lax.fori_loop(0, steps, lambda _, w: w - 0.5 * normalized(gradient(w)), w)
     x, is_label = logits(w), jax.nn.one_hot(y, 10, dtype=bool)
@@ -98,14 +102,14 @@ def _descend(w, h, y, steps, loss):
 
 
 def normalized(g: Array) -> Array:
-    """g/|g|. g is scaled before it is squared: in float32 the square of a number below 1e-19 is subnormal or 0."""
+    """g/‖g‖. Scales g before squaring it: in float32, the square of a number below 1e-19 is subnormal or 0."""
     g = g / jnp.abs(g).max()
     return g / jnp.linalg.norm(g)
 
 
 @matplotlib.rc_context({"font.size": 16, "axes.titlesize": 18, "axes.labelsize": 16, "figure.titlesize": 23})
 def picture(histories: dict[str, list[Snapshot]]) -> Figure:
-    """The margins and the losses of `CURVES` against steps."""
+    """The margins and the losses of `CURVES` by step."""
     figure = Figure(figsize=(18, 8), dpi=100, layout="constrained")
     figure.suptitle("The digits by normalized gradient descent: which loss goes to the largest margin?")
     left, right = figure.subplots(1, 2)
@@ -114,7 +118,7 @@ def picture(histories: dict[str, list[Snapshot]]) -> Figure:
         *_, colour, stroke = CURVES[name]
         left.plot(steps, margins, stroke, color=colour, linewidth=4, label=name)
         right.plot(steps, losses, stroke, color=colour, linewidth=4, label=name)
-    largest, low = largest_margin(), 0 if left.get_ylim()[1] > 0 else None  # margins of a short run are below 0
+    largest, low = largest_margin(), 0 if left.get_ylim()[1] > 0 else None  # margins are negative in a short run
     left.axhline(largest, color="black", linewidth=1.5)
     left.annotate("the largest possible margin", (0, largest), (0, 5), textcoords="offset points")
     left.set(title="margin", ylabel="min (x_y − max of the other x) / ‖W‖", ylim=(low, 1.1 * largest))
@@ -129,12 +133,17 @@ def picture(histories: dict[str, list[Snapshot]]) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains the curves, prints a table and writes the picture; the status is 2 for wrong input, 130 for Ctrl-C."""
-    parser = Parser(prog=PROGRAM, description="Train on the digits towards the largest margin, by three losses.")
-    parser.add_argument("--steps", type=integer(1, 10**9), default=100_000, help="How many (default: %(default)s).")
-    parser.add_argument("--out", type=png, default="max_margin.png", help="The picture (default: %(default)s).")
+    """Trains with each loss, prints a table and writes the picture.
+
+    The exit status is 2 for wrong input, and 130 after Ctrl-C.
+    """
+    parser = Parser(prog=PROGRAM, description="Train on the digits towards the largest margin, with three losses.")
+    parser.add_argument(
+        "--steps", type=integer(1, 10**9), default=100_000, help="Number of steps (default: %(default)s)."
+    )
+    parser.add_argument("--out", type=png, default="max_margin.png", help="Picture to write (default: %(default)s).")
     args = parser.parse_args(argv)
-    print(f"Normalized gradient descent on scikit-learn's digits: {args.steps:,} steps, by three losses\n")
+    print(f"Normalized gradient descent on scikit-learn's digits: {args.steps:,} steps, with three losses\n")
     histories = {}
     for name, (loss, dtype, *_) in CURVES.items():
         snapshots, blocks = train(loss, dtype, args.steps), len(_marks(args.steps))

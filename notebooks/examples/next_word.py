@@ -1,9 +1,9 @@
-"""A next-word model whose vocabulary is every word of a text: `python -m notebooks.examples.next_word [TEXT]`.
+"""Trains a next-word model on a text, with every word as a class: `python -m notebooks.examples.next_word [TEXT]`.
 
-The hidden state is the mean of the last few words' embeddings, and `jce.linear_cross_entropy` is head and loss in one:
-however large the vocabulary is, the logits of a batch never exist at once. Optax's Adam trains the model on nine tenths
-of the text. The perplexity of the rest starts at the size of the vocabulary, and falls below that of a model that knows
-no more than how frequent each word is.
+The hidden state is the mean of the embeddings of the last few words. `jce.linear_cross_entropy` computes the head and
+the loss in chunks, so all logits of a batch never exist at the same time, however large the vocabulary is. optax's Adam
+trains the model on nine tenths of the text. The perplexity of the other tenth starts at the size of the vocabulary, and
+falls below the perplexity of a model that knows only how frequent each word is.
 
 The same in Python:
 
@@ -39,25 +39,25 @@ with extra(PROGRAM, __name__, "-e '.[notebooks]'"):
     from jce.demo import default_text
 
 CONTEXT = 4  # words
-STRETCH = 100  # words; of every ten stretches, the last is held out
+STRETCH = 100  # words; the last of every ten stretches is held out
 BATCH, CHUNK = 4096, 256  # words
-WIDTH = 64  # of an embedding
+WIDTH = 64  # the size of an embedding
 
 
 # The text
 
 
 class Corpus(NamedTuple):
-    """A text as numbers of words, and the places of the words that are to be predicted."""
+    """A text as word indices, and the places of the words to predict."""
 
     words: np.ndarray  # the vocabulary
-    text: Array  # int[length], each word's number in the vocabulary
-    training: Array  # the places of the words to learn from
+    text: Array  # int[length], the index of each word in the vocabulary
+    training: Array  # the places of the words to train on
     held_out: Array  # the places of the words to test on
 
 
 def read(text: str) -> Corpus:
-    """The corpus of a text. Its words are the runs of letters, digits and _, lower-cased.
+    """The corpus of a text. Its words are the runs of letters, digits and _, in lower case.
 
     Raises:
       ValueError: if there are too few words to hold some out.
@@ -77,7 +77,10 @@ def read(text: str) -> Corpus:
 
 
 def unigram_perplexity(corpus: Corpus) -> float:
-    """The held-out words' perplexity by their frequencies in the rest, with each counted once more: so none is 0."""
+    """The perplexity of the held-out words by their frequencies among the training words.
+
+    Each word counts once more than it occurs, so that no frequency is 0.
+    """
     counts = 1 + jnp.bincount(corpus.text[corpus.training], length=len(corpus.words))
     return float(jnp.exp(-jnp.log(counts / counts.sum())[corpus.text[corpus.held_out]].mean()))
 
@@ -103,12 +106,12 @@ def hidden_states(model: Model, text: Array, places: Array) -> Array:
 
 
 def fused(labels: Array, hidden: Array, head: Array, bias: Array) -> Array:
-    """The mean cross-entropy of the labels, in chunks."""
+    """The mean cross-entropy of the labels, computed in chunks."""
     return jce.linear_cross_entropy(labels, hidden, head, bias, chunk_size=CHUNK)
 
 
 def dense(labels: Array, hidden: Array, head: Array, bias: Array) -> Array:
-    """The same as it is usually written, from all logits at once."""
+    """The same number as it is usually computed, from all logits at once."""
     logits = hidden @ head.T + bias[None]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -120,9 +123,9 @@ def loss(model: Model, text: Array, places: Array) -> Array:
 
 class Snapshot(NamedTuple):
     step: int
-    loss: float  # of the last batch
+    loss: float  # for the last batch
     perplexity: float  # of the held-out words
-    words_per_second: float  # since the snapshot before, compilation included
+    words_per_second: float  # since the previous snapshot, including compilation
     model: Model
 
 
@@ -135,7 +138,7 @@ def train(
     objective: Callable[..., Array] = loss,
     given: Sequence[Any] = (),
 ) -> Iterator[Snapshot]:
-    """Trains by Adam on random batches, and yields a snapshot at the start and at each twentieth of the way.
+    """Trains with Adam on random batches. Yields a snapshot at the start and after each twentieth of the steps.
 
     It minimizes `objective(model, text, places, *given)`. It is a generator, so that a caller can show progress, or
     stop.
@@ -182,7 +185,7 @@ def _perplexity(model, text, places):
 
 
 def head_and_loss_bytes(head_and_loss: Callable, n: int) -> int:
-    """The temporary memory of value and gradient for a batch, found by compiling alone."""
+    """The temporary memory for value and gradient of a batch. The program is compiled, but doesn't run."""
     labels = jax.ShapeDtypeStruct((BATCH,), np.int32)
     hidden, head, bias = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((BATCH, WIDTH), (n, WIDTH), (n,)))
     return temporary_bytes(
@@ -191,7 +194,7 @@ def head_and_loss_bytes(head_and_loss: Callable, n: int) -> int:
 
 
 def temporary_bytes(program: jax.stages.Compiled) -> int:
-    """The memory that a program needs beside arguments and results."""
+    """The memory that a program needs beyond its arguments and results."""
     analysis = program.memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes
@@ -208,9 +211,9 @@ def training_parser(program: str, claim: str) -> Parser:
         "--steps",
         type=integer(1, 10**9),
         default=300,
-        help="How many batches for a model, with a learning rate that falls to 0 (default: %(default)s).",
+        help="The number of steps for each model; the learning rate falls to 0 (default: %(default)s).",
     )
-    add("--seed", type=integer(0, 2**31 - 1), default=0, help="Draws models and batches (default: %(default)s).")
+    add("--seed", type=integer(0, 2**31 - 1), default=0, help="The seed for models and batches (default: %(default)s).")
     return parser
 
 
@@ -245,8 +248,11 @@ def _run(corpus: Corpus, steps: int, seed: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains the model and prints a table; the exit status is 2 for wrong input, 130 if it is interrupted."""
-    claim = "Learn to predict a text's next word, with jce.linear_cross_entropy as head and loss."
+    """Trains the model and prints a table.
+
+    The exit status is 2 for wrong input, and 130 after Ctrl-C.
+    """
+    claim = "Train a model to predict the next word of a text, with jce.linear_cross_entropy as head and loss."
     args = training_parser(PROGRAM, claim).parse_args(argv)
     _run(args.text or read(default_text()), args.steps, args.seed)
     return 0

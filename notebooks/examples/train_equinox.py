@@ -1,6 +1,7 @@
-"""A language model's train step in Equinox: LoRA on frozen layers and on the head, padding, micro-batches, donation.
+"""A train step for a language model in Equinox, to copy.
 
-`python notebooks/examples/train_equinox.py` prints a falling loss: some seconds on a CPU. It needs equinox and optax.
+It has LoRA on frozen layers and on the head, padding, micro-batches and donated buffers. It needs equinox and optax.
+`python notebooks/examples/train_equinox.py` prints a falling loss, and takes some seconds on a CPU.
 """
 
 import functools
@@ -15,15 +16,19 @@ import jce
 
 CLASSES, WIDTH, LAYERS, RANK = 2048, 64, 2, 8
 MICRO_BATCHES, SEQUENCES, LENGTH = 2, 16, 64
-PADDING = -100  # the label where there is none
+PADDING = -100  # the label of padding tokens
 optimizer = optax.adam(1e-2)
 
-# Products of bfloat16 arrays. Without the keyword logits would be rounded to bfloat16, and losses to three digits.
+# A matmul of bfloat16 arrays with a float32 result. Without the keyword, logits would be rounded to bfloat16, and
+# losses would be accurate to three digits only.
 matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
 class LoRA(eqx.Module):
-    """h · kernel + (h · a) · b. The kernel [d, n] is frozen; a and b are trained, in float32: steps are small."""
+    """Computes h · kernel + (h · a) · b. The kernel, [d, n], is frozen, and a and b are trained.
+
+    a and b are float32, because bfloat16 would lose small updates.
+    """
 
     kernel: jax.Array
     a: jax.Array
@@ -36,7 +41,7 @@ class LoRA(eqx.Module):
         self.b = jnp.zeros((RANK, n))
 
     def __call__(self, h):
-        # In this order: kernel + a · b, a whole head, would be made in each step, and so would its gradient.
+        # Not h · (kernel + a · b): each step would then compute kernel + a · b, an array of [d, n], and its gradient.
         a, b = (x.astype(h.dtype) for x in (self.a, self.b))
         return matmul(h, self.kernel) + matmul(h @ a, b)
 
@@ -53,7 +58,7 @@ class Model(eqx.Module):
         self.head = LoRA(WIDTH, CLASSES, of_head)
 
     def __call__(self, words):
-        """Hidden states [..., d]. Logits are the loss's matter, which calls the head for some tokens at a time."""
+        """Returns hidden states, [..., d], and no logits. The loss calls the head for some tokens at a time."""
         h = self.table[words]
         for layer in self.layers:
             h += jax.nn.gelu(layer(h)).astype(h.dtype)
@@ -61,12 +66,15 @@ class Model(eqx.Module):
 
 
 def split(model):
-    """The model with each a and b alone, which are trained; and with the rest, which is frozen."""
+    """The trained part of the model (each a and b), and the frozen part (the rest)."""
     return eqx.partition(model, jax.tree.map_with_path(lambda path, _: path[-1].name in ("a", "b"), model))
 
 
 def mean_and_gradient(trained, frozen, words, labels):
-    """The mean loss in nats, of all tokens but padding, [micro-batch, sequence, place]; and its gradient."""
+    """The mean loss over all tokens except padding, in nats, and its gradient.
+
+    words and labels are [micro-batch, sequence, position].
+    """
     kept = labels != PADDING
 
     def total(trained, words, labels, kept):
@@ -78,14 +86,15 @@ def mean_and_gradient(trained, frozen, words, labels):
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), trained))
     sums, _ = jax.lax.scan(add, zeros, (words, labels, kept))
-    # Divided once: in a mean of micro-batches' means a token would count the more, the more padding is around it.
+    # Divide once, after the sum. In a mean of the micro-batches' means, tokens in a micro-batch with more padding would
+    # weigh more.
     count = jnp.maximum(kept.sum(dtype=jnp.float32), 1)
     return jax.tree.map(lambda x: x / count, sums)
 
 
-@eqx.filter_jit(donate="all-except-first")  # else what is trained would be in memory twice, before and after
+@eqx.filter_jit(donate="all-except-first")  # otherwise memory would hold old and new parameters
 def step(others, trained, state):
-    """`others` are the arguments that a step leaves as they are."""
+    """`others` are the arguments that are not donated."""
     frozen, words, labels = others
     loss, gradient = mean_and_gradient(trained, frozen, words, labels)
     updates, state = optimizer.update(gradient, state, trained)
@@ -93,7 +102,7 @@ def step(others, trained, state):
 
 
 def batch(seed):
-    """Words that count up from a random one, each with the next as label; and padding, from a random place on."""
+    """Words that count up from a random one, the next words as labels, and padding from a random position on."""
     rng = np.random.default_rng(seed)
     start, length = rng.integers(0, LENGTH, (2, MICRO_BATCHES, SEQUENCES, 1))
     text = (start + np.arange(LENGTH + 1)) % LENGTH

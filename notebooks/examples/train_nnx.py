@@ -1,6 +1,7 @@
-"""A language model's train step in Flax NNX: LoRA on frozen layers and on the head, padding, micro-batches, donation.
+"""A train step for a language model in Flax NNX, to copy.
 
-`python notebooks/examples/train_nnx.py` prints a falling loss: some seconds on a CPU. It needs flax and optax.
+It has LoRA on frozen layers and on the head, padding, micro-batches and donated buffers. It needs flax and optax.
+`python notebooks/examples/train_nnx.py` prints a falling loss, and takes some seconds on a CPU.
 """
 
 import functools
@@ -15,14 +16,18 @@ import jce
 
 CLASSES, WIDTH, LAYERS, RANK = 2048, 64, 2, 8
 MICRO_BATCHES, SEQUENCES, LENGTH = 2, 16, 64
-PADDING = -100  # the label where there is none
+PADDING = -100  # the label of padding tokens
 
-# Products of bfloat16 arrays. Without the keyword logits would be rounded to bfloat16, and losses to three digits.
+# A matmul of bfloat16 arrays with a float32 result. Without the keyword, logits would be rounded to bfloat16, and
+# losses would be accurate to three digits only.
 matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
 class LoRA(nnx.Module):
-    """h · kernel + (h · a) · b. The kernel [d, n] is frozen; a and b are trained, in float32: steps are small."""
+    """Computes h · kernel + (h · a) · b. The kernel, [d, n], is frozen, and a and b are trained.
+
+    a and b are float32, because bfloat16 would lose small updates.
+    """
 
     def __init__(self, d, n, rngs):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d, n), jnp.bfloat16) / d**0.5)
@@ -30,7 +35,7 @@ class LoRA(nnx.Module):
         self.b = nnx.LoRAParam(jnp.zeros((RANK, n)))
 
     def __call__(self, h):
-        # In this order: kernel + a · b, a whole head, would be made in each step, and so would its gradient.
+        # Not h · (kernel + a · b): each step would then compute kernel + a · b, an array of [d, n], and its gradient.
         a, b = (x[...].astype(h.dtype) for x in (self.a, self.b))
         return matmul(h, self.kernel[...]) + matmul(h @ a, b)
 
@@ -42,7 +47,7 @@ class Model(nnx.Module):
         self.head = LoRA(WIDTH, CLASSES, rngs)
 
     def __call__(self, words):
-        """Hidden states [..., d]. Logits are the loss's matter, which calls the head for some tokens at a time."""
+        """Returns hidden states, [..., d], and no logits. The loss calls the head for some tokens at a time."""
         h = self.table[...][words]
         for layer in self.layers:
             h += jax.nn.gelu(layer(h)).astype(h.dtype)
@@ -50,7 +55,10 @@ class Model(nnx.Module):
 
 
 def mean_and_gradient(model, words, labels):
-    """The mean loss in nats, of all tokens but padding, [micro-batch, sequence, place]; and its gradient."""
+    """The mean loss over all tokens except padding, in nats, and its gradient.
+
+    words and labels are [micro-batch, sequence, position].
+    """
     kept = labels != PADDING
     graph, trained, frozen = nnx.split(model, nnx.LoRAParam, ...)
 
@@ -63,12 +71,13 @@ def mean_and_gradient(model, words, labels):
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), trained))
     sums, _ = jax.lax.scan(add, zeros, (words, labels, kept))
-    # Divided once: in a mean of micro-batches' means a token would count the more, the more padding is around it.
+    # Divide once, after the sum. In a mean of the micro-batches' means, tokens in a micro-batch with more padding would
+    # weigh more.
     count = jnp.maximum(kept.sum(dtype=jnp.float32), 1)
     return jax.tree.map(lambda x: x / count, sums)
 
 
-@nnx.jit(donate_argnames=("model", "optimizer"))  # else both would be in memory twice, before and after
+@nnx.jit(donate_argnames=("model", "optimizer"))  # otherwise memory would hold old and new ones
 def step(model, optimizer, words, labels):
     loss, gradient = mean_and_gradient(model, words, labels)
     optimizer.update(model, gradient)
@@ -76,7 +85,7 @@ def step(model, optimizer, words, labels):
 
 
 def batch(seed):
-    """Words that count up from a random one, each with the next as label; and padding, from a random place on."""
+    """Words that count up from a random one, the next words as labels, and padding from a random position on."""
     rng = np.random.default_rng(seed)
     start, length = rng.integers(0, LENGTH, (2, MICRO_BATCHES, SEQUENCES, 1))
     text = (start + np.arange(LENGTH + 1)) % LENGTH

@@ -139,9 +139,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = Parser(prog=PROGRAM, description="Train on the digits towards the largest margin, with three losses.")
     parser.add_argument(
-        "--steps", type=integer(1, 10**9), default=100_000, help="Number of steps (default: %(default)s)."
+        "--steps", type=integer(1, 10**9), default=100_000, help="The number of steps (default: %(default)s)."
     )
-    parser.add_argument("--out", type=png, default="max_margin.png", help="Picture to write (default: %(default)s).")
+    parser.add_argument(
+        "--out", type=png, default="max_margin.png", help="The picture to write (default: %(default)s)."
+    )
     args = parser.parse_args(argv)
     print(f"Normalized gradient descent on scikit-learn's digits: {args.steps:,} steps, with three losses\n")
     histories = {}

@@ -3,8 +3,8 @@
 #
 # Each row names public code that computes a loss. It has the formula in plain JAX, written by us, and next to it the
 # jce call that replaces it. The reference is the plain formula in float64. The picture shows the errors of both in
-# float32. For ordinary inputs like these, both are about equally accurate. The exceptions are divergences between
-# nearly identical distributions, where the plain formulas are far off.
+# float32. For most of these losses, both are about equally accurate. The exceptions are divergences between nearly
+# identical distributions, where the plain formulas are inaccurate.
 
 # %%
 import functools
@@ -21,7 +21,7 @@ import jce
 from jce import Linear
 
 plt.rcParams.update({"font.size": 12, "figure.dpi": 64, "axes.spines.top": False, "axes.spines.right": False})
-N, S, D, V, K, T = 24, 6, 8, 50, 4, 0.7  # tokens, in sequences of S, width, words, likeliest kept, temperature
+N, S, D, V, K, T = 24, 6, 8, 50, 4, 0.7  # tokens, in sequences of S, width, words, top-k words, temperature
 rng = np.random.default_rng(0)
 h, w, teacher_h, teacher_w = (rng.standard_normal(shape) for shape in ((N, D), (V, D), (N, 2 * D), (V, 2 * D)))
 x, other, p = h @ w.T, rng.standard_normal((N, V)), rng.dirichlet(np.ones(V), N)
@@ -53,9 +53,9 @@ def mean(a, weights):
 
 class Line(NamedTuple):
     what: str
-    plain: Callable  # of the arrays: a number, or some
+    plain: Callable  # takes the arrays; returns one or more numbers
     ours: Callable
-    arrays: tuple  # which are differentiated
+    arrays: tuple  # the inputs that the gradient is for
 
 
 LINES: list[Line] = []
@@ -102,7 +102,7 @@ row(
     *(h, w),
 )
 row(
-    "tunix, MaxText: KL over the teacher's likeliest",
+    "tunix, MaxText: KL over the teacher's top k",
     lambda h, w: kl(at(teacher_h @ teacher_w.T, top) / T, at(h @ w.T, top) / T).mean(),
     lambda h, w: mapped(
         lambda i, t, x: jce.kl_divergence_with_logits(t[i] / T, x[i] / T),
@@ -154,7 +154,7 @@ row(
     *(h, w),
 )
 row(
-    "Simply: a weighted mean, and accuracy beside it",
+    "Simply: a weighted mean, and the accuracy",
     lambda h, w: mean(nll(h @ w.T), weights),
     lambda h, w: mapped(
         lambda y, x: (ce(y, x), x.argmax() == y), y, Linear(h, w), weights=weights, reduction="mean", has_aux=True
@@ -175,7 +175,7 @@ row(
 )
 q_top = np.full((N, K), 0.9 / K)
 row(
-    "EasyDeL: targets of the teacher's likeliest, at T",
+    "EasyDeL: the teacher's top k as targets, at T",
     lambda h, w: -(at(log_softmax(h @ w.T / T), top) * q_top).sum(-1).mean(),
     lambda h, w: linear(top, h, w, label_probs=q_top, temperature=T),
     *(h, w),
@@ -249,14 +249,14 @@ row(
     *(h, w.T),
 )
 row(
-    "sglang: log-probabilities of k words, a T each",
+    "sglang: log-probabilities of k words, T per token",
     lambda h, w: at(log_softmax(h @ w.T / each_t[:, None]), top),
     lambda h, w: log_probs(top, h, w, temperature=each_t).log_prob,
     *(h, w),
 )
 legal = np.sort(top, -1)
 row(
-    "vLLM, prime-rl: what the sampler kept",
+    "vLLM, prime-rl: only words that the sampler kept",
     lambda h, w: logsumexp(at(h @ w.T, legal), -1) - at(h @ w.T, legal)[:, 0],
     lambda h, w: mapped(
         lambda y, ids, x: ce(y, x, where=jnp.zeros(x.shape, bool).at[ids].set(True, mode="drop")),
@@ -276,7 +276,7 @@ row(
 )
 
 # %% [markdown]
-# ## Losses of logits and of probabilities
+# ## Losses that take logits or probabilities
 
 # %%
 row("flax, nanodo, optax: labels", nll, lambda x: ce(y, x), x)
@@ -326,9 +326,7 @@ row(
     x,
     other,
 )
-row(
-    "torch: Jensen-Shannon of β = 1/2", lambda x, o: jsd(x, o, 0.5), jce.jensen_shannon_divergence_with_logits, x, other
-)
+row("torch: Jensen-Shannon, β = 1/2", lambda x, o: jsd(x, o, 0.5), jce.jensen_shannon_divergence_with_logits, x, other)
 row(
     "optax, axlearn: focal",
     lambda x: (1 - jnp.exp(-nll(x))) ** 2 * nll(x),
@@ -343,7 +341,7 @@ row(
 )
 alpha = (other > 0).astype(float)
 row(
-    "flax VAE, sst2, ogbg: binary, of logits",
+    "flax VAE, sst2, ogbg: binary, with logits",
     lambda x: jnp.maximum(x, 0) - x * alpha + jnp.log1p(jnp.exp(-jnp.abs(x))),
     lambda x: bce(alpha, x),
     x,
@@ -357,7 +355,7 @@ row(
 log_p, log_q = log_softmax(x)[:, 0], log_softmax(x)[:, 0] + 1e-3 * rng.standard_normal(N)
 row("tunix, TRL: k3, near 0", lambda a, b: jnp.exp(b - a) - 1 - (b - a), jce.sampled_kl_divergence, log_p, log_q)
 near = x + 1e-3 * other
-row("vLLM: KL of nearly the same", kl, jce.kl_divergence_with_logits, x, near)
+row("vLLM: KL of nearly equal logits", kl, jce.kl_divergence_with_logits, x, near)
 joint = rng.dirichlet(np.ones(12)).reshape(3, 4) * (np.arange(12).reshape(3, 4) % 5 != 0)
 joint = joint / joint.sum()
 row(
@@ -378,7 +376,7 @@ row(
 # %%
 #| fig-alt: Dot plots for 14 losses: errors in value and gradient are below 1e-5 with jce, up to 0.4 in plain JAX
 def results(function, arrays, dtype):
-    """Value, and the gradient of a weighted sum of it, compiled."""
+    """The value, and the gradient of a weighted sum of its entries, compiled."""
     arrays = [jnp.asarray(a, dtype) for a in arrays]
 
     def total(*arrays):
@@ -403,7 +401,7 @@ for line in LINES:
 
 shown = sorted(errors, key=lambda what: -max(errors[what][0]))[:14]
 figure, panels = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
-figure.suptitle("largest errors in float32, of the lines whose plain formulas are furthest off")
+figure.suptitle("largest errors in float32, for the 14 losses with the least accurate plain formulas")
 for k, (axes, title) in enumerate(zip(panels, ("value", "gradient"), strict=True)):
     for j, (label, colour) in enumerate({"plain": "#D55E00", "jce": "#0072B2"}.items()):
         axes.semilogx([errors[what][j][k] for what in shown], range(len(shown)), "o", color=colour, label=label)
@@ -432,4 +430,4 @@ plain, ours = np.moveaxis(np.array(list(errors.values())).max(-1), 1, 0)
 assert len(LINES) == 43
 assert ours.max() < 1e-5, errors
 assert (ours <= 20 * np.maximum(plain, 1e-7)).all(), errors
-print(f"{len(LINES)} lines; errors up to {ours.max():.1e} of jce, up to {plain.max():.1e} of the plain formulas")
+print(f"{len(LINES)} losses; errors up to {ours.max():.1e} with jce, up to {plain.max():.1e} with the plain formulas")

@@ -113,7 +113,7 @@ def plain_binary_logits(a, x):
 
 
 CASES = [  # a name, plain JAX, jce, the arguments, the value, the derivative with respect to the last argument
-    ("H(p), a class of p = 0", plain_entropy, jce.entropy, [[0.0, 1.0]], 0, [inf, -1]),
+    ("H(p), a class with p = 0", plain_entropy, jce.entropy, [[0.0, 1.0]], 0, [inf, -1]),
     ("H(p, q), p = 0", plain_cross_entropy, jce.cross_entropy, [[0.0, 1.0], [0.5, 0.5]], np.log(2), [0, -2]),
     ("H(p, q), p = q = 0", plain_cross_entropy, jce.cross_entropy, [[0.0, 1.0], [0.0, 1.0]], 0, [0, -1]),
     ("H(p, q), p > 0 = q", plain_cross_entropy, jce.cross_entropy, [[0.5, 0.5], [0.0, 1.0]], inf, [-inf, -0.5]),
@@ -153,7 +153,7 @@ for what, plain, ours, arguments, *limit in CASES:
 print("\nwrong in value or derivative:", wrong, "of", len(CASES))
 
 # %% [markdown]
-# ## What a wrong derivative costs
+# ## The effect of a wrong derivative
 #
 # Take a target $p$ and three models that all give the last class a probability of 0. Newton's method minimizes
 # $H(p, q)$ over mixtures $q = \sum_k w_k q_k$, with weights $w = \mathrm{softmax}(t)$. With `xlogy`, the value is
@@ -188,12 +188,16 @@ for name, divergence in (
 # %% [markdown]
 # ## Close to a zero
 #
-# Rounding adds more edge cases. When $p$ and $q$ approach each other, $\mathrm{KL}(p \Vert q)$ goes to 0 with the
-# square of their distance, but its terms $p_i \log p_i/q_i$ only with the distance. Rounding therefore turns their sum
-# into noise, half of it negative. The sum $\sum (p_i \log p_i/q_i - p_i + q_i)$ has the same value if
-# $\sum p_i = \sum q_i$, and none of its terms is negative. However, each term is a difference. Written out, this sum is
-# noise too. In jce it stays accurate, however close $p$ and $q$ are. Rounded $p$ and $q$ don't have the same sum. So
-# `jce.kl_divergence`, which is the plain sum for the numbers as stored, is negative as often as in plain JAX.
+# Rounding adds more edge cases. When $p$ and $q$ approach each other, $\mathrm{KL}(p \Vert q)$ decreases like the
+# square of their distance, but its terms $p_i \log p_i/q_i$ decrease only like the distance. The rounded sum is
+# therefore noise, and negative half of the time.
+#
+# The sum $\sum (p_i \log p_i/q_i - p_i + q_i)$ has the same value if $\sum p_i = \sum q_i$, and none of its terms is
+# negative. However, each term is a difference of nearly equal numbers, so this sum is noise too if it is evaluated as
+# written. `jce.generalized_kl_divergence` computes it accurately, however close $p$ and $q$ are.
+#
+# Rounded $p$ and $q$ don't have exactly the same sum. `jce.kl_divergence` is the plain sum for the numbers as stored,
+# so it is negative as often as in plain JAX.
 
 # %%
 #| fig-alt: Log-log plot of KL by distance: jce follows float64; plain JAX is noise near 1e-8 for distances below 1e-4
@@ -213,11 +217,11 @@ axes.loglog(distances, truth, color="#0072B2", label="truth, float64")
 axes.loglog(distances, ours, "o", color="#0072B2", fillstyle="none", label=f"jce, float32: within {error:.0e} of it")
 for sign, marker, name in (
     (1, "^", "the same terms in plain JAX, float32"),
-    (-1, "v", "those where they are negative: |·|"),
+    (-1, "v", "plain JAX where it is negative: |·|"),
 ):
     there = np.sign(plain) == sign
     axes.loglog(distances[there], np.abs(plain[there]), marker, color="#D55E00", label=name)
-axes.set_xlabel("how far q is from p: the standard deviation of log q/p", fontsize=13)
+axes.set_xlabel("distance of q from p: the standard deviation of log q/p", fontsize=13)
 axes.set_ylabel("KL(p‖q), nats", fontsize=13)
 axes.legend(fontsize=12)
 axes.grid(color="0.88")
@@ -225,8 +229,7 @@ axes.grid(color="0.88")
 # %% [markdown]
 # ## The claim
 #
-# In every case jce returns the limit, and it stays accurate close to the limit. `jce/README.md` has the other
-# conventions, one per row.
+# In every case jce returns the limit, and close to a zero it stays accurate. `jce/README.md` has the other conventions.
 
 # %%
 assert wrong["jce"] == 0 < wrong["plain JAX"]
@@ -236,6 +239,7 @@ assert not newton_converges(plain_cross_entropy)
 assert (plain < 0).any()
 assert not (ours < 0).any()
 print(
-    f"At {len(CASES)} zeros and infinities jce is right in value and derivative, plain JAX in"
-    f" {len(CASES) - wrong['plain JAX']}; near one jce is within {error:.0e}, where plain JAX has a negative divergence"
+    f"value and derivative at {len(CASES)} zeros and infinities: jce is right in all cases, plain JAX in"
+    f" {len(CASES) - wrong['plain JAX']}; KL close to 0: jce's relative error is at most {error:.0e}, and plain JAX"
+    " returns negative values"
 )

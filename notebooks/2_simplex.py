@@ -1,13 +1,13 @@
 # %% [markdown]
-# # The simplex: $H$ and KL have one minimizer; three descents go there at theory's rate to $10^{-5}$, Newton at order 2
+# # The simplex: $H$ and KL have the same minimizer; three methods converge at the predicted rates, Newton at order 2
 #
 # The problem is
 #
 # $$\min_{q \in \Delta} H(p, q), \qquad H(p, q) = \sum_i p_i \log \frac{1}{q_i}, \qquad
 # \Delta = \{q : q_i \ge 0, \ \textstyle\sum_i q_i = 1\},$$
 #
-# with three classes, so that $\Delta$ is a triangle that can be drawn, and a fixed target $p$ inside it. All four
-# descents start from the same $q_0$. Everything is in float64, so that there are digits to follow.
+# with three classes, so that $\Delta$ is a triangle that we can draw, and a fixed target $p$ inside it. We compare four
+# methods that start from the same $q_0$. Everything is in float64, so that we can follow them close to the minimum.
 
 # %%
 import jax
@@ -24,16 +24,16 @@ p = jnp.array([0.6, 0.3, 0.1])
 q0 = jnp.array([0.1, 0.2, 0.7])
 
 # %% [markdown]
-# ## Why $q = p$, for both
+# ## Both have the minimizer $q = p$
 #
-# $H(p, q) = \mathrm{KL}(p \Vert q) + H(p)$, and $H(p)$ doesn't depend on $q$. So the two are functions of $q$ that
-# differ by a constant: they have the same gradient and the same minimizer. Which one, KL says: it is nowhere negative,
-# and 0 only at $q = p$. The gradient is
+# $H(p, q) = \mathrm{KL}(p \Vert q) + H(p)$, and $H(p)$ doesn't depend on $q$. So $H(p, q)$ and KL are functions of $q$
+# that differ by a constant: they have the same gradient and the same minimizer. The minimizer is $q = p$, because KL is
+# never negative, and 0 only there. The gradient is
 #
 # $$\nabla_q H(p, q) = \nabla_q \mathrm{KL}(p \Vert q) = -\frac{p}{q}.$$
 #
-# At the minimum this isn't zero: it is $-1$ in each entry. That vector is normal to the plane $\sum_i q_i = 1$, and
-# only the part along the plane has to vanish there. (The constraint's Lagrange multiplier is 1.)
+# At the minimum, the gradient isn't zero: each entry is $-1$. This vector is normal to the plane $\sum_i q_i = 1$, and
+# only the component of the gradient along the plane has to be zero. (The Lagrange multiplier of the constraint is 1.)
 
 # %%
 grad_h = jax.grad(jce.cross_entropy, argnums=1)
@@ -47,28 +47,29 @@ h_pq, kl, h_p = jce.cross_entropy(p, q0), jce.kl_divergence(p, q0), jce.entropy(
 print(f"H(p, q0) = {h_pq:.12f} = {kl:.12f} + {h_p:.12f} = KL(p‖q0) + H(p)")
 
 # %% [markdown]
-# ## Four descents
+# ## Four methods
 #
-# Each deals with the constraint in its own way.
+# The methods differ in how they satisfy the constraint.
 #
 # - **Gradient descent on $\theta$**, where $q = \mathrm{softmax}(\theta)$ can't leave the simplex:
 #   $\theta \leftarrow \theta - \eta \, \nabla_\theta H$, with $\nabla_\theta H = q - p$. The Hessian is
-#   $\operatorname{diag}(q) - qq^\top$, nowhere above $1/2$, so $\eta = 2$ is safe everywhere.
+#   $\operatorname{diag}(q) - qq^\top$. None of its eigenvalues exceeds $1/2$, so $\eta = 2$ is safe everywhere.
 # - **Mirror descent** with the entropy as mirror map, also called exponentiated gradient (Kivinen and Warmuth, 1997;
-#   Beck and Teboulle, 2003): $q \leftarrow q \, e^{-\eta \nabla_q H} / Z$. The factors are positive and $Z$ makes the
-#   sum 1. Here $\eta = 1/2$.
-# - **Projected gradient**: a step that may leave the simplex, then the nearest point of it,
-#   $q \leftarrow P_\Delta(q - \eta \, \nabla_q H)$. The curvature $p_i/q_i^2$ has no bound, so no $\eta$ is safe
-#   everywhere; $1/16$ is small enough from this $q_0$.
-# - **Newton on $\theta$**: $\theta \leftarrow \theta - t \, d$, where $(\nabla^2_\theta H) \, d = \nabla_\theta H$. A
-#   constant added to $\theta$ changes nothing, so the Hessian is singular along $\mathbf 1$. Nor has the gradient a
-#   part along $\mathbf 1$. So one solves with $\nabla^2_\theta H + \mathbf 1 \mathbf 1^\top$, which isn't singular:
-#   multiplied by $\mathbf 1^\top$, the system says that $\mathbf 1^\top d = 0$, and then that $d$ solves the first one.
-#   Far from the minimum the full step, $t = 1$, can raise $H$; it is halved until it doesn't.
+#   Beck and Teboulle, 2003): $q \leftarrow q \, e^{-\eta \nabla_q H} / Z$. The factors are positive, and dividing by
+#   $Z$ makes the sum 1. Here $\eta = 1/2$.
+# - **Projected gradient**: a step that may leave the simplex, followed by a projection to the nearest point of the
+#   simplex, $q \leftarrow P_\Delta(q - \eta \, \nabla_q H)$. The curvature $p_i/q_i^2$ has no bound, so no $\eta$ is
+#   safe everywhere. From this $q_0$, $\eta = 1/16$ is small enough.
+# - **Newton on $\theta$**: $\theta \leftarrow \theta - t \, d$, where $(\nabla^2_\theta H) \, d = \nabla_\theta H$. If
+#   you add a constant to every $\theta_i$, $q$ doesn't change. So the Hessian is singular along $\mathbf 1$, and the
+#   gradient has no component along $\mathbf 1$. Instead, we solve a system with the matrix
+#   $\nabla^2_\theta H + \mathbf 1 \mathbf 1^\top$, which isn't singular. Multiplying this system by $\mathbf 1^\top$
+#   shows that $\mathbf 1^\top d = 0$, so $d$ also solves the original system. Far from the minimum, the full step,
+#   $t = 1$, can raise $H$. Then we halve $t$ until $H$ doesn't rise.
 #
-# The gap $H(p, q) - H(p)$ isn't computed as a difference: near $10^{-16}$ the two numbers have the same digits. It is
-# the sum of $p_i \log (p_i/q_i) - p_i + q_i$, by `jce.generalized_kl_divergence`: on the simplex that is
-# $\mathrm{KL}(p \Vert q)$, and none of its terms is negative, so all digits stay.
+# We don't compute the gap $H(p, q) - H(p)$ as a difference: when the gap is near $10^{-16}$, both rounded numbers are
+# the same. Instead, `jce.generalized_kl_divergence` computes the sum of $p_i \log (p_i/q_i) - p_i + q_i$. On the
+# simplex, this sum is $\mathrm{KL}(p \Vert q)$. None of its terms is negative, so it stays accurate.
 
 # %%
 ETA_THETA, ETA_MIRROR, ETA_PROJECTED = 2, 1 / 2, 1 / 16
@@ -116,10 +117,10 @@ def iterates(step, start, steps):
 # %% [markdown]
 # ## The four paths
 #
-# Paths of $\theta$ start from $\theta_0 = \log q_0$, and softmax maps them to $q$. The point $q$ is drawn at
-# $\sum_i q_i c_i$, where the $c_i$ are the corners of the triangle. The grey lines are levels of
-# $\mathrm{KL}(p \Vert q)$, in nats, which goes to $+\infty$ at each edge. Newton's first step overshoots nearly into a
-# corner, from where the full second step would be no descent.
+# Paths of $\theta$ start from $\theta_0 = \log q_0$, and softmax maps them to $q$. The picture shows the point $q$ at
+# $\sum_i q_i c_i$, where the $c_i$ are the corners of the triangle. The grey lines are level curves of
+# $\mathrm{KL}(p \Vert q)$, in nats. KL goes to $+\infty$ at each edge. Newton's first step overshoots and ends near a
+# corner. From there, the full second step would raise $H$.
 
 # %%
 #| fig-alt: Triangle with level curves around p: four methods' paths lead from q0 to p, Newton's by way of a corner
@@ -166,29 +167,29 @@ axes.set_axis_off()
 axes.set_aspect("equal")
 
 # %% [markdown]
-# ## The rate that theory gives to each
+# ## The predicted rates
 #
-# Near its fixed point an iteration multiplies the error by its Jacobian there. The distance then falls by the factor
-# $\rho$ per step, the Jacobian's largest eigenvalue in modulus (Ostrowski's theorem: Ortega and Rheinboldt, *Iterative
-# Solution of Nonlinear Equations in Several Variables*, section 10.1). Errors have no part along $\mathbf 1$, so only
-# eigenvalues on the plane orthogonal to it count.
+# Near its fixed point, an iteration multiplies the error by its Jacobian at that point. The error then falls by a
+# factor of $\rho$ per step, where $\rho$ is the largest modulus of the Jacobian's eigenvalues (Ostrowski's theorem:
+# Ortega and Rheinboldt, *Iterative Solution of Nonlinear Equations in Several Variables*, section 10.1). Errors have no
+# component along $\mathbf 1$, so only eigenvalues on the plane orthogonal to $\mathbf 1$ count.
 #
 # - **Gradient descent on $\theta$**: the Jacobian is $I - \eta \, (\operatorname{diag}(p) - pp^\top)$, so that
 #   $\rho = \max_\lambda |1 - \eta\lambda|$ over the eigenvalues $\lambda$ of that Hessian.
-# - **Projected gradient**: near $p$ no constraint $q_i \ge 0$ is active, and $P_\Delta$ only takes the mean from a
-#   step: it multiplies it by $C = I - \mathbf 1 \mathbf 1^\top/n$. The Hessian with respect to $q$ is
+# - **Projected gradient**: near $p$ no constraint $q_i \ge 0$ is active. There, $P_\Delta$ only subtracts the mean from
+#   a step, so it multiplies the step by $C = I - \mathbf 1 \mathbf 1^\top/n$. The Hessian with respect to $q$ is
 #   $\operatorname{diag}(p/q^2)$, which at $q = p$ is $\operatorname{diag}(1/p)$. So
 #   $\rho = \max_\lambda |1 - \eta\lambda|$ over the eigenvalues of $C \operatorname{diag}(1/p) \, C$.
 # - **Mirror descent**: let $q = p \, (1 + \delta)$, where $\sum_i p_i \delta_i = 0$. To first order
-#   $\log q = \log p + \delta$ and $p/q = 1 - \delta$. A step adds $\eta \, p/q$ to $\log q$ and takes the constant
-#   $\log Z$ away, so $\delta$ becomes $(1 - \eta) \, \delta$ and a constant, which has to be 0 to keep
-#   $\sum_i p_i \delta_i = 0$. Thus $\rho = |1 - \eta|$: all directions shrink alike, whatever $p$ is, since at $q = p$
-#   the mirror map has the Hessian of $H$, $\operatorname{diag}(1/p)$. With $\eta = 1$ the Jacobian is 0, as Newton's
-#   is.
+#   $\log q = \log p + \delta$ and $p/q = 1 - \delta$. A step adds $\eta \, p/q$ to $\log q$ and subtracts the constant
+#   $\log Z$, so $\delta$ becomes $(1 - \eta) \, \delta$ plus a constant. This constant must be 0, because
+#   $\sum_i p_i \delta_i$ stays 0. Thus $\rho = |1 - \eta|$. All directions shrink by the same factor, for every $p$,
+#   because at $q = p$ the mirror map has the same Hessian as $H$, $\operatorname{diag}(1/p)$. With $\eta = 1$ the
+#   Jacobian is 0, as it is for Newton's method.
 #
-# KL is quadratic in the error, so it falls by $\rho^2$ a step. The measured factor is the square root of KL's mean
-# factor on its way from $10^{-10}$ to $10^{-20}$, where all but the slowest direction is gone and rounding is still
-# far.
+# Near $p$, KL is quadratic in the error, so it falls by a factor of $\rho^2$ per step. We measure the mean factor (the
+# geometric mean) by which KL falls per step between $10^{-10}$ and $10^{-20}$, and take its square root. In this range,
+# only the slowest direction is left, and rounding errors are still negligible.
 
 
 # %%
@@ -216,18 +217,18 @@ for name, rate in predicted.items():
 # %% [markdown]
 # ## Newton's order
 #
-# Newton's Jacobian at the minimum is 0, and the next term rules. With $e = \theta - \theta^*$, Taylor's formula for the
-# gradient gives
+# The Jacobian of Newton's method at the minimum is 0, so the next term determines the error. With
+# $e = \theta - \theta^*$, Taylor's formula for the gradient gives
 #
 # $$e_{k+1} = \tfrac12 \, (\nabla^2 H)^{-1} \, \nabla^3 H[e_k, e_k] + O(|e_k|^3),$$
 #
-# so $|e_{k+1}| \le c \, |e_k|^2$ (Nocedal and Wright, *Numerical Optimization*, theorem 3.5). The third derivative is
-# that of jce's function, by `jax.jvp` of the Hessian. As $d$ has no part along $\mathbf 1$, the mean of $\theta$ stays
-# what it was; this picks the limit $\theta^*$ among all $\log p + \text{constant}$.
+# so $|e_{k+1}| \le c \, |e_k|^2$ (Nocedal and Wright, *Numerical Optimization*, theorem 3.5). We compute
+# the third derivative of jce's function with `jax.jvp` of the Hessian. Because $d$ has no component along $\mathbf 1$,
+# the mean of $\theta$ doesn't change. This determines the limit $\theta^*$ among all $\log p + \text{constant}$.
 #
-# The path itself has few steps before it reaches rounding. So one step is taken from each of six points, at distances
-# $10^{-1}, \dots, 10^{-6}$ from $\theta^*$, in the direction in which the path came in. The order is the slope of
-# $\log |e_{k+1}|$ against $\log |e_k|$.
+# Newton's path has too few steps before rounding errors dominate. So we take one step from each of six points, at
+# distances $10^{-1}, \dots, 10^{-6}$ from $\theta^*$, in the direction from which the path approached $\theta^*$. The
+# order is the slope of $\log |e_{k+1}|$ against $\log |e_k|$.
 
 # %%
 theta_star = jnp.log(p) + (theta0 - jnp.log(p)).mean()
@@ -255,9 +256,10 @@ for *row, order in zip(before, after, foreseen, [None, *orders], strict=True):
 # %% [markdown]
 # ## The gap against steps
 #
-# Marks are measured, at every fifth step but for Newton. The thin lines aren't fitted: each has the slope $\rho^2$ that
-# theory predicts, and is laid through one measured point, near $10^{-10}$. Newton's gaps double their exponent at each
-# step, until, like the others below $10^{-30}$, $q$ is $p$ up to its last bits.
+# The markers are measured gaps, at every step for Newton and at every fifth step for the other methods. The thin lines
+# aren't fitted: each has the predicted slope, a factor of $\rho^2$ per step, and goes through one measured point, near
+# $10^{-10}$. For Newton, the exponent of the gap doubles at each of the last steps. Near $10^{-30}$, $q$ equals $p$ up
+# to its last bits.
 
 # %%
 #| fig-alt: Gap by step on a log scale: straight lines with the predicted slopes for three methods, a fall for Newton
@@ -275,9 +277,10 @@ axes.legend()
 axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# ## The claim, asserted
+# ## The claim
 #
-# One minimizer for $H$ and KL, four descents that reach it, three linear rates, and Newton's order.
+# The last cell asserts that $H$ and KL have the same minimizer, that all four methods reach it, and that the three
+# linear rates (up to $10^{-5}$) and Newton's order are as predicted.
 
 # %%
 assert (grad_h(p, q0) == grad_kl(p, q0)).all()
@@ -297,6 +300,6 @@ assert jnp.abs(after / foreseen - 1).max() < 0.05
 assert jnp.abs(orders - 2).max() < 0.05
 
 print(
-    f"H and KL have one minimizer, q = p, and all four descents reach it, to a KL of {farthest:.0e}: "
-    f"three at theory's rate to {worst:.0e}, Newton at order {orders.mean():.2f}"
+    f"H and KL have the same minimizer, q = p, and all four methods reach it, up to a KL of {farthest:.0e}: "
+    f"three at the predicted rates, up to {worst:.0e}, and Newton at order {orders.mean():.2f}"
 )

@@ -1,10 +1,10 @@
 # %% [markdown]
-# # Confidence: float32 trains as float64 does with jce's loss; with the textbook's it breaks off near step 23,000
+# # Confidence: with jce's loss, training in float32 follows float64; with the textbook loss it fails near step 23,000
 #
-# A classifier that is right and sure has losses near 0. In $\log \sum_i e^{x_i} - x_y$, as textbooks write the loss of
-# the logits $x$ at the label $y$, such a loss is the difference of two nearly equal numbers, and float32 rounds it
-# away, together with one entry of its gradient. This notebook first looks at one loss, and then trains with it until
-# nothing is left to train with.
+# A classifier that is confident and correct has losses near 0. Textbooks write the loss for logits $x$ and a label $y$
+# as $\log \sum_i e^{x_i} - x_y$. A loss near 0 is then the difference of two nearly equal numbers. In float32, rounding
+# turns this difference into 0, and also one entry of its gradient. This notebook first looks at the loss of single
+# examples. Then it trains a model until the textbook loss of every example is 0.
 
 # %%
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ from examples.max_margin import CURVES, largest_margin, textbook, train
 plt.rcParams.update({"font.size": 12, "figure.dpi": 80})
 
 # %% [markdown]
-# ## Where the digits go
+# ## Where accuracy is lost
 #
 # Let the margin be $m = x_y - \max_{i \ne y} x_i > 0$, and $s = \sum_{i \ne y} e^{x_i - x_y}$, which is about $e^{-m}$.
 # Loss and gradient are
@@ -31,13 +31,13 @@ plt.rcParams.update({"font.size": 12, "figure.dpi": 80})
 # q_y - 1 = -s / (1 + s) & i = y.
 # \end{cases}$$
 #
-# The textbook's loss adds $x_y$ to this before it takes it away again, and its derivative at the label is the
-# difference of a rounded $q_y$ and 1. What is below half a unit in the last place of $x_y$ or of 1 is gone: in float32
-# that is all of it, from $m \approx 17$ on, where $e^{-m} < 2^{-24}$. jce's `cross_entropy_with_integer_labels`
-# computes $s$, without the label, and then both formulas above.
+# The textbook formula first computes $\log \sum_i e^{x_i}$, which is $x_y + \log(1 + s)$, and then subtracts $x_y$. Its
+# derivative at the label is a rounded $q_y$, minus 1. Anything below half a unit in the last place of $x_y$ or of 1 is
+# lost. In float32, everything is lost from $m \approx 17$ on, where $e^{-m} < 2^{-24}$. jce's
+# `cross_entropy_with_integer_labels` computes $s$ without the label's term, and then evaluates the formulas above.
 #
-# Here are both for 200 rows of ten logits at each margin from 1 to 80. The truth is the formulas in NumPy's float64,
-# from the same float32 logits.
+# We compare both for 200 rows of ten logits at each margin from 1 to 80. The reference evaluates the formulas above in
+# NumPy's float64, from the same float32 logits.
 
 # %%
 n, rows, margins = 10, 200, np.arange(1, 81)
@@ -55,7 +55,7 @@ true_gradient = np.where(is_label, -s[..., None], e) / (1 + s)[..., None]
 
 
 def worst_errors(loss, dtype):
-    """The largest relative error at each margin: of the loss, of its derivative at the label, of its others."""
+    """The largest relative errors at each margin: of the loss, its derivative at the label, its other derivatives."""
     batch, y = x.reshape(-1, n).astype(dtype), np.tile(labels, len(margins))
     with jax.enable_x64(dtype == np.float64):
         value, gradient = loss(y, batch), jax.grad(lambda x: loss(y, x).sum())(batch)
@@ -66,15 +66,15 @@ def worst_errors(loss, dtype):
 
 
 errors = {name: worst_errors(loss, dtype) for name, (loss, dtype, *_) in CURVES.items()}
-print("largest relative error: of the loss, at the label, elsewhere")
+print("largest relative error: of the loss, its derivative at the label, its other derivatives")
 for name, columns in errors.items():
     for m in (5, 10, 20, 40, 80):
         print(f"{name}, margin {m:2}:" + "".join(f"{column[m - 1]:10.1e}" for column in columns))
 
 # %% [markdown]
-# Once an error is 1, nothing is left: a computed 0 stands for a positive number. float64 only moves the place, from a
-# margin of about 17 to one of 37. jce's error in float32 grows as slowly as $m$: the difference $x_i - x_y$ is rounded,
-# by at most $2^{-24} |x_i - x_y|$, and that becomes a relative error of its exponential.
+# A relative error of 1 means that a number was computed as 0. In float64 this happens too, but at a margin of about 37
+# instead of 17. jce's error in float32 grows only linearly with $m$: the difference $x_i - x_y$ has a rounding error of
+# at most $2^{-24} |x_i - x_y|$, which becomes a relative error of its exponential.
 
 # %%
 #| fig-alt: Errors by margin: the textbook's reach 1 from 17 on in float32, 37 in float64; jce's stay below 1e-5
@@ -92,16 +92,16 @@ for axes in (left, right):
     axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# ## A gradient without its label
+# ## A gradient without the label's entry
 #
-# The other entries of the textbook's gradient, the thin line, keep their digits in float32, and that is the trouble.
-# The entries of a gradient sum to 0: what the wrong classes lose, the right one gets. Where only the label's entry has
-# become 0, the gradient isn't just small, which a normalized step would mend. It points elsewhere: away from the
-# rivals, but no longer towards the label.
+# The other entries of the textbook gradient (the thin line) stay accurate in float32. This is why training fails. The
+# entries of the exact gradient sum to 0. If only the label's entry becomes 0, the gradient isn't just too small, which
+# a normalized step would correct. It has a wrong direction: a step lowers the logits of the other classes, but doesn't
+# raise the logit of the label.
 
 # %%
-logits = jnp.array([[18.0, 0.0, -1.0]])  # of the label and two rivals
-direction = np.array([-1 - np.exp(-1), 1, np.exp(-1)])  # of the gradient, exactly
+logits = jnp.array([[18.0, 0.0, -1.0]])  # of the label and two other classes
+direction = np.array([-1 - np.exp(-1), 1, np.exp(-1)])  # of the exact gradient
 angles = {}
 for name, loss in {"textbook": textbook, "jce": jce.cross_entropy_with_integer_labels}.items():
     g = np.asarray(jax.grad(lambda x, loss=loss: loss(jnp.array([0]), x).sum())(logits)[0], float)
@@ -110,22 +110,22 @@ for name, loss in {"textbook": textbook, "jce": jce.cross_entropy_with_integer_l
     print(f"{name:8}  {g}  sum {g.sum():8.1e}  off by {angles[name]:.5f}°")
 
 # %% [markdown]
-# ## Training until the digits are gone
+# ## Training until the loss is 0
 #
 # `examples/max_margin.py` trains softmax regression, $x = W h$, on scikit-learn's 1797 digits. They are linearly
-# separable, so the loss has no minimum: it goes to 0, and $W$ to infinity, in a direction that goes to the separator of
-# the largest margin,
+# separable, so the loss has no minimum. It goes to 0 while $W$ goes to infinity, and the direction of $W$ converges to
+# that of the separator with the largest margin,
 #
 # $$\max_W \ \min_{\text{images}} \ \frac{x_y - \max_{i \ne y} x_i}{\lVert W \rVert}$$
 #
-# (Soudry et al., *The Implicit Bias of Gradient Descent on Separable Data*, JMLR 19, 2018). Plain gradient descent goes
-# there at the rate $1/\log k$. Normalized steps, $W \leftarrow W - \eta \, g / \lVert g \rVert$, don't shrink with the
-# gradient $g$, so that the differences $x_y - x_i$ keep growing. What steers $W$ are the images nearest to the
-# separator. Once their differences pass 17 too, the textbook's float32 gradient has lost the label's entry for every
-# image.
+# (Soudry et al., *The Implicit Bias of Gradient Descent on Separable Data*, JMLR 19, 2018). With plain gradient
+# descent, the direction converges at the rate $1/\log k$. Normalized steps,
+# $W \leftarrow W - \eta \, g / \lVert g \rVert$, don't shrink with the gradient $g$, so the differences $x_y - x_i$
+# keep growing. The images nearest to the separator determine the direction of $W$. When their differences exceed 17
+# too, the textbook gradient in float32 has lost the label's entry for every image.
 #
-# The three runs differ in the loss and the dtype alone. They are the first quarter of the README's 100,000 steps, side
-# by side in threads.
+# The three runs differ only in the loss and the dtype. They are the first quarter of the 100,000 steps in
+# `notebooks/README.md`, and run in parallel threads.
 
 # %%
 STEPS = 25_000
@@ -143,11 +143,12 @@ largest = largest_margin()
 for name, h in histories.items():
     best = h[h[:, 1].argmax()]
     print(f"{name}: margin {h[-1, 1]:.5f}, loss {h[-1, 2]:.1e}; margin at most {best[1]:.5f}, at step {best[0]:,.0f}")
-print(f"the largest there is: {largest:.5f}")
+print(f"the largest possible margin: {largest:.5f}")
 
 # %% [markdown]
-# The dotted run first moves ahead and then breaks off. Its loss, as computed, falls off the true one step by step, as
-# more images' losses round to 0, and is exactly 0 in the end. The two others coincide.
+# In the dotted run (the textbook loss in float32), the margin first grows faster and then falls: training fails. Its
+# computed loss falls below the true loss as the losses of more and more images round to 0, and is exactly 0 in the end.
+# The two other runs coincide.
 
 # %%
 #| fig-alt: By step: textbook float32 loses margin and its loss goes to 0; jce float32 coincides with textbook float64
@@ -159,7 +160,7 @@ for name, h in histories.items():
     left.plot(steps, margin, stroke, color=colour, **above)
     right.plot(steps[loss > 0], loss[loss > 0], stroke, color=colour, label=name, **above)
 left.axhline(largest, color="black", linewidth=1)
-left.annotate("the largest there is", (10_000, largest), (0, -16), textcoords="offset points")
+left.annotate("the largest possible margin", (10_000, largest), (0, -16), textcoords="offset points")
 left.set(
     title="Margin of the separator", ylabel="min (x_y − max of others) / ‖W‖", yticks=np.arange(0.034, 0.047, 0.004)
 )
@@ -172,11 +173,11 @@ for axes in (left, right):
     axes.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# ## The claim, asserted
+# ## The claim
 #
-# Of one loss: jce's float32 is right up to the rounding of $x_i - x_y$, and past a margin of 17 the textbook's is all
-# wrong. Of the training: with jce, float32 has float64's margin and loss at each step, and with the textbook's loss it
-# goes off both.
+# For single examples, jce in float32 is accurate up to the rounding of $x_i - x_y$. At margins of 20 and more, the
+# textbook loss in float32 and its derivative at the label have relative errors of 1. In training with jce, float32 has
+# the margin and loss of float64 at each step, up to 1%. With the textbook loss, float32 differs from float64 in both.
 
 # %%
 for k in range(3):
@@ -199,6 +200,7 @@ assert lost > 0.05
 assert wrong[-1, 2] < ours[-1, 2] / 100
 
 print(
-    f"{STEPS:,} steps in float32: with jce, float64's margin to {margin_apart:.0e} and its loss to {loss_apart:.0e}; "
-    f"with the textbook's loss, {lost:.0%} less margin and a loss of {wrong[-1, 2]:.0e}"
+    f"{STEPS:,} steps in float32: with jce, the margin differs from float64's by at most {margin_apart:.0e} and the"
+    f" loss by {loss_apart:.0e} of their size; with the textbook loss, the margin is {lost:.0%} smaller and the loss is"
+    f" {wrong[-1, 2]:g}"
 )

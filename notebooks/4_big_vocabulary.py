@@ -1,5 +1,5 @@
 # %% [markdown]
-# # A big vocabulary: no more memory for 64 times the tokens, and over 40 times less than a dense loss, derivatives too
+# # A big vocabulary: 64 times the tokens need no more memory, and over 40 times less than a dense loss
 #
 # A language model ends in a *head*: a matrix $W$ of $n \times d$ weights. It turns a token's hidden state $h$ into $n$
 # logits $x = Wh$, one for each class. The loss is the mean over the tokens of
@@ -8,7 +8,7 @@
 #
 # where $y$ is the label. Evaluated as written, the loss needs the logits of all tokens at once. That is tokens × $n$
 # numbers: 34 GB in float32 at 65,536 tokens and 131,072 classes. `jce.linear_cross_entropy(labels, hidden, head)`
-# returns the same number, but computes the logits of only some hundred tokens at a time. It does so in every mode of
+# returns the same number, but computes the logits of only a few hundred tokens at a time. It does so in every mode of
 # differentiation. This notebook compares its memory and time with those of the dense loss. Then it uses the
 # Hessian-vector product of the loss to measure how sharp the loss is.
 
@@ -136,7 +136,7 @@ def products(hidden, head):
 
 
 chunks = (16, 64, 256, 1024, 2048)
-programs = {"three products": jax.jit(products)}
+programs = {"three matmuls": jax.jit(products)}
 for chunk in chunks:
     loss = functools.partial(jce.linear_cross_entropy, labels, chunk_size=chunk)
     programs[chunk] = jax.jit(jax.value_and_grad(loss, (0, 1)))
@@ -148,8 +148,8 @@ for repetition in range(8):
         if repetition:  # the first one compiles
             seconds[name].append(time.perf_counter() - start)
 medians = {name: statistics.median(s) for name, s in seconds.items()}
-relative = {chunk: medians[chunk] / medians["three products"] for chunk in chunks}
-print("time over that of three products, by chunk:", {chunk: round(r, 2) for chunk, r in relative.items()})
+relative = {chunk: medians[chunk] / medians["three matmuls"] for chunk in chunks}
+print("time divided by that of three matmuls, by chunk:", {chunk: round(r, 2) for chunk, r in relative.items()})
 
 # %% [markdown]
 # ## The eigenvalues of a Hessian
@@ -161,7 +161,7 @@ print("time over that of three products, by chunk:", {chunk: round(r, 2) for chu
 # $$\nabla^2 = \frac{1}{N} \sum_{t=1}^{N} \left(\mathrm{diag}\, q_t - q_t q_t^\top\right) \otimes h_t h_t^\top$$
 #
 # For 50 classes and $d = 16$ this matrix is small enough to be formed in float64, as a reference. The Hessian-vector
-# products are in float32, and their chunks have 64 of the 256 tokens.
+# products are in float32, and use chunks of 64 of the 256 tokens.
 
 
 # %%
@@ -192,8 +192,8 @@ covariances = np.eye(n) * q[:, None] - q[:, :, None] * q[:, None]
 hessian = np.einsum("tij,ta,tb->iajb", covariances, hidden, hidden, optimize=True).reshape(n * d, n * d) / tokens
 exact = np.linalg.eigvalsh(hessian)[: -len(found) - 1 : -1]
 small_error = np.abs(found / exact - 1).max()
-print(f"by {used} products: {np.round(found, 6)}")
-print(f"written down:   {np.round(exact, 6)}")
+print(f"by {used} Hessian-vector products: {np.round(found, 6)}")
+print(f"from the whole matrix:         {np.round(exact, 6)}")
 print(f"largest relative error {small_error:.1e}")
 
 # %% [markdown]
@@ -204,9 +204,9 @@ print(f"largest relative error {small_error:.1e}")
 # $$\nabla^2 = \left(\mathrm{diag}\, f - f f^\top\right) \otimes C \qquad C = \frac{1}{N} \sum_t h_t h_t^\top$$
 #
 # are the products of the eigenvalues of its two factors (Horn and Johnson, *Topics in Matrix Analysis*, theorem
-# 4.2.12). As class frequencies, we take Zipf's law for words: $f_i \propto 1/i$. Frequent words are sharp directions.
-# The largest eigenvalue is therefore far above the largest one for a uniform $f$. The largest stable step of gradient
-# descent, which is $2/\lambda_{\max}$ on a quadratic, is smaller by the same factor.
+# 4.2.12). As class frequencies, we take Zipf's law for words: $f_i \propto 1/i$. The loss is sharp in the directions
+# of frequent words. The largest eigenvalue is therefore much larger than that for a uniform $f$. The largest stable
+# step of gradient descent, which is $2/\lambda_{\max}$ for a quadratic, is smaller by the same factor.
 
 # %%
 #| fig-alt: Left: time is least with 256-token chunks, equal to three matmuls; right: eigenvalues match known ones
@@ -221,24 +221,24 @@ h = np.asarray(hidden, np.float64)
 of_states = np.linalg.eigvalsh(h.T @ h / tokens)
 known = np.sort(np.outer(of_classes, of_states).ravel())[: -len(spectrum) - 1 : -1]
 large_error = np.abs(spectrum / known - 1).max()
-print(f"{len(spectrum)} eigenvalues of {n * d:,} by {used} products, largest relative error {large_error:.1e}")
-print(f"the largest is {spectrum[0] / (of_states.max() / n):.0f} times that at a uniform f")
+print(f"{len(spectrum)} eigenvalues of {n * d:,} by {used} such products, largest relative error {large_error:.1e}")
+print(f"the largest is {spectrum[0] / (of_states.max() / n):.0f} times that for a uniform f")
 
 figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.2), layout="constrained")
 axes[0].semilogx(chunks, list(relative.values()), "o-", color=BLUE, linewidth=2, label="value and gradient")
-axes[0].axhline(1, color=RED, linestyle="--", linewidth=2, label="three matrix products")
-axes[0].set(xlabel="tokens in a chunk, of 2048", ylabel="time over that of the products", title="time", ylim=(0, None))
+axes[0].axhline(1, color=RED, linestyle="--", linewidth=2, label="three matmuls")
+axes[0].set(xlabel="tokens in a chunk, of 2048", ylabel="time / time of the matmuls", title="time", ylim=(0, None))
 rank = np.arange(1, len(spectrum) + 1)
 axes[1].plot(rank, known, "s", color=GREEN, markersize=11, fillstyle="none", label="products of eigenvalues")
 axes[1].plot(rank, spectrum, "o", color=BLUE, label="by Hessian-vector products")
-axes[1].set(xlabel="rank", ylabel="eigenvalue", title="the Hessian in 64,000 weights", ylim=(0, None))
+axes[1].set(xlabel="rank", ylabel="eigenvalue", title="the Hessian for 64,000 weights", ylim=(0, None))
 axes[0].set_xticks(chunks, chunks)
 axes[0].minorticks_off()
 for axis in axes:
     axis.legend(frameon=False)
 
 # %% [markdown]
-# ## Why a rule for forward mode
+# ## Why jce has a rule for forward mode
 #
 # A loss is often fused with `jax.custom_vjp`: its forward pass also prepares the backward pass. Such a function has no
 # forward mode. A Hessian-vector product as above is forward over reverse, so JAX rejects it if the forward pass calls
@@ -282,5 +282,5 @@ assert large_error < 1e-4, large_error
 print(
     f"{many // few} times the tokens: {max(growth.values()):.2f} times the memory; at {many:,} tokens and {CLASSES:,}"
     f" classes {', '.join(f'{r:.0f}' for r in less.values())} times less than the dense loss for"
-    f" {', '.join(MODES)}; eigenvalues right to {max(small_error, large_error):.0e}"
+    f" {', '.join(MODES)}; eigenvalues have errors of at most {max(small_error, large_error):.0e}"
 )

@@ -30,7 +30,7 @@ import jce
 from bench.devices import sent
 from bench.hlo import collectives
 
-jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for a device
+jax.config.update("jax_num_cpu_devices", 8)  # before JAX starts its devices
 plt.rcParams.update({"font.size": 12, "figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 AXES = ("tokens", "classes")
 
@@ -222,11 +222,11 @@ for function, a in cases.items():
     expected = with_gradient(function, *whole)(*whole)
     for how, of_split_logits in {"jit": function, "shard_map": split}.items():
         program = with_gradient(of_split_logits, *a)
-        found = [c for c in collectives(program.as_text()) if c.size > 1]  # but the sum over all rows
+        found = [c for c in collectives(program.as_text()) if c.size > 1]  # except the sum over all rows
         row_exchanges += found
         for got, want in zip(program(*a), expected, strict=True):
             logit_errors.append(np.abs(got - want).max() / np.abs(want).max())
-        print(f"{function.__name__:34}{how:>10}{sum(c.size for c in found) // (rows // 2):4} numbers a row")
+        print(f"{function.__name__:34}{how:>10}{sum(c.size for c in found) // (rows // 2):4} numbers per row")
 print(f"largest error {max(logit_errors):.0e}")
 
 # %% [markdown]
@@ -254,6 +254,7 @@ assert {(c.kind, c.size) for c in row_exchanges} == {("all-reduce", rows // 2)}
 assert max(logit_errors) < 1e-5
 ratio = max(temporaries[shape, "dense", gradient] / temporaries[shape, "jce", gradient] for shape in MESHES)
 print(
-    f"on {', '.join(f'{t} × {k}' for t, k in MESHES)} devices three numbers a token (where classes are split) and each"
-    f" gradient once are sent, nothing is gathered, and temporaries are up to {ratio:.0f} times below the dense loss's"
+    f"on {', '.join(f'{t} × {k}' for t, k in MESHES)} devices three numbers per token (if classes are split) and each"
+    f" gradient once are sent, nothing is gathered, and temporaries are up to {ratio:.0f} times smaller than for the"
+    " dense loss"
 )

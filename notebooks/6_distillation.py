@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Distillation: a teacher's probabilities, all or 17 numbers per word, teach more than the text, with logits in chunks
+# # Distillation: students learn more from a teacher's probabilities (all, or 17 per word) than from the text
 #
 # A student learns from a teacher by minimizing
 #
@@ -9,8 +9,8 @@
 # averaged over tokens, where $p$ is the teacher's distribution and is fixed (Hinton, Vinyals and Dean, 2015). Evaluated
 # as written, this loss needs both models' logits for all tokens.
 # `jce.linear_kl_divergence(Linear(h_p, W_p), Linear(h_q, W_q))` returns the same number, but computes the logits of
-# some hundred tokens at a time. The two widths may differ. It takes four matmuls with a head: one for the logits of
-# each model, and two for the student's derivatives.
+# a few hundred tokens at a time. The two widths may differ. Value and gradient take four matmuls with a head: one for
+# the logits of each model, and two for the student's derivatives.
 #
 # The teacher is the next-word model of `examples/next_word.py`, with width 64, trained on Python's own documentation.
 # Its students have width 16. `python -m notebooks.examples.distill` does the same with a text that you choose.
@@ -31,10 +31,10 @@ corpus = next_word.read(default_text())
 *_, taught = next_word.train(corpus, STEPS)
 teacher, unigram = taught.model, next_word.unigram_perplexity(corpus)
 print(f"words: {corpus.text.size:,}, a tenth held out; vocabulary: {len(corpus.words):,}")
-print(f"perplexity of the words held out: {unigram:.1f} by frequency alone, {taught.perplexity:.1f} the teacher's")
+print(f"perplexity of the held-out words: {unigram:.1f} by frequency alone, {taught.perplexity:.1f} by the teacher")
 
 # %% [markdown]
-# ## What is kept of a teacher
+# ## Storing the teacher's top-k words
 #
 # If a teacher is too large to run beside its student, you can store only its top-k classes. Here they are the top 16
 # words at each place of the text, found with `lax.top_k` inside `linear_map`. We store the log-probability of each of
@@ -52,17 +52,17 @@ words, log_p = distill.likeliest(teacher, corpus.text)
 place = int(corpus.held_out[40])
 print("after “" + " ".join(corpus.words[corpus.text[place - next_word.CONTEXT : place]]) + "”:")
 print(", ".join(f"{corpus.words[w]} {np.exp(p):.3f}" for w, p in zip(words[place][:8], log_p[place][:8], strict=True)))
-print(f"all but 16 words have {np.exp(log_p[corpus.held_out, -1]).mean():.2f} of the probability, in the mean")
+print(f"all words except the top 16 have a probability of {np.exp(log_p[corpus.held_out, -1]).mean():.2f}, on average")
 
 # %% [markdown]
-# ## Three lessons
+# ## Three students
 #
 # Three students start from the same parameters and see the same batches. One learns from every word's probability, one
 # from the 16 words and the text, with equal weights, and one from the text alone, as the teacher did. We repeat this
 # three times, with different seeds.
 
 # %%
-#| fig-alt: Perplexity of three students falls alike to 360; chunks take less memory and time than whole logits
+#| fig-alt: Perplexity of three students falls to about 360; chunks take less memory and time than all logits at once
 SEEDS = 3
 histories = [
     {name: list(distill.lesson(corpus, name, teacher, STEPS, seed=k)) for name in LESSONS} for k in range(SEEDS)
@@ -89,15 +89,15 @@ axes.axis("off")
 plt.show()
 
 # %% [markdown]
-# On held-out words, the teacher's probabilities teach a little more than the text, every time. The 16 words with the
-# text teach nearly as much as all probabilities. The remaining gap to the teacher comes from the width: a hidden state
-# of 16 numbers can't express what 64 can.
+# With every seed, the students of the teacher's probabilities have a slightly lower perplexity on held-out words than
+# the student of the text. The 16 words with the text are nearly as good as all probabilities. The teacher is still much
+# better, because its hidden states have 64 numbers and those of the students have 16.
 #
 # ## The claim
 #
-# At the start and after training, each loss and its gradient equal those computed from whole logits, up to rounding. A
-# student trained on whole logits takes the same course: in the first 20 steps, its losses differ by at most 1e-3 of
-# their size. With chunks, a batch takes less than a sixth of the memory.
+# At the start and after training, each loss and its gradient equal those computed from all logits at once, up to
+# rounding. Training with all logits at once gives the same losses in the first 20 steps, up to a relative difference of
+# 1e-3. With chunks, a batch takes less than a sixth of the memory.
 
 
 # %%
@@ -125,6 +125,7 @@ for found in (perplexity, divergence):
 assert taught.perplexity < min(perplexity["every word"]) < max(perplexity["the text"]) < unigram
 less = min(logits.megabytes / chunks.megabytes for chunks, logits in spent.values())
 print(
-    f"the three losses are those of whole logits, in at least {less:.0f} times less memory; each of three times a"
-    " student learns more from the teacher's probabilities, of all words or of 16, than from the text alone"
+    f"the three losses equal those computed from all logits at once, in at least {less:.0f} times less memory; with"
+    " each of three seeds, students learn more from the teacher's probabilities, of all words or of 16, than from the"
+    " text"
 )

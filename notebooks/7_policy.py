@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Policy gradients: GRPO, DPO and their gradients equal the dense ones to rounding, in under a quarter of the memory
+# # Policy gradients: GRPO, DPO and their gradients equal the dense ones up to rounding, in a quarter of the memory
 #
 # A policy over words ends in a head. The head turns the hidden state $h$ before each word into a logit for every word
 # of the vocabulary, $x = Wh$, and $q = \mathrm{softmax}(x)$. To train the policy by reward, you need samples from $q$,
@@ -29,11 +29,11 @@ PROMPTS, GROUP, CHUNK = 16, 8, 64
 # %% [markdown]
 # ## The game
 #
-# Continue a text with six words in alphabetical order. The reward is the share of these words before the first one that
-# doesn't come after its predecessor. A sequence ends with that word, and what follows is masked. The vocabulary is
-# every word of Python's own documentation, in alphabetical order, so words can be compared by their numbers. The hidden
-# state for a word mixes the embeddings of the three words before it. The reference has learned the text itself, with
-# `jce.linear_cross_entropy`, and knows nothing of the game.
+# Continue a text with six words in alphabetical order. A word is out of order if it doesn't come after the word before
+# it. The reward is the number of words before the first one that is out of order, divided by six. A sequence ends with
+# that word, and later words are masked. The vocabulary is every word of Python's own documentation, in alphabetical
+# order, so words can be compared by their indices. The hidden state for a word mixes the embeddings of the three words
+# before it. The reference was trained on the text with `jce.linear_cross_entropy`, and not on the game.
 
 
 # %%
@@ -44,14 +44,14 @@ class Policy(NamedTuple):
 
 
 def logits(policy, words):
-    """Of the word after each three in a row: of k words, [..., k], they are of k - 2 tokens."""
+    """The logits for the word after each three words in a row. k words, [..., k], give logits for k - 2 tokens."""
     tokens = words.shape[-1] - CONTEXT + 1
     mixed = sum(policy.embedding[words[..., i : i + tokens]] * policy.mix[i] for i in range(CONTEXT))
     return jce.Linear(jnp.tanh(mixed), policy.head)
 
 
 def descend(loss, optimizer, carry, batch):
-    """One step, and the loss before it."""
+    """Takes one step, and returns the loss before the step."""
     policy, state = carry
     value, gradient = jax.value_and_grad(loss)(policy, batch)
     updates, state = optimizer.update(gradient, state)
@@ -60,7 +60,7 @@ def descend(loss, optimizer, carry, batch):
 
 @functools.partial(jax.jit, static_argnames=("loss", "rate"))
 def train(loss, policy, batches, rate):
-    """A step of Adam on each batch."""
+    """Takes one step of Adam on each batch."""
     optimizer = optax.adam(rate)
     step = functools.partial(descend, loss, optimizer)
     (policy, _), losses = jax.lax.scan(step, (policy, optimizer.init(policy)), batches)
@@ -77,7 +77,7 @@ corpus, key = read(default_text()), jax.random.key(0)
 n = len(corpus.words)
 start = Policy(jax.random.normal(key, (n, WIDTH)), jnp.full((CONTEXT, WIDTH), 0.5), jnp.zeros((n, WIDTH)))
 reference, losses = train(text_loss, start, jax.random.choice(key, corpus.training, (80, 1024)), 0.02)
-print(f"{n:,} words; cross-entropy of the text from {losses[0]:.2f} to {losses[-10:].mean():.2f} nats a word")
+print(f"{n:,} words; cross-entropy of the text from {losses[0]:.2f} to {losses[-10:].mean():.2f} nats per word")
 
 # %% [markdown]
 # ## Samples
@@ -90,8 +90,8 @@ print(f"{n:,} words; cross-entropy of the text from {losses[0]:.2f} to {losses[-
 # %%
 class Played(NamedTuple):
     words: jax.Array  # [..., CONTEXT + LENGTH]
-    kept: jax.Array  # [..., LENGTH], as the others: whether a word belongs to the game
-    old: jax.Array  # its log-probability when it was drawn
+    kept: jax.Array  # [..., LENGTH], like the fields below: whether a word belongs to the game
+    old: jax.Array  # its log-probability when it was sampled
     kl: jax.Array
     entropy: jax.Array
 
@@ -101,7 +101,7 @@ class Played(NamedTuple):
 
 
 def in_order(words):
-    """1 for each word before the first that is out of order, else 0."""
+    """1 for each word before the first one that is out of order, and 0 for the other words."""
     return jnp.cumprod(words[..., CONTEXT:] > words[..., CONTEXT - 1 : -1], -1)
 
 
@@ -113,7 +113,7 @@ def draw(key, x, r):
 
 @jax.jit
 def play(policy, key):
-    """Each prompt, from the text, GROUP times."""
+    """Samples prompts from the text, and plays each of them GROUP times."""
     places = jax.random.choice(key, corpus.training, (PROMPTS,))
     prompts = jnp.repeat(corpus.text[places[:, None] + jnp.arange(-CONTEXT, 0)], GROUP, 0)
 
@@ -147,7 +147,7 @@ def play_often(policy, key, times):
 #
 # The first term and the entropy term are PPO's (Schulman et al., 2017, arXiv:1707.06347). GRPO estimates the divergence
 # from $q_y$ and $r_y$ alone. If the logits are available, the exact divergence costs little more. GRPO's mean is over
-# sequences, and for each sequence over its words, so a word's weight is one divided by the number of words in its
+# sequences, and for each sequence over its words, so a word's weight is 1 divided by the number of words in its
 # sequence. Whatever `clipped` computes, value and gradient take one pass of four matmuls: three with the policy's head
 # and one with the reference's head. `dense_grpo` is the same loss as it is usually written, with the logits of all
 # tokens.
@@ -163,7 +163,7 @@ def clipped(y, advantage, old, x, r):
 
 
 def of_tokens(played):
-    """Each word, its advantage and its old log-probability; and its weight."""
+    """The words with their advantages and old log-probabilities, and the weights of the words."""
     reward = played.reward.reshape(-1, GROUP)
     advantage = (reward - reward.mean(1, keepdims=True)) / (reward.std(1, keepdims=True) + 1e-6)
     advantage = jnp.broadcast_to(advantage.reshape(-1, 1), played.old.shape)
@@ -200,7 +200,7 @@ optimizer = optax.adam(RATE)
 
 
 def step(carry, key):
-    """Plays, and descends twice on what was played."""
+    """Plays games, and takes two steps of the optimizer on them."""
     played = play(carry[0], key)
     twice = jax.tree.map(lambda x: jnp.stack([x, x]), played)
     carry, _ = jax.lax.scan(functools.partial(descend, functools.partial(grpo, reference), optimizer), carry, twice)
@@ -219,16 +219,17 @@ for name, played in games.items():
 
 # %% [markdown]
 # Each sequence is shown up to its end, the first word out of order. The policy has found a phrase that works after many
-# prompts. The reward is bought with entropy, and the penalty on the divergence and the entropy bonus set the price.
+# prompts. As the reward rises, the divergence from the reference rises and the entropy falls. The penalty on the
+# divergence and the entropy bonus limit this.
 
 # %%
 #| fig-alt: In 50 steps the mean reward rises from 0.1 to 0.5, KL from 0 to 3 nats, and entropy falls from 5 to 1
 figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.4), layout="constrained")
-axes[0].plot(rewards, color=BLUE, linewidth=2, label="of the 128 games of a step")
+axes[0].plot(rewards, color=BLUE, linewidth=2, label="mean over the 128 games of a step")
 axes[0].set(xlabel="step", ylabel="mean reward", ylim=(0, 1))
 axes[1].plot(divergences, color=RED, linewidth=2, label="KL(policy‖reference)")
 axes[1].plot(entropies, "--", color=GREEN, linewidth=2, label="the policy's entropy")
-axes[1].set(xlabel="step", ylabel="nats a word", ylim=(0, None))
+axes[1].set(xlabel="step", ylabel="nats per word", ylim=(0, None))
 for axis in axes:
     axis.legend(frameon=False)
 
@@ -292,8 +293,9 @@ for name, m in margins.items():
 print(f"mean reward {games['DPO'].reward.mean():.2f}")
 
 # %% [markdown]
-# With so few pairs, DPO learns the training pairs nearly by heart, but little about the held-out pairs. Its games are
-# better than the reference's all the same. GRPO, which judges games of its own, goes much further.
+# With so few pairs, DPO memorizes nearly all training pairs, but learns little about the held-out pairs. Its games
+# still have a higher mean reward than those of the reference. GRPO learns from games that it plays itself, and its mean
+# reward is much higher.
 
 # %%
 #| fig-alt: Left: DPO's margins are above 0 for training pairs, near 0 for others; right: GRPO orders the most words
@@ -323,7 +325,7 @@ for axis in axes:
 
 # %%
 def run(program, batches, rate):
-    """The losses of Adam from the reference on, and the first gradient."""
+    """The losses of Adam, starting from the reference, and the first gradient."""
     optimizer, policy, results = optax.adam(rate), reference, []
     state = optimizer.init(policy)
     for i in range(len(batches.words)):

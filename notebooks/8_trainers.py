@@ -1,11 +1,12 @@
 # %% [markdown]
-# # Trainers that others wrote: tunix' losses up to rounding, in less than a third of the memory, in 4 to 10 lines each
+# # Trainers of other libraries: jce in tunix, with the same losses and less than a third of the memory
 #
 # [tunix](https://github.com/google/tunix) (0.1.7) fine-tunes language models on text (SFT), on preferences (DPO) and
 # for reward (GRPO). It trains all weights, or low-rank updates, which Qwix adds. Its losses take the logits of all
 # tokens. This notebook runs its trainers on its own Qwen3, in a toy size: first unmodified, then with jce in place of
-# their loss or their log-probabilities. The model isn't modified either. In a shallow copy of it, jce's loss replaces
-# the head, so the copy returns the loss instead of logits. This notebook needs the extra `trainers`.
+# their loss or their log-probabilities. Each replacement takes 4 to 10 lines. The model isn't modified either. In a
+# shallow copy of it, jce's loss replaces the head, so the copy returns the loss instead of logits. This notebook needs
+# the extra `trainers`.
 
 # %%
 # ruff: noqa: E402 (what tunix imports may warn when it is imported)
@@ -64,7 +65,7 @@ def lengths(rows, length):
 #
 # The trainer's own `train` runs three steps. We record its losses and the final parameters. Then we measure one step
 # alone: the memory that its program needs beyond arguments and results, and its time. The time is the best of five runs
-# on two cores of a CPU; tunix and jce take turns. Both use the same trainer, batch and initial parameters.
+# on a two-core CPU, where tunix and jce take turns. Both use the same trainer, batch and initial parameters.
 
 
 # %%
@@ -241,9 +242,9 @@ results["GRPO"] = timed(both)
 # %% [markdown]
 # ## Side by side
 #
-# Differences are divided by the largest entry: of the losses, and of each parameter after three steps. DPO's loss
-# depends on differences between sums over words. These sums are about a thousand nats, so their rounding shows in DPO's
-# losses.
+# We compare the losses, and each parameter after three steps. Each difference is divided by the largest entry of the
+# losses or of the parameter. DPO's loss depends on differences between sums over words. These sums are about a thousand
+# nats, so their rounding errors are visible in DPO's losses.
 
 
 # %%

@@ -60,7 +60,7 @@ def _call(x: Instruction, platform: str) -> Counter:
         precision = config.get("precision_config", {})
         algorithm = precision.get("algorithm", "ALG_UNSET").lower().removeprefix("alg_").replace("unset", "")
         return _product(x, contracted, json.dumps(precision.get("operand_precision", [])).lower(), algorithm, platform)
-    raise Unreadable(f"{x.name}: nothing is known of the custom call {target}")
+    raise Unreadable(f"{x.name}: can't count the operations of the custom call {target}")
 
 
 def _convolution(x: Instruction, platform: str) -> Counter:
@@ -82,7 +82,10 @@ def multiplied(x: Instruction, precision: str, algorithm: str, platform: str) ->
     """The dtype that the device multiplies, and how many matmuls in this dtype the instruction takes."""
     dtypes = [operand.shape.dtype for operand in x.operands[:2] if isinstance(operand.shape, Array)]
     if not set(dtypes) <= {"f32", "bf16", "f16"} or len(dtypes) != 2 or (algorithm and algorithm not in ALGORITHMS):
-        raise Unreadable(f"{x.name}: a product of {' and '.join(dtypes)} by {algorithm or 'no algorithm'}")
+        raise Unreadable(
+            f"{x.name}: can't count the operations of a product of {' and '.join(dtypes)}"
+            f" with the algorithm {algorithm or 'unset'}"
+        )
     if algorithm:
         kind, times = ALGORITHMS[algorithm]
         return ("bf16", 6) if (platform, kind) == ("tpu", "f32") else (kind, times)

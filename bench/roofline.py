@@ -107,7 +107,7 @@ def _launched(computation: Computation, known: dict[int, int], device: Device) -
             if not _is_nothing(x, device):
                 yield _kernel(x, device)
         elif x.opcode not in FREE:
-            raise Unreadable(f"{x.name}: nothing is known of the cost of {x.opcode}")
+            raise Unreadable(f"{x.name}: can't estimate the cost of {x.opcode}")
 
 
 def _is_nothing(x: Instruction, device: Device) -> bool:
@@ -121,7 +121,7 @@ def _is_nothing(x: Instruction, device: Device) -> bool:
 def _kernel(x: Instruction, device: Device) -> Kernel:
     for part in _fused(x):
         if part.opcode not in FREE | KERNELS:
-            raise Unreadable(f"{part.name}, in the fusion {x.name}: nothing is known of {part.opcode}")
+            raise Unreadable(f"{part.name}, in the fusion {x.name}: can't estimate the cost of {part.opcode}")
     products = operations(x, device.platform)
     if unknown := set(products) - set(device.peaks):
         raise Unreadable(f"{x.name}: products of {', '.join(unknown)} have no peak on this device")

@@ -91,7 +91,7 @@ print("the gradients are split as", *(g.sharding.spec for g in sharded_gradients
 # | the devices of the tokens, if $T > 1$ | 1, the loss | once |
 #
 # `bench.devices.sent` returns this table, except for the loss. `bench.hlo.collectives` reads a program's text. For
-# comparison, we let XLA's partitioner split a loss that is computed from whole logits in the same way.
+# comparison, we let XLA's partitioner split a loss that computes all logits at once in the same way.
 
 # %%
 TOKENS, WIDTH, CLASSES, CHUNK = 8192, 512, 32_768, 256

@@ -48,7 +48,7 @@ print(f"perplexity of the held-out words: {unigram:.1f} by frequency alone, {tau
 # over $k$ alone, has neither property.
 
 # %%
-words, log_p = distill.likeliest(teacher, corpus.text)
+words, log_p = distill.top_words(teacher, corpus.text)
 place = int(corpus.held_out[40])
 print("after “" + " ".join(corpus.words[corpus.text[place - next_word.CONTEXT : place]]) + "”:")
 print(", ".join(f"{corpus.words[w]} {np.exp(p):.3f}" for w, p in zip(words[place][:8], log_p[place][:8], strict=True)))

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Policy gradients: GRPO, DPO and their gradients equal the dense ones up to rounding, in a quarter of the memory
+# # Policy gradients: GRPO, DPO and their gradients equal the dense ones up to rounding, in 1/4 of the memory or less
 #
 # A policy over words ends in a head. The head turns the hidden state $h$ before each word into a logit for every word
 # of the vocabulary, $x = Wh$, and $q = \mathrm{softmax}(x)$. To train the policy by reward, you need samples from $q$,

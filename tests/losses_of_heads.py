@@ -38,7 +38,7 @@ def losses(tokens: int, chunk: int) -> dict:
         "divergence": lambda h, w, t: jce.linear_kl_divergence(
             Linear(2 * h, w), Linear(h, w), temperature=t, reduction="none", **k
         ).sum(),
-        "divergence of some": lambda h, w, t: jce.linear_kl_divergence(
+        "divergence of some tokens": lambda h, w, t: jce.linear_kl_divergence(
             Linear(2 * h, w), Linear(h, w), temperature=t, where=y.astype(t.dtype) < t, **k
         ),
         "map of one number": lambda h, w, t: jce.linear_map(ce, y, Linear(h, w), reduction="sum", **k),
@@ -46,7 +46,7 @@ def losses(tokens: int, chunk: int) -> dict:
         "a number and a bool": lambda h, w, t: total(
             jce.linear_map(lambda y, x: (ce(y, x), x.argmax() == y), y, Linear(h, w), reduction="mean", **k)
         ),
-        "map of some": lambda h, w, t: jce.linear_map(
+        "map of some tokens": lambda h, w, t: jce.linear_map(
             lambda y, x: ce(y, x / t), y, Linear(h, w), where=y.astype(t.dtype) < t, **k
         ).sum(),
         "integers": lambda h, w, t: jce.linear_map(jnp.argmax, Linear(h, w), reduction="sum", **k),

@@ -299,7 +299,7 @@ class Copies:
 
 
 def survives(copies: Copies, mutant: Mutant) -> bool:
-    """Whether all quick tests pass in spite of the fault. Those that are likeliest to fail run first.
+    """Whether all quick tests pass in spite of the fault. The tests that are most likely to fail run first.
 
     They are the tests of heads if the module is in `_heads`. Otherwise they are the tests of the functions that the
     module defines, or the test file that is named after the module.

@@ -107,7 +107,7 @@ def text_whole(student: Model, text: Array, places: Array) -> Array:
 
 
 @jax.jit
-def likeliest(teacher: Model, text: Array) -> tuple[Array, Array]:
+def top_words(teacher: Model, text: Array) -> tuple[Array, Array]:
     """The teacher's top-k words at each place in the text, and their log-probabilities.
 
     The words are [length, KEPT]. The log-probabilities are [length, KEPT + 1]: the last one is that of all other words
@@ -133,7 +133,7 @@ class Lesson(NamedTuple):
 
 LESSONS = {
     "every word": Lesson(every_word, every_word_whole, lambda teacher, _: (teacher,), "#D55E00", "-"),
-    "16 words and the text": Lesson(kept_words, kept_words_whole, likeliest, "#0072B2", "--"),
+    "16 words and the text": Lesson(kept_words, kept_words_whole, top_words, "#0072B2", "--"),
     "the text": Lesson(next_word.loss, text_whole, lambda *_: (), "#CC79A7", ":"),
 }
 

@@ -39,7 +39,7 @@ def test_the_losses_equal_those_of_whole_logits(name, corpus, teacher, rng):
 
 @pytest.mark.slow
 def test_the_stored_teacher(corpus, teacher):
-    words, log_p = distill.likeliest(teacher, corpus.text)
+    words, log_p = distill.top_words(teacher, corpus.text)
     assert words.shape == (corpus.text.size, distill.KEPT)
     q = np.exp(np.float64(distill.whole(teacher, corpus.text, corpus.held_out)))
     expected = np.sort(q, 1)[:, ::-1]

@@ -229,7 +229,8 @@ axes.grid(color="0.88")
 # %% [markdown]
 # ## The claim
 #
-# In every case jce returns the limit, and close to a zero it stays accurate. `jce/README.md` has the other conventions.
+# In every case jce returns the intended result, and close to a zero `generalized_kl_divergence` stays accurate.
+# `jce/README.md` has the other conventions.
 
 # %%
 assert wrong["jce"] == 0 < wrong["plain JAX"]

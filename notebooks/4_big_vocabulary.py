@@ -197,9 +197,9 @@ print(f"from the whole matrix:         {np.round(exact, 6)}")
 print(f"largest relative error {small_error:.1e}")
 
 # %% [markdown]
-# At 1,000 classes and $d = 64$ there are 64,000 weights, and the Hessian would take 16 GB. At one point, however, its
+# At 1,000 classes and $d = 64$ the Hessian of the 64,000 weights would take 16 GB. At some weights, however, its
 # spectrum is known: when the head has learned how frequent each class is and nothing else, that is, $W = 0$ with a bias
-# of $\log f$. At this point every $q_t$ is $f$, and the eigenvalues of
+# of $\log f$. At these weights every $q_t$ is $f$, and the eigenvalues of
 #
 # $$\nabla^2 = \left(\mathrm{diag}\, f - f f^\top\right) \otimes C \qquad C = \frac{1}{N} \sum_t h_t h_t^\top$$
 #

@@ -369,7 +369,7 @@ for name, (ours, dense) in megabytes.items():
 # %% [markdown]
 # ## The claim
 #
-# Rounding may cause errors of up to 16 units, $2 \times 10^{-6}$, in the first gradients and in every loss.
+# The notebook asserts errors of at most 16 units, $2 \times 10^{-6}$, in the first gradients and in every loss.
 
 # %%
 for name in cases:

@@ -1,4 +1,4 @@
-"""Entropy, cross-entropy and KL divergence of discrete distributions, in nats, exact at every corner.
+"""Entropy, cross-entropy and KL divergence of discrete distributions, in nats, exact at probabilities of 0.
 
 For distributions p and q on n outcomes, 0 ≤ pᵢ, qᵢ ≤ 1 and Σ pᵢ = Σ qᵢ = 1, where p is the target and q the model:
 

@@ -55,8 +55,8 @@ class Linear:
     Args:
       hidden: real, [..., d]: one state per token.
       head: real, [n, d]: one row per class. For a Dense layer of Flax this is kernel.T, even if n = d. Or a function
-        that maps states to logits. It is called with the state of one token, where all axes of hidden except the last
-        have length 1, and it must keep these axes. Bound methods, Flax NNX modules and `jax.tree_util.Partial` are
+        that maps states to logits. It is called with the state of one token, of shape [1, …, 1, d], and must
+        return logits of shape [1, …, 1, n]. Bound methods, Flax NNX modules and `jax.tree_util.Partial` are
         functions too, and so are Equinox modules under `jax.vmap`.
       bias: real, [n], or None. A bias of -∞ forbids a class: its logit is -∞, also with a soft cap. If head is a
         function, bias must be None: the function adds a bias itself.

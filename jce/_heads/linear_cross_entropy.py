@@ -94,8 +94,8 @@ def linear_cross_entropy(
         n < 256), and max(2048, 2²⁶/n) on a GPU or TPU. Smaller chunks need less memory.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: the precision of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
-        returns wrong gradients.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
+        differentiate outside of it: `jax.grad` inside it returns wrong gradients.
 
     Returns:
       A number, or [...] for "none". float32, or float64 if hidden, head, bias, weights or label_probs is float64.

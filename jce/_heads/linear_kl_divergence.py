@@ -67,8 +67,8 @@ def linear_kl_divergence(
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: the precision of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
-        returns wrong gradients.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
+        differentiate outside of it: `jax.grad` inside it returns wrong gradients.
 
     Returns:
       A number, or [...] for "none". float32, or float64 if states, heads, biases or weights are float64. With weights

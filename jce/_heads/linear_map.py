@@ -91,10 +91,10 @@ def linear_map(
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: the precision of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
-        returns wrong gradients. The function then gets its device's part of a token's logits, and its results must be
-        the same on all devices along the axis (JAX 0.8 can't map their sum over devices). For whole arrays, use
-        `jce.on_mesh`.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
+        differentiate outside of it: `jax.grad` inside it returns wrong gradients. The function then gets its device's
+        part of a token's logits, and its results must be the same on all devices along the axis (JAX 0.8 can't map
+        their sum over devices). For whole arrays, use `jce.on_mesh`.
 
     Returns:
       The pytree of the function's results. With "none", arrays [..., *r.shape] of r's dtype; otherwise arrays of r's
@@ -123,9 +123,12 @@ def linear_map(
         derivative would repeat it. The first derivative of a sum or a mean of one number per token does not repeat it.
 
     Not checked:
-      Values, and the indices at which the function looks up a token's logits. JAX takes an index of -1 for the last
-      class, in every mode. If the classes are split, make ids relative to the device's first class, and move those
-      below 0 out of range: i = ids - jax.lax.axis_index(axis_name) * x.size, then jnp.where(i < 0, x.size, i).
+      Values, and the indices at which the function looks up a token's logits. In JAX, an index of -1 means the
+      last class, whatever the `mode` of `x.at[...]`. If the classes are split, subtract the index of the device's first
+      class from an id, and replace a negative result by x.size:
+
+        i = ids - jax.lax.axis_index(axis_name) * x.size
+        i = jnp.where(i < 0, x.size, i)
 
     See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """

@@ -61,8 +61,8 @@ def log_probs_with_integer_labels(
       axis: the axis of the n classes: a static int.
       where: bool, broadcast to logits. False excludes a class, whatever it holds. To mask rows, pass
         `jnp.expand_dims(mask, axis)`: a masked row gives 0.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, `jax.grad` inside
-        returns wrong gradients.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
+        differentiate outside of it: `jax.grad` inside it returns wrong gradients.
 
     Returns:
       The shape of labels, or with a tail [..., ..., k+1]; float32, or float64 if logits is.

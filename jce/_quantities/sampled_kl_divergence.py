@@ -48,8 +48,8 @@ def sampled_kl_divergence(log_p: ArrayLike, log_q: ArrayLike) -> Array:
     Derivative:
       ∂/∂log_p = 1 - q/p, ∂/∂log_q = q/p - 1, each in its argument's dtype. Their relative error is small even if p ≈ q.
       In expectation over outcomes sampled from p, the gradient with respect to the parameters of q is ∇KL(p‖q). The
-      gradient with respect to the parameters of p (a policy in training) is not: sampling has no derivative, so this
-      gradient is ∇KL(q‖p), the other divergence. To get ∇KL(p‖q), multiply the value by
+      gradient with respect to the parameters of p (a policy in training) is not ∇KL(p‖q) but ∇KL(q‖p): it ignores that
+      the samples depend on these parameters. To get ∇KL(p‖q), multiply the value by
       exp(log_p - jax.lax.stop_gradient(log_p)), or by an importance ratio p/p_old through which p is differentiated.
 
     Raises:

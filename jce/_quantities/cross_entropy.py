@@ -46,7 +46,7 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
       p: real, [..., n, ...], the target's probabilities of n classes along `axis`.
       q: real, [..., n, ...], the model's probabilities. Batch axes broadcast, the class axis doesn't.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and q. False excludes a class, whatever it holds. To mask rows, pass
+      where: bool, broadcast to p and q. False excludes a class, even if it is NaN or infinite. To mask rows, pass
         `jnp.expand_dims(mask, axis)`: a masked row gives 0.
 
     Returns:
@@ -121,7 +121,7 @@ def cross_entropy_with_logits(
         doesn't.
       z_loss: ζ, a number ≥ 0; training with it pulls L towards 0.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and logits. False excludes a class, whatever it holds. To mask rows, pass
+      where: bool, broadcast to p and logits. False excludes a class, even if it is NaN or infinite. To mask rows, pass
         `jnp.expand_dims(mask, axis)`: a masked row gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
         differentiate outside of it: `jax.grad` inside it returns wrong gradients.
@@ -196,8 +196,8 @@ def cross_entropy_with_integer_labels(
       label_smoothing: ε, a number from 0 to 1.
       z_loss: ζ, a number ≥ 0; training with it pulls L towards 0.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to logits. False excludes a class, whatever it holds, and n counts the others. To mask
-        rows, pass `jnp.expand_dims(mask, axis)`, for example with mask = labels >= 0: a masked row gives 0.
+      where: bool, broadcast to logits. False excludes a class, even if it is NaN or infinite, and n counts the others.
+        To mask rows, pass `jnp.expand_dims(mask, axis)`, for example with mask = labels >= 0: a masked row gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
         differentiate outside of it: `jax.grad` inside it returns wrong gradients.
 

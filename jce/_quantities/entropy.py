@@ -33,7 +33,7 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
     Args:
       p: real, [..., n, ...], probabilities of n classes along `axis`.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to p. False excludes a class, whatever it holds. To mask rows, pass
+      where: bool, broadcast to p. False excludes a class, even if it is NaN or infinite. To mask rows, pass
         `jnp.expand_dims(mask, axis)`: a masked row gives 0.
 
     Returns:
@@ -115,7 +115,7 @@ def entropy_with_logits(
     Args:
       logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to logits. False excludes a class, whatever it holds. To mask rows, pass
+      where: bool, broadcast to logits. False excludes a class, even if it is NaN or infinite. To mask rows, pass
         `jnp.expand_dims(mask, axis)`: a masked row gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
         differentiate outside of it: `jax.grad` inside it returns wrong gradients.

@@ -49,7 +49,7 @@ def jensen_shannon_divergence(
       q: real, [..., n, ...], the second distribution. Batch axes broadcast, the class axis doesn't.
       beta: β, the weight of p in the mixture, a number above 0 and below 1.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to p and q. False excludes a class, whatever it holds. To mask rows, pass
+      where: bool, broadcast to p and q. False excludes a class, even if it is NaN or infinite. To mask rows, pass
         `jnp.expand_dims(mask, axis)`: a masked row gives 0.
 
     Returns:

@@ -55,7 +55,7 @@ def kl_divergence_with_logits(
         division by T is done after the subtraction of the two rows, so nearly equal rows are compared as accurately as
         at T = 1. If you divide the logits yourself, each is rounded, and that accuracy is lost.
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
-      where: bool, broadcast to both. False excludes a class, whatever it holds. To mask rows, pass
+      where: bool, broadcast to both. False excludes a class, even if it is NaN or infinite. To mask rows, pass
         `jnp.expand_dims(mask, axis)`: a masked row gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
         differentiate outside of it: `jax.grad` inside it returns wrong gradients.

@@ -59,7 +59,7 @@ def log_probs_with_integer_labels(
       logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
       tail: a static bool: whether to add a last entry for all classes without a label.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to logits. False excludes a class, whatever it holds. To mask rows, pass
+      where: bool, broadcast to logits. False excludes a class, even if it is NaN or infinite. To mask rows, pass
         `jnp.expand_dims(mask, axis)`: a masked row gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
         differentiate outside of it: `jax.grad` inside it returns wrong gradients.

@@ -35,8 +35,7 @@ All are pure functions of arrays, each with its closed-form derivative as a `cus
 `vmap`, `grad`, `jvp` and every nesting of them, to any order. All are jitted, except `linear_map` and calls whose head
 is a function. Outside of `jax.jit`, each such call compiles a program, which takes some tenths of a second: call them
 inside of your own jitted step. `jax.export` accepts the functions with a symbolic number of rows or tokens. They don't
-work under `jax.experimental.jet`, which does not support `custom_jvp` rules. Before JAX 0.12, the tangent_solve of a
-`jax.lax.custom_root` around their gradients must use `jax.jacfwd` instead of `jax.jacobian`.
+work under `jax.experimental.jet`, which does not support `custom_jvp` rules.
 
 >>> import jax, jax.numpy as jnp, jce
 >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.25, 0.5, 0.25])

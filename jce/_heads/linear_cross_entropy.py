@@ -64,8 +64,8 @@ def linear_cross_entropy(
       4.1223074e-09
 
     A head is the output projection of a model: the matrix that multiplies hidden states to give logits. This function
-    equals `cross_entropy_with_integer_labels` at the logits x = hidden · headᵀ + bias, but computes x one chunk of
-    tokens at a time, also when it is differentiated, to any order. A mean or a sum with its gradient costs three
+    equals `cross_entropy_with_integer_labels` at the logits x = hidden · headᵀ + bias, but x exists for one chunk
+    of tokens at a time, in the value and in derivatives of any order. A mean or a sum with its gradient costs three
     matmuls between hidden states and head; losses per token with their gradient cost four. With label_smoothing ε,
     z_loss ζ and q = softmax(x), the loss ℓ of a token is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
 
@@ -80,8 +80,8 @@ def linear_cross_entropy(
         example the top-k probabilities of a teacher. See `cross_entropy_with_integer_labels`, also for tail.
       tail: a static bool: whether all classes without a label count as one more outcome, which has the remaining target
         probability.
-      weights: real, broadcast to the token axes: w, one weight per token. If they can sum to 0, as RL advantages
-        can, use reduction="sum": a mean is 0 if they do.
+      weights: real, broadcast to the token axes: w, one weight per token. If they sum to 0, as RL advantages can, a
+        mean is 0: use reduction="sum".
       where: bool, broadcast to the token axes. Tokens where it is False are masked: their loss is 0, and they cost no
         matmul.
       reduction: "mean" for Σ wℓ / Σ w, which is 0 if Σ w = 0; "sum" for Σ wℓ; "none" for wℓ, one number per token.
@@ -113,7 +113,7 @@ def linear_cross_entropy(
       or 0 with a soft cap. If the label is forbidden, the loss is +∞. Label smoothing counts every class, so a
       forbidden class makes every loss +∞: slice off the classes that only pad the vocabulary, as in
       head[:vocabulary_size]. If ε is traced and 0, nothing is smoothed, and forbidden classes add nothing to the loss.
-      The derivative with respect to a traced ε is NaN if the label is forbidden. Otherwise it is +∞ if any class is.
+      The derivative with respect to a traced ε is NaN if the label is forbidden, and +∞ if only other classes are.
 
     Derivative:
       ∂ℓ/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζ qᵢ log Σ exp x, and, by the chain rule, derivatives with respect to hidden,
@@ -127,7 +127,7 @@ def linear_cross_entropy(
       ValueError: shapes disagree, or an option has a value that is not listed above.
 
     Not checked:
-      Values inside of arrays.
+      Values inside of arrays. A NaN in a token's hidden state makes the results of this token NaN.
 
     See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """

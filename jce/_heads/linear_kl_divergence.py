@@ -44,11 +44,11 @@ def linear_kl_divergence(
       >>> print(jce.linear_kl_divergence(jce.Linear(hidden, teacher), jce.Linear(hidden, student)))
       1.5165121e-09
 
-    It equals `kl_divergence_with_logits` at the logits of both heads, each divided by T, but computes these logits one
-    chunk of tokens at a time, also when it is differentiated, to any order. The hidden states of teacher and student
-    may differ in width. A mean or a sum with its gradient costs four matmuls if p is frozen (not differentiated, or
-    behind `jax.lax.stop_gradient`), and six if both are differentiated. Losses per token with their gradient cost one
-    more matmul for each head.
+    The result is that of `kl_divergence_with_logits` at the logits of both heads, each divided by T. But the logits
+    exist for one chunk of tokens at a time, in the value and in derivatives of any order. The hidden states of teacher
+    and student may differ in width. A mean or a sum with its gradient costs four matmuls if p is frozen (not
+    differentiated, or behind `jax.lax.stop_gradient`), and six if both are differentiated. Losses per token with their
+    gradient cost one more matmul for each head.
 
     The loss isn't multiplied by T². To keep its gradient about as large as without a temperature, multiply the loss by
     temperature**2, as Hinton, Vinyals and Dean (2015) do.
@@ -56,8 +56,8 @@ def linear_kl_divergence(
     Args:
       p: the target, the teacher: `jce.Linear(hidden, head)`, with hidden states [..., d] and a head [n, d].
       q: the model, the student: `jce.Linear(hidden, head)`, with the same n classes and its own width.
-      weights: real, broadcast to the token axes: w, one weight per token. If they can sum to 0, as RL advantages
-        can, use reduction="sum": a mean is 0 if they do.
+      weights: real, broadcast to the token axes: w, one weight per token. If they sum to 0, as RL advantages can, a
+        mean is 0: use reduction="sum".
       where: bool, broadcast to the token axes. Tokens where it is False are masked: their divergence is 0, and they
         cost no matmul.
       reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, one number per token.
@@ -88,7 +88,7 @@ def linear_kl_divergence(
       ValueError: shapes disagree, or an option has a value that is not listed above.
 
     Not checked:
-      Values inside of arrays.
+      Values inside of arrays. A NaN in a token's hidden state makes the results of this token NaN.
 
     See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """

@@ -139,7 +139,7 @@ def linear_log_probs(
         above.
 
     Not checked:
-      Values inside of arrays.
+      Values inside of arrays. A NaN in a token's hidden state makes the results of this token NaN.
 
     See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.
     """

@@ -43,7 +43,7 @@ def linear_map(
 
     The function may be any loss, metric or sampler. Write it for one token, as if the token's logits [n] were in
     memory: each `Linear` among the arguments is passed as such an array. The logits exist for one chunk of tokens at a
-    time, also when the function is differentiated, to any order. For example, where `ce` is
+    time, in the value and in derivatives of any order. In these examples, `ce` is
     `jce.cross_entropy_with_integer_labels`:
 
         linear_map(jce.kl_divergence_with_logits, Linear(teacher, its_head), Linear(hidden, head), reduction="mean")
@@ -52,11 +52,6 @@ def linear_map(
         linear_map(jax.random.categorical, keys, Linear(hidden, head))
         linear_map(lambda y, x: (ce(y, x), {"entropy": jce.entropy_with_logits(x), "right": x.argmax() == y}),
                    labels, Linear(hidden, head), reduction="mean", has_aux=True)
-
-    If a sampler kept only some classes (ids [..., k], padded with n), the log-probability of a label among them is
-
-        def log_prob_among_kept(y, ids, x):
-            return -ce(y, x, where=jnp.zeros(x.shape, bool).at[ids].set(True, mode="drop"))
 
     The number of matmuls depends only on what the function returns. Without a gradient it is one per head. With a
     gradient, a sum or a mean of one real number per token costs three per head, because each chunk is differentiated
@@ -70,11 +65,11 @@ def linear_map(
     Args:
       function: a function of one token. It is called with the token's part of each argument, in order, and then with
         shared, if that is given. It may use jax.numpy and the functions of jce. It returns an array, a number, or a
-        pytree of them, of any dtype. Traced values that it closes over, such as a temperature, are differentiated too.
-        Exception: with reduction="none", a `custom_vjp` or `custom_jvp` rule in the function must not close over traced
-        values. Pass them to it as arguments, as in `jax.lax.map`. Prints and callbacks (`jax.debug.print`, an unordered
-        `io_callback`) run for each token that is not masked, in any order, and also for the padding of a chunk, which
-        holds another token's arguments.
+        pytree of them, of any dtype. The function may close over traced values, such as a temperature. They have
+        derivatives too. But with reduction="none", a `custom_vjp` or `custom_jvp` rule in the function must not close
+        over traced values: pass them to the rule as arguments, as in `jax.lax.map`. Prints and callbacks
+        (`jax.debug.print`, an unordered `io_callback`) run for each token that is not masked, in any order, and also
+        for the padding of a chunk, which holds another token's arguments.
       *arguments: at least one `jce.Linear(hidden, head)`, and arrays with the same leading token axes [...], for
         example labels, advantages, masks or random keys. Or pytrees of them.
       where: bool, broadcast to the token axes. Tokens where it is False are masked: the function is not called for
@@ -93,8 +88,8 @@ def linear_map(
       precision: the precision of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
         differentiate outside of it: `jax.grad` inside it returns wrong gradients. The function then gets its device's
-        part of a token's logits, and its results must be the same on all devices along the axis (JAX 0.8 can't map
-        their sum over devices). For whole arrays, use `jce.on_mesh`.
+        part of a token's logits, and its results must be the same on all devices along the axis. For whole arrays, use
+        `jce.on_mesh`.
 
     Returns:
       The pytree of the function's results. With "none", arrays [..., *r.shape] of r's dtype; otherwise arrays of r's
@@ -103,8 +98,8 @@ def linear_map(
 
     At the boundary:
       A class with bias -∞ has a logit of -∞. Padding and masked tokens contribute to no derivative, even if the
-      function is infinite or NaN there. For a head without classes every result is 0, in the shape that one class would
-      give.
+      function is infinite or NaN there. If a head has no classes, every result is 0. Its shape is the one that a
+      single class would give.
 
     Derivative:
       The derivative of the function, with respect to hidden states, heads, biases, soft caps, the other arrays,
@@ -123,9 +118,9 @@ def linear_map(
         derivative would repeat it. The first derivative of a sum or a mean of one number per token does not repeat it.
 
     Not checked:
-      Values, and the indices at which the function looks up a token's logits. In JAX, an index of -1 means the
-      last class, whatever the `mode` of `x.at[...]`. If the classes are split, subtract the index of the device's first
-      class from an id, and replace a negative result by x.size:
+      The indices at which the function looks up a token's logits. In JAX, an index of -1 means the last class, whatever
+      the `mode` of `x.at[...]`. If the classes are split, subtract the index of the device's first class from an id,
+      and replace a negative result by x.size:
 
         i = ids - jax.lax.axis_index(axis_name) * x.size
         i = jnp.where(i < 0, x.size, i)

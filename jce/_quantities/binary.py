@@ -23,7 +23,7 @@ def binary_entropy(alpha: ArrayLike) -> Array:
       >>> print(jce.binary_entropy(jnp.array([0.0, 0.5, 1.0])))
       [0.        0.6931472 0.       ]
 
-    It lies between 0 (at α = 0 and α = 1) and log 2 (at α = 1/2).
+    The entropy lies between 0 (at α = 0 and α = 1) and log 2 (at α = 1/2).
 
     Args:
       alpha: real, any shape, probabilities.
@@ -79,7 +79,7 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
     At the boundary:
       A term of weight 0 is 0. So H = 0 at α = β = 0, with ∂H/∂β = +1, and at α = β = 1, with ∂H/∂β = -1. At both,
-      ∂H/∂α = 0. If β is 0 or 1 and α differs from it, H = +∞, with the infinite derivatives of the formulas.
+      ∂H/∂α = 0. If β is 0 or 1 and α differs from it, H and the derivatives below are infinite.
 
     Derivative:
       ∂H/∂β = (β-α)/(β(1-β)), ∂H/∂α = log (1-β)/β, each in its argument's dtype.
@@ -130,8 +130,8 @@ def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
 
     At the boundary:
       KL = 0 at α = β = 0, with ∂KL/∂β = +1, and at α = β = 1, with ∂KL/∂β = -1. At both, ∂KL/∂α = 0. If β differs from
-      α, ∂KL/∂α is -∞ at α = 0 and +∞ at α = 1, the one-sided limits. If β is 0 or 1 and α differs from it, KL = +∞,
-      with the infinite derivatives of the formulas.
+      α, ∂KL/∂α is -∞ at α = 0 and +∞ at α = 1, the one-sided limits. If β is 0 or 1 and α differs from it, KL
+      and the derivatives below are infinite.
 
     Derivative:
       ∂KL/∂β = (β-α)/(β(1-β)), ∂KL/∂α = log α(1-β)/((1-α)β), each in its argument's dtype.

@@ -58,7 +58,7 @@ def binary_kl_divergence_with_logits(alpha_logits: ArrayLike, beta_logits: Array
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      Values. Subnormal probabilities may count as 0. They occur at |logit| > 87.3 (708.3 in float64).
+      |logit| ≤ 87.3 (708.3 in float64). Beyond it, one outcome has a subnormal probability, which may count as 0.
 
     See "Conventions" in jce/README.md.
     """

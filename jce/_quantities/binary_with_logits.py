@@ -42,7 +42,7 @@ def binary_entropy_with_logits(logits: ArrayLike) -> Array:
       TypeError: an argument is not real.
 
     Not checked:
-      Values. Subnormal probabilities may count as 0. They occur at |logit| > 87.3 (708.3 in float64).
+      |logit| ≤ 87.3 (708.3 in float64). Beyond it, one outcome has a subnormal probability, which may count as 0.
 
     See "Conventions" in jce/README.md.
     """
@@ -94,7 +94,7 @@ def binary_cross_entropy_with_logits(alpha: ArrayLike, logits: ArrayLike) -> Arr
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      0 ≤ α ≤ 1.
+      0 ≤ α ≤ 1. The formula is linear in α, and is evaluated as written even for α outside this range.
 
     See "Conventions" in jce/README.md.
     """

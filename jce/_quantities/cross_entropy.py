@@ -184,8 +184,8 @@ def cross_entropy_with_integer_labels(
     does not round to 0.
 
     With label_probs each target has k labels with one probability each, such as the top-k classes of a teacher. The
-    loss is then Σⱼ pⱼ log 1/q_yⱼ. `tail` adds (1-Σp) log 1/(1-Σq), where Σp is the sum of label_probs, and Σq is the
-    sum of q over the classes with a label.
+    loss is then Σⱼ pⱼ log 1/q_yⱼ. All other classes together are the tail. With `tail`, the loss also includes the
+    term (1-Σp) log 1/(1-Σq), where Σp is the sum of label_probs, and Σq is the sum of q over the classes with a label.
 
     Args:
       labels: integer, [..., ...], class indices: exactly the shape of logits without `axis`; with label_probs [..., k].
@@ -211,18 +211,22 @@ def cross_entropy_with_integer_labels(
       With label_probs, a label outside [0, n) contributes 0 if its probability is 0.
 
       A logit of -∞ is a class of probability 0: it contributes 0, with derivative 0. At the label, or with label
-      smoothing, it makes the loss +∞, with the derivative of the formula. A row with a NaN, a +∞ or only -∞ is NaN. A
-      traced ε of 0 is like no smoothing: a logit of -∞ has no effect on the loss, except at the label. The derivative
-      with respect to a traced ε is NaN if the label's logit is -∞. Otherwise it is +∞ if any logit is -∞.
+      smoothing, it makes the loss +∞. The derivative is then as below, with qᵢ = 0. A row with a NaN, a +∞ or only -∞
+      is NaN.
+
+      A traced ε of 0 is like no smoothing: a logit of -∞ has no effect on the loss, except at the label. The derivative
+      with respect to a traced ε is NaN if the label's logit is -∞. If only logits of other classes are -∞, it is +∞.
 
       A tail without classes (every class that `where` keeps has a label) contributes 0. A tail whose logits are all -∞
-      contributes (1-Σp) · ∞, except if Σp is 1 within 4 eps of the dtype of label_probs: then it contributes 0, with
-      derivative 0. So pass label_probs in the dtype in which they were rounded. If Σp exceeds 1 by no more than 4 eps,
-      1-Σp counts as 0 in the value, and the derivative with respect to p is that of the formula.
+      contributes (1-Σp) · ∞. There is an exception, because label_probs are rounded: if Σp is 1 within 4 eps of the
+      dtype of label_probs, such a tail contributes 0, with derivative 0. So pass label_probs in the dtype in which they
+      were rounded. If Σp exceeds 1 by no more than 4 eps, 1-Σp counts as 0 in the value, and the derivative with
+      respect to p is as below.
 
     Derivative:
-      ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype; at ε = ζ = 0 its relative error is small for every i.
-      With respect to a traced ε it is 1/n Σᵢ log 1/qᵢ - log 1/q_y, and with respect to a traced ζ it is L².
+      ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype. A bracket is 1 if the statement in it is true, and
+      otherwise 0. At ε = ζ = 0 the relative error is small for every i. The derivative with respect to a traced ε is
+      1/n Σᵢ log 1/qᵢ - log 1/q_y, and with respect to a traced ζ it is L².
 
       With label_probs, smoothing turns the target p into (1-ε)p + εΣp/n. At ε = ζ = 0 the derivative with respect to xᵢ
       is qᵢ Σp - pᵢ, and the derivative with respect to pⱼ is log 1/q_yⱼ. A tail adds (1-Σp)(qᵢ - [no label is i]
@@ -234,8 +238,8 @@ def cross_entropy_with_integer_labels(
         not a bool, or it is True without label_probs.
 
     Not checked:
-      Values. If XLA flushes subnormal numbers, and the label's logit is below 0, entries of the derivative below 1e-31
-      may be 0 too.
+      label_probs ≥ 0: the formula is linear in them, and is evaluated as written. If XLA flushes subnormal numbers to
+      0, and the label's logit is below 0, entries of the derivative below 1e-31 may be 0 too.
 
     See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """

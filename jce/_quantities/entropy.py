@@ -28,7 +28,7 @@ def entropy(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> 
       >>> float(jce.entropy([0.5, 0.25, 0.25]) / jnp.log(2))  # in bits
       1.5
 
-    It lies between 0, if one class is certain, and log n, for the uniform distribution.
+    The entropy lies between 0, if one class is certain, and log n, for the uniform distribution.
 
     Args:
       p: real, [..., n, ...], probabilities of n classes along `axis`.
@@ -109,8 +109,8 @@ def entropy_with_logits(
       >>> print(jce.entropy_with_logits(jnp.array([[0.0, 0.0], [20.0, 0.0]])))
       [6.9314718e-01 4.3284228e-08]
 
-    It lies between 0, if one class is certain, and log n, if all logits are equal. Its relative error is small even if
-    one class has nearly all of the probability.
+    The entropy lies between 0, if one class is certain, and log n, if all logits are equal. Its relative error is small
+    even if one class has nearly all of the probability.
 
     Args:
       logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
@@ -135,7 +135,7 @@ def entropy_with_logits(
       ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
-      Values.
+      That logits hold no NaN or +∞, which make their row NaN.
 
     See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """

@@ -39,8 +39,8 @@ def jensen_shannon_divergence(
       >>> print(jce.jensen_shannon_divergence(p, q), jce.jensen_shannon_divergence(p, p))
       0.3465736 0.0
 
-    It is never infinite. It is 0 only if p = q or if it underflows. It is at most H(β) = β log 1/β + (1-β) log 1/(1-β)
-    ≤ log 2, which it reaches if no class is possible in both p and q. It is symmetric at β = 1/2. Otherwise, exchanging
+    The divergence is 0 only if p = q or if it underflows. It is at most H(β) = β log 1/β + (1-β) log 1/(1-β) ≤ log 2,
+    and reaches H(β) if no class is possible in both p and q. It is symmetric at β = 1/2. Otherwise, exchanging
     p and q is the same as exchanging β and 1-β. It equals H(m) - βH(p) - (1-β)H(q), but its relative error is small
     even if p ≈ q. Divided by β it tends to KL(p‖q) as β → 0, and divided by 1-β it tends to KL(q‖p) as β → 1.
 

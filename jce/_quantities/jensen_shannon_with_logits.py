@@ -47,9 +47,9 @@ def jensen_shannon_divergence_with_logits(
       >>> print(jce.jensen_shannon_divergence_with_logits(jnp.array([50.0, 0.0]), jnp.array([60.0, 0.0])))
       6.680025e-23
 
-    It is never infinite. It is 0 only if p = q or if it underflows, and at most H(β) = β log 1/β + (1-β) log 1/(1-β)
-    ≤ log 2. Its relative error is small even if p ≈ q. It is symmetric at β = 1/2. Otherwise, exchanging p and q is the
-    same as exchanging β and 1-β.
+    The divergence is 0 only if p = q or if it underflows. It is at most H(β) = β log 1/β + (1-β) log 1/(1-β) ≤ log 2.
+    Its relative error is small even if p ≈ q. It is symmetric at β = 1/2. Otherwise, exchanging p and q is the same as
+    exchanging β and 1-β.
 
     Args:
       p_logits: real, [..., n, ...], logits (or log-probabilities) of n classes along `axis`.
@@ -69,9 +69,9 @@ def jensen_shannon_divergence_with_logits(
     At the boundary:
       A logit of -∞ is a class of probability 0, and the derivative with respect to this logit is 0. If the class has a
       logit of -∞ in one distribution only, its probability in the other still contributes. A row with a NaN, a +∞ or
-      only -∞ is NaN. A traced β of 0 or 1 gives 0, the limit, with derivatives 0 with respect to the logits. The
-      derivative with respect to β is then infinite if the mixture lacks a class that p or q has. Mixed derivatives with
-      respect to β and the logits are then unspecified.
+      only -∞ is NaN. A traced β of 0 or 1 gives 0, the limit, with derivatives 0 with respect to the logits. At
+      such a β, the derivative with respect to β is infinite if the mixture lacks a class that p or q has, and mixed
+      derivatives with respect to β and the logits are unspecified.
 
     Derivative:
       ∂/∂p_logitsᵢ = β pᵢ (log pᵢ/mᵢ - KL(p‖m)), ∂/∂q_logitsᵢ = (1-β) qᵢ (log qᵢ/mᵢ - KL(q‖m)), each in its argument's
@@ -83,7 +83,7 @@ def jensen_shannon_divergence_with_logits(
       ValueError: shapes, `axis` or `where` don't fit, beta is not above 0 and below 1, or temperature not above 0.
 
     Not checked:
-      Values. Logits above an eighth of the largest float, 4e37 in float32, overflow.
+      Logits ≤ 4e37 in float32 (an eighth of the largest float). Larger ones overflow.
 
     See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """

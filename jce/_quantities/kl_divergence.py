@@ -27,7 +27,7 @@ from jce._softmax.kernel import kernel
 
 @public("axis")
 def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> Array:
-    """The Kullback-Leibler divergence of a model q from a target p, in nats.
+    """The Kullback-Leibler divergence KL(p‖q) of a target p and a model q, in nats.
 
     KL(p‖q) = Σᵢ pᵢ log pᵢ/qᵢ
 
@@ -135,7 +135,7 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
       ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
-      Values. A negative pᵢ or qᵢ gives NaN, because its logarithm is NaN.
+      pᵢ, qᵢ ≥ 0. A negative pᵢ or qᵢ gives NaN, because its logarithm is NaN.
 
     Source:
       D. D. Lee and H. S. Seung, Algorithms for Non-negative Matrix Factorization (2000), where it is called

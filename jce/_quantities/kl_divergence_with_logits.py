@@ -78,7 +78,7 @@ def kl_divergence_with_logits(
       ValueError: shapes, `axis` or `where` don't fit, or temperature isn't above 0.
 
     Not checked:
-      Values. Logits above an eighth of the largest float, 4e37 in float32, overflow.
+      Logits ≤ 4e37 in float32 (an eighth of the largest float). Larger ones overflow.
 
     See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """

@@ -68,22 +68,23 @@ def log_probs_with_integer_labels(
       The shape of labels, or with a tail [..., ..., k+1]; float32, or float64 if logits is.
 
     At the boundary:
-      A logit of -∞ is a class of probability 0: as a label it gives log q = -∞, with the derivative of the formula. A
+      A logit of -∞ is a class of probability 0: as a label it gives log q = -∞, with the derivative below. A
       label outside [0, n) makes its own entry NaN, and gradients through this entry too. A negative label never counts
       from the end, and a label outside [0, n) takes no class out of the tail. To pad a row that has fewer than k
       labels, use the label n, and mask the padded entries of the result. A tail without classes, or whose logits are
       all -∞, is -∞. A row with a NaN, a +∞ or only -∞ is NaN.
 
     Derivative:
-      ∂/∂xᵢ = [i = y] - qᵢ, in logits' dtype; for the tail it is [no label is i] qᵢ/(1-Σq) - qᵢ. The relative error is
-      small for every i, as far as the rounding of x - max x allows.
+      ∂/∂xᵢ = [i = y] - qᵢ, in logits' dtype; for the tail it is [no label is i] qᵢ/(1-Σq) - qᵢ. A bracket is 1 if the
+      statement in it is true, and otherwise 0. The relative error is small for every i, as far as the rounding of
+      x - max x allows.
 
     Raises:
       TypeError: labels are not integers, logits not real, or `where` not boolean.
       ValueError: shapes, `axis` or `where` don't fit; tail is not a bool, or it is True and labels lack the axis of k.
 
     Not checked:
-      Values, and that labels are distinct. (With a tail, a label that repeats counts twice.)
+      That labels are distinct. With a tail, a label that repeats counts twice.
 
     See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """

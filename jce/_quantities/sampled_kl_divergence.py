@@ -42,8 +42,8 @@ def sampled_kl_divergence(log_p: ArrayLike, log_q: ArrayLike) -> Array:
 
     At the boundary:
       If only q is 0, the value is +∞, with ∂/∂log_p = 1 and ∂/∂log_q = -1. If only p is 0, or if q/p overflows, the
-      value is +∞, with the infinite derivatives of the formulas. If both are 0, the value is 0, with first derivatives
-      0. If you multiply a value of +∞ by an importance ratio of 0, you get NaN, as in plain JAX. NaN gives NaN.
+      value and the derivatives below are infinite. If both are 0, the value is 0, with first derivatives 0. If you
+      multiply a value of +∞ by an importance ratio of 0, you get NaN, as in plain JAX. NaN gives NaN.
 
     Derivative:
       ∂/∂log_p = 1 - q/p, ∂/∂log_q = q/p - 1, each in its argument's dtype. Their relative error is small even if p ≈ q.

@@ -230,6 +230,13 @@ def test_divergence_at_a_probability_of_1e_87():
     np.testing.assert_allclose(dy, [p - q, q - p], rtol=1e-13)
 
 
+def test_the_gradient_of_kl_at_many_very_low_logits():
+    """pᵢ (log pᵢ/qᵢ - KL) is finite, although a weighted sum of log pᵢ/qᵢ over the classes would overflow."""
+    low = np.arange(256) < 128
+    gradient = jax.grad(jce.kl_divergence_with_logits)(jnp.zeros(256), jnp.where(low, -3e38, 0.0))
+    np.testing.assert_allclose(gradient, np.where(low, 1.5e38, -1.5e38) / 256, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_gradients_at_nearly_equal_logits(rng):
     """For logits 1e-4 apart, q - p as a difference of two rounded numbers would have only three correct digits."""

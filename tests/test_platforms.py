@@ -450,6 +450,19 @@ def test_sums_in_one_pass_over_devices(accelerator, rng):
     np.testing.assert_allclose(optimized_jit(split)(x), jce.entropy_with_logits(x), rtol=1e-6)
 
 
+def test_derivatives_of_sums_if_one_device_has_only_forbidden_classes():
+    mesh = jax.make_mesh((2,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    x = np.float32([0, 1, -np.inf, -np.inf])
+
+    def derivative(way, x):
+        return jax.jvp(lambda x: way.sums(x)[1:], (x,), (jnp.arange(4.0)[: x.size] + 1,))[1]
+
+    split = jax.shard_map(
+        functools.partial(derivative, Reduction(-1, "classes")), mesh=mesh, in_specs=P("classes"), out_specs=P()
+    )
+    np.testing.assert_allclose(optimized_jit(split)(x), derivative(REDUCTION, x[:2]), rtol=1e-6)
+
+
 @pytest.mark.holds_nan
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_sums_of_invalid_rows(bad):

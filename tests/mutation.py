@@ -54,7 +54,7 @@ LIMIT = 600  # seconds, after which a fault that makes a test run forever counts
 EQUIVALENT = {
     "x[ -1].ndim": "both arrays have the same rank",
     "more * 2.0 ** -(k // 3)": "a quotient near 2^-105 is within the range of floats, whether it is scaled or not",
-    "self.sum(exp( (-self.column(m))))": "`again` may be called with any number that is not negative",
+    "self.sum(exp( (-self.column(m))))": "`unshared` may be called with any number that is not negative",
     "jnp.maximum(classes.column(classes.sum(kept)), 2)": "a single class has the loss 0, whatever its probability",
     "itemsize >= 5": "an int32 doesn't change, and a uint32 that wraps is outside the range of labels",
     "no @abstractmethod": "every way that is used has these methods",

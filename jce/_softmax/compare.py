@@ -145,18 +145,18 @@ def at_common_temperature(
 
 def divided(x: Array, y: Array, t: Array, classes: Classes) -> tuple[Array, Array, Array]:
     """(x - max x)/t, (y - max y)/t, and their difference, which is rounded only once before it is divided by t."""
-    m, n = (classes.max(lax.stop_gradient(z)) for z in (x, y))
-    t, difference = like(t.astype(x.dtype), x), _difference_of_rows(x, y, m, n, classes)
+    m_x, m_y = (classes.max(lax.stop_gradient(z)) for z in (x, y))
+    t, difference = like(t.astype(x.dtype), x), _difference_of_rows(x, y, m_x, m_y, classes)
     return (
-        _over_where_possible(x - classes.column(m), t, x),
-        _over_where_possible(y - classes.column(n), t, y),
+        _over_where_possible(x - classes.column(m_x), t, x),
+        _over_where_possible(y - classes.column(m_y), t, y),
         _over_where_possible(difference, t, x, y),
     )
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(4,))
-def _difference_of_rows(x, y, m, n, classes):
-    return _difference(x, y, m, n, classes, 0.25)
+def _difference_of_rows(x, y, m_x, m_y, classes):
+    return _difference(x, y, m_x, m_y, classes, 0.25)
 
 
 @_difference_of_rows.defjvp
@@ -175,13 +175,13 @@ def compare(x: Array, y: Array, d: Array | None, way: Way, stored: bool = False)
     log_z_y_x = ny.log_z - nx.log_z
 
     def of_pass(s, fraction):
-        (m, p, dominant_x), (n, q, dominant_y) = of_x(s), of_y(s)
-        difference = _difference(x, y, m, n, way, fraction) if d is None else d
-        # If a class dominates both rows (`softmax.py`), its x - m and y - n are set to 0, and so is their difference.
-        # The computed difference would only be rounding error.
+        (m_x, p, dominant_x), (m_y, q, dominant_y) = of_x(s), of_y(s)
+        difference = _difference(x, y, m_x, m_y, way, fraction) if d is None else d
+        # If a class dominates both rows (`softmax.py`), x - m_x and y - m_y are set to 0 there.
+        # Their computed difference would only be rounding error, so it is set to 0 too.
         return p, q, jnp.where(dominant_x & dominant_y, jnp.zeros_like(x), difference)
 
-    # δ = (y - n) - (x - m) - log Z_y/Z_x. The rounding error of the logarithm is the same for the whole row.
+    # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x. The rounding error of the logarithm is the same for the whole row.
     # Without it, S = Σ (q - p) = Σ p (e^δ - 1) would be 0. A second pass subtracts log(1 + S), which removes the error.
     p, q, difference = of_pass(0 * nx.s, 0.25)
     surplus = way.sum(difference_from_log(p, q, difference - way.column(log_z_y_x)))
@@ -191,16 +191,16 @@ def compare(x: Array, y: Array, d: Array | None, way: Way, stored: bool = False)
     return (p, q, way.stored(delta)) if stored else (p, q, delta)
 
 
-def _difference(x, y, m, n, classes, fraction):
-    """(y - n) - (x - m), with a single rounding where it is small. It is -∞ where y is -∞, and finite where only x is.
+def _difference(x, y, m_x, m_y, classes, fraction):
+    """(y - m_y) - (x - m_x), with a single rounding where it is small: -∞ where y is, and finite where only x is -∞.
 
-    Each pass calls it with a different fraction < 1, and with a different m and n. So the passes share no array, which
-    XLA would store (`passes.py`).
+    Each pass calls it with a different fraction < 1, and with different m_x and m_y. So the passes share no array. XLA
+    would store a shared one (`passes.py`).
     """
     least = jnp.finfo(x.dtype).min
     # A -∞ in x is raised to a number whose probability is 0. A -∞ in y is raised only in the error term, which would be
     # NaN otherwise: the difference itself stays -∞.
-    low_x, low_y = (classes.column(jnp.maximum(maximum + fraction * least, least)) for maximum in (m, n))
+    low_x, low_y = (classes.column(jnp.maximum(maximum + fraction * least, least)) for maximum in (m_x, m_y))
     x, finite_y = jnp.maximum(x, low_x), jnp.maximum(y, low_y)
-    n_m, lost = two_sum(n, -m)
-    return ((y - x) - classes.column(n_m)) + (two_sum(finite_y, -x)[1] - classes.column(lost))
+    rise, lost = two_sum(m_y, -m_x)
+    return ((y - x) - classes.column(rise)) + (two_sum(finite_y, -x)[1] - classes.column(lost))

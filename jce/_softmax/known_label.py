@@ -26,53 +26,53 @@ from jce._jax.varying import vary_over, varying
 LOWEST, HIGHEST = -16, 40
 
 
-def off_known_label(at: Array, others: Callable, again: Callable, most: float) -> list[Array]:
+def off_known_label(at: Array, others: Callable, second_pass: Callable, most: float) -> list[Array]:
     """m and the results of others(m), after a second pass if one is needed. `at` is x_y, the label's logit, per row.
 
     others(m) returns a list: s, and any further results. In a row with m = 0, s must be in [least, below), or in
     [0, below) if x_y ≥ 0. In a row with m = x_y, s must be below `most`. Otherwise, and also if s is NaN, the row needs
-    a second pass. (s may be NaN if x_y is -∞.) `asks` marks such rows.
+    a second pass. (s may be NaN if x_y is -∞.) `redo` marks such rows.
 
-    again(asks, m, s, *more) does the second pass over all rows. It returns the same list [m, s, *more], with the
-    maximum as m in the rows that `asks` marks, and with the same bits as before in all others.
+    second_pass(redo, m, s, *more) does the second pass over all rows. It returns the same list [m, s, *more], with the
+    maximum as m in the rows that `redo` marks, and with the same bits as before in all others.
     """
     # Flushing n entries below 2⁻¹²⁶ changes an s ≥ 2⁻⁸⁴ by at most n 2⁻⁴² times s: 2⁻²⁵ times s for n = 2¹⁷ classes.
     least, below = (2.0**-700, 2.0**600) if at.dtype == jnp.float64 else (2.0**-84, 2.0**64)
 
-    def read_again(state):
-        asks, _, *found = state
-        return [asks, jnp.zeros_like(state[1]), *again(asks, *found)]
+    def step(state):
+        redo, _, *found = state
+        return [redo, jnp.zeros_like(state[1]), *second_pass(redo, *found)]
 
     zero = (at > LOWEST) & (at < HIGHEST)
     m = jnp.where(zero, jnp.zeros_like(at), at)
     s, *more = others(m)
     # If m = 0 and s < least, x_y is the maximum. If then x_y ≥ 0, the maximum as m would only make eᵢ smaller, so no
     # second pass is needed. This holds also for a row that `where` masks: its only class is its label, with logit 0.
-    asks = ~(s < jnp.where(zero, jnp.full_like(s, below), jnp.full_like(s, most))) | (zero & (at < 0) & (s < least))
-    state = [asks, _first_of(asks), m, s, *more]
-    return lax.while_loop(lambda state: state[1] > 0, read_again, state)[2:]
+    redo = ~(s < jnp.where(zero, jnp.full_like(s, below), jnp.full_like(s, most))) | (zero & (at < 0) & (s < least))
+    state = [redo, _first_of(redo), m, s, *more]
+    return lax.while_loop(lambda state: state[1] > 0, step, state)[2:]
 
 
 def at_maximum(others: Callable, maximum: Callable[[], Array]) -> Callable:
-    """The second pass for `off_known_label` (its argument `again`) if it may simply call others(m) for all rows."""
+    """The argument `second_pass` of `off_known_label`, if that pass may simply call others(m) for all rows."""
 
-    def again(asks, m, *_):
-        m = jnp.where(asks, maximum(), m)
+    def second_pass(redo, m, *_):
+        m = jnp.where(redo, maximum(), m)
         return [m, *others(m)]
 
-    return again
+    return second_pass
 
 
 @custom_vmap
-def _first_of(asks):
+def _first_of(redo):
     """The position of the first True, counted from 1, or 0 if there is none. It is used instead of `any`, which XLA
     turns into a tree of vectors on a CPU: that takes longer to compile than the rest of a label's loss."""
-    none = vary_over(varying(asks), jnp.full(1, 0.5, jnp.float32))
-    return lax.argmax(jnp.concatenate([*none, asks.astype(none[0].dtype).ravel()]), 0, jnp.int32)
+    none = vary_over(varying(redo), jnp.full(1, 0.5, jnp.float32))
+    return lax.argmax(jnp.concatenate([*none, redo.astype(none[0].dtype).ravel()]), 0, jnp.int32)
 
 
 # Under `jax.vmap`, the whole batch has one flag. If each member of the batch had its own flag, the loop would always
 # run, and store N × n numbers.
 @_first_of.def_vmap
-def _first_of_batch(size, batched, asks):
-    return _first_of(asks), False
+def _first_of_batch(size, batched, redo):
+    return _first_of(redo), False

@@ -13,7 +13,7 @@ The loss of a label needs no maximum (`known_label.py`). One pass sums the eᵢ,
 array.
 
 If two passes read the same eᵢ, XLA stores these N × n numbers, unless it fuses the passes. If the result is a number
-per row, this would waste memory. So each pass gets m in a form that XLA doesn't recognize as m (`Way.again`), and
+per row, this would waste memory. So each pass gets m in a form that XLA doesn't recognize as m (`Way.unshared`), and
 recomputes eᵢ, perhaps from logits that are rounded differently. If the result is an array, the eᵢ are stored once,
 behind a barrier, and the result is written over them. That takes 0.5 to 0.9 times as long as recomputing eᵢ.
 
@@ -62,12 +62,12 @@ class Passes(Way):
         if self.blocks == 1:
             return self.stored(exp(x - self.column(m)))
         # For folded rows, the result can't be written over stored eᵢ. So each pass recomputes eᵢ.
-        return exp(x - self.column(self.again(m, number * self.sum(exp(x - self.column(m)))) if number else m))
+        return exp(x - self.column(self.unshared(m, number * self.sum(exp(x - self.column(m)))) if number else m))
 
     def normalizer(self, x):
         m = self.maximum(x)
         z = self.sum(exp(x - self.column(m)))
-        return self._normalizer(m, exp(x - self.column(m if self.are_few(x) else self.again(m, z))), z)
+        return self._normalizer(m, exp(x - self.column(m if self.are_few(x) else self.unshared(m, z))), z)
 
     def _normalizer(self, m, e, z):
         most = jnp.maximum(1.75, -z)  # 7/4 as a number per row: XLA would store a constant shared with another sum
@@ -78,11 +78,11 @@ class Passes(Way):
     def sums(self, x):
         n = self.normalizer(x)
         if self.mesh_axis is None:
-            d = x - self.column(self.again(n.m, n.log_z))
+            d = x - self.column(self.unshared(n.m, n.log_z))
             e = exp(d)
             # For a class that dominates, the weight is ⌊7/4 - 1⌋ = 0. For all others the floor is ≥ 1, so the weight is
             # eᵢ.
-            weight = jnp.minimum(jnp.floor(self.column(self.again(1.75 + n.undominated, n.log_z)) - e), e)
+            weight = jnp.minimum(jnp.floor(self.column(self.unshared(1.75 + n.undominated, n.log_z)) - e), e)
         else:
             d = self.depth(x, n)
             weight = exp(d)
@@ -100,7 +100,7 @@ class Passes(Way):
         dominant = e > self.column(0.6 + n.undominated)
         # Without `reused`, XLA might contract the quotient with a difference: q - p must be exactly -(p - q).
         q = reused(jnp.where(dominant, jnp.ones_like(e), e) / self.column(n.z))
-        return n, lambda s: Compared(self.again(n.m, s), q, dominant)
+        return n, lambda s: Compared(self.unshared(n.m, s), q, dominant)
 
     def max_and_sum(self, x):
         m = self.maximum(x)
@@ -124,18 +124,18 @@ class Passes(Way):
         return self._off_label(labels, x, m, self._sum_off_label(labels, x)(m), self._at(labels, x))
 
     def off_label_of_any_shift(self, labels, x):
-        if self._asks_for_maximum(x):
+        if self._needs_maximum(x):
             return self.off_label(labels, x)
         at, sum_off_label = self._at(labels, x), self._sum_off_label(labels, x)
-        m, s = self._off_known_label(at, lambda m, again: [sum_off_label(m, keeps_nan=again)], x)
+        m, s = self._off_known_label(at, lambda m, second: [sum_off_label(m, keeps_nan=second)], x)
         return self._off_label(labels, x, m, s, at)
 
     def exponentials_off_label(self, labels, x):
         # For folded rows, the result can't be written over stored eᵢ (`exponential_of_pass`).
-        if self._asks_for_maximum(x) or self.blocks > 1:
+        if self._needs_maximum(x) or self.blocks > 1:
             return super().exponentials_off_label(labels, x)
 
-        def others(m, again):
+        def others(m, second):
             # The mask is computed in each of the two passes: XLA would store a mask that both share.
             is_label, e = self.is_at(x, self.local(labels, x)), exp(x - self.column(m))
             e = self.stored(jnp.where(is_label, jnp.zeros_like(e), e))
@@ -145,15 +145,15 @@ class Passes(Way):
         m, s, e = self._off_known_label(at, others, x)
         return self._off_label(labels, x, m, s, at), e
 
-    def _asks_for_maximum(self, x):
+    def _needs_maximum(self, x):
         return not self.any_shift or self.mesh_axis is not None or may_be_split(x)
 
     def _off_known_label(self, at, others, x):
         # If s < most, then xᵢ - x_y < log(64 + 8n), which is 9 for n = 1000. The rounding of xᵢ - x_y changes eᵢ by at
         # most half as many ulps.
         most = 64.0 + 8 * self.count(x)
-        first, again = (functools.partial(others, again=again) for again in (False, True))
-        return off_known_label(at, first, at_maximum(again, lambda: self.maximum(x)), most)
+        first, second = (functools.partial(others, second=second) for second in (False, True))
+        return off_known_label(at, first, at_maximum(second, lambda: self.maximum(x)), most)
 
     def _at(self, labels, x):
         return self.at(x, self.local(labels, x))
@@ -188,7 +188,7 @@ class Passes(Way):
 
     def depth_off_label(self, x, off):
         # The result is written over stored eᵢ, except for folded rows, where each pass recomputes eᵢ.
-        return x - self.column(off.m if self.blocks == 1 else self.again(off.m, off.s))
+        return x - self.column(off.m if self.blocks == 1 else self.unshared(off.m, off.s))
 
     def put(self, x, y, r):
         return self.scattered(x, y, r)

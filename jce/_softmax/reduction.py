@@ -59,9 +59,9 @@ class Reduction(Way):
 @dataclasses.dataclass(frozen=True)
 class MaskedReduction(Reduction):
     """The way for a TPU. Gathers are slow there, so a mask looks up labels. XLA for TPUs fuses two sums into one pass
-    if they share m, so `again` returns m itself."""
+    if they share m, so `unshared` returns m itself."""
 
-    def again(self, m, s):
+    def unshared(self, m, s):
         return m
 
     def at_label(self, x, labels):

@@ -97,20 +97,20 @@ class Way(Classes, ABC):
 
     def comparison(self, x: Array, stored: bool) -> tuple[Normalizer, Callable[[Array], Compared]]:
         """The normalizer of a row, and a function that returns the row's `Compared`. Each pass over both rows calls the
-        function with s ≥ 0, a result of the previous pass (see `again`).
+        function with s ≥ 0, a result of the previous pass (see `unshared`).
 
         With `stored`, qᵢ is kept in memory, for a kernel that reads it several times.
         """
         n = self.normalizer(x)
 
         def compared(s):
-            m = self.again(n.m, s)
+            m = self.unshared(n.m, s)
             depth, dominant = n.depth_and_dominant(x, m, self)
             return Compared(m, exp(depth) / self.column(n.z), dominant)
 
         return n, compared
 
-    def again(self, m: Array, s: Array) -> Array:
+    def unshared(self, m: Array, s: Array) -> Array:
         """m for the next pass, in a form that XLA doesn't recognize as m. Otherwise XLA would share exp(x - m) between
         the passes, and store N × n numbers. s ≥ 0 is a result of the previous pass, so max(m, m - s) is m."""
         return jnp.maximum(m, m - s)

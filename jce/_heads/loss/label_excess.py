@@ -149,12 +149,12 @@ class OneReading:
     def _read(self, stored: Callable | None = None) -> list[Array]:
         """m, s, the mean of x - m, and stored(e, m, s, mean) if `stored` is given."""
         read = functools.partial(self._reading, stored)
-        again = at_maximum(functools.partial(read, again=True), lambda: _maximum(self.x, self.way))
+        second_pass = at_maximum(functools.partial(read, second=True), lambda: _maximum(self.x, self.way))
         # If m = x_y, the bound s < 1e9 admits labels whose logit is up to log 1e9 = 20.7 below the maximum. There the
         # rounding of x - m loses no more digits than the rounding of hidden states and head.
-        return off_known_label(self.x_y, read, again, most=1e9)
+        return off_known_label(self.x_y, read, second_pass, most=1e9)
 
-    def _reading(self, stored, m, again=False):
+    def _reading(self, stored, m, second=False):
         # Each of the two passes computes the label's mask: if they shared a mask, XLA would store it.
         x, way = self.x, self.way
         u = x.uncapped()
@@ -165,7 +165,7 @@ class OneReading:
         if stored is None:
             return [s, mean]
         e = stored(e if x.soft_cap is None else e * slope(u, x.soft_cap), m, s, mean)
-        e = _unless_nan(e) if again else e  # every row with a NaN gets a second pass
+        e = _unless_nan(e) if second else e  # every row with a NaN gets a second pass
         return barrier([s, mean, e.astype(jnp.bfloat16) if x.products.narrow else e])
 
 

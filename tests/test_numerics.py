@@ -12,6 +12,7 @@ import jce
 from jce._jax.classes import Classes
 from jce._jax.row_sum import row_sum
 from jce._numerics.calculus import ratio
+from jce._numerics.deviance import deviance_from_log
 from jce._numerics.elementary import ATANH_TAIL, log1p, log1p_unit, log_complement
 from jce._numerics.mul0 import mul0, mul00, multiply
 from jce._quantities.binary_kl_divergence_with_logits import FARTHEST, QUADRATURE
@@ -110,6 +111,14 @@ def test_log_complement(dtype, rng):
         exact = [mp.log(1 - mp.mpf(float(v))) for v in x]
         errors = [abs(mp.mpf(float(g)) / e - 1) for g, e in zip(got, exact, strict=True)]
     assert max(errors) < 2 * np.finfo(dtype).eps
+
+
+def test_deviance_from_log_on_both_sides_of_its_change_of_formula():
+    size = np.linspace(1, 2.5, 31)  # the formula changes at 1.5
+    delta = np.float32([*-size, *size])
+    q = np.float32(np.exp(np.float64(delta)))
+    got = deviance_from_log(jnp.ones_like(delta), q, delta)
+    np.testing.assert_allclose(got, np.expm1(np.float64(delta)) - delta, rtol=4 * np.finfo(np.float32).eps)
 
 
 def test_row_sum_equals_sum(rng):

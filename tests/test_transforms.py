@@ -180,6 +180,17 @@ def test_export_of_any_number_of_tokens(reduction, rng):
         close(call(*arguments), jax.jit(program)(*arguments))
 
 
+@pytest.mark.needs_jit
+def test_export_of_any_number_of_tokens_for_every_platform():
+    """On accelerators the first chunk precedes the loop, but only if the number of chunks is known."""
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    shapes = [((tokens,), np.int32), ((tokens, 3), np.float32), ((4, 3), np.float32)]
+    gradient = jax.jit(jax.grad(jce.linear_cross_entropy, (1, 2)))
+    export = jax.export.export(gradient, platforms=("cpu", "cuda", "tpu"))
+    exported = export(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    assert [aval.shape for aval in exported.out_avals] == [(tokens, 3), (4, 3)]
+
+
 # Ahead of time
 
 

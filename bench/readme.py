@@ -174,7 +174,8 @@ def first_call() -> str:
     groups = dict(grouped(lines("first-call"), "function", "mode").items())
     functions = dict.fromkeys(function for function, _ in groups)
     table = [[f"`{function}`", *cells(function, VALUE), *cells(function, GRADIENT)] for function in functions]
-    titles = ("value, seconds", "over the quickest peer", "with gradient, seconds", "over the quickest peer")
+    ratio = "÷ fastest other library"
+    titles = ("value, seconds", ratio, "with gradient, seconds", ratio)
     return markdown(["", *titles], table)
 
 
@@ -213,7 +214,7 @@ def bars() -> str:
         on_cpu = BARS[key][:2]
         others = "not searched" if key.endswith((WHOLE, IN_BLOCKS)) else told(OTHERS * bar for bar in on_cpu)
         rows.append([name, told(on_cpu), others])
-    return markdown(["at most so many ulps, value / first derivative", CPU, ACCELERATORS], rows)
+    return markdown(["bounds in ulps, value / first derivative", CPU, ACCELERATORS], rows)
 
 
 def told(bars: Iterable[float]) -> str:

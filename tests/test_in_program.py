@@ -1,8 +1,9 @@
-"""Accuracy for inputs made in the same program: XLA recomputes them in each pass, and may round them differently.
+"""Functions are accurate also for inputs computed in the same program, which XLA may round differently in each pass.
 
-For all functions, makers and modes, results are compared with float64's results for the same inputs. The error may be
-as large as for arrays from memory (other tests limit that error), plus the effect of two ulps of each input and of the
-maker's own error.
+A *maker* is a function, such as softmax, that computes an input in the tested program. The tests try every maker for
+every public function, in all modes of differentiation. Results are compared with float64 results for the same inputs.
+The error may be as large as for inputs from memory (other tests limit that error), plus two more effects: of two ulps
+of each input, and of the maker's own rounding error.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ ROWS, CLASSES = 24, 5
 MODES = ("gradient", "forward over reverse", "reverse over forward", "reverse over reverse", "third order")
 
 
-# Makers: functions that compute an argument from numbers z [rows, n] with a spread of 20, and a number w
+# Makers: functions of numbers z [rows, n] with a spread of 20, and of a number w
 
 
 def layer_norm(z, w):

@@ -1,4 +1,4 @@
-"""Losses that read a label's row in one pass: every shift, rows that are read again, and the cost of a batch."""
+"""Tests of the loss of a label in one pass over its row: every shift, rows that need a second pass, and costs."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Labels with probabilities, and tails: compared with 300 bits and dense targets, edge cases, and heads."""
+"""Tests of labels with probabilities and of tails, against 300-bit formulas and dense targets, also for heads."""
 
 import functools
 

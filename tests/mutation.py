@@ -74,6 +74,9 @@ EQUIVALENT = {
     "[ (tuple(name for name in mesh_names(axes) if name in types)) for": "an empty tuple is the same as None",
     "return self.count_here(x) <= LONG_ROW": "how a row of this length is summed affects only speed",
     "((softmax(x, way)) * (centered": "both factors are finite, for any finite direction",
+    "_excess_of_logits.defjvp(_excess_of_logits_rule, symbolic_zeros=False)": "the terms that it adds are 0, which"
+    " affects only speed",
+    "broadcast_to(d_head.bias, e.shape)).sum(1)": "the array has two axes",
     "head.weight.shape[0] > head.weight.shape[1]": "the place where a token's weight is multiplied affects only speed",
 }
 

@@ -83,7 +83,6 @@ def test_an_invalid_label_makes_only_its_own_entry_nan(problem):
     assert np.isfinite(entropy).all()
 
 
-@pytest.mark.slow
 def test_a_divergence_of_k_classes_and_a_tail(problem):
     """For a teacher stored as k + 1 log-probabilities, KL is at least 0, is 0 at equality, and equals the formula."""
     labels, h, w, b, t = problem

@@ -501,7 +501,6 @@ WAYS = list(itertools.product(OF_HALF, ["accelerator", "cpu"]))
     [WAYS[0], *(pytest.param(*way, marks=pytest.mark.slow) for way in WAYS[1:])],
     indirect=["platform"],
 )
-@pytest.mark.wide
 def test_second_derivatives_in_half_precision(name, platform, rng):
     """Second derivatives with respect to hidden states and head, in all nestings, have bfloat16's accuracy."""
     numbers, directions = (

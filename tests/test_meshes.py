@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from allpairspy import AllPairs
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jce
@@ -52,6 +52,12 @@ def test_layout_of_shapes_with_fewer_or_more_axes():
         (3, 2, 4, 6): (None, "rows", None, "classes"),
     }.items():
         assert Layout.of(shape, [x]).spec == spec
+
+
+def test_the_layout_of_a_spec_has_its_explicit_mesh_axes():
+    kinds = {"data": AxisType.Explicit, "rows": AxisType.Explicit, "classes": AxisType.Auto}
+    mesh = AbstractMesh((2, 2, 2), tuple(kinds), axis_types=tuple(kinds.values()))
+    assert Layout.said((4, 6, 8), mesh, P(("data", "rows"), "classes")).spec == (("data", "rows"), None, None)
 
 
 class Row(NamedTuple):

@@ -274,6 +274,24 @@ def test_nearly_equal_rows(function, traced, rng):
             assert np.abs(np.float64(function(x / t, y / t)) / np.float64(exact_values) - 1).max() > 1e-4
 
 
+def test_how_the_gradient_of_kl_at_nearly_equal_rows_depends_on_the_temperature(rng):
+    """Both logits and their difference then have tangents, and tangents that nearly cancel must not be subtracted."""
+    t, (x, y) = np.float32(0.7), two_rows(rng, 1e-3, 0)
+
+    @jax.jit
+    def along_t(x, y, t):
+        def gradients(t):
+            return jax.grad(lambda *rows: jce.kl_divergence_with_logits(*rows, temperature=t).sum(), (0, 1))(x, y)
+
+        return jax.jvp(gradients, (t,), (jnp.ones_like(t),))[1]
+
+    found = along_t(x, y, t)
+    with jax.enable_x64(True):
+        expected = along_t(*map(np.float64, (x, y, t)))
+    for got, exact in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+
+
 @pytest.mark.wide
 def test_a_head_equals_its_logits(rng):
     x, y = two_rows(rng, 1e-2, 1)

@@ -86,12 +86,6 @@ class Classes:
         """The sum of the parts of all devices."""
         return over_devices(part, mesh_names(self.mesh_axis))
 
-    @property
-    def mesh_axes(self) -> frozenset:
-        if self.mesh_axis is None:
-            return frozenset()
-        return frozenset(self.mesh_axis if isinstance(self.mesh_axis, tuple) else (self.mesh_axis,))
-
     def max(self, x: Array) -> Array:
         """max xᵢ. It has no derivative if the classes are split over devices."""
         m = self.reduce(jnp.max, x)

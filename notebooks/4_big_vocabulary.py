@@ -1,5 +1,5 @@
 # %% [markdown]
-# # A big vocabulary: 64 times the tokens need no more memory, and over 40 times less than a dense loss
+# # A big vocabulary: the temporary memory need not grow with the number of tokens
 #
 # A language model ends in a *head*: a matrix $W$ of $n \times d$ weights. It turns a token's hidden state $h$ into $n$
 # logits $x = Wh$, one for each class. The loss is the mean over the tokens of
@@ -116,8 +116,8 @@ for axis, sizes in zip(axes, (some_tokens, some_chunks), strict=True):
 #
 # Let the hidden states of all tokens be the rows of $h$. Value and gradient then take three matmuls of tokens · $d$ ·
 # $n$ multiplications each: the logits $x = hW^\top$ and, with $g = \partial \ell / \partial x$, the gradients $gW$ and
-# $g^\top h$. While the logits of a chunk are in memory, $g$ is too, so chunks need no fourth matmul. However, every
-# chunk reads the head and adds to the head's gradient, and small chunks do this often.
+# $g^\top h$. Each chunk computes $g$ from its logits while they are in memory, so no logits are computed twice.
+# But every chunk reads the head and adds to the head's gradient, and small chunks do this often.
 #
 # We time several chunk sizes and the bare matmuls in turn, so that other load on the machine slows all of them alike,
 # and take medians. A ratio can be below 1, because the bare matmuls write the logits of all tokens to memory. Times
@@ -242,7 +242,8 @@ for axis in axes:
 #
 # A loss is often fused with `jax.custom_vjp`: its forward pass also prepares the backward pass. Such a function has no
 # forward mode. A Hessian-vector product as above is forward over reverse, so JAX rejects it if the forward pass calls
-# the function itself. jce's rules are `jax.custom_jvp`, from which JAX derives both modes, to any order.
+# the same function, as `fused` does below. jce's rules are `jax.custom_jvp`, from which JAX derives both modes, to
+# any order.
 
 
 # %%

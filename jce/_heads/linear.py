@@ -45,7 +45,7 @@ class Linear:
     other tokens, on the number of tokens, or on the token's position. To check it, compare head(h)[i] with
     head(h[i:i+1])[0]. Random draws and side effects raise an error. Other violations cannot be detected in a trace.
 
-    The arrays that the function closes over are its weights, and leaves of the pytree. They are differentiated, each in
+    Arrays that the function closes over are its weights, and leaves of the `Linear`. They are differentiated, each in
     its own dtype, and their gradients are summed over chunks of tokens in float32. A function that returns
     half-precision logits causes a warning, because their rounding errors would reach the losses. To get float32 logits
     from a half-precision matmul, write

@@ -111,7 +111,7 @@ def_partials(_cross_entropy, lambda a, b: _log_odds_against(a, b), lambda a, b: 
 
 @public()
 def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
-    """The KL divergence of {β, 1-β} from {α, 1-α} for each pair of probabilities, in nats.
+    """KL(α‖β) of {α, 1-α} and {β, 1-β} for each pair of probabilities, in nats.
 
     KL(α‖β) = α log α/β + (1-α) log (1-α)/(1-β)
 

@@ -27,7 +27,7 @@ from jce._quantities.binary_with_logits import (
 
 @public()
 def binary_kl_divergence_with_logits(alpha_logits: ArrayLike, beta_logits: ArrayLike) -> Array:
-    """The KL divergence of {β, 1-β} from {α, 1-α} for each pair of logits, in nats.
+    """KL(α‖β) of {α, 1-α} and {β, 1-β} for each pair of logits, in nats.
 
     KL(α‖β) = α log α/β + (1-α) log (1-α)/(1-β) with α = σ(alpha_logits) and β = σ(beta_logits)
 

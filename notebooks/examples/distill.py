@@ -1,7 +1,7 @@
 """A wide next-word model teaches narrow ones: `python -m notebooks.examples.distill [TEXT]`.
 
 The teacher is the model in next_word.py. Three students, with a quarter of its width, see the same batches. They differ
-in their loss:
+in their loss, by name:
 
     every word: KL(teacher‖student) over the whole vocabulary, with `jce.linear_kl_divergence`.
     16 words and the text: the mean of two losses, with `jce.linear_map`. One is the KL divergence over 17 classes:
@@ -10,7 +10,7 @@ in their loss:
         loss is the cross-entropy of the next word.
     the text: the cross-entropy of the next word, as for the teacher.
 
-All logits of a batch never exist at the same time, neither the teacher's nor the student's. The program compares the
+The logits of a batch never all exist at once, neither the teacher's nor the student's. The program compares the
 memory and time with those of the same losses, computed from all logits at once. Distillation: Hinton, Vinyals and Dean
 (2015), arXiv:1503.02531.
 

@@ -1,4 +1,4 @@
-"""The context of a call: an array that the program closes over, a transfer guard, a collective in a head."""
+"""Calls: a closed-over array is not folded, an eager call transfers nothing, a collective in a head is rejected."""
 
 import functools
 

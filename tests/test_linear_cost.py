@@ -1,4 +1,4 @@
-"""Costs of fused heads: no mode makes an array of tokens × classes, and each needs the fewest matmuls (products)."""
+"""Costs of heads: no mode makes an array of tokens × classes, or does more matmuls (products) than it needs."""
 
 import functools
 import math

@@ -397,7 +397,7 @@ ROWS = [
     Row("_jax/public.py", "raises a ValueError for the gradient", checks_in_a_rule_have_no_gradient),
     Row("_jax/row_sum.py", "sums [1, n] sequentially", one_row_is_summed_sequentially, since=(0, 10)),
     Row("_numerics/calculus.py", "inlines the kernels", a_loop_loses_rules),
-    Row("_numerics/mul0.py", "a wrong dot product", a_dot_product_is_wrong, since=(0, 10)),
+    Row("_numerics/mul0.py", "with one c for a whole batch", a_dot_product_is_wrong, since=(0, 10)),
     Row("_quantities/label_log_probs.py", "an IndexError of its own", lookups_of_several_labels_are_errors),
     Row("_softmax/way.py", "loses the kernels' rules", a_loop_loses_rules),
 ]

@@ -109,9 +109,9 @@ def linear_cross_entropy(
       ℓ, also at a weight of 0. But a token of weight 0 is masked, as by `where`, if its label is outside [0, n) or its
       hidden state is not finite.
 
-      A class whose bias is -∞ is forbidden. The derivative with respect to its logit is the formula below with qᵢ = 0,
-      or 0 with a soft cap. If the label is forbidden, the loss is +∞. Label smoothing counts every class, so a
-      forbidden class makes every loss +∞: slice off the classes that only pad the vocabulary, as in
+      A class whose bias is -∞ is forbidden. The derivative with respect to its logit is 0 with a soft cap, and
+      otherwise the formula below with qᵢ = 0. If the label is forbidden, the loss is +∞. Label smoothing counts every
+      class, so a forbidden class makes every loss +∞: slice off the classes that only pad the vocabulary, as in
       head[:vocabulary_size]. If ε is traced and 0, nothing is smoothed, and forbidden classes add nothing to the loss.
       The derivative with respect to a traced ε is NaN if the label is forbidden, and +∞ if only other classes are.
 

@@ -104,9 +104,8 @@ def linear_log_probs(
         and may hold 0: the results are then the limits as T → 0.
       tail: a static bool: whether to append log(1-Σq), where Σq is over the k labels, to their log-probabilities. It is
         the log-probability of all other classes together, and accurate even if Σq is near 1. The labels of a token must
-        be distinct. To get the KL divergence of a student from a teacher over these k+1 outcomes, pass the log_prob of
-        both to `kl_divergence_with_logits`: see `log_probs_with_integer_labels`. A tail costs another pass over the
-        logits.
+        be distinct. For KL(teacher‖student) over these k+1 outcomes, pass the log_prob of both to
+        `kl_divergence_with_logits`: see `log_probs_with_integer_labels`. A tail costs another pass over the logits.
       log_normalizer: a static bool: whether to return also log Z = log Σ exp(xᵢ/T), as a third field of that name. The
         label's logit x_y/T is log Z + log q_y, and a z-loss is a multiple of (log Z)².
       logit_soft_cap: c > 0: x is then c tanh((hidden · headᵀ + bias)/c). None for no cap.

@@ -66,8 +66,8 @@ def linear_map(
       function: a function of one token. It is called with the token's part of each argument, in order, and then with
         shared, if that is given. It may use jax.numpy and the functions of jce. It returns an array, a number, or a
         pytree of them, of any dtype. The function may close over traced values, such as a temperature. They have
-        derivatives too. But with reduction="none", a `custom_vjp` or `custom_jvp` rule in the function must not close
-        over traced values: pass them to the rule as arguments, as in `jax.lax.map`. Prints and callbacks
+        derivatives too. But with reduction="none", as in `jax.lax.map`, a `custom_vjp` or `custom_jvp` rule in the
+        function must not close over traced values: pass them to the rule as arguments. Prints and callbacks
         (`jax.debug.print`, an unordered `io_callback`) run for each token that is not masked, in any order, and also
         for the padding of a chunk, which holds another token's arguments.
       *arguments: at least one `jce.Linear(hidden, head)`, and arrays with the same leading token axes [...], for
@@ -79,7 +79,7 @@ def linear_map(
         The sums are over all token axes, for each array of the pytree.
       shared: a pytree of arrays that all tokens share, such as trained parameters. On a mesh, the gradient of shared is
         summed over devices once, after the loop. The gradient of a value that the function closes over takes another
-        pass over the tokens.
+        pass over the tokens, and is summed over devices in each chunk.
       has_aux: a static bool: whether the function returns a pair of a real number and metrics, which may be any
         pytree. Only the number is differentiated. Metrics are weighted and reduced like the number, and have a
         derivative only with respect to the weights.
@@ -98,8 +98,8 @@ def linear_map(
 
     At the boundary:
       A class with bias -∞ has a logit of -∞. Padding and masked tokens contribute to no derivative, even if the
-      function is infinite or NaN there. If a head has no classes, every result is 0. Its shape is the one that a
-      single class would give.
+      function is infinite or NaN there. If a head has no classes, every result is 0, in the shape that one class
+      would give.
 
     Derivative:
       The derivative of the function, with respect to hidden states, heads, biases, soft caps, the other arrays,
@@ -119,10 +119,10 @@ def linear_map(
 
     Not checked:
       The indices at which the function looks up a token's logits. In JAX, an index of -1 means the last class, whatever
-      the `mode` of `x.at[...]`. If the classes are split, subtract the index of the device's first class from an id,
-      and replace a negative result by x.size:
+      the `mode` of `x.at[...]`. If the classes are split, subtract the index of the device's first class from each
+      label, and replace negative results by x.size:
 
-        i = ids - jax.lax.axis_index(axis_name) * x.size
+        i = labels - jax.lax.axis_index(axis_name) * x.size
         i = jnp.where(i < 0, x.size, i)
 
     See "Arguments of heads", "Classes split over devices" and "Conventions" in jce/README.md.

@@ -18,8 +18,8 @@ from jce._jax.platforms import named
 from jce._jax.row_sum import row_sum
 from jce._jax.waiting import Program, waiting
 
-# Until JAX no longer sums longer float32 rows 3 to 13 times as slowly per number on a CPU (0.10 and 0.12): fold longer
-# rows there. (float64 rows are folded if they are longer than half of this.)
+# Until JAX no longer sums longer float32 rows more slowly on a CPU (0.10 and 0.12: 3 to 13 times as long per number):
+# fold longer rows there. (float64 rows are folded if they are longer than half of this.)
 LONGEST_ROW = 32_768
 LONG_ROW = 128  # a row of fewer classes is short (`Classes.are_few`)
 SHORTEST_BLOCK = 512

@@ -145,12 +145,12 @@ def _require_own(name, parameters, count: int, options: Mapping[str, Any], stati
             )
         if option in numbers and not is_array(value) and not _is_hashable(value):
             raise ValueError(
-                f"{name}: {option} must be a number, or a real array of shape (); got {option}: {type(value).__name__}."
+                f"{name}: {option} must be a number or a real array; got {option}: {type(value).__name__}."
                 f" Pass a value that jnp.asarray accepts."
             )
         if option in static and not _is_hashable(value):
             raise ValueError(
-                f"{name}: {option} must be static and hashable, since the program depends on it; got {option}:"
+                f"{name}: {option} must be static and hashable, since it is compiled in; got {option}:"
                 f" {type(value).__name__}. {STATIC.get(option, A_NUMBER)}"
             )
         if option not in numbers and isinstance(parameters[option].default, bool):

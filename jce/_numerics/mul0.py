@@ -70,8 +70,8 @@ def _divide_and_select(t, b):
 def _batch(args, axes, *, zero):
     c, t = batch_axis_first(args, axes)
     if zero == "neither" and None in axes:
-        # Until JAX 0.11: it makes a wrong dot product of x - (c * x).sum(-1, keepdims=True) on a CPU, with one c for a
-        # whole batch (jaxlib 0.10.2). The maximum with a lower number prevents it. (This number is NaN where the
+        # Until JAX 0.11: on a CPU, it turns x - (c * x).sum(-1, keepdims=True), with one c for a whole batch, into a
+        # wrong dot product (jaxlib 0.10.2). The maximum with a lower number prevents it. (This number is NaN where the
         # product is.)
         zero = "neither, batched"
     return _mul0_p.bind(c, t, zero=zero), 0

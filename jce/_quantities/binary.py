@@ -41,7 +41,7 @@ def binary_entropy(alpha: ArrayLike) -> Array:
       TypeError: an argument is not real.
 
     Not checked:
-      0 ≤ α ≤ 1. Outside this range the result is NaN, because a logarithm is.
+      0 ≤ α ≤ 1. Outside this range the result is NaN, from a logarithm.
 
     See "Conventions" in jce/README.md.
     """
@@ -89,7 +89,7 @@ def binary_cross_entropy(alpha: ArrayLike, beta: ArrayLike) -> Array:
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      0 ≤ α, β ≤ 1. A β outside this range gives NaN, because a logarithm is NaN. The formula is linear in α, and is
+      0 ≤ α, β ≤ 1. A β outside this range gives NaN, from a logarithm. The formula is linear in α, and is
       evaluated as written even for α outside this range.
 
     See "Conventions" in jce/README.md.
@@ -141,7 +141,7 @@ def binary_kl_divergence(alpha: ArrayLike, beta: ArrayLike) -> Array:
       ValueError: the shapes don't broadcast.
 
     Not checked:
-      0 ≤ α, β ≤ 1. Outside this range the result is NaN, because a logarithm is.
+      0 ≤ α, β ≤ 1. Outside this range the result is NaN, from a logarithm.
 
     See "Conventions" in jce/README.md.
     """

@@ -38,7 +38,7 @@ def binary_kl_divergence_with_logits(alpha_logits: ArrayLike, beta_logits: Array
     Rounding never makes it negative, and its relative error is small even if α ≈ β. It is not symmetric.
 
     Args:
-      alpha_logits: real, the target's log α/(1-α). Shapes broadcast.
+      alpha_logits: real, the target's log-odds, log α/(1-α). Shapes broadcast.
       beta_logits: real, the model's log β/(1-β).
 
     Returns:

@@ -27,7 +27,7 @@ def binary_entropy_with_logits(logits: ArrayLike) -> Array:
       [6.9314718e-01 4.3284228e-08 0.0000000e+00]
 
     Args:
-      logits: real, any shape, log α/(1-α).
+      logits: real, any shape: the log-odds log α/(1-α).
 
     Returns:
       The shape of logits; float32, or float64 if logits is.

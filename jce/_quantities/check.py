@@ -18,8 +18,8 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
     Example:
       >>> jce.check_distribution([[0.25, 0.75], [1.0, 0.0]])
 
-    Outside any transformation, a violation raises a ValueError. Under `jax.experimental.checkify` it is one of
-    checkify's errors. Under plain `jit`, `vmap` or `grad`, where values can't raise, the call does nothing, so you may
+    Outside any transformation, a violation raises a ValueError. Under `jax.experimental.checkify` it is one of its
+    `user_checks`. Under plain `jit`, `vmap` or `grad`, where values can't raise, the call does nothing, so you may
     leave it in traced code.
 
     Args:
@@ -48,8 +48,8 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
     worst = violation.argmax()
     message = (
         f"check_distribution: p{{where}} is not a distribution along axis={axis}: its sum is {{sum}} and its smallest"
-        f" entry {{smallest}}, with atol={tolerance:.3g}. No entry may be below 0. Normalize it, or pass the atol that"
-        f" the sum's rounding needs."
+        f" entry {{smallest}}, with atol={tolerance:.3g}. No entry may be below 0. Normalize it, or pass a larger"
+        f" atol if it is only rounded."
     )
     found = {"sum": sums.ravel()[worst], "smallest": smallest.ravel()[worst]}
     if isinstance(violation, Tracer):

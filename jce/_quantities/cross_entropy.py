@@ -65,7 +65,7 @@ def cross_entropy(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 
     Not checked:
       Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). The formula is linear in pᵢ, and is evaluated as written even for
-      negative pᵢ. A negative qᵢ gives NaN, because its logarithm is NaN.
+      negative pᵢ. A negative qᵢ gives NaN, from its logarithm.
 
     See "Arguments", "Excluded classes" and "Conventions" in jce/README.md.
     """
@@ -203,8 +203,8 @@ def cross_entropy_with_integer_labels(
 
     Returns:
       [..., ...], the shape of logits without `axis`; float32, or float64 if logits or label_probs is.
-      `cross_entropy_with_logits` with one-hot targets rounds differently. In float32 on a CPU, 20 to 45 % of its rows
-      differ from the rows of this function: nearly all of them by one ulp, a few by up to 5.
+      `cross_entropy_with_logits` with one-hot targets rounds differently. In float32 on a CPU, 20 to 45 % of the
+      results differ: nearly all of these by one ulp, a few by up to 5.
 
     At the boundary:
       A label outside [0, n) makes its own row NaN, in value and gradient. A negative label never counts from the end.
@@ -218,10 +218,9 @@ def cross_entropy_with_integer_labels(
       with respect to a traced ε is NaN if the label's logit is -∞. If only logits of other classes are -∞, it is +∞.
 
       A tail without classes (every class that `where` keeps has a label) contributes 0. A tail whose logits are all -∞
-      contributes (1-Σp) · ∞. There is an exception, because label_probs are rounded: if Σp is 1 within 4 eps of the
-      dtype of label_probs, such a tail contributes 0, with derivative 0. So pass label_probs in the dtype in which they
-      were rounded. If Σp exceeds 1 by no more than 4 eps, 1-Σp counts as 0 in the value, and the derivative with
-      respect to p is as below.
+      contributes (1-Σp) · ∞, or 0 with derivative 0 if Σp is 1 within 4 eps of the dtype of label_probs. So pass
+      label_probs in the dtype in which they were rounded. If Σp exceeds 1 by no more than 4 eps, 1-Σp counts as 0 in
+      the value, and the derivative with respect to p is as below.
 
     Derivative:
       ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype. A bracket is 1 if the statement in it is true, and
@@ -239,7 +238,7 @@ def cross_entropy_with_integer_labels(
 
     Not checked:
       label_probs ≥ 0: the formula is linear in them, and is evaluated as written. If XLA flushes subnormal numbers to
-      0, and the label's logit is below 0, entries of the derivative below 1e-31 may be 0 too.
+      0, and the label's logit is below 0, derivatives below 1e-31 may become 0.
 
     See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """

@@ -70,7 +70,7 @@ def jensen_shannon_divergence(
       ValueError: shapes, `axis` or `where` don't fit, or beta is not above 0 and below 1.
 
     Not checked:
-      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). A negative pᵢ or qᵢ gives NaN, because its logarithm is NaN.
+      Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). A negative pᵢ or qᵢ gives NaN, from its logarithm.
 
     Source:
       J. Lin, Divergence Measures Based on the Shannon Entropy (1991), section IV.

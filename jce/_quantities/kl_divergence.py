@@ -68,7 +68,7 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
     Not checked:
       Σ pᵢ = Σ qᵢ = 1 (see `check_distribution`). If p ≈ q, and rounding left Σ pᵢ 1e-7 below Σ qᵢ, KL is about -1e-7.
       For p ≈ q, use `kl_divergence_with_logits`, or `generalized_kl_divergence`, whose derivative with respect to q is
-      1 - pᵢ/qᵢ. A negative pᵢ or qᵢ gives NaN, because its logarithm is NaN.
+      1 - pᵢ/qᵢ. A negative pᵢ or qᵢ gives NaN, from its logarithm.
 
     Source:
       S. Kullback and R. A. Leibler, On Information and Sufficiency (1951).
@@ -135,7 +135,7 @@ def generalized_kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, whe
       ValueError: shapes, `axis` or `where` don't fit.
 
     Not checked:
-      pᵢ, qᵢ ≥ 0. A negative pᵢ or qᵢ gives NaN, because its logarithm is NaN.
+      pᵢ, qᵢ ≥ 0. A negative pᵢ or qᵢ gives NaN, from its logarithm.
 
     Source:
       D. D. Lee and H. S. Seung, Algorithms for Non-negative Matrix Factorization (2000), where it is called

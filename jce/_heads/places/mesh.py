@@ -107,7 +107,7 @@ def _on_parts(function: Callable, inputs: Inputs, places: Places, axis_name: Has
 def _require_whole_classes(name: str, places: Places) -> None:
     if places.classes:
         raise ValueError(
-            f"{name}: the types of the heads must not split their classes, since function doesn't know the split; got"
+            f"{name}: the classes of the heads must not be split by types, since function doesn't know the split; got"
             f" classes split over {places.classes}. Use jce.on_mesh, and pass axis_name to jce's functions inside of"
             f" function. Or undo the split with jax.sharding.reshard."
         )

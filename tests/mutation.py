@@ -77,6 +77,7 @@ EQUIVALENT = {
     "_excess_of_logits.defjvp(_excess_of_logits_rule, symbolic_zeros=False)": "the terms that it adds are 0, which"
     " affects only speed",
     "broadcast_to(d_head.bias, e.shape)).sum(1)": "the array has two axes",
+    "classes)) - ((relative) * (c_))": "where this product is NaN, the derivative doesn't exist",
     "head.weight.shape[0] > head.weight.shape[1]": "the place where a token's weight is multiplied affects only speed",
 }
 

@@ -72,7 +72,7 @@ def _with_tail(y, p, x, kept, tail, classes):
     # If rounding made 1 - Σp negative, its value is raised to 0. Its derivative with respect to p stays -1.
     rest += lax.stop_gradient(jnp.where(nothing, jnp.maximum(-rest, 0), jnp.zeros_like(rest)))
     empty = (log_rest == -jnp.inf) & (nothing | ~_has_others(once, kept, classes))
-    surprisal = jnp.where(empty, jnp.zeros_like(rest), 0 - log_rest)
+    surprisal = jnp.where(empty, jnp.zeros_like(rest), -log_rest)
     return 0 - mul0(log_q, weights).sum(-1), mul0(surprisal, rest)
 
 

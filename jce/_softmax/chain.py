@@ -11,8 +11,6 @@ take 3.0 passes over the logits instead of 2.0, and its Hessian-vector product 7
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -26,7 +24,6 @@ from jce._softmax.way import Way, off_maximum, unless_no_class
 LONGEST_CHAIN = 16_384  # classes: XLA splits the chains of longer rows into several GPU kernels
 
 
-@dataclasses.dataclass(frozen=True)
 class Chain(Way):
     @staticmethod
     def may_be(classes: Classes, x: Array) -> bool:

@@ -5,8 +5,8 @@ select or an iota, or if one of these stands between two sums, XLA stores the te
 this if two passes share a constant. So masks are arithmetic here: eᵢ min(|i - y|, 1) leaves out class y, and
 eᵢ ⌊7/4 - eᵢ⌋ leaves out classes with eᵢ > 3/4.
 
-The library is slow at long formulas. So a long formula ends in a select on purpose: XLA then computes the terms in one
-loop without the library, which only adds them. For short rows, the library is slow at two more things: combining an
+The library is slow at long formulas. So a long formula ends in a select on purpose: XLA then computes the terms in a
+loop of its own, and the library only adds them. For short rows, the library is slow at two more things: combining an
 input with a number per row, and constants that aren't combined with any input.
 
 The loss of a label needs no maximum (`known_label.py`). One pass sums the eᵢ, and stores them if the result is an
@@ -22,7 +22,6 @@ Long rows are folded (`classes.py`).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Self
 
@@ -43,7 +42,6 @@ from jce._softmax.way import Way, exponential, off_maximum, unless_no_class, wit
 FINE = 2.0**12  # a weight that only centers a tangent (`deviation`) needs no more than 12 bits of eᵢ
 
 
-@dataclasses.dataclass(frozen=True)
 class Passes(Way):
     masks = False
 

@@ -7,7 +7,6 @@ logit, a GPU gathers, which reads very little. A TPU uses a mask, in a pass that
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -22,7 +21,6 @@ from jce._softmax.way import Way, off_maximum, unless_no_class
 FAR = 1e4  # this far below the maximum, exp is 0, also in float64 (where it is 0 from 745 on)
 
 
-@dataclasses.dataclass(frozen=True)
 class Reduction(Way):
     def maximum(self, x):
         return self.sums(x).m
@@ -56,7 +54,6 @@ class Reduction(Way):
         return Normalizer(off.m, off.z - 1).depth_and_dominant(x, off.m, self)[0]
 
 
-@dataclasses.dataclass(frozen=True)
 class MaskedReduction(Reduction):
     """The way for a TPU. Gathers are slow there, so a mask looks up labels. XLA for TPUs fuses two sums into one pass
     if they share m, so `unshared` returns m itself."""

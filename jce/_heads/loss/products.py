@@ -165,7 +165,7 @@ def _transpose_a(ct, a, b, *, axis_a, axis_b):
     if (axis_a, axis_b) == (1, 1):
         largest, ct = _scaled(ct)
         return (largest * _narrow(ct, b, 1, 0)).astype(a.dtype)
-    result = _narrow(ct, b, 1, 1 - axis_b) if axis_a == 1 else _narrow(b, ct, 1 - axis_b, 1)
+    result = _narrow(ct, b, 1, 1) if axis_a == 1 else _narrow(b, ct, 1 - axis_b, 1)
     return result.astype(a.dtype)
 
 
@@ -174,7 +174,7 @@ def _transpose_b(ct, a, b, *, axis_a, axis_b):
     if (axis_a, axis_b) == (1, 1):
         largest, ct = _scaled(ct)
         return _narrow(ct, largest * a.astype(largest.dtype), 0, 0).astype(b.dtype)
-    result = _narrow(ct, a, 0, 1 - axis_a) if axis_b == 1 else _narrow(a, ct, 1 - axis_a, 0)
+    result = _narrow(ct, a, 0, 1) if axis_b == 1 else _narrow(a, ct, 1 - axis_a, 0)
     return result.astype(b.dtype)
 
 

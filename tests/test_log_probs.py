@@ -10,6 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jce
+from jce._jax.classes import Classes
+from jce._quantities.label_log_probs import _log_probs, _sums
 from tests.kernels import modes
 from tests.optimized_jit import optimized_jit
 from tests.test_devices import make_mesh
@@ -78,6 +80,16 @@ def test_accuracy(k, dtype, tail, platform, rng):
         seen = np.abs(exact) > 1e3 * np.finfo(dtype).tiny
         assert (np.abs(value - expected) <= (6 + span / 2) * eps * np.abs(expected)).all()
         assert (np.abs(slope - exact) <= (5 + span / 2) * eps * np.abs(exact))[seen].all()
+
+
+def test_logits_that_are_rounded_differently():
+    """If a program recomputes the labels' logits with another rounding, a log-probability near 0 stays accurate."""
+    x, y, classes = jnp.array([[30.0, 0, 1], [20, -30, 3], [2, 2, -1]]), jnp.array([[0, 2]] * 3), Classes(-1)
+    m, s = _sums(x, classes)
+    with jax.enable_x64(True):
+        expected = log_probs(np.asarray(y), np.asarray(x, np.float64))
+    for error in (-3e-7, 3e-7):
+        np.testing.assert_allclose(_log_probs(y, x * (1 + error), m, s, classes), expected, rtol=3e-6)
 
 
 @with_tail

@@ -59,7 +59,7 @@ EQUIVALENT = {
     "itemsize >= 5": "an int32 doesn't change, and a uint32 that wraps is outside the range of labels",
     "no @abstractmethod": "every way that is used has these methods",
     "no @kernel": "rows are then summed as on a CPU on every platform, which affects only speed",
-    "zip(a[1:], b[1:], strict=False)": "both have three entries",
+    "strict=False)": "every zip with strict=True gets equally long sequences, whatever the arguments of a call",
     "SHORTEST_BLOCK + 2": "the length of blocks affects only speed",
     "_excess.defjvp(_excess_rule, symbolic_zeros=False)": "the terms that it adds are 0, which affects only speed",
     "unless_negative( ((q)), deviance(p, q": "the logarithm of a negative p is NaN already",

@@ -66,7 +66,7 @@ EQUIVALENT = {
     "unless_negative( ((q)), terms)": "the logarithm of a negative p is NaN already",
     "if (smoothing is not None):": "a caller that passes a smoothing passes a mean too",
     "way.unfold(r) if r.ndim > x.ndim": "a result with as many axes as unfolded rows is not folded",
-    "number / jnp.ones_like(x)": "division by 1 equals multiplication by 1",
+    "/ jnp.ones_like(": "division by 1 equals multiplication by 1",
     "x[ 1].ndim + axis": "both floats of a pair have the same rank",
     "/,": "callers pass the arguments before it by position and those after it by name",
     "jnp.where(b <= 0.5, log_odds, 0 - log_odds)": "the log-odds at 1/2 are 0",

@@ -21,7 +21,7 @@ _difference_p = primitive(
     (lambda ct, x, y, w, k: k * ct * w, lambda ct, x, y, w, k: -k * ct * w),
 )
 _inside_p = primitive("inside", evaluated_jaxpr, derivative_inside, several=True, holds_arrays=True)
-_wave_p = primitive("wave", {"cpu": jnp.sin, None: jnp.cos}, (lambda t, x: t * _wave_p.bind(x),))
+_wave_p = primitive("wave", {None: jnp.cos, "cpu": jnp.sin}, (lambda t, x: t * _wave_p.bind(x),))
 
 
 def difference(x, y, w, k=3):

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Distillation: students learn more from a teacher's probabilities (all, or 17 per word) than from the text
+# # Distillation: students learn more with a teacher's probabilities (all, or 17 per word) than from the text alone
 #
 # A student learns from a teacher by minimizing
 #
@@ -28,10 +28,10 @@ from jce.demo import default_text
 
 STEPS = 300
 corpus = next_word.read(default_text())
-*_, taught = next_word.train(corpus, STEPS)
-teacher, unigram = taught.model, next_word.unigram_perplexity(corpus)
+*_, trained = next_word.train(corpus, STEPS)
+teacher, unigram = trained.model, next_word.unigram_perplexity(corpus)
 print(f"words: {corpus.text.size:,}, a tenth held out; vocabulary: {len(corpus.words):,}")
-print(f"perplexity of the held-out words: {unigram:.1f} by frequency alone, {taught.perplexity:.1f} by the teacher")
+print(f"perplexity of the held-out words: {unigram:.1f} by frequency alone, {trained.perplexity:.1f} by the teacher")
 
 # %% [markdown]
 # ## Storing the teacher's top-k words
@@ -81,7 +81,7 @@ for name in LESSONS:
     print(
         f"{name:24}" + "".join(f"{x:8.1f}" for x in perplexity[name]) + "".join(f"{x:8.3f}" for x in divergence[name])
     )
-distill.picture(histories[0], taught.perplexity, unigram, spent).savefig(png := io.BytesIO(), dpi=60)
+distill.picture(histories[0], trained.perplexity, unigram, spent).savefig(png := io.BytesIO(), dpi=60)
 png.seek(0)
 axes = plt.figure(figsize=(13.5, 6), dpi=80).add_axes((0, 0, 1, 1))
 axes.imshow(plt.imread(png), interpolation="none", aspect="auto")
@@ -122,7 +122,7 @@ for name, (in_chunks, of_whole_logits, given, *_) in LESSONS.items():
 for found in (perplexity, divergence):
     for every, some, text in zip(*found.values(), strict=True):
         assert every < some < text
-assert taught.perplexity < min(perplexity["every word"]) < max(perplexity["the text"]) < unigram
+assert trained.perplexity < min(perplexity["every word"]) < max(perplexity["the text"]) < unigram
 less = min(logits.megabytes / chunks.megabytes for chunks, logits in spent.values())
 print(
     f"the three losses equal those computed from all logits at once, in at least {less:.0f} times less memory; with"

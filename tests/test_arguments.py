@@ -239,7 +239,7 @@ def test_not_an_array(kernel):
             TypeError,
             kernel.function,
             *arguments,
-            wants=f"{first} must be an array, a number or a rectangular nest of numbers",
+            wants=f"{first} must be an array, a number or nested lists of numbers of equal lengths",
             got=f"got {first}: {type(wrong).__name__}",
             do="Pass a value that jnp.asarray accepts",
         )

@@ -1,7 +1,7 @@
-"""A head's loss inside other loops: no tokens × classes array, whichever arguments are the same at each step.
+"""A head's loss inside another loop makes no tokens × classes array, whichever arguments stay the same at each step.
 
-When JAX differentiates a loop, it moves out whatever doesn't change from step to step, so that all steps share it. For
-an inner loop over chunks, that would be everything, for all tokens, that depends only on labels or on a teacher.
+When JAX differentiates a loop, it moves out whatever doesn't change from step to step, so that all steps share it. From
+an inner loop over chunks, it would move out all arrays that depend only on labels or on a teacher, for all tokens.
 """
 
 import math

@@ -2,8 +2,8 @@
 
 A *maker* is a function, such as softmax, that computes an input in the tested program. The tests try every maker for
 every public function, in all modes of differentiation. Results are compared with float64 results for the same inputs.
-The error may be as large as for inputs from memory (other tests limit that error), plus two more effects: of two ulps
-of each input, and of the maker's own rounding error.
+The error may be as large as for inputs from memory (other tests limit that error), plus the effects of two ulps in each
+input and of the maker's own rounding error.
 """
 
 from __future__ import annotations

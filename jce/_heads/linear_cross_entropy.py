@@ -63,11 +63,13 @@ def linear_cross_entropy(
       >>> print(jce.linear_cross_entropy(labels, hidden, head))
       4.1223074e-09
 
-    A head is the output projection of a model: the matrix that multiplies hidden states to give logits. This function
-    equals `cross_entropy_with_integer_labels` at the logits x = hidden · headᵀ + bias, but x exists for one chunk
-    of tokens at a time, in the value and in derivatives of any order. A mean or a sum with its gradient costs three
-    matmuls between hidden states and head; losses per token with their gradient cost four. With label_smoothing ε,
-    z_loss ζ and q = softmax(x), the loss ℓ of a token is (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
+    A head is the output projection of a model: the matrix that multiplies hidden states to give logits. A token's loss
+    is `cross_entropy_with_integer_labels` at the logits x = hidden · headᵀ + bias, and the default result is their
+    mean. But x exists for one chunk of tokens at a time, in the value and in derivatives of any order. A mean or a sum
+    with its gradient costs three matmuls between hidden states and head; losses per token with their gradient cost
+    four. With label_smoothing ε, z_loss ζ and q = softmax(x), the loss of a token is
+
+      ℓ = (1-ε) log 1/q_y + ε/n Σᵢ log 1/qᵢ + ζ (log Σ exp xᵢ)².
 
     Args:
       labels: integer, [...]: class indices y, in the shape of hidden without its last axis. With label_probs, [..., k].
@@ -80,10 +82,10 @@ def linear_cross_entropy(
         example the top-k probabilities of a teacher. See `cross_entropy_with_integer_labels`, also for tail.
       tail: a static bool: whether all classes without a label count as one more outcome, which has the remaining target
         probability.
-      weights: real, broadcast to the token axes: w, one weight per token. If they sum to 0, as RL advantages can, a
-        mean is 0: use reduction="sum".
-      where: bool, broadcast to the token axes. Tokens where it is False are masked: their loss is 0, and they cost no
-        matmul.
+      weights: real, broadcast to the token axes: w, one weight per token, by default 1. If they sum to 0, as RL
+        advantages can, a mean is 0: use reduction="sum".
+      where: bool, broadcast to the token axes. Tokens where it is False are masked: their loss and weight are 0, and
+        they cost no matmul.
       reduction: "mean" for Σ wℓ / Σ w, which is 0 if Σ w = 0; "sum" for Σ wℓ; "none" for wℓ, one number per token.
       label_smoothing: ε, a number from 0 to 1.
       z_loss: ζ, a number ≥ 0.
@@ -91,11 +93,12 @@ def linear_cross_entropy(
         array is not checked and may hold 0: q is then the limit as T → 0.
       logit_soft_cap: c > 0: x is then c tanh((hidden · headᵀ + bias)/c). None for no cap.
       chunk_size: the number of tokens per chunk, a static int. None for about max(512, 2²⁰/n) on a CPU (2²³/n if
-        n < 256), and max(2048, 2²⁶/n) on a GPU or TPU. Smaller chunks need less memory.
+        n < 256), and max(2048, 2²⁶/n) on a GPU or TPU (on a TPU at least 4096 if both arrays are bfloat16). Smaller
+        chunks need less memory.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: the precision of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
-        differentiate outside of it: `jax.grad` inside it returns wrong gradients.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False,
+        differentiate outside of the `shard_map`: `jax.grad` inside it returns wrong gradients.
 
     Returns:
       A number, or [...] for "none". float32, or float64 if hidden, head, bias, weights or label_probs is float64.
@@ -109,8 +112,8 @@ def linear_cross_entropy(
       ℓ, also at a weight of 0. But a token of weight 0 is masked, as by `where`, if its label is outside [0, n) or its
       hidden state is not finite.
 
-      A class whose bias is -∞ is forbidden. The derivative with respect to its logit is 0 with a soft cap, and
-      otherwise the formula below with qᵢ = 0. If the label is forbidden, the loss is +∞. Label smoothing counts every
+      A class whose bias is -∞ is forbidden. With a soft cap, the derivative with respect to its logit is 0.
+      Otherwise it is as below, with qᵢ = 0. If the label is forbidden, the loss is +∞. Label smoothing counts every
       class, so a forbidden class makes every loss +∞: slice off the classes that only pad the vocabulary, as in
       head[:vocabulary_size]. If ε is traced and 0, nothing is smoothed, and forbidden classes add nothing to the loss.
       The derivative with respect to a traced ε is NaN if the label is forbidden, and +∞ if only other classes are.
@@ -122,8 +125,7 @@ def linear_cross_entropy(
       exist in forward and reverse mode, to any order.
 
     Raises:
-      TypeError: labels are not integers; hidden, head, bias, weights or temperature is not real; or `where` is not
-        boolean.
+      TypeError: labels are not integers, another array is not real, or `where` is not boolean.
       ValueError: shapes disagree, or an option has a value that is not listed above.
 
     Not checked:

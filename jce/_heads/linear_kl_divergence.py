@@ -44,11 +44,11 @@ def linear_kl_divergence(
       >>> print(jce.linear_kl_divergence(jce.Linear(hidden, teacher), jce.Linear(hidden, student)))
       1.5165121e-09
 
-    The result is that of `kl_divergence_with_logits` at the logits of both heads, each divided by T. But the logits
-    exist for one chunk of tokens at a time, in the value and in derivatives of any order. The hidden states of teacher
-    and student may differ in width. A mean or a sum with its gradient costs four matmuls if p is frozen (not
-    differentiated, or behind `jax.lax.stop_gradient`), and six if both are differentiated. Losses per token with their
-    gradient cost one more matmul for each head.
+    A token's loss is `kl_divergence_with_logits` at the logits of both heads, each divided by T, and the default result
+    is the mean. But the logits exist for one chunk of tokens at a time, in the value and in derivatives of any order.
+    The hidden states of teacher and student may differ in width. A mean or a sum with its gradient costs four matmuls
+    if p is frozen (not differentiated, or behind `jax.lax.stop_gradient`), and six if both are differentiated. Losses
+    per token with their gradient cost one more matmul for each head.
 
     The loss isn't multiplied by T². To keep its gradient about as large as without a temperature, multiply the loss by
     temperature**2, as Hinton, Vinyals and Dean (2015) do.
@@ -56,10 +56,10 @@ def linear_kl_divergence(
     Args:
       p: the target, the teacher: `jce.Linear(hidden, head)`, with hidden states [..., d] and a head [n, d].
       q: the model, the student: `jce.Linear(hidden, head)`, with the same n classes and its own width.
-      weights: real, broadcast to the token axes: w, one weight per token. If they sum to 0, as RL advantages can, a
-        mean is 0: use reduction="sum".
-      where: bool, broadcast to the token axes. Tokens where it is False are masked: their divergence is 0, and they
-        cost no matmul.
+      weights: real, broadcast to the token axes: w, one weight per token, by default 1. If they sum to 0, as RL
+        advantages can, a mean is 0: use reduction="sum".
+      where: bool, broadcast to the token axes. Tokens where it is False are masked: their divergence and weight are 0,
+        and they cost no matmul.
       reduction: "mean" for Σ w KL / Σ w, "sum" for Σ w KL, "none" for w KL, one number per token.
       temperature: T > 0, a number. The division by T is done after the subtraction of the two rows of logits, so
         similar heads are compared as accurately as at T = 1. If you divide both rows yourself and call
@@ -67,8 +67,8 @@ def linear_kl_divergence(
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: the precision of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
-        differentiate outside of it: `jax.grad` inside it returns wrong gradients.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False,
+        differentiate outside of the `shard_map`: `jax.grad` inside it returns wrong gradients.
 
     Returns:
       A number, or [...] for "none". float32, or float64 if states, heads, biases or weights are float64. With weights

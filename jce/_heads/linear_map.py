@@ -73,8 +73,8 @@ def linear_map(
       *arguments: at least one `jce.Linear(hidden, head)`, and arrays with the same leading token axes [...], for
         example labels, advantages, masks or random keys. Or pytrees of them.
       where: bool, broadcast to the token axes. Tokens where it is False are masked: the function is not called for
-        them, their result is 0 (False), and they cost no matmul.
-      weights: real, broadcast to the token axes: w, which multiplies each result.
+        them, their result is 0 (False), their weight is 0, and they cost no matmul.
+      weights: real, broadcast to the token axes: w, which multiplies each result. The default is 1.
       reduction: "none" for each token's result r (or wr), "sum" for Σ wr, "mean" for Σ wr / Σ w, which is 0 if Σ w = 0.
         The sums are over all token axes, for each array of the pytree.
       shared: a pytree of arrays that all tokens share, such as trained parameters. On a mesh, the gradient of shared is
@@ -86,8 +86,8 @@ def linear_map(
       chunk_size: the number of tokens per chunk, a static int. None for the rule of `linear_cross_entropy`.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: the precision of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
-        differentiate outside of it: `jax.grad` inside it returns wrong gradients. The function then gets its device's
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, differentiate
+        outside of the `shard_map`: `jax.grad` inside it returns wrong gradients. The function then gets its device's
         part of a token's logits, and its results must be the same on all devices along the axis. For whole arrays, use
         `jce.on_mesh`.
 

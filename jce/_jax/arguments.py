@@ -162,7 +162,7 @@ def as_array(function: str, name: str, x: Any) -> Array:
         taken_by = getattr(x, "_taken_by", None)  # a `Linear` isn't an array, and names the functions that accept it
         advice = taken_by(function, name) if taken_by else "Pass a value that jnp.asarray accepts."
         raise TypeError(
-            f"{function}: {name} must be an array, a number or a rectangular nest of numbers;"
+            f"{function}: {name} must be an array, a number or nested lists of numbers of equal lengths;"
             f" got {name}: {type(x).__name__}. {advice}"
         ) from None
 

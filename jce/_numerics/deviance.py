@@ -32,7 +32,7 @@ def log_ratio(p: Array, q: Array, d: Array) -> Array:
 def deviance(p: Array, q: Array, d: Array, left_out: Array | None = None) -> Array:
     """p log p/q - p + q ≥ 0, for p, q ≥ 0 and d = p - q; q where p = 0, +∞ where only q = 0. Not differentiable.
 
-    If `left_out` is given, it is subtracted from p log p/q instead of p - q. It must equal p - q where |v| < 1/2 (for
+    If `left_out` is given, the result is p log p/q - left_out. It must equal p - q where |v| < 1/2 (for
     q > p this means q < 3p), since the formula for this range subtracts p - q.
     """
     near, v, log_r = _contrast_and_log_ratio(p, q, d)

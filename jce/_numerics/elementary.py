@@ -81,8 +81,8 @@ log1p.defjvp(lambda primals, tangents: (log1p(*primals), tangents[0] / (1 + prim
 
 @jax.custom_jvp
 def one_minus(a):
-    """1 - α, for the rounded α. The maximum is always α. Without it, XLA would contract 1 - uv to a fused multiply-add,
-    which gives ±3e-8 instead of 0 where uv rounds to 1."""
+    """1 - α, for the rounded α. If α is a product uv, XLA would contract 1 - uv to a fused multiply-add, which gives
+    ±3e-8 instead of 0 where uv rounds to 1. The maximum, which is always α, prevents this."""
     return 1 - jnp.maximum(a, a - jnp.finfo(a.dtype).max)
 
 

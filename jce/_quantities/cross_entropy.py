@@ -123,8 +123,8 @@ def cross_entropy_with_logits(
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to p and logits. False excludes a class, even if it is NaN or infinite. To mask rows, pass
         `jnp.expand_dims(mask, axis)`: a masked row gives 0.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
-        differentiate outside of it: `jax.grad` inside it returns wrong gradients.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False,
+        differentiate outside of the `shard_map`: `jax.grad` inside it returns wrong gradients.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p or logits is.
@@ -198,8 +198,8 @@ def cross_entropy_with_integer_labels(
       axis: the axis of the n classes: a static int.
       where: bool, broadcast to logits. False excludes a class, even if it is NaN or infinite, and n counts the others.
         To mask rows, pass `jnp.expand_dims(mask, axis)`, for example with mask = labels >= 0: a masked row gives 0.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
-        differentiate outside of it: `jax.grad` inside it returns wrong gradients.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False,
+        differentiate outside of the `shard_map`: `jax.grad` inside it returns wrong gradients.
 
     Returns:
       [..., ...], the shape of logits without `axis`; float32, or float64 if logits or label_probs is.

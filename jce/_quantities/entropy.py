@@ -117,8 +117,8 @@ def entropy_with_logits(
       axis: the axis of the n classes: a static int.
       where: bool, broadcast to logits. False excludes a class, even if it is NaN or infinite. To mask rows, pass
         `jnp.expand_dims(mask, axis)`: a masked row gives 0.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
-        differentiate outside of it: `jax.grad` inside it returns wrong gradients.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False,
+        differentiate outside of the `shard_map`: `jax.grad` inside it returns wrong gradients.
 
     Returns:
       [..., ...], logits without `axis`; float32, or float64 if logits is.

@@ -60,8 +60,8 @@ def jensen_shannon_divergence_with_logits(
       axis: the axis of the n classes: a static int, counted in the broadcast shape.
       where: bool, broadcast to both. False excludes a class, even if it is NaN or infinite. To mask rows, pass
         `jnp.expand_dims(mask, axis)`: a masked row gives 0.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
-        differentiate outside of it: `jax.grad` inside it returns wrong gradients.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False,
+        differentiate outside of the `shard_map`: `jax.grad` inside it returns wrong gradients.
 
     Returns:
       [..., ...], the broadcast shape without `axis`; float32, or float64 if p_logits or q_logits is.

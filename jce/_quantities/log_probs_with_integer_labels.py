@@ -38,8 +38,8 @@ def log_probs_with_integer_labels(
       [[-4.1223074e-09 -1.9306852e+01]
        [-4.0760595e-01 -1.0943444e+00]]
 
-    Its relative error is small even when the model is confident. For one label it is minus
-    `cross_entropy_with_integer_labels(labels, logits)`. With k labels it takes the same single pass over the classes.
+    Their relative error is small even when the model is confident. For one label the result is minus
+    `cross_entropy_with_integer_labels(labels, logits)`. k labels take the same single pass over the classes.
     With `tail` one more entry is log (1-Σq), for all classes without a label together. (Σq is the sum over the labels.)
     The k labels and the tail are then a distribution of k+1 outcomes. The KL divergence of two such distributions is
     ≥ 0, and it is 0 only if they are equal or if it underflows. Use a tail if you keep only the top-k classes `top` of
@@ -49,8 +49,8 @@ def log_probs_with_integer_labels(
         kl_divergence_with_logits(teacher, log_probs_with_integer_labels(top, logits, tail=True))
 
     Store such a teacher as these k+1 logarithms. If you store float32 probabilities instead and compute the tail 1-Σp
-    from them, a tail of 1e-5 has a relative error of 3e-3, and a tail of 1e-7 has one of a third. From
-    bfloat16 probabilities, a tail of 1e-3 has no correct digit.
+    from them, a tail of 1e-5 has a relative error of 3e-3, and a tail of 1e-7 of 1/3. From bfloat16 probabilities, a
+    tail of 1e-3 has no correct digit.
 
     Args:
       labels: integer, class indices: [..., ...], exactly the shape of logits without `axis`, or [..., ..., k], with a
@@ -61,8 +61,8 @@ def log_probs_with_integer_labels(
       axis: the axis of the n classes: a static int.
       where: bool, broadcast to logits. False excludes a class, even if it is NaN or infinite. To mask rows, pass
         `jnp.expand_dims(mask, axis)`: a masked row gives 0.
-      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. If it has check_vma=False,
-        differentiate outside of it: `jax.grad` inside it returns wrong gradients.
+      axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False,
+        differentiate outside of the `shard_map`: `jax.grad` inside it returns wrong gradients.
 
     Returns:
       The shape of labels, or with a tail [..., ..., k+1]; float32, or float64 if logits is.

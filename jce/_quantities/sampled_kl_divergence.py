@@ -50,7 +50,7 @@ def sampled_kl_divergence(log_p: ArrayLike, log_q: ArrayLike) -> Array:
       In expectation over outcomes sampled from p, the gradient with respect to the parameters of q is ∇KL(p‖q). The
       gradient with respect to the parameters of p (a policy in training) is not ∇KL(p‖q) but ∇KL(q‖p): it ignores that
       the samples depend on these parameters. To get ∇KL(p‖q), multiply the value by
-      exp(log_p - jax.lax.stop_gradient(log_p)), or by an importance ratio p/p_old through which p is differentiated.
+      exp(log_p - jax.lax.stop_gradient(log_p)), or by an importance ratio p/p_old that is differentiated in p.
 
     Raises:
       TypeError: an argument is not real.
@@ -58,8 +58,8 @@ def sampled_kl_divergence(log_p: ArrayLike, log_q: ArrayLike) -> Array:
 
     Not checked:
       Values. (Log-densities may be above 0.) If q/p is unbounded, so is the variance: an outcome that is far likelier
-      under q than under p outweighs all others. bfloat16 and float16 round log-probabilities by more than a policy
-      changes in one step, so pass float32, which `linear_log_probs` returns.
+      under q than under p outweighs all others. The rounding of bfloat16 and float16 log-probabilities is larger
+      than a policy's change in one step, so pass float32, which `linear_log_probs` returns.
 
     Source:
       J. Schulman, Approximating KL Divergence (2020), http://joschu.net/blog/kl-approx.html.

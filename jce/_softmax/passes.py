@@ -1,4 +1,4 @@
-"""The way for a CPU: each sum is a pass over the row. Sums contain no selects.
+"""The way of a CPU (`__init__.py` defines the terms): each sum is a pass over the row. Sums contain no selects.
 
 XLA computes sums with a library that has a fixed set of operations. If the terms of a sum are computed by a compare, a
 select or an iota, or if one of these stands between two sums, XLA stores the terms first (N × n numbers). It also does
@@ -147,8 +147,8 @@ class Passes(Way):
         return not self.any_shift or self.mesh_axis is not None or may_be_split(x)
 
     def _off_known_label(self, at, others, x):
-        # If s < most, then xᵢ - x_y < log(64 + 8n), which is 9 for n = 1000. The rounding of xᵢ - x_y changes eᵢ by at
-        # most half as many ulps.
+        # If s < most, then xᵢ - x_y < log(64 + 8n), which is 9 for n = 1000. Rounding xᵢ - x_y then changes eᵢ by
+        # at most half of this bound, in ulps.
         most = 64.0 + 8 * self.count(x)
         first, second = (functools.partial(others, second=second) for second in (False, True))
         return off_known_label(at, first, at_maximum(second, lambda: self.maximum(x)), most)

@@ -17,8 +17,8 @@ memory and time with those of the same losses, computed from all logits at once.
 The same in Python:
 
     corpus = read(text)
-    *_, taught = train(corpus, 300)
-    for snapshot in lesson(corpus, "every word", taught.model, steps=300):
+    *_, trained = train(corpus, 300)
+    for snapshot in lesson(corpus, "every word", trained.model, steps=300):
         print(snapshot.step, snapshot.perplexity)
 """
 
@@ -181,7 +181,7 @@ def costs(corpus: Corpus, name: str, teacher: Model, rounds: int = 7) -> tuple[C
 
 @matplotlib.rc_context({"font.size": 16, "axes.titlesize": 18, "axes.labelsize": 16, "figure.titlesize": 23})
 def picture(
-    histories: dict[str, list[Snapshot]], taught: float, unigram: float, spent: dict[str, tuple[Cost, Cost]]
+    histories: dict[str, list[Snapshot]], trained: float, unigram: float, spent: dict[str, tuple[Cost, Cost]]
 ) -> Figure:
     """The held-out perplexity of each student by step, and the cost of a batch in chunks and with all logits."""
     figure = Figure(figsize=(18, 8), dpi=100, layout="constrained")
@@ -190,11 +190,11 @@ def picture(
     for name, history in histories.items():
         steps, _, perplexities, *_ = zip(*history, strict=True)
         left.plot(steps, perplexities, LESSONS[name].stroke, color=LESSONS[name].colour, linewidth=4, label=name)
-    for level, of in ((unigram, "by frequency alone"), (taught, "the teacher")):
+    for level, of in ((unigram, "by frequency alone"), (trained, "the teacher")):
         left.axhline(level, color="black", linewidth=1.5)
         left.annotate(of, (0, level), (0, 5), textcoords="offset points")
     top = 1.5 * max(unigram, *(history[-1].perplexity for history in histories.values()))  # cuts off the first steps
-    left.set(title="perplexity of the held-out words", xlabel="step", ylim=(0.8 * taught, top))
+    left.set(title="perplexity of the held-out words", xlabel="step", ylim=(0.8 * trained, top))
     left.legend(title="learns from", handlelength=3, loc="upper right")
     for axes, field, title in zip(right, Cost._fields, ("megabytes", "milliseconds"), strict=True):
         _draw_costs(axes, field, title, spent)
@@ -225,14 +225,14 @@ def _run(corpus: Corpus, steps: int, seed: int, out: str) -> None:
     n = len(corpus.words)
     print(f"words: {corpus.text.size:,}, of which {corpus.held_out.size:,} are held out; vocabulary: {n:,}")
     bar = functools.partial(tqdm, total=21, leave=False, disable=None, unit=" parts", dynamic_ncols=True)
-    *_, taught = bar(train(corpus, steps, seed=seed), "the teacher")
+    *_, trained = bar(train(corpus, steps, seed=seed), "the teacher")
     unigram = next_word.unigram_perplexity(corpus)
     print(
         f"perplexity of the held-out words: by word frequency alone {unigram:.1f}, by the teacher (width {WIDTH})"
-        f" {taught.perplexity:.1f}\n\nand by students (width {STUDENT}) that learn from"
+        f" {trained.perplexity:.1f}\n\nand by students (width {STUDENT}) that learn from"
     )
     histories = {
-        name: list(bar(lesson(corpus, name, taught.model, steps, seed=seed), f"from {name}")) for name in LESSONS
+        name: list(bar(lesson(corpus, name, trained.model, steps, seed=seed), f"from {name}")) for name in LESSONS
     }
     print(f"{'step':>8}" + "".join(f"{name:>24}" for name in histories))
     for row in zip(*histories.values(), strict=True):
@@ -241,11 +241,11 @@ def _run(corpus: Corpus, steps: int, seed: int, out: str) -> None:
     print(f"{'':24}{'held-out words':>22}{'MB':>30}{'ms':>30}")
     spent = {}
     for name, history in histories.items():
-        kl = float(distance(history[-1].model, corpus.text, corpus.held_out, taught.model))
-        spent[name] = chunks, logits = costs(corpus, name, taught.model)
+        kl = float(distance(history[-1].model, corpus.text, corpus.held_out, trained.model))
+        spent[name] = chunks, logits = costs(corpus, name, trained.model)
         sizes, times = ((f"{a:,.1f} / {b:,.1f}") for a, b in zip(chunks, logits, strict=True))
         print(f"{name:24}{kl:22.4f}{sizes:>30}{times:>30}")
-    picture(histories, taught.perplexity, unigram, spent).savefig(out)
+    picture(histories, trained.perplexity, unigram, spent).savefig(out)
     print(f"\npicture: {out}")
 
 

@@ -107,8 +107,8 @@ def _on_parts(function: Callable, inputs: Inputs, places: Places, axis_name: Has
 def _require_whole_classes(name: str, places: Places) -> None:
     if places.classes:
         raise ValueError(
-            f"{name}: the classes of the heads must not be split by types, since function doesn't know the split; got"
-            f" classes split over {places.classes}. Use jce.on_mesh, and pass axis_name to jce's functions inside of"
+            f"{name}: the heads must not be sharded over classes (Explicit axes), since function doesn't know of it;"
+            f" got classes split over {places.classes}. Use jce.on_mesh, and pass axis_name to jce's functions in"
             f" function. Or undo the split with jax.sharding.reshard."
         )
 

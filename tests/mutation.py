@@ -78,6 +78,7 @@ EQUIVALENT = {
     " affects only speed",
     "broadcast_to(d_head.bias, e.shape)).sum(1)": "the array has two axes",
     "classes)) - ((relative) * (c_))": "where this product is NaN, the derivative doesn't exist",
+    "bit_length() + 11)": "a sum would overflow only if all n classes had the largest weight",
     "head.weight.shape[0] > head.weight.shape[1]": "the place where a token's weight is multiplied affects only speed",
 }
 

@@ -43,18 +43,20 @@ def split(rng, tokens, dtype=np.float32):
     return put(y.astype(np.int32), "data"), put(h.astype(dtype), "data"), put(w.astype(dtype))
 
 
-def test_a_chunk_has_the_tokens_of_all_devices(rng):
-    """A chunk has 512 tokens per device on a CPU. So 16,384 tokens make 4 chunks on 8 devices, and 32 on one device."""
-    y = jax.ShapeDtypeStruct((2**14,), np.int32)
-    h, w = (jax.ShapeDtypeStruct((length, WIDTH), np.float32) for length in (2**14, 2**11))
+@pytest.mark.parametrize(("tokens", "size", "on_one", "on_eight"), [(2**14, None, 32, 4), (720, 90, 8, 9)])
+def test_a_chunk_has_the_tokens_of_all_devices(tokens, size, on_one, on_eight):
+    """A chunk has 512 tokens per device on a CPU. So 16,384 tokens make 4 chunks on 8 devices, and 32 on one device.
+    720 tokens are not 8 chunks of 8 equal parts, but they are 9."""
+    y = jax.ShapeDtypeStruct((tokens,), np.int32)
+    h, w = (jax.ShapeDtypeStruct((length, WIDTH), np.float32) for length in (tokens, 2**11))
 
     def steps():
-        jaxpr = jax.make_jaxpr(lambda *x: jce.linear_cross_entropy(*x))(y, h, w).jaxpr
+        jaxpr = jax.make_jaxpr(lambda *x: jce.linear_cross_entropy(*x, chunk_size=size))(y, h, w).jaxpr
         return [e.params["length"] for e in equations(jaxpr) if e.primitive.name == "scan"]
 
-    assert steps() == [32]
+    assert steps() == [on_one]
     with jax.set_mesh(mesh()):
-        assert steps() == [4]
+        assert steps() == [on_eight]
 
 
 @pytest.mark.parametrize("tokens", [256, 72])  # equal chunks on each device, and padded chunks

@@ -8,9 +8,9 @@
 #
 # where $y$ is the label. Evaluated as written, the loss needs the logits of all tokens at once. That is tokens × $n$
 # numbers: 34 GB in float32 at 65,536 tokens and 131,072 classes. `jce.linear_cross_entropy(labels, hidden, head)`
-# returns the same number, but computes the logits of only a few hundred tokens at a time. It does so in every mode of
-# differentiation. This notebook compares its memory and time with those of the dense loss. Then it uses the
-# Hessian-vector product of the loss to measure how sharp the loss is.
+# returns the same number, but computes the logits of one chunk of tokens at a time, in every mode of differentiation.
+# This notebook compares its memory and time with those of the dense loss. Then it uses the Hessian-vector product of
+# the loss to measure how sharp the loss is.
 
 # %%
 import functools
@@ -83,10 +83,10 @@ for tokens, n, chunk in settings:
 
 # %% [markdown]
 # The dense loss keeps arrays of tokens × $n$: one for the value, two with the gradient, three for the Hessian-vector
-# product. For the value, jce keeps one array of chunk × $n$. With the gradient, it also keeps the sum of the head's
-# gradient ($n \times d$). The Hessian-vector product keeps a few arrays of both shapes, and arrays of tokens × $d$ (the
-# size of the hidden states), which show when $n$ is small. With few tokens there is little to save: at 1,024 tokens the
-# dense Hessian-vector product needs less memory than jce's.
+# product. For the value, jce keeps one array of chunk × $n$. With the gradient, it also keeps the sum of
+# the head's gradient ($n \times d$). The Hessian-vector product keeps a few arrays of these two shapes, and arrays of
+# tokens × $d$ (the size of the hidden states). The latter grow with the tokens, which shows when $n$ is small. With few
+# tokens there is little to save: at 1,024 tokens the dense Hessian-vector product needs less memory than jce's.
 
 # %%
 #| fig-alt: Memory in log-log plots: the dense loss's grows with the tokens; jce's doesn't, but grows with the chunk
@@ -241,9 +241,9 @@ for axis in axes:
 # ## Why jce has a rule for forward mode
 #
 # A loss is often fused with `jax.custom_vjp`: its forward pass also prepares the backward pass. Such a function has no
-# forward mode. A Hessian-vector product as above is forward over reverse, so JAX rejects it if the forward pass calls
-# the same function, as `fused` does below. jce's rules are `jax.custom_jvp`, from which JAX derives both modes, to
-# any order.
+# forward mode. JAX rejects its Hessian-vector product (forward over reverse, as above) if its forward rule calls the
+# function itself, as that of `fused` does below. jce's rules are `jax.custom_jvp`, from which JAX derives both modes,
+# to any order.
 
 
 # %%

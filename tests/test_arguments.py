@@ -402,7 +402,7 @@ def test_option_names_of_other_libraries():
         (jce.linear_cross_entropy, "weight", "weights=weight for a weight per token, weights=weight[labels] for one"),
         (jce.linear_kl_divergence, "weight", "Write weights=weight."),
         (jce.linear_cross_entropy, "axis", None),
-        (jce.linear_log_probs, "weights", "such as result.log_prob, by them"),
+        (jce.linear_log_probs, "weights", "Multiply a field of the result instead"),
         (jce.linear_log_probs, "weight", "such as result.log_prob, by weight for a weight per token"),
         (jce.linear_log_probs, "reduction", ".sum() of a field, such as result.log_prob"),
     ):

@@ -103,7 +103,8 @@ def test_a_callback_in_a_gradient_is_called_once_or_rejected(options):
             assert called()[0] == NUMBERS[options.get("where", np.ones(6, bool))].tolist()
         else:
             with pytest.raises(
-                NotImplementedError, match=r"^linear_map: a derivative .* must not have IOEffect there.* Use reduction"
+                NotImplementedError,
+                match=r"^linear_map: a derivative .* must not have the effect IOEffect\. Use reduction",
             ):
                 gradient(HIDDEN)
     with pytest.raises(NotImplementedError, match=r"^linear_map: a derivative"):

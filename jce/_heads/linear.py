@@ -58,7 +58,7 @@ class Linear:
         that maps states to logits. It is called with the state of one token, of shape [1, …, 1, d], and must
         return logits of shape [1, …, 1, n]. Bound methods, Flax NNX modules and `jax.tree_util.Partial` are
         functions too, and so are Equinox modules under `jax.vmap`.
-      bias: real, [n], or None. A bias of -∞ forbids a class: its logit is -∞, also with a soft cap. If head is a
+      bias: real, [n], or None. A bias of -∞ forbids a class: its logit is -∞, even with a soft cap. If head is a
         function, bias must be None: the function adds a bias itself.
       logit_soft_cap: c > 0: the logits are then c tanh((hidden · headᵀ + bias)/c). None for no cap.
 

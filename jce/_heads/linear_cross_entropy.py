@@ -77,7 +77,7 @@ def linear_cross_entropy(
         logit_soft_cap.
       head: real, [n, d]: one row per class. For a Dense layer of Flax this is kernel.T, even if n = d. Or a function:
         see `Linear`.
-      bias: real, [n]. A bias of -∞ forbids a class: its probability is 0, also with a soft cap.
+      bias: real, [n]. A bias of -∞ forbids a class: its probability is 0, even with a soft cap.
       label_probs: real, [..., k], in the shape of labels, or None: target probabilities p of k labels per token, for
         example the top-k probabilities of a teacher. See `cross_entropy_with_integer_labels`, also for tail.
       tail: a static bool: whether all classes without a label count as one more outcome, which has the remaining target
@@ -109,7 +109,7 @@ def linear_cross_entropy(
     At the boundary:
       A label outside [0, n) makes the loss and the gradient of its token NaN, and therefore also a mean or a sum. Mask
       such labels, for example with where=labels >= 0. For "sum" and "none", the derivative with respect to a weight is
-      ℓ, also at a weight of 0. But a token of weight 0 is masked, as by `where`, if its label is outside [0, n) or its
+      ℓ, even at a weight of 0. But a token of weight 0 is masked, as by `where`, if its label is outside [0, n) or its
       hidden state is not finite.
 
       A class whose bias is -∞ is forbidden. With a soft cap, the derivative with respect to its logit is 0.

@@ -97,7 +97,7 @@ def linear_log_probs(
         logit_soft_cap.
       head: real, [n, d]: one row per class. For a Dense layer of Flax this is kernel.T, even if n = d. Or a function:
         see `Linear`.
-      bias: real, [n]. A bias of -∞ forbids a class: its probability is 0, also with a soft cap.
+      bias: real, [n]. A bias of -∞ forbids a class: its probability is 0, even with a soft cap.
       where: bool, broadcast to the token axes. Tokens where it is False are masked: their results are 0, and they cost
         no matmul.
       temperature: T > 0, a number, or an array with a number for each token: q is softmax(x/T). An array is not checked

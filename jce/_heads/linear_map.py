@@ -53,7 +53,7 @@ def linear_map(
         linear_map(lambda y, x: (ce(y, x), {"entropy": jce.entropy_with_logits(x), "right": x.argmax() == y}),
                    labels, Linear(hidden, head), reduction="mean", has_aux=True)
 
-    The number of matmuls depends only on what the function returns. Without a gradient it is one per head. With a
+    Without a gradient, there is one matmul per head, whatever the function computes. With a
     gradient, a sum or a mean of one real number per token costs three per head, because each chunk is differentiated
     while its logits exist. Results per token, or several real numbers per token, cost four per head with a gradient.
     With `has_aux`, the metrics cost no further matmul. A `Linear` that is not differentiated costs one matmul, or two

@@ -60,7 +60,7 @@ def labelled_with_probs(
     if y.ndim == 0 or y.shape[:-1] != rows.shape or p.shape != y.shape:
         raise ValueError(
             f"{function}: labels and label_probs must both have the shape of logits without the class axis, and then a"
-            f" last axis for k labels per row: {rows.shape} and k; got {described(got)}. If label_probs has a"
+            f" last axis for k labels per row: {rows.shape} + (k,); got {described(got)}. If label_probs has a"
             f" probability for every class, use cross_entropy_with_logits(label_probs, logits)."
         )
     few = Layout(y.shape, rows.mesh, (*rows.spec, None))

@@ -24,7 +24,7 @@ Kind = inspect.Parameter
 # functions of tokens. If there are several hints for an argument, the error has the first hint that names only
 # arguments of the function.
 OF_EACH = {
-    "weights": (" Multiply the result by them.",),
+    "weights": (" Multiply the result instead.",),
     "weight": (
         " Multiply the result by weight for a weight per row, by weight[labels] for one per class.",
         " Multiply the result by weight.",
@@ -41,7 +41,7 @@ ELEMENTWISE = OF_EACH | {
 }
 TOKENS = {
     "mask": (" Mask tokens with where=mask.",),
-    "weights": (" Multiply a field of the result, such as result.log_prob, by them.",),
+    "weights": (" Multiply a field of the result instead, such as result.log_prob.",),
     "weight": (
         " Write weights=weight for a weight per token, weights=weight[labels] for one per class.",
         " Write weights=weight.",
@@ -54,7 +54,7 @@ TOKENS = {
 
 
 # Hints in errors for values that can't be static because they aren't hashable
-A_NUMBER = "Pass a Python number. For an array x, pass float(x) or int(x), outside of jax.jit."
+A_VALUE = "Pass a Python value: for an array x, x.item(), outside of jax.jit."
 STATIC = {"axis_name": "Pass a name, or a tuple of names."}
 
 
@@ -110,7 +110,7 @@ LARGE = 2**16  # XLA takes some milliseconds to fold a constant softmax of this 
 
 def unfolded(arguments: T) -> T:
     """A pytree of arguments, with a barrier for each large array that is a constant of the program."""
-    # Until JAX no longer has XLA fold such constants: for a teacher's logits [64, 32768] that takes 10 to 140 s.
+    # Until JAX no longer has XLA fold such constants, which takes 10 to 140 s for a teacher's logits [64, 32768].
     leaves, tree = jax.tree.flatten(arguments)
     if not any(map(_is_large_constant, leaves)) or not in_a_program():
         return arguments
@@ -151,7 +151,7 @@ def _require_own(name, parameters, count: int, options: Mapping[str, Any], stati
         if option in static and not _is_hashable(value):
             raise ValueError(
                 f"{name}: {option} must be static and hashable, since it is compiled in; got {option}:"
-                f" {type(value).__name__}. {STATIC.get(option, A_NUMBER)}"
+                f" {type(value).__name__}. {STATIC.get(option, A_VALUE)}"
             )
         if option not in numbers and isinstance(parameters[option].default, bool):
             require_bool(name, **{option: value})

@@ -218,13 +218,13 @@ def cross_entropy_with_integer_labels(
       with respect to a traced ε is NaN if the label's logit is -∞. If only logits of other classes are -∞, it is +∞.
 
       A tail without classes (every class that `where` keeps has a label) contributes 0. A tail whose logits are all -∞
-      contributes (1-Σp) · ∞, or 0 with derivative 0 if Σp is 1 within 4 eps of the dtype of label_probs. So pass
+      contributes (1-Σp) · ∞, or 0 with derivative 0 if |Σp - 1| ≤ 4 eps, for the dtype of label_probs. So pass
       label_probs in the dtype in which they were rounded. If Σp exceeds 1 by no more than 4 eps, 1-Σp counts as 0 in
       the value, and the derivative with respect to p is as below.
 
     Derivative:
-      ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype. A bracket is 1 if the statement in it is true, and
-      otherwise 0. At ε = ζ = 0 the relative error is small for every i. The derivative with respect to a traced ε is
+      ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype. [·] is the Iverson bracket: 1 if true, otherwise 0.
+      At ε = ζ = 0 the relative error is small for every i. The derivative with respect to a traced ε is
       1/n Σᵢ log 1/qᵢ - log 1/q_y, and with respect to a traced ζ it is L².
 
       With label_probs, smoothing turns the target p into (1-ε)p + εΣp/n. At ε = ζ = 0 the derivative with respect to xᵢ

@@ -5,13 +5,14 @@ The formulas (`softmax.py`, `compare.py`) use only the interface `Way`. `passes.
 `known_label.py` chooses m for the loss of a label. The terms of these files are:
 
     row             all entries along the axis of the classes, for one distribution
-    kernel          a function with the decorator `kernel`. It gets the way of the platform when a program is lowered.
-                    (A program that runs on a GPU is called a GPU kernel here.)
+    kernel          the function of arrays that computes a public function. With the decorator `kernel`, it gets the way
+                    of the platform when a program is lowered. (A program that runs on a GPU is a GPU kernel.)
     way             how a platform sums over the classes of a row: an instance of a subclass of `Way`
     pass            one traversal of the rows, for a sum or an elementwise result, in which XLA reads x or recomputes it
     m               the number that is subtracted from a row's logits: max x, or the shift of `known_label.py`
     depth           xᵢ - m, a number ≤ 0 if m = max x
-    e, Z, s         eᵢ = exp(xᵢ - m), Z = Σ eᵢ over all classes, and s = Σ eᵢ over all classes except one
+    e, Z, s         eᵢ = exp(xᵢ - m), Z = Σ eᵢ over all classes, and s = Σ eᵢ without one class, which is the label or a
+                    maximal class (then Z = 1 + s)
     stored          written to memory, N × n numbers for N rows of n classes, instead of recomputed in each pass
     folded          a long row [n] is reshaped to blocks [k, n/k], which a CPU sums faster (`classes.py`)
     number per row  an array without the class axis. `column` gives it a class axis of length 1.

@@ -61,7 +61,8 @@ class Way(Classes, ABC):
         """The sums with m = max x."""
 
     def off_label_of_any_shift(self, labels: Array, x: Array) -> OffLabel:
-        """The sums with any m that keeps s and e^-d in range. Formulas may assume nothing else about m."""
+        """The sums with any m that keeps s and exp(x_y - m) in range, for the label y. Formulas may assume nothing else
+        about m."""
         return self.off_label(labels, x)
 
     def exponentials_off_label(self, labels: Array, x: Array) -> tuple[OffLabel, Array]:
@@ -83,8 +84,8 @@ class Way(Classes, ABC):
         return n.m, jnp.where(n.m == -jnp.inf, jnp.zeros_like(n.z), n.z)
 
     def sum_with_differences(self, terms: Array, p: Array, q: Array) -> Array:
-        """Σ terms + Σ (p - q). The second sum is accurate to an ulp, even if it is only the rounding that is left of
-        1 - 1: each p - q is an exact pair of floats, high + low, and the terms are added to low."""
+        """Σ terms + Σ (p - q). The second sum is accurate to an ulp, even if Σ p and Σ q cancel up to rounding: each
+        p - q is an exact pair of floats, high + low, and the terms are added to low."""
         high, low = two_sum(p, -q)
         return self.sum_of_two_floats(high, low + terms)
 

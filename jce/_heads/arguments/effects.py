@@ -45,7 +45,7 @@ def require_differentiable(refused: str) -> None:
     if refused:
         raise NotImplementedError(
             f"linear_map: a derivative calls function again, as jax.checkpoint does, so function must not have"
-            f" {refused} there. Use reduction='sum' or 'mean' with one number per token, whose first derivative"
+            f" the effect {refused}. Use reduction='sum' or 'mean' with one number per token, whose first derivative"
             f" calls function only once. Or use jax.debug.callback, which may be repeated. Or do not differentiate it."
         )
 

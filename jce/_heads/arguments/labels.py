@@ -44,7 +44,7 @@ def checked_label_probs(name: str, labels: ArrayLike, label_probs: ArrayLike, li
     if y.ndim == 0 or y.shape[:-1] != batch or p.shape != y.shape:
         raise ValueError(
             f"{name}: labels and label_probs must both have the shape of hidden, with k labels per token in place of"
-            f" its last axis: {batch} and k; got {described(got)}. Without label_probs, pass one label per token."
+            f" its last axis, {batch} + (k,); got {described(got)}. Without label_probs, pass one label per token."
             f" If label_probs has a probability for every class, use jce.linear_map("
             f'jce.cross_entropy_with_logits, label_probs, jce.Linear(hidden, head), reduction="mean").'
         )

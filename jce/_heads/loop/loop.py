@@ -195,7 +195,7 @@ weighted_sums.defjvp(_weighted_sums_rule, symbolic_zeros=True)
 def _sums_its_own_gradient(loop: Loop, w: Array, inputs: Inputs, x: Array) -> bool:
     """Whether the loop may compute the gradient with respect to x. It may if, by the types, `jax.vjp` in the loop sums
     this gradient only over the device's own tokens and classes. Otherwise `jax.vjp` would sum it over devices too, and
-    each device would then count the sum of all devices. Such a gradient takes another pass over the tokens."""
+    each device would then add the sum of all devices. Such a gradient takes another pass over the tokens."""
     classes = frozenset(mesh_names(loop.class_axis))
     typed = all(classes <= varying(x) for x in jax.tree.leaves(inputs.heads))  # False under check_vma=False: no types
     return typed and varying(w) <= varying(x)

@@ -366,6 +366,6 @@ def test_errors():
     explicit = jax.make_mesh((4,), ("classes",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
     with (
         jax.set_mesh(explicit),
-        pytest.raises(ValueError, match=r"linear_map: the types of the heads.*'classes'.*on_mesh"),
+        pytest.raises(ValueError, match=r"linear_map: with Explicit axes, heads must not.*'classes'.*on_mesh"),
     ):
         jce.linear_map(jnp.max, Linear(x.hidden, jax.device_put(x.head, NamedSharding(explicit, P("classes")))))

@@ -81,7 +81,7 @@ row(
 )
 mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 row(
-    "MaxText: the same in chunks, on a mesh",
+    "MaxText: a mean in chunks, on a mesh",
     lambda h, w: mean(nll(h @ w.T), kept),
     lambda h, w: jce.on_mesh(linear, mesh=mesh, token_axis="data", class_axis="model")(y, h, w, where=kept),
     *(h, w),

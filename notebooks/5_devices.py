@@ -148,7 +148,8 @@ for name in ("jce", "dense"):
 # A chunk has 256 tokens, and the loop runs $N/T/256$ times. For value and gradient, the partitioner's program has no
 # loop and sends just as many numbers as jce's, so jce saves only memory. For a Hessian-vector product, jce also sends
 # about half as many numbers: for each of the two gradients, the partitioner's program adds up two arrays of the
-# gradient's size over the devices, and jce's program adds up one. In the loop, jce sends 7 numbers per token.
+# gradient's size over the devices, and jce's program adds up one. In its loop, jce then sends 7 numbers per token
+# instead of 3.
 #
 # The pictures show megabytes per step: the size of all arrays that a device adds up with other devices, and the
 # temporary memory that it needs beyond arguments and results. (To add up an array in a ring all-reduce over $p$

@@ -29,11 +29,11 @@ PROMPTS, GROUP, CHUNK = 16, 8, 64
 # %% [markdown]
 # ## The game
 #
-# Continue a text with six words in alphabetical order. A word is out of order if it doesn't come after the word before
-# it. The reward is the number of words before the first one that is out of order, divided by six. A sequence ends with
-# that word, and later words are masked. The vocabulary is every word of Python's own documentation, in alphabetical
-# order, so words can be compared by their indices. The hidden state for a word mixes the embeddings of the three words
-# before it. The reference was trained on the text with `jce.linear_cross_entropy`, and not on the game.
+# Continue a text with six words in alphabetical order. A word is out of order unless it is alphabetically later than
+# the previous word. The reward is the number of words before the first one that is out of order, divided by six. A
+# sequence ends with that word, and later words are masked. The vocabulary is every word of Python's own documentation,
+# in alphabetical order, so words can be compared by their indices. The hidden state for a word mixes the embeddings of
+# the three words before it. The reference was trained on the text with `jce.linear_cross_entropy`, and not on the game.
 
 
 # %%

@@ -1,4 +1,4 @@
-"""Every value, first derivative and Hessian-vector product agrees with the formula in mpmath, within its error bar."""
+"""Values, first derivatives and Hessian-vector products agree with the formula in mpmath, within the error bounds."""
 
 import jax
 import jax.numpy as jnp

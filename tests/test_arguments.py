@@ -525,13 +525,13 @@ def test_a_linear_goes_to_linear_map(function, arguments, rng):
 
 
 def test_keyword_arguments_passed_by_position():
-    message = r"entropy: by position it takes p, and by keyword axis=, where=; got 2 arguments by position\."
+    message = r"entropy: positional arguments are p, and keyword arguments axis=, where=; got 2 positional arguments\."
     with pytest.raises(TypeError, match=message):
         jce.entropy(ones(3), 0)
-    with pytest.raises(TypeError, match=r"by position it takes alpha; got 2 arguments by position\."):
+    with pytest.raises(TypeError, match=r"positional arguments are alpha; got 2 positional arguments\."):
         jce.binary_entropy(0.5, 0.5)
     with pytest.raises(
-        TypeError, match=r"by position it takes labels, hidden, head, bias, and by keyword label_probs=, "
+        TypeError, match=r"positional arguments are labels, hidden, head, bias, and keyword arguments label_probs=, "
     ):
         jce.linear_cross_entropy(np.zeros(2, int), ones(2, 4), ones(3, 4), ones(3), ones(2))
 
@@ -621,7 +621,7 @@ def test_swapped_labels_and_logits():
         ones(2, dtype=jnp.int32),
         wants="labels must be integers",
         got="got labels: float32[2,3], logits: int32[2]",
-        do="The target comes first, the model second",
+        do="The order is labels, logits",
     )
 
 

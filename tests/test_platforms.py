@@ -281,7 +281,7 @@ ON_DEVICES = [  # all kernels except the slowest, each on one platform; CI tests
 @pytest.mark.parametrize(("kernel", "device"), ON_DEVICES)
 @pytest.mark.in_turn(9)
 def test_rows_are_as_accurate_as_on_a_cpu(kernel, device, monkeypatch):
-    """Accuracy with the same error bars as on a CPU, and all edge cases. `--as-on` runs the other laws."""
+    """Accuracy with the same error bounds as on a CPU, and all edge cases. `--as-on` runs the other laws."""
     monkeypatch.setattr(_platforms, "CPU", getattr(_platforms, device))
     jax.clear_caches()
     test_accuracy.test_values(kernel, (6, 33), np.float32, np.random.default_rng(2026))

@@ -408,5 +408,7 @@ def test_errors():
     with pytest.raises(TypeError, match=r"linear_cross_entropy: labels must be integers.*labels: float32\[4,2\]"):
         jce.linear_cross_entropy(p, h, w, label_probs=p)
     for shape in ((4, 4, 2), (4, 1, 2), (4, 2, 1), (4,), (3, 2)):
-        with pytest.raises(ValueError, match=r"linear_cross_entropy: labels and label_probs must both.*\(4,\) \+ \(k,\)"):
+        with pytest.raises(
+            ValueError, match=r"linear_cross_entropy: labels and label_probs must both.*\(4,\) \+ \(k,\)"
+        ):
             jce.linear_cross_entropy(np.zeros(shape, int), h, w, label_probs=np.zeros(shape, np.float32))

@@ -1,9 +1,8 @@
-"""When a workaround in jce can be deleted: rows that test if plain JAX still behaves as a workaround's comment says.
+"""When a workaround in jce can be deleted: each row tests whether plain JAX still behaves as the comment says.
 
 The comment begins with `Until JAX 0.12:` if we know a release that doesn't need the workaround, and otherwise with
-`Until JAX no longer`. A row without a version fails on the first JAX that behaves differently. A row with a version
-fails if JAX behaves differently before that version, if it behaves the same from that version on, and once
-pyproject.toml admits no older JAX.
+`Until JAX no longer`. A row without a version fails on the first JAX that behaves differently. A row for version V
+fails if the workaround isn't needed before V, if it is needed from V on, or if pyproject.toml admits no JAX before V.
 """
 
 from __future__ import annotations

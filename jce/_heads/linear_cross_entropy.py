@@ -93,7 +93,7 @@ def linear_cross_entropy(
         array is not checked and may hold 0: q is then the limit as T → 0.
       logit_soft_cap: c > 0: x is then c tanh((hidden · headᵀ + bias)/c). None for no cap.
       chunk_size: the number of tokens per chunk, a static int. None for about max(512, 2²⁰/n) on a CPU (2²³/n if
-        n < 256), and max(2048, 2²⁶/n) on a GPU or TPU (on a TPU at least 4096 if both arrays are bfloat16). Smaller
+        n < 256), and max(2048, 2²⁶/n) on a GPU or TPU (often 4096 on a TPU if both arrays are bfloat16). Smaller
         chunks need less memory.
       batch_invariant: a static bool: whether a token's result has the same bits in every batch. It needs a chunk_size.
       precision: the precision of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.

@@ -88,7 +88,7 @@ def linear_map(
       precision: the precision of the matmuls, as in `jax.lax.dot_general`. None for JAX's setting.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False, differentiate
         outside of the `shard_map`: `jax.grad` inside it returns wrong gradients. The function then gets its device's
-        part of a token's logits, and its results must be the same on all devices along the axis. For whole arrays, use
+        part of a token's logits, and its results must be the same on all devices along the axis. For global arrays, use
         `jce.on_mesh`.
 
     Returns:

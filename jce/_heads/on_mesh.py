@@ -32,21 +32,21 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
       >>> print(loss(jnp.array([0, 1]), jnp.eye(2), 20 * jnp.eye(3, 2)))
       4.1223074e-09
 
-    The returned function gives the same numbers as the given one. Call it with whole arrays, under `jax.jit` or
-    outside of it. The first axis of hidden states, labels, weights, where and all other arrays of tokens is split over
+    The returned function gives the same numbers as the given one. Call it with global arrays, under `jax.jit` or
+    outside of it. The first axis of all arrays of tokens (hidden states, labels, weights, `where`, …) is split over
     the devices along `token_axis`. The classes of heads and biases are split over the devices along `class_axis`. The
     shared arrays of `linear_map` are replicated on all devices. No array is gathered. Devices exchange some numbers per
     token, the gradient of each hidden state (summed over the class axis) and, once, the gradient of each head (summed
     over the token axis).
 
-    A head must be an array, unless both axes are None, so that neither tokens nor classes are split. With a head that
+    A head must be an array, unless both axes are None (nothing is split). With a head that
     is a function, call the `linear_*` function itself under a mesh with Auto axes: XLA then splits the tokens.
 
     Args:
-      function: `jce.linear_cross_entropy`, `jce.linear_kl_divergence`, `jce.linear_log_probs` or `jce.linear_map`. The
-        function that `linear_map` maps gets the logits of its device's classes, so pass axis_name=class_axis to jce's
-        functions in it. Pass traced values through `shared`. A traced value that the mapped function closes over must
-        not be split over devices, and its gradient takes another pass over the tokens.
+      function: `jce.linear_cross_entropy`, `jce.linear_kl_divergence`, `jce.linear_log_probs` or `jce.linear_map`. A
+        function that `linear_map` maps gets the logits of one device's classes: pass axis_name=class_axis to the jce
+        functions that it calls. Pass traced values through `shared`. A traced value that the mapped function closes
+        over must not be split over devices, and its gradient takes another pass over the tokens.
       mesh: the devices, for example from `jax.make_mesh`. Over its other axes, all arrays are replicated.
       token_axis: the mesh axis, or a tuple of axes, that splits the first axis of the tokens. None or () if the tokens
         are not split.
@@ -57,7 +57,7 @@ def on_mesh(function: F, *, mesh: Mesh, token_axis: Hashable | None, class_axis:
       A function with the signature of the given one, without axis_name. Its reductions are over the tokens of all
       devices: "mean" is the sum over all tokens, divided by their total weight. The results of "mean" and "sum" are the
       same on all devices. Results per token are split over the devices like the tokens. Derivatives, in forward and
-      reverse mode, are whole arrays, split like the arguments. A chunk_size counts the tokens of one device.
+      reverse mode, are global arrays, sharded like the arguments. A chunk_size counts the tokens of one device.
 
     Raises:
       TypeError: function is not one of these four. The returned function raises a TypeError if it gets an axis_name.

@@ -116,7 +116,7 @@ class Classes:
     # In a sum, 0 · ∞ must be 0, and on a CPU a select would cost a pass. So the factor of p is made finite where p = 0.
     #
     # Until JAX no longer loses a NaN in maxima of large arrays on a CPU (0.10 to 0.12), or in sums of these:
-    # in each formula, a NaN also reaches the result in another way, such as through q in q + c here.
+    # in each formula, a NaN also reaches the result through another term, such as q in q + added below.
 
     def above_0(self, q: Array, p: Array) -> Array:
         """q, plus the smallest normal number where p = 0. So p log q is 0 where p = q = 0."""

@@ -31,7 +31,7 @@ def labelled(
     if y.shape != rows.shape:
         raise ValueError(
             f"{function}: labels must have the shape of logits without the class axis, {rows.shape}; got"
-            f" {described(got)}. The target comes first, the model second. For the same label in every row, broadcast"
+            f" {described(got)}. The order is labels, logits. For the same label in every row, broadcast"
             f" it or use jax.vmap. For k labels per row, {several}."
         )
     y = rows.broadcast(y)
@@ -97,8 +97,8 @@ def _integer_labels(function: str, got: Mapping[str, ArrayLike]) -> Array:
     y = as_array(function, "labels", got["labels"])
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(
-            f"{function}: labels must be integers, a class index for each row; got {described(got)}. The target comes"
-            f" first, the model second. If the target is a probability per class, use cross_entropy_with_logits."
+            f"{function}: labels must be integers, a class index for each row; got {described(got)}. The order is"
+            f" labels, logits. If the target is a probability per class, use cross_entropy_with_logits."
         )
     return wide_enough(y)
 

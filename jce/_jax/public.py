@@ -135,8 +135,8 @@ def _require_own(name, parameters, count: int, options: Mapping[str, Any], stati
     if Kind.VAR_POSITIONAL not in kinds and count > positional:
         by_keyword = ", ".join(f"{key}=" for key in [*parameters][positional:])
         raise TypeError(
-            f"{name}: by position it takes {', '.join([*parameters][:positional])}"
-            f"{f', and by keyword {by_keyword}' if by_keyword else ''}; got {count} arguments by position."
+            f"{name}: positional arguments are {', '.join([*parameters][:positional])}"
+            f"{f', and keyword arguments {by_keyword}' if by_keyword else ''}; got {count} positional arguments."
         )
     for option, value in options.items():
         if option not in parameters:

@@ -81,8 +81,8 @@ def checked_axis_name(function: str, axis_name: Hashable | None, arrays: Iterabl
     """`axis_name`, after a check that it names axes of a `jax.shard_map` around the call. If it named the axis of a
     `jax.vmap`, a gradient taken inside would be too large, by a factor of the batch size.
     """
-    # Until JAX no longer fails its type checks under spmd_axis_name: it batches one operation after another, and
-    # between two operations, batched arrays vary over that mesh axis while others don't. The error below says what to
+    # Until JAX no longer fails its type checks under spmd_axis_name: it batches one operation at a time. In between,
+    # only arrays that are already batched vary over the mesh axis. The error below says what to
     # do instead.
     names = mesh_names(axis_name)
     if not all(isinstance(name, Hashable) and name in manual_axes() for name in names):

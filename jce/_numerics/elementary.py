@@ -90,8 +90,8 @@ one_minus.defjvp(lambda primals, tangents: (one_minus(*primals), -tangents[0]))
 
 
 def reused(x: Array) -> Array:
-    """x > -∞, for repeated use. On a CPU, XLA stores a quotient or an exponential that is used twice, but not if it is
-    clamped."""
+    """x, which must be > -∞, clamped. On a CPU, XLA stores a quotient or an exponential that is used twice, but not if
+    it is clamped."""
     return at_least(jnp.finfo(x.dtype).min, x)
 
 

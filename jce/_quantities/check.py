@@ -18,9 +18,9 @@ def check_distribution(p: ArrayLike, *, axis: int = -1, atol: float | None = Non
     Example:
       >>> jce.check_distribution([[0.25, 0.75], [1.0, 0.0]])
 
-    Outside any transformation, a violation raises a ValueError. Under `jax.experimental.checkify` it is one of its
-    `user_checks`. Under plain `jit`, `vmap` or `grad`, where values can't raise, the call does nothing, so you may
-    leave it in traced code.
+    Outside any transformation, a violation raises a ValueError. Under `jax.experimental.checkify` the check is
+    among the `user_checks`. Under plain `jit`, `vmap` or `grad`, where no value is known, the call does nothing, so you
+    may leave it in traced code.
 
     Args:
       p: real, shape [..., n, ...].

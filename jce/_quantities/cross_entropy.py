@@ -132,7 +132,7 @@ def cross_entropy_with_logits(
     At the boundary:
       A logit of -∞ is a class of probability 0. If pᵢ = 0, this class contributes 0, with derivative 0 with respect to
       the logit. If pᵢ > 0, it makes H = +∞, with derivative -pᵢ. In both cases ∂H/∂pᵢ = +∞. A row is NaN if its logits
-      hold NaN or +∞, or are all -∞. A traced ζ of 0 adds 0, even if L is infinite.
+      hold NaN or +∞, or are all -∞. A traced ζ of 0 adds 0, even if L² overflows.
 
     Derivative:
       ∂/∂xᵢ = qᵢ Σp - pᵢ + 2ζLqᵢ, ∂/∂pᵢ = log 1/qᵢ, each in its argument's dtype. The derivative with respect to a
@@ -191,13 +191,14 @@ def cross_entropy_with_integer_labels(
       labels: integer, [..., ...], class indices: exactly the shape of logits without `axis`; with label_probs [..., k].
       logits: real, [..., n, ...], the model's logits (or log-probabilities) of n classes along `axis`.
       label_probs: real, the shape of labels, [..., k], or None. They aren't normalized. If a label repeats, its
-        probabilities add up. To pad a row that has fewer than k labels, use probability 0 and any label.
+        probabilities add up. To pad a row that has fewer than k labels, use probability 0 and label -1.
       tail: a static bool: whether all classes without a label count as one more outcome, of target probability 1-Σp.
       label_smoothing: ε, a number from 0 to 1.
       z_loss: ζ, a number ≥ 0; training with it pulls L towards 0.
       axis: the axis of the n classes: a static int.
-      where: bool, broadcast to logits. False excludes a class, even if it is NaN or infinite, and n counts the others.
-        To mask rows, pass `jnp.expand_dims(mask, axis)`, for example with mask = labels >= 0: a masked row gives 0.
+      where: bool, broadcast to logits. False excludes a class, even if it is NaN or infinite, and n counts the
+        remaining classes. To mask rows, pass `jnp.expand_dims(mask, axis)`, for example with mask = labels >= 0: a
+        masked row gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis that splits the classes. With check_vma=False,
         differentiate outside of the `shard_map`: `jax.grad` inside it returns wrong gradients.
 
@@ -218,13 +219,14 @@ def cross_entropy_with_integer_labels(
       with respect to a traced ε is NaN if the label's logit is -∞. If only logits of other classes are -∞, it is +∞.
 
       A tail without classes (every class that `where` keeps has a label) contributes 0. A tail whose logits are all -∞
-      contributes (1-Σp) · ∞, or 0 with derivative 0 if |Σp - 1| ≤ 4 eps, for the dtype of label_probs. So pass
-      label_probs in the dtype in which they were rounded. If Σp exceeds 1 by no more than 4 eps, 1-Σp counts as 0 in
-      the value, and the derivative with respect to p is as below.
+      contributes (1-Σp) · ∞, or 0 with derivative 0 if |Σp - 1| ≤ 4 eps of label_probs' dtype. So don't cast
+      label_probs to a wider dtype. If Σp exceeds 1 by no more than 4 eps, 1-Σp counts as 0 in the value, and the
+      derivative with respect to p is as below.
 
     Derivative:
       ∂/∂xᵢ = qᵢ - (1-ε) [i = y] - ε/n + 2ζLqᵢ, in logits' dtype. [·] is the Iverson bracket: 1 if true, otherwise 0.
-      At ε = ζ = 0 the relative error is small for every i. The derivative with respect to a traced ε is
+      At ε = ζ = 0 the relative error is small for every i. (But if XLA flushes subnormal numbers to 0, and the label's
+      logit is below 0, derivatives below 1e-31 may become 0.) The derivative with respect to a traced ε is
       1/n Σᵢ log 1/qᵢ - log 1/q_y, and with respect to a traced ζ it is L².
 
       With label_probs, smoothing turns the target p into (1-ε)p + εΣp/n. At ε = ζ = 0 the derivative with respect to xᵢ
@@ -237,8 +239,7 @@ def cross_entropy_with_integer_labels(
         not a bool, or it is True without label_probs.
 
     Not checked:
-      label_probs ≥ 0: the formula is linear in them, and is evaluated as written. If XLA flushes subnormal numbers to
-      0, and the label's logit is below 0, derivatives below 1e-31 may become 0.
+      label_probs ≥ 0: the formula is linear in them, and is evaluated as written.
 
     See "Arguments", "Excluded classes", "Conventions" and "Classes split over devices" in jce/README.md.
     """

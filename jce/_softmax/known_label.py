@@ -5,9 +5,9 @@ m. So m only has to keep the exponentials in range. For ordinary logits, m = 0 i
 For other logits, m = x_y (the label's own logit) is mostly enough. If neither is enough for some row, all rows get a
 second pass, in which m is the maximum for such rows.
 
-The conditions for a second pass can't be looser. If no s counted as too small, a label with logit -15 would get a
-gradient of 0 when the other logits are -90. If m = x_y needed no second pass, a label whose logit is 20 below the
-maximum would have an error of 27 ulps.
+Both bounds on s are needed. Without the lower one, a label with logit -15 would get a gradient of 0 when the other
+logits are -90. Without the upper one (`most`), a label whose logit is 20 below the maximum would have an error of 27
+ulps.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The way for an accelerator: one reduction with several results is one pass over the row, and may use selects.
 
-Here the time of an accelerator depends only on how many bytes it reads and writes. m, s and the entropy's sum come from
-one pass. So all three are computed from the same rounding of x, and nothing cancels between them. To look up a label's
-logit, a GPU gathers, which reads very little. A TPU uses a mask, in a pass that computes another sum too.
+These passes are memory-bound: their time depends only on the bytes that they read and write. m, s and the entropy's
+sum come from one pass. So all three are computed from the same rounding of x, and nothing cancels between them. To look
+up a label's logit, a GPU gathers, which reads very little. A TPU uses a mask, in a pass that computes another sum too.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ LESSONS = {
 
 
 def lesson(corpus: Corpus, name: str, teacher: Model, steps: int, *, seed: int = 0) -> Iterator[Snapshot]:
-    """Trains a student with one of LESSONS. Yields a snapshot at the start and after each twentieth of the steps."""
+    """Trains a student with one of LESSONS. Yields a snapshot at the start, and up to 20 at equal intervals."""
     objective, _, given, *_ = LESSONS[name]
     return train(corpus, steps, seed=seed, width=STUDENT, objective=objective, given=given(teacher, corpus.text))
 

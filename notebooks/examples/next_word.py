@@ -79,7 +79,7 @@ def read(text: str) -> Corpus:
 def unigram_perplexity(corpus: Corpus) -> float:
     """The perplexity of the held-out words by their frequencies among the training words.
 
-    Each word counts once more than it occurs, so that no frequency is 0.
+    Add-one smoothing makes no frequency 0.
     """
     counts = 1 + jnp.bincount(corpus.text[corpus.training], length=len(corpus.words))
     return float(jnp.exp(-jnp.log(counts / counts.sum())[corpus.text[corpus.held_out]].mean()))
@@ -138,7 +138,7 @@ def train(
     objective: Callable[..., Array] = loss,
     given: Sequence[Any] = (),
 ) -> Iterator[Snapshot]:
-    """Trains with Adam on random batches. Yields a snapshot at the start and after each twentieth of the steps.
+    """Trains with Adam on random batches. Yields a snapshot at the start, and up to 20 at equal intervals.
 
     It minimizes `objective(model, text, places, *given)`. It is a generator, so that a caller can show progress, or
     stop.

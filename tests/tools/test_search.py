@@ -1,4 +1,4 @@
-"""Tests of the search for the largest errors: it finds a fault, and the known errors stay within the bars."""
+"""Tests of the search for the largest errors: it finds a fault, and the known errors stay within the bounds."""
 
 import dataclasses
 import json

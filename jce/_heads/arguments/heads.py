@@ -32,7 +32,7 @@ def linear_of(
         return hidden
     if head is None:
         raise TypeError(
-            f"{name}: head must be [n, d], or a function of hidden states; got none. Pass labels first, then"
+            f"{name}: head must be [n, d], or a function of hidden states; got None. Pass labels first, then"
             f" hidden and head, or jce.Linear(hidden, head) for both. If a model returned logits instead of a"
             f" jce.Linear, the head that it calls has not been replaced."
         )

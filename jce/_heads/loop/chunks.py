@@ -92,7 +92,7 @@ _after.defjvp(lambda primals, tangents: (_after(*primals), tangents[1]))
 
 
 def each_token(function: Callable, chunks: Chunks, *tokens: Array, kept: Array | None = None):
-    """The results of the function for all tokens. The function is checkpointed, so derivatives keep only the results of
-    a chunk. There is no carry, so no step needs to be peeled."""
+    """The results of the function for all tokens. The function is checkpointed, so reverse mode saves only its
+    arguments. There is no carry, so no step needs to be peeled."""
     step = jax.checkpoint(lambda carry, chunk: (carry, function(*chunk)), prevent_cse=False)
     return over_chunks(step, chunks._replace(peeled=False), None, tokens, kept)[1]

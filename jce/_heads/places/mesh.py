@@ -107,7 +107,7 @@ def _on_parts(function: Callable, inputs: Inputs, places: Places, axis_name: Has
 def _require_whole_classes(name: str, places: Places) -> None:
     if places.classes:
         raise ValueError(
-            f"{name}: with Explicit axes, heads must not be split over classes, since your function can't see the split;"
+            f"{name}: with Explicit axes, heads must not be split over classes, since your function can't see this;"
             f" got classes split over {places.classes}. Use jce.on_mesh, and pass axis_name to the jce functions that"
             f" your function calls. Or undo the split with jax.sharding.reshard."
         )

@@ -78,6 +78,7 @@ EQUIVALENT = {
     " affects only speed",
     "broadcast_to(d_head.bias, e.shape)).sum(1)": "the array has two axes",
     "classes)) - ((relative) * (c_))": "where this product is NaN, the derivative doesn't exist",
+    "classes)) - ((relative) * (b_))": "where this product is NaN, the derivative doesn't exist",
     "bit_length() + 11)": "a sum would overflow only if all n classes had the largest weight",
     "((terms) * (d_log_p))": "where |log q/p| < 3/2, both factors are finite, for any finite direction",
     "self._normalizer(m, exponential(x, 0, self), z))": "whether XLA may share an exponential affects only speed",

@@ -513,6 +513,14 @@ def test_labels_by_a_mask_or_a_gather(rng):
     )
 
 
+def test_a_dominating_class_has_depth_0_in_every_pass():
+    """Even if a later pass rounds its logit differently."""
+    x = jnp.array([[30.0, 0, 1]])
+    off = REDUCTION.off_label(jnp.array([1]), x)
+    for error in (-3e-7, 3e-7):
+        assert REDUCTION.depth_off_label(x * (1 + error), off)[0, 0] == 0
+
+
 @pytest.mark.slow
 def test_a_label_logit_that_is_rounded_differently(monkeypatch):
     """If a program recomputes the label's logit with another rounding, losses stay accurate and are never negative."""

@@ -420,8 +420,8 @@ def test_kl_divergence_for_many_quotients(platform, rng):
 @pytest.fixture
 def other_rounding_in_later_passes(monkeypatch):
     """Every later pass gets a slightly different m, as if it saw logits that were rounded differently."""
-    monkeypatch.setattr(Passes, "unshared", lambda way, m, s: m * (1 + 3e-7))
-    monkeypatch.setattr(Passes, "are_few", lambda way, x: False)
+    monkeypatch.setattr(Passes, "unshared", lambda backend, m, s: m * (1 + 3e-7))
+    monkeypatch.setattr(Passes, "are_few", lambda backend, x: False)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -52,9 +52,9 @@ def test_sum_of_differences_is_exact(near, rng):
         if near:
             q = (p * (1 + 1e-3 * rng.standard_normal(p.shape))).astype(np.float32)
         exact = [mp.fsum(map(mp.mpf, (*map(float, a), *map(float, -b)))) for a, b in zip(p, q, strict=True)]
-        way = Passes.of(Classes(-1), p)
-        p, q = way.fold(p), way.fold(q)
-        got = optimized_jit(lambda p, q, way=way: way.sum_with_differences(jnp.zeros_like(p), p, q))(p, q)
+        backend = Passes.of(Classes(-1), p)
+        p, q = backend.fold(p), backend.fold(q)
+        got = optimized_jit(lambda p, q, backend=backend: backend.sum_with_differences(jnp.zeros_like(p), p, q))(p, q)
         np.testing.assert_allclose(got, np.array(exact, float), rtol=1.2e-7, atol=0 if near else 2**-45)
 
 

@@ -428,12 +428,12 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("way", [REDUCTION, Chain(-1)], ids=lambda way: type(way).__name__)
+@pytest.mark.parametrize("backend", [REDUCTION, Chain(-1)], ids=lambda backend: type(backend).__name__)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_sums_in_one_pass(row, way):
+def test_sums_in_one_pass(row, backend):
     """m is exact. The sums over all classes except one maximum are accurate to a few ulps, in any order of classes."""
     x = np.array([np.roll(row, k) for k in range(len(row))], np.float32)
-    m, s, t = optimized_jit(way.sums)(x)
+    m, s, t = optimized_jit(backend.sums)(x)
     below = np.sort(np.float64(x[0]))[::-1]
     depth = np.minimum(below[0] - below[1:], 1e4)
     np.testing.assert_array_equal(m, np.float32(below[0]))
@@ -454,8 +454,8 @@ def test_derivatives_of_sums_if_one_device_has_only_forbidden_classes():
     mesh = jax.make_mesh((2,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     x = np.float32([0, 1, -np.inf, -np.inf])
 
-    def derivative(way, x):
-        return jax.jvp(lambda x: way.sums(x)[1:], (x,), (jnp.arange(4.0)[: x.size] + 1,))[1]
+    def derivative(backend, x):
+        return jax.jvp(lambda x: backend.sums(x)[1:], (x,), (jnp.arange(4.0)[: x.size] + 1,))[1]
 
     split = jax.shard_map(
         functools.partial(derivative, Reduction(-1, "classes")), mesh=mesh, in_specs=P("classes"), out_specs=P()
@@ -497,9 +497,11 @@ def test_an_unused_loss_with_nan_logits_adds_nothing_to_the_gradient(accelerator
 
 
 @pytest.mark.holds_nan
-@pytest.mark.parametrize("way", [REDUCTION, MaskedReduction(-1), Chain(-1)], ids=lambda way: type(way).__name__)
-def test_a_row_of_forbidden_classes_has_no_mass(way):
-    m, z = way.max_and_sum(jnp.full((2, 3), -jnp.inf))
+@pytest.mark.parametrize(
+    "backend", [REDUCTION, MaskedReduction(-1), Chain(-1)], ids=lambda backend: type(backend).__name__
+)
+def test_a_row_of_forbidden_classes_has_no_mass(backend):
+    m, z = backend.max_and_sum(jnp.full((2, 3), -jnp.inf))
     np.testing.assert_array_equal(m, [-np.inf, -np.inf])
     np.testing.assert_array_equal(z, [0, 0])
 
@@ -525,7 +527,7 @@ def test_a_dominating_class_has_depth_0_in_every_pass():
 def test_a_label_logit_that_is_rounded_differently(monkeypatch):
     """If a program recomputes the label's logit with another rounding, losses stay accurate and are never negative."""
     for error in (-3e-7, 3e-7):
-        monkeypatch.setattr(Reduction, "at_label", lambda way, x, y, error=error: way.at(x * (1 + error), y))
+        monkeypatch.setattr(Reduction, "at_label", lambda backend, x, y, error=error: backend.at(x * (1 + error), y))
         x = np.float32([[30, 0, 1], [-20, 3, -30], [1, 0.5, 0.2], [2, 2, -1]])
         y = jnp.array([0, 1, 0, 1])
         off = optimized_jit(REDUCTION.off_label)(y, x)

@@ -398,7 +398,7 @@ ROWS = [
     Row("_numerics/calculus.py", "inlines the kernels", a_loop_loses_rules),
     Row("_numerics/mul0.py", "with one c for a whole batch", a_dot_product_is_wrong, since=(0, 10)),
     Row("_quantities/label_log_probs.py", "an IndexError of its own", lookups_of_several_labels_are_errors),
-    Row("_softmax/way.py", "loses the kernels' rules", a_loop_loses_rules),
+    Row("_softmax/backend.py", "loses the kernels' rules", a_loop_loses_rules),
 ]
 MEASURED = [longer_rows_are_summed_slowly]  # measured by a clock, so sometimes wrong on a busy machine
 

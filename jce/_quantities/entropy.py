@@ -145,9 +145,9 @@ def entropy_with_logits(
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel
-def entropy_of_softmax(x, way):
+def entropy_of_softmax(x, backend):
     # Σ qᵢ log 1/qᵢ = log Z + Σ eᵢ (m - xᵢ) / Z: no term is negative, so nothing cancels.
-    _, s, t = way.sums(x)
+    _, s, t = backend.sums(x)
     return log1p(s) + t / (1 + s)
 
 
@@ -160,19 +160,19 @@ def _entropy_of_softmax_rule(classes, primals, tangents):
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel
-def _weighted_excess(x, way):
-    return mul0(_surprisal_excess(x, way), softmax(x, way))
+def _weighted_excess(x, backend):
+    return mul0(_surprisal_excess(x, backend), softmax(x, backend))
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel
-def _surprisal_excess(x, way):
+def _surprisal_excess(x, backend):
     """log 1/qᵢ - H, computed as (m - xᵢ) - Σ q (m - x): near the uniform distribution log 1/qᵢ and H are both near
     log n, and subtracting them would lose all digits."""
-    n, t = way.exponentials(x).of_row, way.sums(x).t
+    n, t = backend.exponentials(x).of_row, backend.sums(x).t
     # m - xᵢ is clipped at 10⁴, where q has long underflowed to 0. In derivatives of every order this finite number
     # times 0 is 0, while +∞ times 0 would be NaN.
-    return jnp.minimum(-way.depth(x, n), 1e4) - way.column(t / n.z)
+    return jnp.minimum(-backend.depth(x, n), 1e4) - backend.column(t / n.z)
 
 
 # d (log 1/qᵢ - H) = -(tᵢ - Σ q t) - dH
@@ -192,17 +192,17 @@ def _weighted_excess_rule(classes, primals, tangents):
 # One kernel computes both: with two kernels, a GPU would read x once more.
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel
-def _entropy_and_weighted_excess(x, way):
-    return entropy_of_softmax(x, way), _weighted_excess(x, way)
+def _entropy_and_weighted_excess(x, backend):
+    return entropy_of_softmax(x, backend), _weighted_excess(x, backend)
 
 
 def_at_once(_entropy_and_weighted_excess, entropy_of_softmax, _weighted_excess)
 
 
 @kernel
-def _tangent_of_weighted_excess(t, x, way):
-    _, z, u, _, covariance = way.deviation(t, x)
-    excess = _surprisal_excess(x, way)
+def _tangent_of_weighted_excess(t, x, backend):
+    _, z, u, _, covariance = backend.deviation(t, x)
+    excess = _surprisal_excess(x, backend)
     centered = multiply(excess - 1, u)
-    tangent = mul0(softmax(x, way), centered - way.column(covariance(excess)))
-    return unless_nan(z, tangent, t, way)
+    tangent = mul0(softmax(x, backend), centered - backend.column(covariance(excess)))
+    return unless_nan(z, tangent, t, backend)

@@ -103,8 +103,8 @@ def jensen_shannon_divergence_with_logits(
 
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
 @kernel
-def _divergence_of_softmax(x, y, d, b, c, way):
-    return way.sum(divergence(*_consistent(*compare(x, y, d, way)), b, c))
+def _divergence_of_softmax(x, y, d, b, c, backend):
+    return backend.sum(divergence(*_consistent(*compare(x, y, d, backend)), b, c))
 
 
 def _consistent(p, q, delta):
@@ -137,22 +137,22 @@ def _in_rows_and_weight(tangents):
 
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
 @storing_kernel
-def _divergence_and_partials(x, y, d, b, c, way):
+def _divergence_and_partials(x, y, d, b, c, backend):
     # One kernel computes all three results, since each of them compares x and y.
-    p, q, delta = compare(x, y, d, way, stored=True)
-    in_x = _weighted_excess_of(p, _log_p_over_m_up_to(p, q, delta, x, y, b, c, way), b, x, way)
-    in_y = _weighted_excess_of(q, _log_p_over_m_up_to(q, p, -delta, y, x, c, b, way), c, y, way)
-    return way.sum(divergence(*_consistent(p, q, delta), b, c)), in_x, in_y
+    p, q, delta = compare(x, y, d, backend, stored=True)
+    in_x = _weighted_excess_of(p, _log_p_over_m_up_to(p, q, delta, x, y, b, c, backend), b, x, backend)
+    in_y = _weighted_excess_of(q, _log_p_over_m_up_to(q, p, -delta, y, x, c, b, backend), c, y, backend)
+    return backend.sum(divergence(*_consistent(p, q, delta), b, c)), in_x, in_y
 
 
-def _weighted_excess(x, y, d, b, c, way):
+def _weighted_excess(x, y, d, b, c, backend):
     """β pᵢ (log pᵢ/mᵢ - Σ p log p/m)"""
-    log_p_m = _log_p_over_m_of_softmax(x, y, d, b, c, way)
-    return _weighted_excess_of(softmax(x, way), log_p_m, b, x, way)
+    log_p_m = _log_p_over_m_of_softmax(x, y, d, b, c, backend)
+    return _weighted_excess_of(softmax(x, backend), log_p_m, b, x, backend)
 
 
-def _weighted_excess_of(p, log_p_m, b, x, way):
-    excess = centered(mul0(_where_possible(p, log_p_m), b * jnp.ones_like(p)), x, way)
+def _weighted_excess_of(p, log_p_m, b, x, backend):
+    excess = centered(mul0(_where_possible(p, log_p_m), b * jnp.ones_like(p)), x, backend)
     return mul0(excess, p)
 
 
@@ -170,18 +170,18 @@ def _negative(d):
 
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
 @kernel
-def _log_p_over_m_of_softmax(x, y, d, b, c, way):
+def _log_p_over_m_of_softmax(x, y, d, b, c, backend):
     """log p/m plus a constant per row, which centering removes later: log βp/m in rows where p and q barely overlap."""
-    p, q, delta = compare(x, y, d, way, stored=True)
-    return _log_p_over_m_up_to(p, q, delta, x, y, b, c, way)
+    p, q, delta = compare(x, y, d, backend, stored=True)
+    return _log_p_over_m_up_to(p, q, delta, x, y, b, c, backend)
 
 
-def _log_p_over_m_up_to(p, q, delta, x, y, b, c, way):
+def _log_p_over_m_up_to(p, q, delta, x, y, b, c, backend):
     # Centering this result later does not remove its rounding. So each row has log p/m or log βp/m, whichever is
     # smaller in the mean. Both have the same size where m² = βp², that is, at q/p = (√β - β)/(1-β) = √β/(1 + √β) =
     # 1/limit.
     limit = 1 + 1 / jnp.sqrt(jnp.maximum(b, jnp.finfo(b.dtype).tiny))
-    far = way.column(way.sum(jnp.maximum(p - limit * q, -p)) > 0)
+    far = backend.column(backend.sum(jnp.maximum(p - limit * q, -p)) > 0)
     _, p, q, d, m = with_mixture(p, q, -difference_from_log(p, q, delta), b, c)
     of_p = jnp.maximum(b * p, jnp.finfo(p.dtype).tiny)
     return log_ratio(jnp.where(far, of_p, p), m, jnp.where(far, -c * q, c * d))
@@ -205,8 +205,8 @@ _log_p_over_m_of_softmax.defjvp(_log_p_over_m_of_softmax_rule, symbolic_zeros=Tr
 
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
 @kernel
-def _imbalance_of_softmax(x, y, d, b, c, way):
-    return way.sum(imbalance(*_consistent(*compare(x, y, d, way)), b, c))
+def _imbalance_of_softmax(x, y, d, b, c, backend):
+    return backend.sum(imbalance(*_consistent(*compare(x, y, d, backend)), b, c))
 
 
 # d Σ (D(p, m) - D(q, m)): the partials of `_imbalance_rule` in each class, with dpᵢ = pᵢ d log pᵢ

@@ -81,13 +81,13 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, axis: int = -1, where: ArrayLik
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
-def _kl(p, q, way):
+def _kl(p, q, backend):
     # KL is Σ (p log p/q - p + q) + Σ (p - q). Where q is far above p, p log p/q would be lost in the rounding of p - q.
     # So where q > 4p, both sums use -3p instead of p - q. This number is max(p - q, -3p) in the first sum, and the
     # equal p - min(q, 4p) in the second. It is continuous at q = 4p, so passes that see p and q rounded differently
     # agree. The sums write it in two forms, since XLA would store a shared array.
     deviances = unless_negative(jnp.minimum(p, q), deviance(p, q, p - q, jnp.maximum(p - q, -3 * p)))
-    return way.sum_with_differences(deviances, p, jnp.minimum(q, 4 * p))
+    return backend.sum_with_differences(deviances, p, jnp.minimum(q, 4 * p))
 
 
 # ∂/∂p p log p/q = log p/q + 1, ∂/∂q p log p/q = -p/q

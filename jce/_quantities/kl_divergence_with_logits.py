@@ -92,10 +92,10 @@ def kl_divergence_with_logits(
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
-def kl_of_softmax(x, y, d, way):
+def kl_of_softmax(x, y, d, backend):
     """KL(p‖q) for p = softmax(x) and q = softmax(y). d is y - x, computed more accurately than from x and y
     (`compare.py`), or None."""
-    return way.sum(deviance_from_log(*compare(x, y, d, way)))
+    return backend.sum(deviance_from_log(*compare(x, y, d, backend)))
 
 
 # ∂KL/∂xᵢ = pᵢ (log pᵢ/qᵢ - KL), ∂KL/∂yᵢ = qᵢ - pᵢ
@@ -113,11 +113,11 @@ kl_of_softmax.defjvp(_kl_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @storing_kernel
-def _kl_and_partials(x, y, d, way):
+def _kl_and_partials(x, y, d, backend):
     # One kernel computes all three results, since each of them compares x and y.
-    p, q, delta = compare(x, y, d, way, stored=True)
-    kl = way.sum(deviance_from_log(p, q, delta))
-    return kl, _weighted_excess_of(p, -delta, kl, x, way), difference_from_log(p, q, delta)
+    p, q, delta = compare(x, y, d, backend, stored=True)
+    kl = backend.sum(deviance_from_log(p, q, delta))
+    return kl, _weighted_excess_of(p, -delta, kl, x, backend), difference_from_log(p, q, delta)
 
 
 # (qᵢ - pᵢ - pᵢδᵢ - pᵢ KL) dxᵢ + (qᵢ - pᵢ) ddᵢ. In ∂KL/∂xᵢ dxᵢ + ∂KL/∂yᵢ dyᵢ, terms of first order in δ would cancel.
@@ -131,18 +131,18 @@ def _along_both(primals, tangents, classes):
     return mul0(jnp.where(near, in_both, in_x), dx) + jnp.where(near, mul0(in_y, dd), mul0(in_y, dy))
 
 
-def _weighted_excess(x, y, d, way):
+def _weighted_excess(x, y, d, backend):
     """pᵢ (log pᵢ/qᵢ - KL)"""
-    kl, log_p_q = kl_of_softmax(x, y, d, way), -log_q_over_p(x, y, d, way)
-    return _weighted_excess_of(softmax(x, way), log_p_q, kl, x, way)
+    kl, log_p_q = kl_of_softmax(x, y, d, backend), -log_q_over_p(x, y, d, backend)
+    return _weighted_excess_of(softmax(x, backend), log_p_q, kl, x, backend)
 
 
-def _weighted_excess_of(p, log_p_q, kl, x, way):
+def _weighted_excess_of(p, log_p_q, kl, x, backend):
     impossible = log_p_q == jnp.inf
-    infinite = way.column(kl) == jnp.inf
+    infinite = backend.column(kl) == jnp.inf
     # Without the scaling, sums over n classes with weights up to 2¹² (FINE of `passes.py`) might overflow.
-    scale = 2.0 ** -(way.count(x).bit_length() + 12)
-    excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, way) / scale
+    scale = 2.0 ** -(backend.count(x).bit_length() + 12)
+    excess = centered(jnp.where(impossible | (p == 0), jnp.zeros_like(p), scale * log_p_q), x, backend) / scale
     excess = jnp.where(infinite, jnp.where(impossible, jnp.inf, -jnp.inf).astype(p.dtype), excess)
     return mul0(excess, p)
 

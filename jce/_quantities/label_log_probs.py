@@ -54,8 +54,8 @@ def _log_probs_rule(classes, primals, tangents):
 
 
 @kernel
-def _sums(x, way):
-    return tuple(way.normalizer(x))
+def _sums(x, backend):
+    return tuple(backend.normalizer(x))
 
 
 def log_probs_and_tail(y: Array, x: Array, classes: Classes) -> Array:
@@ -82,8 +82,8 @@ def _sum_of_exponentials(x, classes):
 
 
 @kernel
-def _max_and_sum(x, way):
-    return way.max_and_sum(x)
+def _max_and_sum(x, backend):
+    return backend.max_and_sum(x)
 
 
 # d log Z = Σᵢ rᵢtᵢ with r = softmax(x), for a constant m. Nothing differentiates Z itself.

@@ -80,20 +80,20 @@ def of_row(
 
 @functools.partial(custom_jvp, nondiff_argnums=(5,))
 @kernel
-def label_loss(y, x, smoothing, kept, z_loss, way):
+def label_loss(y, x, smoothing, kept, z_loss, backend):
     """The loss of labels y. ε and ζ are arrays, or None for 0. `kept` is 1 for each class that counts, and 0 for each
     masked class, whose logit is -∞. It is None if all classes count."""
     if z_loss is not None:
-        way = way.for_log_sum(x)
+        backend = backend.for_log_sum(x)
     # The mean for smoothing needs the maximum, so the label's sum uses the maximum too.
-    off = way.off_label_of_any_shift(y, x) if smoothing is None else way.off_label(y, x)
-    return _of_row(off, x, smoothing, kept, z_loss, way).losses
+    off = backend.off_label_of_any_shift(y, x) if smoothing is None else backend.off_label(y, x)
+    return _of_row(off, x, smoothing, kept, z_loss, backend).losses
 
 
-def _of_row(off, x, smoothing, kept, z_loss, way):
+def _of_row(off, x, smoothing, kept, z_loss, backend):
     if smoothing is None:
         return of_row(off, 1, None, None, z_loss)
-    return of_row(off, _count(kept, x, way), -_mean_depth(off, x, kept, way), smoothing, z_loss)
+    return of_row(off, _count(kept, x, backend), -_mean_depth(off, x, kept, backend), smoothing, z_loss)
 
 
 def _count(kept, x, classes):
@@ -106,12 +106,14 @@ def _uniform(kept, x, classes):
     return jnp.asarray(1 / n, x.dtype) if kept is None else kept / classes.column(n)
 
 
-def _mean_depth(off, x, kept, way):
+def _mean_depth(off, x, kept, backend):
     """Σ uᵢ (m - xᵢ). Each term is weighted before the sum, since Σ (m - xᵢ) over many classes may overflow."""
-    u = _uniform(kept, x, way)
+    u = _uniform(kept, x, backend)
     if kept is None:
-        return -way.sum(u * (x - way.column(off.m)))
-    return way.sum(surprisal_terms(u, off.m + (off.s - off.s), x, way))  # unlike m, s is NaN in a row with a NaN
+        return -backend.sum(u * (x - backend.column(off.m)))
+    return backend.sum(
+        surprisal_terms(u, off.m + (off.s - off.s), x, backend)
+    )  # unlike m, s is NaN in a row with a NaN
 
 
 # ∂/∂ε = 1/n Σᵢ log 1/qᵢ - log 1/q_y, ∂/∂ζ = (log Σ exp x)²
@@ -138,17 +140,19 @@ def _loss_and_excess(y, x, smoothing, kept, z_loss, classes):
     return in_rows(_at_once)(y, x, smoothing, kept, z_loss, classes)
 
 
-def _at_once(y, x, smoothing, kept, z_loss, way):
+def _at_once(y, x, smoothing, kept, z_loss, backend):
     if z_loss is not None:
-        way = way.for_log_sum(x)
+        backend = backend.for_log_sum(x)
     if smoothing is None:
-        off, e = way.exponentials_off_label(y, x)
+        off, e = backend.exponentials_off_label(y, x)
     else:
-        off = way.off_label(y, x)
-        e = exp(way.depth_off_label(x, off))
-    row = _of_row(off, x, smoothing, kept, z_loss, way)
-    entries = row.entries(e, way.column)  # also at masked classes: nothing differentiates their logits of -∞
-    return row.losses, jnp.where(way.is_at(x, way.local(y, x)), way.column(row.at_label), entries) / way.column(row.z)
+        off = backend.off_label(y, x)
+        e = exp(backend.depth_off_label(x, off))
+    row = _of_row(off, x, smoothing, kept, z_loss, backend)
+    entries = row.entries(e, backend.column)  # also at masked classes: nothing differentiates their logits of -∞
+    return row.losses, jnp.where(
+        backend.is_at(x, backend.local(y, x)), backend.column(row.at_label), entries
+    ) / backend.column(row.z)
 
 
 def _excess(y, x, smoothing, kept, z_loss, classes):
@@ -167,11 +171,11 @@ def_at_once(_loss_and_excess, label_loss, _excess)
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
-def mean_excess(y, x, kept, way):
+def mean_excess(y, x, kept, backend):
     """1/n Σᵢ log 1/qᵢ - log 1/q_y, computed as the mean of m - xᵢ, minus m - x_y. Near the uniform distribution both
     losses are about log Z, and subtracting them would lose all digits."""
-    off = way.off_label(y, x)
-    return _mean_depth(off, x, kept, way) - off.d
+    off = backend.off_label(y, x)
+    return _mean_depth(off, x, kept, backend) - off.d
 
 
 # d = t_y - 1/n Σᵢ tᵢ, and NaN where the row is NaN and t isn't 0

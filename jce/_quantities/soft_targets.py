@@ -16,9 +16,9 @@ from jce._softmax.softmax import complement, softmax, softmax_tangent, surprisal
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
-def soft(p, x, way):
-    n = way.normalizer(x)
-    return way.sum(surprisal_terms(p, n.log_z, way.depth(x, n), way))
+def soft(p, x, backend):
+    n = backend.normalizer(x)
+    return backend.sum(surprisal_terms(p, n.log_z, backend.depth(x, n), backend))
 
 
 # ∂H/∂pᵢ = log 1/qᵢ, ∂H/∂xᵢ = qᵢ Σp - pᵢ
@@ -32,19 +32,19 @@ soft.defjvp(_soft_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
-def _soft_and_partials(p, x, way):
+def _soft_and_partials(p, x, backend):
     # One kernel computes all three results, since they share the exponentials.
-    of_x = way.exponentials(x)
+    of_x = backend.exponentials(x)
     n = of_x.of_row
-    depth = way.depth(x, n)
-    h = way.sum(surprisal_terms(p, n.log_z, depth, way))
-    return h, way.column(n.log_z) - depth, _excess(p, of_x, way)
+    depth = backend.depth(x, n)
+    h = backend.sum(surprisal_terms(p, n.log_z, depth, backend))
+    return h, backend.column(n.log_z) - depth, _excess(p, of_x, backend)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @kernel
-def soft_excess(p, x, way):
-    return _excess(p, way.exponentials(x), way)
+def soft_excess(p, x, backend):
+    return _excess(p, backend.exponentials(x), backend)
 
 
 def surprisal_terms(p, of_row, depth, classes):
@@ -53,12 +53,12 @@ def surprisal_terms(p, of_row, depth, classes):
     return p * (classes.column(of_row) - jnp.maximum(depth, classes.lower_bound(p)))
 
 
-def _excess(p, of_x, way):
-    (e, _, n), total = of_x, way.sum(p)
+def _excess(p, of_x, backend):
+    (e, _, n), total = of_x, backend.sum(p)
     # The comparison below finds the class that dominates (`softmax.py`). This class has q = 1 - s/Z, so its q Σp - p is
     # (Σp - p) - Σp s/Z, in which Σp - p is exact.
-    dominant = (way.column(total) - p) - way.column(total * (n.s / n.z))
-    return jnp.where(e > way.column(0.6 + n.undominated), dominant, e * way.column(total / n.z) - p)
+    dominant = (backend.column(total) - p) - backend.column(total * (n.s / n.z))
+    return jnp.where(e > backend.column(0.6 + n.undominated), dominant, e * backend.column(total / n.z) - p)
 
 
 def _excess_rule(classes, primals, tangents):

@@ -33,11 +33,11 @@ log_sum_penalty.defjvp(_penalty_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(2,))
 @storing_kernel
-def _penalty_and_slope(x, z_loss, way):
-    way = way.for_log_sum(x)
-    e, z, n = way.exponentials(x)
+def _penalty_and_slope(x, z_loss, backend):
+    backend = backend.for_log_sum(x)
+    e, z, n = backend.exponentials(x)
     log_sum = n.m + n.log_z
-    return scaled_square(z_loss, log_sum), e * way.column(scaled(2 * z_loss, log_sum) / z)
+    return scaled_square(z_loss, log_sum), e * backend.column(scaled(2 * z_loss, log_sum) / z)
 
 
 def penalty_slope(x, z_loss, classes):

@@ -1,4 +1,4 @@
-"""The way for short rows on a GPU: one GPU kernel computes all sums over a row, and the array computed from them.
+"""The backend for short rows on a GPU: one GPU kernel computes all sums over a row, and the array computed from them.
 
 Such a sequence of sums over a row, and of elementwise operations on the row and on these sums, is a chain. XLA fuses a
 chain under four conditions: the row fits into a core's memory, x enters only as x - m, no operation has two results,
@@ -17,14 +17,14 @@ from jax import Array, lax
 
 from jce._jax.classes import Classes
 from jce._numerics.elementary import exp
+from jce._softmax.backend import Backend, off_maximum, unless_no_class
 from jce._softmax.reduction import FAR, Reduction
 from jce._softmax.sums import Normalizer, OffLabel, Sums
-from jce._softmax.way import Way, off_maximum, unless_no_class
 
 LONGEST_CHAIN = 16_384  # classes: XLA splits the chains of longer rows into several GPU kernels
 
 
-class Chain(Way):
+class Chain(Backend):
     @staticmethod
     def may_be(classes: Classes, x: Array) -> bool:
         return x.shape[classes.axis] <= LONGEST_CHAIN and classes.mesh_axis is None and not classes.are_split(x)

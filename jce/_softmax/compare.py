@@ -24,15 +24,15 @@ from jce._numerics.calculus import custom_jvp
 from jce._numerics.deviance import deviance_from_log, difference_from_log
 from jce._numerics.elementary import log1p, two_sum
 from jce._numerics.mul0 import mul0, over
+from jce._softmax.backend import Backend
 from jce._softmax.kernel import kernel
 from jce._softmax.softmax import centered, softmax, softmax_tangent
-from jce._softmax.way import Way
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
-def q_minus_p(x, y, d, way):
-    return difference_from_log(*compare(x, y, d, way))
+def q_minus_p(x, y, d, backend):
+    return difference_from_log(*compare(x, y, d, backend))
 
 
 # d (qᵢ - pᵢ) = qᵢ (dyᵢ - Σ q dy) - pᵢ (dxᵢ - Σ p dx) = (qᵢ - pᵢ) d log pᵢ + qᵢ d log qᵢ/pᵢ
@@ -50,8 +50,8 @@ q_minus_p.defjvp(_q_minus_p_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
-def log_q_over_p(x, y, d, way):
-    return compare(x, y, d, way)[2]
+def log_q_over_p(x, y, d, backend):
+    return compare(x, y, d, backend)[2]
 
 
 # d log qᵢ/pᵢ = (dyᵢ - Σ q dy) - (dxᵢ - Σ p dx)
@@ -69,9 +69,9 @@ log_q_over_p.defjvp(_log_q_over_p_rule, symbolic_zeros=True)
 
 @functools.partial(custom_jvp, nondiff_argnums=(3,))
 @kernel
-def deviances(x, y, d, way):
+def deviances(x, y, d, backend):
     """qᵢ - pᵢ - pᵢ log qᵢ/pᵢ ≥ 0, whose sum is KL(p‖q). Its rule expects tangents of x, y and d."""
-    return deviance_from_log(*compare(x, y, d, way))
+    return deviance_from_log(*compare(x, y, d, backend))
 
 
 # d (qᵢ - pᵢ - pᵢδᵢ) = (qᵢ - pᵢ - pᵢδᵢ) d log pᵢ + (qᵢ - pᵢ) dδᵢ = (qᵢ - pᵢ) d log qᵢ - pᵢδᵢ d log pᵢ
@@ -166,17 +166,17 @@ def _difference_of_rows_rule(classes, primals, tangents):
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def compare(x: Array, y: Array, d: Array | None, way: Way, stored: bool = False) -> tuple[Array, Array, Array]:
+def compare(x: Array, y: Array, d: Array | None, backend: Backend, stored: bool = False) -> tuple[Array, Array, Array]:
     """p = softmax(x), q = softmax(y), and δ = log q/p, accurate even if p ≈ q.
 
     With `stored`, these arrays are computed once and kept in memory, for a kernel that reads them several times.
     """
-    (nx, of_x), (ny, of_y) = (way.comparison(z, stored) for z in (x, y))
+    (nx, of_x), (ny, of_y) = (backend.comparison(z, stored) for z in (x, y))
     log_z_y_x = ny.log_z - nx.log_z
 
     def of_pass(s, fraction):
         (m_x, p, dominant_x), (m_y, q, dominant_y) = of_x(s), of_y(s)
-        difference = _difference(x, y, m_x, m_y, way, fraction) if d is None else d
+        difference = _difference(x, y, m_x, m_y, backend, fraction) if d is None else d
         # If a class dominates both rows (`softmax.py`), x - m_x and y - m_y are set to 0 there.
         # Their computed difference would only be rounding error, so it is set to 0 too.
         return p, q, jnp.where(dominant_x & dominant_y, jnp.zeros_like(x), difference)
@@ -184,11 +184,11 @@ def compare(x: Array, y: Array, d: Array | None, way: Way, stored: bool = False)
     # δ = (y - m_y) - (x - m_x) - log Z_y/Z_x. The rounding error of the logarithm is the same for the whole row.
     # Without it, S = Σ (q - p) = Σ p (e^δ - 1) would be 0. A second pass subtracts log(1 + S), which removes the error.
     p, q, difference = of_pass(0 * nx.s, 0.25)
-    surplus = way.sum(difference_from_log(p, q, difference - way.column(log_z_y_x)))
+    surplus = backend.sum(difference_from_log(p, q, difference - backend.column(log_z_y_x)))
     p, q, difference = of_pass(surplus * surplus, 0.5)
     # log(1 + S) is approximated to first order by an odd function of S, so exchanging p and q gives exactly -δ.
-    delta = difference - way.column(log_z_y_x + jnp.copysign(log1p(jnp.abs(surplus)), surplus))
-    return (p, q, way.stored(delta)) if stored else (p, q, delta)
+    delta = difference - backend.column(log_z_y_x + jnp.copysign(log1p(jnp.abs(surplus)), surplus))
+    return (p, q, backend.stored(delta)) if stored else (p, q, delta)
 
 
 def _difference(x, y, m_x, m_y, classes, fraction):

@@ -1,4 +1,4 @@
-"""The way of a CPU (`__init__.py` defines the terms): each sum is a pass over the row. Sums contain no selects.
+"""The backend for CPUs (`__init__.py` defines the terms): each sum is a pass over the row. Sums contain no selects.
 
 XLA computes sums with a library that has a fixed set of operations. If the terms of a sum are computed by a compare, a
 select or an iota, or if one of these stands between two sums, XLA stores the terms first (N × n numbers). It also does
@@ -13,8 +13,8 @@ The loss of a label needs no maximum (`known_label.py`). One pass sums the eᵢ,
 array.
 
 If two passes read the same eᵢ, XLA stores these N × n numbers, unless it fuses the passes. If the result is a number
-per row, this would waste memory. So each pass gets m in a form that XLA doesn't recognize as m (`Way.unshared`), and
-recomputes eᵢ, perhaps from logits that are rounded differently. If the result is an array, the eᵢ are stored once,
+per row, this would waste memory. So each pass gets m in a form that XLA doesn't recognize as m (`Backend.unshared`),
+and recomputes eᵢ, perhaps from logits that are rounded differently. If the result is an array, the eᵢ are stored once,
 behind a barrier, and the result is written over them. That takes 0.5 to 0.9 times as long as recomputing eᵢ.
 
 Long rows are folded (`classes.py`).
@@ -35,14 +35,14 @@ from jce._jax.row_sum import row_sum
 from jce._numerics.calculus import ratio
 from jce._numerics.elementary import exp, reused, two_sum
 from jce._numerics.mul0 import multiply
+from jce._softmax.backend import Backend, exponential, off_maximum, unless_no_class, with_derivative_of
 from jce._softmax.known_label import at_maximum, off_known_label
 from jce._softmax.sums import Compared, Deviation, Exponentials, Normalizer, OffLabel, Sums
-from jce._softmax.way import Way, exponential, off_maximum, unless_no_class, with_derivative_of
 
 FINE = 2.0**12  # a weight that only centers a tangent (`deviation`) needs no more than 12 bits of eᵢ
 
 
-class Passes(Way):
+class Passes(Backend):
     masks = False
 
     @classmethod

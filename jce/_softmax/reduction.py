@@ -1,4 +1,4 @@
-"""The way for an accelerator: one reduction with several results is one pass over the row, and may use selects.
+"""The backend for accelerators: one reduction with several results is one pass over the row, and may use selects.
 
 These passes are memory-bound: their time depends only on the bytes that they read and write. m, s and the entropy's
 sum come from one pass. So all three are computed from the same rounding of x, and nothing cancels between them. To look
@@ -15,13 +15,13 @@ from jax import lax
 from jce._numerics.calculus import custom_jvp
 from jce._numerics.elementary import exp
 from jce._numerics.mul0 import mul0
+from jce._softmax.backend import Backend, off_maximum, unless_no_class
 from jce._softmax.sums import Normalizer, OffLabel, Sums
-from jce._softmax.way import Way, off_maximum, unless_no_class
 
 FAR = 1e4  # this far below the maximum, exp is 0, also in float64 (where it is 0 from 745 on)
 
 
-class Reduction(Way):
+class Reduction(Backend):
     def maximum(self, x):
         return self.sums(x).m
 
@@ -55,8 +55,8 @@ class Reduction(Way):
 
 
 class MaskedReduction(Reduction):
-    """The way for a TPU. Gathers are slow there, so a mask looks up labels. XLA for TPUs fuses two sums into one pass
-    if they share m, so `unshared` returns m itself."""
+    """The backend for TPUs. Gathers are slow there, so a mask looks up labels. XLA for TPUs fuses two sums into one
+    pass if they share m, so `unshared` returns m itself."""
 
     def unshared(self, m, s):
         return m
@@ -66,7 +66,7 @@ class MaskedReduction(Reduction):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
-def _sums_here(x, way):
+def _sums_here(x, backend):
     """m, s and t of this device's classes.
 
     To merge two sets of classes, the sums of the set with the lower maximum are rescaled to the other's maximum. The
@@ -85,7 +85,7 @@ def _sums_here(x, way):
         return m, s + e * z_b, t + e * (t_b + depth * z_b)
 
     first = tuple(jnp.asarray(number, x.dtype) for number in (-jnp.inf, 0, 0))
-    sums = lax.reduce((x, jnp.zeros_like(x), jnp.zeros_like(x)), first, merged, (x.ndim + way.axis,))
+    sums = lax.reduce((x, jnp.zeros_like(x), jnp.zeros_like(x)), first, merged, (x.ndim + backend.axis,))
     # Without the barrier, XLA drops the results that a caller doesn't use. If another caller uses all results, XLA then
     # computes the others twice.
     return tuple(lax.optimization_barrier(tuple(sums)))
@@ -93,10 +93,10 @@ def _sums_here(x, way):
 
 # For a constant m, ds = Σ eᵢdxᵢ and dt = Σ eᵢ (m - xᵢ - 1) dxᵢ, over all classes.
 @_sums_here.defjvp
-def _sums_here_rule(way, primals, tangents):
+def _sums_here_rule(backend, primals, tangents):
     (x,), (dx,) = primals, tangents
-    m, s, t = _sums_here(x, way)
+    m, s, t = _sums_here(x, backend)
     finite = lax.stop_gradient(jnp.maximum(m, jnp.finfo(m.dtype).min))
-    depth = jnp.minimum(way.column(finite) - x, FAR)
+    depth = jnp.minimum(backend.column(finite) - x, FAR)
     slopes = exp(-depth), exp(-depth) * (depth - 1)
-    return (m, s, t), (jnp.zeros_like(m), *(way.reduce(jnp.sum, mul0(slope, dx)) for slope in slopes))
+    return (m, s, t), (jnp.zeros_like(m), *(backend.reduce(jnp.sum, mul0(slope, dx)) for slope in slopes))

@@ -19,7 +19,7 @@ the maximum may differ from 0 by some ulps of m, so no formula tests for x = m. 
   are raised by 1 or more, no class is above them: formulas add `Normalizer.undominated`, which is 0 in the first case
   and ≥ 1 in the second.
 
-How the sums are computed depends on the platform: a kernel is called with the way of its platform (`way.py`).
+How the sums are computed depends on the platform: a kernel is called with the backend of its platform (`backend.py`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from jax import Array, lax
 from jce._numerics.calculus import custom_jvp, ratio
 from jce._numerics.elementary import exp, log1p
 from jce._numerics.mul0 import mul0
+from jce._softmax.backend import Backend
 from jce._softmax.kernel import kernel
 from jce._softmax.sums import OffLabel
-from jce._softmax.way import Way
 
 
 def surprisal_at_label(off: OffLabel) -> Array:
@@ -54,10 +54,10 @@ def surprisal_at_label(off: OffLabel) -> Array:
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel
-def softmax(x: Array, way: Way) -> Array:
+def softmax(x: Array, backend: Backend) -> Array:
     """qᵢ = eᵢ/Z."""
-    e, z, _ = way.exponentials(x)
-    return e / way.column(z)
+    e, z, _ = backend.exponentials(x)
+    return e / backend.column(z)
 
 
 @softmax.defjvp
@@ -67,35 +67,35 @@ def _softmax_rule(classes, primals, tangents):
 
 # dqᵢ = qᵢ (tᵢ - Σⱼ qⱼtⱼ)
 @kernel
-def softmax_tangent(t: Array, x: Array, scale: Array | None, way: Way) -> Array:
+def softmax_tangent(t: Array, x: Array, scale: Array | None, backend: Backend) -> Array:
     """dqᵢ along t, times `scale`, a number per row, if it is given."""
-    e, z, u, *_ = way.deviation(t, x)
-    q = e * way.column(ratio(jnp.ones_like(z) if scale is None else scale, z))
-    return unless_nan(z, mul0(q, u), t, way)
+    e, z, u, *_ = backend.deviation(t, x)
+    q = e * backend.column(ratio(jnp.ones_like(z) if scale is None else scale, z))
+    return unless_nan(z, mul0(q, u), t, backend)
 
 
 @kernel
-def centered(t: Array, x: Array, way: Way) -> Array:
+def centered(t: Array, x: Array, backend: Backend) -> Array:
     """tᵢ - Σⱼ qⱼtⱼ, linear in t."""
-    _, z, u, *_ = way.deviation(t, x)
-    return unless_nan(z, u, t, way)
+    _, z, u, *_ = backend.deviation(t, x)
+    return unless_nan(z, u, t, backend)
 
 
-def unless_nan(z, tangent, t, way):
+def unless_nan(z, tangent, t, backend):
     """The tangent. In a row with a NaN, the result is NaN where t ≠ 0, but 0 where t = 0. Without this function the
     whole tangent of such a row would be NaN, because the sums over the row are NaN."""
-    zero = lax.stop_gradient(way.column(z - z))  # or NaN; jax_debug_nans would stop at a constant NaN
+    zero = lax.stop_gradient(backend.column(z - z))  # or NaN; jax_debug_nans would stop at a constant NaN
     nan = mul0(jnp.broadcast_to(zero, t.shape), t)
     number = z <= jnp.finfo(z.dtype).max  # z ≥ 1 or NaN; with isfinite XLA wouldn't fuse the chain of `chain.py`
-    return jnp.where(way.column(number), tangent, nan)
+    return jnp.where(backend.column(number), tangent, nan)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel
-def complement(x: Array, way: Way) -> Array:
+def complement(x: Array, backend: Backend) -> Array:
     """1 - qᵢ = (s + (1 - eᵢ))/Z."""
-    n = way.exponentials(x).of_row
-    return (way.column(n.s) + (1 - exp(way.depth(x, n)))) / way.column(n.z)
+    n = backend.exponentials(x).of_row
+    return (backend.column(n.s) + (1 - exp(backend.depth(x, n)))) / backend.column(n.z)
 
 
 # d(1 - qᵢ) = -qᵢ (tᵢ - Σⱼ qⱼtⱼ)
@@ -107,9 +107,9 @@ def _complement_rule(classes, primals, tangents):
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel
-def surprisal(x: Array, way: Way) -> Array:
+def surprisal(x: Array, backend: Backend) -> Array:
     """log 1/qᵢ = log Z - (xᵢ - m) ≥ 0, and +∞ at a class of probability 0."""
-    return way.exponentials(x).of_row.surprisal(x, way)
+    return backend.exponentials(x).of_row.surprisal(x, backend)
 
 
 # d log 1/qᵢ = -(tᵢ - Σⱼ qⱼtⱼ)
@@ -121,9 +121,9 @@ def _surprisal_rule(classes, primals, tangents):
 
 @functools.partial(custom_jvp, nondiff_argnums=(1,))
 @kernel
-def logsumexp(x: Array, way: Way) -> Array:
+def logsumexp(x: Array, backend: Backend) -> Array:
     """log Σ exp xᵢ = m + log(1 + s)."""
-    n = way.for_log_sum(x).normalizer(x)
+    n = backend.for_log_sum(x).normalizer(x)
     return n.m + n.log_z
 
 
@@ -134,9 +134,9 @@ def _logsumexp_rule(classes, primals, tangents):
 
 
 @kernel
-def _mean(t, x, way):
-    _, z, _, mean, _ = way.deviation(t, x)
+def _mean(t, x, backend):
+    _, z, _, mean, _ = backend.deviation(t, x)
     # The result is `mean`, not the sum of softmax(x) t. If passes round x differently, the qᵢ in that sum don't add up
     # to 1, but the qᵢ in `mean` do, to the last digit.
-    nan = way.sum(mul0(jnp.broadcast_to(way.column(lax.stop_gradient(z - z)), t.shape), t))
+    nan = backend.sum(mul0(jnp.broadcast_to(backend.column(lax.stop_gradient(z - z)), t.shape), t))
     return jnp.where(jnp.isfinite(z), mean, nan)

@@ -13,7 +13,7 @@ from jax import Array
 from jce._numerics.elementary import exp, log1p
 
 if TYPE_CHECKING:
-    from jce._softmax.way import Way
+    from jce._softmax.backend import Backend
 
 
 class Sums(NamedTuple):
@@ -56,15 +56,15 @@ class Normalizer(NamedTuple):
         """0 if one class dominates (s < 1/2), and 1 or more if none does (`softmax.py`)."""
         return jnp.floor(self.s + 0.5)
 
-    def surprisal(self, x: Array, way: Way) -> Array:
+    def surprisal(self, x: Array, backend: Backend) -> Array:
         """log 1/qᵢ = log Z - (xᵢ - m)"""
-        return way.column(self.log_z) - way.depth(x, self)
+        return backend.column(self.log_z) - backend.depth(x, self)
 
-    def depth_and_dominant(self, x: Array, m: Array, way: Way) -> tuple[Array, Array]:
-        """`Way.depth` for a pass that has its own m, and a mask of the class that dominates. This method uses a select,
-        so it is for elementwise passes: on a CPU, a select inside a sum isn't free."""
-        d = x - way.column(m)
-        dominant = d > way.column(self.undominated - 0.5)
+    def depth_and_dominant(self, x: Array, m: Array, backend: Backend) -> tuple[Array, Array]:
+        """`Backend.depth` for a pass that has its own m, and a mask of the class that dominates. This method uses a
+        select, so it is for elementwise passes: on a CPU, a select inside a sum isn't free."""
+        d = x - backend.column(m)
+        dominant = d > backend.column(self.undominated - 0.5)
         return jnp.where(dominant, jnp.zeros_like(d), d), dominant
 
 

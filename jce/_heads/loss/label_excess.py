@@ -27,10 +27,10 @@ from jce._jax.varying import barrier
 from jce._numerics.elementary import exp
 from jce._numerics.mul0 import over
 from jce._quantities.label_loss import OfRow, of_row, or_none
-from jce._softmax.kernel import way_of
+from jce._softmax.backend import Backend, unless_no_class
+from jce._softmax.kernel import backend_for
 from jce._softmax.known_label import at_maximum, off_known_label
 from jce._softmax.sums import OffLabel
-from jce._softmax.way import Way, unless_no_class
 
 
 class Target(NamedTuple):
@@ -84,18 +84,18 @@ def excess_of_product(
 
 def excess_of_logits(loss: LabelLoss, platform: str | None, target: Target, u: Array, soft_cap: Array | None) -> Excess:
     """The excess at given logits u, in several passes over u."""
-    way = way_of(loss.classes, named(platform), u)
-    u = way.stored(u)  # otherwise XLA would compute u again to look up the label
-    column, y, t = way.column, target.labels, target.temperatures
-    of_head = way.fold(capped(u, soft_cap))
-    x = at_temperature(of_head, t, way)
-    numbers, n = loss.numbers(target, x.dtype), way.count(x)
-    off = way.off_label(y, x)
-    mean = None if numbers[0] is None else way.sum((x - column(off.m)) / n)
-    row = of_row(off, n, mean, *numbers, whole=lambda log_sum: whole_log_sum(log_sum, of_head, t, way))
-    row, r = _scaled(row, off, way.masks)
+    backend = backend_for(loss.classes, named(platform), u)
+    u = backend.stored(u)  # otherwise XLA would compute u again to look up the label
+    column, y, t = backend.column, target.labels, target.temperatures
+    of_head = backend.fold(capped(u, soft_cap))
+    x = at_temperature(of_head, t, backend)
+    numbers, n = loss.numbers(target, x.dtype), backend.count(x)
+    off = backend.off_label(y, x)
+    mean = None if numbers[0] is None else backend.sum((x - column(off.m)) / n)
+    row = of_row(off, n, mean, *numbers, whole=lambda log_sum: whole_log_sum(log_sum, of_head, t, backend))
+    row, r = _scaled(row, off, backend.masks)
     e = row.entries(_unless_nan(exp(x - column(off.m))), column)
-    e = way.put(way.unfold(e), way.local(y, x), row.at_label)
+    e = backend.put(backend.unfold(e), backend.local(y, x), row.at_label)
     if t is not None:
         r /= jnp.where(t == 0, jnp.ones_like(t), t)
         # At a temperature of 0, entries of the derivative are ±∞ or 0.
@@ -107,20 +107,20 @@ def excess_of_logits(loss: LabelLoss, platform: str | None, target: Target, u: A
 
 def one_reading(loss: LabelLoss, platform: str | None, target: Target, x: Logits) -> OneReading | None:
     """One pass over the logits, or None if one pass is not enough or not faster."""
-    way = way_of(loss.classes, named(platform), x.head.bias)
+    backend = backend_for(loss.classes, named(platform), x.head.bias)
     may = loss.may_read_once(target.temperatures is not None, x.soft_cap is not None)
-    return OneReading(loss, way, target, x) if may and way.masks and not may_be_split(x.head.bias) else None
+    return OneReading(loss, backend, target, x) if may and backend.masks and not may_be_split(x.head.bias) else None
 
 
 class OneReading:
     """A single pass over the logits. The label's logit is computed before the pass, and gives the shift m."""
 
-    def __init__(self, loss: LabelLoss, way: Way, target: Target, x: Logits):
-        self.x, self.way, self.labels = x, way, target.labels
-        self.y = way.local(target.labels, x.head.bias)
-        self.u_y = way.of_who_has(x.uncapped_at(self.y), x.head.bias, self.y)
+    def __init__(self, loss: LabelLoss, backend: Backend, target: Target, x: Logits):
+        self.x, self.backend, self.labels = x, backend, target.labels
+        self.y = backend.local(target.labels, x.head.bias)
+        self.u_y = backend.of_who_has(x.uncapped_at(self.y), x.head.bias, self.y)
         self.x_y = capped(self.u_y, x.soft_cap)
-        self.numbers, self.n = loss.numbers(target, self.x_y.dtype), way.count(x.head.bias)
+        self.numbers, self.n = loss.numbers(target, self.x_y.dtype), backend.count(x.head.bias)
 
     def losses(self) -> Array:
         return self._of_row(*self._read())[0].losses
@@ -128,40 +128,40 @@ class OneReading:
     def excess(self, divides_later: bool) -> Excess:
         """The excess. If `divides_later`, e is stored before it is scaled, and scaled where the next matmul reads it.
         Otherwise e is scaled before it is stored, as soon as s is known."""
-        way, cap = self.way, self.x.soft_cap
+        backend, cap = self.backend, self.x.soft_cap
         m, s, mean, e = self._read((lambda e, *_: e) if divides_later else self._entries)
         row, r = self._of_row(m, s, mean)
         at_label = row.at_label if cap is None else row.at_label * slope(self.u_y, cap)
         if divides_later:
-            e = way.put(row.entries(e.astype(s.dtype), way.column), self.y, at_label)
+            e = backend.put(row.entries(e.astype(s.dtype), backend.column), self.y, at_label)
         else:
-            e = way.scattered(e, self.y, at_label.astype(e.dtype)).astype(s.dtype)
+            e = backend.scattered(e, self.y, at_label.astype(e.dtype)).astype(s.dtype)
         return Excess(row.losses, e, r)
 
     def _of_row(self, m, s, mean) -> tuple[OfRow, Array]:
-        d = unless_no_class(m - self.x_y, self.labels, self.x.head.bias, self.way)
+        d = unless_no_class(m - self.x_y, self.labels, self.x.head.bias, self.backend)
         off = OffLabel(m, s, d)
         return _scaled(of_row(off, self.n, mean, *self.numbers), off, divides=True)
 
     def _entries(self, e, m, s, mean):
-        return self._of_row(m, s, mean)[0].entries(e, self.way.column)
+        return self._of_row(m, s, mean)[0].entries(e, self.backend.column)
 
     def _read(self, stored: Callable | None = None) -> list[Array]:
         """m, s, the mean of x - m, and stored(e, m, s, mean) if `stored` is given."""
         read = functools.partial(self._reading, stored)
-        second_pass = at_maximum(functools.partial(read, second=True), lambda: _maximum(self.x, self.way))
+        second_pass = at_maximum(functools.partial(read, second=True), lambda: _maximum(self.x, self.backend))
         # If m = x_y, the bound s < 1e9 admits labels whose logit is up to log 1e9 = 20.7 below the maximum. There the
         # rounding of x - m loses no more digits than the rounding of hidden states and head.
         return off_known_label(self.x_y, read, second_pass, most=1e9)
 
     def _reading(self, stored, m, second=False):
         # Each of the two passes computes the label's mask: if they shared a mask, XLA would store it.
-        x, way = self.x, self.way
+        x, backend = self.x, self.backend
         u = x.uncapped()
         logits = capped(u, x.soft_cap) - m[:, None]
         e = exp(logits)
-        e = jnp.where(way.is_at(e, self.y), jnp.zeros_like(e), e)
-        s, mean = way.sum(e), jnp.zeros_like(m) if self.numbers[0] is None else way.sum(logits / self.n)
+        e = jnp.where(backend.is_at(e, self.y), jnp.zeros_like(e), e)
+        s, mean = backend.sum(e), jnp.zeros_like(m) if self.numbers[0] is None else backend.sum(logits / self.n)
         if stored is None:
             return [s, mean]
         e = stored(e if x.soft_cap is None else e * slope(u, x.soft_cap), m, s, mean)
@@ -192,11 +192,11 @@ def _unless_nan(e: Array) -> Array:
     return jnp.where(e == e, e, jnp.zeros_like(e))
 
 
-def _maximum(x: Logits, way: Way) -> Array:
+def _maximum(x: Logits, backend: Backend) -> Array:
     """Each token's max x, computed for half a chunk at a time: a program reserves memory for these logits even if it
     never runs this code."""
     if not isinstance(count := x.hidden.shape[0], int):  # symbolic
-        return way.max(x.whole())
+        return backend.max(x.whole())
     half = count // 2
     halves = (x._replace(hidden=h) for h in (x.hidden[:half], x.hidden[half:]))
-    return jnp.concatenate([way.max(part.whole()) for part in halves])
+    return jnp.concatenate([backend.max(part.whole()) for part in halves])

@@ -1,4 +1,4 @@
-"""The interface through which formulas sum over classes: a `Way`. Each kind of platform has its own subclass.
+"""The interface through which formulas sum over classes: a `Backend`. Each kind of platform has its own subclass.
 
 With m = max x and eᵢ = exp(xᵢ - m), Z = Σ eᵢ = 1 + s (`softmax.py`). This file has the methods that several platforms
 share. If platforms differ, the method here is for those on which a select inside a sum costs nothing.
@@ -23,7 +23,7 @@ from jce._softmax.sums import Compared, Deviation, Exponentials, Normalizer, Off
 
 
 @dataclasses.dataclass(frozen=True)
-class Way(Classes, ABC):
+class Backend(Classes, ABC):
     """Classes, with methods to sum over them on the platform for which a program is lowered.
 
     x stands for logits of these classes, already folded (`classes.py`).
@@ -33,7 +33,7 @@ class Way(Classes, ABC):
 
     @classmethod
     def of(cls, classes: Classes, x: Array) -> Self:
-        """This way for the classes of arrays like x."""
+        """This backend for the classes of arrays like x."""
         return cls(classes.axis, classes.mesh_axis, classes.blocks, classes.any_shift)
 
     def reduce(self, reduction: Callable, x):
@@ -45,8 +45,8 @@ class Way(Classes, ABC):
 
     # Sums over classes
 
-    def for_log_sum(self, x: Array) -> Way:
-        """The way for a formula such as m + log Z, which uses m itself, not only x - m."""
+    def for_log_sum(self, x: Array) -> Backend:
+        """The backend for a formula such as m + log Z, which uses m itself, not only x - m."""
         return self
 
     @abstractmethod
@@ -182,15 +182,15 @@ def _add(a, b):
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(1, 2))
-def exponential(x: Array, number: int, way: Way) -> Array:
+def exponential(x: Array, number: int, backend: Backend) -> Array:
     """eᵢ = exp(xᵢ - m) for a constant m, as computed by pass `number` over x."""
-    return way.exponential_of_pass(x, number)
+    return backend.exponential_of_pass(x, number)
 
 
 # deᵢ = eᵢtᵢ
 @exponential.defjvp
-def _exponential_rule(number, way, primals, tangents):
-    e = exponential(*primals, number, way)
+def _exponential_rule(number, backend, primals, tangents):
+    e = exponential(*primals, number, backend)
     return e, mul0(e, tangents[0])
 
 
